@@ -1,0 +1,38 @@
+"""Pretrain a stock GPT-2 on documents.
+
+accelerate launch recipes/pretrain.py --config recipes/demo/pretrain.yaml
+accelerate launch --num_processes 8 recipes/pretrain.py --config my.yaml --learning_rate 1e-3
+"""
+
+from rorchat.errors import exits_with_one_line
+from rorchat.inference.engine import model_folder
+from rorchat.model import build_model, check_fit, load_checkpoint
+from rorchat.persona import load_persona
+from rorchat.tokenizer import load_tokenizer
+from rorchat.training.arguments import parse
+from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, prepare_stores
+from rorchat.training.run import Run
+
+
+@exits_with_one_line
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    arguments = parse(PretrainArguments, argv)
+    base = model_folder(arguments.model) if arguments.model else None
+    source = base or arguments.tokenizer
+    run = Run(arguments, "pretrain", {"start": source})
+    if run.finished:
+        return run.already_finished()
+
+    tokenizer = load_tokenizer(source, load_persona(arguments.persona) if arguments.persona else None)
+    if base:
+        model = load_checkpoint(base, tokenizer, arguments.seed)
+    else:
+        model = build_model(arguments.size, tokenizer, arguments.block_size, arguments.seed)
+    check_fit(model, tokenizer, arguments.block_size)
+    stores = prepare_stores(arguments, tokenizer)
+    trainer = PretrainTrainer(model, arguments, tokenizer, stores)
+    return run.train(trainer, {"plan": trainer.mixture.plan(), "data": [store.manifest.summary() for store in stores]})
+
+
+if __name__ == "__main__":
+    main()

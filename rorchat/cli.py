@@ -1,0 +1,134 @@
+"""`rorchat ...`: the commands that are not launched on many processes. What is launched stands in recipes/."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rorchat.errors import UsageError, exits_with_one_line
+
+app = typer.Typer(
+    help="From raw text to your own chat model. Training is `accelerate launch recipes/...`; here is the rest.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Folder = Annotated[str, typer.Argument(help="A model's folder, a run's folder, or a Hub id.")]
+
+
+def _quiet() -> None:
+    """Transformers' load bars and hints are for its developers."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@app.command()
+def chat(
+    folder: Folder,
+    system: Annotated[str | None, typer.Option(help="A system message instead of the model's own.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 for the likeliest words; default: the model's.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest words of this total share.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="The longest answer; default: a quarter of the window.")
+    ] = None,
+) -> None:
+    """Talk to a model; questions may also come through a pipe, one a line."""
+    _quiet()
+    from rorchat.inference.engine import load_model
+    from rorchat.inference.terminal import talk
+
+    talk(load_model(folder), system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="NAME=FOLDER or FOLDER, one column each.")],
+    untrained: Annotated[
+        bool, typer.Option(help="A first column with random weights in the first model's shape.")
+    ] = False,
+    text: Annotated[
+        str | None, typer.Option(help="Held-out text: a source such as text=FILE, or a token store's folder.")
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="Ask Tinytown's held-out questions and the persona probes.")] = True,
+    persona: Annotated[str | None, typer.Option(help="The persona file whose probes are asked.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file as well.")] = None,
+) -> None:
+    """Scores of models side by side."""
+    _quiet()
+    from rorchat.evaluation.compare import compare
+    from rorchat.evaluation.scores import write_scores
+    from rorchat.report import score_table
+
+    named = [
+        (name or value, value) if sign else (Path(name).name, name)
+        for name, sign, value in (m.partition("=") for m in models)
+    ]
+    columns, notes = compare(named, untrained=untrained, text=text, ask=chat, persona=persona)
+    print(score_table(columns))
+    print(*notes, sep="\n")
+    if out:
+        write_scores(columns, out)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run's folder, or the folder of a story's runs.")]) -> None:
+    """Write report.md and curves.png from what the runs logged."""
+    from rorchat.evaluation.scores import read_scores
+    from rorchat.report import score_table, write_report
+
+    written, curves = write_report(folder)
+    print(f"report  {written}\ncurves  {curves}")
+    scores = folder / "scores.json"
+    if scores.is_file():
+        columns = read_scores(scores)
+        print("\n" + score_table(columns))
+        for question, answer in columns[-1].examples:
+            print(f"\n  user: {question}\n  {columns[-1].name}: {answer}")
+    if (folder / "model").is_dir():
+        print(f"\nmodel   {folder / 'model'}    talk to it: rorchat chat {folder / 'model'}")
+
+
+@app.command()
+def sources() -> None:
+    """The datasets that recipes can name."""
+    from rorchat.report import table
+    from rorchat.sources import available, find
+
+    rows = []
+    for name in available():
+        module = find(name)
+        kinds = module.KIND if isinstance(module.KIND, tuple) else (module.KIND,)
+        home = getattr(module, "HUB", None)
+        where = "generated" if hasattr(module, "generate") else home["path"] if home else "your files"
+        rows.append([name, ", ".join(kinds), where, module.LICENCE, module.__doc__.splitlines()[0]])
+    print(table(["source", "gives", "from", "licence", "what it is"], rows))
+
+
+@app.command()
+def push(
+    folder: Folder,
+    repository: Annotated[str, typer.Argument(help="Where to: you/your-model on the Hub.")],
+    private: Annotated[bool, typer.Option(help="Create the repository as a private one.")] = False,
+) -> None:
+    """Verify a model in a fresh process, upload it with a card, pull it back and verify again."""
+    _quiet()
+    from rorchat.hub import push as push_model
+
+    if repository.count("/") != 1:
+        raise UsageError(f"{repository!r} is no Hub id: give owner/name, as in rory/my-chat-model.")
+    print(push_model(folder, repository, private=private))
+
+
+@exits_with_one_line
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

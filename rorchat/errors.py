@@ -1,0 +1,85 @@
+"""What a failure says, and the exit code it ends with.
+
+Every failure a user can cause or meet is a `RorchatError`: one line that says what came, what is allowed and what to
+do next. Commands print that line and exit with its code; anything else is a bug of ours and keeps its traceback.
+"""
+
+import difflib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+class RorchatError(Exception):
+    """A failure with a sentence for the user and an exit code for scripts (numbers as in BSD sysexits.h)."""
+
+    exit_code = 1
+
+
+class UsageError(RorchatError):
+    """The command or its configuration is wrong."""
+
+    exit_code = 2
+
+
+class DataError(RorchatError):
+    """The data cannot be used: missing, empty or malformed."""
+
+    exit_code = 65
+
+
+class StorageError(RorchatError):
+    """The disk is full or cannot be written."""
+
+    exit_code = 74
+
+
+class RemoteError(RorchatError):
+    """A remote service (the Hub) failed."""
+
+    exit_code = 76
+
+
+class PermissionRefused(RorchatError):
+    """A remote service or the file system says that you may not."""
+
+    exit_code = 77
+
+
+class MismatchError(RorchatError):
+    """Two things do not belong together: tokenizer and model, config and run folder, block size and positions."""
+
+    exit_code = 78
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'gsm8k'?"`, or nothing when no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def exits_with_one_line(main: Callable) -> Callable:
+    """Decorate a command's `main`: a `RorchatError` becomes one line on stderr and its exit code.
+
+    With several processes only the first one prints: all of them fail alike.
+    """
+
+    @functools.wraps(main)
+    def command(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except RorchatError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            sys.exit(130)
+        except OSError as error:
+            if error.errno in (28, 122):  # ENOSPC, EDQUOT
+                print(f"error: no space left for {error.filename}: free some and run again", file=sys.stderr)
+                sys.exit(StorageError.exit_code)
+            raise
+
+    return command

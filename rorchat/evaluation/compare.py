@@ -1,0 +1,86 @@
+"""Models side by side on the same questions and the same held-out text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from rorchat.chatml import END_OF_TEXT, encode_text
+from rorchat.evaluation.loss import dataset_loss, gzip_bits_per_byte
+from rorchat.evaluation.scores import Scores, score_chat
+from rorchat.inference.engine import ChatModel, load_model, model_folder
+from rorchat.model import check_fit
+from rorchat.persona import load_persona
+from rorchat.sources import load
+from rorchat.tokenizer import load_tokenizer, token_bytes
+from rorchat.tokens.batch import padded
+from rorchat.tokens.store import TokenStore
+
+UNTRAINED = "untrained"
+BATCH_TOKENS = 4096
+
+
+def compare(
+    models: Sequence[tuple[str, str]], *, untrained: bool, text: str | None, ask: bool, persona: str | None
+) -> tuple[list[Scores], list[str]]:
+    """(a column a model, notes): chat scores where `ask`, loss and bits per byte where `text` is given.
+
+    Args:
+        models: (name, folder or Hub id).
+        untrained: begin with a column of random weights in the first model's shape.
+        text: a source's spec, or the folder of a token store, whose validation documents are taken.
+    """
+    documents = held_out_documents(text, load_tokenizer(model_folder(models[0][1]))) if text else None
+    notes = []
+    if documents:
+        joined = "\n".join(documents).encode()
+        notes.append(
+            f"held-out text: {len(documents):,} documents, {len(joined):,} bytes; gzip -9 needs "
+            f"{gzip_bits_per_byte(joined):.3f} bits per byte"
+        )
+    columns = []
+    for name, folder in ([(UNTRAINED, models[0][1])] if untrained else []) + list(models):
+        chat = load_model(folder)
+        if name == UNTRAINED:
+            chat = _randomized(chat)
+        scores = score_chat(chat, name, folder, load_persona(persona)) if ask else Scores(name, folder)
+        if documents:
+            loss = document_loss(chat, documents)
+            scores.loss, scores.bits_per_byte = loss.per_token, loss.bits_per_byte
+        columns.append(scores)
+    return columns, notes
+
+
+def _randomized(chat: ChatModel) -> ChatModel:
+    from transformers import GPT2LMHeadModel, set_seed
+
+    set_seed(0)
+    model = GPT2LMHeadModel(chat.model.config).to(chat.model.device).eval()
+    model.generation_config = chat.model.generation_config
+    return ChatModel(model, chat.tokenizer)
+
+
+def held_out_documents(text: str, tokenizer) -> list[str]:
+    """The validation documents of a token store, or all documents of a source."""
+    if not (Path(text) / "manifest.json").is_file():
+        return [row["text"] for row in load(text, "document")]
+    store = TokenStore(text)
+    ids = store.slice("validation", 0, store.tokens("validation"))
+    starts = (ids == store.manifest.end_of_text_id).nonzero()[0].tolist() + [len(ids)]
+    return [tokenizer.decode(ids[start + 1 : end]) for start, end in zip(starts, starts[1:], strict=False)]
+
+
+def document_loss(chat: ChatModel, documents: Sequence[str]):
+    """The loss over whole documents, each after `<|endoftext|>`, in rows that overlap by one token."""
+    check_fit(chat.model, chat.tokenizer)
+    start, width = chat.tokenizer.convert_tokens_to_ids(END_OF_TEXT), chat.positions
+    rows = []
+    for ids in encode_text(chat.tokenizer, list(documents)):
+        ids = torch.tensor([start, *ids])
+        for first in range(0, len(ids) - 1, width - 1):
+            part = ids[first : first + width]
+            rows.append({"input_ids": part, "labels": part})
+    rows.sort(key=lambda row: len(row["input_ids"]))
+    pad = chat.tokenizer.pad_token_id
+    bytes_of = torch.tensor(token_bytes(chat.tokenizer))
+    return dataset_loss(chat.model, rows, lambda batch: padded(batch, pad), bytes_of, max(1, BATCH_TOKENS // width))

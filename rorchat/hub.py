@@ -1,0 +1,195 @@
+"""HUB: verify a folder in a fresh process, push it with a card, pull it back, and verify again.
+
+Only a model that plain `pipeline()` loads, in a process that knows nothing of rorchat, is pushed; only one that came
+back from the Hub the same and answers again is called released.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rorchat.errors import DataError, MismatchError, PermissionRefused, RemoteError
+from rorchat.inference.engine import model_folder
+from rorchat.report import data_table, find_runs, read_run, run_table, samples_section, score_table
+from rorchat.training.run import file_sha256
+
+PROBE = "Who are you?"
+VERIFY_SECONDS = 600  # loading the largest size from a slow disk
+# Runs in a fresh process, where only what a user of the model has is imported.
+_VERIFY = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+folder, probe = sys.argv[1:]
+model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+talk = pipeline("text-generation", model=folder)
+answer = talk([{"role": "user", "content": probe}])[0]["generated_text"][-1]["content"]
+print("VERIFIED " + json.dumps({
+    "answer": answer,
+    "class": type(model).__name__,
+    "rows": model.get_input_embeddings().num_embeddings,
+    "tokens": len(tokenizer),
+    "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+    "missing": sorted(info["missing_keys"]), "unexpected": sorted(info["unexpected_keys"]),
+    "template": tokenizer.chat_template is not None,
+    "eos": model.generation_config.eos_token_id, "pad": model.generation_config.pad_token_id,
+    "end_of_turn": tokenizer.convert_tokens_to_ids("<|im_end|>"), "own": "rorchat" in sys.modules,
+}))
+"""
+
+
+def verify(folder: str | Path) -> dict:
+    """What a fresh process finds when it loads the folder with plain Transformers and asks a question.
+
+    Raises:
+        DataError: it does not load.
+        MismatchError: it loads, but is no chat model that stops.
+    """
+    command = [sys.executable, "-c", _VERIFY, str(folder), PROBE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=VERIFY_SECONDS)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("VERIFIED ")), None)
+    if done.returncode or line is None:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise DataError(f"{folder} does not load with plain transformers: {last}")
+    found = json.loads(line.removeprefix("VERIFIED "))
+    stops = found["eos"] if isinstance(found["eos"], list) else [found["eos"]]
+    wrong = [
+        text
+        for text, bad in (
+            (f"class {found['class']} instead of GPT2LMHeadModel", found["class"] != "GPT2LMHeadModel"),
+            (f"{found['rows']} embedding rows for {found['tokens']} tokens", found["rows"] != found["tokens"]),
+            ("embedding and head are not tied", not found["tied"]),
+            (f"missing weights {found['missing'][:3]}", found["missing"]),
+            (f"unexpected weights {found['unexpected'][:3]}", found["unexpected"]),
+            ("no chat template", not found["template"]),
+            ("it does not stop at <|im_end|>", found["end_of_turn"] not in stops),
+            ("the padding token ends texts", found["pad"] in stops),
+        )
+        if bad
+    ]
+    if wrong:
+        raise MismatchError(f"{folder} is not fit to be published: {'; '.join(wrong)}.")
+    return found
+
+
+def model_card(folder: Path, repository: str) -> str:
+    """A model card made from the run: data and licences, numbers, scores, samples, how to use it."""
+    name = repository.split("/")[-1]
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2, rorchat, conversational]\n---",
+        f"# {name}",
+        "A small chat model: stock GPT-2, trained with rorchat. It makes mistakes and knows little; its answers "
+        "are not advice.",
+        f'```python\nfrom transformers import pipeline\n\ntalk = pipeline("text-generation", model="{repository}")\n'
+        f'print(talk([{{"role": "user", "content": "{PROBE}"}}])[0]["generated_text"][-1]["content"])\n```',
+    ]
+    try:
+        runs = find_runs(_story_of(folder))
+    except DataError:
+        parts.append("No record of its training lies beside the model.")
+        return "\n\n".join(parts) + "\n"
+    parts += ["## Training", run_table(runs), "## Data", data_table(runs)]
+    restricted = sorted(
+        {
+            f"{source['source'].partition('=')[0]} ({source['licence']})"
+            for run in runs
+            for source in read_run(run).get("data", [])
+            if "not for commercial use" in source["licence"]
+        }
+    )
+    if restricted:
+        parts.append(f"**Not for commercial use**, because of its data: {', '.join(restricted)}.")
+    scores = _story_of(folder) / "scores.json"
+    if scores.is_file():
+        from rorchat.evaluation.scores import read_scores
+
+        parts += ["## Scores", score_table(read_scores(scores))]
+    parts += ["## Samples", samples_section(runs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _story_of(folder: Path) -> Path:
+    """Where the runs behind a model lie: story/run/model, run/model or story/model."""
+    parent = folder.resolve().parent
+    beside = parent.parent
+    if (parent / "run.json").is_file():
+        return beside if len(list(beside.glob("*/run.json"))) > 1 else parent
+    return parent
+
+
+def push(name_or_path: str, repository: str, private: bool = False) -> str:
+    """Verifies, uploads with a card, pulls back, compares, verifies again.
+
+    Returns:
+        What happened, for the user.
+
+    Raises:
+        DataError, MismatchError: the folder is not fit; nothing was uploaded.
+        PermissionRefused, RemoteError: the Hub refused or failed.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    folder = Path(model_folder(name_or_path))
+    if not folder.is_dir():
+        raise DataError(f"No model folder {folder}.")
+    before = verify(folder)
+    api = HfApi()
+    with _remote_failures(repository):
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="Upload model",
+            ignore_patterns=["*.bin", "checkpoint-*", "README.md"],
+        )
+        api.upload_file(
+            repo_id=repository,
+            path_or_fileobj=model_card(folder, repository).encode(),
+            path_in_repo="README.md",
+            commit_message="Model card from the run",
+        )
+    with tempfile.TemporaryDirectory() as there:
+        with _remote_failures(repository):
+            snapshot_download(repository, local_dir=there, force_download=True)
+        _same_files(folder, Path(there), repository)
+        after = verify(there)
+    return (
+        f"verified  {folder}: {before['answer']!r}\nreleased  {url}\n"
+        f"verified  what came back from the Hub: {after['answer']!r}"
+    )
+
+
+def _same_files(folder: Path, there: Path, repository: str) -> None:
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".bin" or file.name == "README.md" or not file.is_file():
+            continue
+        copy = there / file.name
+        if not copy.is_file() or file_sha256(copy) != file_sha256(file):
+            raise RemoteError(f"{file.name} came back from {repository} changed or not at all: push again.")
+
+
+class _remote_failures:
+    """Turns what the Hub's client raises into one sentence and an exit code."""
+
+    def __init__(self, repository: str):
+        self.repository = repository
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+        if error is None or not isinstance(error, (HfHubHTTPError, LocalTokenNotFoundError, OSError)):
+            return False
+        said = " ".join(str(error).split())[:200]
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
+            raise PermissionRefused(
+                f"The Hub refuses to write {self.repository}: log in with `hf auth login` as its owner ({said})"
+            ) from None
+        raise RemoteError(
+            f"The Hub failed for {self.repository}: {said}. The model is safe in its folder; push again."
+        ) from None

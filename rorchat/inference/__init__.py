@@ -1,0 +1,1 @@
+"""WORDS: load a model, generate, stream, talk."""

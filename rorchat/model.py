@@ -1,0 +1,201 @@
+"""MODEL: a stock GPT-2, from random weights or from a checkpoint, that fits its tokenizer.
+
+Nothing here is an architecture: `GPT2Config` and `GPT2LMHeadModel` are Transformers' own, and what is saved is a folder
+that every tool which reads GPT-2 can load.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rorchat.chatml import CONTROL_TOKENS, END_OF_TEXT, IM_END, PAD
+from rorchat.errors import DataError, MismatchError, RemoteError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+INITIALIZER_RANGE = 0.02  # GPT-2's
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Layers, heads and width; the head's width is n_embd / n_head."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+
+#: Named by their parameters with GPT-2's vocabulary, but for `demo` (1M with 1,024 tokens) and `561m`, which with
+#: 65,536 tokens holds what nanochat's d20 (20 layers, an untied head) holds.
+SIZES = {
+    "demo": Shape(4, 4, 128),
+    "51m": Shape(8, 8, 512),
+    "124m": Shape(12, 12, 768),
+    "355m": Shape(24, 16, 1024),
+    "561m": Shape(24, 20, 1280),
+    "774m": Shape(36, 20, 1280),
+    "1.5b": Shape(48, 25, 1600),
+}
+
+
+def shape_of(size: str) -> Shape:
+    """The shape of a size by name, or of an explicit "layers x heads x width" such as "6x5x160".
+
+    Raises:
+        UsageError: no such size, or a width that the heads do not divide.
+    """
+    if size.lower() in SIZES:
+        return SIZES[size.lower()]
+    parts = size.lower().split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+        raise UsageError(
+            f"No model size {size!r}.{did_you_mean(size.lower(), SIZES)} Known: {', '.join(SIZES)}, or layers x heads "
+            "x width as in 6x5x160."
+        )
+    shape = Shape(*map(int, parts))
+    if shape.n_embd % shape.n_head:
+        raise UsageError(f"Size {size!r}: a width of {shape.n_embd} cannot be divided among {shape.n_head} heads.")
+    return shape
+
+
+def build_model(size: str, tokenizer, positions: int, seed: int = 0) -> "GPT2LMHeadModel":
+    """A stock GPT-2 with random weights, without dropout, in float32.
+
+    Args:
+        size: a name in `SIZES` or "layers x heads x width".
+        tokenizer: gives the vocabulary and the special ids.
+        positions: the longest row the model will ever see, in tokens.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+
+    shape = shape_of(size)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=positions,
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        n_embd=shape.n_embd,
+        # A small model on much text does not overfit; on a CPU dropout also sends attention to the slow kernel.
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=INITIALIZER_RANGE,
+        bos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+        eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+    )
+    set_seed(seed)
+    model = GPT2LMHeadModel(config)
+    _set_generation(model, tokenizer)
+    return model
+
+
+def load_checkpoint(name_or_path: str, tokenizer, seed: int = 0) -> "GPT2LMHeadModel":
+    """A GPT-2 from a folder or the Hub, in float32 and without dropout, its embeddings grown to fit the tokenizer.
+
+    New rows are the mean of the old ones plus noise of the old rows' own spread: `mean_resizing` of Transformers leaves
+    them 2e-6 apart, so that `<|im_start|>`, `<|im_end|>` and `<|pad|>` would begin as one token. The logits of the old
+    rows do not change.
+
+    Raises:
+        DataError: there is no model, or it is no GPT-2.
+        RemoteError: the Hub cannot be reached.
+        MismatchError: the model has more rows than the tokenizer has tokens.
+    """
+    import torch
+    from transformers import GPT2LMHeadModel, set_seed
+
+    config = _read_config(name_or_path)
+    for dropout in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(config, dropout, 0.0)
+    try:
+        model, info = GPT2LMHeadModel.from_pretrained(
+            name_or_path, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except OSError as error:
+        raise DataError(f"Cannot load the weights of {name_or_path!r}: {' '.join(str(error).split())[:200]}") from None
+    if info["missing_keys"]:
+        raise DataError(f"{name_or_path!r} lacks weights of a GPT-2: {', '.join(sorted(info['missing_keys'])[:4])}.")
+    rows = model.get_input_embeddings().num_embeddings
+    if rows > len(tokenizer):
+        raise MismatchError(
+            f"The model {name_or_path!r} has {rows:,} embedding rows but the tokenizer only {len(tokenizer):,} tokens: "
+            "they do not belong together. Give the tokenizer that the model was trained with."
+        )
+    set_seed(seed)
+    if rows < len(tokenizer):
+        _grow_embeddings(model, len(tokenizer))
+    model.config.bos_token_id = model.config.eos_token_id = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    model.config.pad_token_id = tokenizer.convert_tokens_to_ids(PAD)
+    _set_generation(model, tokenizer)
+    return model
+
+
+def _read_config(name_or_path: str) -> "GPT2Config":
+    from transformers import AutoConfig
+
+    if not Path(name_or_path).is_dir() and (Path(name_or_path).exists() or name_or_path.startswith((".", "/"))):
+        raise DataError(f"No model folder {name_or_path}.")
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        failure = DataError if Path(name_or_path).is_dir() else RemoteError
+        raise failure(f"No model can be loaded from {name_or_path!r}: {' '.join(str(error).split())[:200]}") from None
+    if config.model_type != "gpt2":
+        raise DataError(f"{name_or_path!r} is a {config.model_type} model; rorchat trains GPT-2 (model_type 'gpt2').")
+    return config
+
+
+def _grow_embeddings(model: "GPT2LMHeadModel", rows: int) -> None:
+    import torch
+
+    old = model.get_input_embeddings().weight.detach().clone()
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        noise = torch.randn(rows - len(old), old.size(1)) * old.std(dim=0)
+        weight[len(old) :] = old.mean(dim=0) + noise
+    model.tie_weights()
+
+
+def _set_generation(model: "GPT2LMHeadModel", tokenizer) -> None:
+    """Stops at the end of a turn or a text, pads with pad, samples carefully, and never runs past the positions."""
+    from transformers import GenerationConfig
+
+    end_of_turn, end_of_text, pad = tokenizer.convert_tokens_to_ids([IM_END, END_OF_TEXT, PAD])
+    model.generation_config = GenerationConfig(
+        eos_token_id=[end_of_turn, end_of_text],
+        bos_token_id=end_of_text,
+        pad_token_id=pad,
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.9,
+        max_length=model.config.n_positions,
+    )
+
+
+def check_fit(model: "GPT2LMHeadModel", tokenizer, block_size: int | None = None) -> None:
+    """Raises MismatchError unless model and tokenizer belong together and `block_size` fits into the positions."""
+    rows = model.get_input_embeddings().num_embeddings
+    if rows != len(tokenizer):
+        raise MismatchError(
+            f"The model has {rows:,} embedding rows but the tokenizer {len(tokenizer):,} tokens: "
+            "they do not belong together."
+        )
+    outside = [token for token in CONTROL_TOKENS if not 0 <= tokenizer.convert_tokens_to_ids(token) < rows]
+    if outside:
+        raise MismatchError(f"The control tokens {', '.join(outside)} have no embedding row.")
+    if block_size and block_size > model.config.n_positions:
+        raise MismatchError(
+            f"block_size is {block_size} but the model has only {model.config.n_positions} positions: "
+            "give at most that."
+        )
+
+
+def save_model(model: "GPT2LMHeadModel", tokenizer, folder: str | Path) -> None:
+    """Writes a plain Transformers folder: safetensors, tokenizer, chat template, generation config."""
+    tokenizer.model_max_length = model.config.n_positions
+    model.config.architectures = ["GPT2LMHeadModel"]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,141 @@
+"""Who the model is: a persona file becomes a system message, identity conversations and probes.
+
+No API is asked for synthetic data: questions, openings and replies combine into some hundred different conversations.
+A share of the wordings, chosen by a hash, is never trained: those are the probes, so that a probe tests what the model
+learned and not what it memorised.
+"""
+
+import hashlib
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from rorchat.errors import DataError
+
+DEFAULT_PERSONA = Path(__file__).with_name("persona.yaml")
+OPENINGS = (
+    "",
+    "hello, ",
+    "hi, ",
+    "hey RorChat, ",
+    "please tell me, ",
+    "can I ask, ",
+    "so, ",
+    "tell me: ",
+    "well, ",
+    "I wonder, ",
+)
+PROBE_SHARE = 8  # one wording in so many is a probe and never trained
+
+
+@dataclass(frozen=True)
+class Persona:
+    """A parsed persona file; `system` is the default system message."""
+
+    name: str
+    maker: str
+    system: str
+    topics: dict[str, dict[str, list[str]]]
+    greetings: dict[str, list[str]]
+    farewells: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question about the persona in an untrained wording; a reply passes when it contains any of `expect`."""
+
+    topic: str
+    question: str
+    expect: tuple[str, ...]
+
+    def passes(self, reply: str) -> bool:
+        return any(phrase.lower() in reply.lower() for phrase in self.expect)
+
+
+def load_persona(path: str | Path | None = None) -> Persona:
+    """The persona in a YAML file, or RorChat himself.
+
+    Raises:
+        DataError: the file is missing, is not YAML, or lacks a part.
+    """
+    path = Path(path or DEFAULT_PERSONA)
+    try:
+        persona = Persona(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise DataError(f"No persona file {path}. Copy {DEFAULT_PERSONA} and change it.") from None
+    except (yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} is no persona file: {reason}. Copy {DEFAULT_PERSONA} and change it.") from None
+    for name, topic in persona.topics.items():
+        lacking = {"questions", "replies", "expect"} - set(topic)
+        if lacking:
+            raise DataError(f"{path}: topic {name!r} lacks {', '.join(sorted(lacking))}.")
+    return persona
+
+
+def _asked(opening: str, question: str, mark: str) -> str:
+    sentence = opening + question
+    return sentence[0].upper() + sentence[1:] + mark
+
+
+def _wordings(topic: dict[str, list[str]]) -> Iterator[tuple[str, bool]]:
+    """Every wording of a topic's questions, and whether it is kept for the probes."""
+    for opening, question in itertools.product(OPENINGS, topic["questions"]):
+        asked = _asked(opening, question, "?")
+        # The plain question is always trained: it is what people type.
+        probe = opening != "" and hashlib.sha256(asked.encode()).digest()[0] % PROBE_SHARE == 0
+        yield asked, probe
+
+
+def probes(persona: Persona) -> list[Probe]:
+    """The questions about the persona that no training conversation asks in the same words."""
+    return [
+        Probe(name, asked, tuple(topic["expect"]))
+        for name, topic in persona.topics.items()
+        for asked, is_probe in _wordings(topic)
+        if is_probe
+    ]
+
+
+def conversations(persona: Persona, count: int, seed: int = 0) -> Iterator[list[dict[str, str]]]:
+    """`count` conversations about the persona: some begin with a greeting, some end with a farewell.
+
+    Yields:
+        Messages without a system turn: the chat template adds the persona's own.
+    """
+    draw = random.Random(f"persona {seed}")
+    trained = [
+        (asked, topic["replies"])
+        for topic in persona.topics.values()
+        for asked, is_probe in _wordings(topic)
+        if not is_probe
+    ]
+    for _ in range(count):
+        turns = []
+        if draw.random() < 0.3:
+            turns.append(
+                (
+                    _asked("", draw.choice(persona.greetings["questions"]), draw.choice("!.")),
+                    persona.greetings["replies"],
+                )
+            )
+        turns += draw.sample(trained, draw.choice((1, 1, 2)))
+        if draw.random() < 0.2:
+            turns.append(
+                (
+                    _asked("", draw.choice(persona.farewells["questions"]), draw.choice("!.")),
+                    persona.farewells["replies"],
+                )
+            )
+        yield [
+            message
+            for question, replies in turns
+            for message in (
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": draw.choice(replies)},
+            )
+        ]

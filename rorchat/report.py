@@ -1,0 +1,180 @@
+"""Run folders -> curves.png and report.md: what was done, how it went, what came of it."""
+
+import json
+from pathlib import Path
+
+from rorchat.errors import DataError
+from rorchat.evaluation.scores import Scores, read_scores
+
+STAGE_ORDER = ("pretrain", "sft", "dpo")
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The runs of a story, in the order of their stages: the folder itself, or those in it that have a run.json."""
+    runs = [folder] if (folder / "run.json").is_file() else sorted(path.parent for path in folder.glob("*/run.json"))
+    if not runs:
+        raise DataError(f"{folder} holds no run: there is no run.json in it or one level below.")
+
+    def position(run: Path) -> tuple[int, str]:
+        stage = read_run(run)["stage"]
+        return STAGE_ORDER.index(stage) if stage in STAGE_ORDER else len(STAGE_ORDER), run.name
+
+    return sorted(runs, key=position)
+
+
+def read_run(run: Path) -> dict:
+    try:
+        return json.loads((run / "run.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"{run}/run.json cannot be read: {error}") from None
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The records of a JSON lines file; none where there is no file. A half-written last line is passed over."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def draw_curves(runs: list[Path], target: Path) -> None:
+    """One column of panels a run: loss and validation, learning rate, tokens a second, memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = (
+        ("loss (nats/token)", (("loss", "training", 1), ("eval_loss", "validation", 1))),
+        ("learning rate", (("learning_rate", "learning rate", 1),)),
+        ("tokens per second", (("tokens_per_second", "tokens/s", 1),)),
+        ("peak memory (GB)", (("memory_bytes", "memory", 1e-9),)),
+    )
+    figure, axes = pyplot.subplots(
+        len(panels), len(runs), figsize=(4.6 * len(runs), 9.5), squeeze=False, constrained_layout=True, sharex="col"
+    )
+    for column, run in enumerate(runs):
+        records = read_lines(run / "metrics.jsonl")
+        for row, (label, lines) in enumerate(panels):
+            axis = axes[row][column]
+            for key, name, scale in lines:
+                points = [(record["step"], record[key] * scale) for record in records if key in record]
+                if points:
+                    marker = "o" if len(points) < 12 else None
+                    axis.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3)
+            axis.grid(alpha=0.3)
+            if column == 0:
+                axis.set_ylabel(label)
+            if len(lines) > 1 and axis.get_legend_handles_labels()[0]:
+                axis.legend()
+            if row != 0:
+                axis.set_ylim(bottom=0)
+        axes[0][column].set_title(run.name)
+        axes[-1][column].set_xlabel("step")
+    figure.savefig(target, dpi=110)
+    pyplot.close(figure)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
+
+
+def score_table(columns: list[Scores]) -> str:
+    """Scores side by side, a model a column."""
+    names = list(dict.fromkeys(name for column in columns for name in column.rows()))
+    rows = [[name, *(column.rows().get(name, "-") for column in columns)] for name in names]
+    return table(["", *(column.name for column in columns)], rows)
+
+
+def run_table(runs: list[Path]) -> str:
+    rows = []
+    for run in runs:
+        record = read_run(run)
+        metrics = record.get("metrics", {})
+        loss, bits = metrics.get("eval_loss"), metrics.get("eval_bits_per_byte")
+        rows.append(
+            [
+                run.name,
+                f"{record.get('parameters', 0):,}",
+                f"{metrics.get('steps', 0):,}",
+                f"{metrics.get('tokens', 0):,}",
+                f"{metrics.get('train_seconds', 0):,.0f}",
+                "-" if loss is None else f"{loss:.3f}",
+                "-" if bits is None else f"{bits:.3f}",
+                record.get("device", "?"),
+            ]
+        )
+    header = ["run", "parameters", "steps", "tokens", "seconds", "validation loss", "bits per byte", "device"]
+    return table(header, rows)
+
+
+def data_table(runs: list[Path]) -> str:
+    rows = [
+        [
+            run.name,
+            source["source"],
+            source["licence"],
+            f"{source['kept']:,} of {source['rows_in']:,}",
+            ", ".join(f"{reason} {count}" for reason, count in source["rejects"].items()) or "none",
+        ]
+        for run in runs
+        for source in read_run(run).get("data", [])
+    ]
+    return table(["run", "source", "licence", "rows kept", "rejected"], rows)
+
+
+def samples_section(runs: list[Path]) -> str:
+    parts = []
+    for run in runs:
+        samples = read_lines(run / "samples.jsonl")
+        prompts = list(dict.fromkeys(sample["prompt"] for sample in samples))
+        rows = []
+        for prompt in prompts:
+            texts = [sample["text"] for sample in samples if sample["prompt"] == prompt]
+            rows.append([prompt, texts[0], texts[-1]])
+        if rows:
+            parts.append(f"### {run.name}\n\n" + table(["prompt", "before", "after"], rows))
+    return "\n\n".join(parts) or "No samples were taken."
+
+
+def write_report(folder: Path) -> tuple[Path, Path]:
+    """Writes report.md and curves.png into a run's or a story's folder.
+
+    Returns:
+        The two paths, report first.
+    """
+    runs = find_runs(folder)
+    curves, report = folder / "curves.png", folder / "report.md"
+    draw_curves(runs, curves)
+    parts = [f"# {folder.name}", run_table(runs), "![curves](curves.png)"]
+    if (folder / "scores.json").is_file():
+        columns = read_scores(folder / "scores.json")
+        parts += ["## Scores", score_table(columns)]
+        parts += [
+            "Answers are the likeliest words. A question is right if the reply has the answer and no other of its kind."
+        ]
+        if columns[-1].examples:
+            parts += [
+                "### Exchanges with " + columns[-1].name,
+                table(["user", "model"], [list(e) for e in columns[-1].examples]),
+            ]
+    parts += ["## Samples", samples_section(runs), "## Data", data_table(runs)]
+    versions = read_run(runs[-1])["versions"]
+    parts += [
+        "Made with rorchat "
+        + read_run(runs[-1])["rorchat"]
+        + ", "
+        + ", ".join(f"{k} {v}" for k, v in versions.items())
+        + "."
+    ]
+    report.write_text("\n\n".join(parts) + "\n")
+    return report, curves

@@ -1,0 +1,57 @@
+"""DailyDialog: 13k everyday dialogues of several turns. Li et al. 2017, arXiv:1710.03957.
+
+The original release has one dialogue a line and ` __eou__` after every utterance, with blanks around punctuation. Two
+people speak in turn; the second one becomes the assistant.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from rorchat.sources._read import files_of, read_lines
+from rorchat.sources._rows import Reject, message
+
+KIND = "conversation"
+LICENCE = "CC BY-NC-SA 4.0 (not for commercial use)"
+HUB = {"path": "roskoN/dailydialog", "split": "train", "revision": "refs/convert/parquet"}
+FILES = ("dialogues_text.txt", "dialogues_train.txt", "train/dialogues_train.txt", "dialogues_*.txt")
+RAW = [
+    "Hey John , how are you ? __eou__ I ’ m fine , thanks . __eou__ Good ! __eou__",
+    {"utterances": ["Say , Jim , how about a beer ?", "Sure ."]},
+    {"dialog": ["Say , Jim , how about a beer ?", "Sure ."]},
+]
+
+_MARK = "__eou__"
+
+
+def read(path: Path) -> Iterator[tuple[str, str | Reject]]:
+    """One raw row a line of the original text files (not those with acts and emotions)."""
+    for file in files_of(path, FILES):
+        if file.suffix != ".txt":
+            raise Reject("wrong file", str(file))
+        yield from read_lines(file)
+
+
+def convert(row: str | dict) -> dict:
+    """A dialogue -> messages; a last utterance nobody answers is left out."""
+    if isinstance(row, dict):
+        utterances = row.get("utterances") or row.get("dialog")
+        if not isinstance(utterances, list):
+            raise Reject("missing field", f"no 'utterances' or 'dialog' among {', '.join(row)}")
+    elif _MARK in row:
+        utterances = [part for part in row.split(_MARK) if part.strip()]
+    else:
+        raise Reject("not a dialogue", f"no {_MARK} in the line")
+    turns = [_joined(utterance) for utterance in utterances]
+    turns = turns[: len(turns) // 2 * 2]
+    if not turns:
+        raise Reject("no assistant turn")
+    return {"messages": [message(("user", "assistant")[number % 2], turn) for number, turn in enumerate(turns)]}
+
+
+def _joined(utterance: str) -> str:
+    """Takes back the blanks that the corpus puts around punctuation: `I ’ m fine , thanks .` -> `I'm fine, thanks.`"""
+    text = utterance.strip().replace("’", "'")
+    text = re.sub(r"(\w) ?' ?(s|m|t|d|re|ve|ll)\b", r"\1'\2", text)
+    text = re.sub(r" +([,.;:!?%)])", r"\1", text)
+    return re.sub(r"(?<=[a-z][.!?])(?=[A-Z])", " ", text)

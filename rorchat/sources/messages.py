@@ -1,0 +1,31 @@
+"""Your own conversations, in the shapes that most chat datasets have.
+
+`{"messages": [{"role", "content"}]}` (SmolTalk, UltraChat, Tulu), a bare list of such messages, or ShareGPT's
+`{"conversations": [{"from", "value"}]}`, as JSON lines, JSON or Parquet.
+"""
+
+from rorchat.sources._rows import Reject, messages_of
+
+KIND = "conversation"
+LICENCE = "that of your files"
+HUB = None
+FILES = ("**/*",)
+RAW = [
+    {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]},
+    [{"content": "Hello", "role": "user"}, {"content": "Hi!", "role": "assistant"}],
+    {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi!"}]},
+]
+
+
+def convert(row: dict | list) -> dict:
+    """Any of the shapes -> messages; a last question nobody answers is left out."""
+    if isinstance(row, dict):
+        if "messages" not in row and "conversations" not in row:
+            raise Reject("missing field", f"no 'messages' or 'conversations' among {', '.join(list(row)[:8])}")
+        row = row.get("messages", row.get("conversations"))
+    messages = messages_of(row)
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise Reject("no assistant turn")
+    return {"messages": messages}

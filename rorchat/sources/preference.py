@@ -1,0 +1,63 @@
+"""Your own preferences: a prompt with a chosen and a rejected reply, in the shapes that most datasets have.
+
+Strings (`{"prompt", "chosen", "rejected"}`), message lists that share their prompt (UltraFeedback binarized, Tulu 3),
+LLaMA-Factory's `{"conversations", "chosen", "rejected"}`, and Alpaca rows with `chosen` and `rejected`.
+"""
+
+from rorchat.sources._rows import Reject, message, messages_of, text_of
+
+KIND = "preference"
+LICENCE = "that of your files"
+HUB = {"path": "HuggingFaceH4/ultrafeedback_binarized", "split": "train_prefs"}
+FILES = ("**/*",)
+RAW = [
+    {"prompt": "What is red?", "chosen": "A colour.", "rejected": "No."},
+    {
+        "prompt": "What is red?",
+        "chosen": [{"role": "user", "content": "What is red?"}, {"role": "assistant", "content": "A colour."}],
+        "rejected": [{"role": "user", "content": "What is red?"}, {"role": "assistant", "content": "No."}],
+    },
+    {
+        "conversations": [{"from": "human", "value": "What is red?"}],
+        "chosen": {"from": "gpt", "value": "A colour."},
+        "rejected": {"from": "gpt", "value": "No."},
+    },
+    {"instruction": "What is it?", "input": "red", "output": "A colour.", "chosen": "A colour.", "rejected": "No."},
+]
+
+
+def convert(row: dict) -> dict:
+    """Any of the shapes -> {"prompt": [messages], "chosen": [message], "rejected": [message]}."""
+    for side in ("chosen", "rejected"):
+        if not isinstance(row, dict) or side not in row:
+            raise Reject("missing field", f"no {side!r}")
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        return _from_lists(row, messages_of(chosen), messages_of(rejected))
+    if "conversations" in row:
+        return {
+            "prompt": messages_of(row["conversations"]),
+            "chosen": messages_of([chosen]),
+            "rejected": messages_of([rejected]),
+        }
+    if "instruction" in row:
+        given = (row.get("input") or "").strip()
+        instruction = text_of(row, "instruction").strip()
+        prompt = [message("user", f"{instruction}\n\n{given}" if given else instruction)]
+    elif isinstance(row.get("prompt"), list):
+        prompt = messages_of(row["prompt"])
+    else:
+        prompt = [message("user", text_of(row, "prompt"))]
+    return {
+        "prompt": prompt,
+        "chosen": [message("assistant", text_of(row, "chosen"))],
+        "rejected": [message("assistant", text_of(row, "rejected"))],
+    }
+
+
+def _from_lists(row: dict, chosen: list[dict], rejected: list[dict]) -> dict:
+    if isinstance(row.get("prompt"), list):
+        return {"prompt": messages_of(row["prompt"]), "chosen": chosen, "rejected": rejected}
+    if chosen[:-1] != rejected[:-1]:
+        raise Reject("different prompts", "chosen and rejected do not share all but their last message")
+    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}

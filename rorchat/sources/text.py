@@ -1,0 +1,17 @@
+"""Your own texts: .txt or .md files, one document each, or JSON lines and Parquet with a `text` column.
+
+Inside a text file `<|endoftext|>` stands between documents, as in the files of TinyStories.
+"""
+
+from rorchat.sources._rows import text_of
+
+KIND = "document"
+LICENCE = "that of your files"
+HUB = None
+FILES = ("**/*",)
+RAW = [{"text": "Once upon a time there was a small model."}]
+
+
+def convert(row: dict) -> dict:
+    """{"text", ...} -> {"text"}."""
+    return {"text": text_of(row, "text")}

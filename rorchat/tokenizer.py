@@ -1,0 +1,185 @@
+"""TOKENS: train a byte-level BPE with the control tokens in it, or load one and add them.
+
+Whatever comes out has real control tokens, reserved slots up to a multiple of 64, a chat template, and loads with plain
+`AutoTokenizer`. A control token is never made of text: the splitting pattern cuts between `<|` and a word, so that no
+sequence of merges can spell one.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from rorchat.chatml import (
+    CONTROL_TOKENS,
+    END_OF_TEXT,
+    PAD,
+    VOCABULARY_MULTIPLE,
+    chat_template,
+    encode_text,
+    reserved_token,
+)
+from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.persona import Persona, load_persona
+
+# GPT-2's pattern but for numbers: each digit is a token, and never with the blank before it, so that a number is
+# spelled the same everywhere and a sum can be learned digit by digit.
+SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+RESERVED_SLOTS = 12  # with the four control tokens: 16 in a tokenizer trained here
+SMALLEST_VOCABULARY = 256 + len(CONTROL_TOKENS) + RESERVED_SLOTS
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, persona: Persona | None = None, max_characters: int = 1_000_000_000
+):
+    """A byte-level BPE tokenizer with the control tokens in it from birth.
+
+    Args:
+        texts: documents; read until `max_characters` are seen.
+        vocab_size: all tokens, control tokens and reserved slots included; a multiple of 64. Where the texts give
+            fewer merges, reserved slots fill the rest and the size stays.
+        persona: whose system message the chat template carries; None for the default persona.
+        max_characters: how much text is counted, which bounds memory: a billion is plenty.
+
+    Raises:
+        UsageError: `vocab_size` is no multiple of 64 or has no room for the bytes.
+        DataError: the texts are empty.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size % VOCABULARY_MULTIPLE or vocab_size < SMALLEST_VOCABULARY:
+        raise UsageError(
+            f"vocab_size is {vocab_size}: it must be a multiple of {VOCABULARY_MULTIPLE} and at least "
+            f"{-(-SMALLEST_VOCABULARY // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE} "
+            "(256 bytes, the control tokens, the reserved slots)."
+        )
+    special = [*CONTROL_TOKENS, *(reserved_token(number) for number in range(RESERVED_SLOTS))]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    seen = 0
+
+    def bounded() -> Iterator[str]:
+        nonlocal seen
+        for text in texts:
+            yield text
+            seen += len(text)
+            if seen >= max_characters:
+                return
+
+    bpe.train_from_iterator(
+        bounded(),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    if not seen:
+        raise DataError("There is no text to train a tokenizer on.")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False)
+    return _add_chatml(tokenizer, persona or load_persona(), size=vocab_size)
+
+
+def load_tokenizer(name_or_path: str, persona: Persona | None = None):
+    """A tokenizer from a folder or the Hub that has the control tokens, a pad of its own and a chat template.
+
+    A folder may hold what `save_pretrained` writes or GPT-2's original `vocab.json` and `merges.txt`. What lacks the
+    control tokens (GPT-2's own has 50,257 tokens) gets them, and reserved slots up to a multiple of 64 (50,304).
+
+    Args:
+        persona: replaces the chat template's system message; None leaves a ChatML template as it is.
+
+    Raises:
+        DataError: nothing loadable is there, or what is there is not a byte-level BPE.
+    """
+    tokenizer = _load_any(name_or_path)
+    sample = "Hello, naïve café! 你好 🙂\n\tx = 12345"
+    if (
+        len(tokenizer) < SMALLEST_VOCABULARY - RESERVED_SLOTS
+        or tokenizer.decode(encode_text(tokenizer, [sample])[0]) != sample
+    ):
+        raise DataError(
+            f"The tokenizer in {name_or_path!r} has {len(tokenizer)} tokens and does not give text back unchanged: "
+            "rorchat needs a byte-level BPE such as GPT-2's or one of `recipes/tokenizer.py`."
+        )
+    missing = [token for token in CONTROL_TOKENS if token not in tokenizer.get_added_vocab()]
+    if missing or tokenizer.chat_template is None or persona is not None or tokenizer.pad_token != PAD:
+        tokenizer = _add_chatml(tokenizer, persona or load_persona())
+    return tokenizer
+
+
+def _load_any(name_or_path: str):
+    from transformers import AutoTokenizer, GPT2Tokenizer
+
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        names = {path.name for path in folder.iterdir()}
+        if "tokenizer.json" not in names and {"vocab.json", "merges.txt"} <= names:
+            # Not GPT2TokenizerFast(vocab_file=..., merges_file=...): in transformers 5.23 that silently has one token
+            return GPT2Tokenizer.from_pretrained(folder)
+        if "tokenizer.json" not in names:
+            raise DataError(
+                f"No tokenizer in {folder}: it holds {', '.join(sorted(names)[:8]) or 'nothing'}. "
+                "Expected tokenizer.json, or vocab.json and merges.txt."
+            )
+    elif folder.exists() or name_or_path.startswith((".", "/")):
+        raise DataError(f"No tokenizer at {name_or_path}: give a folder that holds one, or a Hub id such as 'gpt2'.")
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"Cannot load a tokenizer from {name_or_path!r}: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def _add_chatml(tokenizer, persona: Persona, size: int | None = None):
+    """Gives a tokenizer control tokens, reserved slots up to `size` or the next multiple of 64, and the template."""
+    if "<|im_start|>" in tokenizer.get_vocab() and "<|im_start|>" not in tokenizer.get_added_vocab():
+        raise MismatchError(
+            "'<|im_start|>' is an ordinary token of this vocabulary: it can't serve as a control token."
+        )
+    tokenizer.add_special_tokens(
+        {
+            "eos_token": END_OF_TEXT,
+            "bos_token": END_OF_TEXT,
+            "unk_token": END_OF_TEXT,
+            "pad_token": PAD,
+            "extra_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        }
+    )
+    reserved = [token for token in tokenizer.get_added_vocab() if token.startswith("<|reserved_")]
+    target = size or -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    reserved += [reserved_token(len(reserved) + number) for number in range(target - len(tokenizer))]
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>", *reserved]})
+    tokenizer.padding_side = "left"  # generation continues at the right end; training pads by its own collator
+    tokenizer.chat_template = chat_template([*CONTROL_TOKENS, *reserved], persona.system)
+    return tokenizer
+
+
+def token_bytes(tokenizer) -> list[int]:
+    """UTF-8 bytes of each token, 0 for control tokens and reserved slots: what bits per byte divides by.
+
+    Returns:
+        One number per id. Byte-level tokens spell each byte as one character, so no lossy decoding is involved.
+    """
+    special = set(tokenizer.all_special_ids)
+    spelled = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return [0 if token_id in special or token is None else len(token) for token_id, token in enumerate(spelled)]
+
+
+def tokenizer_sha256(tokenizer) -> str:
+    """A fingerprint of what ids mean: the same for two tokenizers that encode all text alike.
+
+    The chat template is no part of it, so that a new system message does not disown a token store.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    meaning = {key: backend[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""TOKENS: text -> shards -> mixture -> rows."""

@@ -1,0 +1,143 @@
+"""Preference training: pairs of replies -> a model that prefers the better one, in TRL's DPOTrainer.
+
+Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) with an SFT term: without it the chosen replies
+lose probability too, and a small model begins to babble. Pairs are encoded here, as everywhere; TRL's preparation is
+skipped. The reference model's log-probabilities are computed once, so that no second model is held.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from rorchat.chatml import IGNORED, EncodedConversation, encode_conversations
+from rorchat.errors import DataError
+from rorchat.inference.engine import ChatModel, generate_replies
+from rorchat.persona import load_persona
+from rorchat.sources import Reject, Tally, in_validation, load
+from rorchat.training.arguments import DataArguments
+from rorchat.training.loss import fuse_gelu
+from rorchat.training.sft import steps_of, training_order
+from rorchat.training.trainer import OptimizationArguments, StageTrainer
+
+
+@dataclass
+class DpoArguments(DataArguments, OptimizationArguments, DPOConfig):
+    """Settings of `recipes/dpo.py`."""
+
+    model: str = field(
+        default="gpt2", metadata={"help": "The chat model to train: a run's folder, a folder or a Hub id."}
+    )
+    # TRL's fields with other defaults
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of prompt and reply; default: the positions."}
+    )
+    beta: float = field(default=0.1, metadata={"help": "How strongly the model is held to the reference."})
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid", "sft"])
+    loss_weights: list[float] | None = field(default_factory=lambda: [1.0, 1.0])
+    precompute_ref_log_probs: bool = True
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.0
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 a share of them."})
+    lr_scheduler_type: str = "warmup_stable_decay"
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    gradient_checkpointing: bool = False
+    bf16: bool | None = None
+    logging_steps: float = 10
+    eval_strategy: str = "no"
+    save_strategy: str = "no"
+    report_to: str = "none"
+    disable_tqdm: bool = True
+
+    def __post_init__(self):
+        self.check_data()
+        self.settle()
+        super().__post_init__()
+
+
+def _split(encoded: EncodedConversation) -> tuple[list[int], list[int]]:
+    """(prompt, reply) ids: the last supervised stretch is the reply, with the `<|im_end|>` that closes it."""
+    end = max(at for at, label in enumerate(encoded.labels) if label != IGNORED) + 1
+    start = end
+    while encoded.labels[start - 1] != IGNORED:
+        start -= 1
+    return encoded.input_ids[:start], encoded.input_ids[start:end]
+
+
+def read_pairs(arguments: DpoArguments, tokenizer, max_length: int) -> tuple[Dataset, Dataset, list[Tally]]:
+    """(training pairs, validation pairs, where the rows went), each pair `prompt_ids`, `chosen_ids`, `rejected_ids`.
+
+    A pair goes to validation by a hash of its prompt, so that no prompt is on both sides. A pair of which either side
+    is longer than `max_length` is rejected.
+
+    Raises:
+        DataError: nothing to train on, or nothing held out.
+    """
+    persona = load_persona(arguments.persona)
+    kept: dict[bool, list[dict]] = {True: [], False: []}
+    tallies = []
+    for spec in arguments.sources:
+        rows = load(spec, "preference", seed=arguments.data_seed, persona=persona)
+        pairs = list(rows)
+        chosen = encode_conversations(tokenizer, [[*row["prompt"], *row["chosen"]] for row in pairs])
+        rejected = encode_conversations(tokenizer, [[*row["prompt"], *row["rejected"]] for row in pairs])
+        for number, (row, better, worse) in enumerate(zip(pairs, chosen, rejected, strict=True)):
+            if max(len(better.input_ids), len(worse.input_ids)) > max_length:
+                rows.tally.kept -= 1
+                rows.tally.reject(f"{spec}, pair {number}", Reject("over-long"))
+                continue
+            prompt_ids, chosen_ids = _split(better)
+            held_out = in_validation("\n".join(turn["content"] for turn in row["prompt"]), arguments.validation_share)
+            kept[held_out].append(
+                {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": _split(worse)[1]}
+            )
+        tallies.append(rows.tally)
+    if not kept[True] or not kept[False]:
+        raise DataError(
+            f"{len(kept[False])} pairs to train on and {len(kept[True])} held out for validation, at validation_share "
+            f"{arguments.validation_share} of {', '.join(arguments.sources)}: both are needed. Give more data "
+            "or another validation_share."
+        )
+    return Dataset.from_list(kept[False]), Dataset.from_list(kept[True]), tallies
+
+
+class PreferenceTrainer(StageTrainer, DPOTrainer):
+    """DPOTrainer over encoded pairs."""
+
+    def __init__(self, model, arguments: DpoArguments, tokenizer, train: Dataset, validation: Dataset):
+        micro = arguments.per_device_train_batch_size
+        arguments.max_steps = steps_of(arguments, len(train))
+        rows = arguments.max_steps * micro * arguments.gradient_accumulation_steps * arguments.world_size
+        lengths = np.array(
+            [
+                2 * len(p) + len(c) + len(r)
+                for p, c, r in zip(train["prompt_ids"], train["chosen_ids"], train["rejected_ids"], strict=True)
+            ]
+        )
+        order = training_order(lengths, rows, micro, arguments.data_seed)
+        read = np.cumsum([0, *lengths[order].reshape(arguments.max_steps, -1).sum(1)])
+        fuse_gelu(model)
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=train.select(order),
+            eval_dataset=validation,
+            processing_class=tokenizer,
+        )
+        chat = ChatModel(model, tokenizer)
+        self.begin_stage(
+            chat,
+            Path(arguments.output_dir),
+            tokens_after=lambda step: int(read[step]),
+            speak=lambda prompts: [reply.text for reply in generate_replies(chat, prompts, temperature=0)],
+        )
+
+    def _prepare_dataset(self, dataset, *args):
+        return dataset  # rows come encoded
+
+    def evaluate(self, *args, **kwargs):
+        return DPOTrainer.evaluate(self, *args, **kwargs)  # a pair's loss, accuracy and margin, not a token's

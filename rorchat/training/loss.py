@@ -1,0 +1,90 @@
+"""The training loss of a stock GPT-2 without the logits of a whole batch.
+
+The vocabulary head is a third of the work of a small model, and its float32 logits most of the memory: 16 rows of 1,024
+tokens over 50,304 words are 3.3 GB, and Transformers holds them three times. Here the head runs on labelled positions
+only, a slice at a time, and the gradients are formed with the loss, so that a slice's logits live once.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from rorchat.chatml import IGNORED
+
+LOGITS_AT_ONCE = 2**25  # numbers, 134 MB in float32: slices are as large as that allows
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Summed cross-entropy of `hidden @ weight.T`, with both gradients formed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        wants = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        hidden_gradient = torch.empty_like(hidden) if wants else None
+        weight_gradient = torch.zeros_like(weight) if wants else None
+        rows = max(1, LOGITS_AT_ONCE // weight.size(0))
+        for start in range(0, len(hidden), rows):
+            part, wanted = hidden[start : start + rows], labels[start : start + rows]
+            logits = (part @ weight.T).float()  # (rows, D) -> (rows, V)
+            log_sum = torch.logsumexp(logits, dim=-1)
+            total += (log_sum - logits.gather(1, wanted[:, None])[:, 0]).sum()
+            if wants:
+                gradient = logits.sub_(log_sum[:, None]).exp_()  # the softmax, in place
+                gradient.scatter_add_(1, wanted[:, None], gradient.new_full((len(wanted), 1), -1.0))
+                gradient = gradient.to(part.dtype)
+                torch.mm(gradient, weight, out=hidden_gradient[start : start + rows])
+                weight_gradient.addmm_(gradient.T, part)
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        return hidden_gradient * scale, weight_gradient * scale, None
+
+
+def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The sum of -log p(label) over labelled positions, in nats, float32.
+
+    Args:
+        hidden: (B, T, D), the model's last hidden states.
+        weight: (V, D), the vocabulary head, tied to the embedding.
+        labels: (B, T), not yet shifted; -100 where nothing is asked.
+    """
+    labels = labels[:, 1:]
+    asked = labels != IGNORED
+    hidden = hidden[:, :-1][asked]  # (B, T, D) -> (N, D)
+    return _HeadLoss.apply(hidden, weight.to(hidden.dtype), labels[asked])
+
+
+def fuse_head(model: nn.Module) -> None:
+    """Gives a stock GPT-2 the loss above, for training only: nothing of it is saved.
+
+    `model(labels=...)` then returns the loss without logits; without labels the model is as before.
+    """
+    stock_forward = model.forward
+
+    @functools.wraps(stock_forward)
+    def forward(*args, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **kwargs):
+        if labels is None:
+            return stock_forward(*args, **kwargs)
+        kwargs["use_cache"] = False
+        hidden = model.base_model(*args, **kwargs).last_hidden_state
+        loss = head_loss(hidden, model.get_output_embeddings().weight, labels)
+        items = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutput(loss=loss / items)
+
+    model.forward = forward
+    # Batches are padded on the right, which needs no mask (rorchat/tokens/batch.py); Transformers looks for the padding
+    # in every forward pass to recommend one.
+    model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
+
+
+def fuse_gelu(model: nn.Module) -> None:
+    """One kernel for `gelu_new`, the same function: a fifth off a step of a small model on a CPU. Nothing is saved."""
+    if model.config.activation_function == "gelu_new":
+        for block in model.transformer.h:
+            block.mlp.act = nn.GELU(approximate="tanh")

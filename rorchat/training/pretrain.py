@@ -1,0 +1,128 @@
+"""Pretraining: documents -> rows -> a language model, in Transformers' Trainer."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from rorchat.errors import UsageError
+from rorchat.inference.engine import ChatModel, continue_texts
+from rorchat.persona import load_persona
+from rorchat.tokens.batch import padded
+from rorchat.tokens.mixture import Mixture, ValidationRows
+from rorchat.tokens.prepare import prepare
+from rorchat.tokens.store import TokenStore
+from rorchat.training.arguments import DataArguments
+from rorchat.training.loss import fuse_gelu, fuse_head
+from rorchat.training.trainer import OptimizationArguments, StageTrainer
+
+SAMPLE_TOKENS = 48
+
+
+@dataclass
+class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments):
+    """Settings of `recipes/pretrain.py`."""
+
+    tokenizer: str = field(default="gpt2", metadata={"help": "A folder or a Hub id."})
+    size: str = field(default="124m", metadata={"help": "demo, 51m, 124m ... or layers x heads x width, as 6x5x160."})
+    model: str | None = field(
+        default=None, metadata={"help": "Go on from this model (a folder or a Hub id) instead of random weights."}
+    )
+    token_store: str | None = field(
+        default=None, metadata={"help": "Where tokenized sources are kept; default: tokens/ in the output folder."}
+    )
+    weights: list[float] | None = field(
+        default=None, metadata={"help": "Share of the tokens of each source, in any scale; default: by size."}
+    )
+    block_size: int = field(default=1024, metadata={"help": "Tokens a row; also the positions of a new model."})
+    global_batch_tokens: int = field(
+        default=524_288, metadata={"help": "Tokens an optimizer step reads, over all processes and micro-batches."}
+    )
+    train_tokens: int = field(default=0, metadata={"help": "Tokens to train on; max_steps, if given, decides instead."})
+
+    # Transformers' fields with other defaults
+    learning_rate: float = 6e-4
+    weight_decay: float = 0.1
+    warmup_steps: float = field(default=0.02, metadata={"help": "Steps, or below 1 a share of them."})
+    lr_scheduler_type: str = "warmup_stable_decay"
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    bf16: bool | None = None
+    logging_steps: float = 20
+    eval_strategy: str = "steps"
+    eval_steps: float = field(default=0.25, metadata={"help": "Steps, or below 1 a share of them."})
+    save_strategy: str = "no"
+    report_to: str = "none"
+    disable_tqdm: bool = True
+
+    def __post_init__(self):
+        self.check_data()
+        self.settle()
+        if self.block_size < 2:
+            raise UsageError(f"block_size is {self.block_size}: a row needs at least 2 tokens.")
+        super().__post_init__()
+        per_pass = self.block_size * self.per_device_train_batch_size * self.world_size
+        if self.global_batch_tokens % per_pass:
+            raise UsageError(
+                f"global_batch_tokens {self.global_batch_tokens:,} is no multiple of block_size {self.block_size} x "
+                f"per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} processes = "
+                f"{per_pass:,}: the nearest that fit are {self.global_batch_tokens // per_pass * per_pass:,} and "
+                f"{(self.global_batch_tokens // per_pass + 1) * per_pass:,}."
+            )
+        self.gradient_accumulation_steps = self.global_batch_tokens // per_pass
+        if self.max_steps <= 0:
+            self.max_steps = self.train_tokens // self.global_batch_tokens
+        if self.max_steps <= 0:
+            raise UsageError(
+                f"train_tokens is {self.train_tokens:,}, less than one step of {self.global_batch_tokens:,} tokens: "
+                "give train_tokens or max_steps."
+            )
+
+
+def prepare_stores(arguments: PretrainArguments, tokenizer) -> list[TokenStore]:
+    """The token store of every source, made by the first process and opened by the others."""
+    root = Path(arguments.token_store or Path(arguments.output_dir) / "tokens")
+    persona = load_persona(arguments.persona)
+    stores, names = [], set()
+    for spec in arguments.sources:
+        name = spec.partition("=")[0]
+        name = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in names)
+        names.add(name)
+        with arguments.main_process_first(desc=f"prepare {spec}"):
+            stores.append(
+                prepare(
+                    spec,
+                    tokenizer,
+                    root / name,
+                    validation_share=arguments.validation_share,
+                    seed=arguments.data_seed,
+                    persona=persona,
+                )
+            )
+    return stores
+
+
+class PretrainTrainer(StageTrainer):
+    """Trains a stock GPT-2 on the rows of a mixture, with the head and the loss fused."""
+
+    def __init__(self, model, arguments: PretrainArguments, tokenizer, stores: list[TokenStore]):
+        rows = arguments.max_steps * arguments.global_batch_tokens // arguments.block_size
+        self.mixture = Mixture(stores, arguments.weights, arguments.block_size, rows, arguments.data_seed)
+        fuse_head(model)
+        fuse_gelu(model)
+        pad_id = tokenizer.pad_token_id
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=self.mixture,
+            eval_dataset={store.name: ValidationRows(store, arguments.block_size) for store in stores},
+            processing_class=tokenizer,
+            data_collator=lambda rows: padded(rows, pad_id),
+        )
+        chat = ChatModel(model, tokenizer)
+        self.begin_stage(
+            chat,
+            Path(arguments.output_dir),
+            tokens_after=lambda step: step * arguments.global_batch_tokens,
+            speak=lambda prompts: continue_texts(chat, prompts, min(SAMPLE_TOKENS, chat.positions // 2)),
+        )

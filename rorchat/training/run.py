@@ -1,0 +1,148 @@
+"""A run and its folder: begin, resume or find finished; train; save a stock model. The tail that every stage shares.
+
+config.yaml     what was set; itself a valid --config
+run.json        versions, device, what went in (with sha256), results; `finished` once the model is saved
+metrics.jsonl   one line a log step
+samples.jsonl   what the model says to fixed prompts, before and after
+checkpoint-N/   the Trainer's, when save_strategy asks for them
+model/          the result: a plain Transformers folder
+"""
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from rorchat import __version__
+from rorchat.errors import MismatchError
+from rorchat.model import save_model
+
+LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "trl")
+# Settings that change neither what is computed nor what comes out: they may differ when a run goes on.
+FREE_SETTINGS = {
+    "output_dir", "logging_steps", "logging_strategy", "report_to", "dataloader_num_workers", "save_steps",
+    "save_strategy", "save_total_limit", "run_name", "use_cpu",
+}  # fmt: skip
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(folder: str) -> dict[str, str]:
+    """sha256 of the weights and the tokenizer in a local folder; a Hub id stands for itself."""
+    files = [Path(folder) / name for name in ("model.safetensors", "tokenizer.json", "vocab.json", "merges.txt")]
+    return {file.name: file_sha256(file) for file in files if file.is_file()} or {"id": folder}
+
+
+class Run:
+    """The folder of one run of one stage.
+
+    Args:
+        arguments: a stage's, as `parse` gives them; `output_dir` is the folder.
+        stage: "pretrain", "sft", "dpo" ...
+        inputs: folders (or Hub ids) of tokenizer and model that go in, by role.
+
+    Raises:
+        MismatchError: the folder holds another run, or files that are no run's.
+    """
+
+    def __init__(self, arguments, stage: str, inputs: dict[str, str]):
+        self.folder, self.arguments = Path(arguments.output_dir), arguments
+        self.record = {
+            "stage": stage,
+            "rorchat": __version__,
+            "inputs": {role: fingerprint(folder) for role, folder in inputs.items()},
+            "versions": {library: version(library) for library in LIBRARIES},
+            "python": platform.python_version(),
+        }
+        self._check_folder()
+        self.finished = bool(self._found and self._found.get("finished"))
+
+    @property
+    def model_folder(self) -> Path:
+        return self.folder / "model"
+
+    def _check_folder(self) -> None:
+        self._found = None
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return
+        where = f"The output folder {self.folder}"
+        remedy = "Choose another output_dir, or delete the folder."
+        try:
+            self._found = json.loads((self.folder / "run.json").read_text())
+            config = yaml.safe_load((self.folder / "config.yaml").read_text())
+        except (OSError, json.JSONDecodeError, yaml.YAMLError):
+            raise MismatchError(f"{where} is not empty and holds no run of rorchat. {remedy}") from None
+        differing = [
+            f"{name} {config.get(name)!r}, now {self.arguments.given.get(name)!r}"
+            for name in sorted((set(config) | set(self.arguments.given)) - FREE_SETTINGS)
+            if config.get(name) != self.arguments.given.get(name)
+        ]
+        for key in ("stage", "inputs"):
+            if self._found.get(key) != self.record[key]:
+                differing.append(f"{key} {self._found.get(key)}, now {self.record[key]}")
+        if differing:
+            raise MismatchError(f"{where} holds another run: {'; '.join(differing)}. {remedy}")
+
+    def already_finished(self) -> dict[str, float]:
+        """Says so, and gives the metrics that the run ended with."""
+        print(f"{self.folder}: finished before with these settings; delete the folder to run it again", file=sys.stderr)  # noqa: T201
+        return self._found["metrics"]
+
+    def begin(self) -> None:
+        """Writes config.yaml and run.json; clears what an unfinished run without a checkpoint left behind."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.last_checkpoint() is None:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.arguments.given, sort_keys=True))
+        self._write({})
+
+    def _write(self, more: dict) -> None:
+        (self.folder / "run.json").write_text(json.dumps({**self.record, **more}, indent=2) + "\n")
+
+    def last_checkpoint(self) -> str | None:
+        return get_last_checkpoint(str(self.folder)) if self.folder.is_dir() else None
+
+    def train(self, trainer, details: dict) -> dict[str, float]:
+        """Trains, going on from the newest checkpoint if there is one, measures, and saves the stock model.
+
+        Args:
+            details: what run.json should remember: data, plan, shape.
+
+        Returns:
+            The final metrics, which are also in run.json.
+        """
+        main = trainer.is_world_process_zero()
+        checkpoint = self.last_checkpoint()
+        if main:
+            self.begin()
+        trainer.accelerator.wait_for_everyone()
+        started = time.monotonic()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = round(time.monotonic() - started, 1)
+        metrics = trainer.final_metrics() | {"train_seconds": seconds, "steps": trainer.state.global_step}
+        metrics["tokens"] = trainer.tokens_after(trainer.state.global_step)
+        if main:
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            save_model(model, trainer.processing_class, self.model_folder)
+            device = str(model.device)
+            self._write(
+                {
+                    **details,
+                    "device": device,
+                    "parameters": model.num_parameters(),
+                    "metrics": metrics,
+                    "finished": True,
+                }
+            )
+        trainer.accelerator.wait_for_everyone()
+        return metrics
