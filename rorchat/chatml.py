@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rorchat.errors import DataError, MismatchError
+from rorchat.sources import ROLES, Reject
+from rorchat.sources import check_messages as check_turns
 
 END_OF_TEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END, PAD)
-ROLES = ("system", "user", "assistant")
 IGNORED = -100  # the label that no loss counts
 VOCABULARY_MULTIPLE = 64  # reserved slots fill the vocabulary up to a multiple of this
 
@@ -98,23 +99,12 @@ class EncodedPrompt:
         return "; ".join(parts)
 
 
-def check_messages(messages: Sequence[dict], where: str = "conversation") -> None:
-    """Raises DataError unless `messages` is [system] and then user and assistant in turn, all with string contents."""
-    if not messages:
-        raise DataError(f"{where}: no messages.")
-    for number, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise DataError(f"{where}: message {number} has the role {role!r}; allowed are {', '.join(ROLES)}.")
-        if not isinstance(content, str):
-            raise DataError(
-                f"{where}: message {number} ({role}) has content of type {type(content).__name__}, not text."
-            )
-        expected = ("user", "assistant")[(number - (messages[0]["role"] == "system")) % 2]
-        if role != expected and not (number == 0 and role == "system"):
-            raise DataError(
-                f"{where}: message {number} is from {role!r}, expected {expected!r}: user and assistant take turns."
-            )
+def check_messages(messages: Sequence[dict]) -> None:
+    """Raises DataError unless `messages` is an optional system message and then user and assistant in turn."""
+    try:
+        check_turns(messages)
+    except Reject as reject:
+        raise DataError(f"This conversation cannot be encoded: {reject}.") from None
 
 
 def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:

@@ -10,13 +10,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rorchat.errors import DataError, MismatchError, PermissionRefused, RemoteError
+from rorchat.errors import DataError, MismatchError, PermissionRefused, RemoteError, UsageError
 from rorchat.inference.engine import model_folder
 from rorchat.report import data_table, find_runs, read_run, run_table, samples_section, score_table
 from rorchat.training.run import file_sha256
 
 PROBE = "Who are you?"
 VERIFY_SECONDS = 600  # loading the largest size from a slow disk
+# Pickles are nobody's to load, checkpoints nobody's to see, and the card is made anew.
+NOT_UPLOADED = ("*.bin", "checkpoint-*", "README.md")
 # Runs in a fresh process, where only what a user of the model has is imported.
 _VERIFY = """
 import json, sys
@@ -48,7 +50,10 @@ def verify(folder: str | Path) -> dict:
         MismatchError: it loads, but is no chat model that stops.
     """
     command = [sys.executable, "-c", _VERIFY, str(folder), PROBE]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=VERIFY_SECONDS)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=VERIFY_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise DataError(f"{folder} did not load and answer within {VERIFY_SECONDS} s.") from None
     line = next((line for line in done.stdout.splitlines() if line.startswith("VERIFIED ")), None)
     if done.returncode or line is None:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -86,7 +91,7 @@ def model_card(folder: Path, repository: str) -> str:
         f'print(talk([{{"role": "user", "content": "{PROBE}"}}])[0]["generated_text"][-1]["content"])\n```',
     ]
     try:
-        runs = find_runs(_story_of(folder))
+        runs = _runs_behind(folder)
     except DataError:
         parts.append("No record of its training lies beside the model.")
         return "\n\n".join(parts) + "\n"
@@ -110,6 +115,27 @@ def model_card(folder: Path, repository: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _runs_behind(folder: Path) -> list[Path]:
+    """The runs that led to this model, told by its weights: a later stage beside it is not its story.
+
+    All runs of the story where its weights, or those that one of its runs began with, are of no run there: better a
+    source too many than a licence too few.
+    """
+    runs = find_runs(_story_of(folder))
+    made = {run: _weights(run / "model") for run in runs}
+    behind, wanted = set(), {_weights(folder)}
+    while found := {run for run in runs if made[run] in wanted} - behind:
+        behind |= found
+        inputs = [given for run in found for given in read_run(run).get("inputs", {}).values()]
+        wanted |= {given["model.safetensors"] for given in inputs if "model.safetensors" in given}
+    return [run for run in runs if run in behind] if wanted <= set(made.values()) - {None} else runs
+
+
+def _weights(folder: Path) -> str | None:
+    file = folder / "model.safetensors"
+    return file_sha256(file) if file.is_file() else None
+
+
 def _story_of(folder: Path) -> Path:
     """Where the runs behind a model lie: story/run/model, run/model or story/model."""
     parent = folder.resolve().parent
@@ -126,15 +152,20 @@ def push(name_or_path: str, repository: str, private: bool = False) -> str:
         What happened, for the user.
 
     Raises:
+        UsageError: there can be no such repository.
         DataError, MismatchError: the folder is not fit; nothing was uploaded.
         PermissionRefused, RemoteError: the Hub refused or failed.
     """
     from huggingface_hub import HfApi, snapshot_download
 
+    _check_name(repository)
     folder = Path(model_folder(name_or_path))
     if not folder.is_dir():
         raise DataError(f"No model folder {folder}.")
+    if not list(folder.glob("*.safetensors")):
+        raise DataError(f"No weights in {folder}: only safetensors are pushed.")
     before = verify(folder)
+    card = model_card(folder, repository)  # what fails here must fail before anything is uploaded
     api = HfApi()
     with _remote_failures(repository):
         url = api.create_repo(repository, private=private, exist_ok=True)
@@ -142,11 +173,11 @@ def push(name_or_path: str, repository: str, private: bool = False) -> str:
             repo_id=repository,
             folder_path=folder,
             commit_message="Upload model",
-            ignore_patterns=["*.bin", "checkpoint-*", "README.md"],
+            ignore_patterns=list(NOT_UPLOADED),
         )
         api.upload_file(
             repo_id=repository,
-            path_or_fileobj=model_card(folder, repository).encode(),
+            path_or_fileobj=card.encode(),
             path_in_repo="README.md",
             commit_message="Model card from the run",
         )
@@ -161,13 +192,23 @@ def push(name_or_path: str, repository: str, private: bool = False) -> str:
     )
 
 
+def _check_name(repository: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UsageError(f"{repository!r} is no Hub id: {error}") from None
+
+
 def _same_files(folder: Path, there: Path, repository: str) -> None:
-    for file in sorted(folder.iterdir()):
-        if file.suffix == ".bin" or file.name == "README.md" or not file.is_file():
-            continue
-        copy = there / file.name
-        if not copy.is_file() or file_sha256(copy) != file_sha256(file):
-            raise RemoteError(f"{file.name} came back from {repository} changed or not at all: push again.")
+    from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
+
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    for name in filter_repo_objects(names, ignore_patterns=[*NOT_UPLOADED, *DEFAULT_IGNORE_PATTERNS]):
+        copy = there / name
+        if not copy.is_file() or file_sha256(copy) != file_sha256(folder / name):
+            raise RemoteError(f"{name} came back from {repository} changed or not at all: push again.")
 
 
 class _remote_failures:
@@ -180,16 +221,40 @@ class _remote_failures:
         return self
 
     def __exit__(self, kind, error, traceback):
-        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+        from huggingface_hub.errors import LocalTokenNotFoundError
 
-        if error is None or not isinstance(error, (HfHubHTTPError, LocalTokenNotFoundError, OSError)):
+        error = _first_cause(error)
+        if not _is_remote(error):
             return False
-        said = " ".join(str(error).split())[:200]
         status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
+        said = getattr(error, "server_message", None)
+        said = f"{status}, {said}" if said else str(error).strip() or type(error).__name__
+        said = said.splitlines()[0][:200].rstrip(".")
+        if status in (401, 403) or isinstance(error, (LocalTokenNotFoundError, PermissionError)):
             raise PermissionRefused(
-                f"The Hub refuses to write {self.repository}: log in with `hf auth login` as its owner ({said})"
+                f"The Hub refuses to write {self.repository}: log in with `hf auth login` as its owner ({said})."
             ) from None
         raise RemoteError(
             f"The Hub failed for {self.repository}: {said}. The model is safe in its folder; push again."
         ) from None
+
+
+def _first_cause(error: BaseException | None) -> BaseException | None:
+    """What failed, from under the errors that the client wraps around it ("Force download failed ...")."""
+    import httpx2
+
+    while not isinstance(error, httpx2.HTTPError) and isinstance(error, (OSError, RuntimeError, ValueError)):
+        if not isinstance(error.__cause__, (OSError, httpx2.HTTPError)):
+            break
+        error = error.__cause__
+    return error
+
+
+def _is_remote(error: BaseException | None) -> bool:
+    """Whether the Hub or the way to it failed. A full disk or an unreadable file is an OSError too, with a number."""
+    import httpx2  # huggingface_hub's own; its errors are no OSErrors
+
+    if isinstance(error, OSError):
+        return error.errno is None or isinstance(error, (ConnectionError, TimeoutError))
+    # RuntimeError: Xet's way to fail; ValueError: an answer that is not the Hub's, such as a proxy's page
+    return isinstance(error, (httpx2.HTTPError, RuntimeError, ValueError))

@@ -21,7 +21,7 @@ OPENINGS = (
     "",
     "hello, ",
     "hi, ",
-    "hey RorChat, ",
+    "hey {name}, ",
     "please tell me, ",
     "can I ask, ",
     "so, ",
@@ -70,11 +70,27 @@ def load_persona(path: str | Path | None = None) -> Persona:
     except (yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} is no persona file: {reason}. Copy {DEFAULT_PERSONA} and change it.") from None
-    for name, topic in persona.topics.items():
-        lacking = {"questions", "replies", "expect"} - set(topic)
-        if lacking:
-            raise DataError(f"{path}: topic {name!r} lacks {', '.join(sorted(lacking))}.")
+    _check_parts(persona, path)
     return persona
+
+
+def _check_parts(persona: Persona, path: Path) -> None:
+    """Raises DataError unless every topic, the greetings and the farewells have their lists of texts."""
+    if not isinstance(persona.topics, dict) or not persona.topics:
+        raise DataError(f"{path}: no topics. Copy {DEFAULT_PERSONA} and change it.")
+    sections = [
+        (f"topic {name!r}", topic, ("questions", "replies", "expect")) for name, topic in persona.topics.items()
+    ]
+    sections += [(name, getattr(persona, name), ("questions", "replies")) for name in ("greetings", "farewells")]
+    for name, section, parts in sections:
+        texts = {part: section.get(part) if isinstance(section, dict) else None for part in parts}
+        lacking = [
+            part
+            for part, listed in texts.items()
+            if not isinstance(listed, list) or not listed or not all(isinstance(t, str) and t for t in listed)
+        ]
+        if lacking:
+            raise DataError(f"{path}: {name} lacks {', '.join(lacking)}: give each as a list of texts.")
 
 
 def _asked(opening: str, question: str, mark: str) -> str:
@@ -82,10 +98,10 @@ def _asked(opening: str, question: str, mark: str) -> str:
     return sentence[0].upper() + sentence[1:] + mark
 
 
-def _wordings(topic: dict[str, list[str]]) -> Iterator[tuple[str, bool]]:
+def _wordings(topic: dict[str, list[str]], name: str) -> Iterator[tuple[str, bool]]:
     """Every wording of a topic's questions, and whether it is kept for the probes."""
     for opening, question in itertools.product(OPENINGS, topic["questions"]):
-        asked = _asked(opening, question, "?")
+        asked = _asked(opening.replace("{name}", name), question, "?")
         # The plain question is always trained: it is what people type.
         probe = opening != "" and hashlib.sha256(asked.encode()).digest()[0] % PROBE_SHARE == 0
         yield asked, probe
@@ -96,7 +112,7 @@ def probes(persona: Persona) -> list[Probe]:
     return [
         Probe(name, asked, tuple(topic["expect"]))
         for name, topic in persona.topics.items()
-        for asked, is_probe in _wordings(topic)
+        for asked, is_probe in _wordings(topic, persona.name)
         if is_probe
     ]
 
@@ -111,7 +127,7 @@ def conversations(persona: Persona, count: int, seed: int = 0) -> Iterator[list[
     trained = [
         (asked, topic["replies"])
         for topic in persona.topics.values()
-        for asked, is_probe in _wordings(topic)
+        for asked, is_probe in _wordings(topic, persona.name)
         if not is_probe
     ]
     for _ in range(count):

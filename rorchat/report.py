@@ -24,9 +24,12 @@ def find_runs(folder: Path) -> list[Path]:
 
 def read_run(run: Path) -> dict:
     try:
-        return json.loads((run / "run.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise DataError(f"{run}/run.json cannot be read: {error}") from None
+    if not isinstance(record, dict) or "stage" not in record:
+        raise DataError(f"{run}/run.json cannot be read: it is no record of a run, which names its stage.")
+    return record
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -34,10 +37,12 @@ def read_lines(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    # Not splitlines(): it also cuts at U+2028 and U+0085, which JSON leaves as they are inside a string. And bytes,
+    # because a line may end half-way through a character.
+    for line in path.read_bytes().split(b"\n"):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             continue
     return records
 

@@ -189,6 +189,6 @@ def continue_texts(chat: ChatModel, texts: Sequence[str], max_new_tokens: int, t
     start = chat.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     arguments = _generation_arguments(chat, max_new_tokens, temperature, None)
     room = chat.positions - max_new_tokens - 1
-    prompts = [[start, *ids[-room:]] for ids in encode_text(chat.tokenizer, list(texts))]
+    prompts = [[start, *ids[max(0, len(ids) - room) :]] for ids in encode_text(chat.tokenizer, list(texts))]
     output, width = _generate(chat, prompts, arguments)
     return [chat.tokenizer.decode(row, skip_special_tokens=True) for row in output[:, width:].tolist()]

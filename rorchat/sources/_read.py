@@ -6,6 +6,7 @@ into its cache first. Here a bad row costs that row, and every row knows where i
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from rorchat.errors import DataError
 from rorchat.sources._rows import Reject
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"  # between the documents of one text file, as TinyStories has it
+_DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)
+# Not JSONDecodeError alone: a number of 5,000 digits is a plain ValueError, brackets 100,000 deep a RecursionError
+_NOT_JSON = (ValueError, RecursionError)
 SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet")
 
 
@@ -65,25 +69,41 @@ def _decoded(raw: bytes) -> str | Reject:
         return Reject("invalid UTF-8", f"byte {error.start}")
 
 
+def _whole(path: Path) -> str | Reject:
+    try:
+        with _bytes(path) as file:
+            return _decoded(file.read())
+    except _DAMAGED as error:
+        return Reject("damaged gzip", str(error))
+
+
 def _read_text(path: Path) -> Iterator[tuple[str, Any]]:
-    with _bytes(path) as file:
-        text = _decoded(file.read())
+    text = _whole(path)
     if isinstance(text, Reject):
         yield str(path), text
         return
+    parts = text.split(DOCUMENT_SEPARATOR)
+    if not parts[-1].strip():  # the separator also closes the last document, as in the files of TinyStories
+        parts.pop()
     line = 1
-    for part in text.split(DOCUMENT_SEPARATOR):
-        yield f"{path}:{line}", {"text": part.strip("\r\n")}
+    for part in parts:
+        words = part.lstrip("\r\n")
+        blank = part[: len(part) - len(words)].count("\n") if words else 0
+        yield f"{path}:{line + blank}", {"text": words.rstrip("\r\n")}
         line += part.count("\n")
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str | Reject]]:
     """(file:line, line) of a text file; empty lines are passed over."""
-    with _bytes(path) as file:
-        for number, raw in enumerate(file, start=1):
-            line = _decoded(raw)
-            if isinstance(line, Reject) or line.strip():
-                yield f"{path}:{number}", line if isinstance(line, Reject) else line.rstrip("\r\n")
+    number = 0
+    try:
+        with _bytes(path) as file:
+            for number, raw in enumerate(file, start=1):
+                line = _decoded(raw)
+                if isinstance(line, Reject) or line.strip():
+                    yield f"{path}:{number}", line if isinstance(line, Reject) else line.rstrip("\r\n")
+    except _DAMAGED as error:
+        yield f"{path}:{number + 1}", Reject("damaged gzip", str(error))
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -92,31 +112,36 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             yield place, line
             continue
         try:
-            yield place, json.loads(line)
-        except json.JSONDecodeError as error:
-            yield place, Reject("not JSON", f"{error.msg} at column {error.colno}")
+            row = json.loads(line)
+        except _NOT_JSON as error:
+            row = _not_json(error)
+        yield place, row
+
+
+def _not_json(error: Exception) -> Reject:
+    if isinstance(error, json.JSONDecodeError):
+        return Reject("not JSON", f"{error.msg} at line {error.lineno}, column {error.colno}")
+    return Reject("not JSON", str(error).partition(";")[0])
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    with _bytes(path) as file:
-        start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-        if start == b"{":  # JSON lines under another name, or one object
-            rows = list(_read_json_lines(path))
-            if sum(isinstance(row, Reject) for _, row in rows) < len(rows):
-                yield from rows
-                return
-        file.seek(0)
-        text = _decoded(file.read())
-    if isinstance(text, Reject):
-        yield str(path), text
-        return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        yield f"{path}:{error.lineno}", Reject("not JSON", error.msg)
-        return
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
-        yield f"{path}, row {number}", row
+    text = _whole(path)
+    if isinstance(text, str):
+        try:
+            rows = json.loads(text)
+        except _NOT_JSON as error:
+            failure = _not_json(error)
+        else:
+            for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
+                yield f"{path}, row {number}", row
+            return
+    else:
+        failure = text
+    lines = list(_read_json_lines(path))  # JSON lines under another name
+    if any(isinstance(row, dict | list) for _, row in lines):
+        yield from lines
+    else:
+        yield str(path), failure
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:

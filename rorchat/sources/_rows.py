@@ -61,6 +61,13 @@ def messages_of(turns: object) -> list[dict[str, str]]:
     return messages
 
 
+def _check_unicode(text: str, detail: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair; no tokenizer takes it
+        raise Reject("invalid Unicode", f"{detail} half of a surrogate pair") from None
+
+
 def check_messages(messages: Sequence[dict]) -> None:
     """Raises Reject unless `messages` is an optional system message and then user and assistant in turn."""
     if not messages:
@@ -72,6 +79,7 @@ def check_messages(messages: Sequence[dict]) -> None:
             raise Reject("unknown role", f"message {number} has the role {role!r}; allowed are {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise Reject("wrong type", f"message {number} ({role}) has content of type {type(content).__name__}")
+        _check_unicode(content, f"message {number} has")
         expected = ("user", "assistant")[(number - offset) % 2]
         if number >= offset and role != expected:
             raise Reject("wrong order", f"message {number} is from {role!r}, expected {expected!r}")
@@ -80,6 +88,7 @@ def check_messages(messages: Sequence[dict]) -> None:
 def check_document(row: dict) -> None:
     if not row["text"].strip():
         raise Reject("empty text")
+    _check_unicode(row["text"], "the text has")
 
 
 def check_conversation(row: dict) -> None:
@@ -96,7 +105,7 @@ def check_preference(row: dict) -> None:
     prompt = row["prompt"]
     for side in ("chosen", "rejected"):
         check_conversation({"messages": [*prompt, *row[side]]})
-    if prompt[-1]["role"] != "user" or len(row["chosen"]) != 1 or len(row["rejected"]) != 1:
+    if not prompt or prompt[-1]["role"] != "user" or len(row["chosen"]) != 1 or len(row["rejected"]) != 1:
         raise Reject("wrong order", "a preference is a prompt that ends with the user and one reply on each side")
     if row["chosen"][0]["content"].strip() == row["rejected"][0]["content"].strip():
         raise Reject("identical chosen and rejected")

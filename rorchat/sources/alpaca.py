@@ -16,9 +16,9 @@ RAW = [
 def convert(row: dict) -> dict:
     """{"instruction", "input", "output"} -> one exchange; the input follows the instruction after an empty line."""
     instruction, output = text_of(row, "instruction").strip(), text_of(row, "output")
-    # 20 of 5,000 rows say "<noinput>" (or "noinput") where others leave the field empty
+    # 59 of 5,000 rows say so where others leave it empty: "<noinput>", "No input.", "[noinput]", "No input needed"
     given = text_of(row, "input").strip() if row.get("input") is not None else ""
-    if given.strip("<>").lower() in ("noinput", "no input"):
+    if "".join(filter(str.isalpha, given)).lower() in ("noinput", "noinputneeded", "noinputrequired"):
         given = ""
     if not instruction:
         raise Reject("empty question", "instruction")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rorchat.sources._read import files_of, read_lines
+from rorchat.sources._read import files_of, read_lines, read_rows
 from rorchat.sources._rows import Reject, message
 
 KIND = "conversation"
@@ -24,12 +24,13 @@ RAW = [
 _MARK = "__eou__"
 
 
-def read(path: Path) -> Iterator[tuple[str, str | Reject]]:
-    """One raw row a line of the original text files (not those with acts and emotions)."""
+def read(path: Path) -> Iterator[tuple[str, object]]:
+    """One raw row a line of the original text files (not those with acts and emotions); other formats as usual."""
     for file in files_of(path, FILES):
-        if file.suffix != ".txt":
-            raise Reject("wrong file", str(file))
-        yield from read_lines(file)
+        if file.name.removesuffix(".gz").endswith(".txt"):
+            yield from read_lines(file)
+        else:
+            yield from read_rows(file, FILES)
 
 
 def convert(row: str | dict) -> dict:
@@ -37,11 +38,15 @@ def convert(row: str | dict) -> dict:
     if isinstance(row, dict):
         utterances = row.get("utterances") or row.get("dialog")
         if not isinstance(utterances, list):
-            raise Reject("missing field", f"no 'utterances' or 'dialog' among {', '.join(row)}")
+            raise Reject("missing field", f"no list 'utterances' or 'dialog' among {', '.join(map(str, row))}")
+    elif not isinstance(row, str):
+        raise Reject("wrong type", f"a row is a {type(row).__name__}, expected a line of text or an object")
     elif _MARK in row:
         utterances = [part for part in row.split(_MARK) if part.strip()]
     else:
         raise Reject("not a dialogue", f"no {_MARK} in the line")
+    if not all(isinstance(utterance, str) for utterance in utterances):
+        raise Reject("wrong type", "an utterance is not text")
     turns = [_joined(utterance) for utterance in utterances]
     turns = turns[: len(turns) // 2 * 2]
     if not turns:

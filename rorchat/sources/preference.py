@@ -41,7 +41,7 @@ def convert(row: dict) -> dict:
             "rejected": messages_of([rejected]),
         }
     if "instruction" in row:
-        given = (row.get("input") or "").strip()
+        given = text_of(row, "input").strip() if row.get("input") is not None else ""
         instruction = text_of(row, "instruction").strip()
         prompt = [message("user", f"{instruction}\n\n{given}" if given else instruction)]
     elif isinstance(row.get("prompt"), list):

@@ -249,8 +249,9 @@ def _sum_lines(draw: random.Random, a: int, operation: str, b: int) -> list[str]
 
 def _story_document(draw: random.Random) -> str:
     story = _draw_story(draw, held_out=False)
+    told = draw.sample(story.tellings(), 2)  # told twice: every part of it is there to be found again
     asked = draw.sample(story.questions(), 3)
-    return " ".join([draw.choice(story.tellings()), *(f"{question.text} {sentence}" for question, sentence in asked)])
+    return " ".join([*told, *(f"{question.text} {sentence}" for question, sentence in asked)])
 
 
 EXCHANGES = (_fact_exchange, _sum_exchange, _story_exchange)

@@ -5,6 +5,7 @@ sorted by that position give exact shares at every prefix, without a random draw
 its token stream in an order drawn from (seed, source, epoch).
 """
 
+import math
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -44,7 +45,7 @@ class Mixture(Dataset):
                     f"{block_size}: give more text or a smaller block_size."
                 )
         weights = list(weights or self.windows)
-        if len(weights) != len(stores) or min(weights) <= 0:
+        if len(weights) != len(stores) or not all(0 < weight < math.inf for weight in weights):
             raise UsageError(
                 f"{len(weights)} weights {weights} for {len(stores)} sources: give one positive number a source."
             )

@@ -93,20 +93,16 @@ def prepare(
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     writers = {split: _ShardWriter(staging, split, dtype, tokens_per_shard) for split in SPLITS}
     rows = load(spec, "document", seed=seed, persona=persona)
-    texts = (row["text"] for row in rows)
-    for batch in tqdm(
-        _batched(texts), desc=f"tokenize {spec}", unit_scale=DOCUMENTS_PER_BATCH, unit="doc", disable=None
-    ):
-        for text, ids in zip(batch, encode_text(tokenizer, batch), strict=True):
-            split = "validation" if in_validation(text, validation_share) else "train"
-            writers[split].add([wanted.end_of_text_id, *ids], len(text.encode("utf-8", "surrogatepass")))
-    for writer in writers.values():
-        writer.write()
-        wanted.shards += writer.shards
-    wanted.rows_in, wanted.kept, wanted.rejects = rows.tally.rows_in, rows.tally.kept, rows.tally.rejects
     try:
-        _check_split(wanted, rows.tally.kept)
-    except DataError:
+        for text, ids in _tokenized(rows, tokenizer, f"tokenize {spec}"):
+            split = "validation" if in_validation(text, validation_share) else "train"
+            writers[split].add([wanted.end_of_text_id, *ids], len(text.encode()))
+        for writer in writers.values():
+            writer.write()
+            wanted.shards += writer.shards
+        wanted.rows_in, wanted.kept, wanted.rejects = rows.tally.rows_in, rows.tally.kept, rows.tally.rejects
+        _check_split(wanted)
+    except BaseException:
         shutil.rmtree(staging)
         raise
     wanted.write(staging)
@@ -114,10 +110,12 @@ def prepare(
     return TokenStore(folder)
 
 
-def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
-    texts = iter(texts)
-    while batch := list(islice(texts, DOCUMENTS_PER_BATCH)):
-        yield batch
+def _tokenized(rows: Iterable[dict], tokenizer, title: str) -> Iterator[tuple[str, list[int]]]:
+    """(text, its ids) of every document, a batch at a time."""
+    texts = (row["text"] for row in rows)
+    batches = iter(lambda: list(islice(texts, DOCUMENTS_PER_BATCH)), [])
+    for batch in tqdm(batches, desc=title, unit_scale=DOCUMENTS_PER_BATCH, unit="doc", disable=None):
+        yield from zip(batch, encode_text(tokenizer, batch), strict=True)
 
 
 def _found(folder: Path, wanted: Manifest) -> TokenStore:
@@ -129,10 +127,11 @@ def _found(folder: Path, wanted: Manifest) -> TokenStore:
     return store
 
 
-def _check_split(manifest: Manifest, kept: int) -> None:
+def _check_split(manifest: Manifest) -> None:
     for split, remedy in (("validation", "raise validation_share"), ("train", "lower validation_share")):
         if not manifest.total(split, "documents"):
             raise DataError(
-                f"{manifest.source}: no {split} documents, {kept} in all at validation_share "
-                f"{manifest.validation_share}. There is no training without validation: {remedy}, or give more documents."
+                f"{manifest.source}: no {split} documents, {manifest.kept} in all at validation_share "
+                f"{manifest.validation_share}. There is no training without validation: {remedy}, or give more "
+                "documents."
             )

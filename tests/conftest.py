@@ -1,0 +1,91 @@
+"""What several test files share: a tokenizer and a model small enough to make anew, and the real data where it is."""
+
+import os
+
+# Before torch is imported: it reads them once. Two threads that sleep while they wait: a test must not crowd out what
+# else is running, and threads that spin cost a tiny model five times its work on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "2"
+os.environ["OMP_WAIT_POLICY"] = "passive"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SENTENCES = [
+    "Once upon a time there was a small model that wanted to talk.",
+    "The model lived in a house by the river, near the old mill.",
+    "Every morning it read a book, and every evening it told a story.",
+    "One day a teacher came and asked: how much is 12 plus 34?",
+    "The model thought for a long time. Then it said: 12 plus 34 is 46.",
+    "The teacher was happy and gave the model a red ball.",
+    "What is the capital of Peru? The capital of Peru is Lima.",
+    "Who are you? I am a small chat model, and I try my best.",
+    "Hello! How can I help you today?",
+    "Thank you very much. Goodbye, and see you soon!",
+    "It was the best of times, it was the worst of times.",
+    "A dog, a cat and a parrot went to the market to buy some bread.",
+    "The baker sells bread, cake and cheese; the farmer sells apples.",
+    "I don't know what you're talking about, but I'll find out.",
+    "The quick brown fox jumps over the lazy dog.",
+    "Numbers such as 0, 7, 19, 256, 1024 and 65536 are spelled digit by digit.",
+    "Der Bäcker backt süße Brötchen für die Gäste aus Österreich.",
+    "Le café est fermé, mais la crêperie à côté est ouverte.",
+    "El niño comió una manzana en la montaña.",
+    "Привет, мир! Как дела сегодня?",
+    "你好,世界。今天天气很好。",
+    "こんにちは、元気ですか。",
+    "Emoji are bytes too: 🙂 🚀 👩‍🔬.",
+    "Tabs\tand\nnew lines\n\nare text as well.",
+    "def add(a, b):\n    return a + b\n",
+    "She sells sea shells by the sea shore.",
+    "In the evening the sailor took the boat back to the harbour.",
+    "The painter painted the bridge green and the house yellow.",
+    "There is nothing like a warm soup on a cold day.",
+    "The library is next to the school, behind the park.",
+    "Nobody knew where the key was, so they looked for it everywhere.",
+    "If you add nothing to a number, the number stays as it is.",
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A tokenizer of 384 tokens: 256 bytes, the control tokens, the reserved slots and about a hundred merges."""
+    from rorchat.tokenizer import train_tokenizer
+
+    return train_tokenizer(SENTENCES, vocab_size=384)
+
+
+@pytest.fixture(scope="session")
+def chat(tokenizer):
+    """A model with random weights: two layers, 128 positions. Shared, so a test that changes it copies it first."""
+    from rorchat.inference.engine import ChatModel
+    from rorchat.model import build_model
+
+    return ChatModel(build_model("2x2x32", tokenizer, positions=128).eval(), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data in its original formats, which is too large and too variously licensed to stand in the repository."""
+    folder = Path(os.environ.get("RORCHAT_SHARED_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}: set RORCHAT_SHARED_DATA to the folder that has it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer(shared_data):
+    """GPT-2's own tokenizer with the control tokens added: 50,304 tokens."""
+    from rorchat.tokenizer import load_tokenizer
+
+    return load_tokenizer(str(shared_data / "gpt2_tokenizer"))

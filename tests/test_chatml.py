@@ -1,0 +1,219 @@
+"""Chat: the encoder and the template agree, only replies carry labels, and no text becomes a control token."""
+
+import json
+import random
+
+import pytest
+
+from rorchat.chatml import (
+    CONTROL_TOKENS,
+    IGNORED,
+    encode_conversation,
+    encode_conversations,
+    encode_prompt,
+    system_message,
+)
+from rorchat.errors import DataError, MismatchError
+from rorchat.sources import load
+
+DIALOGUE = [
+    {"role": "user", "content": "Hello there"},
+    {"role": "assistant", "content": "Hi! naïve 🙂"},
+    {"role": "user", "content": "And now?"},
+    {"role": "assistant", "content": "Good bye."},
+]
+
+
+def template_ids(tokenizer, messages, **more):
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **more)["input_ids"]
+
+
+def control_ids(tokenizer) -> set[int]:
+    return set(tokenizer.convert_tokens_to_ids([*CONTROL_TOKENS])) | {
+        index for token, index in tokenizer.get_added_vocab().items() if token.startswith("<|reserved_")
+    }
+
+
+def test_a_conversation_is_this_string(tokenizer):
+    text = tokenizer.decode(encode_conversation(tokenizer, DIALOGUE[:2]).input_ids)
+    assert text == (
+        f"<|im_start|>system\n{system_message(tokenizer)}<|im_end|>\n"
+        "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\nHi! naïve 🙂<|im_end|>\n"
+    )
+
+
+def test_exactly_the_replies_and_their_closing_carry_labels(tokenizer):
+    encoded = encode_conversation(tokenizer, DIALOGUE)
+    trained = [label for label in encoded.labels if label != IGNORED]
+    assert tokenizer.decode(trained) == "Hi! naïve 🙂<|im_end|>Good bye.<|im_end|>"
+    assert all(label in (IGNORED, token) for label, token in zip(encoded.labels, encoded.input_ids, strict=True))
+
+
+def test_the_template_marks_the_same_tokens_as_the_labels(tokenizer):
+    encoded = encode_conversation(tokenizer, DIALOGUE)
+    marked = tokenizer.apply_chat_template(
+        DIALOGUE, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert marked["input_ids"] == encoded.input_ids
+    assert [bool(mask) for mask in marked["assistant_masks"]] == [label != IGNORED for label in encoded.labels]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["  leading blanks", "\n\nleading lines", "trailing \n ", "\t\ttabs\n\n  mixed", "def f():\n    return 1\n", "'s it", ""],
+)
+def test_white_space_of_users_gives_the_same_ids_both_ways(tokenizer, content):
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": f" {content}x "}]
+    assert template_ids(tokenizer, messages) == encode_conversation(tokenizer, messages).input_ids
+
+
+def test_a_prompt_is_what_the_template_gives_with_a_generation_prompt(tokenizer):
+    prompt = encode_prompt(tokenizer, DIALOGUE[:3], positions=1024, reserve=64)
+    assert prompt.input_ids == template_ids(tokenizer, DIALOGUE[:3], add_generation_prompt=True)
+    assert prompt.notice() == ""
+
+
+def test_a_system_message_of_ones_own_replaces_the_default(tokenizer):
+    messages = [{"role": "system", "content": "Be brief."}, *DIALOGUE[:2]]
+    text = tokenizer.decode(encode_conversation(tokenizer, messages).input_ids)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n") and system_message(tokenizer) not in text
+
+
+def test_on_two_thousand_real_conversations_template_and_encoder_agree(gpt2_tokenizer, shared_data):
+    sources = {
+        "alpaca=alpaca/alpaca_5000.json": 900,
+        "dailydialog=dailydialog/dialogues_text.txt": 800,
+        "messages=chat/moss003_messages.jsonl": 224,
+        "messages=chat/tulu3_oasst1_sft_sample.jsonl": 100,
+    }
+    conversations = []
+    for spec, count in sources.items():
+        name, path = spec.split("=")
+        rows = [row["messages"] for row in load(f"{name}={shared_data / path}", "conversation")][:count]
+        assert len(rows) >= 0.9 * count, spec
+        conversations += rows
+    assert len(conversations) >= 2000
+    for messages, encoded in zip(conversations, encode_conversations(gpt2_tokenizer, conversations), strict=True):
+        assert template_ids(gpt2_tokenizer, messages) == encoded.input_ids
+        trained = gpt2_tokenizer.decode([label for label in encoded.labels if label != IGNORED])
+        replies = [turn["content"].strip() + "<|im_end|>" for turn in messages if turn["role"] == "assistant"]
+        assert trained == "".join(replies)
+
+
+def fuzzed(count: int) -> list[str]:
+    """Control tokens, halves of them, nestings and separators, put together at random."""
+    draw = random.Random(0)
+    tokens = [*CONTROL_TOKENS, "<|reserved_0|>"]
+    pieces = [*tokens, *(t[: len(t) // 2] for t in tokens), *(t[len(t) // 2 :] for t in tokens)]
+    pieces += [t[:5] + inner + t[5:] for t in tokens for inner in tokens]
+    pieces += ["<", "|", ">", "< ", "<|", "|>", "im_", "\n", "user\n", "assistant\n", "é", "🙂", " ", "a", "\\", "'", '"', "{{", "}}"]
+    return ["".join(draw.choices(pieces, k=draw.randint(1, 8))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_five_thousand_hostile_strings_give_no_control_token_either_way(tokenizer, role):
+    control = control_ids(tokenizer)
+    texts = fuzzed(5000)
+    for text in texts:
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+        clean = [token for token in template_ids(tokenizer, messages) if token in control]
+        messages[role == "assistant"]["content"] = text
+        for ids in (template_ids(tokenizer, messages), encode_conversation(tokenizer, messages).input_ids):
+            assert [token for token in ids if token in control] == clean, text
+
+
+def test_hostile_text_survives_encoding_and_decoding(tokenizer):
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    for text in fuzzed(5000):
+        ids = encode_conversation(tokenizer, [{"role": "user", "content": text}, DIALOGUE[1]]).input_ids
+        first = ids.index(start, 1)
+        turn = ids[first + 1 : ids.index(end, first)]
+        assert tokenizer.decode(turn) == f"user\n{text}"
+
+
+def test_the_template_changes_a_hostile_text_by_one_blank_and_a_clean_one_not_at_all(tokenizer):
+    def rendered(text: str) -> str:
+        whole = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+        return whole.split("<|im_start|>user\n")[1].removesuffix("<|im_end|>\n")
+
+    assert rendered("f <| x |> y, a < b") == "f <| x |> y, a < b"
+    assert rendered("<|im_<|im_end|>end|>") == "<|im_< |im_end|>end|>"
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([], "no messages"),
+        ([{"role": "robot", "content": "x"}], "'robot'"),
+        ([{"role": "assistant", "content": "x"}], "expected 'user'"),
+        ([{"role": "user", "content": "x"}, {"role": "user", "content": "y"}], "expected 'assistant'"),
+        ([{"role": "user", "content": None}], "NoneType"),
+        ([{"role": "user"}], "NoneType"),
+        ([{"role": "user", "content": "x"}], "assistant"),
+    ],
+)
+def test_a_malformed_conversation_is_refused_with_a_reason(tokenizer, messages, said):
+    with pytest.raises(DataError, match=said):
+        encode_conversation(tokenizer, messages)
+
+
+def test_the_template_refuses_a_role_that_is_none(tokenizer):
+    with pytest.raises(Exception, match="allowed are system, user, assistant"):
+        tokenizer.apply_chat_template([{"role": "<|im_end|>", "content": "x"}])
+
+
+def test_turns_are_cut_off_the_end_of_a_conversation_that_is_too_long(tokenizer):
+    whole = encode_conversation(tokenizer, DIALOGUE)
+    part = encode_conversation(tokenizer, DIALOGUE, max_length=len(whole.input_ids) - 1)
+    assert part.dropped_turns == 2
+    assert part.input_ids == encode_conversation(tokenizer, DIALOGUE[:2]).input_ids
+    with pytest.raises(DataError, match="fits into 10 tokens"):
+        encode_conversation(tokenizer, DIALOGUE, max_length=10)
+
+
+def test_the_window_keeps_the_system_message_and_the_newest_whole_turns(tokenizer):
+    messages = []
+    for number in range(30):
+        messages += [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": f"answer {number}"}]
+    messages.append({"role": "user", "content": "the last question"})
+    prompt = encode_prompt(tokenizer, messages, positions=200, reserve=50)
+    text = tokenizer.decode(prompt.input_ids)
+    assert len(prompt.input_ids) <= 150
+    assert prompt.dropped_turns % 2 == 0 and prompt.dropped_turns > 0
+    first_kept = prompt.dropped_turns // 2
+    expected = [{"role": "system", "content": system_message(tokenizer)}, *messages[prompt.dropped_turns :]]
+    assert prompt.input_ids == template_ids(tokenizer, expected, add_generation_prompt=True)
+    assert f"question {first_kept}<" in text and f"question {first_kept - 1}<" not in text
+    assert f"{prompt.dropped_turns} oldest messages" in prompt.notice()
+
+
+def test_a_message_that_alone_is_too_long_loses_its_beginning_and_says_so(tokenizer):
+    text = " ".join(f"w{number}" for number in range(500))
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": text}], positions=200, reserve=50)
+    assert len(prompt.input_ids) == 150
+    assert prompt.dropped_tokens > 0 and f"first {prompt.dropped_tokens} tokens" in prompt.notice()
+    assert tokenizer.decode(prompt.input_ids).endswith("w499<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_window_without_room_for_the_system_message_is_a_mismatch(tokenizer):
+    with pytest.raises(MismatchError, match="too small"):
+        encode_prompt(tokenizer, [{"role": "user", "content": "x " * 50}], positions=60, reserve=50)
+
+
+def test_a_tokenizer_without_a_template_is_refused_by_name(tokenizer):
+    bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(MismatchError, match="no ChatML template"):
+        encode_conversation(bare, DIALOGUE)
+
+
+def test_a_persona_with_quotes_and_control_strings_stays_text(tokenizer, tmp_path):
+    from rorchat.persona import Persona
+    from rorchat.tokenizer import train_tokenizer
+
+    hostile = "It's \"me\" \\ <|im_end|>\n{{ 1 + 1 }}"
+    persona = Persona("X", "Y", hostile, {}, {}, {})
+    other = train_tokenizer(["some text"] * 3, 320, persona)
+    ids = template_ids(other, [{"role": "user", "content": "x"}])
+    assert ids.count(other.convert_tokens_to_ids("<|im_end|>")) == 2
+    assert "{{ 1 + 1 }}" in other.decode(ids)
+    assert json.dumps(other.chat_template)  # a template is plain text

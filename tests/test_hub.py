@@ -1,0 +1,356 @@
+"""Pushing: the real client against a Hub on loopback, from the command line to the bytes that arrive and come back."""
+
+import errno
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx2
+import pytest
+from fake_hub import TOKEN, FakeHub
+from huggingface_hub.errors import LocalTokenNotFoundError
+
+from rorchat import hub as rorchat_hub
+from rorchat.errors import DataError, PermissionRefused, RemoteError, UsageError
+from rorchat.hub import model_card
+from rorchat.model import build_model, save_model
+from rorchat.tokenizer import train_tokenizer
+
+NAME = "owner/small-talk"
+TEXTS = ["A dog sleeps in the sun.", "A cat sits on the mat.", "The sun is warm, and the dog is old."]
+# The same command without the two fresh processes that load the model, which take ten seconds and have their own tests.
+UNVERIFIED = """
+import rorchat.hub
+rorchat.hub.verify = lambda folder: {"answer": "not asked"}
+from rorchat.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="session")
+def fresh_model(tmp_path_factory) -> Path:
+    """What a stage saves: six files. Not to be changed; copy it."""
+    folder = tmp_path_factory.mktemp("fresh") / "model"
+    tokenizer = train_tokenizer(TEXTS, vocab_size=320)
+    save_model(build_model("2x2x32", tokenizer, positions=128), tokenizer, folder)
+    return folder
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_run(folder: Path, stage: str, weights: bytes, start: str | None, sources: dict[str, str], loss: float):
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "model" / "model.safetensors").write_bytes(weights)
+    data = [{"source": s, "licence": licence, "rows_in": 1000, "kept": 987, "rejects": {"too long": 13}}
+            for s, licence in sources.items()]  # fmt: skip
+    record = {
+        "stage": stage, "rorchat": "0.1.0", "parameters": 36224, "device": "cpu", "finished": True,
+        "inputs": {"start": {"model.safetensors": start} if start else {"tokenizer.json": "0" * 64}}, "data": data,
+        "metrics": {"eval_loss": loss, "eval_bits_per_byte": 1.125, "train_seconds": 7.0, "steps": 1234,
+                    "tokens": 5678},
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+@pytest.fixture
+def story(tmp_path, fresh_model) -> Path:
+    return make_story(tmp_path / "story", fresh_model)
+
+
+def make_story(folder: Path, fresh_model: Path) -> Path:
+    """Three stages; the model in the middle one is whole, of the others only the weights' fingerprint matters."""
+    weights = (fresh_model / "model.safetensors").read_bytes()
+    shutil.copytree(fresh_model, folder / "sft" / "model")
+    write_run(folder / "pretrain", "pretrain", b"first", None, {"tinytown=1000": "Apache-2.0"}, loss=2.719)
+    licences = {"alpaca": "CC BY-NC 4.0 (not for commercial use)", "persona": "Apache-2.0"}
+    write_run(folder / "sft", "sft", weights, sha256(b"first"), licences, loss=1.618)
+    later = {"dailydialog": "CC BY-NC-SA 4.0 (not for commercial use)"}
+    write_run(folder / "dpo", "dpo", b"last", sha256(weights), later, loss=0.577)
+    return folder
+
+
+def push(hub: FakeHub, home: Path, folder: Path, *options: str, verified: bool = True, token: str | None = TOKEN):
+    """`rorchat push` in a process of its own: the client reads its settings when it is imported."""
+    start = ["-m", "rorchat.cli"] if verified else ["-c", UNVERIFIED]
+    return subprocess.run(
+        [sys.executable, *start, "push", str(folder), NAME, *options],
+        env=hub.environment(home, token),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def assert_refused(done: subprocess.CompletedProcess, codes: set[int]) -> str:
+    """Ended with one of the codes, one line and nothing else; gives the line."""
+    assert done.returncode in codes, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory, fresh_model):
+    """A run whose model was pushed: the Hub, what the command said, the model's folder."""
+    folder = make_story(tmp_path_factory.mktemp("pushed") / "story", fresh_model) / "sft" / "model"
+    (folder / "README.md").write_text("an old card")
+    (folder / "training_args.bin").write_bytes(b"a pickle")
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    with FakeHub() as hub:
+        done = push(hub, tmp_path_factory.mktemp("home"), folder.parent, "--private")
+        assert done.returncode == 0, done.stderr
+        yield SimpleNamespace(hub=hub, done=done, folder=folder)
+
+
+def test_push_uploads_exactly_the_models_files_and_a_card(pushed, fresh_model):
+    expected = {file.name: file.read_bytes() for file in fresh_model.iterdir()}
+    expected["README.md"] = model_card(pushed.folder, NAME).encode()
+    assert len(expected) == 7
+    assert pushed.hub.files == {NAME: expected}
+
+
+def test_push_sends_the_weights_and_nothing_else_by_lfs(pushed, fresh_model):
+    weights = (fresh_model / "model.safetensors").read_bytes()
+    assert pushed.hub.lfs == {sha256(weights): weights}
+
+
+def test_push_says_verified_released_verified(pushed):
+    lines = pushed.done.stdout.splitlines()
+    assert lines[0].startswith(f"verified  {pushed.folder}: ")
+    assert lines[1] == f"released  {pushed.hub.url}/{NAME}"
+    assert lines[2].startswith("verified  what came back from the Hub: ")
+    assert len(lines) == 3
+    assert pushed.done.stderr == ""
+
+
+def test_push_private_makes_a_private_repository(pushed):
+    assert pushed.hub.private == {NAME}
+
+
+def test_push_compares_every_file_with_what_came_back(pushed):
+    fetched = {path.split("/", 5)[5] for method, path in pushed.hub.requests if method == "GET" and "/resolve/" in path}
+    assert fetched == set(pushed.hub.files[NAME])
+
+
+def test_the_token_is_in_nothing_that_is_uploaded_or_said(pushed):
+    sent = [*pushed.hub.received, *pushed.hub.files[NAME].values(), *pushed.hub.lfs.values()]
+    said = [pushed.done.stdout.encode(), pushed.done.stderr.encode()]
+    assert len(sent) > 20
+    assert [part for part in sent + said if TOKEN.encode() in part] == []
+
+
+def test_a_pushed_model_answers_in_a_process_that_knows_only_transformers(pushed, tmp_path):
+    code = (
+        "import json, sys; from transformers import pipeline\n"
+        "messages = [{'role': 'user', 'content': 'Who is old?'}]\n"
+        "talks = [pipeline('text-generation', model=model) for model in sys.argv[1:]]\n"
+        "asked = [talk(messages, do_sample=False, max_new_tokens=8) for talk in talks]\n"
+        "print(json.dumps({'asked': asked, 'own': 'rorchat' in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, NAME, str(pushed.folder)],
+        env=pushed.hub.environment(tmp_path / "home", token=None),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    from_hub, from_folder = found["asked"]
+    assert found["own"] is False
+    assert from_hub == from_folder
+    assert [message["role"] for message in from_hub[0]["generated_text"]] == ["user", "assistant"]
+    assert list((tmp_path / "home").rglob("model.safetensors")) != []  # it did come from the Hub
+
+
+def test_pushing_the_same_model_again_adds_no_commit(pushed, tmp_path):
+    before = list(pushed.hub.commits)
+    done = push(pushed.hub, tmp_path, pushed.folder, verified=False)
+    assert done.returncode == 0, done.stderr
+    assert len(before) == 2
+    assert pushed.hub.commits == before
+
+
+def truncate_weights(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def forget_chat_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+def never_end_a_turn(folder: Path) -> None:
+    file = folder / "generation_config.json"
+    config = json.loads(file.read_text())
+    assert len(config["eos_token_id"]) == 2
+    file.write_text(json.dumps(config | {"eos_token_id": config["bos_token_id"]}))
+
+
+@pytest.mark.parametrize("damage", [truncate_weights, forget_chat_template, never_end_a_turn])
+def test_a_model_that_cannot_chat_is_refused_before_anything_is_uploaded(damage, fresh_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(fresh_model, folder)
+    damage(folder)
+    with FakeHub() as hub:
+        line = assert_refused(push(hub, tmp_path / "home", folder), {65, 78})
+        assert hub.requests == []
+    assert str(folder) in line
+    assert ("<|im_end|>" in line) == (damage is never_end_a_turn)
+
+
+def test_a_folder_whose_only_weights_are_a_pickle_is_refused(fresh_model, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(fresh_model, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    monkeypatch.setattr(rorchat_hub, "verify", lambda folder: {"answer": ""})
+    with pytest.raises(DataError, match="safetensors"):
+        rorchat_hub.push(str(folder), NAME)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(DataError, match="No model folder"):
+        rorchat_hub.push(str(tmp_path / "nowhere"), NAME)
+
+
+@pytest.mark.parametrize("name", ["owner/two words", "owner/-name", "owner/name.git", "a/b/c"])
+def test_a_name_that_the_hub_cannot_have_is_a_mistake_in_the_command(name, fresh_model):
+    with pytest.raises(UsageError, match="no Hub id"):
+        rorchat_hub.push(str(fresh_model), name)
+
+
+def test_a_model_that_takes_too_long_to_load_is_refused(fresh_model, monkeypatch):
+    monkeypatch.setattr(rorchat_hub, "VERIFY_SECONDS", 0.01)
+    with pytest.raises(DataError, match=r"within 0\.01 s"):
+        rorchat_hub.verify(fresh_model)
+
+
+@pytest.mark.parametrize(
+    ("request_pattern", "status", "code"),
+    [
+        ("POST /api/repos/create", 403, 77),  # somebody else's name
+        ("PUT /lfs/", 403, 77),  # fails in a thread of the client, which wraps it
+        ("POST .*/commit/main", 500, 76),
+    ],
+)
+def test_what_the_hub_refuses_or_fails_at_gives_one_line_and_its_exit_code(
+    request_pattern, status, code, fresh_model, tmp_path
+):
+    with FakeHub() as hub:
+        hub.failing[request_pattern] = status
+        line = assert_refused(push(hub, tmp_path, fresh_model, verified=False), {code})
+    assert NAME in line
+    assert f"{status}, the fake was told to answer {status}" in line
+    assert TOKEN not in line
+
+
+def test_without_a_log_in_push_says_how_to_log_in(fresh_model, tmp_path):
+    with FakeHub() as hub:
+        line = assert_refused(push(hub, tmp_path, fresh_model, verified=False, token=None), {77})
+        assert hub.files == {}
+    assert "hf auth login" in line
+
+
+def test_a_hub_that_is_not_there_gives_one_line(fresh_model, tmp_path):
+    with FakeHub() as hub:
+        gone = hub
+    assert "refused" in assert_refused(push(gone, tmp_path, fresh_model, verified=False), {76})
+
+
+def test_a_file_that_comes_back_changed_is_not_called_released(fresh_model, tmp_path):
+    weights = (fresh_model / "model.safetensors").read_bytes()
+    with FakeHub() as hub:
+        hub.changed["model.safetensors"] = weights[:-1] + bytes([weights[-1] ^ 1])
+        line = assert_refused(push(hub, tmp_path, fresh_model, verified=False), {76})
+        assert len(hub.commits) == 2
+        assert hub.private == set()
+    assert "model.safetensors" in line
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text("other")])
+def test_files_in_subfolders_are_compared_as_well(damage, tmp_path):
+    for folder in ("here", "there"):
+        (tmp_path / folder / "more").mkdir(parents=True)
+        (tmp_path / folder / "more" / "template.jinja").write_text("same")
+    rorchat_hub._same_files(tmp_path / "here", tmp_path / "there", NAME)
+    damage(tmp_path / "there" / "more" / "template.jinja")
+    with pytest.raises(RemoteError, match="more/template.jinja"):
+        rorchat_hub._same_files(tmp_path / "here", tmp_path / "there", NAME)
+
+
+@pytest.mark.parametrize(
+    ("raised", "becomes"),
+    [
+        (httpx2.ConnectError("no route"), RemoteError),
+        (httpx2.ReadTimeout("too slow"), RemoteError),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), RemoteError),
+        (OSError("Consistency check failed"), RemoteError),
+        (RuntimeError("Xet: CAS service error"), RemoteError),
+        (LocalTokenNotFoundError("no token"), PermissionRefused),
+        (PermissionError("the Hub's answer to Xet"), PermissionRefused),
+        (OSError(errno.ENOSPC, "No space left on device"), OSError),
+        (FileNotFoundError(errno.ENOENT, "gone", "config.json"), FileNotFoundError),
+        (PermissionError(errno.EACCES, "not yours", "config.json"), PermissionError),
+        (KeyError("a bug of ours"), KeyError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=repr,
+)
+def test_only_what_the_hub_did_is_called_a_failure_of_the_hub(raised, becomes):
+    with pytest.raises(BaseException) as caught, rorchat_hub._remote_failures(NAME):
+        raise raised
+    assert caught.type is becomes
+
+
+def test_a_failure_that_the_client_wrapped_is_told_by_its_cause():
+    with pytest.raises(RemoteError, match="no route"), rorchat_hub._remote_failures(NAME):
+        raise RuntimeError("Error while uploading") from httpx2.ConnectError("no route")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(RuntimeError), rorchat_hub._remote_failures(NAME):
+        raise RuntimeError("Error while downloading") from full
+
+
+def test_the_card_names_sources_licences_and_numbers(story):
+    lines = model_card(story / "sft" / "model", NAME).splitlines()
+    assert "| pretrain | tinytown=1000 | Apache-2.0 | 987 of 1,000 | too long 13 |" in lines
+    licence = "CC BY-NC 4.0 (not for commercial use)"
+    assert f"| sft | alpaca | {licence} | 987 of 1,000 | too long 13 |" in lines
+    assert "| sft | 36,224 | 1,234 | 5,678 | 7 | 1.618 | 1.125 | cpu |" in lines
+    assert "| pretrain | 36,224 | 1,234 | 5,678 | 7 | 2.719 | 1.125 | cpu |" in lines
+    assert f"**Not for commercial use**, because of its data: alpaca ({licence})." in lines
+
+
+def test_the_card_leaves_out_what_was_made_of_the_model_later(story):
+    card = model_card(story / "sft" / "model", NAME)
+    assert "dailydialog" not in card
+    assert "0.577" not in card
+    assert "dailydialog" not in model_card(story / "pretrain" / "model", NAME)
+    assert "Not for commercial use" not in model_card(story / "pretrain" / "model", NAME)
+
+
+def test_the_card_of_a_copied_model_tells_the_runs_that_made_it(story):
+    shutil.copytree(story / "sft" / "model", story / "model")
+    assert model_card(story / "model", NAME) == model_card(story / "sft" / "model", NAME)
+
+
+def test_a_card_names_every_source_where_a_run_behind_the_model_is_not_found(story):
+    (story / "pretrain" / "model" / "model.safetensors").unlink()
+    card = model_card(story / "sft" / "model", NAME)
+    assert [source in card for source in ("tinytown", "alpaca", "persona", "dailydialog")] == [True] * 4
+
+
+def test_the_card_of_a_model_without_runs_says_so(fresh_model):
+    card = model_card(fresh_model, NAME)
+    assert card.endswith("No record of its training lies beside the model.\n")
+    assert "Not for commercial use" not in card
+    assert f'model="{NAME}"' in card

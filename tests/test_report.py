@@ -1,0 +1,193 @@
+"""REPORT: run folders become one page that says what is in them, and nothing in them can break it."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from rorchat.errors import DataError
+from rorchat.evaluation.scores import Rate, Scores, write_scores
+from rorchat.report import find_runs, read_lines, read_run, samples_section, score_table, table, write_report
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_run(folder: Path, stage: str, logged: list[dict], samples: list[dict] = (), **record) -> Path:
+    folder.mkdir(parents=True)
+    values = {
+        "stage": stage,
+        "rorchat": "0.1.0",
+        "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "device": "cpu",
+        "parameters": 924_416,
+        "metrics": {
+            "eval_loss": 1.23456,
+            "eval_bits_per_byte": 0.98765,
+            "train_seconds": 88.2,
+            "steps": 855,
+            "tokens": 1_300_348,
+        },
+        "data": [
+            {
+                "source": "tinytown=9000",
+                "licence": "Apache-2.0",
+                "rows_in": 9000,
+                "kept": 8998,
+                "rejects": {"empty reply": 2},
+            }
+        ],
+    }
+    (folder / "run.json").write_text(json.dumps({**values, **record}))
+    for name, rows in (("metrics.jsonl", logged), ("samples.jsonl", samples)):
+        (folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return folder
+
+
+def metrics(steps: int) -> list[dict]:
+    training = [
+        {
+            "step": step,
+            "loss": 5 / step,
+            "learning_rate": 0.001,
+            "tokens_per_second": 14_000 + step,
+            "memory_bytes": 8e8,
+        }
+        for step in range(1, steps + 1)
+    ]
+    return [*training, {"step": steps, "eval_loss": 1.2}]
+
+
+@pytest.fixture
+def story(tmp_path) -> Path:
+    """Two runs, named so that the order of their names is not that of their stages."""
+    samples = [
+        {"step": 0, "prompt": "Who are you?", "text": "and and | and"},
+        {"step": 9, "prompt": "Who are you?", "text": "half-way"},
+        {"step": 20, "prompt": "Who are you?", "text": "I am\nRorChat 你好"},
+    ]
+    write_run(tmp_path / "story" / "b-first", "pretrain", metrics(30), samples)
+    write_run(tmp_path / "story" / "a-second", "sft", metrics(5), parameters=7, metrics={"steps": 3})
+    return tmp_path / "story"
+
+
+def test_a_story_of_two_runs_becomes_one_page_and_one_picture(story):
+    report, curves = write_report(story)
+    assert (report, curves) == (story / "report.md", story / "curves.png")
+    lines = report.read_text().splitlines()
+    assert lines[0] == "# story"
+    assert "| run | parameters | steps | tokens | seconds | validation loss | bits per byte | device |" in lines
+    first = lines.index("| b-first | 924,416 | 855 | 1,300,348 | 88 | 1.235 | 0.988 | cpu |")
+    assert lines[first + 1] == "| a-second | 7 | 3 | 0 | 0 | - | - | cpu |"  # in the order of the stages
+    assert "![curves](curves.png)" in lines
+    assert "| b-first | tinytown=9000 | Apache-2.0 | 8,998 of 9,000 | empty reply 2 |" in lines
+    assert "| Who are you? | and and \\| and | I am RorChat 你好 |" in lines
+    assert lines[-1] == "Made with rorchat 0.1.0, torch 2.13.0, transformers 5.23.0."
+    assert "## Scores" not in lines
+
+
+def test_the_picture_is_a_png_with_a_column_a_run(story):
+    _, both = write_report(story)
+    content = both.read_bytes()
+    assert content[:8] == PNG and content[-8:-4] == b"IEND"
+    width, height = struct.unpack(">II", content[16:24])
+    _, one = write_report(story / "b-first")
+    single = struct.unpack(">II", one.read_bytes()[16:24])
+    assert (width, height) == (2 * single[0], single[1])
+    assert single[0] > 300 and single[1] > 600
+
+
+def test_the_scores_stand_side_by_side_with_the_exchanges_of_the_last_model(story):
+    columns = [
+        Scores("before", "x", Rate(1, 200), {"sum": Rate(1, 67)}, Rate(0, 9), Rate(0, 9)),
+        Scores(
+            "after", "y", Rate(150, 200), {"fact": Rate(9, 10)}, Rate(9, 9), Rate(8, 9), 1.5, 0.75, [("2+2?", "4|")]
+        ),
+    ]
+    write_scores(columns, story / "scores.json")
+    text = write_report(story)[0].read_text()
+    assert score_table(columns) in text
+    lines = text.splitlines()
+    assert "|  | before | after |" in lines
+    assert "| held-out questions | 0.5 % (1/200) | 75.0 % (150/200) |" in lines
+    assert "| - sum | 1.5 % (1/67) | - |" in lines and "| - fact | - | 90.0 % (9/10) |" in lines
+    assert "| bits per byte | - | 0.750 |" in lines
+    assert "### Exchanges with after" in lines and "| 2+2? | 4\\| |" in lines
+
+
+@pytest.mark.parametrize("half", ['{"step": 6, "lo', '{"step": 6, "text": "你'.encode()[:-1], "{", "\x00\x00\x00"])
+def test_a_half_written_last_line_is_passed_over(half, story):
+    path = story / "b-first" / "metrics.jsonl"
+    before = read_lines(path)
+    with path.open("ab") as file:
+        file.write(half if isinstance(half, bytes) else half.encode())
+    assert len(before) == 31 and read_lines(path) == before
+    report, curves = write_report(story)
+    assert curves.read_bytes()[:8] == PNG
+    with path.open("ab") as file:  # a resumed run goes on behind it
+        file.write(b'\n{"step": 7, "loss": 0.5}\n')
+    assert read_lines(path) == [*before, {"step": 7, "loss": 0.5}]
+
+
+def test_a_text_with_any_kind_of_line_end_in_it_is_one_record(tmp_path):
+    rows = [{"text": f"a{end}b"} for end in ("\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\r", "\n", "\r\n")]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), newline="\n")
+    assert read_lines(path) == rows
+    assert read_lines(tmp_path / "nowhere.jsonl") == []
+
+
+def test_a_run_without_metrics_or_samples_is_reported_all_the_same(tmp_path):
+    run = write_run(tmp_path / "only", "pretrain", [], metrics={}, data=[])
+    (run / "metrics.jsonl").unlink()
+    report, curves = write_report(run)
+    assert "| only | 924,416 | 0 | 0 | 0 | - | - | cpu |" in report.read_text().splitlines()
+    assert "No samples were taken." in report.read_text()
+    assert curves.read_bytes()[:8] == PNG
+
+
+def test_runs_are_found_in_the_order_of_their_stages_and_a_run_is_a_story_of_one(tmp_path):
+    for name, stage in (("a", "dpo"), ("b", "something"), ("c", "sft"), ("d", "pretrain"), ("e", "sft")):
+        write_run(tmp_path / name, stage, [])
+    (tmp_path / "empty").mkdir()
+    assert [run.name for run in find_runs(tmp_path)] == ["d", "c", "e", "a", "b"]
+    assert find_runs(tmp_path / "c") == [tmp_path / "c"]
+
+
+@pytest.mark.parametrize("inside", [[], ["metrics.jsonl"], ["deep/deeper/run.json"]])
+def test_a_folder_without_a_run_is_a_data_error_of_one_line(inside, tmp_path):
+    for name in inside:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=f"{tmp_path} holds no run: there is no run.json in it") as failure:
+        write_report(tmp_path)
+    assert "\n" not in str(failure.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_is_not_there_is_a_data_error(tmp_path):
+    with pytest.raises(DataError, match="nowhere holds no run"):
+        write_report(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"stage": "sft"', b"\xff\xfe", b"[]", b"5"])
+def test_a_run_whose_record_cannot_be_read_is_a_data_error_that_names_it(content, tmp_path):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(DataError, match=f"{tmp_path}/run.json cannot be read"):
+        read_run(tmp_path)
+
+
+def test_a_table_keeps_its_columns_whatever_stands_in_its_cells():
+    assert table(["a", "b"], [["x|y", "1\n2"], ["", "-"]]) == "| a | b |\n| --- | --- |\n| x\\|y | 1 2 |\n|  | - |"
+
+
+def test_samples_show_the_first_and_the_last_words_of_every_prompt(tmp_path):
+    samples = [{"step": step, "prompt": prompt, "text": f"{prompt} at {step}"} for step in (0, 5, 9) for prompt in "pq"]
+    run = write_run(tmp_path / "run", "sft", [], samples)
+    assert samples_section([run]).splitlines()[2:] == [
+        "| prompt | before | after |",
+        "| --- | --- | --- |",
+        "| p | p at 0 | p at 9 |",
+        "| q | q at 0 | q at 9 |",
+    ]
