@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     check_fit(model, tokenizer, arguments.block_size)
     stores = prepare_stores(arguments, tokenizer)
     trainer = PretrainTrainer(model, arguments, tokenizer, stores)
-    return run.train(trainer, {"plan": trainer.mixture.plan(), "data": [store.manifest.summary() for store in stores]})
+    details = {"plan": trainer.mixture.plan(), "data": [store.manifest.summary() for store in stores]}
+    return run.train(trainer, details, told=[trainer.mixture.told()])
 
 
 if __name__ == "__main__":

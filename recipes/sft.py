@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     check_fit(model, tokenizer, arguments.max_length)
     train, validation, tallies = read_encoded(arguments, tokenizer, arguments.max_length or model.config.n_positions)
     trainer = ChatTrainer(model, arguments, tokenizer, train, validation)
-    return run.train(trainer, {"data": [tally.summary() for tally in tallies]})
+    return run.train(trainer, {"data": [tally.summary() for tally in tallies]}, told=tallies)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ def exits_with_one_line(main: Callable) -> Callable:
             sys.exit(130)
         except OSError as error:
             if error.errno in (28, 122):  # ENOSPC, EDQUOT
-                print(f"error: no space left for {error.filename}: free some and run again", file=sys.stderr)
+                where = error.filename or "the output"
+                print(f"error: no space left for {where}: free some and run again", file=sys.stderr)
                 sys.exit(StorageError.exit_code)
             raise
 

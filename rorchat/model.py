@@ -4,6 +4,7 @@ Nothing here is an architecture: `GPT2Config` and `GPT2LMHeadModel` are Transfor
 that every tool which reads GPT-2 can load.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
 
 INITIALIZER_RANGE = 0.02  # GPT-2's
+# bitsandbytes says at every import on a CPU that it has no 4-bit kernel, which nothing here asks for
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,16 @@ def probes(persona: Persona) -> list[Probe]:
     ]
 
 
+def _trained(persona: Persona) -> list[tuple[str, str]]:
+    """(topic, wording) of every question that is trained. A plain one counts as often as its variants."""
+    trained = []
+    for name, topic in persona.topics.items():
+        varied = [asked for asked, is_probe in _wordings(topic, persona.name) if not is_probe]
+        plain = [_asked("", question, "?") for question in topic["questions"]]
+        trained += [(name, asked) for asked in varied + plain * (len(varied) // len(plain))]
+    return trained
+
+
 def conversations(persona: Persona, count: int, seed: int = 0) -> Iterator[list[dict[str, str]]]:
     """`count` conversations about the persona: some begin with a greeting, some end with a farewell.
 
@@ -124,29 +134,17 @@ def conversations(persona: Persona, count: int, seed: int = 0) -> Iterator[list[
         Messages without a system turn: the chat template adds the persona's own.
     """
     draw = random.Random(f"persona {seed}")
-    trained = [
-        (asked, topic["replies"])
-        for topic in persona.topics.values()
-        for asked, is_probe in _wordings(topic, persona.name)
-        if not is_probe
-    ]
+    trained = _trained(persona)
+
+    def courtesy(section: dict[str, list[str]]) -> tuple[str, list[str]]:
+        return _asked("", draw.choice(section["questions"]), draw.choice("!.")), section["replies"]
+
     for _ in range(count):
-        turns = []
-        if draw.random() < 0.3:
-            turns.append(
-                (
-                    _asked("", draw.choice(persona.greetings["questions"]), draw.choice("!.")),
-                    persona.greetings["replies"],
-                )
-            )
-        turns += draw.sample(trained, draw.choice((1, 1, 2)))
-        if draw.random() < 0.2:
-            turns.append(
-                (
-                    _asked("", draw.choice(persona.farewells["questions"]), draw.choice("!.")),
-                    persona.farewells["replies"],
-                )
-            )
+        turns = [courtesy(persona.greetings)] if draw.random() < 0.3 else []
+        turns += [
+            (asked, persona.topics[name]["replies"]) for name, asked in draw.sample(trained, draw.choice((1, 1, 2)))
+        ]
+        turns += [courtesy(persona.farewells)] if draw.random() < 0.2 else []
         yield [
             message
             for question, replies in turns
@@ -155,3 +153,19 @@ def conversations(persona: Persona, count: int, seed: int = 0) -> Iterator[list[
                 {"role": "assistant", "content": draw.choice(replies)},
             )
         ]
+
+
+def preferences(persona: Persona, count: int, seed: int = 0) -> Iterator[tuple[str, str, str]]:
+    """`count` (question, reply, worse reply): the worse one answers another question about the persona.
+
+    Raises:
+        DataError: the persona has only one topic, so that no reply is worse.
+    """
+    if len(persona.topics) < 2:
+        raise DataError("Preferences about a persona need at least two topics: the worse reply is another topic's.")
+    draw = random.Random(f"persona preferences {seed}")
+    trained = _trained(persona)
+    for _ in range(count):
+        name, question = draw.choice(trained)
+        other = draw.choice([topic for topic in persona.topics if topic != name])
+        yield question, draw.choice(persona.topics[name]["replies"]), draw.choice(persona.topics[other]["replies"])

@@ -78,7 +78,7 @@ def draw_curves(runs: list[Path], target: Path) -> None:
             if len(lines) > 1 and axis.get_legend_handles_labels()[0]:
                 axis.legend()
             if row != 0:
-                axis.set_ylim(bottom=0)
+                axis.set_ylim(0, 1.1 * max(axis.get_ylim()[1], 1e-12))
         axes[0][column].set_title(run.name)
         axes[-1][column].set_xlabel("step")
     figure.savefig(target, dpi=110)

@@ -159,7 +159,8 @@ def _add_chatml(tokenizer, persona: Persona, size: int | None = None):
     target = size or -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     reserved += [reserved_token(len(reserved) + number) for number in range(target - len(tokenizer))]
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>", *reserved]})
-    tokenizer.padding_side = "left"  # generation continues at the right end; training pads by its own collator
+    # Generation continues at the right end; training pads by its own collator. Only `init_kwargs` are saved.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     tokenizer.chat_template = chat_template([*CONTROL_TOKENS, *reserved], persona.system)
     return tokenizer
 

@@ -51,16 +51,22 @@ def test_exactly_the_replies_and_their_closing_carry_labels(tokenizer):
 
 def test_the_template_marks_the_same_tokens_as_the_labels(tokenizer):
     encoded = encode_conversation(tokenizer, DIALOGUE)
-    marked = tokenizer.apply_chat_template(
-        DIALOGUE, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    marked = tokenizer.apply_chat_template(DIALOGUE, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     assert marked["input_ids"] == encoded.input_ids
     assert [bool(mask) for mask in marked["assistant_masks"]] == [label != IGNORED for label in encoded.labels]
 
 
 @pytest.mark.parametrize(
     "content",
-    ["  leading blanks", "\n\nleading lines", "trailing \n ", "\t\ttabs\n\n  mixed", "def f():\n    return 1\n", "'s it", ""],
+    [
+        "  leading blanks",
+        "\n\nleading lines",
+        "trailing \n ",
+        "\t\ttabs\n\n  mixed",
+        "def f():\n    return 1\n",
+        "'s it",
+        "",
+    ],
 )
 def test_white_space_of_users_gives_the_same_ids_both_ways(tokenizer, content):
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": f" {content}x "}]
@@ -106,7 +112,27 @@ def fuzzed(count: int) -> list[str]:
     tokens = [*CONTROL_TOKENS, "<|reserved_0|>"]
     pieces = [*tokens, *(t[: len(t) // 2] for t in tokens), *(t[len(t) // 2 :] for t in tokens)]
     pieces += [t[:5] + inner + t[5:] for t in tokens for inner in tokens]
-    pieces += ["<", "|", ">", "< ", "<|", "|>", "im_", "\n", "user\n", "assistant\n", "é", "🙂", " ", "a", "\\", "'", '"', "{{", "}}"]
+    pieces += [
+        "<",
+        "|",
+        ">",
+        "< ",
+        "<|",
+        "|>",
+        "im_",
+        "\n",
+        "user\n",
+        "assistant\n",
+        "é",
+        "🙂",
+        " ",
+        "a",
+        "\\",
+        "'",
+        '"',
+        "{{",
+        "}}",
+    ]
     return ["".join(draw.choices(pieces, k=draw.randint(1, 8))) for _ in range(count)]
 
 
@@ -174,7 +200,10 @@ def test_turns_are_cut_off_the_end_of_a_conversation_that_is_too_long(tokenizer)
 def test_the_window_keeps_the_system_message_and_the_newest_whole_turns(tokenizer):
     messages = []
     for number in range(30):
-        messages += [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": f"answer {number}"}]
+        messages += [
+            {"role": "user", "content": f"question {number}"},
+            {"role": "assistant", "content": f"answer {number}"},
+        ]
     messages.append({"role": "user", "content": "the last question"})
     prompt = encode_prompt(tokenizer, messages, positions=200, reserve=50)
     text = tokenizer.decode(prompt.input_ids)
@@ -210,7 +239,7 @@ def test_a_persona_with_quotes_and_control_strings_stays_text(tokenizer, tmp_pat
     from rorchat.persona import Persona
     from rorchat.tokenizer import train_tokenizer
 
-    hostile = "It's \"me\" \\ <|im_end|>\n{{ 1 + 1 }}"
+    hostile = 'It\'s "me" \\ <|im_end|>\n{{ 1 + 1 }}'
     persona = Persona("X", "Y", hostile, {}, {}, {})
     other = train_tokenizer(["some text"] * 3, 320, persona)
     ids = template_ids(other, [{"role": "user", "content": "x"}])

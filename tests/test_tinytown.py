@@ -81,7 +81,7 @@ def test_the_readers_of_this_file_understand_both_kinds_of_sums_and_a_story():
     assert sums_in("Can you take 4 from 9? Can you add 4 and 9?") == [(9, "-", 4), (4, "+", 9)]
     with pytest.raises(AssertionError, match="wrong"):
         sums_in("12 plus 3 is 16.")
-    story = "Uma found a red kite at the mill. Uma gave the kite to Ben. Ben took the kite to the park."
+    story = "Uma found a red kite in Hillside. Uma gave the kite to Ben. Ben took the kite to Oldtown."
     assert stories_in(story) == [("Uma", "kite", "mill", "Ben")]
 
 

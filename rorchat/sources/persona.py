@@ -1,14 +1,24 @@
-"""Who the model is: conversations about the persona of a YAML file, with variety and without an API."""
+"""Who the model is: conversations and preferences about the persona of a YAML file, with variety and without an API."""
 
 from collections.abc import Iterator
 
-from rorchat.persona import Persona, conversations, load_persona
+from rorchat.persona import Persona, conversations, load_persona, preferences
+from rorchat.sources._rows import message
 
-KIND = "conversation"
+KIND = ("conversation", "preference")
 LICENCE = "Apache-2.0"
 
 
 def generate(kind: str, amount: int, seed: int, persona: Persona | None) -> Iterator[dict]:
-    """`amount` conversations about the persona (None: about RorChat)."""
-    for messages in conversations(persona or load_persona(), amount, seed):
-        yield {"messages": messages}
+    """`amount` conversations or preferences about the persona (None: about RorChat)."""
+    persona = persona or load_persona()
+    if kind == "conversation":
+        for messages in conversations(persona, amount, seed):
+            yield {"messages": messages}
+        return
+    for question, better, worse in preferences(persona, amount, seed):
+        yield {
+            "prompt": [message("user", question)],
+            "chosen": [message("assistant", better)],
+            "rejected": [message("assistant", worse)],
+        }

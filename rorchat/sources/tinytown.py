@@ -37,7 +37,7 @@ ATTRIBUTES = {
     "colour": "red blue green yellow purple orange white black".split(),
 }  # fmt: skip
 OBJECTS = "kite ball hat drum boat lamp key book bag cup coin shell".split()
-PLACES = "park market school mill bridge garden harbour library".split()
+PLACES = "Eastgate Westfield Northbridge Southport Hillside Lakeview Oldtown Newmarket".split()
 
 # How the town speaks of a fact: statements, questions, and the answer in a full sentence.
 STATEMENTS = {
@@ -98,6 +98,10 @@ def sum_is_held_out(a: int, operation: str, b: int) -> bool:
     return high > 9 and _hashed("sum", low, operation, high) % 8 == 0
 
 
+def _numbers(text: str) -> list[str]:
+    return "".join(c if c.isdigit() else " " for c in text).split()
+
+
 @dataclass(frozen=True)
 class Question:
     """A question with a known answer: a reply is right if it has the answer and none of the alternatives to it."""
@@ -109,9 +113,9 @@ class Question:
 
     def is_right(self, reply: str) -> bool:
         words = reply.lower()
-        if self.kind == "sum":  # the question's own numbers may be repeated; the last one said is the answer
-            numbers = "".join(c if c.isdigit() else " " for c in words).split()
-            return numbers[-1:] == [self.answer]
+        if self.kind == "sum":  # the question's own numbers may be said again, before the answer and no other number
+            said, asked = _numbers(words), _numbers(self.text)
+            return said[-1:] == [self.answer] and set(said) <= {*asked, self.answer}
 
         def says(phrase: str) -> bool:
             spaced = "".join(c if c.isalnum() else " " for c in words)
@@ -138,12 +142,14 @@ class Story:
     def tellings(self) -> tuple[str, ...]:
         finder, colour, thing, place, receiver, goal = vars(self).values()
         return (
-            f"{finder} found {_a(colour)} {thing} at the {place}. {finder} gave the {thing} to {receiver}. "
-            f"{receiver} took the {thing} to the {goal}.",
-            f"One day {finder} went out and found {_a(colour)} {thing} at the {place}. Then {receiver} came, and "
-            f"{finder} gave the {thing} to {receiver}. In the evening {receiver} took the {thing} to the {goal}.",
-            f"There was {_a(colour)} {thing} at the {place}. {finder} found the {thing}. {receiver} was sad, so "
-            f"{finder} gave the {thing} to {receiver}. {receiver} was happy and took the {thing} to the {goal}.",
+            f"{finder} was in {place}. In {place} {finder} found {_a(colour)} {thing}. {finder} gave the {colour} "
+            f"{thing} to {receiver}. {receiver} took the {thing} to {goal}. Now the {thing} is in {goal}.",
+            f"One day {finder} went to {place}. {finder} found {_a(colour)} {thing} in {place}. Then {receiver} "
+            f"came, and {finder} gave the {colour} {thing} to {receiver}. In the evening {receiver} took the {thing} "
+            f"to {goal}. {receiver} stayed in {goal}.",
+            f"There was {_a(colour)} {thing} in {place}. {finder} came to {place} and found the {thing}. {receiver} "
+            f"was sad, so {finder} gave the {colour} {thing} to {receiver}. {receiver} took the {thing} to {goal}. "
+            f"In {goal} {receiver} was happy.",
         )
 
     def questions(self) -> list[tuple[Question, str]]:
@@ -157,9 +163,9 @@ class Story:
         return [
             ask(f"What did {finder} find?", f"{colour} {thing}", found, f"{finder} found {_a(colour)} {thing}."),
             ask(f"Who found the {thing}?", finder, NAMES, f"{finder} found the {thing}."),
-            ask(f"Where did {finder} find the {thing}?", place, PLACES, f"{finder} found the {thing} at the {place}."),
+            ask(f"Where did {finder} find the {thing}?", place, PLACES, f"{finder} found the {thing} in {place}."),
             ask(f"Who got the {thing}?", receiver, NAMES, f"{receiver} got the {thing}."),
-            ask(f"Where did {receiver} take the {thing}?", goal, PLACES, f"{receiver} took the {thing} to the {goal}."),
+            ask(f"Where did {receiver} take the {thing}?", goal, PLACES, f"{receiver} took the {thing} to {goal}."),
             ask(f"What colour was the {thing}?", colour, ATTRIBUTES["colour"], f"The {thing} was {colour}."),
         ]
 
@@ -249,14 +255,13 @@ def _sum_lines(draw: random.Random, a: int, operation: str, b: int) -> list[str]
 
 def _story_document(draw: random.Random) -> str:
     story = _draw_story(draw, held_out=False)
-    told = draw.sample(story.tellings(), 2)  # told twice: every part of it is there to be found again
     asked = draw.sample(story.questions(), 3)
-    return " ".join([*told, *(f"{question.text} {sentence}" for question, sentence in asked)])
+    return " ".join([draw.choice(story.tellings()), *(f"{question.text} {sentence}" for question, sentence in asked)])
 
 
 EXCHANGES = (_fact_exchange, _sum_exchange, _story_exchange)
 DOCUMENTS = (_fact_document, _sum_document, _story_document)
-SHARES = (2, 4, 5)  # of facts, sums and stories; stories are the hardest to learn
+SHARES = (2, 5, 4)  # of facts, sums and stories; facts are the easiest to learn
 
 
 def _document(draw: random.Random) -> dict:

@@ -84,6 +84,14 @@ class Mixture(Dataset):
             for store, share, count, windows in zip(self.stores, self.shares, rows, self.windows, strict=True)
         ]
 
+    def told(self) -> str:
+        """The plan in words: `tinytown=12000: 1,843,200 tokens, 100.0 % of all, 2.3 epochs`."""
+        return "\n".join(
+            f"{part['source']}: {part['tokens']:,} tokens, {100 * part['share']:.1f} % of all, "
+            f"{part['epochs']:.1f} epochs"
+            for part in self.plan()
+        )
+
 
 def _merged(shares: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """(source, number within the source) of every row, in the order of (number + 1/2) / share."""

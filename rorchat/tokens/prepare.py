@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -107,6 +108,7 @@ def prepare(
         raise
     wanted.write(staging)
     staging.rename(folder)
+    print(rows.tally, file=sys.stderr)  # noqa: T201
     return TokenStore(folder)
 
 

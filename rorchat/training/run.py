@@ -13,6 +13,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -112,11 +113,12 @@ class Run:
     def last_checkpoint(self) -> str | None:
         return get_last_checkpoint(str(self.folder)) if self.folder.is_dir() else None
 
-    def train(self, trainer, details: dict) -> dict[str, float]:
+    def train(self, trainer, details: dict, told: Iterable[object] = ()) -> dict[str, float]:
         """Trains, going on from the newest checkpoint if there is one, measures, and saves the stock model.
 
         Args:
-            details: what run.json should remember: data, plan, shape.
+            details: what run.json should remember: data and plan.
+            told: lines that are printed before the first step: where the rows went, what is mixed.
 
         Returns:
             The final metrics, which are also in run.json.
@@ -126,6 +128,9 @@ class Run:
         if main:
             self.begin()
         trainer.accelerator.wait_for_everyone()
+        if main:
+            for line in told:
+                print(line, file=sys.stderr)  # noqa: T201
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = round(time.monotonic() - started, 1)

@@ -55,8 +55,8 @@ class SftArguments(DataArguments, OptimizationArguments, SFTConfig):
         self.settle()
         if self.packing or self.padding_free or self.assistant_only_loss:
             raise UsageError(
-                "packing, padding_free and assistant_only_loss belong to TRL's preparation, which is not used: rows come "
-                "encoded, with the loss on replies."
+                "packing, padding_free and assistant_only_loss belong to TRL's preparation, which is not used: rows "
+                "come encoded, with the loss on replies."
             )
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()

@@ -1,0 +1,159 @@
+"""Models: stock GPT-2 by name or shape, and checkpoints whose embeddings grow without changing what was learned."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from rorchat.chatml import CONTROL_TOKENS
+from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.model import SIZES, build_model, check_fit, load_checkpoint, save_model, shape_of
+
+
+def hub_gpt2(folder, **config) -> GPT2LMHeadModel:
+    """A folder as the Hub's `gpt2` is: no `transformer.` prefix, causal masks stored, 50,257 rows, no chat template."""
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(GPT2Config(**config))
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name.removeprefix("transformer."): tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    positions = model.config.n_positions
+    for layer in range(model.config.n_layer):
+        mask = torch.tril(torch.ones(positions, positions)).view(1, 1, positions, positions)
+        weights[f"h.{layer}.attn.bias"] = mask
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = ["GPT2LMHeadModel"]
+    model.config.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def small_gpt2(tmp_path_factory, shared_data):
+    folder = tmp_path_factory.mktemp("gpt2")
+    stock = hub_gpt2(folder, n_layer=2, n_head=2, n_embd=64, n_positions=128)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(shared_data / "gpt2_tokenizer" / name, folder / name)
+    return folder, stock
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "millions"),
+    [
+        ("51m", 50304, 51.5),
+        ("124m", 50304, 124.5),
+        ("355m", 50304, 354.9),
+        ("561m", 65536, 557.5),
+        ("774m", 50304, 774.1),
+        ("1.5b", 50304, 1557.7),
+    ],
+)
+def test_a_size_has_the_parameters_of_its_name(size, tokens, millions):
+    shape = shape_of(size)
+    with torch.device("meta"):
+        config = GPT2Config(vocab_size=tokens, n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
+        count = GPT2LMHeadModel(config).num_parameters()
+    assert count / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_an_explicit_shape_is_taken_and_nonsense_is_refused_with_what_is_known():
+    assert shape_of("6x5x160") == shape_of("6X5X160")
+    assert (shape_of("6x5x160").n_layer, shape_of("6x5x160").n_embd) == (6, 160)
+    for size, said in (
+        ("124", "Did you mean '124m'"),
+        ("6x5", "layers x heads x width"),
+        ("2x3x64", "divided among 3"),
+        ("0x1x8", "No model size"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            shape_of(size)
+    assert set(SIZES) == {"demo", "51m", "124m", "355m", "561m", "774m", "1.5b"}
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_others(tokenizer):
+    first, again, other = (build_model("2x2x32", tokenizer, 64, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["transformer.wte.weight"], other["transformer.wte.weight"])
+
+
+def test_a_saved_model_is_stock_and_loads_with_plain_transformers(tokenizer, tmp_path):
+    model = build_model("2x2x32", tokenizer, 64)
+    save_model(model, tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["architectures"], config["model_type"], "auto_map" in config) == (["GPT2LMHeadModel"], "gpt2", False)
+    assert config["activation_function"] == "gelu_new"
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    im_end, end_of_text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert loaded.generation_config.eos_token_id == [im_end, end_of_text]
+    assert loaded.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert AutoTokenizer.from_pretrained(tmp_path).model_max_length == 64
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_growing_the_embeddings_leaves_the_old_logits_alone(small_gpt2, gpt2_tokenizer):
+    folder, stock = small_gpt2
+    model = load_checkpoint(str(folder), gpt2_tokenizer).eval()
+    assert model.get_input_embeddings().num_embeddings == 50_304
+    ids = torch.randint(0, 50_257, (2, 100), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = (model(ids).logits[..., :50_257] - stock.eval()(ids).logits).abs().max()
+    assert difference < 1e-5
+
+
+def test_new_rows_differ_from_each_other_as_any_two_tokens_do(small_gpt2, gpt2_tokenizer):
+    model = load_checkpoint(str(small_gpt2[0]), gpt2_tokenizer)
+    weight = model.get_input_embeddings().weight.detach()
+    old = weight[:50_257]
+    usual = (old[:1000] - old[1000:2000]).norm(dim=1).mean()
+    rows = weight[torch.tensor([gpt2_tokenizer.convert_tokens_to_ids(token) for token in CONTROL_TOKENS[1:]])]
+    for one in range(3):
+        for other in range(one):
+            assert 0.5 * usual < (rows[one] - rows[other]).norm() < 2 * usual
+
+
+def test_grown_weights_stay_tied_after_save_and_load(small_gpt2, gpt2_tokenizer, tmp_path):
+    model = load_checkpoint(str(small_gpt2[0]), gpt2_tokenizer)
+    save_model(model, gpt2_tokenizer, tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    again = load_checkpoint(str(tmp_path), gpt2_tokenizer)
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_a_model_with_more_rows_than_the_tokenizer_has_tokens_is_a_mismatch(small_gpt2, tokenizer):
+    with pytest.raises(MismatchError, match="50,257 embedding rows"):
+        load_checkpoint(str(small_gpt2[0]), tokenizer)
+
+
+def test_what_is_no_gpt2_is_refused_by_name(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="No model folder"):
+        load_checkpoint(str(tmp_path / "nothing"), tokenizer)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(DataError, match="llama"):
+        load_checkpoint(str(tmp_path), tokenizer)
+
+
+def test_a_checkpoint_with_missing_weights_is_refused(tokenizer, tmp_path):
+    model = build_model("2x2x32", tokenizer, 64)
+    save_model(model, tokenizer, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("transformer.h.1.mlp.c_fc.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match="lacks weights"):
+        load_checkpoint(str(tmp_path), tokenizer)
+
+
+def test_rows_longer_than_the_positions_are_a_mismatch(tokenizer):
+    model = build_model("2x2x32", tokenizer, 64)
+    check_fit(model, tokenizer, 64)
+    with pytest.raises(MismatchError, match="only 64 positions"):
+        check_fit(model, tokenizer, 65)
