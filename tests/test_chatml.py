@@ -28,6 +28,10 @@ def template_ids(tokenizer, messages, **more):
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **more)["input_ids"]
 
 
+def all_template_ids(tokenizer, conversations) -> list[list[int]]:
+    return tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=True)["input_ids"]
+
+
 def control_ids(tokenizer) -> set[int]:
     return set(tokenizer.convert_tokens_to_ids([*CONTROL_TOKENS])) | {
         index for token, index in tokenizer.get_added_vocab().items() if token.startswith("<|reserved_")
@@ -99,8 +103,10 @@ def test_on_two_thousand_real_conversations_template_and_encoder_agree(gpt2_toke
         assert len(rows) >= 0.9 * count, spec
         conversations += rows
     assert len(conversations) >= 2000
-    for messages, encoded in zip(conversations, encode_conversations(gpt2_tokenizer, conversations), strict=True):
-        assert template_ids(gpt2_tokenizer, messages) == encoded.input_ids
+    rendered = all_template_ids(gpt2_tokenizer, conversations)
+    encodings = encode_conversations(gpt2_tokenizer, conversations)
+    for messages, ids, encoded in zip(conversations, rendered, encodings, strict=True):
+        assert ids == encoded.input_ids
         trained = gpt2_tokenizer.decode([label for label in encoded.labels if label != IGNORED])
         replies = [turn["content"].strip() + "<|im_end|>" for turn in messages if turn["role"] == "assistant"]
         assert trained == "".join(replies)
@@ -140,18 +146,24 @@ def fuzzed(count: int) -> list[str]:
 def test_five_thousand_hostile_strings_give_no_control_token_either_way(tokenizer, role):
     control = control_ids(tokenizer)
     texts = fuzzed(5000)
-    for text in texts:
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-        clean = [token for token in template_ids(tokenizer, messages) if token in control]
-        messages[role == "assistant"]["content"] = text
-        for ids in (template_ids(tokenizer, messages), encode_conversation(tokenizer, messages).input_ids):
-            assert [token for token in ids if token in control] == clean, text
+    question, reply = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
+    clean = [token for token in template_ids(tokenizer, [question, reply]) if token in control]
+    hostile = [
+        [{**question, "content": text}, reply] if role == "user" else [question, {**reply, "content": text}]
+        for text in texts
+    ]
+    both = all_template_ids(tokenizer, hostile) + [row.input_ids for row in encode_conversations(tokenizer, hostile)]
+    assert len(both) == 10_000
+    for text, ids in zip(texts * 2, both, strict=True):
+        assert [token for token in ids if token in control] == clean, text
 
 
 def test_hostile_text_survives_encoding_and_decoding(tokenizer):
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    for text in fuzzed(5000):
-        ids = encode_conversation(tokenizer, [{"role": "user", "content": text}, DIALOGUE[1]]).input_ids
+    texts = fuzzed(5000)
+    conversations = [[{"role": "user", "content": text}, DIALOGUE[1]] for text in texts]
+    for text, row in zip(texts, encode_conversations(tokenizer, conversations), strict=True):
+        ids = row.input_ids
         first = ids.index(start, 1)
         turn = ids[first + 1 : ids.index(end, first)]
         assert tokenizer.decode(turn) == f"user\n{text}"

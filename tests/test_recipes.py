@@ -1,8 +1,11 @@
 """The recipes through their real command lines: a whole small story, the same samples with two processes, bad input."""
 
+import contextlib
+import io
 import json
 import os
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import rorchat.cli
 from rorchat.errors import exits_with_one_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +39,23 @@ def command(*words: object, **more) -> subprocess.CompletedProcess:
 
 def recipe(name: str, *flags: object) -> subprocess.CompletedProcess:
     return command(sys.executable, f"recipes/{name}.py", *flags)
+
+
+def inside(name: str, *flags: object) -> subprocess.CompletedProcess:
+    """A recipe's `main` or `rorchat ...` in this process: what it wrote to stderr, and its exit code."""
+    words = [str(flag) for flag in flags]
+    said, code = io.StringIO(), 0
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            if name == "rorchat":
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(sys, "argv", ["rorchat", *words])
+                    rorchat.cli.main()
+            else:
+                runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))["main"](words)
+        except SystemExit as stopped:
+            code = stopped.code
+    return subprocess.CompletedProcess([name, *words], code, "", said.getvalue())
 
 
 def launch(name: str, *flags: object, processes: int = 1) -> subprocess.CompletedProcess:
@@ -248,18 +269,14 @@ def test_the_hubs_gpt2_goes_through_sft_at_124m_within_six_gigabytes(shared_data
     "path", sorted((ROOT / "recipes").glob("*/*.yaml"), key=str), ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
 def test_every_yaml_fits_its_recipe(path):
-    import importlib.util
-
     from rorchat.training import arguments, dpo, pretrain, sft
 
     if path.parent.name == "accelerate":
         assert yaml.safe_load(path.read_text())["num_processes"] >= 1
         return
-    spec = importlib.util.spec_from_file_location("tokenizer_recipe", ROOT / "recipes" / "tokenizer.py")
-    tokenizer_recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tokenizer_recipe)
+    tokenizer_recipe = runpy.run_path(str(ROOT / "recipes" / "tokenizer.py"))
     stages = {
-        "tokenizer": tokenizer_recipe.TokenizerArguments,
+        "tokenizer": tokenizer_recipe["TokenizerArguments"],
         "pretrain": pretrain.PretrainArguments,
         "sft": sft.SftArguments,
         "dpo": dpo.DpoArguments,
@@ -293,7 +310,7 @@ class TestBadInput:
 
     def pretrain(self, flags, *sources, more=()):
         at = flags.index("--sources")
-        return recipe("pretrain", *flags[: at + 1], *sources, *flags[at + 1 :], *more)
+        return inside("pretrain", *flags[: at + 1], *sources, *flags[at + 1 :], *more)
 
     def test_a_missing_file(self, flags, tmp_path):
         refused(self.pretrain(flags, f"text={tmp_path / 'none.txt'}"), 65, "No file or folder", "none.txt")
@@ -310,7 +327,7 @@ class TestBadInput:
         refused(self.pretrain(flags, "tinytwon=10"), 2, "Did you mean 'tinytown'")
 
     def test_a_source_of_another_kind(self, flags):
-        refused(self.pretrain(flags, "persona=10"), 2, "gives conversations", "documents")
+        refused(self.pretrain(flags, "persona=10"), 2, "gives conversations and preferences", "documents")
 
     def test_no_validation_documents(self, flags):
         refused(self.pretrain(flags, "tinytown=3", more=["--validation_share", "1e-9"]), 65, "no validation documents")
@@ -325,7 +342,7 @@ class TestBadInput:
 
         train_tokenizer(["a few words"], 320).save_pretrained(tmp_path / "mixed")
         flags = ["--model", tmp_path / "mixed", "--sources", "tinytown=20", "--output_dir", tmp_path / "out"]
-        refused(recipe("sft", *flags), 78, "384 embedding rows", "320 tokens")
+        refused(inside("sft", *flags), 78, "384 embedding rows", "320 tokens")
 
     def test_rows_longer_than_the_positions(self, story, flags, tmp_path):
         more = ["--model", story / "pretrain", "--block_size", 256, "--global_batch_tokens", 1024]
@@ -339,12 +356,12 @@ class TestBadInput:
     def test_an_unknown_key_and_a_wrong_type_in_yaml(self, tmp_path):
         config = tmp_path / "c.yaml"
         config.write_text("sources: [tinytown=10]\nblok_size: 64\n")
-        refused(recipe("pretrain", "--config", config, "--output_dir", tmp_path / "x"), 2, "c.yaml:2", "'block_size'")
+        refused(inside("pretrain", "--config", config, "--output_dir", tmp_path / "x"), 2, "c.yaml:2", "'block_size'")
         config.write_text("sources: [tinytown=10]\nblock_size: [64]\n")
         refused(
-            recipe("pretrain", "--config", config, "--output_dir", tmp_path / "x"), 2, "c.yaml:2", "expected an int"
+            inside("pretrain", "--config", config, "--output_dir", tmp_path / "x"), 2, "c.yaml:2", "expected an int"
         )
-        refused(recipe("pretrain", "--config", tmp_path / "none.yaml"), 2, "Cannot read the config")
+        refused(inside("pretrain", "--config", tmp_path / "none.yaml"), 2, "Cannot read the config")
 
     def test_under_accelerate_launch_it_is_one_line_as_well(self, tmp_path):
         done = launch("sft", "--model", tmp_path / "none", "--sources", "tinytown=10", "--output_dir", tmp_path / "x")
@@ -355,8 +372,8 @@ class TestBadInput:
 
     def test_a_model_that_is_not_there_in_chat_and_evaluate(self, tmp_path):
         for words in (("chat", tmp_path / "none"), ("evaluate", tmp_path / "none"), ("report", tmp_path)):
-            refused(command("rorchat", *words), 65)
-        refused(command("rorchat", "push", tmp_path, "noslash"), 2, "owner/name")
+            refused(inside("rorchat", *words), 65)
+        refused(inside("rorchat", "push", tmp_path, "noslash"), 2, "owner/name")
 
 
 def test_a_full_disk_is_exit_code_74(capsys):

@@ -11,7 +11,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from rorchat.chatml import END_OF_TEXT, PAD, encode_prompt, encode_text
-from rorchat.errors import UsageError
+from rorchat.errors import DataError, UsageError
 from rorchat.model import check_fit, load_checkpoint
 from rorchat.tokenizer import load_tokenizer
 
@@ -45,7 +45,13 @@ class Reply:
 
 
 def model_folder(path: str) -> str:
-    """A model's folder: a run's own folder stands for the `model/` in it. A Hub id stays as it is."""
+    """A model's folder: a run's own folder stands for the `model/` in it. A Hub id stays as it is.
+
+    Raises:
+        DataError: what looks like a path leads nowhere.
+    """
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise DataError(f"No model folder {path}.")
     inside = Path(path) / "model"
     return str(inside) if (inside / "config.json").is_file() else path
 

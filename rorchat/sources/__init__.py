@@ -70,6 +70,11 @@ class Tally:
         if len(places) < PLACES_KEPT:
             places.append(f"{place} ({reject.detail})" if reject.detail else place)
 
+    def withdraw(self, place: str, reject: Reject) -> None:
+        """Rejects a row that was counted as kept, for a reason that only a later stage can see."""
+        self.kept -= 1
+        self.reject(place, reject)
+
     def summary(self) -> dict:
         """What a run remembers of a source."""
         licence = find(self.source.partition("=")[0]).LICENCE
@@ -90,13 +95,17 @@ class Tally:
 
 @dataclass
 class Rows:
-    """The usable rows of a source, checked one by one; `tally` counts while they are read."""
+    """The usable rows of a source, checked one by one; `tally` counts while they are read.
+
+    `place` is that of the row given last.
+    """
 
     spec: str
     kind: str
     module: ModuleType
     raw: Iterator[tuple[str, object]]
     tally: Tally
+    place: str = ""
 
     def __iter__(self) -> Iterator[dict]:
         for place, raw in self.raw:
@@ -110,6 +119,7 @@ class Rows:
                 self.tally.reject(place, reject)
                 continue
             self.tally.kept += 1
+            self.place = place
             yield row
         if not self.tally.rows_in:
             raise DataError(f"{self.spec} is empty: there is no row in it.")
@@ -136,7 +146,9 @@ def load(spec: str, kind: str, *, seed: int = 0, persona: Persona | None = None)
     kinds = module.KIND if isinstance(module.KIND, tuple) else (module.KIND,)
     if kind not in kinds:
         fitting = [other for other in available() if kind in _kinds_of(other)]
-        raise UsageError(f"Source {name!r} gives {' and '.join(kinds)}s, but here go {kind}s: {', '.join(fitting)}.")
+        raise UsageError(
+            f"Source {name!r} gives {' and '.join(f'{k}s' for k in kinds)}, but here go {kind}s: {', '.join(fitting)}."
+        )
     if hasattr(module, "generate"):
         raw = _generated(module, name, kind, where, seed, persona)
     elif where:

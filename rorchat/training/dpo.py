@@ -82,13 +82,12 @@ def read_pairs(arguments: DpoArguments, tokenizer, max_length: int) -> tuple[Dat
     tallies = []
     for spec in arguments.sources:
         rows = load(spec, "preference", seed=arguments.data_seed, persona=persona)
-        pairs = list(rows)
-        chosen = encode_conversations(tokenizer, [[*row["prompt"], *row["chosen"]] for row in pairs])
-        rejected = encode_conversations(tokenizer, [[*row["prompt"], *row["rejected"]] for row in pairs])
-        for number, (row, better, worse) in enumerate(zip(pairs, chosen, rejected, strict=True)):
+        pairs = [(rows.place, row) for row in rows]
+        chosen = encode_conversations(tokenizer, [[*row["prompt"], *row["chosen"]] for _, row in pairs])
+        rejected = encode_conversations(tokenizer, [[*row["prompt"], *row["rejected"]] for _, row in pairs])
+        for (place, row), better, worse in zip(pairs, chosen, rejected, strict=True):
             if max(len(better.input_ids), len(worse.input_ids)) > max_length:
-                rows.tally.kept -= 1
-                rows.tally.reject(f"{spec}, pair {number}", Reject("over-long"))
+                rows.tally.withdraw(place, Reject("over-long", f"a side is longer than {max_length} tokens"))
                 continue
             prompt_ids, chosen_ids = _split(better)
             held_out = in_validation("\n".join(turn["content"] for turn in row["prompt"]), arguments.validation_share)

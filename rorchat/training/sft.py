@@ -17,7 +17,7 @@ from rorchat.chatml import encode_conversations
 from rorchat.errors import DataError, UsageError
 from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.persona import load_persona
-from rorchat.sources import Tally, in_validation, load
+from rorchat.sources import Reject, Tally, in_validation, load
 from rorchat.tokens.batch import padded
 from rorchat.training.arguments import DataArguments
 from rorchat.training.loss import fuse_gelu, fuse_head
@@ -76,23 +76,17 @@ def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[D
     tallies = []
     for spec in arguments.sources:
         rows = load(spec, "conversation", seed=arguments.data_seed, persona=persona)
-        batch: list[list[dict]] = []
-        encoded_rows = []
-        for row in rows:
-            batch.append(row["messages"])
-            if len(batch) == ROWS_PER_CALL:
-                encoded_rows += zip(batch, encode_conversations(tokenizer, batch, max_length), strict=True)
-                batch = []
-        if batch:
-            encoded_rows += zip(batch, encode_conversations(tokenizer, batch, max_length), strict=True)
-        for messages, encoded in encoded_rows:
-            if encoded is None:
-                rows.tally.kept -= 1
-                rows.tally.rejects["over-long"] = rows.tally.rejects.get("over-long", 0) + 1
-                continue
-            text = "\n".join(message["content"] for message in messages)
-            held_out = in_validation(text, arguments.validation_share)
-            kept[held_out].append({"input_ids": encoded.input_ids, "labels": encoded.labels})
+        conversations = [(rows.place, row["messages"]) for row in rows]
+        for start in range(0, len(conversations), ROWS_PER_CALL):
+            part = conversations[start : start + ROWS_PER_CALL]
+            encoded_part = encode_conversations(tokenizer, [messages for _, messages in part], max_length)
+            for (place, messages), encoded in zip(part, encoded_part, strict=True):
+                if encoded is None:
+                    rows.tally.withdraw(place, Reject("over-long", f"no exchange fits into {max_length} tokens"))
+                    continue
+                text = "\n".join(message["content"] for message in messages)
+                held_out = in_validation(text, arguments.validation_share)
+                kept[held_out].append({"input_ids": encoded.input_ids, "labels": encoded.labels})
         tallies.append(rows.tally)
     if not kept[True] or not kept[False]:
         raise DataError(
