@@ -68,7 +68,8 @@ def draw_curves(runs: list[Path], target: Path) -> None:
         for row, (label, lines) in enumerate(panels):
             axis = axes[row][column]
             for key, name, scale in lines:
-                points = [(record["step"], record[key] * scale) for record in records if key in record]
+                # a resumed run logs some steps again: the later record counts
+                points = sorted({r["step"]: r[key] * scale for r in records if key in r}.items())
                 if points:
                     marker = "o" if len(points) < 12 else None
                     axis.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3)

@@ -85,6 +85,7 @@ def prepare(
         end_of_text_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
         validation_share=validation_share,
         seed=seed,
+        source_bytes=_bytes_at(spec.partition("=")[2]),
     )
     if folder.exists():
         return _found(folder, wanted)
@@ -118,6 +119,12 @@ def _tokenized(rows: Iterable[dict], tokenizer, title: str) -> Iterator[tuple[st
     batches = iter(lambda: list(islice(texts, DOCUMENTS_PER_BATCH)), [])
     for batch in tqdm(batches, desc=title, unit_scale=DOCUMENTS_PER_BATCH, unit="doc", disable=None):
         yield from zip(batch, encode_text(tokenizer, batch), strict=True)
+
+
+def _bytes_at(where: str) -> int:
+    path = Path(where).expanduser()
+    files = [path] if path.is_file() else path.rglob("*") if where and path.is_dir() else []
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _found(folder: Path, wanted: Manifest) -> TokenStore:

@@ -44,6 +44,7 @@ class Manifest:
     end_of_text_id: int
     validation_share: float
     seed: int
+    source_bytes: int = 0  # of the local files, to notice when they change
     rows_in: int = 0
     kept: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
@@ -51,7 +52,15 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def identity(self) -> dict[str, object]:
-        keys = ("format_version", "source", "tokenizer_sha256", "vocabulary_size", "validation_share", "seed")
+        keys = (
+            "format_version",
+            "source",
+            "tokenizer_sha256",
+            "vocabulary_size",
+            "validation_share",
+            "seed",
+            "source_bytes",
+        )
         return {key: getattr(self, key) for key in keys}
 
     def total(self, split: str, what: str) -> int:

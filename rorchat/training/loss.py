@@ -17,33 +17,41 @@ LOGITS_AT_ONCE = 2**25  # numbers, 134 MB in float32: slices are as large as tha
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T`, with both gradients formed in the forward pass."""
+    """Summed cross-entropy of `hidden @ weight.T`, with both gradients formed in the forward pass.
+
+    Products are taken in `compute_dtype`, the loss and the sums over slices in float32.
+    """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, compute_dtype: torch.dtype) -> Tensor:
         wants = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        total = hidden.new_zeros((), dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if wants else None
         weight_gradient = torch.zeros_like(weight) if wants else None
+        head = weight.to(compute_dtype)
         rows = max(1, LOGITS_AT_ONCE // weight.size(0))
         for start in range(0, len(hidden), rows):
-            part, wanted = hidden[start : start + rows], labels[start : start + rows]
-            logits = (part @ weight.T).float()  # (rows, D) -> (rows, V)
+            part = hidden[start : start + rows].to(compute_dtype)
+            wanted = labels[start : start + rows]
+            logits = (part @ head.T).float()  # (rows, D) -> (rows, V)
             log_sum = torch.logsumexp(logits, dim=-1)
             total += (log_sum - logits.gather(1, wanted[:, None])[:, 0]).sum()
             if wants:
                 gradient = logits.sub_(log_sum[:, None]).exp_()  # the softmax, in place
                 gradient.scatter_add_(1, wanted[:, None], gradient.new_full((len(wanted), 1), -1.0))
-                gradient = gradient.to(part.dtype)
-                torch.mm(gradient, weight, out=hidden_gradient[start : start + rows])
-                weight_gradient.addmm_(gradient.T, part)
+                gradient = gradient.to(compute_dtype)
+                hidden_gradient[start : start + rows] = gradient @ head
+                if compute_dtype == weight.dtype:
+                    weight_gradient.addmm_(gradient.T, part)
+                else:
+                    weight_gradient += gradient.T @ part
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return total
 
     @staticmethod
     def backward(ctx, scale: Tensor):
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * scale, weight_gradient * scale, None
+        return hidden_gradient * scale, weight_gradient * scale, None, None
 
 
 def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -57,7 +65,12 @@ def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     labels = labels[:, 1:]
     asked = labels != IGNORED
     hidden = hidden[:, :-1][asked]  # (B, T, D) -> (N, D)
-    return _HeadLoss.apply(hidden, weight.to(hidden.dtype), labels[asked])
+    device = hidden.device.type
+    # Autocast does not reach into a custom function, and the last norm leaves float32
+    mixed = torch.is_autocast_enabled(device)
+    compute_dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        return _HeadLoss.apply(hidden, weight, labels[asked], compute_dtype)
 
 
 def fuse_head(model: nn.Module) -> None:

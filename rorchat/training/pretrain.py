@@ -14,6 +14,7 @@ from rorchat.tokens.prepare import prepare
 from rorchat.tokens.store import TokenStore
 from rorchat.training.arguments import DataArguments
 from rorchat.training.loss import fuse_gelu, fuse_head
+from rorchat.training.run import TOKENS
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 SAMPLE_TOKENS = 48
@@ -81,7 +82,7 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
 
 def prepare_stores(arguments: PretrainArguments, tokenizer) -> list[TokenStore]:
     """The token store of every source, made by the first process and opened by the others."""
-    root = Path(arguments.token_store or Path(arguments.output_dir) / "tokens")
+    root = Path(arguments.token_store or Path(arguments.output_dir) / TOKENS)
     persona = load_persona(arguments.persona)
     stores, names = [], set()
     for spec in arguments.sources:

@@ -18,12 +18,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import yaml
+from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
 
 from rorchat import __version__
 from rorchat.errors import MismatchError
 from rorchat.model import save_model
 
+TOKENS = "tokens"  # the folder of token stores in a run that names no other
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "trl")
 # Settings that change neither what is computed nor what comes out: they may differ when a run goes on.
 FREE_SETTINGS = {
@@ -65,6 +67,7 @@ class Run:
             "python": platform.python_version(),
         }
         self._check_folder()
+        PartialState().wait_for_everyone()  # before any process writes into the folder that another one is reading
         self.finished = bool(self._found and self._found.get("finished"))
 
     @property
@@ -72,16 +75,21 @@ class Run:
         return self.folder / "model"
 
     def _check_folder(self) -> None:
+        """Refuses to touch what another run achieved; what achieved nothing is taken over."""
         self._found = None
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if not {name for name in there if name != TOKENS and not name.startswith(".")}:
             return
         where = f"The output folder {self.folder}"
         remedy = "Choose another output_dir, or delete the folder."
         try:
             self._found = json.loads((self.folder / "run.json").read_text())
             config = yaml.safe_load((self.folder / "config.yaml").read_text())
-        except (OSError, json.JSONDecodeError, yaml.YAMLError):
+        except (OSError, ValueError, yaml.YAMLError):
             raise MismatchError(f"{where} is not empty and holds no run of rorchat. {remedy}") from None
+        if not self._found.get("finished") and self.last_checkpoint() is None:
+            self._found = None  # it broke off before it had anything to lose
+            return
         differing = [
             f"{name} {config.get(name)!r}, now {self.arguments.given.get(name)!r}"
             for name in sorted((set(config) | set(self.arguments.given)) - FREE_SETTINGS)
