@@ -19,11 +19,12 @@ quality: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Made anew when the dependencies change. torch first and by itself: its CPU build is enough for everything here.
+# Made anew when the dependencies change. torch comes first and by itself, so that the tested version is taken before
+# any other package asks for one; where an index offers a CPU build under that version, it is enough for everything here.
 $(READY): setup.cfg constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     tokenizer = load_tokenizer(base)
     model = load_checkpoint(base, tokenizer, arguments.seed)
-    check_fit(model, tokenizer, arguments.max_length)
+    check_fit(model, tokenizer, arguments.max_length, "max_length")
     train, validation, tallies = read_pairs(arguments, tokenizer, arguments.max_length or model.config.n_positions)
     trainer = PreferenceTrainer(model, arguments, tokenizer, train, validation)
     return run.train(trainer, {"data": [tally.summary() for tally in tallies]}, told=tallies)

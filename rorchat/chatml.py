@@ -109,9 +109,14 @@ def check_messages(messages: Sequence[dict]) -> None:
 
 def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of each text with the control tokens switched off: nothing in a text can become a control id."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)[
-        "input_ids"
-    ]
+    # Not verbose: Transformers warns of texts longer than the window, which are cut into rows or turns later
+    options = {
+        "add_special_tokens": False,
+        "split_special_tokens": True,
+        "return_attention_mask": False,
+        "verbose": False,
+    }
+    return tokenizer(texts, **options)["input_ids"]
 
 
 @functools.lru_cache(maxsize=8)

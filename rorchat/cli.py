@@ -1,5 +1,7 @@
 """`rorchat ...`: the commands that are not launched on many processes. What is launched stands in recipes/."""
 
+import io
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +45,8 @@ def chat(
     from rorchat.inference.engine import load_model
     from rorchat.inference.terminal import talk
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a pipe may carry anything
     talk(load_model(folder), system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
 
 

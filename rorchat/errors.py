@@ -62,7 +62,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def exits_with_one_line(main: Callable) -> Callable:
     """Decorate a command's `main`: a `RorchatError` becomes one line on stderr and its exit code.
 
-    With several processes only the first one prints: all of them fail alike.
+    With several processes the others say which one they are: they need not fail alike.
     """
 
     @functools.wraps(main)
@@ -70,17 +70,19 @@ def exits_with_one_line(main: Callable) -> Callable:
         try:
             return main(*args, **kwargs)
         except RorchatError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr, flush=True)
+            rank = os.environ.get("RANK", "0")
+            who = "error" if rank == "0" else f"process {rank}"
+            print(f"{who}: {error}", file=sys.stderr, flush=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             sys.exit(130)
         except OSError as error:
-            if error.errno in (28, 122):  # ENOSPC, EDQUOT
-                where = error.filename or "the output"
-                print(f"error: no space left for {where}: free some and run again", file=sys.stderr)
-                sys.exit(StorageError.exit_code)
-            raise
+            if error.errno is None and error.filename is None:
+                raise
+            code = PermissionRefused.exit_code if isinstance(error, PermissionError) else StorageError.exit_code
+            where = f" for {error.filename}" if error.filename else ""
+            print(f"error: {str(error.strerror).lower()}{where}", file=sys.stderr, flush=True)
+            sys.exit(code)
 
     return command

@@ -126,6 +126,11 @@ def load_checkpoint(name_or_path: str, tokenizer, seed: int = 0) -> "GPT2LMHeadM
             f"The model {name_or_path!r} has {rows:,} embedding rows but the tokenizer only {len(tokenizer):,} tokens: "
             "they do not belong together. Give the tokenizer that the model was trained with."
         )
+    if rows < tokenizer.vocab_size:  # without what was added to it: GPT-2's 50,257 fit its 50,257 rows
+        raise MismatchError(
+            f"The tokenizer has {tokenizer.vocab_size:,} tokens of its own but the model {name_or_path!r} only "
+            f"{rows:,} embedding rows: they do not belong together. Give the tokenizer that the model was trained with."
+        )
     set_seed(seed)
     if rows < len(tokenizer):
         _grow_embeddings(model, len(tokenizer))
@@ -178,8 +183,8 @@ def _set_generation(model: "GPT2LMHeadModel", tokenizer) -> None:
     )
 
 
-def check_fit(model: "GPT2LMHeadModel", tokenizer, block_size: int | None = None) -> None:
-    """Raises MismatchError unless model and tokenizer belong together and `block_size` fits into the positions."""
+def check_fit(model: "GPT2LMHeadModel", tokenizer, length: int | None = None, setting: str = "block_size") -> None:
+    """Raises MismatchError unless model and tokenizer belong together and rows of `length` fit into the positions."""
     rows = model.get_input_embeddings().num_embeddings
     if rows != len(tokenizer):
         raise MismatchError(
@@ -189,10 +194,9 @@ def check_fit(model: "GPT2LMHeadModel", tokenizer, block_size: int | None = None
     outside = [token for token in CONTROL_TOKENS if not 0 <= tokenizer.convert_tokens_to_ids(token) < rows]
     if outside:
         raise MismatchError(f"The control tokens {', '.join(outside)} have no embedding row.")
-    if block_size and block_size > model.config.n_positions:
+    if length and length > model.config.n_positions:
         raise MismatchError(
-            f"block_size is {block_size} but the model has only {model.config.n_positions} positions: "
-            "give at most that."
+            f"{setting} is {length} but the model has only {model.config.n_positions} positions: give at most that."
         )
 
 

@@ -65,7 +65,7 @@ def load_persona(path: str | Path | None = None) -> Persona:
     path = Path(path or DEFAULT_PERSONA)
     try:
         persona = Persona(**yaml.safe_load(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"No persona file {path}. Copy {DEFAULT_PERSONA} and change it.") from None
     except (yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
@@ -76,6 +76,10 @@ def load_persona(path: str | Path | None = None) -> Persona:
 
 def _check_parts(persona: Persona, path: Path) -> None:
     """Raises DataError unless every topic, the greetings and the farewells have their lists of texts."""
+    for part in ("name", "maker", "system"):
+        value = getattr(persona, part)
+        if not isinstance(value, str) or (part == "name" and not value):
+            raise DataError(f"{path}: {part} is {value!r}; expected text.")
     if not isinstance(persona.topics, dict) or not persona.topics:
         raise DataError(f"{path}: no topics. Copy {DEFAULT_PERSONA} and change it.")
     sections = [

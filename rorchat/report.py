@@ -55,7 +55,7 @@ def draw_curves(runs: list[Path], target: Path) -> None:
     from matplotlib import pyplot
 
     panels = (
-        ("loss (nats/token)", (("loss", "training", 1), ("eval_loss", "validation", 1))),
+        ("loss (nats/token; dpo: a pair)", (("loss", "training", 1), ("eval_loss", "validation", 1))),
         ("learning rate", (("learning_rate", "learning rate", 1),)),
         ("tokens per second", (("tokens_per_second", "tokens/s", 1),)),
         ("peak memory (GB)", (("memory_bytes", "memory", 1e-9),)),

@@ -19,7 +19,7 @@ from rorchat.chatml import (
     encode_text,
     reserved_token,
 )
-from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.errors import DataError, MismatchError, RemoteError, UsageError
 from rorchat.persona import Persona, load_persona
 
 # GPT-2's pattern but for numbers: each digit is a token, and never with the blank before it, so that a number is
@@ -99,6 +99,7 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None):
 
     Raises:
         DataError: nothing loadable is there, or what is there is not a byte-level BPE.
+        RemoteError: it is not on the Hub, or the Hub cannot be reached.
     """
     tokenizer = _load_any(name_or_path)
     sample = "Hello, naïve café! 你好 🙂\n\tx = 12345"
@@ -135,9 +136,9 @@ def _load_any(name_or_path: str):
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"Cannot load a tokenizer from {name_or_path!r}: {' '.join(str(error).split())[:200]}"
-        ) from None
+        failure = DataError if folder.is_dir() else RemoteError
+        said = " ".join(str(error).split())[:200]
+        raise failure(f"Cannot load a tokenizer from {name_or_path!r}: {said}") from None
 
 
 def _add_chatml(tokenizer, persona: Persona, size: int | None = None):
@@ -161,7 +162,8 @@ def _add_chatml(tokenizer, persona: Persona, size: int | None = None):
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>", *reserved]})
     # Generation continues at the right end; training pads by its own collator. Only `init_kwargs` are saved.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    tokenizer.chat_template = chat_template([*CONTROL_TOKENS, *reserved], persona.system)
+    control = dict.fromkeys([*CONTROL_TOKENS, *reserved, *tokenizer.all_special_tokens])
+    tokenizer.chat_template = chat_template(list(control), persona.system)
     return tokenizer
 
 

@@ -337,12 +337,19 @@ class TestBadInput:
 
     def test_a_tokenizer_that_does_not_fit_the_model(self, story, gpt2_tokenizer, tmp_path):
         shutil.copytree(story / "sft" / "model", tmp_path / "mixed")
-        gpt2_tokenizer.save_pretrained(tmp_path / "big")
         from rorchat.tokenizer import train_tokenizer
 
         train_tokenizer(["a few words"], 320).save_pretrained(tmp_path / "mixed")
         flags = ["--model", tmp_path / "mixed", "--sources", "tinytown=20", "--output_dir", tmp_path / "out"]
         refused(inside("sft", *flags), 78, "384 embedding rows", "320 tokens")
+        shutil.copytree(story / "sft" / "model", tmp_path / "other")
+        gpt2_tokenizer.save_pretrained(tmp_path / "other")
+        refused(inside("sft", "--model", tmp_path / "other", *flags[2:]), 78, "50,257 tokens", "384")
+        refused(inside("rorchat", "chat", tmp_path / "other"), 78, "50,257 tokens")
+
+    def test_a_run_that_failed_before_it_began_does_not_block_the_next(self, flags):
+        refused(self.pretrain(flags, "tinytown=200", more=["--weights", "1", "2"]), 2, "2 weights")
+        assert self.pretrain(flags, "tinytown=200", more=["--max_steps", "1"]).returncode == 0
 
     def test_rows_longer_than_the_positions(self, story, flags, tmp_path):
         more = ["--model", story / "pretrain", "--block_size", 256, "--global_batch_tokens", 1024]
@@ -385,4 +392,4 @@ def test_a_full_disk_is_exit_code_74(capsys):
     with pytest.raises(SystemExit) as stopped:
         fill()
     assert stopped.value.code == 74
-    assert capsys.readouterr().err.startswith("error: no space left")
+    assert capsys.readouterr().err.startswith("error: no space left on device")

@@ -184,6 +184,9 @@ def test_accumulation_follows_from_the_global_batch():
         (["--block_size", "many"], "invalid int value"),
         (["--optimizer", "adan"], "Did you mean 'adamw'"),
         (["--validation_share", "0"], "between 0 and 1"),
+        (["--optim", "adamw_bnb_8bit"], "chosen by `optimizer`"),
+        (["--gradient_accumulation_steps", "2"], "global_batch_tokens"),
+        (["--per_device_train_batch_size", "0"], "give a positive number"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence_that_says_what_fits(flags, said):
@@ -200,7 +203,10 @@ def test_a_wrong_setting_is_one_sentence_that_says_what_fits(flags, said):
         ("block_size: 1.5", "expected an int"),
         ("learning_rate: fast", "expected a number"),
         ("learning_rate: true", "expected a number"),
-        ("sources: tinytown=10", "expected a list"),
+        ("sources: tinytown=10", "expected a list of strings"),
+        ("sources: [5]", "expected a list of strings"),
+        ("weights: [a, b]", "expected a list of numbers"),
+        ("size: 124", "expected a string"),
         ("eval_strategy: no", "in quotes"),
         ("fp16: maybe", "expected true or false"),
     ],
@@ -219,3 +225,24 @@ def test_the_command_line_goes_before_the_config_and_the_config_before_the_defau
     arguments = parse(SftArguments, ["--config", str(config), "--max_steps", "3"])
     assert (arguments.learning_rate, arguments.max_steps, arguments.per_device_train_batch_size) == (6e-4, 3, 8)
     assert arguments.given == {"learning_rate": 6e-4, "max_steps": 3, "output_dir": "x", "sources": ["tinytown=10"]}
+
+
+def test_the_logged_loss_of_a_row_is_the_mean_over_its_predicted_tokens(tokenizer, tmp_path):
+    """Not over the row's length: position 0 is no target, and Transformers counts it for GPT-2."""
+    import json
+
+    from rorchat.training.pretrain import PretrainTrainer, prepare_stores
+
+    flags = ["--global_batch_tokens", "128", "--max_steps", "1", "--logging_steps", "1", "--eval_strategy", "no"]
+    flags += ["--validation_share", "0.1", "--bf16", "false"]
+    base = [*BASE[:1], "tinytown=60", "--output_dir", str(tmp_path), *BASE[4:]]
+    arguments = parse(PretrainArguments, [*base, *flags])
+    model = build_model("2x2x32", tokenizer, 64)
+    stock = copy.deepcopy(model)
+    trainer = PretrainTrainer(model, arguments, tokenizer, prepare_stores(arguments, tokenizer))
+    rows = [trainer.mixture[index] for index in range(2)]
+    with torch.no_grad():
+        expected = stock(**padded(rows, 0)).loss.item()
+    trainer.train()
+    logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert logged == pytest.approx(expected, abs=2e-4)  # a factor 63/64 is 0.09

@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 
 from rorchat.chatml import END_OF_TEXT, encode_text
+from rorchat.errors import MismatchError
 from rorchat.evaluation.loss import dataset_loss, gzip_bits_per_byte
 from rorchat.evaluation.scores import Scores, score_chat
 from rorchat.inference.engine import ChatModel, load_model, model_folder
 from rorchat.model import check_fit
 from rorchat.persona import load_persona
 from rorchat.sources import load
-from rorchat.tokenizer import load_tokenizer, token_bytes
+from rorchat.tokenizer import load_tokenizer, token_bytes, tokenizer_sha256
 from rorchat.tokens.batch import padded
 from rorchat.tokens.store import TokenStore
 
@@ -65,6 +66,11 @@ def held_out_documents(text: str, tokenizer) -> list[str]:
     if not (Path(text) / "manifest.json").is_file():
         return [row["text"] for row in load(text, "document")]
     store = TokenStore(text)
+    if store.manifest.tokenizer_sha256 != tokenizer_sha256(tokenizer):
+        raise MismatchError(
+            f"{text} holds tokens of another tokenizer than the first model's, so they cannot be turned into "
+            "text. Name the model of that tokenizer first, or give the text itself as a source."
+        )
     ids = store.slice("validation", 0, store.tokens("validation"))
     starts = (ids == store.manifest.end_of_text_id).nonzero()[0].tolist() + [len(ids)]
     return [tokenizer.decode(ids[start + 1 : end]) for start, end in zip(starts, starts[1:], strict=False)]

@@ -4,6 +4,7 @@ All prompts go through `encode_prompt`, so that no text becomes a control token 
 Generation itself is Transformers' `generate`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,12 @@ def as_messages(prompt: str | Messages) -> Messages:
 def _generation_arguments(chat: ChatModel, max_new_tokens: int | None, temperature: float | None, top_p: float | None):
     if temperature is not None and temperature < 0:
         raise UsageError(f"temperature is {temperature}: give 0 for the likeliest words or a positive number.")
+    if temperature is not None and not math.isfinite(temperature):
+        raise UsageError(f"temperature is {temperature}: give 0 for the likeliest words or a positive number.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UsageError(f"top_p is {top_p}: it must lie in (0, 1].")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}: give a positive number.")
     arguments = {"max_new_tokens": max_new_tokens or chat.positions // RESERVED_FOR_ANSWER, "max_length": None}
     if arguments["max_new_tokens"] >= chat.positions:
         raise UsageError(

@@ -29,7 +29,8 @@ from rorchat.sources._rows import CHECKS, KINDS, ROLES, Reject, check_messages
 
 __all__ = [
     "CHECKS", "KINDS", "ROLES", "Reject", "Rows", "Tally",
-    "available", "check_messages", "find", "in_validation", "load", "texts",
+    "available", "check_messages", "find", "in_validation",
+    "local_bytes", "load", "texts",
 ]  # fmt: skip
 
 PLACES_KEPT = 3  # how many places of each reject reason are shown
@@ -63,6 +64,7 @@ class Tally:
     kept: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
+    cut: int = 0  # kept rows that lost their last turns to the window
 
     def reject(self, place: str, reject: Reject) -> None:
         self.rejects[reject.reason] = self.rejects.get(reject.reason, 0) + 1
@@ -84,10 +86,13 @@ class Tally:
             "rows_in": self.rows_in,
             "kept": self.kept,
             "rejects": self.rejects,
+            "cut": self.cut,
         }
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.kept:,} of {self.rows_in:,} rows kept"]
+        if self.cut:
+            lines.append(f"  {self.cut:,} of them lost their last turns: they are longer than the window")
         for reason, count in sorted(self.rejects.items(), key=lambda item: -item[1]):
             lines.append(f"  {count:,} rejected: {reason}, first at {'; '.join(self.places[reason])}")
         return "\n".join(lines)
@@ -187,6 +192,14 @@ def _from_hub(name: str, module: ModuleType) -> Iterator[tuple[str, object]]:
             f"{module.HUB['path']} cannot be read from the Hub ({said}). With a local copy: {name}=PATH."
         ) from error
     return ((f"{module.HUB['path']}, row {number}", row) for number, row in enumerate(rows))
+
+
+def local_bytes(spec: str) -> int:
+    """The size of a source's local files, 0 for what comes from the Hub or is generated: to notice when they change."""
+    where = spec.partition("=")[2]
+    path = Path(where).expanduser()
+    files = [path] if path.is_file() else path.rglob("*") if where and path.is_dir() else []
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def in_validation(text: str, share: float) -> bool:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from rorchat.chatml import END_OF_TEXT, encode_text
 from rorchat.errors import DataError, MismatchError
 from rorchat.persona import Persona
-from rorchat.sources import find, in_validation, load
+from rorchat.sources import find, in_validation, load, local_bytes
 from rorchat.tokenizer import tokenizer_sha256
 from rorchat.tokens.store import SPLITS, Manifest, Shard, TokenStore
 
@@ -85,7 +85,7 @@ def prepare(
         end_of_text_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
         validation_share=validation_share,
         seed=seed,
-        source_bytes=_bytes_at(spec.partition("=")[2]),
+        source_bytes=local_bytes(spec),
     )
     if folder.exists():
         return _found(folder, wanted)
@@ -121,15 +121,11 @@ def _tokenized(rows: Iterable[dict], tokenizer, title: str) -> Iterator[tuple[st
         yield from zip(batch, encode_text(tokenizer, batch), strict=True)
 
 
-def _bytes_at(where: str) -> int:
-    path = Path(where).expanduser()
-    files = [path] if path.is_file() else path.rglob("*") if where and path.is_dir() else []
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
 def _found(folder: Path, wanted: Manifest) -> TokenStore:
     store = TokenStore(folder)
     there, here = store.manifest.identity(), wanted.identity()
+    if not here["source_bytes"]:
+        here.pop("source_bytes")  # files that are gone have not changed
     differing = [f"{key} {there[key]!r}, now {here[key]!r}" for key in here if there[key] != here[key]]
     if differing:
         raise MismatchError(f"{folder} holds other tokens: {'; '.join(differing)}. Delete it or choose another folder.")

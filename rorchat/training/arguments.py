@@ -64,13 +64,16 @@ def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) ->
     for flag in flags:
         if flag not in options and flag.removeprefix("no_") not in options:
             raise UsageError(f"Unknown option --{flag}.{did_you_mean(flag, options)} See --help.")
+    names = {entry.name for entry in fields(dataclass_type)}
+    given = {name.removeprefix("no_") if name not in names else name for name in (*config, *flags)}
+    decided = sorted(given & set(getattr(dataclass_type, "DECIDED", ())))
+    if decided:
+        raise UsageError(f"{decided[0]} cannot be set: {dataclass_type.DECIDED[decided[0]]}.")
     parser.set_defaults_with_config(**config)
     try:
         (arguments,) = parser.parse_args_into_dataclasses(args=argv)
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise UsageError(" ".join(str(error).split())) from None
-    names = {entry.name for entry in fields(dataclass_type)}
-    given = {name.removeprefix("no_") if name not in names else name for name in (*config, *flags)}
     arguments.given = {name: _plain(getattr(arguments, name)) for name in sorted(given & names)}
     return arguments
 
@@ -99,6 +102,8 @@ def _without_config(argv: list[str]) -> tuple[list[str], dict, str]:
     return argv[:at] + argv[at + 2 :], config, path
 
 
+#: Our own settings that are strings and nothing else; TrlParser would take a number for them.
+OWN_STRINGS = {"tokenizer", "size", "model", "token_store", "persona", "optimizer", "output_dir"}
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -117,9 +122,9 @@ def _check_config(config: dict, path: str, options: dict[str, argparse.Action]) 
 
 
 def _wanted(option: argparse.Action) -> str:
-    if option.nargs in ("+", "*"):
-        return "a list"
     name = getattr(option.type, "__name__", "")
+    if option.nargs in ("+", "*"):
+        return {"float": "a list of numbers", "int": "a list of numbers"}.get(name, "a list of strings")
     if name == "string_to_bool":
         return "true or false"
     return {"int": "an int", "float": "a number"}.get(name, "a string")
@@ -128,8 +133,10 @@ def _wanted(option: argparse.Action) -> str:
 def _fits(value: object, option: argparse.Action, wanted: str) -> bool:
     if value is None:
         return option.default is None
-    if wanted == "a list":
-        return isinstance(value, list)
+    if wanted.startswith("a list"):
+        numbers = wanted.endswith("numbers")
+        kinds = (int, float) if numbers else (str,)
+        return isinstance(value, list) and all(isinstance(v, kinds) and not isinstance(v, bool) for v in value)
     if wanted == "true or false":
         return isinstance(value, bool) or str(value).lower() in ("true", "false", "yes", "no")
     if wanted == "an int":
@@ -137,5 +144,7 @@ def _fits(value: object, option: argparse.Action, wanted: str) -> bool:
     if wanted == "a number":
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return number or (isinstance(value, str) and bool(_NUMBER.fullmatch(value)))  # YAML reads 6e-4 as a string
+    if option.dest in OWN_STRINGS:
+        return isinstance(value, str)
     # Transformers has fields that take a string or a dictionary or a number: those it checks itself
     return not isinstance(value, bool) and not isinstance(value, list)

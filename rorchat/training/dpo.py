@@ -13,7 +13,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from rorchat.chatml import IGNORED, EncodedConversation, encode_conversations
-from rorchat.errors import DataError
+from rorchat.errors import DataError, UsageError
 from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.persona import load_persona
 from rorchat.sources import Reject, Tally, in_validation, load
@@ -56,7 +56,10 @@ class DpoArguments(DataArguments, OptimizationArguments, DPOConfig):
     def __post_init__(self):
         self.check_data()
         self.settle()
+        if self.max_length is not None and self.max_length < 1:
+            raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
         super().__post_init__()
+        self.check_devices()
 
 
 def _split(encoded: EncodedConversation) -> tuple[list[int], list[int]]:

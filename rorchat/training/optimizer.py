@@ -80,8 +80,8 @@ class Muon(torch.optim.Optimizer):
                 by_shape[part.shape].append((weight, part))
         for shape, pairs in by_shape.items():
             stacked = torch.stack([part for _, part in pairs])  # (N, A, B)
-            if stacked.is_cuda:
-                stacked = stacked.bfloat16()
+            if stacked.is_cuda and torch.cuda.get_device_capability(stacked.device)[0] >= 8:
+                stacked = stacked.bfloat16()  # below, a GPU only emulates it
             scale = -group["lr"] * RMS_OF_ADAMW * max(shape) ** 0.5
             for (weight, _), update in zip(pairs, orthogonalized(stacked), strict=True):
                 weight.add_(update.to(weight.dtype), alpha=scale)

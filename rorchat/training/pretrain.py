@@ -1,7 +1,9 @@
 """Pretraining: documents -> rows -> a language model, in Transformers' Trainer."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import TrainingArguments
 
@@ -23,6 +25,11 @@ SAMPLE_TOKENS = 48
 @dataclass
 class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments):
     """Settings of `recipes/pretrain.py`."""
+
+    DECIDED: ClassVar[dict[str, str]] = OptimizationArguments.DECIDED | {
+        "gradient_accumulation_steps": "it follows from `global_batch_tokens`",
+        "num_train_epochs": "the length of pretraining is `train_tokens` or `max_steps`",
+    }
 
     tokenizer: str = field(default="gpt2", metadata={"help": "A folder or a Hub id."})
     size: str = field(default="124m", metadata={"help": "demo, 51m, 124m ... or layers x heads x width, as 6x5x160."})
@@ -61,14 +68,19 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
         self.settle()
         if self.block_size < 2:
             raise UsageError(f"block_size is {self.block_size}: a row needs at least 2 tokens.")
+        for name in ("global_batch_tokens", "per_device_train_batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}: give a positive number.")
         super().__post_init__()
+        self.check_devices()
         per_pass = self.block_size * self.per_device_train_batch_size * self.world_size
         if self.global_batch_tokens % per_pass:
             raise UsageError(
                 f"global_batch_tokens {self.global_batch_tokens:,} is no multiple of block_size {self.block_size} x "
                 f"per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} processes = "
-                f"{per_pass:,}: the nearest that fit are {self.global_batch_tokens // per_pass * per_pass:,} and "
-                f"{(self.global_batch_tokens // per_pass + 1) * per_pass:,}."
+                f"{per_pass:,}: the nearest that fit are "
+                f"{max(1, self.global_batch_tokens // per_pass) * per_pass:,} and "
+                f"{(max(1, self.global_batch_tokens // per_pass) + 1) * per_pass:,}."
             )
         self.gradient_accumulation_steps = self.global_batch_tokens // per_pass
         if self.max_steps <= 0:
@@ -89,7 +101,7 @@ def prepare_stores(arguments: PretrainArguments, tokenizer) -> list[TokenStore]:
         name = spec.partition("=")[0]
         name = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in names)
         names.add(name)
-        with arguments.main_process_first(desc=f"prepare {spec}"):
+        with arguments.main_process_first(local=False, desc=f"prepare {spec}"):
             stores.append(
                 prepare(
                     spec,
@@ -111,14 +123,13 @@ class PretrainTrainer(StageTrainer):
         self.mixture = Mixture(stores, arguments.weights, arguments.block_size, rows, arguments.data_seed)
         fuse_head(model)
         fuse_gelu(model)
-        pad_id = tokenizer.pad_token_id
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=self.mixture,
             eval_dataset={store.name: ValidationRows(store, arguments.block_size) for store in stores},
             processing_class=tokenizer,
-            data_collator=lambda rows: padded(rows, pad_id),
+            data_collator=partial(padded, pad_id=tokenizer.pad_token_id),
         )
         chat = ChatModel(model, tokenizer)
         self.begin_stage(

@@ -24,6 +24,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from rorchat import __version__
 from rorchat.errors import MismatchError
 from rorchat.model import save_model
+from rorchat.persona import DEFAULT_PERSONA
+from rorchat.sources import local_bytes
 
 TOKENS = "tokens"  # the folder of token stores in a run that names no other
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "trl")
@@ -45,6 +47,22 @@ def fingerprint(folder: str) -> dict[str, str]:
     return {file.name: file_sha256(file) for file in files if file.is_file()} or {"id": folder}
 
 
+def keep_until(path: Path, step: int) -> None:
+    """Drops the records of later steps from a JSON lines file: a resumed run writes them again."""
+    if path.is_file():
+        kept = [line for line in path.read_text().splitlines() if line.strip() and json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def data_fingerprint(arguments) -> dict[str, object]:
+    """The size of every source's local files, and the persona file's sha256: what a config's words alone do not fix."""
+    persona = Path(arguments.persona) if arguments.persona else DEFAULT_PERSONA
+    return {
+        "source_bytes": {spec: local_bytes(spec) for spec in arguments.sources},
+        "persona": file_sha256(persona) if persona.is_file() else None,
+    }
+
+
 class Run:
     """The folder of one run of one stage.
 
@@ -62,7 +80,7 @@ class Run:
         self.record = {
             "stage": stage,
             "rorchat": __version__,
-            "inputs": {role: fingerprint(folder) for role, folder in inputs.items()},
+            "inputs": {role: fingerprint(folder) for role, folder in inputs.items()} | data_fingerprint(arguments),
             "versions": {library: version(library) for library in LIBRARIES},
             "python": platform.python_version(),
         }
@@ -109,9 +127,9 @@ class Run:
     def begin(self) -> None:
         """Writes config.yaml and run.json; clears what an unfinished run without a checkpoint left behind."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.last_checkpoint() is None:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)
+        checkpoint = self.last_checkpoint()
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            keep_until(self.folder / name, int(checkpoint.rpartition("-")[2]) if checkpoint else -1)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.arguments.given, sort_keys=True))
         self._write({})
 

@@ -6,6 +6,7 @@ errors. The loss is on the assistant's words and their closing `<|im_end|>` alon
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,8 @@ class SftArguments(DataArguments, OptimizationArguments, SFTConfig):
     def __post_init__(self):
         self.check_data()
         self.settle()
+        if self.max_length is not None and self.max_length < 1:
+            raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
         if self.packing or self.padding_free or self.assistant_only_loss:
             raise UsageError(
                 "packing, padding_free and assistant_only_loss belong to TRL's preparation, which is not used: rows "
@@ -60,6 +63,7 @@ class SftArguments(DataArguments, OptimizationArguments, SFTConfig):
             )
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
+        self.check_devices()
 
 
 def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[Dataset, Dataset, list[Tally]]:
@@ -84,6 +88,7 @@ def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[D
                 if encoded is None:
                     rows.tally.withdraw(place, Reject("over-long", f"no exchange fits into {max_length} tokens"))
                     continue
+                rows.tally.cut += encoded.dropped_turns > 0
                 text = "\n".join(message["content"] for message in messages)
                 held_out = in_validation(text, arguments.validation_share)
                 kept[held_out].append({"input_ids": encoded.input_ids, "labels": encoded.labels})
@@ -140,14 +145,13 @@ class ChatTrainer(StageTrainer, SFTTrainer):
         lengths = np.array([len(ids) for ids in train["input_ids"]])
         order = training_order(lengths, rows, micro, arguments.data_seed)
         read = np.cumsum([0, *lengths[order].reshape(arguments.max_steps, -1).sum(1)])
-        pad_id = tokenizer.pad_token_id
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=train.select(order),
             eval_dataset=validation,
             processing_class=tokenizer,
-            data_collator=lambda rows: padded(rows, pad_id),
+            data_collator=partial(padded, pad_id=tokenizer.pad_token_id),
         )
         del model.forward  # TRL's fused head, which scores masked positions too on a CPU
         fuse_head(model)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import Trainer
@@ -20,7 +21,7 @@ from rorchat.evaluation.loss import Loss, dataset_loss
 from rorchat.inference.engine import ChatModel
 from rorchat.tokenizer import token_bytes
 from rorchat.training.callbacks import Metrics, Samples
-from rorchat.training.optimizer import OPTIMIZERS, build_optimizer
+from rorchat.training.optimizer import ADAMW_BETAS, OPTIMIZERS, build_optimizer
 
 COOLDOWN_SCHEDULE = "warmup_stable_decay"
 
@@ -52,6 +53,19 @@ def use_all_cores() -> None:
 class OptimizationArguments:
     """How a stage steps; the rest is the Trainer's."""
 
+    #: Settings of Transformers that would have no effect here, and why.
+    DECIDED: ClassVar[dict[str, str]] = {
+        "optim": "the optimizer is chosen by `optimizer`: adamw or muon",
+        "optim_args": "the optimizer is chosen by `optimizer`: adamw or muon",
+        "adam_beta1": f"AdamW's betas are {ADAMW_BETAS}",
+        "adam_beta2": f"AdamW's betas are {ADAMW_BETAS}",
+        "adam_epsilon": "AdamW's epsilon is 1e-8",
+        "train_sampling_strategy": "the order of rows is the data's own, see `data_seed`",
+        "remove_unused_columns": "rows hold nothing but what the model reads",
+        "logging_nan_inf_filter": "a NaN is logged as one",
+        "include_num_input_tokens_seen": "tokens are counted by the data, in metrics.jsonl",
+    }
+
     optimizer: str = field(
         default="adamw", metadata={"help": "adamw, or muon on the matrices with adamw for all else."}
     )
@@ -71,6 +85,14 @@ class OptimizationArguments:
             )
         if not 0 <= self.cooldown_share <= 1:
             raise UsageError(f"cooldown_share is {self.cooldown_share}: it must lie between 0 and 1.")
+
+    def check_devices(self) -> None:
+        """Raises UsageError where one process sees several GPUs: the Trainer would split its batches among them."""
+        if self.n_gpu > 1:
+            raise UsageError(
+                f"One process sees {self.n_gpu} GPUs. Launch one process each, accelerate launch --num_processes "
+                f"{self.n_gpu} ..., or show it one with CUDA_VISIBLE_DEVICES=0."
+            )
 
     def settle(self) -> None:
         """What no stage leaves to Transformers' defaults; called before its own checks."""
@@ -100,18 +122,18 @@ class StageTrainer(Trainer):
         folder: Path,
         tokens_after: Callable[[int], int],
         speak: Callable[[Sequence[str]], list[str]],
-        collate: Callable[[list[dict]], dict] | None = None,
     ) -> None:
         """Attaches the logs and what evaluation needs.
 
         Args:
             tokens_after: tokens read after so many steps, over all processes.
             speak: the model's words for each sample prompt.
-            collate: of validation rows, where it is another than the training rows'.
         """
         self.chat, self.tokens_after = chat, tokens_after
+        # The loss shifts labels inside, so position 0 is no target; for GPT-2 transformers 5.23 counts it all the same,
+        # and a row of T tokens would be divided by T instead of T - 1.
+        self._loss_shifts_labels = True
         self.token_bytes = torch.tensor(token_bytes(chat.tokenizer))
-        self.validation_collate = collate or self.data_collator
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(Metrics(folder, tokens_after))
@@ -159,7 +181,7 @@ class StageTrainer(Trainer):
             own = [rows[index] for index in range(rank, len(rows), world)]
             with self.accelerator.autocast():
                 part = dataset_loss(
-                    model, own, self.validation_collate, self.token_bytes, self.args.per_device_eval_batch_size
+                    model, own, self.data_collator, self.token_bytes, self.args.per_device_eval_batch_size
                 )
             sums = torch.tensor([[part.nats, part.tokens, part.text_nats, part.utf8_bytes]], dtype=torch.float64)
             nats, tokens, text_nats, utf8_bytes = self.accelerator.gather(sums.to(self.args.device)).sum(0).tolist()
