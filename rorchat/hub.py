@@ -69,6 +69,7 @@ def verify(folder: str | Path) -> dict:
             (f"missing weights {found['missing'][:3]}", found["missing"]),
             (f"unexpected weights {found['unexpected'][:3]}", found["unexpected"]),
             ("no chat template", not found["template"]),
+            ("rorchat was imported to load it", found["own"]),
             ("it does not stop at <|im_end|>", found["end_of_turn"] not in stops),
             ("the padding token ends texts", found["pad"] in stops),
         )
@@ -95,7 +96,7 @@ def model_card(folder: Path, repository: str) -> str:
     except DataError:
         parts.append("No record of its training lies beside the model.")
         return "\n\n".join(parts) + "\n"
-    parts += ["## Training", run_table(runs), "## Data", data_table(runs)]
+    parts += ["## Training", run_table(runs), "## Data", data_table(runs, public=True)]
     restricted = sorted(
         {
             f"{source['source'].partition('=')[0]} ({source['licence']})"

@@ -105,29 +105,34 @@ def run_table(runs: list[Path]) -> str:
     rows = []
     for run in runs:
         record = read_run(run)
-        metrics = record.get("metrics", {})
+        metrics = record.get("metrics")
+        if metrics is None:
+            rows.append([run.name, "unfinished", *["-"] * 6])
+            continue
         loss, bits = metrics.get("eval_loss"), metrics.get("eval_bits_per_byte")
+        unit = "a pair" if record["stage"] == "dpo" else "nats/token"
         rows.append(
             [
                 run.name,
-                f"{record.get('parameters', 0):,}",
+                f"{record['parameters']:,}",
                 f"{metrics.get('steps', 0):,}",
                 f"{metrics.get('tokens', 0):,}",
                 f"{metrics.get('train_seconds', 0):,.0f}",
-                "-" if loss is None else f"{loss:.3f}",
+                "-" if loss is None else f"{loss:.3f} {unit}",
                 "-" if bits is None else f"{bits:.3f}",
-                record.get("device", "?"),
+                record["device"],
             ]
         )
     header = ["run", "parameters", "steps", "tokens", "seconds", "validation loss", "bits per byte", "device"]
     return table(header, rows)
 
 
-def data_table(runs: list[Path]) -> str:
+def data_table(runs: list[Path], public: bool = False) -> str:
+    """Where every row went; `public` tables name a source without the path it was read from."""
     rows = [
         [
             run.name,
-            source["source"],
+            source["source"].partition("=")[0] if public else source["source"],
             source["licence"],
             f"{source['kept']:,} of {source['rows_in']:,}",
             ", ".join(f"{reason} {count}" for reason, count in source["rejects"].items()) or "none",

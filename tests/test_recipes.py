@@ -227,18 +227,21 @@ def test_two_processes_see_the_samples_of_one_and_have_its_losses(story, tmp_pat
     assert one[0] != one[4]
 
 
-def test_an_unfinished_run_goes_on_from_its_checkpoint_and_ends_the_same(story, tmp_path):
+def test_an_unfinished_run_goes_on_from_its_newest_whole_checkpoint_and_ends_the_same(story, tmp_path):
     flags = [*PRETRAIN, "--tokenizer", story / "tokenizer", "--save_strategy", "steps", "--save_steps", 2]
     succeeded(recipe("pretrain", *flags, "--output_dir", tmp_path / "whole"))
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     for path in (tmp_path / "broken" / "model", tmp_path / "broken" / "checkpoint-5"):
         shutil.rmtree(path, ignore_errors=True)
+    (tmp_path / "broken" / "checkpoint-4" / "trainer_state.json").unlink()  # as if killed while saving it
     record = json.loads((tmp_path / "broken" / "run.json").read_text())
     record.pop("finished")
     (tmp_path / "broken" / "run.json").write_text(json.dumps(record))
     succeeded(recipe("pretrain", *flags, "--output_dir", tmp_path / "broken"))
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert weights[0] == weights[1]
+    steps = [record["step"] for record in metrics_of(tmp_path / "broken") if "loss" in record]
+    assert steps == [1, 2, 3, 4, 5]
     assert not list((tmp_path / "whole").rglob("training_args.bin"))
 
 

@@ -77,7 +77,7 @@ def test_a_story_of_two_runs_becomes_one_page_and_one_picture(story):
     lines = report.read_text().splitlines()
     assert lines[0] == "# story"
     assert "| run | parameters | steps | tokens | seconds | validation loss | bits per byte | device |" in lines
-    first = lines.index("| b-first | 924,416 | 855 | 1,300,348 | 88 | 1.235 | 0.988 | cpu |")
+    first = lines.index("| b-first | 924,416 | 855 | 1,300,348 | 88 | 1.235 nats/token | 0.988 | cpu |")
     assert lines[first + 1] == "| a-second | 7 | 3 | 0 | 0 | - | - | cpu |"  # in the order of the stages
     assert "![curves](curves.png)" in lines
     assert "| b-first | tinytown=9000 | Apache-2.0 | 8,998 of 9,000 | empty reply 2 |" in lines

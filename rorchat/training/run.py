@@ -19,15 +19,20 @@ from pathlib import Path
 
 import yaml
 from accelerate import PartialState
-from transformers.trainer_utils import get_last_checkpoint
 
 from rorchat import __version__
-from rorchat.errors import MismatchError
+from rorchat.errors import DataError, MismatchError
 from rorchat.model import save_model
 from rorchat.persona import DEFAULT_PERSONA
 from rorchat.sources import local_bytes
 
 TOKENS = "tokens"  # the folder of token stores in a run that names no other
+CHECKPOINT_FILES = (
+    "model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "trainer_state.json",
+)  # the last is written last
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "trl")
 # Settings that change neither what is computed nor what comes out: they may differ when a run goes on.
 FREE_SETTINGS = {
@@ -134,10 +139,29 @@ class Run:
         self._write({})
 
     def _write(self, more: dict) -> None:
-        (self.folder / "run.json").write_text(json.dumps({**self.record, **more}, indent=2) + "\n")
+        """Replaces run.json at once: without it the folder would be no run's."""
+        staging = self.folder / ".run.json"
+        staging.write_text(json.dumps({**self.record, **more}, indent=2) + "\n")
+        staging.replace(self.folder / "run.json")
 
     def last_checkpoint(self) -> str | None:
-        return get_last_checkpoint(str(self.folder)) if self.folder.is_dir() else None
+        """The newest complete checkpoint; None where there is none at all.
+
+        Raises:
+            DataError: there are checkpoints, but a save was interrupted in each: starting anew would hide the loss.
+        """
+        folders = [path for path in self.folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+        folders.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+        for folder in folders:
+            # transformers.trainer_utils.get_last_checkpoint takes the highest number, whole or not
+            if all((folder / name).is_file() for name in CHECKPOINT_FILES):
+                return str(folder)
+        if folders:
+            raise DataError(
+                f"No checkpoint in {self.folder} is complete; {folders[0].name} lacks one of "
+                f"{', '.join(CHECKPOINT_FILES)}. Delete the checkpoints to start anew."
+            )
+        return None
 
     def train(self, trainer, details: dict, told: Iterable[object] = ()) -> dict[str, float]:
         """Trains, going on from the newest checkpoint if there is one, measures, and saves the stock model.
