@@ -107,6 +107,7 @@ def load_checkpoint(name_or_path: str, tokenizer, seed: int = 0) -> "GPT2LMHeadM
         MismatchError: the model has more rows than the tokenizer has tokens.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import GPT2LMHeadModel, set_seed
 
     config = _read_config(name_or_path)
@@ -116,7 +117,7 @@ def load_checkpoint(name_or_path: str, tokenizer, seed: int = 0) -> "GPT2LMHeadM
         model, info = GPT2LMHeadModel.from_pretrained(
             name_or_path, config=config, dtype=torch.float32, output_loading_info=True
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise DataError(f"Cannot load the weights of {name_or_path!r}: {' '.join(str(error).split())[:200]}") from None
     if info["missing_keys"]:
         raise DataError(f"{name_or_path!r} lacks weights of a GPT-2: {', '.join(sorted(info['missing_keys'])[:4])}.")

@@ -152,6 +152,14 @@ def test_a_checkpoint_with_missing_weights_is_refused(tokenizer, tmp_path):
         load_checkpoint(str(tmp_path), tokenizer)
 
 
+def test_a_weight_file_that_was_cut_off_is_one_sentence(tokenizer, tmp_path):
+    save_model(build_model("2x2x32", tokenizer, 64), tokenizer, tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:1000])
+    with pytest.raises(DataError, match="Cannot load the weights"):
+        load_checkpoint(str(tmp_path), tokenizer)
+
+
 def test_rows_longer_than_the_positions_are_a_mismatch(tokenizer):
     model = build_model("2x2x32", tokenizer, 64)
     check_fit(model, tokenizer, 64)

@@ -51,7 +51,9 @@ def model_folder(path: str) -> str:
     Raises:
         DataError: what looks like a path leads nowhere.
     """
-    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+    # "runs/nope" could be a Hub id, but not where there is a folder "runs"
+    local = path.startswith((".", "/", "~")) or ("/" in path and Path(path).parent.is_dir())
+    if local and not Path(path).is_dir():
         raise DataError(f"No model folder {path}.")
     inside = Path(path) / "model"
     return str(inside) if (inside / "config.json").is_file() else path
