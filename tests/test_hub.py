@@ -322,7 +322,7 @@ def test_a_failure_that_the_client_wrapped_is_told_by_its_cause():
 
 def test_the_card_names_sources_licences_and_numbers(story):
     lines = model_card(story / "sft" / "model", NAME).splitlines()
-    assert "| pretrain | tinytown=1000 | Apache-2.0 | 987 of 1,000 | too long 13 |" in lines
+    assert "| pretrain | tinytown | Apache-2.0 | 987 of 1,000 | too long 13 |" in lines
     licence = "CC BY-NC 4.0 (not for commercial use)"
     assert f"| sft | alpaca | {licence} | 987 of 1,000 | too long 13 |" in lines
     assert "| sft | 36,224 | 1,234 | 5,678 | 7 | 1.618 | 1.125 | cpu |" in lines
