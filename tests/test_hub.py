@@ -325,8 +325,8 @@ def test_the_card_names_sources_licences_and_numbers(story):
     assert "| pretrain | tinytown | Apache-2.0 | 987 of 1,000 | too long 13 |" in lines
     licence = "CC BY-NC 4.0 (not for commercial use)"
     assert f"| sft | alpaca | {licence} | 987 of 1,000 | too long 13 |" in lines
-    assert "| sft | 36,224 | 1,234 | 5,678 | 7 | 1.618 | 1.125 | cpu |" in lines
-    assert "| pretrain | 36,224 | 1,234 | 5,678 | 7 | 2.719 | 1.125 | cpu |" in lines
+    assert "| sft | 36,224 | 1,234 | 5,678 | 7 | 1.618 nats/token | 1.125 | cpu |" in lines
+    assert "| pretrain | 36,224 | 1,234 | 5,678 | 7 | 2.719 nats/token | 1.125 | cpu |" in lines
     assert f"**Not for commercial use**, because of its data: alpaca ({licence})." in lines
 
 
