@@ -3,15 +3,17 @@
 A source module holds, as data and one pure function:
 
     KIND      "document", "conversation" or "preference"
-    LICENCE   as its publisher states it
+    LICENCE   as its publisher states it, with "(not for commercial use)" or "unstated" where that is so
+    SIZE      how much there is of it, as published
     HUB       arguments of `datasets.load_dataset` (Parquet or plain files), or None
-    FILES     glob patterns of its files in a local folder, best first
+    FILES     glob patterns of its files in a local folder, best first; compressed ones (.gz, .zst) are found as well
     RAW       some raw rows: they document the format, and are its test
-    convert   raw row -> a row of its kind, raising `Reject` for a row that cannot be used
-    read      optional: (place, raw row) of a local path, where the original files are of no common format
+    convert   raw row -> a row of its kind (`Repaired` where it had to be mended), or `Reject`
+    read      optional: (place, raw row) of one of FILES, where the original files are of no common format
+    gather    optional: (place, raw row)s -> (place, raw row)s, where several rows of a file make one raw row
 
-Generated sources (tinytown, persona) have `generate(kind, amount, seed, persona)` instead. To add a dataset, copy
-`alpaca.py` and change these names.
+Generated sources (tinytown, persona) have `generate(kind, amount, seed, persona)` instead. To add a dataset, see
+docs/add_a_dataset.md.
 """
 
 import hashlib
@@ -19,21 +21,30 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
 from rorchat.errors import DataError, RemoteError, UsageError, did_you_mean
 from rorchat.persona import Persona
-from rorchat.sources._read import read_rows
-from rorchat.sources._rows import CHECKS, KINDS, ROLES, Reject, check_messages
+from rorchat.sources._read import Stretch, files_of, parts_of
+from rorchat.sources._rows import CHECKS, KINDS, ROLES, Reject, Repaired, check_messages, words_of
 
 __all__ = [
-    "CHECKS", "KINDS", "ROLES", "Reject", "Rows", "Tally",
-    "available", "check_messages", "find", "in_validation",
-    "local_bytes", "load", "texts",
+    "CHECKS", "KINDS", "LOSS", "ROLES", "Part", "Reject", "Rows", "Tally",
+    "available", "check_messages", "digest", "find", "held_out", "in_validation", "kinds_of",
+    "load", "local_bytes", "parts", "restriction", "texts", "words_of",
 ]  # fmt: skip
 
 PLACES_KEPT = 3  # how many places of each reject reason are shown
+HUB_ROWS_PER_PART = 20_000
+# What the loss of training counts, by the kind of rows
+LOSS = {
+    "document": "every token",
+    "conversation": "the replies and the <|im_end|> that closes them",
+    "preference": "the chosen reply against the rejected one",
+}
 
 
 def available() -> list[str]:
@@ -50,9 +61,22 @@ def find(name: str) -> ModuleType:
     if name not in available():
         raise UsageError(
             f"No source named {name!r}.{did_you_mean(name, available())} Available: {', '.join(available())}. "
-            "To add one, copy rorchat/sources/alpaca.py."
+            "To add one, see docs/add_a_dataset.md."
         )
     return importlib.import_module(f"rorchat.sources.{name}")
+
+
+def kinds_of(name: str) -> tuple[str, ...]:
+    """The kinds of rows that a source gives."""
+    kind = find(name).KIND
+    return kind if isinstance(kind, tuple) else (kind,)
+
+
+def restriction(licence: str) -> str:
+    """What a licence keeps its user from, in a few words; empty where nothing needs saying."""
+    if "not for commercial use" in licence:
+        return "not for commercial use"
+    return "no licence stated" if licence.startswith("unstated") else ""
 
 
 @dataclass
@@ -64,6 +88,7 @@ class Tally:
     kept: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
+    repairs: dict[str, int] = field(default_factory=dict)  # kept rows that their source had to mend
     cut: int = 0  # kept rows that lost their last turns to the window
 
     def reject(self, place: str, reject: Reject) -> None:
@@ -77,22 +102,38 @@ class Tally:
         self.kept -= 1
         self.reject(place, reject)
 
+    def add(self, other: "Tally") -> None:
+        """Adds the counts of another part of the same source, which comes after this one."""
+        self.rows_in, self.kept, self.cut = self.rows_in + other.rows_in, self.kept + other.kept, self.cut + other.cut
+        for mine, others in ((self.rejects, other.rejects), (self.repairs, other.repairs)):
+            for reason, count in others.items():
+                mine[reason] = mine.get(reason, 0) + count
+        for reason, places in other.places.items():
+            self.places[reason] = [*self.places.get(reason, []), *places][:PLACES_KEPT]
+
+    @property
+    def licence(self) -> str:
+        return find(self.source.partition("=")[0]).LICENCE
+
     def summary(self) -> dict:
         """What a run remembers of a source."""
-        licence = find(self.source.partition("=")[0]).LICENCE
         return {
             "source": self.source,
-            "licence": licence,
+            "licence": self.licence,
             "rows_in": self.rows_in,
             "kept": self.kept,
             "rejects": self.rejects,
+            "repairs": self.repairs,
             "cut": self.cut,
         }
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.kept:,} of {self.rows_in:,} rows kept"]
+        if restriction(self.licence):
+            lines.append(f"  licence: {self.licence}")
         if self.cut:
             lines.append(f"  {self.cut:,} of them lost their last turns: they are longer than the window")
+        lines += [f"  {count:,} of them repaired: {repair}" for repair, count in self.repairs.items()]
         for reason, count in sorted(self.rejects.items(), key=lambda item: -item[1]):
             lines.append(f"  {count:,} rejected: {reason}, first at {'; '.join(self.places[reason])}")
         return "\n".join(lines)
@@ -100,7 +141,7 @@ class Tally:
 
 @dataclass
 class Rows:
-    """The usable rows of a source, checked one by one; `tally` counts while they are read.
+    """The usable rows of a source or of a part of one, checked one by one; `tally` counts while they are read.
 
     `place` is that of the row given last.
     """
@@ -110,29 +151,55 @@ class Rows:
     module: ModuleType
     raw: Iterator[tuple[str, object]]
     tally: Tally
+    whole: bool = True  # a source without a usable row is an error, a part of one is not
     place: str = ""
 
     def __iter__(self) -> Iterator[dict]:
         for place, raw in self.raw:
             self.tally.rows_in += 1
             try:
-                if isinstance(raw, Reject):
-                    raise raw
-                row = raw if hasattr(self.module, "generate") else self.module.convert(raw)
-                CHECKS[self.kind](row)
+                row = self._checked(raw)
             except Reject as reject:
                 self.tally.reject(place, reject)
                 continue
             self.tally.kept += 1
             self.place = place
             yield row
-        if not self.tally.rows_in:
-            raise DataError(f"{self.spec} is empty: there is no row in it.")
-        if not self.tally.kept:
-            raise DataError(f"No row of {self.spec} can be used. {' '.join(str(self.tally).split())}.")
+        if self.whole:
+            require_rows(self.tally)
+
+    def _checked(self, raw: object) -> dict:
+        if isinstance(raw, Reject):
+            raise raw
+        row = raw if hasattr(self.module, "generate") else self.module.convert(raw)
+        repair = ""
+        if isinstance(row, Repaired):
+            row, repair = row.row, row.repair
+        CHECKS[self.kind](row)
+        if repair:
+            self.tally.repairs[repair] = self.tally.repairs.get(repair, 0) + 1
+        return row
 
 
-def load(spec: str, kind: str, *, seed: int = 0, persona: Persona | None = None) -> Rows:
+def require_rows(tally: Tally) -> None:
+    """Raises DataError where no row of a source could be used."""
+    if not tally.rows_in:
+        raise DataError(f"{tally.source} is empty: there is no row in it.")
+    if not tally.kept:
+        rejects = sorted(tally.rejects.items(), key=lambda item: -item[1])
+        said = "; ".join(f"{count:,} {reason}, first at {tally.places[reason][0]}" for reason, count in rejects)
+        raise DataError(f"No row of {tally.source} can be used: {said}.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a source that is read by itself: stretches of local files, or a range of the rows of the Hub's."""
+
+    stretches: tuple[Stretch, ...] = ()
+    rows: tuple[int, int] | None = None
+
+
+def load(spec: str, kind: str, *, seed: int = 0, persona: Persona | None = None, part: Part | None = None) -> Rows:
     """The rows of one source, read lazily.
 
     Args:
@@ -140,6 +207,7 @@ def load(spec: str, kind: str, *, seed: int = 0, persona: Persona | None = None)
             generated source. `alpaca`, `alpaca=data/alpaca_data.json`, `tinytown=20000`.
         kind: what the caller needs: "document", "conversation" or "preference".
         seed, persona: for generated sources.
+        part: one of `parts(spec)`; None for all of it.
 
     Raises:
         UsageError: no such source, or a source of another kind.
@@ -148,26 +216,43 @@ def load(spec: str, kind: str, *, seed: int = 0, persona: Persona | None = None)
     """
     name, _, where = spec.partition("=")
     module = find(name)
-    kinds = module.KIND if isinstance(module.KIND, tuple) else (module.KIND,)
-    if kind not in kinds:
-        fitting = [other for other in available() if kind in _kinds_of(other)]
-        raise UsageError(
-            f"Source {name!r} gives {' and '.join(f'{k}s' for k in kinds)}, but here go {kind}s: {', '.join(fitting)}."
-        )
+    if kind not in kinds_of(name):
+        fitting = [other for other in available() if kind in kinds_of(other)]
+        gives = " and ".join(f"{k}s" for k in kinds_of(name))
+        raise UsageError(f"Source {name!r} gives {gives}, but here go {kind}s: {', '.join(fitting)}.")
     if hasattr(module, "generate"):
         raw = _generated(module, name, kind, where, seed, persona)
     elif where:
-        reader = getattr(module, "read", None)
-        path = Path(where).expanduser()
-        raw = reader(path) if reader else read_rows(path, module.FILES)
+        stretches = part.stretches if part else [Stretch(file) for file in _files(module, where)]
+        read = getattr(module, "read", None)
+        raw = chain.from_iterable(read(stretch.path) if read else stretch for stretch in stretches)
     else:
-        raw = _from_hub(name, module)
-    return Rows(spec, kind, module, iter(raw), Tally(spec))
+        rows = _hub_rows(name)
+        start, stop = part.rows if part else (0, len(rows))
+        raw = ((f"{module.HUB['path']}, row {number}", rows[number]) for number in range(start, stop))
+    gather = getattr(module, "gather", iter)
+    return Rows(spec, kind, module, gather(raw), Tally(spec), whole=part is None)
 
 
-def _kinds_of(name: str) -> tuple[str, ...]:
-    kind = find(name).KIND
-    return kind if isinstance(kind, tuple) else (kind,)
+def _files(module: ModuleType, where: str) -> list[Path]:
+    return files_of(Path(where).expanduser(), module.FILES, any_suffix=hasattr(module, "read"))
+
+
+def parts(spec: str) -> list[Part]:
+    """A source in parts that several processes can read, in the order of its rows; their bounds depend on the data.
+
+    A generated source is one part, and so is a dataset of the Hub whose rows belong together (`gather`).
+    """
+    name, _, where = spec.partition("=")
+    module = find(name)
+    if hasattr(module, "generate"):
+        return [Part()]
+    together = hasattr(module, "read") or hasattr(module, "gather")
+    if where:
+        return [Part(stretches) for stretches in parts_of(_files(module, where), divide=not together)]
+    rows = len(_hub_rows(name))
+    step = rows if together else HUB_ROWS_PER_PART
+    return [Part(rows=(start, min(start + step, rows))) for start in range(0, rows, max(1, step))]
 
 
 def _generated(module: ModuleType, name: str, kind: str, amount: str, seed: int, persona: Persona | None):
@@ -179,19 +264,20 @@ def _generated(module: ModuleType, name: str, kind: str, amount: str, seed: int,
     return ((f"{name}, row {number}", row) for number, row in enumerate(rows))
 
 
-def _from_hub(name: str, module: ModuleType) -> Iterator[tuple[str, object]]:
+@lru_cache(maxsize=4)
+def _hub_rows(name: str):
+    module = find(name)
     if module.HUB is None:
         raise UsageError(f"{name} has no home on the Hub: give a file or folder, as in {name}=PATH.")
     import datasets
 
     try:
-        rows = datasets.load_dataset(**module.HUB)
+        return datasets.load_dataset(**module.HUB)
     except Exception as error:  # datasets raises whatever its transport raises: OSError, httpx, its own
         said = " ".join(str(error).split())[:160]
         raise RemoteError(
             f"{module.HUB['path']} cannot be read from the Hub ({said}). With a local copy: {name}=PATH."
         ) from error
-    return ((f"{module.HUB['path']}, row {number}", row) for number, row in enumerate(rows))
 
 
 def local_bytes(spec: str) -> int:
@@ -202,19 +288,36 @@ def local_bytes(spec: str) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
+_BLANKS = b" \t\n\r\v\f"
+_PIECE = 2**20  # characters; so that a book of 100 MB is not copied whole
+
+
+def digest(text: str) -> bytes:
+    """32 bytes that tell a text from any other, but not from itself in other case or with other white space."""
+    sha256 = hashlib.sha256()
+    for start in range(0, len(text), _PIECE):
+        piece = text if len(text) <= _PIECE else text[start : start + _PIECE]
+        sha256.update(piece.lower().encode(errors="surrogatepass").translate(None, _BLANKS))
+    return sha256.digest()
+
+
+def held_out(digest_of_text: bytes, share: float) -> bool:
+    """Whether the text of a digest is held out from training."""
+    return int.from_bytes(digest_of_text[:8]) < share * 2**64
+
+
 def in_validation(text: str, share: float) -> bool:
-    """Whether a text is held out from training: decided by a hash of its words, before anything is mixed.
+    """Whether a text is held out from training: decided by a hash of its characters, before anything is mixed.
 
     Exact duplicates, and those that differ in case or white space alone, always fall on the same side.
     """
-    words = " ".join(text.lower().split())
-    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8]) < share * 2**64
+    return held_out(digest(text), share)
 
 
 def texts(specs: list[str], seed: int = 0, persona: Persona | None = None) -> Iterator[str]:
     """All text of some sources of any kind, for training a tokenizer: documents, or the contents of messages."""
     for spec in specs:
-        kind = _kinds_of(spec.partition("=")[0])[0]
+        kind = kinds_of(spec.partition("=")[0])[0]
         for row in load(spec, kind, seed=seed, persona=persona):
             if kind == "document":
                 yield row["text"]

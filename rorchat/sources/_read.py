@@ -1,13 +1,17 @@
-"""Rows out of files: plain text, JSON lines, JSON arrays and Parquet, gzipped or not, one row at a time.
+"""Rows out of files: text, JSON lines, JSON arrays, CSV and Parquet, compressed or not, one row at a time.
 
 `datasets.load_dataset` reads the same formats, but fails on the first bad row without naming it, and copies everything
 into its cache first. Here a bad row costs that row, and every row knows where it stands.
 """
 
+import csv
 import gzip
+import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +19,124 @@ from rorchat.errors import DataError
 from rorchat.sources._rows import Reject
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"  # between the documents of one text file, as TinyStories has it
-_DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)
+LONGEST_LINE = 2**27  # bytes; a longer line is a reject, so that no line can take more memory than a few times this
+PARTS = 64  # a source is read in about so many parts, within these bounds of bytes on disk
+SMALLEST_PART, LARGEST_PART = 4 * 2**20, 64 * 2**20
+_DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error, OSError)  # pyarrow says OSError of a damaged zstd stream
 # Not JSONDecodeError alone: a number of 5,000 digits is a plain ValueError, brackets 100,000 deep a RecursionError
 _NOT_JSON = (ValueError, RecursionError)
-SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet")
+_PACKED = {".gz": "gzip", ".zst": "zstd"}
+
+Row = tuple[str, Any]  # (place, raw row or Reject)
 
 
-def read_rows(path: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """(place, raw row) of a file, or of every file of a folder that fits one of `patterns`, in the order of names.
+@dataclass(frozen=True)
+class Stretch:
+    """A file, or a piece of one: the bytes of whole lines, or row groups of Parquet.
 
-    Text files give {"text"}. A row that cannot be read comes as a `Reject` instead of the row.
+    `first` is the number of the line or row with which it begins.
+    """
+
+    path: Path
+    start: int = 0
+    stop: int | None = None
+    first: int = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        """(place, raw row) of each row. A text gives {"text"}; a row that cannot be read comes as a `Reject`."""
+        return _READERS[_suffix(self.path)](self)
+
+
+def parts_of(files: list[Path], *, divide: bool) -> list[tuple[Stretch, ...]]:
+    """Files in parts that can be read apart, in their order: files, groups of small ones, pieces of large ones.
+
+    Where the parts begin depends on the files alone. `divide` says whether a file may be read in pieces.
+    """
+    target = min(max(sum(file.stat().st_size for file in files) // PARTS, SMALLEST_PART), LARGEST_PART)
+    parts: list[tuple[Stretch, ...]] = []
+    gathered: list[Stretch] = []
+    size = 0
+    for stretch, stretch_bytes in (piece for file in files for piece in _pieces(file, target, divide)):
+        gathered.append(stretch)
+        size += stretch_bytes
+        if size >= target:
+            parts.append(tuple(gathered))
+            gathered, size = [], 0
+    return [*parts, tuple(gathered)] if gathered else parts
+
+
+def _pieces(file: Path, target: int, divide: bool) -> Iterator[tuple[Stretch, int]]:
+    size = file.stat().st_size
+    if not divide or size <= target:
+        yield Stretch(file), size
+    elif file.suffix == ".parquet":
+        yield from _parquet_pieces(file, target)
+    elif file.suffix in (".jsonl", ".ndjson"):
+        yield from _line_pieces(file, target)
+    else:
+        yield Stretch(file), size
+
+
+def _parquet_pieces(file: Path, target: int) -> Iterator[tuple[Stretch, int]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.ParquetFile(file).metadata
+    except pyarrow.ArrowInvalid:
+        yield Stretch(file), file.stat().st_size  # its reader says what is wrong
+        return
+    start = first = size = rows = 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        size += sum(group.column(column).total_compressed_size for column in range(group.num_columns))
+        rows += group.num_rows
+        if size >= target or number + 1 == metadata.num_row_groups:
+            yield Stretch(file, start, number + 1, first), size
+            start, first, size = number + 1, rows, 0
+
+
+def _line_pieces(file: Path, target: int) -> Iterator[tuple[Stretch, int]]:
+    """Pieces of about `target` bytes that begin at a line; their lines are counted, so that a place can be told."""
+    with file.open("rb") as lines:
+        start = first = 0
+        while block := lines.read(target):
+            newlines = block.count(b"\n")
+            while not block.endswith(b"\n") and (rest := lines.readline(LARGEST_PART)):
+                block = rest
+                newlines += rest.count(b"\n")
+            yield Stretch(file, start, lines.tell(), first), lines.tell() - start
+            start, first = lines.tell(), first + newlines
+
+
+def files_of(path: Path, patterns: tuple[str, ...], *, any_suffix: bool = False) -> list[Path]:
+    """A file, or the files of a folder that fit one of `patterns`, in the order of names.
 
     Args:
-        patterns: glob patterns inside a folder; the first one that matches anything decides.
+        patterns: glob patterns inside a folder, with or without .gz or .zst; the first that matches anything decides.
+        any_suffix: the caller has a reader of its own; otherwise only files count that are read here.
 
     Raises:
-        DataError: there is no such path, or nothing in the folder fits.
+        DataError: there is no such path, it cannot be read, or nothing in the folder fits.
     """
-    for file in files_of(path, patterns):
-        yield from _READERS[_suffix(file)](file)
-
-
-def files_of(path: Path, patterns: tuple[str, ...]) -> list[Path]:
     if path.is_file():
-        if _suffix(path) not in _READERS:
+        if not any_suffix and _suffix(path) not in _READERS:
             raise DataError(
                 f"{path}: cannot read {path.suffix or 'a file without suffix'}; "
-                f"known are {', '.join(SUFFIXES)}, also with .gz."
+                f"known are {', '.join(_READERS)}, also with {' or '.join(_PACKED)}."
             )
         return [path]
     if not path.is_dir():
         raise DataError(f"No file or folder {path}.")
     for pattern in patterns:
-        found = sorted(file for file in path.glob(pattern) if file.is_file() and _suffix(file) in _READERS)
+        found = sorted(
+            {
+                file
+                for form in (pattern, *(pattern + packed for packed in _PACKED))
+                for file in path.glob(form)
+                if file.is_file() and (any_suffix or _suffix(file) in _READERS)
+            }
+        )
         if found:
             return found
     there = sorted(entry.name for entry in path.iterdir())
@@ -55,116 +144,228 @@ def files_of(path: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def _suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
+    return (Path(path.stem).suffix if path.suffix in _PACKED else path.suffix).lower()
 
 
-def _bytes(path: Path):
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+def open_bytes(path: Path):
+    """The bytes of a file, unpacked if its name ends in .gz or .zst."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
 
 
-def _decoded(raw: bytes) -> str | Reject:
+def _damaged(path: Path, error: Exception) -> Reject:
+    if path.suffix not in _PACKED:
+        raise error  # a disk that fails is not a bad row
+    return Reject(f"damaged {_PACKED[path.suffix]}", str(error))
+
+
+def decoded(raw: bytes, encoding: str = "utf-8-sig") -> str | Reject:
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode(encoding)
     except UnicodeDecodeError as error:
         return Reject("invalid UTF-8", f"byte {error.start}")
 
 
-def _whole(path: Path) -> str | Reject:
+def whole_text(path: Path) -> str | Reject:
+    """All text of a file, or why there is none."""
     try:
-        with _bytes(path) as file:
-            return _decoded(file.read())
+        with open_bytes(path) as file:
+            return decoded(file.read())
     except _DAMAGED as error:
-        return Reject("damaged gzip", str(error))
+        return _damaged(path, error)
 
 
-def _read_text(path: Path) -> Iterator[tuple[str, Any]]:
-    text = _whole(path)
+def _read_text(stretch: Stretch) -> Iterator[Row]:
+    path = stretch.path
+    text = whole_text(path)
     if isinstance(text, Reject):
         yield str(path), text
         return
     parts = text.split(DOCUMENT_SEPARATOR)
+    del text  # a book of 100 MB need not be held twice
     if not parts[-1].strip():  # the separator also closes the last document, as in the files of TinyStories
         parts.pop()
     line = 1
-    for part in parts:
+    while parts:
+        part = parts.pop(0)
         words = part.lstrip("\r\n")
         blank = part[: len(part) - len(words)].count("\n") if words else 0
-        yield f"{path}:{line + blank}", {"text": words.rstrip("\r\n")}
-        line += part.count("\n")
+        here, line = line + blank, line + part.count("\n")
+        del part
+        yield f"{path}:{here}", {"text": words.rstrip("\r\n")}
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, str | Reject]]:
-    """(file:line, line) of a text file; empty lines are passed over."""
-    number = 0
+def read_lines(source: Path | Stretch, encoding: str = "utf-8-sig") -> Iterator[tuple[str, str | Reject]]:
+    """(file:line, line) of a text file or a stretch of one; empty lines are passed over."""
+    stretch = source if isinstance(source, Stretch) else Stretch(source)
+    path, number = stretch.path, stretch.first
     try:
-        with _bytes(path) as file:
-            for number, raw in enumerate(file, start=1):
-                line = _decoded(raw)
+        with open_bytes(path) as file:
+            if stretch.start:
+                file.seek(stretch.start)
+            while (stretch.stop is None or file.tell() < stretch.stop) and (raw := file.readline(LONGEST_LINE)):
+                number += 1
+                whole = len(raw) < LONGEST_LINE or raw.endswith(b"\n")
+                line = decoded(raw, encoding)
+                del raw  # while a long line is parsed it need not be held as bytes too
+                if not whole:
+                    line = Reject("over-long", f"a line of more than {LONGEST_LINE:,} bytes")
+                    while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+                        pass
                 if isinstance(line, Reject) or line.strip():
                     yield f"{path}:{number}", line if isinstance(line, Reject) else line.rstrip("\r\n")
     except _DAMAGED as error:
-        yield f"{path}:{number + 1}", Reject("damaged gzip", str(error))
+        yield f"{path}:{number + 1}", _damaged(path, error)
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    for place, line in read_lines(path):
-        if isinstance(line, Reject):
-            yield place, line
-            continue
-        try:
-            row = json.loads(line)
-        except _NOT_JSON as error:
-            row = _not_json(error)
-        yield place, row
+class _DuplicateKey(ValueError):
+    pass
 
 
-def _not_json(error: Exception) -> Reject:
+def _unique(pairs: list[tuple[str, Any]]) -> dict:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _DuplicateKey(next(key for key in keys if keys.count(key) > 1))
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _not_json(error: Exception, text: str = "", start: int = 0) -> Reject:
+    if isinstance(error, _DuplicateKey):
+        return Reject("duplicate keys", repr(str(error)))
     if isinstance(error, json.JSONDecodeError):
         return Reject("not JSON", f"{error.msg} at line {error.lineno}, column {error.colno}")
     return Reject("not JSON", str(error).partition(";")[0])
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    text = _whole(path)
-    if isinstance(text, str):
+def _read_json_lines(stretch: Stretch) -> Iterator[Row]:
+    for place, line in read_lines(stretch):
+        if isinstance(line, Reject):
+            yield place, line
+            continue
         try:
-            rows = json.loads(text)
+            row = _DECODER.decode(line)
         except _NOT_JSON as error:
-            failure = _not_json(error)
-        else:
-            for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
-                yield f"{path}, row {number}", row
-            return
+            row = _not_json(error)
+        del line
+        yield place, row
+
+
+def _read_json(stretch: Stretch) -> Iterator[Row]:
+    path = stretch.path
+    text = whole_text(path)
+    if isinstance(text, Reject):
+        yield str(path), text
+    elif text.lstrip().startswith("["):
+        yield from _json_array(path, text)
     else:
-        failure = text
-    lines = list(_read_json_lines(path))  # JSON lines under another name
+        yield from _json_object(path, text)
+
+
+def _json_object(path: Path, text: str) -> Iterator[Row]:
+    """One object over many lines, or JSON lines under another name."""
+    try:
+        yield f"{path}, row 0", _DECODER.decode(text)
+        return
+    except _NOT_JSON as error:
+        failure = _not_json(error)
+    lines = list(_read_json_lines(Stretch(path)))
     if any(isinstance(row, dict | list) for _, row in lines):
         yield from lines
     else:
         yield str(path), failure
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+_BETWEEN = re.compile(r"\s*,?\s*")
+
+
+def _json_array(path: Path, text: str) -> Iterator[Row]:
+    """The elements of an array, one at a time. After a damaged one comes the next that begins where elements begin."""
+    at = _BETWEEN.match(text, text.index("[") + 1).end()
+    column = at - (text.rfind("\n", 0, at) + 1)
+    number = 0
+    begin = re.compile(r"\n" + " " * column + r"(?=[\[{])") if "\n" in text[:at] else None
+    while at < len(text) and text[at] != "]":
+        place = f"{path}, row {number}"
+        number += 1
+        try:
+            row, at = _DECODER.raw_decode(text, at)
+        except _NOT_JSON as error:
+            yield place, _not_json(error)
+            found = begin.search(text, max(at + 1, getattr(error, "pos", 0))) if begin else None
+            # A duplicate key or a number too long does not say where it stands: go on with the next element
+            if found is None:
+                return
+            at = found.end()
+        else:
+            yield place, row
+        at = _BETWEEN.match(text, at).end()
+    if text[at:].strip() != "]":
+        said = "the array does not end" if at >= len(text) else "something follows the array"
+        yield f"{path}, row {number}", Reject("not JSON", f"{said}, at line {text.count(chr(10), 0, at) + 1}")
+
+
+def _read_csv(stretch: Stretch) -> Iterator[Row]:
+    """Rows under a header line, as objects; commas, or tabs in .tsv."""
+    path = stretch.path
+    text = whole_text(path)
+    if isinstance(text, Reject):
+        yield str(path), text
+        return
+    csv.field_size_limit(LONGEST_LINE)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True)
+    header = None
+    while True:
+        place = f"{path}:{rows.line_num + 1}"
+        try:
+            values = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield place, Reject("not CSV", str(error))
+            continue
+        if header is None:
+            header = values
+        elif len(values) == len(header):
+            yield place, dict(zip(header, values, strict=True))
+        elif values:
+            yield place, Reject("not CSV", f"{len(values)} fields under a header of {len(header)}")
+
+
+def _read_parquet(stretch: Stretch) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    path, number = stretch.path, stretch.first
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        yield str(path), Reject("not Parquet", str(error).splitlines()[0])
-        return
-    number = 0
-    for batch in file.iter_batches(batch_size=256):
-        for row in batch.to_pylist():
-            yield f"{path}, row {number}", row
-            number += 1
+        groups = range(file.metadata.num_row_groups)[stretch.start : stretch.stop]
+        for batch in file.iter_batches(batch_size=256, row_groups=list(groups)):
+            for row in batch.to_pylist():
+                yield f"{path}, row {number}", row
+                number += 1
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        where = f"{path}, row {number}" if number else str(path)
+        yield where, Reject("not Parquet", (str(error).splitlines() or [type(error).__name__])[0])
 
 
 _READERS = {
     ".txt": _read_text,
     ".md": _read_text,
+    ".tokens": _read_text,
+    ".py": _read_text,
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }

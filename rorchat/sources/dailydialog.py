@@ -5,16 +5,19 @@ people speak in turn; the second one becomes the assistant.
 """
 
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from rorchat.sources._read import files_of, read_lines, read_rows
+from rorchat.sources._read import Stretch, decoded, read_lines
 from rorchat.sources._rows import Reject, message
 
 KIND = "conversation"
 LICENCE = "CC BY-NC-SA 4.0 (not for commercial use)"
 HUB = {"path": "roskoN/dailydialog", "split": "train", "revision": "refs/convert/parquet"}
-FILES = ("dialogues_text.txt", "dialogues_train.txt", "train/dialogues_train.txt", "dialogues_*.txt")
+SIZE = "13,118 dialogues"
+FILES = ("dialogues_text.txt", "dialogues_train.txt", "train/dialogues_train.txt", "train.zip", "dialogues_*.txt")
 RAW = [
     "Hey John , how are you ? __eou__ I ’ m fine , thanks . __eou__ Good ! __eou__",
     {"utterances": ["Say , Jim , how about a beer ?", "Sure ."]},
@@ -22,15 +25,30 @@ RAW = [
 ]
 
 _MARK = "__eou__"
+_DIALOGUES = re.compile(r"dialogues_(text|train|validation|test)\.txt$")
 
 
 def read(path: Path) -> Iterator[tuple[str, object]]:
-    """One raw row a line of the original text files (not those with acts and emotions); other formats as usual."""
-    for file in files_of(path, FILES):
-        if file.name.removesuffix(".gz").endswith(".txt"):
-            yield from read_lines(file)
-        else:
-            yield from read_rows(file, FILES)
+    """One raw row a line of the original text files, also in the archives of the release; other formats as usual."""
+    if path.suffix == ".zip":
+        yield from _read_archive(path)
+    elif path.name.removesuffix(".gz").endswith(".txt"):
+        yield from read_lines(path)
+    else:
+        yield from Stretch(path)
+
+
+def _read_archive(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [
+                name for name in archive.namelist() if re.search(r"dialogues_(text|train|validation|test)\.txt$", name)
+            ]
+            for name in names:
+                for number, raw in enumerate(archive.read(name).splitlines(), start=1):
+                    yield f"{path}/{name}:{number}", decoded(raw)
+    except (zipfile.BadZipFile, zlib.error) as error:
+        yield str(path), Reject("damaged zip", str(error))
 
 
 def convert(row: str | dict) -> dict:

@@ -8,6 +8,7 @@ from rorchat.sources._rows import Reject, messages_of
 
 KIND = "conversation"
 LICENCE = "that of your files"
+SIZE = "your files"
 HUB = None
 FILES = ("**/*",)
 RAW = [

@@ -4,10 +4,11 @@ Strings (`{"prompt", "chosen", "rejected"}`), message lists that share their pro
 LLaMA-Factory's `{"conversations", "chosen", "rejected"}`, and Alpaca rows with `chosen` and `rejected`.
 """
 
-from rorchat.sources._rows import Reject, message, messages_of, text_of
+from rorchat.sources._rows import Reject, instruction_of, message, messages_of, text_of
 
 KIND = "preference"
 LICENCE = "that of your files"
+SIZE = "your files"
 HUB = {"path": "HuggingFaceH4/ultrafeedback_binarized", "split": "train_prefs"}
 FILES = ("**/*",)
 RAW = [
@@ -41,9 +42,7 @@ def convert(row: dict) -> dict:
             "rejected": messages_of([rejected]),
         }
     if "instruction" in row:
-        given = text_of(row, "input").strip() if row.get("input") is not None else ""
-        instruction = text_of(row, "instruction").strip()
-        prompt = [message("user", f"{instruction}\n\n{given}" if given else instruction)]
+        prompt = [message("user", instruction_of(row))]
     elif isinstance(row.get("prompt"), list):
         prompt = messages_of(row["prompt"])
     else:

@@ -7,6 +7,7 @@ from rorchat.sources._rows import text_of
 
 KIND = "document"
 LICENCE = "that of your files"
+SIZE = "your files"
 HUB = None
 FILES = ("train-*.parquet", "train*.jsonl", "*.parquet", "*.jsonl")
 RAW = [{"text": "CHAPTER 1\n\nIt was the best of times.", "source": "a book", "license": "public domain"}]

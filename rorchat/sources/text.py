@@ -7,6 +7,7 @@ from rorchat.sources._rows import text_of
 
 KIND = "document"
 LICENCE = "that of your files"
+SIZE = "your files"
 HUB = None
 FILES = ("**/*",)
 RAW = [{"text": "Once upon a time there was a small model."}]

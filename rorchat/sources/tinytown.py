@@ -21,6 +21,7 @@ from rorchat.persona import Persona
 
 KIND = ("document", "conversation", "preference")
 LICENCE = "Apache-2.0"
+SIZE = "any amount, generated"
 
 WORLD_SEED = 2025  # who lives where: the same for everyone, so that scores can be compared
 LARGEST_NUMBER = 99
