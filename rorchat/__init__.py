@@ -19,6 +19,7 @@ STAGES = (
     "chatml",  # CHAT      control tokens, template, conversation -> (input_ids, labels), context window
     "tokenizer",  # TOKENS    train a BPE, load one, add the control tokens
     "tokens",  # TOKENS    text -> shards -> mixture -> rows
+    "doctor",  # TOKENS    what is wrong with data, and what a model sees of a row
     "model",  # MODEL     sizes, from scratch or from a checkpoint
     "inference",  # WORDS     load, generate, stream, talk
     "evaluation",  # SCORES    loss, bits per byte, chat behaviour, held-out questions

@@ -1,14 +1,18 @@
 """Tokenizers: real control tokens from birth or added, text comes back, a fingerprint that means the ids."""
 
+import json
 import random
+import runpy
 import shutil
 
 import pytest
+from conftest import ROOT, SENTENCES
 from transformers import AutoTokenizer
 
 from rorchat.chatml import CONTROL_TOKENS, encode_text
 from rorchat.errors import DataError, UsageError
 from rorchat.tokenizer import load_tokenizer, token_bytes, tokenizer_sha256, train_tokenizer
+from rorchat.tokenizer.text import PIECE_CHARACTERS, BoundedText
 
 
 def random_texts(count: int) -> list[str]:
@@ -99,6 +103,73 @@ def test_training_reads_no_more_than_it_was_told_to():
     assert read <= 11
 
 
+def test_the_text_that_passes_the_bound_is_cut_there_and_the_rest_is_never_seen():
+    text = BoundedText(["ab", "äb" * 4, "never"], max_characters=5)
+    assert list(text) == ["ab", "äbä"]
+    assert (text.characters, text.utf8_bytes, text.stopped) == (5, 7, True)
+    cut = train_tokenizer(["ab ab ab", "xyxyxy"], 320, max_characters=8)
+    assert tokenizer_sha256(cut) == tokenizer_sha256(train_tokenizer(["ab ab ab"], 320))
+
+
+def test_text_that_ends_at_the_bound_was_read_to_its_end():
+    text = BoundedText(["abc", "de", ""], max_characters=5)
+    assert (list(text), text.characters, text.stopped) == (["abc", "de"], 5, False)
+
+
+def test_a_huge_text_comes_in_pieces_cut_before_the_blank_that_a_word_follows():
+    draw = random.Random(1)
+    words = "".join(draw.choices(["word", " ", "  ", "\n\n", "12", "é", "!"], k=120_000))
+    pieces = list(BoundedText([words], max_characters=10**9))
+    assert "".join(pieces) == words
+    assert max(map(len, pieces)) <= PIECE_CHARACTERS
+    assert all(piece[0].isspace() and not piece[1].isspace() for piece in pieces[1:])
+    assert [len(piece) for piece in BoundedText(["x" * 250_000], max_characters=10**9)] == [100_000, 100_000, 50_000]
+
+
+def test_pieces_give_the_same_tokens_as_the_whole_text(tokenizer, monkeypatch):
+    whole = " ".join(SENTENCES * 5) + "\n\n \tthe  end \n of it"
+    monkeypatch.setattr("rorchat.tokenizer.text.PIECE_CHARACTERS", 40)
+    pieces = list(BoundedText([whole], max_characters=10**9))
+    assert len(pieces) > 100
+    assert sum(encode_text(tokenizer, pieces), []) == encode_text(tokenizer, [whole])[0]
+    in_pieces = tokenizer_sha256(train_tokenizer([whole], 384))
+    monkeypatch.setattr("rorchat.tokenizer.text.PIECE_CHARACTERS", 10**9)
+    assert in_pieces == tokenizer_sha256(train_tokenizer([whole], 384))
+
+
+def test_progress_in_a_log_is_plain_lines_with_characters_and_rate(capsys, monkeypatch):
+    monkeypatch.setattr("rorchat.tokenizer.text.SECONDS_BETWEEN_LINES", 0)
+    list(BoundedText(["ab", "cde"], max_characters=100, show=True))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("2 characters read, ") and lines[0].endswith(" a second")
+    assert lines[1].startswith("5 characters read, ") and lines[2].startswith("5 characters read in ")
+    assert len(lines) == 3
+
+
+def test_a_bound_that_lets_nothing_in_is_refused():
+    with pytest.raises(UsageError, match="at least 1"):
+        train_tokenizer(["x"], 320, max_characters=0)
+
+
+@pytest.mark.parametrize(("bound", "stopped", "said"), [(10**9, False, "all of the text"), (9, True, "stopped at")])
+def test_the_recipe_says_and_records_what_it_read(tmp_path, capsys, bound, stopped, said):
+    (tmp_path / "a.txt").write_text("ab äb ab ab")
+    out = tmp_path / "out"
+    words = ["--sources", f"text={tmp_path / 'a.txt'}", "--vocab_size", "320", "--output_dir", str(out)]
+    metrics = runpy.run_path(str(ROOT / "recipes" / "tokenizer.py"))["main"]([*words, "--max_characters", str(bound)])
+    characters = min(11, bound)
+    assert json.loads((out / "tokenizer_training.json").read_text()) == metrics
+    assert {key: metrics[key] for key in metrics if key != "seconds"} == {
+        "vocab_size": 320,
+        "characters": characters,
+        "utf8_bytes": characters + 1,
+        "stopped_at_max_characters": stopped,
+    }
+    printed = capsys.readouterr().out
+    assert f"320 tokens, trained on {characters} characters ({characters + 1} UTF-8 bytes) in " in printed
+    assert f"({said}" in printed
+
+
 @pytest.mark.parametrize(("size", "said"), [(1000, "multiple of 64"), (192, "at least")])
 def test_a_vocabulary_size_that_cannot_be_is_refused(size, said):
     with pytest.raises(UsageError, match=said):
@@ -116,6 +187,9 @@ def test_a_folder_without_a_tokenizer_says_what_it_holds(tmp_path):
         load_tokenizer(str(tmp_path))
     with pytest.raises(DataError, match="No tokenizer at"):
         load_tokenizer(str(tmp_path / "nothing"))
+    for no_hub_id in ("no/such/folder", "nowhere/", "~/no-tokenizer"):
+        with pytest.raises(DataError, match="No tokenizer at"):
+            load_tokenizer(no_hub_id)
 
 
 def test_a_tokenizer_that_loses_text_is_refused(tmp_path):

@@ -1,28 +1,33 @@
-"""TOKENS: what is stored is what was read, and which row comes when is a pure function of the plan."""
+"""TOKENS: what is stored is what was read."""
 
 import copy
 import hashlib
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
+from zlib import crc32 as zlib_crc32
 
 import numpy as np
 import pytest
 import torch
 
-from rorchat.chatml import END_OF_TEXT, encode_text
-from rorchat.errors import DataError, MismatchError, UsageError
-from rorchat.sources import in_validation
+from rorchat.chatml import END_OF_TEXT, encode_conversation, encode_text
+from rorchat.errors import DataError, MismatchError
+from rorchat.sources import Filters, _read, in_validation, parts
 from rorchat.tokens.batch import padded
-from rorchat.tokens.mixture import Mixture, ValidationRows, _merged
 from rorchat.tokens.prepare import prepare
-from rorchat.tokens.store import Manifest, Shard, TokenStore
+from rorchat.tokens.store import Manifest, TokenStore, crc_of_blocks
 
 SHARE = 0.2
 DOCUMENTS = [
     f"Document {n}: the {'very ' * (n % 7)}small model says “naïve café 你好 🙂” {n} times.\n" for n in range(120)
 ]
 DOCUMENTS += ["  LEADING blanks and CAPITALS  ", "leading Blanks\nand capitals", "text that says <|endoftext|> itself"]
-DOCUMENTS += [DOCUMENTS[3]] * 3
+COPIES = [DOCUMENTS[3]] * 3  # and the second of the blanks and capitals above is a copy of the first
+DOCUMENTS += COPIES
+KEPT = [text for text in DOCUMENTS[: -len(COPIES)] if text != "leading Blanks\nand capitals"]
 
 
 def write_documents(folder: Path, documents: list[str], name: str = "documents.jsonl") -> str:
@@ -64,15 +69,15 @@ def store(spec, tokenizer, tmp_path) -> TokenStore:
 
 
 def test_a_store_decodes_to_the_documents_it_was_made_of(store, tokenizer):
-    assert decoded(store, "train", tokenizer) == [text for text in DOCUMENTS if not in_validation(text, SHARE)]
-    assert decoded(store, "validation", tokenizer) == [text for text in DOCUMENTS if in_validation(text, SHARE)]
+    assert decoded(store, "train", tokenizer) == [text for text in KEPT if not in_validation(text, SHARE)]
+    assert decoded(store, "validation", tokenizer) == [text for text in KEPT if in_validation(text, SHARE)]
 
 
 def test_the_ids_of_a_store_are_each_document_after_an_end_of_text(store, tokenizer):
     end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     expected = [
         token
-        for text, ids in zip(DOCUMENTS, encode_text(tokenizer, DOCUMENTS), strict=True)
+        for text, ids in zip(KEPT, encode_text(tokenizer, KEPT), strict=True)
         if not in_validation(text, SHARE)
         for token in [end, *ids]
     ]
@@ -83,10 +88,11 @@ def test_the_ids_of_a_store_are_each_document_after_an_end_of_text(store, tokeni
 
 def test_the_manifest_adds_up(store, tokenizer):
     manifest = store.manifest
-    assert (manifest.rows_in, manifest.kept, manifest.rejects) == (len(DOCUMENTS), len(DOCUMENTS), {})
+    assert (manifest.rows_in, manifest.kept) == (len(DOCUMENTS), len(KEPT))
+    assert manifest.rejects == {"duplicate": len(COPIES) + 1}
     for split, documents in (
-        ("train", [text for text in DOCUMENTS if not in_validation(text, SHARE)]),
-        ("validation", [text for text in DOCUMENTS if in_validation(text, SHARE)]),
+        ("train", [text for text in KEPT if not in_validation(text, SHARE)]),
+        ("validation", [text for text in KEPT if in_validation(text, SHARE)]),
     ):
         assert len(documents) > 5
         assert manifest.total(split, "documents") == len(documents)
@@ -103,14 +109,16 @@ def test_the_manifest_counts_what_was_rejected(tokenizer, tmp_path):
     with open(spec.partition("=")[2], "a") as file:
         file.write('5\n{"text": " "}\n{"text": "\\ud800"}\n')
     manifest = prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE).manifest
-    assert manifest.rejects == {"wrong type": 1, "empty text": 1, "invalid Unicode": 1}
-    assert manifest.rows_in == manifest.kept + 3 == len(DOCUMENTS) + 3
+    duplicates = len(COPIES) + 1
+    assert manifest.rejects == {"wrong type": 1, "empty text": 1, "invalid Unicode": 1, "duplicate": duplicates}
+    assert manifest.rows_in == manifest.kept + 3 + duplicates == len(DOCUMENTS) + 3
 
 
 def test_the_sha256_in_the_manifest_is_that_of_the_file(store):
     assert len(store.manifest.shards) >= 2
     for shard in store.manifest.shards:
         assert hashlib.sha256((store.folder / shard.file).read_bytes()).hexdigest() == shard.sha256
+        assert hashlib.sha256((store.folder / shard.docs_file).read_bytes()).hexdigest() == shard.docs_sha256
 
 
 def test_a_second_run_writes_the_same_bytes(spec, store, tokenizer, tmp_path):
@@ -126,8 +134,20 @@ def test_a_finished_store_is_found_and_not_made_again(spec, store, tokenizer):
     assert {path.name: path.stat().st_mtime_ns for path in store.folder.iterdir()} == before
 
 
-def test_several_shards_read_the_same_as_one(spec, store, tokenizer, tmp_path):
-    many = prepare(spec, tokenizer, tmp_path / "many", validation_share=SHARE, tokens_per_shard=200)
+@pytest.fixture
+def folder_of_parts(tmp_path, monkeypatch) -> str:
+    """The documents in seven files of two formats, in parts so small that a file is read in several."""
+    monkeypatch.setattr(_read, "SMALLEST_PART", 300)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for number in range(7):
+        write_documents(folder, DOCUMENTS[number * 18 : (number + 1) * 18], f"{number}.jsonl")
+    assert len(parts(f"text={folder}")) > 15
+    return f"text={folder}"
+
+
+def test_several_shards_read_the_same_as_one(folder_of_parts, store, tokenizer, tmp_path):
+    many = prepare(folder_of_parts, tokenizer, tmp_path / "many", validation_share=SHARE, workers=1)
     assert sum(shard.split == "train" for shard in many.manifest.shards) > 5
     assert sum(shard.split == "validation" for shard in many.manifest.shards) > 1
     for split in ("train", "validation"):
@@ -142,6 +162,107 @@ def test_several_shards_read_the_same_as_one(spec, store, tokenizer, tmp_path):
         for what in ("documents", "utf8_bytes"):
             assert many.manifest.total(split, what) == store.manifest.total(split, what)
     assert store.slice("train", 0, 5).dtype == np.int64
+
+
+def test_a_store_is_the_same_bytes_for_any_number_of_workers(folder_of_parts, tokenizer, tmp_path):
+    stores = [
+        prepare(folder_of_parts, tokenizer, tmp_path / f"by-{workers}", validation_share=SHARE, workers=workers)
+        for workers in (1, 2, 4)
+    ]
+    first, *others = [files_of(store.folder) for store in stores]
+    assert len(first) > 20 and all(other == first for other in others)
+
+
+@pytest.mark.parametrize("parts_done", [1, 10, 25])
+def test_a_preparation_killed_in_the_middle_and_run_again_gives_the_same_bytes(parts_done, tmp_path):
+    """In a process of its own, with its workers: SIGKILL leaves nobody to clean up."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for number in range(40):
+        write_documents(folder, [f"{text} {number}" for text in DOCUMENTS], f"{number:02d}.jsonl")
+    script = (
+        "import sys, time\n"
+        "from rorchat.sources import _read\n"
+        "from rorchat.tokens import part\n"
+        "from rorchat.tokens.prepare import prepare\n"
+        "from rorchat.tokenizer import train_tokenizer\n"
+        "_read.SMALLEST_PART = 5000\n"
+        "slow = part.Job.prepare\n"
+        "def prepared(*arguments):\n"
+        "    time.sleep(float(sys.argv[3])); slow(*arguments)\n"
+        "part.Job.prepare = prepared\n"
+        f"tokenizer = train_tokenizer({DOCUMENTS[:40]!r}, vocab_size=384)\n"
+        "prepare(sys.argv[1], tokenizer, sys.argv[2], validation_share=0.2, workers=2)\n"
+    )
+
+    def command(target: str, pause: str) -> list[str]:
+        return [sys.executable, "-c", script, f"text={folder}", str(tmp_path / target), pause]
+
+    process = subprocess.Popen(command("killed", "0.05"), stderr=subprocess.DEVNULL)
+    left = tmp_path / ".killed.unfinished"
+    while len(list(left.glob("part-*.json"))) < parts_done:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert len(list(left.glob("part-*.json"))) < 40 and not (tmp_path / "killed").exists()
+    subprocess.run(command("killed", "0"), check=True, capture_output=True)
+    subprocess.run(command("whole", "0"), check=True, capture_output=True)
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole") and not left.exists()
+
+
+def test_finished_parts_are_not_prepared_again(folder_of_parts, tokenizer, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rorchat.tokens.prepare._finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    monkeypatch.setattr("rorchat.tokens.part.Job.prepare", interrupted)
+    again = prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    assert again.manifest.kept == len(KEPT)
+
+
+def test_duplicates_are_found_across_parts_and_told_with_their_places(folder_of_parts, tokenizer, tmp_path, capsys):
+    prepare(folder_of_parts, tokenizer, tmp_path / "store", validation_share=SHARE, workers=2)
+    said = capsys.readouterr().err
+    assert f"{len(COPIES) + 1} rejected: duplicate, first at " in said
+    assert f"{tmp_path / 'parts' / '6.jsonl'}:" in said
+
+
+def test_conversations_become_documents_with_real_control_tokens(tokenizer, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {n} <|im_end|>"}, {"role": "assistant", "content": f"{n}."}]}
+        for n in range(60)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = prepare(f"messages={tmp_path / 'chat.jsonl'}", tokenizer, tmp_path / "s", validation_share=SHARE)
+    expected = {
+        (store.manifest.end_of_text_id, *encode_conversation(tokenizer, row["messages"]).input_ids) for row in rows
+    }
+    found = set()
+    for shard in store.manifest.shards:
+        ids, starts = np.load(store.folder / shard.file), np.load(store.folder / shard.docs_file)
+        found |= {tuple(ids[a:b].tolist()) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)}
+    assert found == expected
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("RorChat", "Bibo")
+    with pytest.raises(MismatchError, match="chat_template_sha256"):
+        prepare(store.manifest.source, other, store.folder, validation_share=SHARE)
+
+
+def test_filters_and_evaluation_sets_are_counted_and_belong_to_a_stores_identity(tokenizer, tmp_path):
+    question = "Natalia sold clips to forty eight of her friends in April and then she sold half as many clips in May"
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": question}) + "\n")
+    documents = [*DOCUMENTS, f"As it is told: {question}. So it was.", "tiny"]
+    spec = write_documents(tmp_path, documents, "all.jsonl")
+    settings = {"filters": Filters(min_characters=10), "evaluation": [str(tmp_path / "test.jsonl")]}
+    store = prepare(spec, tokenizer, tmp_path / "s", validation_share=SHARE, **settings)
+    assert store.manifest.rejects == {"contaminated": 1, "duplicate": len(COPIES) + 1, "too short": 1}
+    assert store.manifest.rows_in == store.manifest.kept + sum(store.manifest.rejects.values()) == len(documents)
+    with pytest.raises(MismatchError, match="filters"):
+        prepare(spec, tokenizer, tmp_path / "s", validation_share=SHARE)
 
 
 def test_duplicates_never_straddle_the_hold_out_whatever_their_case_and_blanks(tokenizer, tmp_path):
@@ -183,7 +304,7 @@ def test_another_system_message_does_not_disown_a_store(spec, store, tokenizer):
 def test_no_validation_or_no_training_is_a_data_error_that_leaves_no_folder_behind(
     share, said, spec, tokenizer, tmp_path
 ):
-    with pytest.raises(DataError, match=f"{said}, {len(DOCUMENTS)} in all at validation_share {share}"):
+    with pytest.raises(DataError, match=f"{said}, {len(KEPT)} in all at validation_share {share}"):
         prepare(spec, tokenizer, tmp_path / "store", validation_share=share)
     assert [path.name for path in tmp_path.iterdir()] == ["documents.jsonl"]
 
@@ -221,31 +342,64 @@ def test_gpt2s_own_vocabulary_fits_into_16_bits(gpt2_tokenizer, spec, tmp_path):
     store = prepare(spec, gpt2_tokenizer, tmp_path / "gpt2", validation_share=SHARE)
     assert np.load(store.folder / "train-00000.npy").dtype == np.uint16
     assert store.slice("train", 0, 1).tolist() == [50256]
-    assert decoded(store, "train", gpt2_tokenizer) == [text for text in DOCUMENTS if not in_validation(text, SHARE)]
+    assert decoded(store, "train", gpt2_tokenizer) == [text for text in KEPT if not in_validation(text, SHARE)]
 
 
-def test_a_truncated_shard_is_one_line_that_says_what_to_delete(store):
-    path = store.folder / "train-00000.npy"
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(
-        DataError, match=f"{path} cannot be read.* Delete {store.folder} to prepare it again"
-    ) as failure:
-        TokenStore(store.folder)
-    assert "\n" not in str(failure.value)
+def damaged(store: TokenStore, file: str, damage: str) -> None:
+    path = store.folder / file
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif damage == "shorter":
+        np.save(path, np.load(path)[:-5])
+    elif damage == "type":
+        np.save(path, np.load(path).astype(np.uint32))
+    elif damage == "flipped":
+        data = bytearray(path.read_bytes())
+        data[-30] ^= 4
+        path.write_bytes(data)
 
 
-def test_a_shard_of_another_length_than_its_manifest_says_is_a_mismatch(store):
-    path = store.folder / "train-00000.npy"
-    ids = np.load(path)
-    np.save(path, ids[:-5])
-    with pytest.raises(MismatchError, match=f"has {len(ids) - 5:,} tokens, its manifest says {len(ids):,}"):
-        TokenStore(store.folder)
+@pytest.mark.parametrize("file", ["train-00000.npy", "validation-00000.npy", "blocks.npy"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "shorter", "type", "flipped"])
+def test_a_damaged_shard_is_named_in_one_line_before_it_is_used(file, damage, store):
+    if (file, damage) == ("blocks.npy", "type"):
+        pytest.skip("the sums are uint32 as they are")
+    damaged(store, file, damage)
+    with pytest.raises(DataError, match=f"{store.folder / file} is damaged: .* Delete {store.folder} to") as failure:
+        opened = TokenStore(store.folder)
+        opened.slice(file.split("-")[0], 0, 3)  # the flipped bit is in the same block, but not among these ids
+    assert failure.value.exit_code == 65 and "\n" not in str(failure.value)
 
 
-def test_a_missing_shard_or_manifest_is_a_data_error(store):
-    (store.folder / "validation-00000.npy").unlink()
-    with pytest.raises(DataError, match=r"validation-00000\.npy cannot be read"):
-        TokenStore(store.folder)
+@pytest.mark.parametrize("damage", ["missing", "flipped", "truncated"])
+def test_verify_reads_every_byte_and_names_each_damaged_file(damage, store):
+    assert store.verify() == []
+    damaged(store, "train-00000.docs.npy", damage)
+    (problem,) = store.verify()
+    assert problem.startswith(str(store.folder / "train-00000.docs.npy"))
+
+
+def test_only_the_blocks_that_are_read_are_looked_at_and_each_once(store, monkeypatch):
+    monkeypatch.setattr("rorchat.tokens.store.BLOCK_BYTES", 64)
+    blocks = [crc_of_blocks(np.load(store.folder / shard.file)) for shard in store.manifest.shards]
+    np.save(store.folder / "blocks.npy", np.concatenate(blocks))
+    store.manifest.blocks_sha256 = hashlib.sha256((store.folder / "blocks.npy").read_bytes()).hexdigest()
+    store.manifest.write(store.folder)
+    damaged(store, "train-00000.npy", "flipped")
+    opened = TokenStore(store.folder)
+    tokens = opened.tokens("train")
+    asked = []
+    monkeypatch.setattr("rorchat.tokens.store.zlib.crc32", lambda data: asked.append(data.nbytes) or zlib_crc32(data))
+    opened.slice("train", 40, 50)
+    opened.slice("train", 42, 60)
+    assert asked == [64]  # tokens 32 to 63
+    with pytest.raises(DataError, match=r"block \d+ \(from token [\d,]+\)"):
+        opened.slice("train", tokens - 40, tokens)
+
+
+def test_a_missing_manifest_or_half_of_one_is_a_data_error(store):
     manifest = store.folder / "manifest.json"
     manifest.write_text(manifest.read_text()[:-40])
     with pytest.raises(DataError, match=r"manifest\.json cannot be read"):
@@ -253,136 +407,6 @@ def test_a_missing_shard_or_manifest_is_a_data_error(store):
     manifest.unlink()
     with pytest.raises(DataError, match="is no token store: it has no manifest.json"):
         TokenStore(store.folder)
-
-
-def counting_store(folder: Path, tokens: int, validation: int = 0, first: int = 0) -> TokenStore:
-    """A store of the numbers `first`, `first` + 1, ... as its tokens, so that a row shows where it comes from."""
-    folder.mkdir()
-    shards = []
-    for split, count in (("train", tokens), ("validation", validation)):
-        if count:
-            np.save(folder / f"{split}-00000.npy", np.arange(first, first + count, dtype=np.uint16))
-            shards.append(Shard(f"{split}-00000.npy", split, count, 1, count, ""))
-    Manifest(f"text={folder}", "none", "", 65_536, 0, 0.1, 0, shards=shards).write(folder)
-    return TokenStore(folder)
-
-
-@pytest.fixture
-def stores(tmp_path) -> list[TokenStore]:
-    sizes = (1000, 333, 2050)
-    return [counting_store(tmp_path / f"s{n}", size, first=10_000 * n) for n, size in enumerate(sizes)]
-
-
-@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.7, 0.2, 0.1], [1, 1000, 1], [3, 0.001, 8], None])
-def test_shares_are_exact_at_every_prefix_within_one_row(weights, stores):
-    mixture = Mixture(stores, weights, block_size=10, rows=3000, seed=0)
-    given = np.array(weights or [100, 33, 205], dtype=float)  # without weights: whole rows of each source
-    shares = given / given.sum()
-    seen = np.cumsum(mixture.source_of_row[:, None] == np.arange(3), axis=0)
-    expected = np.arange(1, 3001)[:, None] * shares
-    assert np.abs(seen - expected).max() <= 1
-    assert np.allclose(mixture.shares, shares)
-
-
-def test_with_many_sources_no_share_is_ever_off_by_more_than_half_a_row_a_source():
-    draw = np.random.default_rng(0)
-    for sources in (1, 2, 4, 8, 16):
-        for _ in range(20):
-            shares = draw.random(sources) ** 3 + 1e-3
-            shares /= shares.sum()
-            source_of_row, _ = _merged(shares, 2000)
-            seen = np.cumsum(source_of_row[:, None] == np.arange(sources), axis=0)
-            assert np.abs(seen - np.arange(1, 2001)[:, None] * shares).max() <= max(1, sources / 2)
-
-
-def test_a_row_is_a_pure_function_of_its_number(stores):
-    first = Mixture(stores, [5, 2, 3], block_size=16, rows=400, seed=7)
-    longer = Mixture(stores, [5, 2, 3], block_size=16, rows=900, seed=7)
-    expected = [first[row]["input_ids"].tolist() for row in range(400)]
-    assert [longer[row]["input_ids"].tolist() for row in reversed(range(400))][::-1] == expected
-    order = np.random.default_rng(0).permutation(400)
-    again = Mixture(stores, [5, 2, 3], block_size=16, rows=400, seed=7)
-    assert all(again[int(row)]["input_ids"].tolist() == expected[row] for row in order)
-
-
-def test_a_row_is_a_window_of_its_source_and_its_labels_are_its_ids(stores):
-    mixture = Mixture(stores, [5, 2, 3], block_size=16, rows=300, seed=0)
-    assert len(mixture) == 300
-    for row in range(300):
-        source, offset = mixture.locate(row)
-        ids, labels = mixture[row]["input_ids"], mixture[row]["labels"]
-        first = 10_000 * source + offset
-        assert ids.tolist() == list(range(first, first + 16)) == labels.tolist()
-        assert offset % 16 == 0 and ids.dtype == labels.dtype == torch.int64
-
-
-def test_every_window_of_a_source_comes_once_in_every_epoch_and_in_another_order(stores):
-    mixture = Mixture(stores, [1, 1, 1], block_size=10, rows=3000, seed=0)
-    for source, windows in enumerate((100, 33, 205)):
-        offsets = [offset for s, offset in map(mixture.locate, range(3000)) if s == source]
-        assert len(offsets) == 1000
-        epochs = [offsets[start : start + windows] for start in range(0, 1000 - windows + 1, windows)]
-        assert len(epochs) == 1000 // windows >= 4
-        for epoch in epochs:
-            assert sorted(epoch) == [10 * window for window in range(windows)]
-        assert len(set(map(tuple, epochs))) == len(epochs)
-
-
-def test_another_seed_gives_another_order_of_the_same_rows(stores):
-    first, other = (Mixture(stores, [5, 2, 3], block_size=10, rows=500, seed=seed) for seed in (0, 1))
-    assert (first.source_of_row == other.source_of_row).all()
-    differing = sum(first.locate(row) != other.locate(row) for row in range(500))
-    assert differing > 400
-
-
-def test_a_source_added_later_leaves_the_order_within_the_others_alone(stores):
-    two = Mixture(stores[:2], [1, 1], block_size=10, rows=60, seed=0)
-    three = Mixture(stores[::-1], [1, 1, 1], block_size=10, rows=90, seed=0)
-    for name in ("s0", "s1"):
-        before, after = (
-            [offset for s, offset in map(mixture.locate, range(len(mixture))) if mixture.stores[s].name == name]
-            for mixture in (two, three)
-        )
-        assert before == after and len(before) == 30
-
-
-def test_the_plan_says_what_each_source_gives(stores):
-    plan = Mixture(stores, [2, 1, 1], block_size=10, rows=400, seed=0).plan()
-    assert [(part["share"], part["tokens"], part["epochs"]) for part in plan] == [
-        (0.5, 2000, 200 / 100),
-        (0.25, 1000, 100 / 33),
-        (0.25, 1000, 100 / 205),
-    ]
-    assert [part["source"] for part in plan] == [store.manifest.source for store in stores]
-
-
-@pytest.mark.parametrize(
-    "weights", [[1.0], [1.0, 2.0], [1, 2, 3, 4], [1, 0, 1], [1, -1, 1], [1, float("nan"), 1], [1, float("inf"), 1]]
-)
-def test_wrong_weights_are_a_usage_error(weights, stores):
-    with pytest.raises(
-        UsageError, match=rf"{len(weights)} weights .* for 3 sources: give one positive number a source"
-    ):
-        Mixture(stores, weights, block_size=10, rows=100, seed=0)
-
-
-def test_a_source_smaller_than_one_row_is_a_data_error(stores):
-    with pytest.raises(DataError, match="s1 has 333 training tokens, less than one row of 500"):
-        Mixture(stores, None, block_size=500, rows=10, seed=0)
-
-
-@pytest.mark.parametrize("tokens", [2, 9, 10, 11, 19, 20, 100, 101])
-def test_validation_rows_predict_every_token_but_the_first_exactly_once(tokens, tmp_path):
-    store = counting_store(tmp_path / "s", 100, validation=tokens, first=500)
-    rows = ValidationRows(store, block_size=10)
-    predicted, widths = [], []
-    for number in range(len(rows)):
-        row = rows[number]
-        assert row["input_ids"].tolist() == row["labels"].tolist()
-        widths.append(len(row["labels"]))
-        predicted += row["labels"][1:].tolist()  # the loss shifts: the first label of a row is never asked for
-    assert predicted == list(range(501, 500 + tokens))
-    assert all(width == 10 for width in widths[:-1]) and 2 <= widths[-1] <= 10
 
 
 def test_a_batch_is_padded_on_the_right_and_no_loss_counts_the_padding():

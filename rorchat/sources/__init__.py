@@ -19,7 +19,7 @@ docs/add_a_dataset.md.
 import hashlib
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
@@ -28,11 +28,12 @@ from types import ModuleType
 
 from rorchat.errors import DataError, RemoteError, UsageError, did_you_mean
 from rorchat.persona import Persona
+from rorchat.sources._filters import Filters
 from rorchat.sources._read import Stretch, files_of, parts_of
 from rorchat.sources._rows import CHECKS, KINDS, ROLES, Reject, Repaired, check_messages, words_of
 
 __all__ = [
-    "CHECKS", "KINDS", "LOSS", "ROLES", "Part", "Reject", "Rows", "Tally",
+    "CHECKS", "KINDS", "LOSS", "ROLES", "Filters", "Part", "Reject", "Rows", "Tally",
     "available", "check_messages", "digest", "find", "held_out", "in_validation", "kinds_of",
     "load", "local_bytes", "parts", "restriction", "texts", "words_of",
 ]  # fmt: skip
@@ -152,6 +153,7 @@ class Rows:
     raw: Iterator[tuple[str, object]]
     tally: Tally
     whole: bool = True  # a source without a usable row is an error, a part of one is not
+    on_reject: Callable[[str, Reject, object], None] | None = None  # hears of the place, the reason and the raw row
     place: str = ""
 
     def __iter__(self) -> Iterator[dict]:
@@ -161,6 +163,8 @@ class Rows:
                 row = self._checked(raw)
             except Reject as reject:
                 self.tally.reject(place, reject)
+                if self.on_reject:
+                    self.on_reject(place, reject, raw)
                 continue
             self.tally.kept += 1
             self.place = place

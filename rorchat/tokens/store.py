@@ -1,29 +1,37 @@
 """A token store: flat arrays of ids on disk, and a manifest that says what they are.
 
-    NAME/manifest.json               format, tokenizer, counts, sha256 of every shard, rejects by reason; written last
+    NAME/manifest.json               format, tokenizer, counts, sha256 of every file, rejects by reason; written last
     NAME/train-00000.npy             uint16 (uint32 above 65,535 ids), one flat array
     NAME/train-00000.docs.npy        int64, where each document begins: at its <|endoftext|>
     NAME/validation-00000.npy ...
+    NAME/blocks.npy                  uint32, a CRC of every block of the arrays, in the order of the manifest
 
 Every document is `<|endoftext|>` and its words, so that a model learns to begin a text after `<|endoftext|>` and, in a
 stream of documents, to end one with it.
+
+To hash a store of many gigabytes before every run would take minutes, and to trust it is how a flipped bit gets into a
+model. So a block is compared with its CRC when it is first read, and what opening costs does not grow with the store.
 """
 
+import hashlib
 import json
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from rorchat.errors import DataError, MismatchError
+from rorchat.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
+BLOCK_BYTES = 2**18
+_READ_BYTES = 2**24
 
 
 @dataclass
 class Shard:
-    """One array file: how much is in it, and its sha256."""
+    """One array file and its table of documents: how much is in it, and the sha256 of both."""
 
     file: str
     split: str
@@ -31,6 +39,11 @@ class Shard:
     documents: int
     utf8_bytes: int
     sha256: str
+    docs_sha256: str
+
+    @property
+    def docs_file(self) -> str:
+        return self.file.removesuffix(".npy") + ".docs.npy"
 
 
 @dataclass
@@ -44,23 +57,24 @@ class Manifest:
     end_of_text_id: int
     validation_share: float
     seed: int
+    kind: str = "document"
+    chat_template_sha256: str = ""  # of stores of conversations, which are written as the template has it
+    filters: dict[str, object] = field(default_factory=dict)
     source_bytes: int = 0  # of the local files, to notice when they change
     rows_in: int = 0
     kept: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
+    repairs: dict[str, int] = field(default_factory=dict)
+    dtype: str = "uint16"
     shards: list[Shard] = field(default_factory=list)
+    blocks_sha256: str = ""
     format_version: int = FORMAT_VERSION
 
     def identity(self) -> dict[str, object]:
         keys = (
-            "format_version",
-            "source",
-            "tokenizer_sha256",
-            "vocabulary_size",
-            "validation_share",
-            "seed",
-            "source_bytes",
-        )
+            "format_version", "source", "kind", "tokenizer_sha256", "chat_template_sha256", "vocabulary_size",
+            "validation_share", "seed", "filters", "source_bytes",
+        )  # fmt: skip
         return {key: getattr(self, key) for key in keys}
 
     def total(self, split: str, what: str) -> int:
@@ -69,7 +83,7 @@ class Manifest:
 
     def summary(self) -> dict[str, object]:
         """What a run remembers of a source."""
-        keys = ("source", "licence", "rows_in", "kept", "rejects")
+        keys = ("source", "licence", "rows_in", "kept", "rejects", "repairs")
         counts = {
             f"{split}_{what}": self.total(split, what)
             for split in SPLITS
@@ -85,43 +99,77 @@ class Manifest:
         try:
             values = json.loads((folder / "manifest.json").read_text())
             return cls(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise DataError(f"{folder} is no token store: it has no manifest.json.") from None
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise DataError(
                 f"{folder}/manifest.json cannot be read ({error}): delete the folder to prepare it again."
             ) from None
 
 
+def sha256_of(file: Path) -> str:
+    """The sha256 of a file, read in pieces."""
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def crc_of_blocks(array: np.ndarray) -> np.ndarray:
+    """The CRC-32 of every BLOCK_BYTES of an array, the last block shorter; uint32."""
+    data = memoryview(np.ascontiguousarray(array)).cast("B")
+    starts = range(0, len(data), BLOCK_BYTES)
+    return np.array([zlib.crc32(data[start : start + BLOCK_BYTES]) for start in starts], dtype=np.uint32)
+
+
 class TokenStore:
-    """The arrays of one source, memory-mapped; reading copies no more than is asked for."""
+    """The arrays of one source, memory-mapped; reading copies no more than is asked for, and checks it.
+
+    Raises:
+        DataError: a file is missing, of another type or length than the manifest says, or damaged; it is named. Damage
+            inside an array is found when the block that has it is first read.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
-        self._arrays = {split: self._mapped(split) for split in SPLITS}
+        self._block_tokens = BLOCK_BYTES // np.dtype(self.manifest.dtype).itemsize
+        self._arrays: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        self._files: dict[str, list[str]] = {split: [] for split in SPLITS}
+        self._blocks: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        self._open()
         self._starts = {
             split: np.cumsum([0, *(len(array) for array in arrays)]) for split, arrays in self._arrays.items()
         }
+        self._seen = {split: [np.zeros(len(b), dtype=bool) for b in blocks] for split, blocks in self._blocks.items()}
 
-    def _mapped(self, split: str) -> list[np.ndarray]:
-        arrays = []
+    def _open(self) -> None:
+        blocks = self._load("blocks.npy", mapped=False)
+        if sha256_of(self.folder / "blocks.npy") != self.manifest.blocks_sha256:
+            raise self._damaged("blocks.npy", "its bytes are not those of the manifest's sha256")
+        at = 0
         for shard in self.manifest.shards:
-            if shard.split != split:
-                continue
-            try:
-                array = np.load(self.folder / shard.file, mmap_mode="r")
-            except (OSError, ValueError, EOFError) as error:
-                raise DataError(
-                    f"{self.folder / shard.file} cannot be read: {error}. Delete {self.folder} to prepare it again."
-                ) from None
+            array = self._load(shard.file)
+            if str(array.dtype) != self.manifest.dtype or array.ndim != 1:
+                raise self._damaged(shard.file, f"it holds {array.dtype}, its manifest says {self.manifest.dtype}")
             if len(array) != shard.tokens:
-                raise MismatchError(
-                    f"{self.folder / shard.file} has {len(array):,} tokens, its manifest says "
-                    f"{shard.tokens:,}: delete {self.folder} to prepare it again."
-                )
-            arrays.append(array)
-        return arrays
+                raise self._damaged(shard.file, f"it has {len(array):,} tokens, its manifest says {shard.tokens:,}")
+            count = -(-len(array) // self._block_tokens)
+            self._arrays[shard.split].append(array)
+            self._files[shard.split].append(shard.file)
+            self._blocks[shard.split].append(blocks[at : at + count])
+            at += count
+        if at != len(blocks):
+            raise self._damaged("blocks.npy", f"it is of {len(blocks)} blocks, the arrays have {at}")
+
+    def _load(self, file: str, mapped: bool = True) -> np.ndarray:
+        try:
+            return np.load(self.folder / file, mmap_mode="r" if mapped else None)
+        except FileNotFoundError:
+            raise self._damaged(file, "it is missing") from None
+        except (OSError, ValueError, EOFError) as error:
+            raise self._damaged(file, f"it cannot be read: {' '.join(str(error).split())[:120]}") from None
+
+    def _damaged(self, file: str, what: str) -> DataError:
+        return DataError(f"{self.folder / file} is damaged: {what}. Delete {self.folder} to prepare it again.")
 
     @property
     def name(self) -> str:
@@ -131,14 +179,62 @@ class TokenStore:
         return int(self._starts[split][-1])
 
     def slice(self, split: str, start: int, stop: int) -> np.ndarray:
-        """Ids `start` to `stop` of a split as one int64 array, across shards where need be."""
+        """Ids `start` to `stop` of a split as one int64 array, across shards where need be.
+
+        Raises:
+            DataError: a block that they stand in is not what was written; the file and the block are named.
+        """
         starts, arrays = self._starts[split], self._arrays[split]
-        first = int(np.searchsorted(starts, start, side="right")) - 1
-        parts = []
-        while start < stop:
-            offset = start - int(starts[first])
-            part = arrays[first][offset : offset + stop - start]
-            parts.append(part)
-            start += len(part)
-            first += 1
-        return np.concatenate(parts).astype(np.int64)
+        shard = int(np.searchsorted(starts, start, side="right")) - 1
+        ids = np.empty(stop - start, dtype=np.int64)
+        done = 0
+        while done < len(ids):
+            offset = start + done - int(starts[shard])
+            part = arrays[shard][offset : offset + len(ids) - done]
+            self._check(split, shard, offset, offset + len(part))
+            ids[done : done + len(part)] = part
+            done += len(part)
+            shard += 1
+        return ids
+
+    def _check(self, split: str, shard: int, start: int, stop: int) -> None:
+        seen, size = self._seen[split][shard], self._block_tokens
+        for block in range(start // size, -(-stop // size)):
+            if not seen[block]:
+                data = self._arrays[split][shard][block * size : (block + 1) * size]
+                if zlib.crc32(data.data) != self._blocks[split][shard][block]:
+                    raise self._damaged(self._files[split][shard], f"block {block} (from token {block * size:,})")
+                seen[block] = True
+
+    def verify(self, progress=None) -> list[str]:
+        """Reads every byte of the store. What is wrong with it, a line each; empty if nothing is.
+
+        Args:
+            progress: called with the number of bytes read since the last call.
+        """
+        problems = []
+        for shard in self.manifest.shards:
+            for file, digest in ((shard.file, shard.sha256), (shard.docs_file, shard.docs_sha256)):
+                path = self.folder / file
+                if not path.is_file():
+                    problems.append(f"{path}: missing")
+                elif sha256_of(path) != digest:
+                    problems.append(f"{path}: its sha256 is not the manifest's")
+                if progress and path.is_file():
+                    progress(path.stat().st_size)
+            if not any(str(self.folder / shard.file.removesuffix(".npy")) in problem for problem in problems):
+                problems += self._misfits(shard)
+        return problems
+
+    def _misfits(self, shard: Shard) -> list[str]:
+        """Where the ids of a whole shard do not fit its manifest."""
+        ids, starts = self._load(shard.file), self._load(shard.docs_file)
+        largest = max((int(ids[at : at + _READ_BYTES].max()) for at in range(0, len(ids), _READ_BYTES)), default=0)
+        misfits = []
+        if largest >= self.manifest.vocabulary_size:
+            misfits.append(f"id {largest} in a vocabulary of {self.manifest.vocabulary_size}")
+        if len(starts) != shard.documents or (np.diff(starts) <= 0).any() or (len(starts) and starts[-1] >= len(ids)):
+            misfits.append(f"the table of documents does not fit its {shard.documents} documents")
+        elif (ids[starts] != self.manifest.end_of_text_id).any():
+            misfits.append("a document does not begin with <|endoftext|>")
+        return [f"{self.folder / shard.file}: {misfit}" for misfit in misfits]

@@ -1,4 +1,4 @@
-"""`rorchat ...`: the commands that are not launched on many processes. What is launched stands in recipes/."""
+"""Commands about a model: talk to it, score it, report on its run, publish it."""
 
 import io
 import sys
@@ -7,14 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rorchat.errors import UsageError, exits_with_one_line
-
-app = typer.Typer(
-    help="From raw text to your own chat model. Training is `accelerate launch recipes/...`; here is the rest.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+from rorchat.errors import UsageError
 
 Folder = Annotated[str, typer.Argument(help="A model's folder, a run's folder, or a Hub id.")]
 
@@ -30,7 +23,6 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-@app.command()
 def chat(
     folder: Folder,
     system: Annotated[str | None, typer.Option(help="A system message instead of the model's own.")] = None,
@@ -50,7 +42,6 @@ def chat(
     talk(load_model(folder), system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
 
 
-@app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="NAME=FOLDER or FOLDER, one column each.")],
     untrained: Annotated[
@@ -80,7 +71,6 @@ def evaluate(
         write_scores(columns, out)
 
 
-@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run's folder, or the folder of a story's runs.")]) -> None:
     """Write report.md and curves.png from what the runs logged."""
     from rorchat.evaluation.scores import read_scores
@@ -98,23 +88,6 @@ def report(folder: Annotated[Path, typer.Argument(help="A run's folder, or the f
         print(f"\nmodel   {folder / 'model'}    talk to it: rorchat chat {folder / 'model'}")
 
 
-@app.command()
-def sources() -> None:
-    """The datasets that recipes can name."""
-    from rorchat.report import table
-    from rorchat.sources import available, find
-
-    rows = []
-    for name in available():
-        module = find(name)
-        kinds = module.KIND if isinstance(module.KIND, tuple) else (module.KIND,)
-        home = getattr(module, "HUB", None)
-        where = "generated" if hasattr(module, "generate") else home["path"] if home else "your files"
-        rows.append([name, ", ".join(kinds), where, module.LICENCE, module.__doc__.splitlines()[0]])
-    print(table(["source", "gives", "from", "licence", "what it is"], rows))
-
-
-@app.command()
 def push(
     folder: Folder,
     repository: Annotated[str, typer.Argument(help="Where to: you/your-model on the Hub.")],
@@ -127,12 +100,3 @@ def push(
     if repository.count("/") != 1:
         raise UsageError(f"{repository!r} is no Hub id: give owner/name, as in rory/my-chat-model.")
     print(push_model(folder, repository, private=private))
-
-
-@exits_with_one_line
-def main() -> None:
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,8 @@ sequence of merges can spell one.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from rorchat.chatml import (
@@ -21,28 +22,33 @@ from rorchat.chatml import (
 )
 from rorchat.errors import DataError, MismatchError, RemoteError, UsageError
 from rorchat.persona import Persona, load_persona
+from rorchat.tokenizer.text import BoundedText
 
 # GPT-2's pattern but for numbers: each digit is a token, and never with the blank before it, so that a number is
 # spelled the same everywhere and a sum can be learned digit by digit.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 RESERVED_SLOTS = 12  # with the four control tokens: 16 in a tokenizer trained here
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # name or owner/name; any other string is a path
 SMALLEST_VOCABULARY = 256 + len(CONTROL_TOKENS) + RESERVED_SLOTS
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, persona: Persona | None = None, max_characters: int = 1_000_000_000
+    texts: Iterable[str] | BoundedText,
+    vocab_size: int,
+    persona: Persona | None = None,
+    max_characters: int = 1_000_000_000,
 ):
     """A byte-level BPE tokenizer with the control tokens in it from birth.
 
     Args:
-        texts: documents; read until `max_characters` are seen.
+        texts: documents; or a `BoundedText`, which brings its own bound and tells afterwards what was read.
         vocab_size: all tokens, control tokens and reserved slots included; a multiple of 64. Where the texts give
             fewer merges, reserved slots fill the rest and the size stays.
         persona: whose system message the chat template carries; None for the default persona.
-        max_characters: how much text is counted, which bounds memory: a billion is plenty.
+        max_characters: how much text is counted, which bounds memory: a billion is plenty. The last text is cut there.
 
     Raises:
-        UsageError: `vocab_size` is no multiple of 64 or has no room for the bytes.
+        UsageError: `vocab_size` is no multiple of 64 or has no room for the bytes; `max_characters` is not positive.
         DataError: the texts are empty.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -55,6 +61,7 @@ def train_tokenizer(
             "(256 bytes, the control tokens, the reserved slots)."
         )
     special = [*CONTROL_TOKENS, *(reserved_token(number) for number in range(RESERVED_SLOTS))]
+    text = texts if isinstance(texts, BoundedText) else BoundedText(texts, max_characters)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -63,18 +70,8 @@ def train_tokenizer(
         ]
     )
     bpe.decoder = decoders.ByteLevel()
-    seen = 0
-
-    def bounded() -> Iterator[str]:
-        nonlocal seen
-        for text in texts:
-            yield text
-            seen += len(text)
-            if seen >= max_characters:
-                return
-
     bpe.train_from_iterator(
-        bounded(),
+        text,
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
@@ -82,7 +79,7 @@ def train_tokenizer(
             show_progress=False,
         ),
     )
-    if not seen:
+    if not text.characters:
         raise DataError("There is no text to train a tokenizer on.")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False)
     return _add_chatml(tokenizer, persona or load_persona(), size=vocab_size)
@@ -131,7 +128,7 @@ def _load_any(name_or_path: str):
                 f"No tokenizer in {folder}: it holds {', '.join(sorted(names)[:8]) or 'nothing'}. "
                 "Expected tokenizer.json, or vocab.json and merges.txt."
             )
-    elif folder.exists() or name_or_path.startswith((".", "/")):
+    elif folder.exists() or not HUB_ID.fullmatch(name_or_path):
         raise DataError(f"No tokenizer at {name_or_path}: give a folder that holds one, or a Hub id such as 'gpt2'.")
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
@@ -175,7 +172,11 @@ def token_bytes(tokenizer) -> list[int]:
     """
     special = set(tokenizer.all_special_ids)
     spelled = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return [0 if token_id in special or token is None else len(token) for token_id, token in enumerate(spelled)]
+    sizes = [0 if token_id in special or token is None else len(token) for token_id, token in enumerate(spelled)]
+    for token_id, token in tokenizer.added_tokens_decoder.items():  # these are spelled plainly
+        if token_id not in special and not token.special:
+            sizes[token_id] = len(token.content.encode())
+    return sizes
 
 
 def tokenizer_sha256(tokenizer) -> str:

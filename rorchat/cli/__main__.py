@@ -1,0 +1,5 @@
+"""`python -m rorchat.cli ...`"""
+
+from rorchat.cli import main
+
+main()

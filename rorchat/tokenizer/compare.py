@@ -1,0 +1,230 @@
+"""Tokenizers side by side on texts of several domains: bytes per token, tokens per word, and tokens never used."""
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from rorchat.chatml import encode_text
+from rorchat.errors import DataError, UsageError
+from rorchat.tokenizer import token_bytes
+from rorchat.tokenizer.text import BoundedText
+
+DOMAINS = Path(__file__).parent.parent / "domains.yaml"
+TOGETHER = "all together"
+PIECES_PER_CALL = 16  # encodings carry offsets: 16 pieces of 100,000 characters take about 200 MB
+COLOURS = ("#4c6a92", "#e08e45", "#6a9a78", "#b5566b", "#8f7fb5", "#9a9a9a")
+ENOUGH_TOKENS = 10  # read for each token of the vocabulary; with fewer, many could not have their turn
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Texts of one kind, and how much of them was read; `stopped` where there was more than the bound allows."""
+
+    name: str
+    texts: Sequence[str]
+    characters: int
+    utf8_bytes: int
+    words: int
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a tokenizer makes of a domain, or of all domains together.
+
+    Attributes:
+        bytes_per_token: UTF-8 bytes of text per token; higher is shorter input. Comparable between vocabularies.
+        tokens_per_word: tokens per whitespace-separated word: the fertility of Rust et al. 2021, arXiv:2012.15613.
+            Means little where words are not set apart by blanks (Chinese, Japanese, Thai, code).
+        unused_share: the share of the ordinary tokens that never occur; control tokens and reserved slots do not count.
+        spelled_bytes: UTF-8 bytes that the tokens spell; other than the text's where the tokenizer changes text.
+    """
+
+    tokens: int
+    bytes_per_token: float
+    tokens_per_word: float
+    unused_share: float
+    spelled_bytes: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`measures[domain][tokenizer]`, and how many `ordinary` tokens each tokenizer has.
+
+    Of several domains the last one is `TOGETHER`, which holds no texts of its own.
+    """
+
+    domains: Sequence[Domain]
+    ordinary: dict[str, int]
+    measures: dict[str, dict[str, Measure]]
+
+
+def read_domain(name: str, texts: Iterable[str], max_characters: int) -> Domain:
+    """A domain of exactly `max_characters` characters at most.
+
+    Raises:
+        UsageError: it is called as the sum of all domains is.
+        DataError: there is no word in it.
+    """
+    if name == TOGETHER:
+        raise UsageError(f"A domain cannot be called {name!r}, which is the name of the sum: choose another label.")
+    bounded = BoundedText(texts, max_characters)
+    pieces = list(bounded)
+    words = sum(len(piece.split()) for piece in pieces)
+    if not words:
+        raise DataError(f"The domain {name!r} has no text: give --data {name}=PATH a file with words in it.")
+    return Domain(name, pieces, bounded.characters, bounded.utf8_bytes, words, bounded.stopped)
+
+
+def embedded_domains(max_characters: int) -> list[Domain]:
+    """Six short texts that come with the package (rorchat/domains.yaml): enough for a first look, with no file."""
+    texts = yaml.safe_load(DOMAINS.read_text(encoding="utf-8"))
+    return [read_domain(name, [text], max_characters) for name, text in texts.items()]
+
+
+def compare_tokenizers(tokenizers: Mapping[str, object], domains: Sequence[Domain]) -> Comparison:
+    """Every tokenizer on every domain, and on all of them together (where a longer domain weighs more).
+
+    Args:
+        tokenizers: by name, as `rorchat.load_tokenizer` gives them.
+    """
+    together = Domain(
+        TOGETHER,
+        (),
+        sum(domain.characters for domain in domains),
+        sum(domain.utf8_bytes for domain in domains),
+        sum(domain.words for domain in domains),
+        any(domain.stopped for domain in domains),
+    )
+    shown = [*domains, together] if len(domains) > 1 else list(domains)
+    ordinary, measures = {}, {domain.name: {} for domain in shown}
+    for name, tokenizer in tokenizers.items():
+        sizes = np.array(token_bytes(tokenizer))  # (V,)
+        ordinary[name] = int((sizes > 0).sum())
+        counts = [_token_counts(tokenizer, domain.texts, len(sizes)) for domain in domains]
+        for domain, count in zip(shown, [*counts, sum(counts)], strict=False):
+            measures[domain.name][name] = _measure(domain, count, sizes)
+    return Comparison(shown, ordinary, measures)
+
+
+def _token_counts(tokenizer, texts: Sequence[str], vocabulary: int) -> np.ndarray:
+    """(V,): how often each token occurs in the texts."""
+    counts = np.zeros(vocabulary, dtype=np.int64)
+    for start in range(0, len(texts), PIECES_PER_CALL):
+        for ids in encode_text(tokenizer, list(texts[start : start + PIECES_PER_CALL])):
+            counts += np.bincount(ids, minlength=vocabulary)
+    return counts
+
+
+def _measure(domain: Domain, counts: np.ndarray, sizes: np.ndarray) -> Measure:
+    tokens = int(counts.sum())
+    return Measure(
+        tokens=tokens,
+        bytes_per_token=domain.utf8_bytes / tokens,
+        tokens_per_word=tokens / domain.words,
+        unused_share=float((counts[sizes > 0] == 0).mean()),
+        spelled_bytes=int(counts @ sizes),
+    )
+
+
+def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of a table: a row a domain, three columns a tokenizer, the best bytes per token in bold.
+
+    The difference in per cent is that of bytes per token against the first tokenizer's.
+    """
+    first, *_ = comparison.ordinary
+    header = ["domain", "characters", "UTF-8 bytes"]
+    for name in comparison.ordinary:
+        header += [f"{name}: bytes/token", f"{name}: tokens/word", f"{name}: unused"]
+    rows = []
+    for domain in comparison.domains:
+        measures = comparison.measures[domain.name]
+        values = [measure.bytes_per_token for measure in measures.values()]
+        row = [domain.name, f"{domain.characters:,}", f"{domain.utf8_bytes:,}"]
+        for name, measure in measures.items():
+            value = measure.bytes_per_token
+            cell = f"**{value:.3f}**" if value == max(values) > min(values) else f"{value:.3f}"
+            if name != first:
+                cell += f" ({value / measures[first].bytes_per_token - 1:+.1%})"
+            row += [cell, f"{measure.tokens_per_word:.3f}", f"{measure.unused_share:.1%}"]
+        rows.append(row)
+    return header, rows
+
+
+def comparison_notes(comparison: Comparison) -> list[str]:
+    """What one must know to read the table: sizes, what was not read to its end, and what does not add up."""
+    notes = ["ordinary tokens: " + ", ".join(f"{name} {count:,}" for name, count in comparison.ordinary.items())]
+    parts = [domain for domain in comparison.domains if domain.texts]
+    stopped = [domain.name for domain in parts if domain.stopped]
+    notes.append(f"stopped at --max-characters: {', '.join(stopped)}" if stopped else "all of the text was read")
+    read = {name: measure.tokens for name, measure in comparison.measures[comparison.domains[-1].name].items()}
+    if any(count < ENOUGH_TOKENS * comparison.ordinary[name] for name, count in read.items()):
+        counts = ", ".join(f"{name} {count:,}" for name, count in read.items())
+        notes.append(f"too few tokens to judge what is unused ({counts}): give more text with --data LABEL=PATH")
+    for domain in parts:
+        for name, measure in comparison.measures[domain.name].items():
+            if measure.spelled_bytes != domain.utf8_bytes:
+                notes.append(
+                    f"{name} changes the text of {domain.name}: its tokens spell {measure.spelled_bytes:,} bytes, "
+                    f"not {domain.utf8_bytes:,}"
+                )
+    return notes
+
+
+def draw_comparison(comparison: Comparison, target: Path) -> None:
+    """A picture of bytes per token: a group of bars a domain, a bar a tokenizer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    domains, names = comparison.domains, list(comparison.ordinary)
+    middles = [group + (0.3 if domain.name == TOGETHER else 0.0) for group, domain in enumerate(domains)]
+    width = 0.78 / len(names)
+    figure, axis = pyplot.subplots(figsize=(max(6.0, 1.3 + len(domains) * (0.5 + 0.42 * len(names))), 4.6))
+    for position, name in enumerate(names):
+        values = [comparison.measures[domain.name][name].bytes_per_token for domain in domains]
+        places = [middle + (position - (len(names) - 1) / 2) * width for middle in middles]
+        bars = axis.bar(
+            places,
+            values,
+            width * 0.92,
+            color=COLOURS[position % len(COLOURS)],
+            label=f"{name}  ({comparison.ordinary[name]:,} tokens)",
+        )
+        written = axis.bar_label(bars, fmt="%.2f", fontsize=8.5, padding=2, color="#333333")
+        for label, value, domain in zip(written, values, domains, strict=True):
+            others = [measure.bytes_per_token for measure in comparison.measures[domain.name].values()]
+            label.set_fontweight("bold" if value == max(others) > min(others) else "normal")
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.4})  # no grid line through it
+    labels = [textwrap.fill(domain.name, 14) for domain in domains]
+    axis.set_xticks(middles, labels, fontsize=10)
+    axis.tick_params(length=0, colors="#333333")
+    axis.set_axisbelow(True)
+    axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    for edge in ("top", "right", "left"):
+        axis.spines[edge].set_visible(False)
+    axis.spines["bottom"].set_color("#999999")
+    axis.margins(y=0.08)
+    side = max(0.6, (3 - len(domains)) / 2)  # one domain alone would be a wall
+    axis.set_xlim(middles[0] - side, middles[-1] + side)
+    axis.set_ylabel("UTF-8 bytes per token", color="#333333")
+    axis.set_title("How much text one token holds", loc="left", fontsize=13, pad=30, color="#222222")
+    axis.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=len(names),
+        frameon=False,
+        borderaxespad=0.3,
+        handlelength=1.0,
+        handleheight=1.0,
+        fontsize=9.5,
+        labelcolor="#333333",
+        borderpad=0,
+    )
+    figure.savefig(target, dpi=160, bbox_inches="tight", pad_inches=0.2)
+    pyplot.close(figure)

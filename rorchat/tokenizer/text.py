@@ -1,0 +1,105 @@
+"""Text read up to a bound, in pieces that fit into memory, counted and shown while it is read."""
+
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from rorchat.errors import UsageError
+
+PIECE_CHARACTERS = 100_000  # the trainer holds 256 pieces at once: 26 MB rather than 256 whole books
+SECONDS_BETWEEN_LINES = 10
+# Before a blank that a word follows, where the patterns of GPT-2 and of ours begin a token anyway: no count changes
+_LAST_WORD = re.compile(r".+(?=\s\S)", re.DOTALL)
+
+
+@dataclass
+class BoundedText:
+    """The texts one after the other until `max_characters` are read, long ones in pieces cut between words.
+
+    `characters`, `utf8_bytes` and `stopped` (there was more text than the bound allows) tell what has been read. It is
+    read once.
+
+    Args:
+        texts: documents.
+        max_characters: exactly so many at most; the last text is cut there.
+        show: progress on stderr: a bar on a terminal, a line every ten seconds in a log.
+
+    Raises:
+        UsageError: the bound is not positive.
+    """
+
+    texts: Iterable[str]
+    max_characters: int
+    show: bool = False
+    characters: int = 0
+    utf8_bytes: int = 0
+    stopped: bool = False
+
+    def __post_init__(self):
+        if self.max_characters < 1:
+            raise UsageError(f"max_characters is {self.max_characters}: it must be at least 1.")
+
+    def __iter__(self) -> Iterator[str]:
+        progress = _Progress(self.max_characters) if self.show else None
+        for piece in self._pieces():
+            self.characters += len(piece)
+            self.utf8_bytes += len(piece.encode())
+            yield piece
+            if progress:
+                progress.update(self.characters)
+        if progress:
+            progress.close(self.characters)
+
+    def _pieces(self) -> Iterator[str]:
+        for text in self.texts:
+            start = 0
+            while start < len(text):
+                room = self.max_characters - self.characters
+                if not room:
+                    self.stopped = True
+                    return
+                end = start + min(PIECE_CHARACTERS, room)
+                if room > PIECE_CHARACTERS and end < len(text):
+                    between_words = _LAST_WORD.match(text, start, end)
+                    end = between_words.end() if between_words else end
+                yield text[start:end]
+                start = end
+
+
+class _Progress:
+    """How much has been read, how fast, and the most time it can still take: only the bound is known beforehand."""
+
+    def __init__(self, max_characters: int):
+        self.started = self.last_line = time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():  # in a log tqdm would write one endless line
+            from tqdm import tqdm
+
+            layout = "{desc} {percentage:3.0f}% |{bar}| {n_fmt} characters, {rate_fmt}, at most {remaining} left"
+            self.bar = tqdm(
+                desc="reading",
+                total=max_characters,
+                unit=" characters",
+                unit_scale=True,
+                dynamic_ncols=True,
+                bar_format=layout,
+                leave=False,
+            )
+
+    def update(self, characters: int) -> None:
+        if self.bar is not None:
+            self.bar.update(characters - self.bar.n)
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            rate = characters / (self.last_line - self.started)
+            self._say(f"{characters:,} characters read, {rate:,.0f} a second")
+
+    def close(self, characters: int) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self._say(f"{characters:,} characters read in {time.monotonic() - self.started:.1f} s")
+
+    def _say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
