@@ -10,7 +10,7 @@ from rorchat.model import build_model, check_fit, load_checkpoint
 from rorchat.persona import load_persona
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
-from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, prepare_stores
+from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, prepare_stores, show_plan
 from rorchat.training.run import Run
 
 
@@ -31,8 +31,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     check_fit(model, tokenizer, arguments.block_size)
     stores = prepare_stores(arguments, tokenizer)
     trainer = PretrainTrainer(model, arguments, tokenizer, stores)
-    details = {"plan": trainer.mixture.plan(), "data": [store.manifest.summary() for store in stores]}
-    return run.train(trainer, details, told=[trainer.mixture.told()])
+    plan = trainer.mixture.plan
+    details = {"plan": plan.summary(), "data": [store.manifest.summary() for store in stores]}
+    return run.train(trainer, details, told=show_plan(plan, run.folder))
 
 
 if __name__ == "__main__":

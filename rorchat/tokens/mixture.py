@@ -1,105 +1,102 @@
-"""Shards -> rows: which tokens of which source make the i-th row of training, as a pure function of the plan.
+"""Shards -> rows: which tokens of which source make the i-th row of training, as a pure function of plan and seed.
 
-Sources are mixed by tokens, not by documents. The k-th row of a source with share w stands at (k + 1/2) / w; all rows
-sorted by that position give exact shares at every prefix, without a random draw. Within a source, rows are windows of
-its token stream in an order drawn from (seed, source, epoch).
+The plan says which row of which source comes i-th. Within a source, rows are windows of its token stream in an order
+that (seed, name of the source, epoch) decide; any place of that order is computed by itself.
 """
 
-import math
-import zlib
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from rorchat.errors import DataError, UsageError
+from rorchat.errors import DataError
+from rorchat.tokens.plan import Plan
 from rorchat.tokens.store import TokenStore
+
+FEISTEL_ROUNDS = 8
+_WORD = (1 << 64) - 1
+
+
+def windows_of(stores: Sequence[TokenStore], block_size: int) -> dict[str, int]:
+    """Rows of one epoch, by the name of the store.
+
+    Raises:
+        DataError: a store is smaller than one row.
+    """
+    windows = {store.name: store.tokens("train") // block_size for store in stores}
+    for store in stores:
+        if not windows[store.name]:
+            raise DataError(
+                f"{store.folder} has {store.tokens('train'):,} training tokens, less than one row of "
+                f"{block_size}: give more text or a smaller block_size."
+            )
+    return windows
 
 
 class Mixture(Dataset):
     """Training rows: `mixture[i]` is {"input_ids": (block_size,), "labels": (block_size,)}, both int64 and equal.
 
     Args:
-        stores: one token store a source.
-        weights: shares of the tokens, in any scale; None gives every source the share of its size.
-        block_size: tokens a row.
-        rows: how many rows in all; sources are repeated, reshuffled, where they have fewer.
+        stores: the token stores of the plan's sources, in any order; others are not read.
+        plan: which row of which source comes i-th.
         seed: of the order within sources.
-
-    Raises:
-        UsageError: weights of another number than sources, or not positive.
-        DataError: a source is smaller than one row.
     """
 
-    def __init__(
-        self, stores: Sequence[TokenStore], weights: Sequence[float] | None, block_size: int, rows: int, seed: int
-    ):
-        self.stores, self.block_size, self.seed = list(stores), block_size, seed
-        self.windows = [store.tokens("train") // block_size for store in stores]
-        for store, windows in zip(stores, self.windows, strict=True):
-            if not windows:
-                raise DataError(
-                    f"{store.folder} has {store.tokens('train'):,} training tokens, less than one row of "
-                    f"{block_size}: give more text or a smaller block_size."
-                )
-        weights = list(weights or self.windows)
-        if len(weights) != len(stores) or not all(0 < weight < math.inf for weight in weights):
-            raise UsageError(
-                f"{len(weights)} weights {weights} for {len(stores)} sources: give one positive number a source."
-            )
-        self.shares = np.array(weights, dtype=np.float64) / sum(weights)
-        self.source_of_row, self.number_of_row = _merged(self.shares, rows)
+    def __init__(self, stores: Sequence[TokenStore], plan: Plan, seed: int):
+        by_name = {store.name: store for store in stores}
+        self.stores, self.plan, self.seed = [by_name[name] for name in plan.names], plan, seed
 
     def __len__(self) -> int:
-        return len(self.source_of_row)
+        return self.plan.rows
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         source, offset = self.locate(row)
-        ids = torch.from_numpy(self.stores[source].slice("train", offset, offset + self.block_size))
+        ids = torch.from_numpy(self.stores[source].slice("train", offset, offset + self.plan.block_size))
         return {"input_ids": ids, "labels": ids}
 
     def locate(self, row: int) -> tuple[int, int]:
-        """(source, offset in its token stream) of a row, found without reading the rows before it."""
-        source = int(self.source_of_row[row])
-        epoch, window = divmod(int(self.number_of_row[row]), self.windows[source])
-        return source, int(self._order(source, epoch)[window]) * self.block_size
-
-    @lru_cache(maxsize=8)  # noqa: B019  one mixture lives as long as its run
-    def _order(self, source: int, epoch: int) -> np.ndarray:
-        name = zlib.crc32(self.stores[source].name.encode())  # a source added later leaves the others' order alone
-        return np.random.default_rng([self.seed, name, epoch]).permutation(self.windows[source])
-
-    def plan(self) -> list[dict[str, object]]:
-        """What each source contributes: its share, rows, tokens and epochs."""
-        rows = np.bincount(self.source_of_row, minlength=len(self.stores))
-        return [
-            {
-                "source": store.manifest.source,
-                "share": float(share),
-                "tokens": int(count) * self.block_size,
-                "epochs": float(count) / windows,
-            }
-            for store, share, count, windows in zip(self.stores, self.shares, rows, self.windows, strict=True)
-        ]
-
-    def told(self) -> str:
-        """The plan in words: `tinytown=12000: 1,843,200 tokens, 100.0 % of all, 2.3 epochs`."""
-        return "\n".join(
-            f"{part['source']}: {part['tokens']:,} tokens, {100 * part['share']:.1f} % of all, "
-            f"{part['epochs']:.1f} epochs"
-            for part in self.plan()
-        )
+        """(index of the source in the plan, offset in its token stream) of a row."""
+        source, number = self.plan.locate(row)
+        epoch, place = divmod(number, self.plan.windows[source])
+        keys = round_keys(f"{self.seed}/{self.plan.names[source]}/{epoch}")  # no other source has a say in the order
+        return source, shuffled(place, self.plan.windows[source], keys) * self.plan.block_size
 
 
-def _merged(shares: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """(source, number within the source) of every row, in the order of (number + 1/2) / share."""
-    counts = np.ceil(shares * rows).astype(np.int64) + 1  # one more than fits, so that the cut at `rows` decides
-    sources = np.repeat(np.arange(len(shares)), counts)
-    numbers = np.concatenate([np.arange(count) for count in counts])
-    order = np.argsort((numbers + 0.5) / shares[sources], kind="stable")[:rows]
-    return sources[order].astype(np.int16), numbers[order]
+@lru_cache(maxsize=1024)
+def round_keys(said: str) -> tuple[int, ...]:
+    """The keys of one permutation: 64 bits a round, from any text."""
+    digest = hashlib.blake2b(said.encode(), digest_size=8 * FEISTEL_ROUNDS).digest()
+    return tuple(int.from_bytes(digest[at : at + 8], "little") for at in range(0, len(digest), 8))
+
+
+def shuffled(place: int, size: int, keys: Sequence[int]) -> int:
+    """Where a permutation of range(size) takes `place`, without the rest of it.
+
+    A Feistel network permutes the next power of two; what lands behind `size` goes through it again until it does not
+    (cycle walking, Black and Rogaway 2002), twice at most on average.
+    """
+    bits = (size - 1).bit_length()
+    if not bits:
+        return place
+    low = bits // 2
+    low_mask, high_mask = (1 << low) - 1, (1 << (bits - low)) - 1
+    while True:
+        high, right = place >> low, place & low_mask
+        for even, odd in zip(keys[::2], keys[1::2], strict=True):
+            high ^= _mixed(right ^ even) & high_mask
+            right ^= _mixed(high ^ odd) & low_mask
+        place = high << low | right
+        if place < size:
+            return place
+
+
+def _mixed(word: int) -> int:
+    """Every bit of 64 depends on every other: the finalizer of SplitMix64 (Steele et al. 2014)."""
+    word = ((word ^ word >> 30) * 0xBF58476D1CE4E5B9) & _WORD
+    word = ((word ^ word >> 27) * 0x94D049BB133111EB) & _WORD
+    return word ^ word >> 31
 
 
 class ValidationRows(Dataset):

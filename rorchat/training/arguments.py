@@ -30,8 +30,12 @@ class DataArguments:
     )
     data_seed: int = field(default=0, metadata={"help": "Seed of generated sources and of the order of rows."})
 
+    def specs(self) -> list[str]:
+        """Every source that the stage reads."""
+        return self.sources
+
     def check_data(self) -> None:
-        if not self.sources:
+        if not self.specs():
             raise UsageError("No sources: give at least one, as in --sources text=my_texts/")
         if not 0 < self.validation_share < 1:
             raise UsageError(f"validation_share is {self.validation_share}: it must lie between 0 and 1.")
@@ -103,7 +107,7 @@ def _without_config(argv: list[str]) -> tuple[list[str], dict, str]:
 
 
 #: Our own settings that are strings and nothing else; TrlParser would take a number for them.
-OWN_STRINGS = {"tokenizer", "size", "model", "token_store", "persona", "optimizer", "output_dir"}
+OWN_STRINGS = {"tokenizer", "size", "model", "token_store", "persona", "optimizer", "output_dir", "mixture"}
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 

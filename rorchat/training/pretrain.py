@@ -1,5 +1,7 @@
 """Pretraining: documents -> rows -> a language model, in Transformers' Trainer."""
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -7,11 +9,13 @@ from typing import ClassVar
 
 from transformers import TrainingArguments
 
-from rorchat.errors import UsageError
+from rorchat.errors import DataError, RorchatError, UsageError
 from rorchat.inference.engine import ChatModel, continue_texts
 from rorchat.persona import load_persona
 from rorchat.tokens.batch import padded
-from rorchat.tokens.mixture import Mixture, ValidationRows
+from rorchat.tokens.mixture import Mixture, ValidationRows, windows_of
+from rorchat.tokens.phases import MixtureConfig, read_mixture
+from rorchat.tokens.plan import Plan
 from rorchat.tokens.prepare import prepare
 from rorchat.tokens.store import TokenStore
 from rorchat.training.arguments import DataArguments
@@ -42,6 +46,9 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
     weights: list[float] | None = field(
         default=None, metadata={"help": "Share of the tokens of each source, in any scale; default: by size."}
     )
+    mixture: str | None = field(
+        default=None, metadata={"help": "A mixture file: sources, and phases with weights and ramps; no sources then."}
+    )
     block_size: int = field(default=1024, metadata={"help": "Tokens a row; also the positions of a new model."})
     global_batch_tokens: int = field(
         default=524_288, metadata={"help": "Tokens an optimizer step reads, over all processes and micro-batches."}
@@ -63,7 +70,19 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
     report_to: str = "none"
     disable_tqdm: bool = True
 
+    def specs(self) -> list[str]:
+        return [source.spec for source in self.mixture_config.sources.values()]
+
+    def _read_mixture(self) -> MixtureConfig:
+        if not self.mixture:
+            return MixtureConfig.of(self.sources, self.weights)
+        for name in ("sources", "weights"):
+            if getattr(self, name):
+                raise UsageError(f"Both mixture and {name}: give {name} in {self.mixture}, or leave the mixture out.")
+        return read_mixture(self.mixture)
+
     def __post_init__(self):
+        self.mixture_config = self._read_mixture()
         self.check_data()
         self.settle()
         if self.block_size < 2:
@@ -93,26 +112,40 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
 
 
 def prepare_stores(arguments: PretrainArguments, tokenizer) -> list[TokenStore]:
-    """The token store of every source, made by the first process and opened by the others."""
+    """The token store of every source, made by the first process and opened by the others.
+
+    A source that fails and is `optional` is reported and left out.
+    """
     root = Path(arguments.token_store or Path(arguments.output_dir) / TOKENS)
     persona = load_persona(arguments.persona)
-    stores, names = [], set()
-    for spec in arguments.sources:
-        name = spec.partition("=")[0]
-        name = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in names)
-        names.add(name)
-        with arguments.main_process_first(local=False, desc=f"prepare {spec}"):
-            stores.append(
-                prepare(
-                    spec,
+    stores = []
+    for name, source in arguments.mixture_config.sources.items():
+        try:
+            with arguments.main_process_first(local=False, desc=f"prepare {source.spec}"):
+                store = prepare(
+                    source.spec,
                     tokenizer,
                     root / name,
                     validation_share=arguments.validation_share,
                     seed=arguments.data_seed,
                     persona=persona,
                 )
-            )
+            windows_of([store], arguments.block_size)
+            stores.append(store)
+        except RorchatError as error:
+            if not source.optional:
+                raise
+            if arguments.process_index == 0:
+                print(f"source {name} is optional and left out: {error}", file=sys.stderr)  # noqa: T201
+    if not stores:
+        raise DataError(f"{arguments.mixture}: none of its sources could be had, all are optional.")
     return stores
+
+
+def show_plan(plan: Plan, folder: Path) -> Iterator[str]:
+    """Draws mixture.png into the run folder, which must be begun, and gives the plan in words."""
+    plan.draw(folder / "mixture.png")
+    yield plan.told()
 
 
 class PretrainTrainer(StageTrainer):
@@ -120,7 +153,8 @@ class PretrainTrainer(StageTrainer):
 
     def __init__(self, model, arguments: PretrainArguments, tokenizer, stores: list[TokenStore]):
         rows = arguments.max_steps * arguments.global_batch_tokens // arguments.block_size
-        self.mixture = Mixture(stores, arguments.weights, arguments.block_size, rows, arguments.data_seed)
+        plan = Plan(arguments.mixture_config, windows_of(stores, arguments.block_size), rows, arguments.block_size)
+        self.mixture = Mixture(stores, plan, arguments.data_seed)
         fuse_head(model)
         fuse_gelu(model)
         super().__init__(

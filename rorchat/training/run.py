@@ -3,6 +3,7 @@
 config.yaml     what was set; itself a valid --config
 run.json        versions, device, what went in (with sha256), results; `finished` once the model is saved
 metrics.jsonl   one line a log step
+mixture.png     the share of every source from the first token to the last (pretraining)
 samples.jsonl   what the model says to fixed prompts, before and after
 checkpoint-N/   the Trainer's, when save_strategy asks for them
 model/          the result: a plain Transformers folder
@@ -60,12 +61,25 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def data_fingerprint(arguments) -> dict[str, object]:
-    """The size of every source's local files, and the persona file's sha256: what a config's words alone do not fix."""
+    """What a config's words alone do not fix: sizes of local files, the persona's sha256, what a mixture file says."""
     persona = Path(arguments.persona) if arguments.persona else DEFAULT_PERSONA
-    return {
-        "source_bytes": {spec: local_bytes(spec) for spec in arguments.sources},
+    found = {
+        "source_bytes": {spec: local_bytes(spec) for spec in arguments.specs()},
         "persona": file_sha256(persona) if persona.is_file() else None,
     }
+    if getattr(arguments, "mixture", None):
+        found["mixture"] = arguments.mixture_config.resolved()  # config.yaml holds no more than the name of the file
+    return found
+
+
+def differences(name: str, before: object, now: object) -> list[str]:
+    """Where two JSON values differ, and no more: `mixture.phases.2.weights.c4 1.0, now 2.0`."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = (dict(enumerate(values, 1)) for values in (before, now))
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return [] if before == now else [f"{name} {before}, now {now}"]
+    inside = {key: (before.get(key), now.get(key)) for key in [*before, *(key for key in now if key not in before)]}
+    return [line for key, values in inside.items() for line in differences(f"{name}.{key}", *values)]
 
 
 class Run:
@@ -119,8 +133,7 @@ class Run:
             if config.get(name) != self.arguments.given.get(name)
         ]
         for key in ("stage", "inputs"):
-            if self._found.get(key) != self.record[key]:
-                differing.append(f"{key} {self._found.get(key)}, now {self.record[key]}")
+            differing += differences(key, self._found.get(key), self.record[key])
         if differing:
             raise MismatchError(f"{where} holds another run: {'; '.join(differing)}. {remedy}")
 
@@ -129,14 +142,14 @@ class Run:
         print(f"{self.folder}: finished before with these settings; delete the folder to run it again", file=sys.stderr)  # noqa: T201
         return self._found["metrics"]
 
-    def begin(self) -> None:
+    def begin(self, plan: object = None) -> None:
         """Writes config.yaml and run.json; clears what an unfinished run without a checkpoint left behind."""
         self.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = self.last_checkpoint()
         for name in ("metrics.jsonl", "samples.jsonl"):
             keep_until(self.folder / name, int(checkpoint.rpartition("-")[2]) if checkpoint else -1)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.arguments.given, sort_keys=True))
-        self._write({})
+        self._write({"plan": plan} if plan else {})
 
     def _write(self, more: dict) -> None:
         """Replaces run.json at once: without it the folder would be no run's."""
@@ -175,8 +188,14 @@ class Run:
         """
         main = trainer.is_world_process_zero()
         checkpoint = self.last_checkpoint()
+        plan = json.loads(json.dumps(details.get("plan")))
+        if checkpoint and self._found and self._found.get("plan", plan) != plan:
+            raise MismatchError(
+                f"{self.folder} was begun with another plan: an optional source, or the size of one, has changed."
+                " Choose another output_dir, or delete the folder."
+            )
         if main:
-            self.begin()
+            self.begin(plan)
         trainer.accelerator.wait_for_everyone()
         if main:
             for line in told:
