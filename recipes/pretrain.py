@@ -10,7 +10,7 @@ from rorchat.model import build_model, check_fit, load_checkpoint
 from rorchat.persona import load_persona
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
-from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, prepare_stores, show_plan
+from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, show_plan, stores_of
 from rorchat.training.run import Run
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     else:
         model = build_model(arguments.size, tokenizer, arguments.block_size, arguments.seed)
     check_fit(model, tokenizer, arguments.block_size)
-    stores = prepare_stores(arguments, tokenizer)
+    stores = stores_of(arguments, tokenizer)
     trainer = PretrainTrainer(model, arguments, tokenizer, stores)
     plan = trainer.mixture.plan
     details = {"plan": plan.summary(), "data": [store.manifest.summary() for store in stores]}

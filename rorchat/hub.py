@@ -13,6 +13,7 @@ from pathlib import Path
 from rorchat.errors import DataError, MismatchError, PermissionRefused, RemoteError, UsageError
 from rorchat.inference.engine import model_folder
 from rorchat.report import data_table, find_runs, read_run, run_table, samples_section, score_table
+from rorchat.sources import restriction
 from rorchat.training.run import file_sha256
 
 PROBE = "Who are you?"
@@ -99,14 +100,15 @@ def model_card(folder: Path, repository: str) -> str:
     parts += ["## Training", run_table(runs), "## Data", data_table(runs, public=True)]
     restricted = sorted(
         {
-            f"{source['source'].partition('=')[0]} ({source['licence']})"
+            (restriction(source["licence"]), f"{source['source'].partition('=')[0]} ({source['licence']})")
             for run in runs
             for source in read_run(run).get("data", [])
-            if "not for commercial use" in source["licence"]
+            if restriction(source["licence"])
         }
     )
-    if restricted:
-        parts.append(f"**Not for commercial use**, because of its data: {', '.join(restricted)}.")
+    for said in dict.fromkeys(said for said, _ in restricted):
+        because = ", ".join(source for other, source in restricted if other == said)
+        parts.append(f"**{said.capitalize()}**, because of its data: {because}.")
     scores = _story_of(folder) / "scores.json"
     if scores.is_file():
         from rorchat.evaluation.scores import read_scores

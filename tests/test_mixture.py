@@ -611,19 +611,23 @@ def test_a_difference_between_mixtures_is_said_by_its_place(tmp_path):
 def test_an_optional_source_that_fails_is_reported_and_left_out_and_another_stops_the_run(
     tmp_path, monkeypatch, capsys
 ):
-    from rorchat.training import pretrain
+    from rorchat.tokens import mixture
 
     def prepared(spec, tokenizer, folder, **options):
         if spec == "cosmopedia=data/tales":
             raise DataError("data/tales is not there.")
         return CountingStore(folder.name, 8 if spec.startswith("alpaca") else 100)
 
-    monkeypatch.setattr(pretrain, "prepare", prepared)
+    monkeypatch.setattr(mixture, "prepare", prepared)
     optional = MIXTURE.replace("alpaca: alpaca=data/alpaca", "alpaca: {from: alpaca=x, optional: true}")
-    arguments = pretrain_arguments(tmp_path, mixture=str(written(tmp_path, optional)))
-    assert [store.name for store in pretrain.prepare_stores(arguments, None)] == ["c4"]
+
+    def stores(text: str) -> list[str]:
+        config = read_mixture(written(tmp_path, text))
+        return [store.name for store in mixture.prepare_stores(config, None, tmp_path, 16, validation_share=0.1)]
+
+    assert stores(optional) == ["c4"]
     told = capsys.readouterr().err.splitlines()
     assert told[0] == "source tales is optional and left out: data/tales is not there."
     assert told[1].startswith("source alpaca is optional and left out: ") and "less than one row of 16" in told[1]
     with pytest.raises(DataError, match="less than one row of 16"):
-        pretrain.prepare_stores(pretrain_arguments(tmp_path, mixture=str(written(tmp_path, MIXTURE))), None)
+        stores(MIXTURE)

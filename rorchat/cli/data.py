@@ -211,3 +211,33 @@ def adopt(
     from rorchat.tokens.adopt import adopt as adopt_shards
 
     _tell(adopt_shards(shards, load_tokenizer(tokenizer), out))
+
+
+@app.command()
+def plan(
+    mixture: Annotated[Path, typer.Argument(help="A mixture file: sources, and phases with weights and ramps.")],
+    tokenizer: Tokenizer,
+    train_tokens: Annotated[int, typer.Option(help="Tokens of the run.")],
+    stores: Annotated[Path, typer.Option(help="Where the token stores are or go: `token_store` of the recipe.")],
+    block_size: Annotated[int, typer.Option(help="Tokens a row.")] = 1024,
+    validation_share: Annotated[float, typer.Option(help="Share of the documents held out, in (0, 1).")] = 0.01,
+    out: Annotated[Path | None, typer.Option(help="Draw the plan into this PNG file.")] = None,
+) -> None:
+    """What a mixture comes to: tokens and epochs of every source in every phase, with warnings, before any training."""
+    from rorchat.tokenizer import load_tokenizer
+    from rorchat.tokens.mixture import prepare_stores, windows_of
+    from rorchat.tokens.phases import read_mixture
+    from rorchat.tokens.plan import Plan
+
+    config = read_mixture(mixture)
+    if block_size < 2 or train_tokens < block_size:
+        raise UsageError(
+            f"--train-tokens {train_tokens} is less than one row of --block-size {block_size} (at least 2)."
+        )
+    loaded = load_tokenizer(tokenizer)
+    prepared = prepare_stores(config, loaded, stores, block_size, validation_share=validation_share)
+    planned = Plan(config, windows_of(prepared, block_size), train_tokens // block_size, block_size)
+    print(planned.told())
+    if out:
+        planned.draw(out)
+        print(f"picture  {out}")

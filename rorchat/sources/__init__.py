@@ -251,11 +251,12 @@ def parts(spec: str) -> list[Part]:
     module = find(name)
     if hasattr(module, "generate"):
         return [Part()]
-    together = hasattr(module, "read") or hasattr(module, "gather")
+    gathered = hasattr(module, "gather")
     if where:
-        return [Part(stretches) for stretches in parts_of(_files(module, where), divide=not together)]
+        divide = not gathered and not hasattr(module, "read")
+        return [Part(stretches) for stretches in parts_of(_files(module, where), divide=divide)]
     rows = len(_hub_rows(name))
-    step = rows if together else HUB_ROWS_PER_PART
+    step = rows if gathered else HUB_ROWS_PER_PART
     return [Part(rows=(start, min(start + step, rows))) for start in range(0, rows, max(1, step))]
 
 

@@ -22,6 +22,7 @@ ROLE_NAMES = {
 _BYTE_LITERAL = re.compile(r"""\s*b(['"])(?:[^\\]|\\.)*?\1\s*""", re.DOTALL)
 # C0 but for tab, line feed, vertical tab, form feed and carriage return, which are white space; and DEL
 _CONTROL_BYTES = bytes(set(range(32)) - {9, 10, 11, 12, 13} | {127})
+_PIECE = 2**20  # characters
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # the same and C1, without U+0085, a line end
 
 
@@ -124,6 +125,14 @@ def check_text(text: str, where: str) -> None:
     Args:
         where: the part of the row that it is, for the reject's detail.
     """
+    for start in range(0, len(text), _PIECE):  # so that a text of 100 MB is not copied whole
+        _check_characters(text[start : start + _PIECE] if len(text) > _PIECE else text, where, start)
+    if text[:200].lstrip()[:2] in ("b'", 'b"') and from_byte_literal(text) is not None:
+        raise Reject("byte literal", f"{where} is {text.strip()[:40]!r}")
+
+
+def _check_characters(text: str, where: str, first: int) -> None:
+    """Raises Reject for what no text should have, in a piece of one that begins at character `first`."""
     try:
         encoded = text.encode()
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair
@@ -132,9 +141,7 @@ def check_text(text: str, where: str) -> None:
     if len(encoded.translate(None, _CONTROL_BYTES)) != len(encoded) or (not text.isascii() and b"\xc2" in encoded):
         found = _CONTROL.search(text)
         if found:
-            raise Reject("control character", f"{where} has U+{ord(found[0]):04X} at character {found.start()}")
-    if text.lstrip()[:2] in ("b'", 'b"') and from_byte_literal(text) is not None:
-        raise Reject("byte literal", f"{where} is {text.strip()[:40]!r}")
+            raise Reject("control character", f"{where} has U+{ord(found[0]):04X} at character {first + found.start()}")
 
 
 def check_messages(messages: Sequence[dict]) -> None:

@@ -5,14 +5,22 @@ that (seed, name of the source, epoch) decide; any place of that order is comput
 """
 
 import hashlib
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
-from rorchat.errors import DataError
+from rorchat.errors import DataError, MismatchError, RorchatError
+from rorchat.persona import Persona
+from rorchat.tokenizer import tokenizer_sha256
+from rorchat.tokens.phases import MixtureConfig
 from rorchat.tokens.plan import Plan
+from rorchat.tokens.prepare import prepare
 from rorchat.tokens.store import TokenStore
 
 FEISTEL_ROUNDS = 8
@@ -33,6 +41,61 @@ def windows_of(stores: Sequence[TokenStore], block_size: int) -> dict[str, int]:
                 f"{block_size}: give more text or a smaller block_size."
             )
     return windows
+
+
+def prepare_stores(
+    config: MixtureConfig,
+    tokenizer,
+    root: Path,
+    block_size: int,
+    *,
+    validation_share: float,
+    seed: int = 0,
+    persona: Persona | None = None,
+    first: Callable[[], AbstractContextManager] = nullcontext,
+) -> list[TokenStore]:
+    """The token store of every source of a mixture, below `root` and under the source's name.
+
+    A source that fails and is `optional` is reported and left out. `store=FOLDER` is a store that is there already.
+
+    Args:
+        first: a context in which one of several processes goes first.
+
+    Raises:
+        DataError: a source is smaller than one row, or none could be had.
+        MismatchError: a store was made with another tokenizer or other settings.
+    """
+    stores = []
+    for name, source in config.sources.items():
+        try:
+            kind, _, where = source.spec.partition("=")
+            if kind == "store":
+                store = _fitting(TokenStore(where, name), tokenizer)
+            else:
+                with first():
+                    store = prepare(
+                        source.spec, tokenizer, root / name, validation_share=validation_share, seed=seed,
+                        persona=persona, filters=source.filters, evaluation=list(config.against),
+                    )  # fmt: skip
+            windows_of([store], block_size)
+            stores.append(store)
+        except RorchatError as error:
+            if not source.optional:
+                raise
+            if os.environ.get("RANK", "0") == "0":
+                print(f"source {name} is optional and left out: {error}", file=sys.stderr)  # noqa: T201
+    if not stores:
+        raise DataError(f"{config.where}: none of its sources could be had, all are optional.")
+    return stores
+
+
+def _fitting(store: TokenStore, tokenizer) -> TokenStore:
+    if store.manifest.tokenizer_sha256 != tokenizer_sha256(tokenizer):
+        raise MismatchError(
+            f"{store.folder} was made with another tokenizer, of {store.manifest.vocabulary_size:,} tokens: train with "
+            "that one, or prepare the texts again."
+        )
+    return store
 
 
 class Mixture(Dataset):

@@ -2,34 +2,41 @@
 
     sources:
       c4: c4=../data/c4                                             # NAME: SPEC
-      tales: {from: cosmopedia=../data/tales, max_epochs: 4, optional: true}
+      tales: {from: cosmopedia=$DATA/tales, max_epochs: 4, optional: true, filters: {min_characters: 200}}
+      mine: store=../tokens/mine                                    # a token store that is there already
+    against: [../data/gsm8k/test.jsonl]                             # no document with 13 words in a row of these
     phases:
       - {share: 60%, weights: {c4: 1}}                              # of the tokens; or `tokens: 2_000_000`
       - {share: 20%, ramp_to: {c4: 1, tales: 3}, replay: 10%}       # in a straight line; a tenth stays as it was
       - {share: 20%}                                                # as the phase before ended
 
-Weights are shares of tokens, in any scale.
+Weights are shares of tokens, in any scale. `$NAME` stands for an environment variable.
 """
 
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import yaml
 
 from rorchat.errors import UsageError, did_you_mean
+from rorchat.sources import Filters
 
-SOURCE_KEYS, PHASE_KEYS = ("from", "max_epochs", "optional"), ("share", "tokens", "weights", "ramp_to", "replay")
+KEYS = ("sources", "against", "phases", "weights")
+SOURCE_KEYS = ("from", "max_epochs", "optional", "filters")
+PHASE_KEYS = ("share", "tokens", "weights", "ramp_to", "replay")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source of a mixture: its spec (`NAME=PATH`), and how often its rows may be repeated."""
+    """One source of a mixture: its spec (`NAME=PATH`), how often its rows may be repeated, and what is filtered out."""
 
     spec: str
     max_epochs: float | None = None
     optional: bool = False
+    filters: Filters = Filters()
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class MixtureConfig:
     sources: dict[str, Source]
     phases: tuple[Phase, ...] = (Phase(share=1.0),)
     where: str = "the mixture"
+    against: tuple[str, ...] = ()  # evaluation sets that no document may have 13 words in common with
 
     @classmethod
     def of(cls, specs: Sequence[str], weights: Sequence[float] | None = None) -> "MixtureConfig":
@@ -79,6 +87,7 @@ class MixtureConfig:
         return {
             "sources": {name: asdict(source) for name, source in self.sources.items()},
             "phases": [asdict(phase) for phase in self.phases],
+            "against": list(self.against),
         }
 
 
@@ -107,7 +116,7 @@ def read_mixture(path: str | Path) -> MixtureConfig:
         raise UsageError(f"Cannot read the mixture {where}: {reason}.") from None
     except (yaml.YAMLError, TypeError) as error:
         raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
-    _known_keys(where, content, ("sources", "phases", "weights"))
+    _known_keys(where, content, KEYS)
     if not isinstance(content.get("sources"), dict) or not content["sources"]:
         raise UsageError(f"{where}: no sources; give them by name, as in `sources: {{text: text=my_texts/}}`.")
     sources = {name: _read_source(f"{where}: source {name!r}", name, said) for name, said in content["sources"].items()}
@@ -129,7 +138,18 @@ def read_mixture(path: str | Path) -> MixtureConfig:
             f"{where}: the shares of the phases sum to {100 * sum(shares):.6g} %: they must sum to 100 % (of what "
             "phases with `tokens` leave)."
         )
-    return MixtureConfig(sources, tuple(phases), where)
+    against = content.get("against") or []
+    if not isinstance(against, list) or not all(isinstance(path, str) for path in against):
+        raise UsageError(f"{where}: against is {against!r}; give a list of files or folders of evaluation sets.")
+    return MixtureConfig(sources, tuple(phases), where, tuple(_expanded(f"{where}: against", path) for path in against))
+
+
+def _expanded(where: str, said: str) -> str:
+    """A path or spec with its environment variables put in."""
+    expanded = os.path.expandvars(said)
+    if "$" in expanded:
+        raise UsageError(f"{where} is {said!r}, but {expanded[expanded.index('$') :].split('/')[0]} is not set.")
+    return expanded
 
 
 def _known_keys(where: str, said: object, known: Sequence[str]) -> None:
@@ -155,7 +175,13 @@ def _read_source(where: str, name: object, said: object) -> Source:
         epochs = _number(f"{where}: max_epochs", epochs)
         if epochs == 0:
             raise UsageError(f"{where}: max_epochs is 0; give a positive number, or leave the source out.")
-    return Source(spec, epochs, optional)
+    filters = {} if said.get("filters") is None else said["filters"]
+    _known_keys(f"{where}: filters", filters, [field.name for field in fields(Filters)])
+    try:
+        chosen = Filters(**filters)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+    return Source(_expanded(f"{where}: from", spec), epochs, optional, chosen)
 
 
 def _read_phase(where: str, said: object, sources: dict[str, Source], is_first: bool) -> Phase:

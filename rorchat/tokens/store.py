@@ -128,8 +128,9 @@ class TokenStore:
             inside an array is found when the block that has it is first read.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, name: str | None = None):
         self.folder = Path(folder)
+        self.name = name or self.folder.name  # by which a mixture knows it
         self.manifest = Manifest.read(self.folder)
         self._block_tokens = BLOCK_BYTES // np.dtype(self.manifest.dtype).itemsize
         self._arrays: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
@@ -170,10 +171,6 @@ class TokenStore:
 
     def _damaged(self, file: str, what: str) -> DataError:
         return DataError(f"{self.folder / file} is damaged: {what}. Delete {self.folder} to prepare it again.")
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
 
     def tokens(self, split: str) -> int:
         return int(self._starts[split][-1])

@@ -1,6 +1,5 @@
 """Pretraining: documents -> rows -> a language model, in Transformers' Trainer."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,14 +8,13 @@ from typing import ClassVar
 
 from transformers import TrainingArguments
 
-from rorchat.errors import DataError, RorchatError, UsageError
+from rorchat.errors import UsageError
 from rorchat.inference.engine import ChatModel, continue_texts
 from rorchat.persona import load_persona
 from rorchat.tokens.batch import padded
-from rorchat.tokens.mixture import Mixture, ValidationRows, windows_of
+from rorchat.tokens.mixture import Mixture, ValidationRows, prepare_stores, windows_of
 from rorchat.tokens.phases import MixtureConfig, read_mixture
 from rorchat.tokens.plan import Plan
-from rorchat.tokens.prepare import prepare
 from rorchat.tokens.store import TokenStore
 from rorchat.training.arguments import DataArguments
 from rorchat.training.loss import fuse_gelu, fuse_head
@@ -111,35 +109,18 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
             )
 
 
-def prepare_stores(arguments: PretrainArguments, tokenizer) -> list[TokenStore]:
-    """The token store of every source, made by the first process and opened by the others.
-
-    A source that fails and is `optional` is reported and left out.
-    """
-    root = Path(arguments.token_store or Path(arguments.output_dir) / TOKENS)
-    persona = load_persona(arguments.persona)
-    stores = []
-    for name, source in arguments.mixture_config.sources.items():
-        try:
-            with arguments.main_process_first(local=False, desc=f"prepare {source.spec}"):
-                store = prepare(
-                    source.spec,
-                    tokenizer,
-                    root / name,
-                    validation_share=arguments.validation_share,
-                    seed=arguments.data_seed,
-                    persona=persona,
-                )
-            windows_of([store], arguments.block_size)
-            stores.append(store)
-        except RorchatError as error:
-            if not source.optional:
-                raise
-            if arguments.process_index == 0:
-                print(f"source {name} is optional and left out: {error}", file=sys.stderr)  # noqa: T201
-    if not stores:
-        raise DataError(f"{arguments.mixture}: none of its sources could be had, all are optional.")
-    return stores
+def stores_of(arguments: PretrainArguments, tokenizer) -> list[TokenStore]:
+    """The token store of every source, made by the first process and opened by the others."""
+    return prepare_stores(
+        arguments.mixture_config,
+        tokenizer,
+        Path(arguments.token_store or Path(arguments.output_dir) / TOKENS),
+        arguments.block_size,
+        validation_share=arguments.validation_share,
+        seed=arguments.data_seed,
+        persona=load_persona(arguments.persona),
+        first=partial(arguments.main_process_first, local=False),
+    )
 
 
 def show_plan(plan: Plan, folder: Path) -> Iterator[str]:

@@ -1,0 +1,104 @@
+"""From a file to a token store against what only turns texts in memory into ids: MB of UTF-8 a second.
+
+    python scripts/bench/tokenization.py prose=DATA/corpus_prose DATA/gpt2_tokenizer
+    python scripts/bench/tokenization.py prose=DATA/corpus_prose runs/my-tokenizer --workers 2
+
+    rorchat     read, check, hash, tokenize, write shards and manifest: all of `rorchat data prepare`
+    tiktoken    encode_ordinary_batch of the texts in memory, as many threads (GPT-2's vocabulary only)
+    tokenizers  encode_batch_fast of the texts in memory, as many threads
+
+Sides are interleaved in one process and the median of the rounds counts. The ids are compared, as proof of equal work.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("source", help="NAME=PATH")
+parser.add_argument("tokenizer", help="a folder")
+parser.add_argument("--workers", type=int, default=1)
+parser.add_argument("--rounds", type=int, default=5)
+arguments = parser.parse_args()
+os.environ["RAYON_NUM_THREADS"] = str(arguments.workers)
+os.environ["TOKENIZERS_PARALLELISM"] = "true" if arguments.workers > 1 else "false"
+
+from rorchat.sources import digest, load  # noqa: E402
+from rorchat.tokenizer import load_tokenizer  # noqa: E402
+from rorchat.tokens.encode import GPT2_PATTERN, Encoder  # noqa: E402
+from rorchat.tokens.prepare import prepare  # noqa: E402
+
+
+def texts_of(source: str) -> list[str]:
+    """The texts without duplicates, as the store has them."""
+    seen, texts = set(), []
+    for row in load(source, "document"):
+        mark = digest(row["text"])
+        if mark not in seen:
+            seen.add(mark)
+            texts.append(row["text"])
+    return texts
+
+
+def sides(tokenizer, texts: list[str], folder: Path) -> dict:
+    """What each side does; each gives all its ids behind <|endoftext|>s, or for tokenizers a way to them."""
+    engine = tokenizer.backend_tokenizer
+    engine.encode_special_tokens = True
+
+    def rorchat():
+        shutil.rmtree(folder, ignore_errors=True)
+        return prepare(arguments.source, tokenizer, folder, validation_share=0.01, workers=arguments.workers)
+
+    def tokenizers():
+        return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)]
+
+    found = {"rorchat": rorchat, "tokenizers": tokenizers}
+    encoder = Encoder(tokenizer)
+    if encoder.pattern == GPT2_PATTERN and encoder._merger is not None:
+        import tiktoken
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        ranks = encoder._merger._mergeable_ranks
+        reference = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+        # Ranks are ids here but for the bytes, which GPT-2 numbers otherwise
+        found["tiktoken"] = lambda: reference.encode_ordinary_batch(texts, num_threads=arguments.workers)
+    return found
+
+
+def main() -> int:
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    texts = texts_of(arguments.source)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        found = sides(tokenizer, texts, Path(folder) / "store")
+        seconds: dict[str, list[float]] = {name: [] for name in found}
+        results = {}
+        for _ in range(arguments.rounds):
+            for name, work in found.items():
+                started = time.perf_counter()
+                results[name] = work()
+                seconds[name].append(time.perf_counter() - started)
+        store = results["rorchat"]
+        ours = np.sort(np.concatenate([store.slice(s, 0, store.tokens(s)) for s in ("train", "validation")]))
+        theirs = np.concatenate([np.array(ids, dtype=np.int64) for ids in results["tokenizers"]])
+        ends = np.full(len(texts), store.manifest.end_of_text_id)
+        equal = np.array_equal(ours, np.sort(np.concatenate([theirs, ends])))
+        if "tiktoken" in results:
+            equal = equal and sum(map(len, results["tiktoken"])) == len(theirs)
+    print(f"{len(texts):,} texts, {megabytes:.1f} MB, {len(tokenizer):,} tokens, {arguments.workers} workers")
+    rates = {name: megabytes / statistics.median(times) for name, times in seconds.items()}
+    for name, rate in rates.items():
+        print(f"{name:12} {rate:6.1f} MB/s   rorchat is {rates['rorchat'] / rate:.2f}x")
+    print("ids equal" if equal else "IDS DIFFER")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
