@@ -33,7 +33,7 @@ from rorchat.sources._read import Stretch, files_of, parts_of
 from rorchat.sources._rows import CHECKS, KINDS, ROLES, Reject, Repaired, check_messages, words_of
 
 __all__ = [
-    "CHECKS", "KINDS", "LOSS", "ROLES", "Filters", "Part", "Reject", "Rows", "Tally",
+    "CHECKS", "KINDS", "LOSS", "ROLES", "Filters", "Part", "Reject", "Repaired", "Rows", "Tally",
     "available", "check_messages", "digest", "find", "held_out", "in_validation", "kinds_of",
     "load", "local_bytes", "parts", "restriction", "texts", "words_of",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rorchat.errors import DataError
 from rorchat.sources._rows import Reject
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"  # between the documents of one text file, as TinyStories has it
+_BLOCK = 2**20  # bytes of a text file that are read at a time
 LONGEST_LINE = 2**27  # bytes; a longer line is a reject, so that no line can take more memory than a few times this
 PARTS = 64  # a source is read in about so many parts, within these bounds of bytes on disk
 SMALLEST_PART, LARGEST_PART = 4 * 2**20, 64 * 2**20
@@ -34,17 +35,21 @@ Row = tuple[str, Any]  # (place, raw row or Reject)
 class Stretch:
     """A file, or a piece of one: the bytes of whole lines, or row groups of Parquet.
 
-    `first` is the number of the line or row with which it begins.
+    `first` is the number of the line or row with which it begins, `bytes` what it takes on disk.
     """
 
     path: Path
     start: int = 0
     stop: int | None = None
     first: int = 0
+    bytes: int = 0
 
     def __iter__(self) -> Iterator[Row]:
         """(place, raw row) of each row. A text gives {"text"}; a row that cannot be read comes as a `Reject`."""
-        return _READERS[_suffix(self.path)](self)
+        reader = _READERS.get(_suffix(self.path))
+        if reader is None:
+            raise DataError(f"{self.path}: cannot read this kind of file; known are {', '.join(_READERS)}.")
+        return reader(self)
 
 
 def parts_of(files: list[Path], *, divide: bool) -> list[tuple[Stretch, ...]]:
@@ -57,7 +62,7 @@ def parts_of(files: list[Path], *, divide: bool) -> list[tuple[Stretch, ...]]:
     gathered: list[Stretch] = []
     size = 0
     for stretch, stretch_bytes in (piece for file in files for piece in _pieces(file, target, divide)):
-        gathered.append(stretch)
+        gathered.append(replace(stretch, bytes=stretch_bytes))
         size += stretch_bytes
         if size >= target:
             parts.append(tuple(gathered))
@@ -164,44 +169,74 @@ def _damaged(path: Path, error: Exception) -> Reject:
     return Reject(f"damaged {_PACKED[path.suffix]}", str(error))
 
 
-def decoded(raw: bytes, encoding: str = "utf-8-sig") -> str | Reject:
+def decoded(raw: bytes | bytearray, encoding: str = "utf-8-sig", first_byte: int = 0) -> str | Reject:
     try:
         return raw.decode(encoding)
     except UnicodeDecodeError as error:
-        return Reject("invalid UTF-8", f"byte {error.start}")
+        return Reject("invalid UTF-8", f"byte {first_byte + error.start}")
 
 
-def whole_text(path: Path) -> str | Reject:
+def whole_text(path: Path, encoding: str = "utf-8-sig") -> str | Reject:
     """All text of a file, or why there is none."""
     try:
         with open_bytes(path) as file:
-            return decoded(file.read())
+            return decoded(file.read(), encoding)
     except _DAMAGED as error:
         return _damaged(path, error)
 
 
+def _between_separators(path: Path) -> Iterator[tuple[bytes | bytearray, bool]]:
+    """The bytes of each document of a text file and whether a separator closes it.
+
+    Holds one document and one block of the file. A long document comes as a bytearray, to be cleared when decoded.
+    """
+    separator = DOCUMENT_SEPARATOR.encode()
+    held = bytearray()
+    with open_bytes(path) as file:
+        while block := file.read(_BLOCK):
+            overlap = max(0, len(held) - len(separator) + 1)  # a separator may lie across two blocks
+            held += block
+            end = held.find(separator, overlap)
+            if end < 0:
+                continue
+            *whole, rest = bytes(memoryview(held)[end + len(separator) :]).split(separator)
+            del held[end:]
+            yield held, True
+            yield from ((document, True) for document in whole)
+            held = bytearray(rest)
+    yield held, False
+
+
 def _read_text(stretch: Stretch) -> Iterator[Row]:
-    path = stretch.path
-    text = whole_text(path)
-    if isinstance(text, Reject):
-        yield str(path), text
-        return
-    parts = text.split(DOCUMENT_SEPARATOR)
-    del text  # a book of 100 MB need not be held twice
-    if not parts[-1].strip():  # the separator also closes the last document, as in the files of TinyStories
-        parts.pop()
-    line = 1
-    while parts:
-        part = parts.pop(0)
-        words = part.lstrip("\r\n")
-        blank = part[: len(part) - len(words)].count("\n") if words else 0
-        here, line = line + blank, line + part.count("\n")
-        del part
-        yield f"{path}:{here}", {"text": words.rstrip("\r\n")}
+    """Documents between separators, one at a time, so that a file of 2 GB needs the memory of its longest document.
+
+    A last document that no separator closes although separators stand before it has "unclosed": True beside its text.
+    """
+    path, line, byte = stretch.path, 1, 0
+    try:
+        for document, closed in _between_separators(path):
+            size, newlines = len(document), document.count(b"\n")
+            text = decoded(document, "utf-8-sig" if byte == 0 else "utf-8", first_byte=byte)
+            if isinstance(document, bytearray):
+                document.clear()  # a book of 100 MB need not be held twice
+            if isinstance(text, Reject):
+                yield str(path), text
+            elif closed or (text and not text.isspace()):  # a separator also closes the last document of TinyStories
+                length = len(text)
+                text = text.lstrip("\r\n")
+                blank = newlines - text.count("\n") if text and len(text) < length else 0
+                row = {"text": text.rstrip("\r\n")}
+                del text
+                yield f"{path}:{line + blank}", row if closed or not byte else {**row, "unclosed": True}
+            line, byte = line + newlines, byte + size + len(DOCUMENT_SEPARATOR)
+    except _DAMAGED as error:
+        yield f"{path}:{line}", _damaged(path, error)
 
 
-def read_lines(source: Path | Stretch, encoding: str = "utf-8-sig") -> Iterator[tuple[str, str | Reject]]:
-    """(file:line, line) of a text file or a stretch of one; empty lines are passed over."""
+def read_lines(
+    source: Path | Stretch, encoding: str = "utf-8-sig", *, empty: bool = False
+) -> Iterator[tuple[str, str | Reject]]:
+    """(file:line, line) of a text file or a stretch of one; empty lines are passed over unless `empty`."""
     stretch = source if isinstance(source, Stretch) else Stretch(source)
     path, number = stretch.path, stretch.first
     try:
@@ -217,8 +252,12 @@ def read_lines(source: Path | Stretch, encoding: str = "utf-8-sig") -> Iterator[
                     line = Reject("over-long", f"a line of more than {LONGEST_LINE:,} bytes")
                     while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
                         pass
-                if isinstance(line, Reject) or line.strip():
-                    yield f"{path}:{number}", line if isinstance(line, Reject) else line.rstrip("\r\n")
+                if isinstance(line, str):
+                    line = line.rstrip("\r\n")
+                lines = [line] if empty or isinstance(line, Reject) or (line and not line.isspace()) else []
+                del line
+                while lines:
+                    yield f"{path}:{number}", lines.pop()  # what is given is not held here as well
     except _DAMAGED as error:
         yield f"{path}:{number + 1}", _damaged(path, error)
 
@@ -259,8 +298,22 @@ def _read_json_lines(stretch: Stretch) -> Iterator[Row]:
         yield place, row
 
 
+def _is_json_lines(path: Path) -> bool:
+    """Whether the first line of a file is a whole object, as in the shards of C4, which are named .json.gz."""
+    line = next((line for _, line in read_lines(path)), "")
+    if isinstance(line, Reject) or not line.lstrip().startswith("{"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except _NOT_JSON:
+        return False
+
+
 def _read_json(stretch: Stretch) -> Iterator[Row]:
     path = stretch.path
+    if _is_json_lines(path):
+        yield from _read_json_lines(Stretch(path))
+        return
     text = whole_text(path)
     if isinstance(text, Reject):
         yield str(path), text

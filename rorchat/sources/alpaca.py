@@ -1,6 +1,9 @@
-"""Stanford Alpaca: 52k instructions with answers by text-davinci-003. Taori et al. 2023."""
+"""Stanford Alpaca: 52k instructions with answers by text-davinci-003. Taori et al. 2023.
 
-from rorchat.sources._rows import exchange, instruction_of, text_of
+The 175 seed tasks of Self-Instruct, from which it was grown, have the same shape one level deeper.
+"""
+
+from rorchat.sources._rows import Reject, exchange, instruction_of, text_of
 
 KIND = "conversation"
 LICENCE = "CC BY-NC 4.0 (not for commercial use)"
@@ -11,9 +14,17 @@ RAW = [
     {"instruction": "Name a primary colour.", "input": "", "output": "Red."},
     {"instruction": "Translate into French.", "input": "Good day", "output": "Bonjour"},
     {"instruction": "What is the capital of Peru?", "input": "<noinput>", "output": "Lima."},
+    {"id": "seed_task_0", "instruction": "Name a colour.", "instances": [{"input": "", "output": "Red."}]},
 ]
 
 
 def convert(row: dict) -> dict:
-    """{"instruction", "input", "output"} -> one exchange; the input follows the instruction after an empty line."""
+    """{"instruction", "input", "output"} -> one exchange; the input follows the instruction after an empty line.
+
+    Of a seed task's instances, {"instruction", "instances": [{"input", "output"}]}, the first is taken.
+    """
+    if isinstance(row, dict) and isinstance(row.get("instances"), list):
+        if not row["instances"] or not isinstance(row["instances"][0], dict):
+            raise Reject("missing field", "no object in 'instances'")
+        row = {**row, **row["instances"][0]}
     return exchange(instruction_of(row), text_of(row, "output"))

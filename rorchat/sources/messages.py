@@ -1,7 +1,8 @@
 """Your own conversations, in the shapes that most chat datasets have.
 
 `{"messages": [{"role", "content"}]}` (SmolTalk, UltraChat, Tulu), a bare list of such messages, or ShareGPT's
-`{"conversations": [{"from", "value"}]}`, as JSON lines, JSON or Parquet.
+`{"conversations": [{"from", "value"}]}`; of rows with a `label` (KTO) those that are marked as good. JSON lines, JSON,
+Parquet.
 """
 
 from rorchat.sources._rows import Reject, messages_of
@@ -15,16 +16,21 @@ RAW = [
     {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]},
     [{"content": "Hello", "role": "user"}, {"content": "Hi!", "role": "assistant"}],
     {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi!"}]},
+    {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}], "label": True},
 ]
 
 
 def convert(row: dict | list) -> dict:
-    """Any of the shapes -> messages; a last question nobody answers is left out."""
+    """Any of the shapes -> messages; an empty system turn, and a last question nobody answers, is left out."""
     if isinstance(row, dict):
         if "messages" not in row and "conversations" not in row:
             raise Reject("missing field", f"no 'messages' or 'conversations' among {', '.join(list(row)[:8])}")
+        if row.get("label") is False:
+            raise Reject("marked as bad", "label is false: a reply not to be learned, as KTO has them")
         row = row.get("messages", row.get("conversations"))
     messages = messages_of(row)
+    if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():
+        messages = messages[1:]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:

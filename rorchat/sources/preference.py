@@ -9,7 +9,7 @@ from rorchat.sources._rows import Reject, instruction_of, message, messages_of, 
 KIND = "preference"
 LICENCE = "that of your files"
 SIZE = "your files"
-HUB = {"path": "HuggingFaceH4/ultrafeedback_binarized", "split": "train_prefs"}
+HUB = None
 FILES = ("**/*",)
 RAW = [
     {"prompt": "What is red?", "chosen": "A colour.", "rejected": "No."},
@@ -31,7 +31,8 @@ def convert(row: dict) -> dict:
     """Any of the shapes -> {"prompt": [messages], "chosen": [message], "rejected": [message]}."""
     for side in ("chosen", "rejected"):
         if not isinstance(row, dict) or side not in row:
-            raise Reject("missing field", f"no {side!r}")
+            single = isinstance(row, dict) and "label" in row
+            raise Reject("missing field", f"no {side!r}" + ": a reply with a label, as for KTO, is no pair" * single)
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list) and isinstance(rejected, list):
         return _from_lists(row, messages_of(chosen), messages_of(rejected))

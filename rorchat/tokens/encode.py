@@ -21,7 +21,7 @@ import numpy as np
 from rorchat.chatml import END_OF_TEXT, encode_text
 from rorchat.tokenizer import SPLIT_PATTERN
 
-CHARACTERS_AT_ONCE = 2**20  # the arrays of so much text stay near the processor's cache
+CHARACTERS_AT_ONCE = 2**21  # the arrays of so much text stay near the processor's cache
 LONGEST_WORD = 2**16  # bytes; merging takes longer than in proportion to a word's length
 WORDS_KEPT = 2_000_000  # distinct words are forgotten beyond so many, which bounds memory
 
@@ -75,8 +75,8 @@ class Encoder:
     def _forget(self) -> None:
         self._number: dict[bytes, int] = {_NUL: 0}
         self._ids = np.array([self.end_of_text], dtype=self.dtype)  # of all words known, one after the other
-        self._starts = np.array([0], dtype=np.int64)
-        self._counts = np.array([1], dtype=np.int64)
+        self._starts = np.array([0], dtype=np.int32)
+        self._counts = np.array([1], dtype=np.int32)
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids (T,) of all texts together, lengths (N,) of each with its `<|endoftext|>`).
@@ -93,7 +93,7 @@ class Encoder:
         for chunk in _chunks(texts):
             chunk_ids, chunk_starts = self._encode_chunk(chunk)
             ids.append(chunk_ids)
-            starts.append(chunk_starts + total)
+            starts.append(chunk_starts.astype(np.int64) + total)
             total += len(chunk_ids)
         all_starts = np.concatenate([*starts, [total]])
         if len(all_starts) != len(texts) + 1:
@@ -117,10 +117,10 @@ class Encoder:
         distinct = self._numbers(words.dictionary.to_pylist())
         numbers = distinct[words.indices.to_numpy()]
         counts = self._counts[numbers]
-        ends = np.cumsum(counts)
+        ends = np.cumsum(counts, dtype=np.int32)
         starts = ends - counts
         shift = self._starts[numbers] - starts
-        ids = self._ids[np.arange(ends[-1]) + np.repeat(shift, counts)]
+        ids = self._ids[np.arange(ends[-1], dtype=np.int32) + np.repeat(shift, counts)]
         return ids, starts[numbers == 0]
 
     def _numbers(self, words: list[bytes]) -> np.ndarray:
@@ -135,18 +135,19 @@ class Encoder:
                 raise TooLong(f"a word of {longest:,} bytes; the limit is {LONGEST_WORD:,}")
             self._learn(new)
             numbers = [self._number[word] for word in words]
-        return np.array(numbers, dtype=np.int64)
+        return np.array(numbers, dtype=np.int32)
 
     def _learn(self, words: list[bytes]) -> None:
         if self._merger is None:
             encoded = encode_text(self.tokenizer, [word.decode() for word in words])
         else:
             encoded = [self._merger.encode_ordinary(word.decode()) for word in words]
-        counts = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+        counts = np.fromiter(map(len, encoded), dtype=np.int32, count=len(encoded))
         flat = np.fromiter(chain.from_iterable(encoded), dtype=np.int64, count=counts.sum())
         flat = (flat if self._merger is None else self._id_of_rank[flat]).astype(self.dtype)
         self._number.update(zip(words, range(len(self._counts), len(self._counts) + len(words)), strict=True))
-        self._starts = np.concatenate([self._starts, len(self._ids) + np.cumsum(counts) - counts])
+        begins = len(self._ids) + np.cumsum(counts, dtype=np.int32) - counts
+        self._starts = np.concatenate([self._starts, begins])
         self._counts = np.concatenate([self._counts, counts])
         self._ids = np.concatenate([self._ids, flat])
 

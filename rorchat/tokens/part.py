@@ -22,7 +22,7 @@ from rorchat.tokens.encode import Encoder, TooLong
 from rorchat.tokens.overlap import EvaluationText
 from rorchat.tokens.store import SPLITS, crc_of_blocks, sha256_of
 
-CHARACTERS_AT_ONCE = 2**21
+CHARACTERS_AT_ONCE = 2**22
 
 
 @dataclass

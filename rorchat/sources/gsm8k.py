@@ -1,0 +1,27 @@
+"""GSM8K: 7,473 school problems with answers in steps. Cobbe et al. 2021, arXiv:2110.14168.
+
+The calculator marks (`<<48/2=24>>`) are taken off, and the last line, `#### 24`, becomes `The answer is 24.` The test
+file is an evaluation set, and is read only if the path names it.
+"""
+
+import re
+
+from rorchat.sources._rows import exchange, text_of
+
+KIND = "conversation"
+LICENCE = "MIT"
+SIZE = "7,473 training problems"
+HUB = {"path": "openai/gsm8k", "name": "main", "split": "train"}
+FILES = ("**/train.jsonl", "**/main/train-*.parquet", "**/train-*.parquet")
+RAW = [
+    {
+        "question": "Ann has 3 boxes of 4 pens. How many pens has she?",
+        "answer": "She has 3*4=<<3*4=12>>12 pens.\n#### 12",
+    }
+]
+
+
+def convert(row: dict) -> dict:
+    """{"question", "answer"} -> one exchange."""
+    answer = re.sub(r"<<[^<>]*>>", "", text_of(row, "answer"))
+    return exchange(text_of(row, "question"), re.sub(r"\n#### (\S+)\s*$", r"\nThe answer is \1.", answer))

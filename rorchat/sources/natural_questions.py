@@ -1,0 +1,106 @@
+"""Natural Questions: 307k questions asked to Google, answered out of Wikipedia. Kwiatkowski et al. 2019.
+
+Read are the release (document_tokens), its simplified form (document_text), the Hub's Parquet of it, llm-foundry's
+passages with a question, and NQ-open: 88k questions with short answers, which is what the Hub gives here, since all of
+it is a download of tens of gigabytes. The answer is the first short answer that an annotator gave, or Yes or No; a
+question with a long answer alone is refused. The development and efficientqa files are evaluation sets, and are read
+only if the path names them.
+"""
+
+import re
+
+from rorchat.sources._rows import Reject, exchange, text_of
+
+KIND = "conversation"
+LICENCE = "CC BY-SA 3.0"
+SIZE = "307,373 training questions; 87,925 with a short answer (NQ-open)"
+HUB = {"path": "google-research-datasets/nq_open", "split": "train"}
+FILES = ("**/nq-train-*.jsonl", "**/*simplified-nq-train*.jsonl", "**/NQ-open.train*.jsonl", "**/train-*.parquet")
+_SPAN = {"long_answer": {"start_token": 0, "end_token": 9}, "short_answers": [{"start_token": 4, "end_token": 8}]}
+RAW = [
+    {"question": "when was the last time anyone was on the moon", "answer": ["14 December 1972 UTC", "December 1972"]},
+    {
+        "question_text": "when did they land",
+        "document_text": "<P> They landed on <B> July 20 </B> . </P>",
+        "annotations": [{**_SPAN, "yes_no_answer": "NONE"}],
+    },
+    {
+        "question_text": "when did they land",
+        "document_tokens": [
+            {"token": token, "html_token": token.startswith("<")}
+            for token in "<P> They landed on <B> July 20 </B> . </P>".split()
+        ],
+        "annotations": [{**_SPAN, "yes_no_answer": "NONE"}],
+    },
+    {
+        "question": {"text": "did they land"},
+        "annotations": {"short_answers": [{"start_token": [], "end_token": [], "text": []}], "yes_no_answer": [1]},
+    },
+    {"context": "Context: They landed on July 20.\n\nQuestion: when did they land\nAnswer: ", "answer": "July 20"},
+]
+
+
+def convert(row: dict) -> dict:
+    """Any of the forms -> one exchange."""
+    if not isinstance(row, dict):
+        raise Reject("wrong type", f"a row is a {type(row).__name__}, expected an object")
+    if "context" in row:
+        passage, _, question = text_of(row, "context").removeprefix("Context: ").rpartition("Question: ")
+        asked = question.strip().removesuffix("Answer:").strip()
+        return exchange(f"{passage.strip()}\n\n{asked}" if asked else "", text_of(row, "answer"))
+    if "answer" in row:
+        answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+        if not answers:
+            raise Reject("no short answer")
+        return exchange(text_of(row, "question"), text_of({"answer": answers[0]}, "answer"))
+    question = row["question"] if isinstance(row.get("question"), dict) else None
+    asked = text_of(question, "text") if question else text_of(row, "question_text")
+    answers = [answer for annotation in _annotations(row) if (answer := _short_answer(annotation, row))]
+    if not answers:
+        raise Reject("no short answer")
+    return exchange(asked, answers[0])
+
+
+def _annotations(row: dict) -> list[dict]:
+    annotations = row.get("annotations")
+    if isinstance(annotations, dict):  # the Hub's Parquet: a column of lists instead of a list of objects
+        names = ("short_answers", "yes_no_answer")
+        columns = [annotations.get(name) for name in names]
+        if all(isinstance(column, list) for column in columns):
+            annotations = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=False)]
+    if not isinstance(annotations, list) or not all(isinstance(annotation, dict) for annotation in annotations):
+        raise Reject("missing field", "no list of 'annotations'")
+    return annotations
+
+
+def _short_answer(annotation: dict, row: dict) -> str:
+    spans = annotation.get("short_answers")
+    if isinstance(spans, dict):
+        texts = spans.get("text")
+        found = texts if isinstance(texts, list) else []
+    else:
+        found = [_words(span, row) for span in spans] if isinstance(spans, list) else []
+    said = ", ".join(_joined(text) for text in found if isinstance(text, str) and text.strip())
+    verdict = annotation.get("yes_no_answer")  # the Hub has 1, 0 and -1
+    return said or ("Yes" if verdict in ("YES", 1) else "No" if verdict in ("NO", 0) else "")
+
+
+def _words(span: object, row: dict) -> str:
+    """The words between two token numbers; tags are tokens as well, but no words."""
+    bounds = [span.get("start_token"), span.get("end_token")] if isinstance(span, dict) else []
+    if not bounds or not all(type(bound) is int and bound >= 0 for bound in bounds):
+        raise Reject("wrong type", "a short answer has no two token numbers")
+    tokens = row.get("document_tokens")
+    if isinstance(tokens, list):
+        spoken = [(text_of(token, "token"), token.get("html_token")) for token in tokens[slice(*bounds)]]
+        words = [token for token, is_tag in spoken if not is_tag]
+    else:
+        spoken = text_of(row, "document_text").split(" ")[slice(*bounds)]
+        words = [token for token in spoken if not (token.startswith("<") and token.endswith(">"))]
+    return " ".join(words)
+
+
+def _joined(text: str) -> str:
+    """Takes back the blanks around punctuation: `March 18 , 2018` -> `March 18, 2018`."""
+    text = text.replace("`` ", '"').replace(" ''", '"')
+    return re.sub(r" (?=[,.;:!?%)\]]|'s\b|n't\b)|(?<=[(\[]) ", "", text).strip()

@@ -1,0 +1,47 @@
+"""OpenBookQA: 4,957 questions of elementary science with four choices. Mihaylov et al. 2018, arXiv:1809.02789.
+
+The question lists the choices by letter, the answer is the letter and its text. The development and test files are
+evaluation sets, and are read only if the path names them.
+"""
+
+import re
+
+from rorchat.sources._rows import Reject, exchange, text_of
+
+KIND = "conversation"
+LICENCE = "Apache-2.0"
+SIZE = "4,957 training questions"
+HUB = {"path": "allenai/openbookqa", "name": "main", "split": "train"}
+FILES = ("**/train.jsonl", "**/train_complete.jsonl", "**/train.tsv", "**/main/train-*.parquet", "**/train-*.parquet")
+RAW = [
+    {
+        "id": "7-980",
+        "question": {"stem": "The sky is", "choices": [{"text": "blue", "label": "A"}, {"text": "sour", "label": "B"}]},
+        "answerKey": "A",
+    },
+    {"question_stem": "The sky is", "choices": {"text": ["blue", "sour"], "label": ["A", "B"]}, "answerKey": "A"},
+    {"ID": "7-980", "Question Stem": "The sky is", "Choices": "(A) blue (B) sour", "Answer Key": "A"},
+]
+
+
+def convert(row: dict) -> dict:
+    """Any of the three forms (JSON lines, Hub, TSV) -> one exchange."""
+    if isinstance(row, dict) and "Question Stem" in row:
+        stem, key = text_of(row, "Question Stem"), text_of(row, "Answer Key")
+        choices = re.findall(r"\(([A-Z])\) (.*?)(?= \([A-Z]\) |$)", text_of(row, "Choices"))
+    elif isinstance(row, dict) and "question_stem" in row:
+        stem, key, columns = text_of(row, "question_stem"), text_of(row, "answerKey"), row.get("choices")
+        if not isinstance(columns, dict) or not all(isinstance(columns.get(name), list) for name in ("label", "text")):
+            raise Reject("missing field", "no lists 'label' and 'text' in 'choices'")
+        choices = zip(columns["label"], columns["text"], strict=False)
+    else:
+        key = text_of(row, "answerKey")
+        stem, listed = text_of(row.get("question"), "stem"), row["question"].get("choices")
+        if not isinstance(listed, list):
+            raise Reject("missing field", "no list 'choices' in 'question'")
+        choices = [(text_of(choice, "label"), text_of(choice, "text")) for choice in listed]
+    lettered = [f"{label}. {text_of({'choice': text}, 'choice').strip()}" for label, text in choices]
+    right = [choice for choice in lettered if choice.startswith(f"{key}. ")]
+    if len(right) != 1:
+        raise Reject("missing field", f"no choice {key!r}")
+    return exchange("\n".join([f"{stem.strip()}\n", *lettered]) if stem.strip() else "", right[0])

@@ -1,0 +1,35 @@
+"""Your own pairs of prompt and completion (or response), as texts or as lists of messages, as TRL takes them.
+
+A prompt in the Alpaca template ("### Instruction: ... ### Response:"), as in dolly_hhrlhf, loses the template.
+"""
+
+import re
+
+from rorchat.sources._rows import Reject, message, messages_of, text_of
+
+KIND = "conversation"
+LICENCE = "that of your files"
+SIZE = "your files"
+HUB = None
+FILES = ("**/*",)
+RAW = [
+    {"prompt": "What is red?", "completion": "A colour."},
+    {"prompt": "### Instruction:\nWhat is red?\n\n### Response:\n", "response": "A colour."},
+    {"prompt": [{"role": "user", "content": "Red?"}], "completion": [{"role": "assistant", "content": "A colour."}]},
+]
+_TEMPLATE = re.compile(
+    r"(?:Below is an instruction[^\n]*\n\n)?### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\s*", re.S
+)
+
+
+def convert(row: dict) -> dict:
+    """{"prompt", "completion"} or {"prompt", "response"} -> messages."""
+    if not isinstance(row, dict):
+        raise Reject("wrong type", f"a row is a {type(row).__name__}, expected an object with 'prompt'")
+    reply = "response" if "completion" not in row and "response" in row else "completion"
+    if isinstance(row.get("prompt"), list) and isinstance(row.get(reply), list):
+        return {"messages": [*messages_of(row["prompt"]), *messages_of(row[reply])]}
+    prompt = text_of(row, "prompt")
+    if template := _TEMPLATE.fullmatch(prompt):
+        prompt = "\n\n".join(part.strip() for part in template.groups() if part)
+    return {"messages": [message("user", prompt.strip()), message("assistant", text_of(row, reply).strip())]}

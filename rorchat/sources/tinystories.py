@@ -1,0 +1,22 @@
+"""TinyStories: 2.1 million stories in a small child's words, by GPT-3.5 and GPT-4. Eldan & Li 2023, arXiv:2305.07759.
+
+The original text files have `<|endoftext|>` after every story, also after the last: one that ends without it was cut
+off inside its last story, which is rejected.
+"""
+
+from rorchat.sources._rows import Reject, text_of
+
+KIND = "document"
+LICENCE = "CDLA-Sharing-1.0"
+SIZE = "2,119,719 stories"
+HUB = {"path": "roneneldan/TinyStories", "split": "train"}
+FILES = ("TinyStories-train.txt", "*train*.txt", "train-*.parquet", "data/train-*.parquet", "*sample*.txt")
+RAW = [{"text": "One day, a little girl named Lily found a needle in her room."}]
+
+
+def convert(row: dict) -> dict:
+    """{"text"} -> {"text"}."""
+    text = text_of(row, "text")
+    if row.get("unclosed"):
+        raise Reject("cut off", "the file ends inside this story, without <|endoftext|>")
+    return {"text": text}
