@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -13,6 +14,7 @@ from rorchat.errors import DataError
 from rorchat.sources import Rows, _read, available, find, load
 
 MEBIBYTE = 2**20
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def read(spec: str) -> tuple[list[str], Rows]:
@@ -228,6 +230,7 @@ def test_functions_of_both_code_datasets_are_documents(shared_data):
 # Growth of memory, not the peak of the process: `ru_maxrss` begins at what the parent held when it started the child.
 MEASURE = """
 import sys
+from pathlib import Path
 from rorchat.sources import load
 
 def bytes_of(field):
@@ -279,3 +282,14 @@ def test_many_documents_take_the_memory_of_one(form, tmp_path):
     characters, _, growth = map(int, done.stdout.split())
     assert characters == 20_000 * len(story) > 80 * MEBIBYTE
     assert growth < 20 * MEBIBYTE
+
+
+def test_tiny_shakespeare_is_the_example_of_the_documentation_and_all_of_it_is_there(shared_data):
+    written = Path(find("tiny_shakespeare").__file__).read_text()
+    assert f"```python\n{written}```" in (ROOT / "docs" / "add_a_dataset.md").read_text()
+    assert written.count("\n") < 40
+    folder = shared_data / "tinyshakespeare"
+    rows = load(f"tiny_shakespeare={folder}", "document")
+    texts = [row["text"] for row in rows]
+    assert (rows.tally.rows_in, rows.tally.kept, len(texts)) == (362, 362, 362)
+    assert "\n\n".join(texts) == (folder / "input.txt").read_text().rstrip("\n")
