@@ -1,0 +1,100 @@
+"""What it takes to start training over token stores that exist, and to read any row of them.
+
+    python scripts/bench/token_store.py                      # four stores of 5 and of 250 million tokens each
+
+Each size in a process of its own: seconds from the imports to the first row of a plan of 10^9 rows (manifests read, arrays
+mapped, plan made, row checked), milliseconds of a random row, and how much the process has grown after 2,000 of them
+(RssAnon: pages of mapped files are the system's to take back).
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROWS, BLOCK_SIZE, SOURCES = 10**9, 1024, 4
+
+
+def made(folder: Path, tokens: int) -> list[Path]:
+    """Stores of random ids, in the format that `rorchat.tokens.prepare` writes."""
+    from rorchat.tokens.part import ArrayWriter, sealed
+    from rorchat.tokens.store import Manifest, Shard
+
+    stores = []
+    for source in range(SOURCES):
+        store = folder / f"source-{source}"
+        store.mkdir(parents=True)
+        manifest = Manifest(f"source-{source}", "none", "none", 50_304, 50_256, 0.01, 0)
+        blocks = []
+        for split, count in (("train", tokens), ("validation", tokens // 100)):
+            array = ArrayWriter(store / f"{split}-00000.npy", np.dtype(np.uint16))
+            draw = np.random.default_rng(source)
+            for start in range(0, count, 10**7):
+                array.write(draw.integers(0, 50_000, min(10**7, count - start), dtype=np.uint16))
+            array.close()
+            np.save(store / f"{split}-00000.docs.npy", np.zeros(1, dtype=np.int64))
+            digest, crc = sealed(array.path)
+            manifest.shards.append(Shard(array.path.name, split, count, 1, count * 4, digest, ""))
+            blocks.append(crc)
+        np.save(store / "blocks.npy", np.concatenate(blocks))
+        manifest.blocks_sha256 = sealed(store / "blocks.npy")[0]
+        manifest.write(store)
+        stores.append(store)
+    return stores
+
+
+def anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def measure(folders: list[str]) -> dict[str, float]:
+    from rorchat.tokens.mixture import Mixture, windows_of
+    from rorchat.tokens.phases import MixtureConfig
+    from rorchat.tokens.plan import Plan
+    from rorchat.tokens.store import TokenStore
+
+    before, started = anonymous_bytes(), time.perf_counter()
+    stores = [TokenStore(folder) for folder in folders]
+    config = MixtureConfig.of([store.name for store in stores], [4, 3, 2, 1])
+    mixture = Mixture(stores, Plan(config, windows_of(stores, BLOCK_SIZE), ROWS, BLOCK_SIZE), seed=0)
+    mixture[0]
+    first = time.perf_counter() - started
+    times = []
+    for row in np.random.default_rng(0).integers(0, ROWS, 2000).tolist():
+        started = time.perf_counter()
+        mixture[row]
+        times.append(1000 * (time.perf_counter() - started))
+    return {
+        "first row, s": first,
+        "random row, ms (median)": statistics.median(times),
+        "random row, ms (99 %)": float(np.quantile(times, 0.99)),
+        "grown, MB": (anonymous_bytes() - before) / 1e6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--millions", type=int, nargs="+", default=[5, 250], help="tokens of each of the four stores")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure)))
+        return
+    for millions in arguments.millions:
+        with tempfile.TemporaryDirectory() as folder:
+            stores = made(Path(folder), millions * 10**6)
+            words = [sys.executable, __file__, "--measure", *map(str, stores)]
+            found = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        told = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+        print(f"{SOURCES} stores of {millions:,}M tokens: {told}")
+
+
+if __name__ == "__main__":
+    main()
