@@ -1,6 +1,8 @@
 """What is wrong with data, row by row, and what a model sees of a row, token by token."""
 
+import codecs
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +15,7 @@ from rorchat.chatml import END_OF_TEXT, IGNORED, encode_conversations, encode_te
 from rorchat.errors import DataError, RorchatError, UsageError
 from rorchat.persona import Persona
 from rorchat.sources import CHECKS, Filters, Reject, Rows, Tally, available, digest, find, kinds_of, load, words_of
+from rorchat.tokens.encode import _byte_characters
 from rorchat.tokens.overlap import EvaluationText
 
 #: The shapes that files of many datasets have, the most telling first.
@@ -70,12 +73,16 @@ def guess_shape(path: Path) -> str:
             f"No row of {path} is of a known shape{f' ({said})' if said else ''}. Say which it is with --as: "
             f"{', '.join(SHAPES)}, or a dataset of `rorchat data list`."
         )
-    spelled = "".join(filter(str.isalnum, str(path).lower()))
-    named = [name for name in tried if name not in SHAPES and name.replace("_", "") in spelled]
+    named = [name for name in tried if name not in SHAPES and _names(path, name)]
     for name in (*named, *SHAPES, *tried):
         if tried[name][0] >= (0.4 if name in named else 0.8) * best:
             return name
     raise AssertionError("the best is among those tried")
+
+
+def _names(path: Path, name: str) -> bool:
+    """Whether words of a path begin as the name of a source does: `my-FineWeb-Edu2/` does, `compiled/` is no pile."""
+    return bool(re.search(r"(?<![^\W_])" + "[-_ ]?".join(name.replace("_", "")), str(path).lower()))
 
 
 def _try(name: str, path: Path) -> tuple[float, str]:
@@ -235,12 +242,9 @@ def show(spec: str, number: int, tokenizer, *, seed: int = 0, persona: Persona |
 
 def _tokens(tokenizer, input_ids: list[int], labels: list[int]) -> Iterator[SeenToken]:
     """Tokens with their text. A character of several tokens stands with the last of them."""
-    special = set(tokenizer.all_special_ids)
-    pending: list[int] = []
-    for token, label in zip(input_ids, labels, strict=True):
-        pending.append(token)
-        text = tokenizer.decode(pending, clean_up_tokenization_spaces=False)
-        whole = token in special or "\ufffd" not in text or len(pending) > 4
-        yield SeenToken(text if whole else "", label != IGNORED, token in special)
-        if whole:
-            pending = []
+    byte_of = {character: byte for byte, character in _byte_characters().items()}
+    special, added = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token, label, spelled in zip(input_ids, labels, tokenizer.convert_ids_to_tokens(input_ids), strict=True):
+        text = spelled if token in added else decoder.decode(bytes(byte_of[character] for character in spelled))
+        yield SeenToken(text, label != IGNORED, token in special)

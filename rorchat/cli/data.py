@@ -68,6 +68,10 @@ def check(
 
     if (tokenizer is None) != (max_length is None):
         raise UsageError("--tokenizer and --max-length go together: tokens are counted with a tokenizer.")
+    if max_length is not None and max_length < 1:
+        raise UsageError(f"--max-length is {max_length}: give a positive number.")
+    if rejects:
+        _require_apart(source, rejects)
     filters = Filters(min_characters, max_characters, max_repetition, min_letters, min_latin)
     file = rejects.open("w", encoding="utf-8") if rejects else None
     try:
@@ -93,6 +97,14 @@ def check(
         raise DataError(f"No row of {found.spec} can be used.")
 
 
+def _require_apart(source: str, rejects: Path) -> None:
+    """Raises UsageError where writing `rejects` would overwrite the source, or put a file into its folder."""
+    given = source if Path(source).expanduser().exists() else source.partition("=")[2]
+    path = Path(given).expanduser().resolve()
+    if given and path in (rejects.expanduser().resolve(), *rejects.expanduser().resolve().parents):
+        raise UsageError(f"--rejects {rejects} lies in what is checked, {given}: choose another place.")
+
+
 @app.command()
 def show(
     source: Annotated[str, typer.Argument(help="A source (NAME, NAME=PATH, NAME=AMOUNT), or a file or folder.")],
@@ -105,6 +117,8 @@ def show(
     from rorchat.doctor import spec_of
     from rorchat.tokenizer import load_tokenizer
 
+    if row < 0:
+        raise UsageError(f"--row is {row}: rows are counted from 0.")
     spec, _ = spec_of(source, shape)
     place, sequences = tokens_of(spec, row, load_tokenizer(tokenizer))
     for title, tokens in sequences.items():
@@ -160,8 +174,7 @@ def prepare(
 
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}: give a positive number.")
-    if not 0 < validation_share < 1:
-        raise UsageError(f"--validation-share is {validation_share}: it must lie between 0 and 1.")
+    _require_share(validation_share)
     store = prepare_store(
         source,
         load_tokenizer(tokenizer),
@@ -174,6 +187,11 @@ def prepare(
         workers=workers,
     )
     _tell(store)
+
+
+def _require_share(validation_share: float) -> None:
+    if not 0 < validation_share < 1:
+        raise UsageError(f"--validation-share is {validation_share}: it must lie between 0 and 1.")
 
 
 def _tell(store) -> None:
@@ -234,6 +252,9 @@ def plan(
         raise UsageError(
             f"--train-tokens {train_tokens} is less than one row of --block-size {block_size} (at least 2)."
         )
+    _require_share(validation_share)
+    if out and out.suffix.lower() != ".png":
+        raise UsageError(f"--out is {out}: it draws a PNG file, name it so.")
     loaded = load_tokenizer(tokenizer)
     prepared = prepare_stores(config, loaded, stores, block_size, validation_share=validation_share)
     planned = Plan(config, windows_of(prepared, block_size), train_tokens // block_size, block_size)

@@ -6,7 +6,6 @@ sequence of merges can spell one.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -184,6 +183,11 @@ def tokenizer_sha256(tokenizer) -> str:
 
     The chat template is no part of it, so that a new system message does not disown a token store.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    meaning = {key: backend[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
-    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+    backend = tokenizer.backend_tokenizer
+    added = [f"{number} {token!r}" for number, token in sorted(backend.get_added_tokens_decoder().items())]
+    sha256 = hashlib.sha256("\n".join(added).encode())
+    for part in (backend.normalizer, backend.pre_tokenizer, backend.model):
+        sha256.update(
+            part.__getstate__() if part else b"none"
+        )  # what would be pickled: its JSON, in a tenth of the time
+    return sha256.hexdigest()

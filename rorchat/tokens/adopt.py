@@ -90,6 +90,8 @@ def _opened(file: Path) -> np.ndarray:
         array = np.load(file, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{file} cannot be read: {' '.join(str(error).split())[:120]}.") from None
+    if not isinstance(array, np.ndarray):  # numpy tells an archive of several arrays by its bytes, not its name
+        raise DataError(f"{file} is an archive of several arrays: expected one row of uint16 or uint32 ids.")
     if array.dtype not in (np.uint16, np.uint32) or array.ndim != 1 or not len(array):
         raise DataError(f"{file} holds {array.dtype} of shape {array.shape}: expected one row of uint16 or uint32 ids.")
     return array

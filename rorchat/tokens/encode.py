@@ -21,7 +21,7 @@ import numpy as np
 from rorchat.chatml import END_OF_TEXT, encode_text
 from rorchat.tokenizer import SPLIT_PATTERN
 
-CHARACTERS_AT_ONCE = 2**21  # the arrays of so much text stay near the processor's cache
+CHARACTERS_AT_ONCE = 2**20  # the arrays of so much text stay near the processor's cache
 LONGEST_WORD = 2**16  # bytes; merging takes longer than in proportion to a word's length
 WORDS_KEPT = 2_000_000  # distinct words are forgotten beyond so many, which bounds memory
 
@@ -115,13 +115,14 @@ class Encoder:
             pyarrow.binary(), len(offsets) - 1, [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(data)]
         ).dictionary_encode()
         distinct = self._numbers(words.dictionary.to_pylist())
-        numbers = distinct[words.indices.to_numpy()]
-        counts = self._counts[numbers]
+        which = words.indices.to_numpy()
+        counts = self._counts[distinct][which]
         ends = np.cumsum(counts, dtype=np.int32)
         starts = ends - counts
-        shift = self._starts[numbers] - starts
+        shift = self._starts[distinct][which] - starts  # from a word's place in the text to its place among the known
         ids = self._ids[np.arange(ends[-1], dtype=np.int32) + np.repeat(shift, counts)]
-        return ids, starts[numbers == 0]
+        nul = np.flatnonzero(distinct == 0)  # none, where a long text goes on
+        return ids, starts[which == nul[0]] if len(nul) else starts[:0]
 
     def _numbers(self, words: list[bytes]) -> np.ndarray:
         """The number of each word, under which its ids are known."""
@@ -290,16 +291,17 @@ def merger_of(tokenizer, model: dict):
     """
     import tiktoken
 
-    byte_of = {character: byte for byte, character in _byte_characters().items()}
     unions = [a + b for a, b in (merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"])]
-    spelled = [*_byte_characters().values(), *unions]  # in the order of their ranks
+    characters = _byte_characters()
+    spelled = [*characters.values(), *unions]  # in the order of their ranks
     if len(set(spelled)) != len(spelled) or not set(spelled) <= set(model["vocab"]):
         return None, None
-    ranks = {bytes(byte_of[character] for character in token): rank for rank, token in enumerate(spelled)}
+    byte_of = {ord(character): byte for byte, character in characters.items()}
+    ranks = {token.translate(byte_of).encode("latin-1"): rank for rank, token in enumerate(spelled)}
     merger = tiktoken.Encoding("words", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={})
     id_of_rank = np.array([model["vocab"][token] for token in spelled], dtype=np.int64)
     draw = random.Random(0)
-    letters = [token for token in spelled if all(character.isalpha() and character.isascii() for character in token)]
+    letters = [token for token in spelled if token.isascii() and token.isalpha()]
     words = ["".join(draw.choices(letters, k=draw.choice((1, 2, 3)))) for _ in range(1000)]
     merged = [id_of_rank[merger.encode_ordinary(word)].tolist() for word in words]
     return (merger, id_of_rank) if merged == encode_text(tokenizer, words) else (None, None)

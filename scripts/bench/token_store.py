@@ -2,9 +2,9 @@
 
     python scripts/bench/token_store.py                      # four stores of 5 and of 250 million tokens each
 
-Each size in a process of its own: seconds from the imports to the first row of a plan of 10^9 rows (manifests read, arrays
-mapped, plan made, row checked), milliseconds of a random row, and how much the process has grown after 2,000 of them
-(RssAnon: pages of mapped files are the system's to take back).
+Each size in a process of its own: seconds from the imports to the first row of a plan of 10^9 rows (manifests read,
+arrays mapped, plan made, row checked), milliseconds of a random row, and how much the process has grown after 2,000 of
+them (RssAnon: pages of mapped files are the system's to take back).
 """
 
 import argparse
