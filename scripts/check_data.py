@@ -8,6 +8,7 @@ Evaluation sets are named and left alone: nobody should train on them. What each
 
 import argparse
 import fnmatch
+import re
 import sys
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def row_of(root: Path, name: str) -> tuple[list[str], bool]:
         for reason, count in sorted(tally.rejects.items(), key=lambda item: -item[1])
     ]
     reasons += [f"({count:,} kept rows repaired: {repair})" for repair, count in tally.repairs.items()]
-    said = "; ".join(reasons).replace(f"{root}/", "").replace(f"{name}", "") or "none"
+    said = "; ".join(reasons).replace(f"{root}/", "").replace(name, "") or "none"
+    said = re.sub(r"first at :(?=\d)", "first at line ", said).replace("first at , row", "first at row")
     adds_up = tally.rows_in == tally.kept + sum(tally.rejects.values()) > 0
     return [name, found.spec.partition("=")[0], f"{tally.rows_in:,}", f"{tally.kept:,}", said], adds_up
 
@@ -77,8 +79,8 @@ def main() -> int:
             "# Where every row goes",
             "Every training file of a folder of real data in original formats, as `python scripts/check_data.py FOLDER "
             "--out docs/data.md` reads it (`rorchat data check FILE` for one). `rows = kept + rejected`, always. A "
-            "place is `:line` or `, row number` of the file; numbers of rows begin at 0, those of messages too. What "
-            "a file holds was guessed.",
+            "place is the line or the row of the file; rows and messages are numbered from 0. What a file holds was "
+            "guessed.",
             table(["file", "read as", "rows", "kept", "rejected"], rows),
             f"{len(training)} files of training data. {sum(sort == 'evaluation' for sort in sorts.values())} files of "
             f"evaluation sets and held-out splits were left alone (in {', '.join(folders)}), and "

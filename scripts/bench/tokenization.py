@@ -11,6 +11,7 @@ Sides are interleaved in one process and the median of the rounds counts. The id
 """
 
 import argparse
+import gc
 import os
 import shutil
 import statistics
@@ -72,6 +73,16 @@ def sides(tokenizer, texts: list[str], folder: Path) -> dict:
     return found
 
 
+def same_ids(results: dict, texts: int) -> bool:
+    """Whether all sides give the same ids, counted; a store has them in the order of its splits."""
+    store = results["rorchat"]
+    ours = np.concatenate([store.slice(split, 0, store.tokens(split)) for split in ("train", "validation")])
+    theirs = np.array([token for ids in results["tokenizers"] for token in ids], dtype=np.int64)
+    ends = np.full(texts, store.manifest.end_of_text_id)
+    equal = np.array_equal(np.sort(ours), np.sort(np.concatenate([theirs, ends])))
+    return equal and sum(map(len, results.get("tiktoken", results["tokenizers"]))) == len(theirs)
+
+
 def main() -> int:
     tokenizer = load_tokenizer(arguments.tokenizer)
     texts = texts_of(arguments.source)
@@ -79,19 +90,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = sides(tokenizer, texts, Path(folder) / "store")
         seconds: dict[str, list[float]] = {name: [] for name in found}
-        results = {}
+        equal = same_ids({name: work() for name, work in found.items()}, len(texts))
         for _ in range(arguments.rounds):
             for name, work in found.items():
+                gc.collect()
                 started = time.perf_counter()
-                results[name] = work()
+                work()
                 seconds[name].append(time.perf_counter() - started)
-        store = results["rorchat"]
-        ours = np.sort(np.concatenate([store.slice(s, 0, store.tokens(s)) for s in ("train", "validation")]))
-        theirs = np.concatenate([np.array(ids, dtype=np.int64) for ids in results["tokenizers"]])
-        ends = np.full(len(texts), store.manifest.end_of_text_id)
-        equal = np.array_equal(ours, np.sort(np.concatenate([theirs, ends])))
-        if "tiktoken" in results:
-            equal = equal and sum(map(len, results["tiktoken"])) == len(theirs)
     print(f"{len(texts):,} texts, {megabytes:.1f} MB, {len(tokenizer):,} tokens, {arguments.workers} workers")
     rates = {name: megabytes / statistics.median(times) for name, times in seconds.items()}
     for name, rate in rates.items():
