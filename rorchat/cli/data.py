@@ -27,7 +27,7 @@ MinLatin = Annotated[float, typer.Option(help="Reject texts with a smaller share
 @app.command("list")
 def list_sources() -> None:
     """The datasets that recipes can name: kind, licence, size, and what the loss counts."""
-    from rorchat.report import table
+    from rorchat.cli.tables import print_table
     from rorchat.sources import LOSS, available, find, kinds_of, restriction
 
     rows = []
@@ -38,7 +38,7 @@ def list_sources() -> None:
         loss = "; ".join(LOSS[kind] for kind in kinds_of(name))
         title = module.__doc__.splitlines()[0].split(":")[0].rstrip(".")
         rows.append([name, title, ", ".join(kinds_of(name)), where, module.SIZE, module.LICENCE, loss])
-    print(table(["source", "what it is", "gives", "from", "size", "licence", "the loss counts"], rows))
+    print_table(["source", "what it is", "gives", "from", "size", "licence", "the loss counts"], rows)
     restricted = [name for name in available() if restriction(find(name).LICENCE)]
     print(f"\nNot for commercial use, or of unstated licence: {', '.join(restricted)}.")
 

@@ -29,7 +29,7 @@ def compare(
     columns = _once_each([_column(given) for given in tokenizers], "tokenizer", "NAME=FOLDER")
     rows = _once_each([_domain(given) for given in data or []], "domain", "LABEL=PATH")
 
-    from rorchat.report import table
+    from rorchat.cli.tables import print_table
     from rorchat.sources import texts
     from rorchat.tokenizer import load_tokenizer
     from rorchat.tokenizer.compare import (
@@ -44,7 +44,8 @@ def compare(
     loaded = {name: load_tokenizer(place) for name, place in columns.items()}
     domains = [read_domain(label, texts([spec]), max_characters) for label, spec in rows.items()]
     comparison = compare_tokenizers(loaded, domains or embedded_domains(max_characters))
-    print(table(*comparison_rows(comparison)), "", *comparison_notes(comparison), sep="\n")
+    print_table(*comparison_rows(comparison))
+    print("", *comparison_notes(comparison), sep="\n")
     if out:
         out.mkdir(parents=True, exist_ok=True)
         draw_comparison(comparison, out / "tokenizers.png")

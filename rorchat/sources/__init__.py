@@ -43,8 +43,8 @@ HUB_ROWS_PER_PART = 20_000
 # What the loss of training counts, by the kind of rows
 LOSS = {
     "document": "every token",
-    "conversation": "the replies and the <|im_end|> that closes them",
-    "preference": "the chosen reply against the rejected one",
+    "conversation": "replies and their <|im_end|>",
+    "preference": "chosen over rejected",
 }
 
 

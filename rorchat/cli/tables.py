@@ -1,0 +1,24 @@
+"""Tables as their reader wants them: drawn on a terminal, Markdown in a file or a pipe."""
+
+import sys
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Prints a table; on a terminal its cells are wrapped to the window."""
+    if not sys.stdout.isatty():
+        from rorchat.report import table
+
+        print(table(header, rows))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(*header, box=SIMPLE_HEAD, pad_edge=False)
+    drawn.columns[0].min_width = max(len(row[0]) for row in rows)
+    for column in drawn.columns:
+        column.overflow = "fold"
+    for row in rows:
+        drawn.add_row(*map(Text, row))
+    Console().print(drawn)
