@@ -148,7 +148,9 @@ class _Turn:
     head: int  # how many of the ids stand before the words
 
 
-def _encode_turns(tokenizer, conversations: Sequence[Sequence[dict]]) -> list[list[_Turn]]:
+def _encode_turns(
+    tokenizer, conversations: Sequence[Sequence[dict]], encode: Callable[[list[str]], list[list[int]]] | None = None
+) -> list[list[_Turn]]:
     """Each conversation's turns, the default system message added where there is none. One tokenizer call for all."""
     default = system_message(tokenizer)
     complete = [
@@ -168,7 +170,7 @@ def _encode_turns(tokenizer, conversations: Sequence[Sequence[dict]]) -> list[li
         role: 1 + len(ids)
         for role, ids in zip(ROLES, encode_text(tokenizer, [f"{role}\n" for role in ROLES]), strict=True)
     }
-    encoded = iter(encode_text(tokenizer, texts))
+    encoded = iter(encode(texts) if encode else encode_text(tokenizer, texts))
 
     def turn(role: str) -> _Turn:
         ids = next(encoded)
@@ -178,16 +180,22 @@ def _encode_turns(tokenizer, conversations: Sequence[Sequence[dict]]) -> list[li
 
 
 def encode_conversations(
-    tokenizer, conversations: Sequence[Sequence[dict]], max_length: int | None = None
+    tokenizer,
+    conversations: Sequence[Sequence[dict]],
+    max_length: int | None = None,
+    encode: Callable[[list[str]], list[list[int]]] | None = None,
 ) -> list[EncodedConversation | None]:
     """What `encode_conversation` gives, for many conversations with one call of the tokenizer.
+
+    Args:
+        encode: a faster way to what `encode_text` gives, such as `rorchat.tokens.encode.Encoder.encode_texts`.
 
     Returns:
         One entry a conversation; None where not even the first exchange fits into `max_length`.
     """
     newline = len(encode_text(tokenizer, ["\n"])[0])
     encoded = []
-    for turns in _encode_turns(tokenizer, conversations):
+    for turns in _encode_turns(tokenizer, conversations, encode):
         kept = len(turns)
         while kept and (
             turns[kept - 1].role != "assistant"

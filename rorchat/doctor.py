@@ -174,7 +174,11 @@ class _Rejects:
         if self.file:
             row = None if isinstance(row, Reject) else row
             record = {"place": place, "reason": reject.reason, "detail": reject.detail, "row": row}
-            self.file.write(json.dumps(record, default=str) + "\n")  # ASCII: a row may hold half a surrogate pair
+            try:
+                line = json.dumps(record, default=str)  # ASCII: a row may hold half a surrogate pair
+            except RecursionError:  # brackets may be just too deep to be written that could just be read
+                line = json.dumps({**record, "row": None})
+            self.file.write(line + "\n")
 
     def withdraw(self, place: str, reject: Reject, row: object) -> None:
         self.tally.withdraw(place, reject)

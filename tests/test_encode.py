@@ -127,3 +127,11 @@ def test_a_tokenizer_trained_here_gives_the_same_ids_on_other_text(shared_data):
     lines = (shared_data / "tinyshakespeare" / "input.txt").read_text().split("\n\n")
     trained = train_tokenizer(lines[:3000], vocab_size=2048)
     assert encoded(Encoder(trained), lines[3000:]) == encode_text(trained, lines[3000:])
+
+
+def test_texts_one_by_one_are_what_the_tokenizer_gives_whatever_they_hold(any_tokenizer):
+    draw = random.Random(2)
+    texts = [random_text(draw) for _ in range(300)] + ["", "\n", "a\0b", "x" * (LONGEST_WORD + 1)]
+    encoder = Encoder(any_tokenizer)
+    assert encoder.encode_texts(texts[:-2]) == encode_text(any_tokenizer, texts[:-2])
+    assert encoder.encode_texts(texts) == encode_text(any_tokenizer, texts)

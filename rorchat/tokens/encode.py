@@ -100,6 +100,16 @@ class Encoder:
             raise ValueError("a text holds a NUL character")
         return np.concatenate(ids) if len(ids) > 1 else ids[0], np.diff(all_starts)
 
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, nothing before them: what `encode_text` gives."""
+        try:
+            ids, lengths = self.encode(texts)
+        except ValueError:  # an endless word or a NUL, which the tokenizer can take
+            return encode_text(self.tokenizer, list(texts))
+        ends = np.cumsum(lengths).tolist()
+        flat = ids.tolist()
+        return [flat[start + 1 : end] for start, end in zip([0, *ends], ends, strict=False)]
+
     def _encode_slowly(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         encoded = encode_text(self.tokenizer, list(texts))
         flat = [token for ids in encoded for token in (self.end_of_text, *ids)]

@@ -103,7 +103,8 @@ class Job:
 
     def _encoded_conversations(self, documents: list) -> tuple[np.ndarray, np.ndarray]:
         """Conversations as training renders them, control tokens and all, each behind an `<|endoftext|>`."""
-        encoded = encode_conversations(self.tokenizer, [row["messages"] for _, row, _, _ in documents])
+        conversations = [row["messages"] for _, row, _, _ in documents]
+        encoded = encode_conversations(self.tokenizer, conversations, encode=self.encoder.encode_texts)
         return _joined([[self.encoder.end_of_text, *one.input_ids] for one in encoded], self.encoder.dtype)
 
 

@@ -92,7 +92,7 @@ def prepare(
         EvaluationText.read(evaluation) if evaluation else None,
     )  # fmt: skip
     if not (staging / "manifest.json").is_file():
-        _prepare_parts(job, pieces, workers or len(os.sched_getaffinity(0)))
+        _prepare_parts(job, pieces, workers or _cpus())
         try:
             print(_finish(staging, wanted, len(pieces)), file=sys.stderr)  # noqa: T201
         except DataError:  # which the same parts would give again
@@ -102,6 +102,11 @@ def prepare(
         leftover.unlink()
     staging.rename(folder)
     return TokenStore(folder)
+
+
+def _cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _template_sha256(tokenizer) -> str:
@@ -167,14 +172,15 @@ def _prepare_parts(job: Job, pieces: list[Part], workers: int) -> None:
     progress = _Progress(job, pieces, done)
     if not todo:
         return
-    if workers == 1 or len(todo) == 1 or "fork" not in multiprocessing.get_all_start_methods():
+    if workers == 1 or len(todo) == 1:
         for number in todo:
             job.prepare(number, pieces[number], progress.add)
             progress.finished(number)
         progress.close()
         return
-    # Forked, because workers start at once and share what is loaded. They never touch torch or a GPU.
-    context = multiprocessing.get_context("fork")
+    # Forked, because workers start at once and share what is loaded; they never touch torch or a GPU. Elsewhere than on
+    # Linux a fork may break what the system's libraries hold.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     counters = context.Array("q", 3)
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
