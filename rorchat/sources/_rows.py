@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 ROLES = ("system", "user", "assistant")
 KINDS = ("document", "conversation", "preference")
+DETAIL = 300  # characters of a reject's detail: a key may be as long as a file
 # What datasets call the three roles; ShareGPT's files alone use most of these.
 ROLE_NAMES = {
     "system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
@@ -30,8 +31,15 @@ class Reject(ValueError):
     """A row that cannot be used. `reason` is counted, `detail` says which part of the row it is about."""
 
     def __init__(self, reason: str, detail: str = ""):
+        detail = _one_line(detail)
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
+
+
+def _one_line(text: str) -> str:
+    """A text that may hold anything as one line of at most DETAIL characters that a terminal can take."""
+    cut = text if len(text) <= DETAIL else text[:DETAIL] + "..."
+    return cut if cut.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
 @dataclass

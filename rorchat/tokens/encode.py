@@ -46,8 +46,12 @@ def _ascii_classes() -> bytes:
 
 
 _ASCII = _ascii_classes()
-# A letter, a blank, a letter: a word begins at the blank whatever stands around, so that a long text may be cut there
-_SAFE_CUT = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
+# A word begins here whatever stands around, so that a long text may be cut: where the class of the character changes
+# and what stands before is no white space. Only characters of which every version of Unicode thinks alike.
+_SAFE_CUT = re.compile(
+    r"(?<=[^\W\d_]) (?=[^\W\d_])|(?<=[A-Za-z])(?=[\r\n0-9.,;:+/=])|(?<=[0-9])(?=[\r\nA-Za-z.,;:+/=])"
+    r"|(?<=[\u4e00-\u9fff\u3041-\u3096\u30a1-\u30fa])(?=[\n，。、；：？！])"
+)
 
 
 class TooLong(ValueError):
@@ -89,16 +93,16 @@ class Encoder:
             return np.empty(0, dtype=self.dtype), np.empty(0, dtype=np.int64)
         if self.pattern is None:
             return self._encode_slowly(texts)
-        ids, starts, total = [], [], 0
+        ids, starts, total = bytearray(), [], 0  # grown in place: joining arrays would hold all ids twice
         for chunk in _chunks(texts):
             chunk_ids, chunk_starts = self._encode_chunk(chunk)
-            ids.append(chunk_ids)
+            ids += chunk_ids.data.cast("B")
             starts.append(chunk_starts.astype(np.int64) + total)
             total += len(chunk_ids)
         all_starts = np.concatenate([*starts, [total]])
         if len(all_starts) != len(texts) + 1:
             raise ValueError("a text holds a NUL character")
-        return np.concatenate(ids) if len(ids) > 1 else ids[0], np.diff(all_starts)
+        return np.frombuffer(ids, dtype=self.dtype), np.diff(all_starts)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, nothing before them: what `encode_text` gives."""

@@ -54,10 +54,12 @@ class Job:
                 ids, lengths = self._encoded(documents, tally)
                 documents = [document for document in documents if document is not None]
                 splits = np.array([held_out(mark, self.validation_share) for _, _, _, mark in documents], dtype=bool)
-                of_validation = np.repeat(splits, lengths)
-                arrays["train"].write(ids[~of_validation] if splits.any() else ids)
-                arrays["validation"].write(ids[of_validation])
-                sizes = [len(text.encode()) for _, _, text, _ in documents]
+                if splits.any():
+                    for held, length, end in zip(splits, lengths, np.cumsum(lengths), strict=True):
+                        arrays["validation" if held else "train"].write(ids[end - length : end])
+                else:
+                    arrays["train"].write(ids)
+                sizes = [_utf8_bytes(text) for _, _, text, _ in documents]
                 table["split"].append(splits)
                 table["tokens"].append(lengths)
                 table["bytes"].append(np.array(sizes, dtype=np.int64))
@@ -106,6 +108,12 @@ class Job:
         conversations = [row["messages"] for _, row, _, _ in documents]
         encoded = encode_conversations(self.tokenizer, conversations, encode=self.encoder.encode_texts)
         return _joined([[self.encoder.end_of_text, *one.input_ids] for one in encoded], self.encoder.dtype)
+
+
+def _utf8_bytes(text: str) -> int:
+    if text.isascii():
+        return len(text)
+    return sum(len(text[start : start + 2**20].encode()) for start in range(0, len(text), 2**20))
 
 
 def _joined(encoded: list, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:

@@ -25,6 +25,7 @@ from rorchat.errors import DataError
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
+TYPES = ("uint16", "uint32")
 BLOCK_BYTES = 2**18
 _READ_BYTES = 2**24
 
@@ -98,7 +99,10 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest":
         try:
             values = json.loads((folder / "manifest.json").read_text())
-            return cls(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
+            manifest = cls(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
+            if manifest.dtype not in TYPES or not {shard.split for shard in manifest.shards} <= set(SPLITS):
+                raise ValueError(f"dtype {manifest.dtype!r}, splits {sorted({s.split for s in manifest.shards})}")
+            return manifest
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(f"{folder} is no token store: it has no manifest.json.") from None
         except (ValueError, TypeError, KeyError) as error:
@@ -163,11 +167,14 @@ class TokenStore:
 
     def _load(self, file: str, mapped: bool = True) -> np.ndarray:
         try:
-            return np.load(self.folder / file, mmap_mode="r" if mapped else None)
+            array = np.load(self.folder / file, mmap_mode="r" if mapped else None)
         except FileNotFoundError:
             raise self._damaged(file, "it is missing") from None
         except (OSError, ValueError, EOFError) as error:
             raise self._damaged(file, f"it cannot be read: {' '.join(str(error).split())[:120]}") from None
+        if not isinstance(array, np.ndarray):
+            raise self._damaged(file, "it is an archive of arrays")
+        return array
 
     def _damaged(self, file: str, what: str) -> DataError:
         return DataError(f"{self.folder / file} is damaged: {what}. Delete {self.folder} to prepare it again.")
