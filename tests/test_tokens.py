@@ -224,6 +224,15 @@ def test_finished_parts_are_not_prepared_again(folder_of_parts, tokenizer, tmp_p
     assert again.manifest.kept == len(KEPT)
 
 
+def test_a_store_that_another_process_is_making_is_left_to_it(spec, tokenizer, tmp_path):
+    from rorchat.tokens.prepare import _alone
+
+    with _alone(tmp_path / "store"), pytest.raises(MismatchError, match="is being prepared by another process"):
+        prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE)
+    assert prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE).manifest.kept == len(KEPT)
+    assert not (tmp_path / ".store.lock").exists()
+
+
 def test_duplicates_are_found_across_parts_and_told_with_their_places(folder_of_parts, tokenizer, tmp_path, capsys):
     prepare(folder_of_parts, tokenizer, tmp_path / "store", validation_share=SHARE, workers=2)
     said = capsys.readouterr().err

@@ -13,8 +13,10 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +63,8 @@ def prepare(
         workers: processes; None for one a CPU.
 
     Raises:
-        MismatchError: the folder holds tokens of another source, tokenizer, share, seed or filter.
+        MismatchError: the folder holds tokens of another source, tokenizer, share, seed or filter, or another process
+            is making it.
         DataError: no document was held out for validation, or none was left to train on.
         StorageError: a worker was killed.
     """
@@ -85,23 +88,44 @@ def prepare(
     )
     if folder.exists():
         return _found(folder, wanted)
-    staging = _staging(folder, wanted)
-    pieces = parts(spec)
-    job = Job(
-        spec, kind, tokenizer, staging, validation_share, seed, persona, filters,
-        EvaluationText.read(evaluation) if evaluation else None,
-    )  # fmt: skip
-    if not (staging / "manifest.json").is_file():
-        _prepare_parts(job, pieces, workers or _cpus())
-        try:
-            print(_finish(staging, wanted, len(pieces)), file=sys.stderr)  # noqa: T201
-        except DataError:  # which the same parts would give again
-            shutil.rmtree(staging)
-            raise
-    for leftover in [*staging.glob("part-*"), staging / "identity.json"]:
-        leftover.unlink()
-    staging.rename(folder)
+    with _alone(folder):
+        staging = _staging(folder, wanted)
+        pieces = parts(spec)
+        job = Job(
+            spec, kind, tokenizer, staging, validation_share, seed, persona, filters,
+            EvaluationText.read(evaluation) if evaluation else None,
+        )  # fmt: skip
+        if not (staging / "manifest.json").is_file():
+            _prepare_parts(job, pieces, workers or _cpus())
+            try:
+                print(_finish(staging, wanted, len(pieces)), file=sys.stderr)  # noqa: T201
+            except DataError:  # which the same parts would give again
+                shutil.rmtree(staging)
+                raise
+        for leftover in [*staging.glob("part-*"), staging / "identity.json"]:
+            leftover.unlink()
+        staging.rename(folder)
     return TokenStore(folder)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds a lock beside a store that is being made; the system lets go of it when its holder dies."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    with path.open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except BlockingIOError:
+            raise MismatchError(f"{folder} is being prepared by another process: wait for it.") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _cpus() -> int:
