@@ -469,11 +469,21 @@ def test_a_shard_that_is_no_array_is_one_line(content, saved, tmp_path):
     assert "train.npy" in refused(65, "adopt", shards, "--tokenizer", saved, "--out", tmp_path / "out")
 
 
+def test_a_check_names_the_files_of_a_folder_that_are_not_read_and_rows_of_another_shape(tmp_path):
+    (tmp_path / "train-1.jsonl").write_text(json.dumps({"text": "It was."}) + "\n")
+    (tmp_path / "other.txt").write_text("Left alone.")
+    said = succeeded("check", f"prose={tmp_path}")
+    assert "1 of 1 rows kept" in said and "1 other files of the folder are not read: other.txt" in said
+    rows = [{"text": f"It was {n}."} for n in range(40)] + [{"else": n} for n in range(10)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "10 rows are of another shape than 'text'" in succeeded("check", tmp_path / "mixed.jsonl")
+
+
 def test_a_folder_that_is_there_is_never_adopted_into(saved, tmp_path):
     shards = shards_of(tmp_path / "shards", train=GOOD, val=GOOD)
     (tmp_path / "out").mkdir()
     assert "exists" in refused(2, "adopt", shards, "--tokenizer", saved, "--out", tmp_path / "out")
-    assert "no .npy file" in refused(65, "adopt", tmp_path / "none", "--tokenizer", saved, "--out", tmp_path / "new")
+    assert "No folder" in refused(65, "adopt", tmp_path / "none", "--tokenizer", saved, "--out", tmp_path / "new")
 
 
 # -- plan ------------------------------------------------------------------------------------------------------------

@@ -62,8 +62,9 @@ def check(
     min_latin: MinLatin = 0.0,
 ) -> None:
     """Read every row on its own: how many are kept, how many rejected, why, and where."""
+    from rorchat.doctor import OTHER_SHAPE
     from rorchat.doctor import check as check_rows
-    from rorchat.sources import Filters
+    from rorchat.sources import Filters, unread
     from rorchat.tokenizer import load_tokenizer
 
     if (tokenizer is None) != (max_length is None):
@@ -91,6 +92,14 @@ def check(
     if found.guessed:
         print(f"read as {name!r}; another shape with --as")
     print(found.tally)
+    left = unread(found.spec)
+    if left:
+        print(
+            f"{len(left):,} other files of the folder are not read: {', '.join(left[:5])}{', ...' if left[5:] else ''}"
+        )
+    strange = sum(count for reason, count in found.tally.rejects.items() if reason in OTHER_SHAPE)
+    if found.guessed and strange > found.tally.rows_in / 10:
+        print(f"{strange:,} rows are of another shape than {name!r}: check the files one by one")
     if rejects:
         print(f"rejects  {rejects}")
     if not found.tally.kept:
@@ -168,10 +177,11 @@ def prepare(
 ) -> None:
     """Tokenize a source into a store, in parallel; a killed run is gone on with by the same command."""
     from rorchat.persona import load_persona
-    from rorchat.sources import Filters
+    from rorchat.sources import Filters, find
     from rorchat.tokenizer import load_tokenizer
     from rorchat.tokens.prepare import prepare as prepare_store
 
+    find(source.partition("=")[0])  # before the tokenizer, which may come from afar
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}: give a positive number.")
     _require_share(validation_share)
@@ -224,7 +234,10 @@ def adopt(
     tokenizer: Tokenizer,
     out: Annotated[Path, typer.Option(help="Where the token store goes.")],
 ) -> None:
-    """Make a token store of shards that another project tokenized; what has 'val' in its name is validation."""
+    """Make a token store of shards that another project tokenized; what has 'val' in its name is validation.
+
+    The files are linked, not copied, where the file system allows it: leave the originals as they are.
+    """
     from rorchat.tokenizer import load_tokenizer
     from rorchat.tokens.adopt import adopt as adopt_shards
 

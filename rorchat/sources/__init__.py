@@ -35,7 +35,7 @@ from rorchat.sources._rows import CHECKS, KINDS, ROLES, Reject, Repaired, check_
 __all__ = [
     "CHECKS", "KINDS", "LOSS", "ROLES", "Filters", "Part", "Reject", "Repaired", "Rows", "Tally",
     "available", "check_messages", "digest", "find", "held_out", "in_validation", "kinds_of",
-    "load", "local_bytes", "parts", "restriction", "texts", "words_of",
+    "load", "local_bytes", "parts", "restriction", "texts", "unread", "words_of",
 ]  # fmt: skip
 
 PLACES_KEPT = 3  # how many places of each reject reason are shown
@@ -60,6 +60,10 @@ def find(name: str) -> ModuleType:
         UsageError: there is no such source; names the nearest.
     """
     if name not in available():
+        if "/" in name:
+            raise UsageError(
+                f"{name!r} is a path, and a source is wanted: text={name}, or another of `rorchat data list`."
+            )
         raise UsageError(
             f"No source named {name!r}.{did_you_mean(name, available())} Available: {', '.join(available())}. "
             "To add one, see docs/add_a_dataset.md."
@@ -283,6 +287,16 @@ def _hub_rows(name: str):
         raise RemoteError(
             f"{module.HUB['path']} cannot be read from the Hub ({said}). With a local copy: {name}=PATH."
         ) from error
+
+
+def unread(spec: str) -> list[str]:
+    """The files of a local folder that a source leaves alone: FILES picks the best form of a dataset and no second."""
+    name, _, where = spec.partition("=")
+    folder = Path(where).expanduser()
+    if hasattr(find(name), "generate") or not where or not folder.is_dir():
+        return []
+    read = set(_files(find(name), where))
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file not in read)
 
 
 def local_bytes(spec: str) -> int:

@@ -166,7 +166,7 @@ def open_bytes(path: Path):
 def _damaged(path: Path, error: Exception) -> Reject:
     if path.suffix not in _PACKED:
         raise error  # a disk that fails is not a bad row
-    return Reject(f"damaged {_PACKED[path.suffix]}", str(error))
+    return Reject(f"damaged {_PACKED[path.suffix]}", f"{error}; the rest of the file is lost")
 
 
 def decoded(raw: bytes | bytearray, encoding: str = "utf-8-sig", first_byte: int = 0) -> str | Reject:

@@ -33,6 +33,8 @@ def adopt(shards: str | Path, tokenizer, folder: str | Path) -> TokenStore:
     shards, folder = Path(shards), Path(folder)
     if folder.exists():
         raise UsageError(f"{folder} exists: choose another folder for the store.")
+    if not shards.is_dir():
+        raise DataError(f"No folder {shards}.")
     files = sorted(file for file in shards.glob("*.npy") if not file.name.endswith(".docs.npy"))
     arrays = {file: _opened(file) for file in files}
     types = {str(array.dtype) for array in arrays.values()}
@@ -69,7 +71,9 @@ def _fill(staging: Path, arrays: dict[Path, np.ndarray], manifest: Manifest, spe
     for split in SPLITS:
         of_split = [file for file in arrays if ("val" in file.name) == (split == "validation")]
         if not of_split:
-            raise DataError(f"{manifest.source} has no {split} array: validation is what has 'val' in its name.")
+            raise DataError(
+                f"{manifest.source} has no {split} array: what has 'val' in its name is validation, the rest training."
+            )
         for serial, file in enumerate(of_split):
             starts, utf8_bytes = _documents(file, arrays[file], manifest, spelled)
             target = staging / f"{split}-{serial:05d}.npy"
