@@ -233,6 +233,15 @@ def test_a_store_that_another_process_is_making_is_left_to_it(spec, tokenizer, t
     assert not (tmp_path / ".store.lock").exists()
 
 
+def test_a_part_without_a_usable_row_changes_nothing_about_the_others(folder_of_parts, store, tokenizer, tmp_path):
+    (tmp_path / "parts" / "0a.jsonl").write_text("not JSON\n" * 40)
+    assert len(parts(folder_of_parts)) > 15
+    mixed = prepare(folder_of_parts, tokenizer, tmp_path / "mixed", validation_share=SHARE, workers=1)
+    assert mixed.manifest.rejects == {"duplicate": len(COPIES) + 1, "not JSON": 40}
+    for split in ("train", "validation"):
+        assert decoded(mixed, split, tokenizer) == decoded(store, split, tokenizer)
+
+
 def test_duplicates_are_found_across_parts_and_told_with_their_places(folder_of_parts, tokenizer, tmp_path, capsys):
     prepare(folder_of_parts, tokenizer, tmp_path / "store", validation_share=SHARE, workers=2)
     said = capsys.readouterr().err

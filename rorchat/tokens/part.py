@@ -68,7 +68,9 @@ class Job:
                 told(len(documents), sum(sizes), len(ids))
         for array in arrays.values():
             array.close()
-        joined = {key: np.concatenate(values) if values else np.empty(0) for key, values in table.items()}
+        # A part may have no document: its tables are of the same types, or the joined tables would change theirs
+        types = {"split": bool, "tokens": np.int64, "bytes": np.int64, "digest": np.uint64}
+        joined = {key: np.concatenate([np.empty(0, types[key]), *values]) for key, values in table.items()}
         np.savez(self.folder / f"{name}.documents.npz", **joined)
         _commit(self.folder / f"{name}.json", {"tally": asdict(tally), "utf8_bytes": int(joined["bytes"].sum())})
 
