@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test style quality clean
+.PHONY: demo test style quality bench clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
@@ -18,6 +18,10 @@ style: $(READY)
 quality: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Long, and only as good as the machine is quiet; NANOGPT_DIR=... for nanoGPT's rows.
+bench: $(READY)
+	$(BIN)/python scripts/bench/run.py --write docs/benchmarks.md
 
 # Made anew when the dependencies change. torch comes first and by itself, so that the tested version is taken before
 # any other package asks for one; where an index offers a CPU build under that version, it is enough for everything here.

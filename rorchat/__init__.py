@@ -8,8 +8,12 @@ Importing `rorchat` is cheap: the public names below load what they need on firs
 """
 
 import importlib
+import logging
 
 __version__ = "0.1.0"
+
+# bitsandbytes says at every import on a CPU that it has no 4-bit kernel, which nothing here asks for
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 #: The way of the data. A module imports only from stages before its own (tests/test_layout.py).
 STAGES = (
@@ -20,10 +24,12 @@ STAGES = (
     "tokenizer",  # TOKENS    train a BPE, load one, add the control tokens
     "tokens",  # TOKENS    text -> shards -> mixture -> rows
     "doctor",  # TOKENS    what is wrong with data, and what a model sees of a row
-    "model",  # MODEL     sizes, from scratch or from a checkpoint
+    "device",  # MODEL     what a GPU or CPU can do: peaks, memory, price
+    "model",  # MODEL     sizes, from scratch or from a checkpoint, FLOPs
     "inference",  # WORDS     load, generate, stream, talk
     "evaluation",  # SCORES    loss, bits per byte, chat behaviour, held-out questions
     "training",  # TRAINING  pretrain, sft, dpo
+    "plan",  #           budget -> shape, tokens, memory, hours, money
     "report",  #           run folders -> curves, tables, samples
     "hub",  # HUB       verify, push, pull back, verify again
     "cli",  #           `rorchat ...`

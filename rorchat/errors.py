@@ -29,6 +29,12 @@ class DataError(RorchatError):
     exit_code = 65
 
 
+class DivergedError(RorchatError):
+    """The loss or the gradient is no number any more: training has diverged."""
+
+    exit_code = 70
+
+
 class StorageError(RorchatError):
     """The disk is full or cannot be written."""
 

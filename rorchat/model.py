@@ -4,7 +4,6 @@ Nothing here is an architecture: `GPT2Config` and `GPT2LMHeadModel` are Transfor
 that every tool which reads GPT-2 can load.
 """
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
 
 INITIALIZER_RANGE = 0.02  # GPT-2's
-# bitsandbytes says at every import on a CPU that it has no 4-bit kernel, which nothing here asks for
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,31 @@ def shape_of(size: str) -> Shape:
     if shape.n_embd % shape.n_head:
         raise UsageError(f"Size {size!r}: a width of {shape.n_embd} cannot be divided among {shape.n_head} heads.")
     return shape
+
+
+def parameter_count(shape: Shape, vocabulary: int, positions: int) -> int:
+    """Numbers in a stock GPT-2, the tied head counted once."""
+    width = shape.n_embd
+    block = 12 * width**2 + 13 * width  # four matrices with biases, two norms
+    return (vocabulary + positions) * width + shape.n_layer * block + 2 * width
+
+
+def scaling_parameters(shape: Shape, vocabulary: int) -> int:
+    """N of scaling laws and of FLOPs: the matrices of the body, and the vocabulary matrix once.
+
+    Positions, biases and norms are left out (1 % of 124M): no matrix product is made with them.
+    """
+    return 12 * shape.n_layer * shape.n_embd**2 + vocabulary * shape.n_embd
+
+
+def flops_per_token(shape: Shape, vocabulary: int, block_size: int) -> float:
+    """FLOPs of training on one token, forward and backward: 6 N + 12 L d T.
+
+    N is `scaling_parameters`, with the head; L layers of width d see T positions. The attention term counts the whole
+    T x T square although half of it is masked. That is the convention of PaLM (Chowdhery et al. 2022, arXiv:2204.02311,
+    appendix B) and of nanoGPT, so that MFUs can be compared; recomputation by gradient checkpointing is not counted.
+    """
+    return 6.0 * scaling_parameters(shape, vocabulary) + 12.0 * shape.n_layer * shape.n_embd * block_size
 
 
 def build_model(size: str, tokenizer, positions: int, seed: int = 0) -> "GPT2LMHeadModel":

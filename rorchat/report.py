@@ -1,6 +1,7 @@
 """Run folders -> curves.png and report.md: what was done, how it went, what came of it."""
 
 import json
+import re
 from pathlib import Path
 
 from rorchat.errors import DataError
@@ -47,43 +48,86 @@ def read_lines(path: Path) -> list[dict]:
     return records
 
 
+def standing(records: list[dict]) -> list[dict]:
+    """The records of metrics.jsonl that count: a restart takes back those of later steps, which it does again."""
+    kept: list[dict] = []
+    for record in records:
+        if record.get("event") == "resumed":
+            kept = [earlier for earlier in kept if earlier["step"] <= record["step"]]
+        kept.append(record)
+    return kept
+
+
+def _points(records: list[dict], key: str, scale: float) -> list[tuple[int, float]]:
+    """(step, value) by step; "nan" and "inf", which stand as words in JSON, are no points."""
+    return sorted({r["step"]: r[key] * scale for r in records if isinstance(r.get(key), (int, float))}.items())
+
+
+def _source_losses(runs: list[list[dict]]) -> tuple[tuple[str, str, float], ...]:
+    keys = dict.fromkeys(key for records in runs for record in records for key in record)
+    found = [re.fullmatch(r"eval_(.+)_loss", key) for key in keys]
+    return tuple((match[0], match[1], 1) for match in found if match)
+
+
 def draw_curves(runs: list[Path], target: Path) -> None:
-    """One column of panels a run: loss and validation, learning rate, tokens a second, memory."""
+    """One column of panels a run, over its steps: losses, learning rates, gradient norm, speed, MFU and memory.
+
+    Panels without a value in any run are left out. A dotted line is a restart, a red one the step that diverged.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    logged = [standing(read_lines(run / "metrics.jsonl")) for run in runs]
     panels = (
-        ("loss (nats/token; dpo: a pair)", (("loss", "training", 1), ("eval_loss", "validation", 1))),
-        ("learning rate", (("learning_rate", "learning rate", 1),)),
+        ("loss\n(nats/token; dpo: a pair)", (("loss", "training", 1), ("eval_loss", "validation", 1))),
+        ("validation loss by source\n(nats/token)", _source_losses(logged)),
+        ("learning rate", (("learning_rate", "AdamW", 1), ("matrix_learning_rate", "Muon", 1))),
+        ("gradient norm", (("grad_norm", "gradient norm", 1),)),
         ("tokens per second", (("tokens_per_second", "tokens/s", 1),)),
+        ("MFU (%)", (("mfu", "MFU", 100),)),
         ("peak memory (GB)", (("memory_bytes", "memory", 1e-9),)),
     )
+    keys = {key for records in logged for record in records for key in record}
+    panels = [panel for panel in panels if any(key in keys for key, _, _ in panel[1])] or [panels[0]]
     figure, axes = pyplot.subplots(
-        len(panels), len(runs), figsize=(4.6 * len(runs), 9.5), squeeze=False, constrained_layout=True, sharex="col"
-    )
-    for column, run in enumerate(runs):
-        records = read_lines(run / "metrics.jsonl")
-        for row, (label, lines) in enumerate(panels):
-            axis = axes[row][column]
-            for key, name, scale in lines:
-                # a resumed run logs some steps again: the later record counts
-                points = sorted({r["step"]: r[key] * scale for r in records if key in r}.items())
-                if points:
-                    marker = "o" if len(points) < 12 else None
-                    axis.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3)
-            axis.grid(alpha=0.3)
+        len(panels), len(runs), figsize=(5.2 * len(runs), 0.6 + 2 * len(panels)), squeeze=False,
+        constrained_layout=True, sharex="col",
+    )  # fmt: skip
+    for column, (run, records) in enumerate(zip(runs, logged, strict=True)):
+        for axis, (label, lines) in zip(axes[:, column], panels, strict=True):
+            _draw_panel(axis, records, lines)
             if column == 0:
                 axis.set_ylabel(label)
-            if len(lines) > 1 and axis.get_legend_handles_labels()[0]:
-                axis.legend()
-            if row != 0:
-                axis.set_ylim(0, 1.1 * max(axis.get_ylim()[1], 1e-12))
         axes[0][column].set_title(run.name)
         axes[-1][column].set_xlabel("step")
     figure.savefig(target, dpi=110)
     pyplot.close(figure)
+
+
+def _draw_panel(axis, records: list[dict], lines: tuple[tuple[str, str, float], ...]) -> None:
+    highest = 0.0
+    for key, name, scale in lines:
+        points = _points(records, key, scale)
+        if not points:
+            continue
+        highest = max(highest, *(value for _, value in points))
+        marker = "o" if len(points) < 12 else None
+        axis.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3, linewidth=1.2)
+    for record in records:
+        if record.get("event") in ("resumed", "diverged"):
+            red = record["event"] == "diverged"
+            axis.axvline(record["step"], color="tab:red" if red else "0.5", linewidth=1, linestyle="-" if red else ":")
+    axis.grid(alpha=0.3)
+    axis.margins(x=0.02)
+    drawn = len(axis.get_legend_handles_labels()[0])
+    if drawn > 1:
+        axis.legend(fontsize="small", frameon=False, ncols=-(-drawn // 6))
+    elif not drawn:
+        axis.text(0.5, 0.5, "not logged", ha="center", va="center", color="0.5", transform=axis.transAxes)
+    if highest and not any("loss" in key for key, _, _ in lines):
+        axis.set_ylim(0, 1.1 * highest)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

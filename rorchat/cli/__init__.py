@@ -2,7 +2,7 @@
 
 import typer
 
-from rorchat.cli import data, model, tokenizer
+from rorchat.cli import data, model, plan, tokenizer
 from rorchat.errors import exits_with_one_line
 
 app = typer.Typer(
@@ -11,7 +11,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (model.chat, model.evaluate, model.report, model.push):
+for command in (plan.plan, model.chat, model.evaluate, model.report, model.push):
     app.command()(command)
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")

@@ -14,9 +14,13 @@ def padded(rows: Sequence[dict], pad_id: int) -> dict[str, Tensor]:
 
     There is no attention mask: a causal model never looks to the right, and without a mask its fast kernel runs.
     """
-    width = max(len(row["input_ids"]) for row in rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    width = max(lengths)
 
     def stacked(key: str, value: int) -> Tensor:
-        return torch.stack([F.pad(torch.as_tensor(row[key]), (0, width - len(row[key])), value=value) for row in rows])
+        parts = [torch.as_tensor(row[key]) for row in rows]
+        if min(lengths) < width:
+            parts = [F.pad(part, (0, width - len(part)), value=value) for part in parts]
+        return torch.stack(parts)
 
     return {"input_ids": stacked("input_ids", pad_id), "labels": stacked("labels", IGNORED)}

@@ -151,4 +151,4 @@ def _fits(value: object, option: argparse.Action, wanted: str) -> bool:
     if option.dest in OWN_STRINGS:
         return isinstance(value, str)
     # Transformers has fields that take a string or a dictionary or a number: those it checks itself
-    return not isinstance(value, bool) and not isinstance(value, list)
+    return not isinstance(value, bool) and (not isinstance(value, list) or option.dest == "report_to")

@@ -1,16 +1,31 @@
-"""What a run shows while it goes on: metrics.jsonl, samples.jsonl, and a line a person can read."""
+"""What a run shows while it goes on: metrics.jsonl, samples.jsonl, a line a person can read; and when it must stop.
+
+docs/metrics.md has every field of metrics.jsonl with its unit and formula.
+"""
 
 import json
+import math
 import resource
+import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from rorchat.errors import DivergedError
+
+MIXTURE = "mixture/"  # how the share of a source is called in the flat logs that trackers get
+WINDOWS = 5  # log lines whose median speed gives the time left
 
 
 def peak_memory_bytes() -> int:
@@ -20,29 +35,157 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _strict(value: object) -> object:
+    """JSON has no NaN and no infinity: they become "nan", "inf" and "-inf"."""
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def append_line(path: Path, record: dict) -> None:
+    """Adds one record to a JSON lines file, strict JSON whatever its numbers are."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.write(json.dumps(_strict(record), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def mend(path: Path) -> None:
+    """Cuts off a last line that was only half written when a run was killed."""
+    if path.is_file():
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            with path.open("r+b") as file:
+                file.truncate(content.rfind(b"\n") + 1)
+
+
+def spent_before(path: Path) -> tuple[float, float]:
+    """(seconds, dollars) in the last record of a metrics file that has them; zeros where there is none."""
+    if path.is_file():
+        for line in reversed(path.read_text(encoding="utf-8").split("\n")):
+            record = json.loads(line) if line else {}
+            if "seconds" in record:
+                return record["seconds"], record.get("dollars", 0.0)
+    return 0.0, 0.0
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """What tokens a second are worth on this device.
+
+    Args:
+        flops_per_token: `rorchat.model.flops_per_token`: 6 N + 12 L d T, the head counted.
+        peak_flops: FLOP/s of all devices of the run together, in the precision of its matrix products.
+        peak: "known" from the table of devices, or "measured" on this one.
+    """
+
+    flops_per_token: float
+    peak_flops: float
+    peak: str
+
+    def mfu(self, tokens_per_second: float) -> float:
+        """Model FLOPs utilization: tokens/s x (6 N + 12 L d T) / peak FLOP/s, in 0 to 1."""
+        return tokens_per_second * self.flops_per_token / self.peak_flops
 
 
 class Metrics(TrainerCallback):
     """Writes metrics.jsonl, one line a log step, and shows the progress: a bar on a terminal, plain lines in a log.
 
+    The file only grows: a restart adds `{"event": "resumed", "step": N}`, which takes back the lines of later steps
+    (`rorchat.report.standing`). What is derived here is put into the logs before any tracker sees them (`completed`).
+
     Args:
         folder: the run's.
         count_tokens: tokens read after so many steps, over all processes.
+        mixture: the share of every source in the rows of the steps from one to another; None where it is not known.
+        price_per_hour: dollars an hour of the whole machine; 0 where nobody asked for the cost.
+        measure: gives the work of a token and the peak of the devices; called once, when training begins.
     """
 
-    def __init__(self, folder: Path, count_tokens: Callable[[int], int]):
-        self.path, self.count_tokens = folder / "metrics.jsonl", count_tokens
-        self.bar = None
+    def __init__(
+        self,
+        folder: Path,
+        count_tokens: Callable[[int], int],
+        mixture: Callable[[int, int], dict[str, float]] | None = None,
+        price_per_hour: float = 0.0,
+        measure: Callable[[], Utilization] | None = None,
+    ):
+        self.path, self.count_tokens, self.mixture = folder / "metrics.jsonl", count_tokens, mixture
+        self.price_per_hour, self.measure, self.utilization = price_per_hour, measure, None
+        self.matrix_learning_rate: float | None = None  # Muon's in the last step, told by the trainer
+        self.bar, self.started = None, None
+        self.seconds_before = self.dollars_before = self.paused = 0.0
+        self.skipped_steps = self.last_step = 0
+        self.seconds_per_step: deque[float] = deque(maxlen=WINDOWS)
+
+    # What is derived
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that is no training time: it counts in `seconds`, not in `tokens_per_second`."""
+        began = time.monotonic()
+        yield
+        self.paused += time.monotonic() - began
+
+    def spent(self) -> dict[str, float]:
+        """Seconds since the run began, over all restarts, and what they cost."""
+        here = time.monotonic() - self.started if self.started is not None else 0.0
+        spent = {"seconds": round(self.seconds_before + here, 2)}
+        if self.price_per_hour:
+            spent["dollars"] = round(self.dollars_before + here / 3600 * self.price_per_hour, 6)
+        return spent
+
+    def completed(self, logs: dict[str, float], step: int) -> dict[str, float]:
+        """The Trainer's logs of a step with what we derive, flat, as trackers want them."""
+        if "train_runtime" in logs:  # the Trainer's own summary of rows and seconds
+            return logs
+        logs = {**logs, "tokens": self.count_tokens(step)}
+        if "loss" in logs:
+            logs |= self._speed(step)
+            if self.matrix_learning_rate is not None:
+                logs["matrix_learning_rate"] = self.matrix_learning_rate
+            if self.mixture and step > self.last_step:
+                logs |= {MIXTURE + name: share for name, share in self.mixture(self.last_step, step).items()}
+            self.last_step = step
+        else:  # an evaluation: its time is no training time
+            self.paused += logs.get("eval_seconds", logs.get("eval_runtime", 0.0))
+        return logs | {"memory_bytes": peak_memory_bytes()} | self.spent()
+
+    def _speed(self, step: int) -> dict[str, float]:
+        now = time.monotonic()
+        took = max(now - self.last_time - self.paused, 1e-9)
+        self.last_time, self.paused = now, 0.0
+        self.seconds_per_step.append(took / max(1, step - self.last_step))
+        speed = (self.count_tokens(step) - self.count_tokens(self.last_step)) / took
+        found = {"tokens_per_second": round(speed)}
+        if self.utilization:
+            found["mfu"] = round(self.utilization.mfu(speed), 5)
+        if self.counts_skips:
+            found["skipped_steps"], self.skipped_steps = self.skipped_steps, 0
+        return found
+
+    # When
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.counts_skips = args.fp16
+        if self.measure and self.utilization is None:
+            self.utilization = self.measure()
+        self.untold = self.utilization
+        if state.is_world_process_zero:
+            mend(self.path)
+            self.seconds_before, self.dollars_before = spent_before(self.path)
         self.started = self.last_time = time.monotonic()
         self.last_step = state.global_step
-        self.paused = 0.0
-        if state.is_world_process_zero and sys.stderr.isatty():
+        if not state.is_world_process_zero:
+            return
+        if state.global_step:
+            append_line(self.path, {"event": "resumed", "step": state.global_step} | self.spent())
+        if sys.stderr.isatty():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if (
+            self.counts_skips
+        ):  # Accelerate's optimizer: the gradients were infinite, so the loss scale was halved instead
+            self.skipped_steps += bool(optimizer.step_was_skipped)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -51,67 +194,207 @@ class Metrics(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "train_runtime" in logs:
             return
-        record = {"step": state.global_step, "tokens": self.count_tokens(state.global_step)}
+        record = {"step": state.global_step, "tokens": logs["tokens"]}
         record |= {key: value for key, value in logs.items() if key not in ("epoch", "total_flos")}
-        now = time.monotonic()
-        if "loss" in logs:
-            read = self.count_tokens(state.global_step) - self.count_tokens(self.last_step)
-            took = now - self.last_time - self.paused
-            record["tokens_per_second"] = round(read / took)
-            self.seconds_left = took / (state.global_step - self.last_step) * (state.max_steps - state.global_step)
-            self.last_step, self.last_time, self.paused = state.global_step, now, 0.0
-        else:  # an evaluation: its time is no training time
-            self.paused += logs.get("eval_seconds", logs.get("eval_runtime", 0.0))
-        record |= {"memory_bytes": peak_memory_bytes(), "seconds": round(now - self.started, 2)}
+        shares = {key: record.pop(key) for key in [*record] if key.startswith(MIXTURE)}
+        if shares:
+            record["mixture"] = {key.removeprefix(MIXTURE): round(share, 6) for key, share in shares.items()}
+        if "mfu" in record and self.untold:
+            record |= {"peak": self.untold.peak, "peak_flops": self.untold.peak_flops}
+            record["flops_per_token"], self.untold = self.untold.flops_per_token, None
         append_line(self.path, record)
-        self._show(record, state)
-
-    def _show(self, record: dict, state) -> None:
-        parts = [f"step {record['step']}/{state.max_steps}"]
-        parts += [
-            f"{name} {record[key]:{form}}"
-            for key, name, form in (
-                ("loss", "loss", ".3f"),
-                ("eval_loss", "validation loss", ".3f"),
-                ("eval_bits_per_byte", "bits/byte", ".3f"),
-                ("rewards/accuracies", "preferred", ".2f"),
-                ("learning_rate", "lr", ".2e"),
-            )
-            if key in record
-        ]
-        if "tokens_per_second" in record:
-            parts.append(f"{record['tokens_per_second']:,} tokens/s")
-        if "loss" in record:
-            parts.append(f"{timedelta(seconds=round(self.seconds_left))} left")
-        line = "  ".join(parts)
-        if self.bar is not None:
-            self.bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)  # noqa: T201
+        self._show(record, args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """Takes the bar off the terminal."""
         if self.bar is not None:
             self.bar.close()
 
+    # What a person reads
+
+    def _show(self, record: dict, args, state) -> None:
+        parts = [f"step {record['step']}/{state.max_steps}"]
+        parts += [
+            said.format(record[key])
+            for key, said in (
+                ("loss", "loss {:.3f}"),
+                ("eval_loss", "validation loss {:.3f}"),
+                ("eval_bits_per_byte", "bits/byte {:.3f}"),
+                ("rewards/accuracies", "preferred {:.2f}"),
+                ("learning_rate", "lr {:.2e}"),
+                ("tokens_per_second", "{:,} tokens/s"),
+                ("mfu", "MFU {:.1%}"),
+            )
+            if key in record
+        ]
+        if record.get("skipped_steps"):
+            parts.append(f"{record['skipped_steps']} steps skipped (infinite gradients)")
+        if "loss" in record:
+            parts.append(self._time_left(args, state))
+        if "dollars" in record:
+            parts.append(f"${record['dollars']:.2f}")
+        if self.bar is None:
+            print("  ".join(parts), file=sys.stderr, flush=True)  # noqa: T201
+            return
+        if "loss" in record:
+            self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,} tokens/s")
+        self.bar.write("  ".join(parts), file=sys.stderr)
+
+    def _time_left(self, args, state) -> str:
+        """From the median speed of the last windows: the first one holds compilation and warm-up."""
+        seconds = statistics.median(self.seconds_per_step) * (state.max_steps - state.global_step)
+        to_come = []
+        if args.eval_strategy == IntervalStrategy.STEPS:
+            to_come.append((_multiples(state.global_step, state.max_steps, state.eval_steps), "evaluation"))
+        if args.sample_prompts and args.sample_steps:
+            to_come.append((_multiples(state.global_step, state.max_steps, args.sample_steps), "sampling"))
+        said = ", ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in to_come if count)
+        return f"{timedelta(seconds=round(seconds))} left" + (f" without {said}" if said else "")
+
+
+def _multiples(after: int, until: int, of: float) -> int:
+    return int(until // of - after // of)
+
+
+class Watch(TrainerCallback):
+    """Ends a run whose loss or gradient norm is no number: at its step, with its value and the sources of its rows.
+
+    A CPU has every value at once, so the parameters are not touched by that step. On a GPU the values of a step are
+    copied while it works and looked at when the next step is under way, so that nothing waits for them; but before a
+    step is logged, evaluated or saved its own values are looked at. Under fp16 an infinite gradient is no failure: the
+    scaler skips that step and halves its scale, which `skipped_steps` counts.
+
+    Args:
+        metrics: where the last line goes.
+
+    Raises:
+        DivergedError: from the step's callbacks, on every process that sees it. A process sees its own loss, and the
+            gradient norm of all.
+    """
+
+    def __init__(self, metrics: Metrics):
+        self.metrics = metrics
+        self.step, self.loss, self.norm = 0, 0.0, None
+        self.finite: tuple[int, float] | None = None
+        self.pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+
+    def see(self, step: int, loss: Tensor) -> None:
+        """Takes the loss of a micro-batch of a step, detached; a step's is their sum, as in the Trainer."""
+        self.step = step
+        self.loss = self.loss + (loss.item() if loss.device.type == "cpu" else loss)
+
+    def see_norm(self, norm: Tensor | float | None) -> None:
+        """Takes the norm of a step's gradients before they are clipped; None where nobody computed it."""
+        self.norm = norm
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        loss, norm = self.loss, None if args.fp16 else self.norm
+        self.loss, self.norm = 0.0, None
+        if isinstance(loss, float):
+            self._judge(self.step, loss, None if norm is None else float(norm))
+            return
+        copied = _copied(self.step, loss, norm)  # first queue this step's copy, then wait for the last step's
+        previous, self.pending = self.pending, copied
+        self._look(previous)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # DefaultFlowCallback comes before us and has decided
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            previous, self.pending = self.pending, None
+            self._look(previous)
+
+    def _look(self, copied: "tuple[int, Tensor, torch.cuda.Event | None] | None") -> None:
+        if copied is None:
+            return
+        step, values, event = copied
+        if event is not None:
+            event.synchronize()
+        loss, *norm = values.tolist()
+        self._judge(step, loss, *norm)
+
+    def _judge(self, step: int, loss: float, norm: float | None = None) -> None:
+        if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
+            self.finite = step, loss
+            return
+        metrics = self.metrics
+        metrics.close()
+        record = {"step": step, "event": "diverged", "tokens": metrics.count_tokens(step), "loss": loss}
+        if norm is not None:
+            record["grad_norm"] = norm
+        if self.finite:
+            record["last_finite_loss"] = self.finite[1]
+        shares = metrics.mixture(step - 1, step) if metrics.mixture else {}
+        if shares:
+            record["mixture"] = shares
+        # every process that sees it: they see it at once and a launcher ends all when one ends, the first one or not
+        append_line(metrics.path, record | metrics.spent())
+        raise DivergedError(self._said(step, loss, norm, shares))
+
+    def _said(self, step: int, loss: float, norm: float | None, shares: dict[str, float]) -> str:
+        what = (
+            f"The loss is {loss}" if not math.isfinite(loss) else f"The loss is {loss:.4f} but the gradient norm {norm}"
+        )
+        rows = f", whose rows are of {', '.join(name for name, share in shares.items() if share)}" if shares else ""
+        before = f"; the last finite loss was {self.finite[1]:.4f} at step {self.finite[0]}" if self.finite else ""
+        return (
+            f"{what} at step {step}{rows}{before}. Look at the rows of that step, or lower learning_rate in a new "
+            "output_dir; the same command goes on from the last checkpoint, if there is one."
+        )
+
+
+def _copied(step: int, loss: Tensor, norm: Tensor | float | None) -> "tuple[int, Tensor, torch.cuda.Event | None]":
+    """A step's values on their way to the host, and the event after which they are there."""
+    values = [loss.float()]
+    if norm is not None:
+        values.append(torch.as_tensor(norm, device=loss.device).float())
+    if loss.device.type != "cuda":
+        return step, torch.stack(values).cpu(), None
+    host = torch.empty(len(values), pin_memory=True)  # the host allocator keeps pinned blocks for the next step
+    host.copy_(torch.stack(values), non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return step, host, event
+
 
 class Samples(TrainerCallback):
-    """Writes what the model says to fixed prompts to samples.jsonl, before the first step and after the last.
+    """Writes what the model says to fixed prompts to samples.jsonl: before the first step, after the last, in between.
+
+    The first process speaks; the others wait for it in the next step.
 
     Args:
         speak: gives the model's words for each prompt, in order.
+        metrics: whose clock stands still meanwhile.
     """
 
-    def __init__(self, folder: Path, prompts: Sequence[str], speak: Callable[[Sequence[str]], list[str]]):
-        self.path, self.prompts, self.speak = folder / "samples.jsonl", list(prompts), speak
+    def __init__(
+        self, folder: Path, prompts: Sequence[str], speak: Callable[[Sequence[str]], list[str]], metrics: Metrics
+    ):
+        self.path, self.prompts, self.speak, self.metrics = folder / "samples.jsonl", list(prompts), speak, metrics
 
-    def _write(self, state) -> None:
-        if state.is_world_process_zero and self.prompts:
-            for prompt, text in zip(self.prompts, self.speak(self.prompts), strict=True):
-                append_line(self.path, {"step": state.global_step, "prompt": prompt, "text": text})
+    def _write(self, state, model) -> None:
+        if not state.is_world_process_zero or not self.prompts:
+            return
+        was_training = model.training
+        model.eval()
+        with self.metrics.pause():
+            texts = self.speak(self.prompts)
+        model.train(was_training)
+        record = {"step": state.global_step, "tokens": self.metrics.count_tokens(state.global_step)}
+        for prompt, text in zip(self.prompts, texts, strict=True):
+            append_line(self.path, record | {"prompt": prompt, "text": text})
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.is_world_process_zero:
+            mend(self.path)
         if state.global_step == 0:
-            self._write(state)
+            self._write(state, model)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self._write(state)
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if args.sample_steps and state.global_step % args.sample_steps == 0 and state.global_step < state.max_steps:
+            self._write(state, model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self._write(state, model)

@@ -1,18 +1,30 @@
-"""The training loss of a stock GPT-2 without the logits of a whole batch.
+"""The forward pass of a stock GPT-2 in training: causal attention, a fused GELU, a loss without a batch's logits.
 
 The vocabulary head is a third of the work of a small model, and its float32 logits most of the memory: 16 rows of 1,024
 tokens over 50,304 words are 3.3 GB, and Transformers holds them three times. Here the head runs on labelled positions
 only, a slice at a time, and the gradients are formed with the loss, so that a slice's logits live once.
+
+Nothing of this is saved: a model called without labels is the stock one, and so is its config.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import CausalLMOutput
 
 from rorchat.chatml import IGNORED
 
+# The stock attention under a name that Transformers builds no mask for. With its own name, GPT-2 under torch.compile
+# gets a dense mask in place of `is_causal` (transformers 5.23, masking_utils.py: packed rows cannot be ruled out while
+# tracing), which costs the flash kernel on a GPU; and without it every forward pass waits for the device to look at
+# the positions.
+CAUSAL_ATTENTION = "causal_sdpa"
+AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
 LOGITS_AT_ONCE = 2**25  # numbers, 134 MB in float32: slices are as large as that allows
 
 
@@ -45,13 +57,15 @@ class _HeadLoss(torch.autograd.Function):
                     weight_gradient.addmm_(gradient.T, part)
                 else:
                     weight_gradient += gradient.T @ part
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.gradients = (hidden_gradient, weight_gradient)
         return total
 
     @staticmethod
     def backward(ctx, scale: Tensor):
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * scale, weight_gradient * scale, None, None
+        if ctx.gradients is None:
+            raise RuntimeError("The gradients of this loss are scaled in place: it can go backward only once.")
+        (hidden_gradient, weight_gradient), ctx.gradients = ctx.gradients, None
+        return hidden_gradient.mul_(scale), weight_gradient.mul_(scale), None, None
 
 
 def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -73,19 +87,35 @@ def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return _HeadLoss.apply(hidden, weight, labels[asked], compute_dtype)
 
 
-def fuse_head(model: nn.Module) -> None:
-    """Gives a stock GPT-2 the loss above, for training only: nothing of it is saved.
+@contextlib.contextmanager
+def causal_attention(config) -> Iterator[None]:
+    """Attention that is causal and knows no padding to the left and no packing, for as long as the context lasts."""
+    stock, config._attn_implementation = config._attn_implementation, CAUSAL_ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = stock
+
+
+def fuse_head(model: nn.Module, compiled: bool = False) -> None:
+    """Gives a stock GPT-2 the loss above and causal attention, for training only.
 
     `model(labels=...)` then returns the loss without logits; without labels the model is as before.
+
+    Args:
+        compiled: run all but the head through torch.compile, for batches of one shape.
     """
     stock_forward = model.forward
+    # kept apart from the model: what is saved, generates and evaluates is not compiled
+    base = torch.compile(model.base_model, dynamic=False) if compiled else model.base_model
 
     @functools.wraps(stock_forward)
     def forward(*args, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **kwargs):
         if labels is None:
             return stock_forward(*args, **kwargs)
-        kwargs["use_cache"] = False
-        hidden = model.base_model(*args, **kwargs).last_hidden_state
+        rows_are_whole = not args and kwargs.keys() == {"input_ids"}  # else there may be a mask, or packed positions
+        with causal_attention(model.config) if rows_are_whole else contextlib.nullcontext():
+            hidden = base(*args, **kwargs, use_cache=False).last_hidden_state
         loss = head_loss(hidden, model.get_output_embeddings().weight, labels)
         items = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=loss / items)

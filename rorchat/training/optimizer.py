@@ -1,4 +1,4 @@
-"""Optimizers for stock GPT-2: AdamW, and Muon on the hidden matrices with AdamW for all else.
+"""Optimizers for stock GPT-2: AdamW, AdamW with 8-bit states, and Muon on the hidden matrices with AdamW for all else.
 
 Muon replaces each matrix's momentum by the nearest semi-orthogonal matrix (Jordan et al. 2024,
 kellerjordan.github.io/posts/muon), which learns from far fewer tokens. `torch.optim.Muon` is not used: it takes GPT-2's
@@ -13,26 +13,48 @@ import torch
 from torch import Tensor, nn
 
 ADAMW_BETAS = (0.9, 0.95)  # GPT-3, and every reproduction of GPT-2 since
+OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at 0 (Jordan et al. 2024)
 NEWTON_SCHULZ_STEPS = 5
-OPTIMIZERS = ("adamw", "muon")
 RMS_OF_ADAMW = 0.2  # scales an orthogonal update to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982)
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
     """The semi-orthogonal matrix nearest to each matrix, roughly: singular values end within 0.7 to 1.2.
 
+    A step of Newton-Schulz takes x to p(x x^T) x with p(g) = a + b g + c g^2. Where one side is much longer than the
+    other, the steps are taken on the small Gram matrix alone and x is multiplied once, in the end: the same result for
+    half of the products.
+
     Args:
         matrices: (N, A, B), any scale.
     """
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # (N, A, B) with A <= B: the smaller Gram matrix
+    steps = _newton_schulz_on_gram if 2 * x.size(-2) <= x.size(-1) else _newton_schulz
+    x = steps(x)
+    return x.mT if tall else x
+
+
+def _newton_schulz(x: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
-    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x  # (N, A, B) with A <= B: the smaller Gram matrix
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _newton_schulz_on_gram(x: Tensor) -> Tensor:
+    a, b, c = NEWTON_SCHULZ
+    gram, product = x @ x.mT, None
+    for step in range(NEWTON_SCHULZ_STEPS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor if product is None else factor @ product
+        if step + 1 < NEWTON_SCHULZ_STEPS:
+            gram = factor @ gram @ factor  # all three are polynomials of one symmetric matrix
+    return product @ x
 
 
 class Muon(torch.optim.Optimizer):
@@ -59,12 +81,16 @@ class Muon(torch.optim.Optimizer):
         self._adamw.state = self.state  # `load_state_dict` replaces it
         self._adamw.param_groups = [group for group in self.param_groups if not group["use_muon"]]
         self._adamw.step()
+        by_shape = defaultdict(list)  # over all groups: the more matrices a product takes, the better
         for group in self.param_groups:
             if group["use_muon"]:
-                self._step_muon(group)
+                for weight, update in self._updates(group):
+                    by_shape[update.shape].append((group, weight, update))
+        for entries in by_shape.values():
+            _apply(entries)
 
-    def _step_muon(self, group: dict) -> None:
-        by_shape = defaultdict(list)
+    def _updates(self, group: dict) -> Iterable[tuple[Tensor, Tensor]]:
+        """(matrix, its Nesterov momentum), with q, k and v as matrices of their own."""
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
@@ -72,19 +98,19 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-            update = parameter.grad.lerp(buffer, group["momentum"])  # Nesterov
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            for weight, part in zip(
-                parameter.chunk(group["splits"], dim=1), update.chunk(group["splits"], dim=1), strict=True
-            ):
-                by_shape[part.shape].append((weight, part))
-        for shape, pairs in by_shape.items():
-            stacked = torch.stack([part for _, part in pairs])  # (N, A, B)
-            if stacked.is_cuda and torch.cuda.get_device_capability(stacked.device)[0] >= 8:
-                stacked = stacked.bfloat16()  # below, a GPU only emulates it
-            scale = -group["lr"] * RMS_OF_ADAMW * max(shape) ** 0.5
-            for (weight, _), update in zip(pairs, orthogonalized(stacked), strict=True):
-                weight.add_(update.to(weight.dtype), alpha=scale)
+            update = parameter.grad.lerp(buffer, group["momentum"])
+            yield from zip(parameter.chunk(group["splits"], dim=1), update.chunk(group["splits"], dim=1), strict=True)
+
+
+def _apply(entries: list[tuple[dict, Tensor, Tensor]]) -> None:
+    """Decays and steps matrices of one shape, given as (group, matrix, momentum)."""
+    stacked = torch.stack([update for _, _, update in entries])  # (N, A, B)
+    if stacked.is_cuda and torch.cuda.get_device_capability(stacked.device)[0] >= 8:
+        stacked = stacked.bfloat16()  # below, a GPU only emulates it
+    scale = RMS_OF_ADAMW * max(stacked.shape[1:]) ** 0.5
+    for (group, weight, _), update in zip(entries, orthogonalized(stacked), strict=True):
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(update.to(weight.dtype), alpha=-group["lr"] * scale)
 
 
 def build_optimizer(
@@ -92,31 +118,48 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of a stock GPT-2.
 
-    Biases, norms and positions are not decayed. Under Muon the token embedding, tied to the head, belongs to AdamW too.
+    Biases, norms and positions are not decayed. Under Muon the token embedding, tied to the head, belongs to AdamW too
+    and is not decayed either.
 
     Args:
-        name: "adamw" or "muon".
+        name: "adamw", "adamw_8bit" (states of matrices in 8 bits, of embeddings in 32) or "muon".
         learning_rate: of AdamW.
-        matrix_learning_rate: of Muon; unused by "adamw".
+        matrix_learning_rate: of Muon; unused by the others.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = {n for n, p in trained.items() if p.ndim == 2 and ".h." in n and n.endswith(".weight")}
     embeddings = {n for n in trained if n.endswith("wte.weight")}
-    rest = [p for n, p in trained.items() if n not in matrices | embeddings]
 
     def of(names: set[str]) -> list[nn.Parameter]:
         return [p for n, p in trained.items() if n in names]
 
-    plain = {"lr": learning_rate, "weight_decay": 0.0}
+    rest = {"params": of(trained.keys() - matrices - embeddings), "lr": learning_rate, "weight_decay": 0.0}
+    if name == "muon":
+        fused = {n for n in matrices if n.endswith("attn.c_attn.weight")}
+        muon = {"use_muon": True, "lr": matrix_learning_rate, "weight_decay": weight_decay}
+        undecayed = rest | {"params": of(embeddings) + rest["params"], "betas": ADAMW_BETAS, "eps": 1e-8}
+        return Muon([{"params": of(fused), "splits": 3, **muon}, {"params": of(matrices - fused), **muon}, undecayed])
+    decayed = {"lr": learning_rate, "weight_decay": weight_decay}
     if name == "adamw":
-        decayed = {"params": of(matrices | embeddings), "lr": learning_rate, "weight_decay": weight_decay}
-        return torch.optim.AdamW([decayed, {"params": rest, **plain}], betas=ADAMW_BETAS, fused=True)
-    fused = {n for n in matrices if n.endswith("attn.c_attn.weight")}
-    muon = {"use_muon": True, "lr": matrix_learning_rate, "weight_decay": weight_decay}
-    return Muon(
-        [
-            {"params": of(fused), "splits": 3, **muon},
-            {"params": of(matrices - fused), **muon},
-            {"params": of(embeddings) + rest, "betas": ADAMW_BETAS, "eps": 1e-8, **plain},
-        ]
+        return torch.optim.AdamW(
+            [{"params": of(matrices | embeddings), **decayed}, rest], betas=ADAMW_BETAS, fused=True
+        )
+    return adamw_8bit(
+        [{"params": of(matrices), **decayed}, {"params": of(embeddings), "optim_bits": 32, **decayed}, rest]
     )
+
+
+def adamw_8bit(groups: list[dict]) -> torch.optim.Optimizer:
+    """AdamW of bitsandbytes with states in 8 bits, blocks of 256 (Dettmers et al. 2022, arXiv:2110.02861).
+
+    A group with `optim_bits` has its own: embeddings, whose gradients are sparse and of very unequal size, are unstable
+    in 8 bits (section 2.3 of the paper). bitsandbytes offers that through a register of ids that outlives the objects.
+    """
+    from bitsandbytes.optim import AdamW8bit
+
+    class GroupedAdamW8bit(AdamW8bit):
+        def get_config(self, gindex, pindex, group):
+            config = super().get_config(gindex, pindex, group)
+            return config | {"optim_bits": group.get("optim_bits", config["optim_bits"])}
+
+    return GroupedAdamW8bit(groups, betas=ADAMW_BETAS)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from transformers import TrainingArguments
 
 from rorchat.errors import UsageError
@@ -18,7 +19,9 @@ from rorchat.tokens.plan import Plan
 from rorchat.tokens.store import TokenStore
 from rorchat.training.arguments import DataArguments
 from rorchat.training.loss import fuse_gelu, fuse_head
+from rorchat.training.machine import can_compile
 from rorchat.training.run import TOKENS
+from rorchat.training.smoke import make_small
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 SAMPLE_TOKENS = 48
@@ -31,6 +34,9 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
     DECIDED: ClassVar[dict[str, str]] = OptimizationArguments.DECIDED | {
         "gradient_accumulation_steps": "it follows from `global_batch_tokens`",
         "num_train_epochs": "the length of pretraining is `train_tokens` or `max_steps`",
+        "torch_compile": "compiling is chosen by `compile`, which leaves out what it would only break",
+        "torch_compile_backend": "compiling is chosen by `compile`",
+        "torch_compile_mode": "compiling is chosen by `compile`",
     }
 
     tokenizer: str = field(default="gpt2", metadata={"help": "A folder or a Hub id."})
@@ -53,6 +59,13 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
     )
     train_tokens: int = field(default=0, metadata={"help": "Tokens to train on; max_steps, if given, decides instead."})
 
+    compile: bool | None = field(
+        default=None, metadata={"help": "Run the model through torch.compile; default: on a GPU that Triton serves."}
+    )
+    smoke: bool = field(
+        default=False, metadata={"help": "Three steps of the same run, model and batch small, in OUTPUT_DIR-smoke."}
+    )
+
     # Transformers' fields with other defaults
     learning_rate: float = 6e-4
     weight_decay: float = 0.1
@@ -61,6 +74,7 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     bf16: bool | None = None
+    dataloader_num_workers: int | None = field(default=None, metadata={"help": "Default: 2 on a GPU, else 0."})
     logging_steps: float = 20
     eval_strategy: str = "steps"
     eval_steps: float = field(default=0.25, metadata={"help": "Steps, or below 1 a share of them."})
@@ -88,6 +102,10 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
         for name in ("global_batch_tokens", "per_device_train_batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: give a positive number.")
+        if self.compile is None:
+            self.compile = can_compile()
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 2 if torch.cuda.is_available() else 0
         super().__post_init__()
         self.check_devices()
         per_pass = self.block_size * self.per_device_train_batch_size * self.world_size
@@ -107,6 +125,8 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
                 f"train_tokens is {self.train_tokens:,}, less than one step of {self.global_batch_tokens:,} tokens: "
                 "give train_tokens or max_steps."
             )
+        if self.smoke:
+            make_small(self)
 
 
 def stores_of(arguments: PretrainArguments, tokenizer) -> list[TokenStore]:
@@ -136,7 +156,7 @@ class PretrainTrainer(StageTrainer):
         rows = arguments.max_steps * arguments.global_batch_tokens // arguments.block_size
         plan = Plan(arguments.mixture_config, windows_of(stores, arguments.block_size), rows, arguments.block_size)
         self.mixture = Mixture(stores, plan, arguments.data_seed)
-        fuse_head(model)
+        fuse_head(model, arguments.compile)
         fuse_gelu(model)
         super().__init__(
             model=model,
@@ -152,4 +172,17 @@ class PretrainTrainer(StageTrainer):
             Path(arguments.output_dir),
             tokens_after=lambda step: step * arguments.global_batch_tokens,
             speak=lambda prompts: continue_texts(chat, prompts, min(SAMPLE_TOKENS, chat.positions // 2)),
+            mixture=self.shares,
+            row_tokens=arguments.block_size,
         )
+
+    def shares(self, first_step: int, last_step: int) -> dict[str, float]:
+        """The share of every source in the rows that were read after one step and until another one's end."""
+        plan, rows = self.mixture.plan, self.args.global_batch_tokens // self.args.block_size
+        start, end = first_step * rows, last_step * rows
+        counts = [plan.count(source, end) - plan.count(source, start) for source in range(len(plan.names))]
+        return {name: count / (end - start) for name, count in zip(plan.names, counts, strict=True)}
+
+    def _get_num_items_in_batch(self, batch_samples, device) -> int:
+        """Targets of an optimizer step, over all processes: rows are whole, so there is nothing to count."""
+        return self.args.global_batch_tokens // self.args.block_size * (self.args.block_size - 1)

@@ -2,9 +2,9 @@
 
 config.yaml     what was set; itself a valid --config
 run.json        versions, device, what went in (with sha256), results; `finished` once the model is saved
-metrics.jsonl   one line a log step
+metrics.jsonl   one line a log step, see docs/metrics.md; it only grows
 mixture.png     the share of every source from the first token to the last (pretraining)
-samples.jsonl   what the model says to fixed prompts, before and after
+samples.jsonl   what the model says to fixed prompts, before, in between and after
 checkpoint-N/   the Trainer's, when save_strategy asks for them
 model/          the result: a plain Transformers folder
 """
@@ -26,6 +26,7 @@ from rorchat.errors import DataError, MismatchError
 from rorchat.model import save_model
 from rorchat.persona import DEFAULT_PERSONA
 from rorchat.sources import local_bytes
+from rorchat.training.processes import whole_model
 
 TOKENS = "tokens"  # the folder of token stores in a run that names no other
 CHECKPOINT_FILES = (
@@ -38,7 +39,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "t
 # Settings that change neither what is computed nor what comes out: they may differ when a run goes on.
 FREE_SETTINGS = {
     "output_dir", "logging_steps", "logging_strategy", "report_to", "dataloader_num_workers", "save_steps",
-    "save_strategy", "save_total_limit", "run_name", "use_cpu",
+    "save_strategy", "save_total_limit", "run_name", "use_cpu", "sample_steps", "price_per_hour",
 }  # fmt: skip
 
 
@@ -51,13 +52,6 @@ def fingerprint(folder: str) -> dict[str, str]:
     """sha256 of the weights and the tokenizer in a local folder; a Hub id stands for itself."""
     files = [Path(folder) / name for name in ("model.safetensors", "tokenizer.json", "vocab.json", "merges.txt")]
     return {file.name: file_sha256(file) for file in files if file.is_file()} or {"id": folder}
-
-
-def keep_until(path: Path, step: int) -> None:
-    """Drops the records of later steps from a JSON lines file: a resumed run writes them again."""
-    if path.is_file():
-        kept = [line for line in path.read_text().splitlines() if line.strip() and json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
 
 
 def data_fingerprint(arguments) -> dict[str, object]:
@@ -145,9 +139,9 @@ class Run:
     def begin(self, plan: object = None) -> None:
         """Writes config.yaml and run.json; clears what an unfinished run without a checkpoint left behind."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = self.last_checkpoint()
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            keep_until(self.folder / name, int(checkpoint.rpartition("-")[2]) if checkpoint else -1)
+        if self.last_checkpoint() is None:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.arguments.given, sort_keys=True))
         self._write({"plan": plan} if plan else {})
 
@@ -205,8 +199,8 @@ class Run:
         seconds = round(time.monotonic() - started, 1)
         metrics = trainer.final_metrics() | {"train_seconds": seconds, "steps": trainer.state.global_step}
         metrics["tokens"] = trainer.tokens_after(trainer.state.global_step)
+        model = whole_model(trainer.accelerator.unwrap_model(trainer.model))  # on every process: shards are gathered
         if main:
-            model = trainer.accelerator.unwrap_model(trainer.model)
             save_model(model, trainer.processing_class, self.model_folder)
             device = str(model.device)
             self._write(

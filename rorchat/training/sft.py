@@ -168,4 +168,5 @@ class ChatTrainer(StageTrainer, SFTTrainer):
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs, start_time=None):
-        Trainer.log(self, logs, start_time)  # without TRL's entropy and accuracy, which the fused head does not form
+        # without TRL's entropy and accuracy, which the fused head does not form
+        Trainer.log(self, self.meter.completed(logs, self.state.global_step), start_time)

@@ -4,8 +4,11 @@ The loop is the Trainer's. Ours are the fused head, an exact token-weighted vali
 the optimizer, and the folder.
 """
 
+import functools
+import importlib.util
 import logging
-import os
+import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,40 +16,44 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import Trainer
+from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from rorchat.device import peak_flops
 from rorchat.errors import UsageError, did_you_mean
 from rorchat.evaluation.loss import Loss, dataset_loss
 from rorchat.inference.engine import ChatModel
+from rorchat.model import flops_per_token
 from rorchat.tokenizer import token_bytes
-from rorchat.training.callbacks import Metrics, Samples
+from rorchat.training.callbacks import Metrics, Samples, Utilization, Watch
+from rorchat.training.machine import best_precision, keep_freed_memory, use_all_cores
 from rorchat.training.optimizer import ADAMW_BETAS, OPTIMIZERS, build_optimizer
+from rorchat.training.processes import check_sharding, meet_on_cpu, whole_model
 
 COOLDOWN_SCHEDULE = "warmup_stable_decay"
+#: The trackers that are tested, and the packages any of which serves one.
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 
 
-def best_precision() -> dict[str, bool]:
-    """bf16 or fp16, whichever the device computes fast, or neither.
+def trackers(report_to: str | list[str] | None) -> list[str]:
+    """The trackers that a run reports to, from one name, several with commas, or a list; "none" is none.
 
-    bf16 from compute capability 8.0, fp16 with a loss scale below (a T4 only emulates bf16), and on a CPU bf16 where it
-    has matrix units for it (AMX), else float32.
+    Raises:
+        UsageError: a tracker that Transformers does not know, or whose package is not installed.
     """
-    if torch.cuda.is_available():
-        modern = torch.cuda.get_device_capability()[0] >= 8
-        return {"bf16": modern, "fp16": not modern}
-    return {"bf16": torch.cpu._is_amx_tile_supported(), "fp16": False}
-
-
-def use_all_cores() -> None:
-    """Takes back the single thread that `accelerate launch` gives a process on a CPU.
-
-    It sets OMP_NUM_THREADS=1 unless told otherwise (accelerate 1.15, commands/launch.py), which halves the speed of two
-    cores and says nothing. Any other number is taken as meant.
-    """
-    if os.environ.get("OMP_NUM_THREADS") == "1" and not torch.cuda.is_available():
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    names = report_to.split(",") if isinstance(report_to, str) else report_to or []
+    names = [name.strip() for name in names if name.strip() != "none"]
+    for name in names:
+        if name not in (*INTEGRATION_TO_CALLBACK, "all"):
+            known = (*TRACKERS, *(known for known in INTEGRATION_TO_CALLBACK if known not in TRACKERS))
+            raise UsageError(f"report_to: no tracker {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+        packages = TRACKERS.get(name, ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            raise UsageError(f"report_to {name} needs a package that is not installed: pip install {packages[0]}")
+    return names
 
 
 @dataclass
@@ -55,19 +62,20 @@ class OptimizationArguments:
 
     #: Settings of Transformers that would have no effect here, and why.
     DECIDED: ClassVar[dict[str, str]] = {
-        "optim": "the optimizer is chosen by `optimizer`: adamw or muon",
-        "optim_args": "the optimizer is chosen by `optimizer`: adamw or muon",
+        "optim": "the optimizer is chosen by `optimizer`: adamw, adamw_8bit or muon",
+        "optim_args": "the optimizer is chosen by `optimizer`: adamw, adamw_8bit or muon",
         "adam_beta1": f"AdamW's betas are {ADAMW_BETAS}",
         "adam_beta2": f"AdamW's betas are {ADAMW_BETAS}",
         "adam_epsilon": "AdamW's epsilon is 1e-8",
         "train_sampling_strategy": "the order of rows is the data's own, see `data_seed`",
         "remove_unused_columns": "rows hold nothing but what the model reads",
         "logging_nan_inf_filter": "a NaN is logged as one",
+        "ddp_find_unused_parameters": "every parameter is used",
         "include_num_input_tokens_seen": "tokens are counted by the data, in metrics.jsonl",
     }
 
     optimizer: str = field(
-        default="adamw", metadata={"help": "adamw, or muon on the matrices with adamw for all else."}
+        default="adamw", metadata={"help": "adamw, adamw_8bit, or muon on the matrices with adamw for all else."}
     )
     matrix_learning_rate: float = field(default=5e-3, metadata={"help": "Muon's; learning_rate is AdamW's."})
     cooldown_share: float = field(
@@ -75,6 +83,10 @@ class OptimizationArguments:
     )
     sample_prompts: list[str] = field(
         default_factory=list, metadata={"help": "Prompts whose answers go to samples.jsonl, before and after."}
+    )
+    sample_steps: int = field(default=0, metadata={"help": "Samples every so many steps as well; 0: before and after."})
+    price_per_hour: float = field(
+        default=0.0, metadata={"help": "Dollars an hour of the whole machine: shows and logs what the run has cost."}
     )
 
     def check_optimization(self) -> None:
@@ -85,6 +97,9 @@ class OptimizationArguments:
             )
         if not 0 <= self.cooldown_share <= 1:
             raise UsageError(f"cooldown_share is {self.cooldown_share}: it must lie between 0 and 1.")
+        for name in ("sample_steps", "price_per_hour"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name)}: give 0 or a positive number.")
 
     def check_devices(self) -> None:
         """Raises UsageError where one process sees several GPUs: the Trainer would split its batches among them."""
@@ -97,13 +112,22 @@ class OptimizationArguments:
     def settle(self) -> None:
         """What no stage leaves to Transformers' defaults; called before its own checks."""
         self.check_optimization()
+        self.report_to = trackers(self.report_to)
         if not self.output_dir:
             raise UsageError("No output folder: give --output_dir runs/my-run")
         if self.bf16 is None and not self.fp16:
             precision = best_precision() if not self.use_cpu else {"bf16": False, "fp16": False}
             self.bf16, self.fp16 = precision["bf16"], precision["fp16"]
+        if self.bf16 and not torch.cuda.is_available():
+            self.use_cpu = True  # else transformers 5.23 asks for a GPU that computes bf16
+        check_sharding(self)
+        meet_on_cpu()
+        self.ddp_find_unused_parameters = False  # there are none; looking for them walks the graph in each step
         use_all_cores()
+        keep_freed_memory()
         self.dataloader_pin_memory = torch.cuda.is_available()  # else torch warns at every start
+        if torch.cuda.is_available() and self.accelerator_config is None:
+            self.accelerator_config = {"non_blocking": True}  # a pinned batch is copied while the device computes
         self.train_sampling_strategy = "sequential"  # the order is the data's own
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False  # it would log NaN as 0
@@ -122,12 +146,16 @@ class StageTrainer(Trainer):
         folder: Path,
         tokens_after: Callable[[int], int],
         speak: Callable[[Sequence[str]], list[str]],
+        mixture: Callable[[int, int], dict[str, float]] | None = None,
+        row_tokens: int | None = None,
     ) -> None:
         """Attaches the logs and what evaluation needs.
 
         Args:
             tokens_after: tokens read after so many steps, over all processes.
             speak: the model's words for each sample prompt.
+            mixture: the share of every source in the rows of the steps from one to another.
+            row_tokens: tokens of every row, all of which go through the head; without it there is no MFU.
         """
         self.chat, self.tokens_after = chat, tokens_after
         # The loss shifts labels inside, so position 0 is no target; for GPT-2 transformers 5.23 counts it all the same,
@@ -136,9 +164,35 @@ class StageTrainer(Trainer):
         self.token_bytes = torch.tensor(token_bytes(chat.tokenizer))
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(Metrics(folder, tokens_after))
-        self.add_callback(Samples(folder, self.args.sample_prompts, speak))
+        measure = functools.partial(self._utilization, row_tokens) if row_tokens else None
+        self.meter = Metrics(folder, tokens_after, mixture, self.args.price_per_hour, measure)
+        self.watch = Watch(self.meter)
+        self.add_callback(self.watch)  # first: a step that diverged is not logged as any other
+        self.add_callback(self.meter)
+        self.add_callback(Samples(folder, self._prompts(), speak, self.meter))
         logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
+
+    def _utilization(self, row_tokens: int) -> Utilization:
+        precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
+        on_gpu = self.args.device.type == "cuda"
+        with torch.random.fork_rng([self.args.device] if on_gpu else []):  # a peak is measured on random numbers
+            peak, how = peak_flops(precision)
+        if on_gpu and how == "measured":
+            torch.cuda.reset_peak_memory_stats()  # the memory that the measurement held is not the run's
+        work = flops_per_token(self.model.config, self.model.config.vocab_size, row_tokens)
+        return Utilization(work, peak * self.accelerator.num_processes, how)
+
+    def _prompts(self) -> list[str]:
+        """The sample prompts; none where one process has only a part of the parameters and cannot speak alone."""
+        prompts = self.args.sample_prompts
+        if prompts and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            if self.is_world_process_zero():
+                print("no samples: the parameters are spread over the processes", file=sys.stderr)  # noqa: T201
+            return []
+        return prompts
+
+    def log(self, logs, start_time=None):
+        super().log(self.meter.completed(logs, self.state.global_step), start_time)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -157,12 +211,52 @@ class StageTrainer(Trainer):
             self.args.lr_scheduler_kwargs = {"num_decay_steps": cooldown, "decay_type": "linear", "min_lr_ratio": 0.0}
         return super().create_scheduler(num_training_steps, optimizer)
 
+    # The Trainer's own versions of the next four serve every model and device. Of a step of a small model, 8 rows of 64
+    # tokens through 2 layers, they take a quarter (scripts/bench, work "overhead"): modules are walked to set what is
+    # set, parameters to be found again, packages looked for on the disk.
+
     def floating_point_ops(self, inputs) -> int:
-        return 0  # the Trainer walks all modules for this each micro-step; tokens are what we count
+        return 0  # tokens are what we count
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self._plain or num_items_in_batch is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self.watch.see(self.state.global_step + 1, loss)
+            return loss
+        if not model.training:
+            model.train()
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        loss.backward()
+        loss = loss.detach()
+        self.watch.see(self.state.global_step + 1, loss)
+        return loss
+
+    def _clip_grad_norm(self, model):
+        if not self._plain:
+            return super()._clip_grad_norm(model)
+        return torch.nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.watch.see_norm(grad_norm)
+        return grad_norm
+
+    @functools.cached_property
+    def _plain(self) -> bool:
+        """Whether gradients are whole and unscaled: one process or DistributedDataParallel, and no fp16."""
+        kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        return self.accelerator.distributed_type in kinds and self.accelerator.scaler is None
+
+    @functools.cached_property
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def _get_learning_rate(self):
         # of AdamW's group, which is the last one: the first one's, which the Trainer takes, may be Muon's
-        return self.optimizer.param_groups[-1]["lr"]
+        groups = self.optimizer.param_groups
+        self.meter.matrix_learning_rate = next((group["lr"] for group in groups if group.get("use_muon")), None)
+        return groups[-1]["lr"]
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -172,7 +266,7 @@ class StageTrainer(Trainer):
     def validation_loss(self) -> dict[str, Loss]:
         """The loss over each validation set, every process measuring its part of the rows."""
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        model = self.accelerator.unwrap_model(self.model)
+        model = whole_model(self.accelerator.unwrap_model(self.model))
         was_training = model.training
         model.eval()
         losses = {}

@@ -1,0 +1,166 @@
+"""Records of a run -> medians with spread, ratios, shares of what the machine can do, and the Markdown of them."""
+
+import re
+from collections.abc import Sequence
+from statistics import mean, median
+
+from works import SIDES, SUBJECT, Work
+
+STEADY = 0.05  # how far a calibration may move within a work before the run says so
+
+
+def flops_per_token(work: Work, parameters: int) -> int:
+    """6N + 12LdT: N with the vocabulary head, which is the embedding, and without positions (Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B; attention is counted as if it were not causal)."""
+    layers, _, width = work.shape
+    return 6 * (parameters - work.block_size * width) + 12 * layers * width * work.block_size
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def summary_of(work: Work, runs: list[dict], proof: dict, peaks: dict[str, float]) -> dict[str, dict]:
+    """What the repeats of each side come to, by side; sides without a valid repeat have no figures.
+
+    Args:
+        runs: the records, each with `side`, `repeat` and `status`.
+        peaks: FLOP/s by precision.
+    """
+    subject = {run["repeat"]: run for run in runs if run["side"] == SUBJECT and run["status"] == "ok"}
+    found = {}
+    for side in dict.fromkeys(run["side"] for run in runs):
+        valid = [run for run in runs if run["side"] == side and run["status"] == "ok"]
+        if not valid or any(run["side"] == side and run["status"] == "invalid" for run in runs):
+            continue
+        steps = spread([median(run["step_seconds"]) for run in valid])
+        speed = spread([work.tokens_a_step / median(run["step_seconds"]) for run in valid])
+        flops = speed["median"] * flops_per_token(work, proof["parameters"])
+        found[side] = {
+            "precision": valid[0]["precision"],
+            "repeats": len(valid),
+            "tokens_per_second": speed,
+            "step_seconds": steps,
+            "mean_step_seconds": median(mean(run["step_seconds"]) for run in valid),
+            "first_step_seconds": spread([run["first_step_seconds"] for run in valid]),
+            "optimizer_seconds": spread([median(run["optimizer_seconds"]) for run in valid]),
+            "peak_memory_bytes": spread([run["peak_memory_bytes"] for run in valid]),
+            "share_of_peak": {precision: flops / peak for precision, peak in peaks.items()},
+        }
+        pairs = [(subject[run["repeat"]], run) for run in valid if run["repeat"] in subject]
+        if pairs and side != SUBJECT:
+            found[side]["speed_ratio"] = spread(
+                [median(theirs["step_seconds"]) / median(ours["step_seconds"]) for ours, theirs in pairs]
+            )
+            found[side]["memory_ratio"] = spread(
+                [ours["peak_memory_bytes"] / theirs["peak_memory_bytes"] for ours, theirs in pairs]
+            )
+    return found
+
+
+def peaks_of(calibration: dict[str, float]) -> dict[str, float]:
+    """The fastest matrix product of each precision, FLOP/s."""
+    return {name: max(value for key, value in calibration.items() if key.startswith(name)) for name in ("bf16", "fp32")}
+
+
+def moves(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """How far each figure of the calibration went, as a share, where that is more than `STEADY`."""
+    changes = {key: after[key] / before[key] - 1 for key in before}
+    return {key: change for key, change in changes.items() if abs(change) > STEADY}
+
+
+def _told(values: dict[str, float], form: str, scale: float = 1) -> str:
+    low, middle, high = (f"{values[key] / scale:{form}}" for key in ("min", "median", "max"))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def _row(side: str, found: dict) -> str:
+    ratio, memory = (f"{_told(found[key], '.2f')}" if key in found else "" for key in ("speed_ratio", "memory_ratio"))
+    cells = [
+        f"`{side}`",
+        found["precision"],
+        _told(found["tokens_per_second"], ",.0f"),
+        _told(found["step_seconds"], ".4g"),
+        _told(found["optimizer_seconds"], ".3g"),
+        _told(found["first_step_seconds"], ".3g"),
+        _told(found["peak_memory_bytes"], ".2f", 1e9),
+        " / ".join(f"{found['share_of_peak'][name]:.0%}" for name in ("bf16", "fp32")),
+        ratio,
+        memory,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+HEAD = """\
+| side | precision | tokens/s | seconds a step | of it the optimizer | first step, s | peak memory, GB | \
+share of the bf16 / fp32 peak | rorchat's speed over it | rorchat's memory over its |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def _without_figures(result: dict) -> list[str]:
+    lines = []
+    for side in dict.fromkeys(run["side"] for run in result["runs"]):
+        bad = next((r for r in result["runs"] if r["side"] == side and r["status"] != "ok"), None)
+        if bad:
+            lines.append(f"- `{side}` {bad['status']}: {bad['why'].splitlines()[0]}")
+    return lines
+
+
+def _optimizers(result: dict) -> list[str]:
+    found = result["summary"]
+    if not {SUBJECT, "rorchat-muon"} <= set(found):
+        return []
+    adamw, muon = (found[side]["optimizer_seconds"]["median"] for side in (SUBJECT, "rorchat-muon"))
+    share = (muon - adamw) / found[SUBJECT]["step_seconds"]["median"]
+    return [f"`optimizer.step()`: AdamW {adamw:.3g} s, Muon {muon:.3g} s: {share:+.1%} of a step with AdamW."]
+
+
+def calibration_told(calibration: dict) -> list[str]:
+    before = calibration["before"]
+    products = [f"{key} {value / 1e9:,.0f} GFLOP/s" for key, value in before.items() if key[:4] in ("bf16", "fp32")]
+    rest = f"memory copy {before['memory copy'] / 1e9:.1f} GB/s, Python {before['python loop'] / 1e6:.0f}M rounds/s"
+    lines = [f"Calibration: {', '.join(products)}, {rest}."]
+    if calibration["moved"]:
+        told = ", ".join(f"{key} {change:+.0%}" for key, change in calibration["moved"].items())
+        lines.append(f"**The machine was not steady**: from before to after, {told}.")
+    return lines
+
+
+def markdown(name: str, result: dict, run: dict) -> str:
+    """The section of one work: the machine, a row for each side, and what the machine could do."""
+    work, machine = result["work"], run["machine"]
+    sides = sorted(result["summary"].items(), key=lambda item: item[1]["tokens_per_second"]["median"])
+    flags = f" ({', '.join(machine['flags'])})" if machine["flags"] else ""
+    versions = ", ".join(f"{library} {version}" for library, version in machine["versions"].items())
+    processor = f"{machine['gpu']}, " if machine["gpu"] else ""
+    known = [f"- `{side}`: {SIDES[side]}" for side, _ in sides if side in SIDES]
+    lines = [
+        f"### {name}: {work['title']}",
+        "",
+        f"{run['date'][:10]}, {processor}{machine['cpu']}{flags}, {machine['threads']} threads; {versions}. "
+        f"{run['repeats']} interleaved repeats of {work['steps']} steps (behind {work['discarded']}), medians "
+        f"(lowest to highest); load {run['load']:.2f} before. `{run['command']}`",
+        "",
+        HEAD,
+        *(_row(side, found) for side, found in sides),
+        "",
+        *known,
+        *_without_figures(result),
+        "",
+        *_optimizers(result),
+        *calibration_told(result["calibration"]),
+    ]
+    return "\n".join(lines)
+
+
+def with_section(text: str, name: str, body: str) -> str:
+    """A document with the section of a work replaced; it stands between two comments.
+
+    Raises:
+        ValueError: the document has no place for it.
+    """
+    begin, end = f"<!-- bench: {name} -->", f"<!-- end of bench: {name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"no line {begin} with {end} behind it")
+    return pattern.sub(lambda _: f"{begin}\n{body}\n{end}", text, count=1)

@@ -1,0 +1,71 @@
+"""What tests/test_accelerate.py runs under torchrun: FSDP2 over gloo on CPUs, with accelerate's grouping of modules.
+
+accelerate itself shards on GPUs alone, but what it calls does not mind: so the fused head and `whole_model` meet real
+shards. Prints the greatest relative differences from one whole model, as JSON.
+"""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.tensor import DTensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from rorchat.training.loss import fuse_head
+from rorchat.training.processes import whole_model
+
+STOCK = {
+    "vocab_size": 384, "n_positions": 64, "n_layer": 2, "n_head": 2, "n_embd": 32, "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    stock = GPT2LMHeadModel(GPT2Config(**STOCK))
+    model = copy.deepcopy(stock)
+    fuse_head(model)
+    plugin = FullyShardedDataParallelPlugin(  # as recipes/accelerate/fsdp.yaml has it
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["GPT2Block"],
+        reshard_after_forward=True, state_dict_type="FULL_STATE_DICT",
+    )  # fmt: skip
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=not rank,
+        torch_device_mesh=None, device=torch.device("cpu"),
+    )  # fmt: skip
+    model = fsdp2_prepare_model(accelerator, model)
+    sharded = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+    rows = torch.randint(0, 384, (2 * world, 64), generator=torch.Generator().manual_seed(1))
+    own = rows[2 * rank : 2 * rank + 2]
+    loss = model(input_ids=own, labels=own).loss
+    loss.backward()
+    expected = stock(input_ids=rows, labels=rows).loss
+    expected.backward()
+    dist.all_reduce(loss := loss.detach().clone())
+    gradients = [
+        difference(parameter.grad.full_tensor(), other.grad)
+        for (_, parameter), (_, other) in zip(model.named_parameters(), stock.named_parameters(), strict=True)
+    ]
+    whole = whole_model(model).eval()
+    with torch.no_grad():
+        logits = difference(whole(input_ids=own).logits, stock.eval()(input_ids=own).logits)
+    if not rank:
+        found = {"loss": difference(loss / world, expected), "gradients": max(gradients), "logits": logits}
+        print(json.dumps(found | {"sharded": sharded, "parameters": len(gradients), "type": type(whole).__name__}))  # noqa: T201
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

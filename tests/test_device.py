@@ -1,0 +1,140 @@
+"""Devices: a table that can be edited, names as torch gives them, and peaks that are measured where none is known."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rorchat import device as device_module
+from rorchat.device import DEVICES, find_device, match_name, measured_bandwidth, peak_flops, read_devices, this_device
+from rorchat.errors import UsageError
+
+
+def test_every_gpu_has_what_a_plan_needs_and_no_precision_that_it_only_emulates():
+    devices = read_devices()
+    gpus = {name: device for name, device in devices.items() if name != "cpu"}
+    assert len(gpus) >= 14
+    for device in gpus.values():
+        assert device.memory_bytes >= 16e9 and device.bandwidth >= 3e11 and 0 < device.dollars_per_hour < 10
+        assert device.peak_flops["fp16"] > device.peak_flops["fp32"] > 8e12
+        assert device.torch_names
+    assert {name for name, device in gpus.items() if device.precision == "fp16"} == {"T4", "V100", "V100-32", "P100"}
+    assert devices["A100-80"].peak_flops["bf16"] == 312e12 and devices["H100"].peak_flops["bf16"] == 989e12
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("Tesla T4", "T4"),
+        ("Tesla V100-SXM2-32GB", "V100-32"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40", None),
+        ("NVIDIA A100 80GB PCIe", "A100-80"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_what_torch_calls_a_gpu_is_found_to_the_last_letter(said, name):
+    found = match_name(said, read_devices())
+    assert (found and found.name) == name
+
+
+def test_a_file_of_ones_own_adds_devices_and_replaces_those_of_the_same_name(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("T4: {memory_gb: 15, peak_tflops: {fp16: 60}}\nMine: {memory_gb: 8, dollars_per_hour: 0.1}\n")
+    assert find_device("t4", own).peak_flops == {"fp16": 60e12}
+    assert find_device("t4", own).bandwidth is None
+    assert find_device("mine", own).memory_bytes == 8e9
+    assert find_device("L4", own) == find_device("L4")
+    assert find_device("T4").memory_bytes == 16e9
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("T4: {memory: 16}", "unknown key 'memory'. Did you mean 'memory_gb'?"),
+        ("T4: {memory_gb: 0}", "T4: memory_gb is 0; expected a positive number"),
+        ("T4: {memory_gb: .nan}", "memory_gb is nan"),
+        ("T4: {memory_gb: true}", "memory_gb is True"),
+        ("T4: {peak_tflops: {int8: 130}}", "expected figures for bf16, fp16, fp32"),
+        ("T4: {peak_tflops: {fp16: -1}}", "peak_tflops.fp16 is -1"),
+        ("T4: {matmul_share: 65}", "a share is at most 1"),
+        ("T4: 16", "must hold"),
+        ("- T4", "must hold"),
+        ("T4: {", "is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, said):
+    own = tmp_path / "own.yaml"
+    own.write_text(text)
+    with pytest.raises(UsageError) as refused:
+        read_devices(own)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_unknown_device_or_file_names_what_there_is(tmp_path):
+    with pytest.raises(UsageError, match="No device 'A100'. Did you mean 'A100-[48]0'.*Known: T4, V100"):
+        find_device("A100")
+    with pytest.raises(UsageError, match="Cannot read the devices .*none.yaml: No such file"):
+        read_devices(tmp_path / "none.yaml")
+
+
+def test_the_cpu_has_this_machines_memory_unless_a_file_says_another(tmp_path):
+    assert find_device("cpu").memory_bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    own = tmp_path / "own.yaml"
+    own.write_text("cpu: {memory_gb: 4}\n")
+    assert find_device("cpu", own).memory_bytes == 4e9
+
+
+def test_on_a_cpu_the_peak_is_measured_once_and_quickly(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    peak_flops.cache_clear()
+    started = time.process_time()
+    flops, how = peak_flops("fp32")
+    assert time.process_time() - started < 3  # of CPU, over two threads
+    assert how == "measured" and 1e9 < flops < 1e14
+    monkeypatch.setattr(device_module, "_measured_flops", lambda precision: 1 / 0)
+    assert peak_flops("fp32") == (flops, "measured")
+    assert 1e8 < measured_bandwidth() < 1e13
+    with pytest.raises(UsageError, match="No precision 'tf32'"):
+        peak_flops("tf32")
+
+
+def test_a_measured_peak_is_that_of_the_best_product(monkeypatch):
+    """The figure is FLOPs by seconds: a product that is made to take a known time gives a known peak."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device_module, "_best_seconds", lambda work, where: 0.5)
+    assert device_module._measured_flops("fp32") == 2 * 2048 * 768 * 3072 / 0.5
+
+
+def test_a_gpu_of_the_table_is_known_and_another_is_measured(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    peak_flops.cache_clear()
+    assert this_device() == find_device("A100-80")
+    assert peak_flops("bf16") == (312e12, "known")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GH200 480GB")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: type("Properties", (), {"total_memory": 5})()
+    )
+    monkeypatch.setattr(device_module, "_measured_flops", lambda precision: 7e14)
+    peak_flops.cache_clear()
+    assert this_device().name == "NVIDIA GH200 480GB" and this_device().memory_bytes == 5
+    assert peak_flops("bf16") == (7e14, "measured")
+    peak_flops.cache_clear()
+
+
+def test_reading_the_table_imports_no_torch():
+    code = "import sys, rorchat.device as d; d.find_device('T4'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert DEVICES.is_file()

@@ -1,0 +1,221 @@
+"""The fast path of training computes what plain Transformers computes, and leaves a stock model behind."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from rorchat.model import build_model
+from rorchat.training.loss import CAUSAL_ATTENTION, fuse_gelu, fuse_head
+from rorchat.training.optimizer import NEWTON_SCHULZ, build_optimizer, orthogonalized
+
+
+def ready(model, compiled: bool = False):
+    model = copy.deepcopy(model)
+    fuse_head(model, compiled)
+    fuse_gelu(model)
+    return model
+
+
+def ids_of(model, rows: int = 4, length: int = 64) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def gradients(model, ids, autocast: bool = False) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.fixture(scope="module")
+def stock() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_positions=128, n_layer=3, n_head=4, n_embd=128, **quiet))
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_loss_and_gradients_are_those_of_plain_transformers_within_1e_5_in_float32(stock, compiled):
+    ids = ids_of(stock)
+    expected, found = gradients(copy.deepcopy(stock), ids), gradients(ready(stock, compiled), ids)
+    assert expected.keys() == found.keys()
+    far = {name: distance(found[name], expected[name]) for name in expected}
+    assert max(far.values()) < 1e-5, max(far, key=far.get)
+
+
+def test_in_bf16_the_fast_path_is_as_near_to_float32_as_plain_autocast_is(stock):
+    """bfloat16 has 8 bits: a rounding is 2^-9. Both round products; the bound is 2 % of a gradient's norm, and twice
+    the distance of plain autocast."""
+    ids = ids_of(stock)
+    exact = gradients(copy.deepcopy(stock), ids)
+    plain, found = gradients(copy.deepcopy(stock), ids, autocast=True), gradients(ready(stock), ids, autocast=True)
+    for name in exact:
+        far = distance(found[name], exact[name])
+        assert far < max(2 * distance(plain[name], exact[name]), 2**-9), name
+        assert far < 0.02, name
+
+
+def test_rows_of_a_batch_reach_attention_without_a_mask_and_the_config_is_stock_again(stock, monkeypatch):
+    seen = []
+
+    def spy(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
+        seen.append((attn_mask is None, is_causal))
+        return attend(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **kwargs)
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    model, ids = ready(stock), ids_of(stock)
+    model(input_ids=ids, labels=ids)
+    assert seen == [(True, True)] * model.config.n_layer
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_rows_with_a_mask_or_with_positions_keep_the_stock_attention(stock):
+    model, ids = ready(stock), ids_of(stock)
+    mask = torch.ones_like(ids)
+    mask[:, :10] = 0
+    positions = torch.arange(64).remainder(32).expand_as(ids)
+    for more in ({"attention_mask": mask}, {"position_ids": positions}):
+        # with a cache, Transformers does not look for packed rows in the positions
+        expected = copy.deepcopy(stock)(input_ids=ids, labels=ids, use_cache=False, **more).loss
+        torch.testing.assert_close(model(input_ids=ids, labels=ids, **more).loss, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_attention_is_causal_without_a_mask(stock):
+    graphs = []
+
+    def inspect(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    model, ids = copy.deepcopy(stock), ids_of(stock)
+    torch._dynamo.reset()
+    base = torch.compile(model.base_model, backend=inspect)
+    model.config._attn_implementation = CAUSAL_ATTENTION
+    base(input_ids=ids, use_cache=False)
+    calls = [
+        node for graph in graphs for node in graph.graph.nodes
+        if node.target is torch.nn.functional.scaled_dot_product_attention
+    ]  # fmt: skip
+    assert len(calls) == model.config.n_layer
+    assert all(call.kwargs.get("attn_mask") is None and call.kwargs["is_causal"] is True for call in calls)
+
+
+def test_a_loss_goes_backward_once(stock):
+    model, ids = ready(stock), ids_of(stock)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        loss.backward()
+
+
+def test_gradient_checkpointing_changes_no_gradient(stock):
+    ids = ids_of(stock)
+    expected, model = gradients(ready(stock), ids), ready(stock)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = gradients(model, ids)
+    assert max(distance(found[name], expected[name]) for name in expected) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_model_trained_with_every_lever_is_saved_as_a_stock_one(tokenizer, tmp_path):
+    from rorchat.model import save_model
+
+    born = build_model("2x2x64", tokenizer, 64)
+    plain = copy.deepcopy(born)
+    model = ready(born, compiled=True)
+    optimizer = build_optimizer(model, "muon", learning_rate=1e-3, matrix_learning_rate=1e-2, weight_decay=0.1)
+    ids = ids_of(model, length=64)
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, each in (("fast", model), ("plain", plain)):
+        save_model(each, tokenizer, tmp_path / name)
+    weights, stock_weights = (load_file(tmp_path / name / "model.safetensors") for name in ("fast", "plain"))
+    assert weights.keys() == stock_weights.keys()
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("fast", "plain")]
+    assert configs[0] == configs[1]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fast").eval()
+    assert type(loaded) is GPT2LMHeadModel
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+# The optimizers
+
+
+def reference_orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
+    """Newton-Schulz as Jordan et al. print it, one matrix at a time, in float64."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.double()
+    x = x.T if x.size(0) > x.size(1) else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if matrix.size(0) > matrix.size(1) else x
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (48, 192), (192, 48), (64, 96)])
+def test_orthogonalized_is_newton_schulz_for_every_shape(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+    for found, matrix in zip(orthogonalized(matrices), matrices, strict=True):
+        assert distance(found.double(), reference_orthogonalized(matrix)) < 1e-5
+
+
+def test_muons_update_is_the_reference_on_every_matrix_of_the_model(stock):
+    """Two steps, so that momentum counts: 0.95 of the buffer and 0.05 of the gradient, into it and out of it."""
+    model, decay, rate = copy.deepcopy(stock), 0.1, 0.01
+    optimizer = build_optimizer(model, "muon", learning_rate=0.0, matrix_learning_rate=rate, weight_decay=decay)
+    names = [name for name, p in model.named_parameters() if ".h." in name and p.ndim == 2]
+    expected = {name: p.detach().double().clone() for name, p in model.named_parameters() if name in names}
+    buffers = {name: torch.zeros_like(value) for name, value in expected.items()}
+    for step in range(2):
+        for index, (name, parameter) in enumerate(model.named_parameters()):
+            draw = torch.Generator().manual_seed(100 * step + index)
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+            if name not in names:
+                continue
+            gradient = parameter.grad.double()
+            buffers[name].lerp_(gradient, 0.05)
+            update = gradient.lerp(buffers[name], 0.95)
+            for start in range(0, update.size(1), update.size(1) // (3 if "c_attn" in name else 1)):
+                part = slice(start, start + update.size(1) // (3 if "c_attn" in name else 1))
+                size = 0.2 * math.sqrt(max(update[:, part].shape))
+                expected[name][:, part] *= 1 - rate * decay
+                expected[name][:, part] -= rate * size * reference_orthogonalized(update[:, part])
+        optimizer.step()
+    assert len(names) == 4 * model.config.n_layer
+    for name, parameter in model.named_parameters():
+        if name in names:
+            assert distance(parameter.detach().double(), expected[name]) < 1e-5, name
+
+
+def test_eight_bit_adamw_learns_nearly_as_adamw_does_and_keeps_embeddings_in_32_bits(stock):
+    ids, losses = ids_of(stock), {}
+    for name in ("adamw", "adamw_8bit"):
+        model = ready(stock)
+        optimizer = build_optimizer(model, name, learning_rate=3e-3, matrix_learning_rate=0.0, weight_decay=0.1)
+        for _ in range(20):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses[name] = loss.item()
+    assert losses["adamw_8bit"] == pytest.approx(losses["adamw"], rel=0.05)
+    states = {name: optimizer.state[p]["state1"].dtype for name, p in model.named_parameters()}
+    assert states["transformer.h.0.mlp.c_fc.weight"] == torch.uint8
+    assert states["transformer.wte.weight"] == torch.float32

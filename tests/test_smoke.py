@@ -1,0 +1,163 @@
+"""`--smoke`: every pretraining story runs three steps on a CPU, from its own YAML, and the real run is not touched."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import SENTENCES
+from test_stories import VARIABLES
+
+from rorchat.errors import UsageError
+from rorchat.training.arguments import parse
+from rorchat.training.pretrain import PretrainArguments
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def words(tokenizer, tmp_path) -> Path:
+    """A tokenizer's folder of 384 tokens, in place of GPT-2's or a story's own."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+@pytest.fixture
+def pages(tmp_path) -> Path:
+    """Two hundred documents as FineWeb-Edu has them; in place of the Hub's."""
+    rows = [{"text": f"{SENTENCES[n % 32]} Page {n}. {SENTENCES[n * 7 % 32]}", "score": 3.1} for n in range(200)]
+    (tmp_path / "pages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "pages.jsonl"
+
+
+@pytest.fixture
+def novels(tmp_path) -> Path:
+    """Four thousand sentences as BookCorpus has them, one a line; in place of the original files."""
+    folder = tmp_path / "novels"
+    folder.mkdir()
+    lines = [f"{SENTENCES[n * 5 % 24].lower().replace(chr(10), ' ')} chapter {n} ." for n in range(4000)]
+    (folder / "books_large_p1.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def smoke(story: str, output: Path, *flags: object) -> dict:
+    """run.json of a story's YAML with --smoke, run in this process; `output` is the output_dir of the real run."""
+    config = ROOT / "recipes" / story / "pretrain.yaml"
+    recipe = runpy.run_path(str(ROOT / "recipes" / "pretrain.py"))
+    recipe["main"](["--config", str(config), "--output_dir", str(output), "--smoke", *map(str, flags)])
+    assert not output.exists(), "the real run's folder was touched"
+    return json.loads((output.parent / f"{output.name}-smoke" / "run.json").read_text())
+
+
+def check(record: dict, output: Path, story: str) -> None:
+    """Three steps with the optimizer, schedule and prompts of the YAML, evaluated and sampled, and a stock model."""
+    folder = output.parent / f"{output.name}-smoke"
+    given = yaml.safe_load((ROOT / "recipes" / story / "pretrain.yaml").read_text())
+    kept = yaml.safe_load((folder / "config.yaml").read_text())
+    for name in ("optimizer", "learning_rate", "weight_decay", "mixture", "eval_steps", "sample_prompts"):
+        if name in given and not (name == "eval_steps" and given[name] > 3):
+            assert str(kept[name]) == str(given[name]) or float(kept[name]) == float(given[name])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 3 and record["metrics"]["steps"] == 3
+    assert losses[0] == pytest.approx(5.95, abs=0.15)  # ln 384: random weights over the whole vocabulary
+    assert max(line.get("learning_rate", 0) for line in lines) == pytest.approx(float(given.get("learning_rate", 6e-4)))
+    assert record["metrics"]["eval_loss"] < losses[0]
+    assert any("eval_loss" in line for line in lines)
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert {sample["prompt"] for sample in samples} == set(given["sample_prompts"])
+    model = json.loads((folder / "model" / "config.json").read_text())
+    assert (model["n_layer"], model["n_head"], model["n_embd"], model["n_positions"]) == (2, 4, 64, 64)
+    if given.get("save_strategy") == "steps":
+        assert (folder / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("story", ["fineweb-124m", "nanochat-561m"])
+def test_the_stories_on_fineweb_edu_run_three_steps(story, words, pages, tmp_path):
+    output = tmp_path / "real"
+    flags = ["--sources", f"fineweb_edu={pages}", "--tokenizer", words, "--token_store", tmp_path / "tokens"]
+    record = smoke(story, output, *flags, "--validation_share", 0.05)
+    check(record, output, story)
+    assert record["data"][0]["source"] == f"fineweb_edu={pages}"
+    assert not (tmp_path / "tokens").exists() and (tmp_path / "tokens-smoke" / "fineweb_edu").is_dir()
+
+
+def test_the_story_on_bookcorpus_runs_three_steps(words, novels, tmp_path):
+    output = tmp_path / "real"
+    flags = ["--sources", f"bookcorpus={novels}", "--tokenizer", words, "--validation_share", 0.1]
+    record = smoke("bookcorpus-51m", output, *flags)
+    check(record, output, "bookcorpus-51m")
+    assert record["data"][0]["rows_in"] == 40  # of a hundred sentences each
+
+
+@pytest.mark.parametrize("story", ["rangeflow-124m", "rorchat-124m"])
+def test_the_stories_with_mixtures_run_three_steps_on_real_data(story, words, shared_data, tmp_path, monkeypatch):
+    for name, place in VARIABLES.items():
+        monkeypatch.setenv(name, str(shared_data / place))
+    monkeypatch.setenv("PILE", str(shared_data / "pile" / "pile_sample.jsonl.zst"))
+    monkeypatch.chdir(ROOT)
+    output = tmp_path / "real"
+    place = "--model" if story == "rorchat-124m" else "--tokenizer"
+    record = smoke(story, output, place, words, "--validation_share", 0.02)
+    check(record, output, story)
+    assert len(record["data"]) == {"rangeflow-124m": 4, "rorchat-124m": 7}[story]
+
+
+@pytest.mark.parametrize("story", ["bookcorpus-51m", "nanochat-561m"])
+def test_a_story_trains_its_own_tokenizer(story, pages, novels, tmp_path):
+    recipe = runpy.run_path(str(ROOT / "recipes" / "tokenizer.py"))
+    config = ROOT / "recipes" / story / "tokenizer.yaml"
+    source = f"fineweb_edu={pages}" if story == "nanochat-561m" else f"bookcorpus={novels}"
+    flags = ["--sources", source, "--vocab_size", "448", "--output_dir", str(tmp_path / "out")]
+    assert recipe["main"](["--config", str(config), *flags])["vocab_size"] == 448
+
+
+class TestArguments:
+    """What is made smaller, and what is not."""
+
+    def arguments(self, tmp_path, *flags, smoke=True) -> PretrainArguments:
+        words = ["--sources", "tinytown=50", "--output_dir", tmp_path / "run", *flags, *(["--smoke"] if smoke else [])]
+        return parse(PretrainArguments, list(map(str, words)))
+
+    def test_accumulation_is_kept_up_to_four_micro_batches(self, tmp_path):
+        batch = ["--block_size", 1024, "--per_device_train_batch_size", 8, "--max_steps", 1000]
+        for real, small in ((1, 1), (3, 3), (64, 4)):
+            found = self.arguments(tmp_path, *batch, "--global_batch_tokens", 8192 * real)
+            assert found.gradient_accumulation_steps == small
+            assert found.global_batch_tokens == 64 * 2 * small
+
+    def test_warm_up_keeps_its_share_and_rare_events_happen(self, tmp_path):
+        flags = ["--max_steps", 1000, "--warmup_steps", 250, "--eval_steps", 500, "--logging_steps", 100]
+        found = self.arguments(tmp_path, *flags)
+        assert (found.max_steps, found.warmup_steps, found.eval_steps, found.logging_steps) == (3, 0.25, 3, 1)
+        assert self.arguments(tmp_path, "--max_steps", 1000, "--eval_steps", "0.5").eval_steps == 0.5
+
+    def test_a_batch_that_does_not_fit_is_refused_as_in_the_real_run(self, tmp_path):
+        flags = ["--max_steps", 10, "--block_size", 1000, "--global_batch_tokens", 524_288]
+        for smoke in (False, True):
+            with pytest.raises(UsageError, match="no multiple of block_size"):
+                self.arguments(tmp_path, *flags, smoke=smoke)
+
+    def test_a_store_that_the_real_run_has_prepared_is_read_and_none_is_made_for_it(self, tmp_path):
+        flags = ["--max_steps", 10, "--token_store", tmp_path / "tokens"]
+        assert self.arguments(tmp_path, *flags).token_store == str(tmp_path / "tokens-smoke")
+        (tmp_path / "tokens").mkdir()
+        assert self.arguments(tmp_path, *flags).token_store == str(tmp_path / "tokens")
+        assert self.arguments(tmp_path, "--max_steps", 10).token_store is None
+        (tmp_path / "run" / "tokens").mkdir(parents=True)
+        assert self.arguments(tmp_path, "--max_steps", 10).token_store == str(tmp_path / "run" / "tokens")
+
+    def test_its_own_config_gives_the_same_arguments_again(self, tmp_path):
+        first = self.arguments(tmp_path, "--max_steps", 1000, "--warmup_steps", 250, "--size", "124m")
+        config = tmp_path / "config.yaml"
+        config.write_text(yaml.safe_dump(first.given))
+        second = parse(PretrainArguments, ["--config", str(config)])
+        assert second.given == first.given
+        assert second.output_dir == str(tmp_path / "run-smoke")
+
+    def test_it_says_in_one_line_what_it_made_smaller(self, tmp_path, capsys):
+        self.arguments(tmp_path, "--max_steps", 1000)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("smoke:")]
+        for said in ("2x4x64", "124m", "64 tokens for 1,024", "for 524,288", "3 of them for 1,000", "run-smoke"):
+            assert said in line
