@@ -33,7 +33,8 @@ from rorchat.training.machine import best_precision, keep_freed_memory, use_all_
 from rorchat.training.optimizer import ADAMW_BETAS, OPTIMIZERS, build_optimizer
 from rorchat.training.processes import check_sharding, meet_on_cpu, whole_model
 
-COOLDOWN_SCHEDULE = "warmup_stable_decay"
+COOLDOWN_SCHEDULE, COSINE_SCHEDULE = "warmup_stable_decay", "cosine_with_min_lr"
+COSINE_FLOOR = 0.1  # of the learning rate, as GPT-3 and nanoGPT have it
 #: The trackers that are tested, and the packages any of which serves one.
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 
@@ -209,6 +210,8 @@ class StageTrainer(Trainer):
         if self.args.lr_scheduler_type == COOLDOWN_SCHEDULE and not self.args.lr_scheduler_kwargs:
             cooldown = round(self.args.cooldown_share * num_training_steps)
             self.args.lr_scheduler_kwargs = {"num_decay_steps": cooldown, "decay_type": "linear", "min_lr_ratio": 0.0}
+        elif self.args.lr_scheduler_type == COSINE_SCHEDULE and not self.args.lr_scheduler_kwargs:
+            self.args.lr_scheduler_kwargs = {"min_lr_rate": COSINE_FLOOR}
         return super().create_scheduler(num_training_steps, optimizer)
 
     # The Trainer's own versions of the next four serve every model and device. Of a step of a small model, 8 rows of 64

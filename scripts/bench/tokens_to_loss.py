@@ -1,0 +1,132 @@
+"""How many tokens, and seconds, an optimizer needs to a validation loss: one file of runs, gone on with at will.
+
+    python scripts/bench/tokens_to_loss.py ../data/corpus_prose runs/bench          # every run, hours on two cores
+    python scripts/bench/tokens_to_loss.py ../data/corpus_prose runs/bench --sides nanogpt --seeds 0
+    python scripts/bench/tokens_to_loss.py ../data/corpus_prose runs/bench --seconds
+
+4 layers x 256, a vocabulary of 4,096 trained on the same text, rows of 256 tokens, 8,192 tokens a step. The target is
+the validation loss at which nanoGPT's recipe ends after 2M tokens (AdamW 6e-4, betas 0.9 and 0.95, decay 0.1, cosine to
+a tenth). AdamW tuned is the best of a grid of learning rates and schedules, each run to the same 2M tokens. Ours is run
+with its whole schedule, cooldown included, over a share of those tokens; the smallest share whose mean loss over the
+seeds is at the target or below is its figure.
+
+Every run is `recipes/pretrain.py`, so that data, initial weights (but for Muon's projections) and evaluation are the
+same; `--seconds` adds Transformers' Trainer with its defaults, its evaluation off the clock.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+STEP_TOKENS, BLOCK_SIZE, STEPS = 8192, 256, 244  # 2.0M tokens
+ADAMW = ["--optimizer", "adamw", "--weight_decay", "0.1", "--warmup_steps", "10"]
+COSINE, COOLDOWN = ["--lr_scheduler_type", "cosine_with_min_lr"], ["--lr_scheduler_type", "warmup_stable_decay"]
+OURS = ["--optimizer", "muon", "--learning_rate", "1e-2", "--matrix_learning_rate", "1e-2", *COOLDOWN]
+GRID = [(rate, name) for name in ("cooldown", "cosine") for rate in ("1e-3", "2e-3", "4e-3")]
+SHARES = (0.1, 0.125, 0.15, 0.2, 0.25, 0.35, 1.0)
+SIDES = {
+    "nanogpt": [*ADAMW, "--learning_rate", "6e-4", *COSINE],
+    **{
+        f"adamw {rate} {name}": [*ADAMW, "--learning_rate", rate, *(COSINE if name == "cosine" else COOLDOWN)]
+        for rate, name in GRID
+    },
+    **{f"ours {share:g}": OURS for share in SHARES},
+}
+
+
+def steps_of(side: str) -> int:
+    return round(STEPS * float(side.split()[1])) if side.startswith("ours") else STEPS
+
+
+def run(side: str, seed: int, data: str, folder: Path) -> dict:
+    """One run through the recipe: its validation losses, tokens and seconds."""
+    out = folder / f"{side.replace(' ', '-')}-{seed}"
+    flags = {
+        "sources": f"prose={data}", "tokenizer": folder / "tokenizer", "size": "4x4x256", "block_size": BLOCK_SIZE,
+        "per_device_train_batch_size": 16, "global_batch_tokens": STEP_TOKENS, "max_steps": steps_of(side),
+        "seed": seed, "data_seed": seed, "token_store": folder / f"tokens-{seed}", "output_dir": out,
+        "eval_steps": 0.25, "logging_steps": 5,
+    }  # fmt: skip
+    words = [sys.executable, "recipes/pretrain.py", *(str(w) for name in flags for w in (f"--{name}", flags[name]))]
+    subprocess.run(
+        [*words, *SIDES[side]],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = json.loads((out / "run.json").read_text())["metrics"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    curve = [(line["tokens"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    training = metrics["train_seconds"] - sum(line.get("eval_seconds", 0) for line in lines)
+    return {
+        "side": side, "seed": seed, "loss": metrics["eval_loss"], "tokens": metrics["tokens"],
+        "seconds": round(training, 1), "curve": curve,
+    }  # fmt: skip
+
+
+def prepared(data: str, folder: Path) -> None:
+    words = ["--sources", f"prose={data}", "--vocab_size", "4096", "--output_dir", str(folder / "tokenizer")]
+    subprocess.run([sys.executable, "recipes/tokenizer.py", *words], cwd=ROOT, check=True)
+
+
+def told(records: list[dict]) -> None:
+    """The table of what has been run so far."""
+    losses: dict[str, list[float]] = {}
+    for record in records:
+        losses.setdefault(record["side"], []).append(record["loss"])
+    print("| side | tokens | seeds | validation loss (nats/token) | spread |\n|---|---|---|---|---|")
+    for side in [side for side in SIDES if side in losses]:
+        found = losses[side]
+        spread = f"{min(found):.3f} to {max(found):.3f}"
+        print(f"| {side} | {steps_of(side) * STEP_TOKENS:,} | {len(found)} | {statistics.mean(found):.3f} | {spread} |")
+    grid = {side: statistics.mean(found) for side, found in losses.items() if side.startswith("adamw")}
+    targets = {"nanoGPT's recipe": "nanogpt", "AdamW tuned": min(grid, key=grid.get, default="")}
+    for name, side in targets.items():
+        if side in losses:
+            target = statistics.mean(losses[side])
+            reached = [
+                s for s in SIDES if s.startswith("ours") and s in losses and statistics.mean(losses[s]) <= target
+            ]
+            least = f"{steps_of(reached[0]) / STEPS:.3f} of the tokens ({reached[0]})" if reached else "not reached"
+            print(f"\nto the loss of {name} ({side}), {target:.3f}: {least}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="a folder of prose (Parquet, JSON lines or text)")
+    parser.add_argument("folder", type=Path, help="where runs and results.jsonl go")
+    parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES), metavar="SIDE")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--seconds", metavar="SIDE", help="race this side against Transformers' Trainer with its defaults"
+    )
+    arguments = parser.parse_args()
+    data, folder = str(Path(arguments.data).resolve()), arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "tokenizer").is_dir():
+        prepared(data, folder)
+    results = folder / "results.jsonl"
+    records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    for seed in arguments.seeds:
+        for side in arguments.sides:
+            if any(record["side"] == side and record["seed"] == seed for record in records):
+                continue
+            started = time.monotonic()
+            records.append(run(side, seed, data, folder))
+            with results.open("a") as file:
+                file.write(json.dumps(records[-1]) + "\n")
+            print(
+                f"{side}, seed {seed}: {records[-1]['loss']:.4f} in {time.monotonic() - started:.0f} s", file=sys.stderr
+            )
+    told([json.loads(line) for line in results.read_text().splitlines()])
+
+
+if __name__ == "__main__":
+    main()
