@@ -35,11 +35,11 @@ def plan(
     optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit or muon.")] = "muon",
     precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the device's best.")] = None,
     kernels: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="eager; compiled (by torch.compile); manual (attention that writes its scores, as old code has)."
+            help="compiled (torch.compile, the default on a GPU), eager, or manual (attention that writes its scores)."
         ),
-    ] = "eager",
+    ] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again to save memory.")] = False,
     mfu: Annotated[
         float | None, typer.Option(help="Share of the peak that is reached, instead of the assumed speed.")

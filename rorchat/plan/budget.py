@@ -44,7 +44,7 @@ class Request:
     block_size: int = 1024
     precision: str | None = None
     optimizer: str = "muon"
-    kernels: str = "eager"
+    kernels: str | None = None
     gradient_checkpointing: bool = False
     global_batch_tokens: int | None = None
     micro_batch: int | None = None
@@ -89,7 +89,7 @@ class Request:
             vocabulary=self.vocabulary,
             block_size=self.block_size,
             optimizer=self.optimizer,
-            kernels=self.kernels,
+            kernels=self.kernels or ("eager" if self.device.is_cpu else "compiled"),  # as pretraining decides
             gradient_checkpointing=self.gradient_checkpointing,
             mfu=self.mfu,
         )
