@@ -211,7 +211,7 @@ def test_memory_falls_with_what_is_said_to_lower_it():
 
 def test_the_micro_batch_is_the_largest_divisor_that_fits():
     plan = planned("T4", size="355m", tokens=5e9)
-    assert total(plan.memory) <= 16e9 < total(memory(plan.setup, plan.shape, 2 * plan.micro_batch))
+    assert total(plan.memory) <= 0.95 * 16e9 < total(memory(plan.setup, plan.shape, 2 * plan.micro_batch))
     assert plan.micro_batch * plan.accumulation * 1024 == plan.global_batch_tokens
 
 
@@ -273,7 +273,7 @@ def test_tokens_with_a_budget_give_the_largest_model_that_can_read_them():
         ({"hours": 1, "precision": "bf16"}, "T4 has no peak for bf16"),
         ({"hours": 1, "size": "123m"}, "Did you mean '124m'?"),
         ({"hours": 1, "size": "124m", "global_batch_tokens": 100_000}, "nearest that fit are 99,328 and 100,352"),
-        ({"hours": 9, "size": "124m", "micro_batch": 128, "global_batch_tokens": 131_072}, "at most 32 does"),
+        ({"hours": 9, "size": "124m", "micro_batch": 128, "global_batch_tokens": 131_072}, "at most 16 does"),
         ({"hours": 9, "size": "124m", "micro_batch": 3, "global_batch_tokens": 131_072}, "not divide the 128 rows"),
         ({"hours": 1e-4}, "too few to train on"),
         ({"hours": 1e-3, "size": "355m"}, "too few to train on"),
@@ -285,7 +285,7 @@ def test_tokens_with_a_budget_give_the_largest_model_that_can_read_them():
         ({"hours": 1e4, "size": "1.5b"}, r"1.5b needs 26.8 GB .* T4 has 16.0 GB. Neither .* largest that fits is 774m"),
         (
             {"hours": 1e4, "size": "774m", "optimizer": "adamw"},
-            "with --optimizer adamw_8bit or with --gradient-checkpointing; as it is, the largest that fits is 33x",
+            "with --optimizer adamw_8bit; as it is, the largest that fits is 33x",
         ),
     ],
 )  # fmt: skip
@@ -299,9 +299,9 @@ def test_what_cannot_be_is_refused_in_one_line_with_what_could(wanted, said):
 
 def test_what_memory_keeps_from_being_chosen_is_said():
     plan = planned("T4", hours=20_000, optimizer="adamw")
-    assert total(plan.memory) <= 16e9
+    assert total(plan.memory) <= 0.95 * 16e9
     assert (
-        "774m does not fit into T4's memory (--optimizer adamw_8bit or --gradient-checkpointing would let it)"
+        "774m does not fit into T4's memory (--optimizer adamw_8bit would let it)"
         in plan.notes[0]
     )
 

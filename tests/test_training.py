@@ -87,7 +87,7 @@ def test_a_model_at_birth_knows_nothing(model):
     assert loss == pytest.approx(np.log(model.config.vocab_size), abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
 def test_one_batch_can_be_learned_by_heart(model, name):
     fuse_head(model)
     data = batch(model, masked=False)
@@ -137,7 +137,7 @@ def test_every_parameter_is_in_exactly_one_group_and_only_matrices_go_to_muon(mo
     assert {p.ndim for p in muon} == {2}
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
 def test_an_optimizer_goes_on_from_its_state_as_if_never_stopped(model, name):
     def steps(model, optimizer, count):
         for number in range(count):

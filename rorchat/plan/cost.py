@@ -13,6 +13,7 @@ from rorchat.model import Shape, flops_per_token, parameter_count, scaling_param
 BANDWIDTH_SHARE = 0.8  # of the data sheet's bandwidth, that elementwise kernels reach
 PARALLEL_SHARE = 0.95  # of N times one GPU's speed, with N GPUs in one machine
 OUTSIDE_STEPS = 0.1  # validation, samples and saving, as a share of the time in steps
+MEMORY_SHARE = 0.95  # of the device's that a plan fills: the driver and the allocator's gaps take the rest
 LAUNCH_SECONDS = 6e-4  # a layer forward and backward in eager mode: about a hundred kernels, 6 us each to launch
 COMPILED_TRAFFIC = 0.43  # of the eager bytes, once kernels are fused by torch.compile
 KERNELS = ("eager", "compiled", "manual")
@@ -166,7 +167,7 @@ def largest_micro_batch(setup: Setup, shape: Shape, rows: int, most: int) -> int
     if not limit:
         raise UsageError(f"{setup.device.name} has no memory_gb in the table of devices: give it with --devices.")
     for micro_batch in sorted((n for n in range(1, min(rows, max(1, most)) + 1) if rows % n == 0), reverse=True):
-        if total(memory(setup, shape, micro_batch)) <= limit:
+        if total(memory(setup, shape, micro_batch)) <= MEMORY_SHARE * limit:
             return micro_batch
     return 0
 
@@ -179,5 +180,5 @@ def what_helps(setup: Setup, shape: Shape) -> list[str]:
         "--gradient-checkpointing": {"gradient_checkpointing": True},
         "--optimizer adamw_8bit --gradient-checkpointing": {"optimizer": "adamw_8bit", "gradient_checkpointing": True},
     }
-    fitting = [name for name, new in changes.items() if total(memory(replace(setup, **new), shape, 1)) <= limit]
+    fitting = [name for name, new in changes.items() if total(memory(replace(setup, **new), shape, 1)) <= MEMORY_SHARE * limit]
     return [name for name in fitting if not any(other != name and other in name for other in fitting)]
