@@ -6,7 +6,7 @@ accelerate launch --num_processes 8 recipes/pretrain.py --config my.yaml --learn
 
 from rorchat.errors import exits_with_one_line
 from rorchat.inference.engine import model_folder
-from rorchat.model import build_model, check_fit, load_checkpoint
+from rorchat.model import build_model, check_fit, load_checkpoint, zero_projections
 from rorchat.persona import load_persona
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model = load_checkpoint(base, tokenizer, arguments.seed)
     else:
         model = build_model(arguments.size, tokenizer, arguments.block_size, arguments.seed)
+        if arguments.optimizer == "muon":
+            zero_projections(model)
     check_fit(model, tokenizer, arguments.block_size)
     stores = stores_of(arguments, tokenizer)
     trainer = PretrainTrainer(model, arguments, tokenizer, stores)

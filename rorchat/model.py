@@ -116,6 +116,16 @@ def build_model(size: str, tokenizer, positions: int, seed: int = 0) -> "GPT2LMH
     return model
 
 
+def zero_projections(model: "GPT2LMHeadModel") -> None:
+    """Lets every block of a new model begin as the identity: the output projections of attention and MLP are zero.
+
+    Under Muon, which gives an update the same size whatever the gradient's, this saves tokens (docs/LOG.md).
+    """
+    for block in model.transformer.h:
+        for projection in (block.attn.c_proj, block.mlp.c_proj):
+            projection.weight.detach().zero_()
+
+
 def load_checkpoint(name_or_path: str, tokenizer, seed: int = 0) -> "GPT2LMHeadModel":
     """A GPT-2 from a folder or the Hub, in float32 and without dropout, its embeddings grown to fit the tokenizer.
 

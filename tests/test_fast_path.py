@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rorchat.model import build_model
 from rorchat.training.loss import CAUSAL_ATTENTION, fuse_gelu, fuse_head
-from rorchat.training.optimizer import NEWTON_SCHULZ, build_optimizer, orthogonalized
+from rorchat.training.optimizer import NEWTON_SCHULZ, SAFETY, build_optimizer, orthogonalized
 
 
 def ready(model, compiled: bool = False):
@@ -158,15 +158,12 @@ def test_a_model_trained_with_every_lever_is_saved_as_a_stock_one(tokenizer, tmp
 
 
 def reference_orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
-    """Newton-Schulz as Jordan et al. print it, one matrix at a time, in float64."""
-    a, b, c = NEWTON_SCHULZ
-    x = matrix.double()
-    x = x.T if x.size(0) > x.size(1) else x
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if matrix.size(0) > matrix.size(1) else x
+    """By what it means: the singular vectors as they are, each singular value through the polynomials, in float64."""
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / (SAFETY * matrix.double().norm() + 1e-7)
+    for a, b, c in NEWTON_SCHULZ:
+        values = a * values + b * values**3 + c * values**5
+    return left @ values.diag() @ right
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (48, 192), (192, 48), (64, 96)])
@@ -174,6 +171,18 @@ def test_orthogonalized_is_newton_schulz_for_every_shape(shape):
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
     for found, matrix in zip(orthogonalized(matrices), matrices, strict=True):
         assert distance(found.double(), reference_orthogonalized(matrix)) < 1e-5
+
+
+def test_singular_values_above_a_thousandth_end_around_one_in_float32_and_in_bf16():
+    draw = torch.Generator().manual_seed(2)
+    for shape in ((64, 64), (64, 256), (256, 64)):
+        values = torch.logspace(0, -2.5, 64)
+        left, right = (torch.linalg.qr(torch.randn(size, 64, generator=draw))[0] for size in shape)
+        matrix = left @ values.diag() @ right.T
+        assert (values / matrix.norm()).min() > 1e-3
+        for dtype, low, high in ((torch.float32, 0.13, 1.87), (torch.bfloat16, 0.10, 1.95)):
+            ends = torch.linalg.svdvals(orthogonalized(matrix[None].to(dtype))[0].float())
+            assert low < ends.min() and ends.max() < high, (shape, dtype)
 
 
 def test_muons_update_is_the_reference_on_every_matrix_of_the_model(stock):

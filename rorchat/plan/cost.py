@@ -174,11 +174,11 @@ def largest_micro_batch(setup: Setup, shape: Shape, rows: int, most: int) -> int
 
 def what_helps(setup: Setup, shape: Shape) -> list[str]:
     """The options, alone or together, with which one row would fit."""
-    limit = setup.device.memory_bytes
+    limit = MEMORY_SHARE * setup.device.memory_bytes
     changes = {
         "--optimizer adamw_8bit": {"optimizer": "adamw_8bit"},
         "--gradient-checkpointing": {"gradient_checkpointing": True},
         "--optimizer adamw_8bit --gradient-checkpointing": {"optimizer": "adamw_8bit", "gradient_checkpointing": True},
     }
-    fitting = [name for name, new in changes.items() if total(memory(replace(setup, **new), shape, 1)) <= MEMORY_SHARE * limit]
+    fitting = [name for name, new in changes.items() if total(memory(replace(setup, **new), shape, 1)) <= limit]
     return [name for name in fitting if not any(other != name and other in name for other in fitting)]

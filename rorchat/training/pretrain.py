@@ -67,7 +67,9 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
     )
 
     # Transformers' fields with other defaults
-    learning_rate: float = 6e-4
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "AdamW's; default: 5e-3 beside Muon, else 1.8e-3, thrice GPT-3's."}
+    )
     weight_decay: float = 0.1
     warmup_steps: float = field(default=0.02, metadata={"help": "Steps, or below 1 a share of them."})
     lr_scheduler_type: str = "warmup_stable_decay"
@@ -102,6 +104,8 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
         for name in ("global_batch_tokens", "per_device_train_batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: give a positive number.")
+        if self.learning_rate is None:
+            self.learning_rate = 5e-3 if self.optimizer == "muon" else 1.8e-3
         if self.compile is None:
             self.compile = can_compile()
         if self.dataloader_num_workers is None:
