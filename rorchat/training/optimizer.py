@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 ADAMW_BETAS = (0.9, 0.95)  # GPT-3, and every reproduction of GPT-2 since
 OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
-# (a, b, c) of a x + b x^3 + c x^5 for each step: the polynomials nearest to 1 on what the steps before leave of [0.001, 1],
-# by Remez' exchange (Amsel et al. 2025, arXiv:2505.16932), for values a hundredth smaller, so that rounding to bf16 does
-# not leave the interval. Three of them do for training what five of one for all did (docs/LOG.md).
+# (a, b, c) of a x + b x^3 + c x^5 for each step: the polynomials nearest to 1 on what the steps before leave of
+# [0.001, 1], by Remez' exchange (Amsel et al. 2025, arXiv:2505.16932), for values a hundredth smaller, so that rounding
+# to bf16 does not leave the interval. Three of them do for training what five of one for all did (docs/LOG.md).
 SAFETY = 1.01
 NEWTON_SCHULZ = tuple(
     (a / SAFETY, b / SAFETY**3, c / SAFETY**5)

@@ -104,22 +104,31 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
         for name in ("global_batch_tokens", "per_device_train_batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: give a positive number.")
+        self._choose()
+        super().__post_init__()
+        self.check_devices()
+        self._count_steps()
+        if self.smoke:
+            make_small(self)
+
+    def _choose(self) -> None:
+        """What was left open, by the optimizer and the device."""
         if self.learning_rate is None:
             self.learning_rate = 5e-3 if self.optimizer == "muon" else 1.8e-3
         if self.compile is None:
             self.compile = can_compile()
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 2 if torch.cuda.is_available() else 0
-        super().__post_init__()
-        self.check_devices()
+
+    def _count_steps(self) -> None:
+        """Accumulation from the global batch, and steps from the tokens."""
         per_pass = self.block_size * self.per_device_train_batch_size * self.world_size
         if self.global_batch_tokens % per_pass:
+            below = max(1, self.global_batch_tokens // per_pass) * per_pass
             raise UsageError(
                 f"global_batch_tokens {self.global_batch_tokens:,} is no multiple of block_size {self.block_size} x "
                 f"per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} processes = "
-                f"{per_pass:,}: the nearest that fit are "
-                f"{max(1, self.global_batch_tokens // per_pass) * per_pass:,} and "
-                f"{(max(1, self.global_batch_tokens // per_pass) + 1) * per_pass:,}."
+                f"{per_pass:,}: the nearest that fit are {below:,} and {below + per_pass:,}."
             )
         self.gradient_accumulation_steps = self.global_batch_tokens // per_pass
         if self.max_steps <= 0:
@@ -129,8 +138,6 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
                 f"train_tokens is {self.train_tokens:,}, less than one step of {self.global_batch_tokens:,} tokens: "
                 "give train_tokens or max_steps."
             )
-        if self.smoke:
-            make_small(self)
 
 
 def stores_of(arguments: PretrainArguments, tokenizer) -> list[TokenStore]:
