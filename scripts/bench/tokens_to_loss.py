@@ -2,7 +2,7 @@
 
     python scripts/bench/tokens_to_loss.py ../data/corpus_prose runs/bench          # every run, hours on two cores
     python scripts/bench/tokens_to_loss.py ../data/corpus_prose runs/bench --sides nanogpt --seeds 0
-    python scripts/bench/tokens_to_loss.py ../data/corpus_prose runs/bench --seconds
+    python scripts/bench/tokens_to_loss.py ../data/corpus_prose runs/bench --race "ours 0.2"
 
 4 layers x 256, a vocabulary of 4,096 trained on the same text, rows of 256 tokens, 8,192 tokens a step. The target is
 the validation loss at which nanoGPT's recipe ends after 2M tokens (AdamW 6e-4, betas 0.9 and 0.95, decay 0.1, cosine to
@@ -11,7 +11,7 @@ with its whole schedule, cooldown included, over a share of those tokens; the sm
 seeds is at the target or below is its figure.
 
 Every run is `recipes/pretrain.py`, so that data, initial weights (but for Muon's projections) and evaluation are the
-same; `--seconds` adds Transformers' Trainer with its defaults, its evaluation off the clock.
+same.
 """
 
 import argparse
@@ -44,11 +44,12 @@ def steps_of(side: str) -> int:
     return round(STEPS * float(side.split()[1])) if side.startswith("ours") else STEPS
 
 
-def run(side: str, seed: int, data: str, folder: Path) -> dict:
+def run(side: str, seed: int, data: str, folder: Path, tokenizer: Path | None = None) -> dict:
     """One run through the recipe: its validation losses, tokens and seconds."""
     out = folder / f"{side.replace(' ', '-')}-{seed}"
     flags = {
-        "sources": f"prose={data}", "tokenizer": folder / "tokenizer", "size": "4x4x256", "block_size": BLOCK_SIZE,
+        "sources": f"prose={data}", "tokenizer": tokenizer or folder / "tokenizer", "size": "4x4x256",
+        "block_size": BLOCK_SIZE,
         "per_device_train_batch_size": 16, "global_batch_tokens": STEP_TOKENS, "max_steps": steps_of(side),
         "seed": seed, "data_seed": seed, "token_store": folder / f"tokens-{seed}", "output_dir": out,
         "eval_steps": 0.25, "logging_steps": 5,
@@ -69,6 +70,59 @@ def run(side: str, seed: int, data: str, folder: Path) -> dict:
         "side": side, "seed": seed, "loss": metrics["eval_loss"], "tokens": metrics["tokens"],
         "seconds": round(training, 1), "curve": curve,
     }  # fmt: skip
+
+
+def race(side: str, data: str, folder: Path, times: float) -> dict:
+    """Seconds and loss of ours, and where Transformers' Trainer with its defaults is then, and until `times` as long.
+
+    Its defaults: AdamW 5e-5 falling to 0 over three epochs of the 2M tokens, 8 rows a step, dropout 0.1, float32. It is
+    given the rows of our mixture and the weights of a stock GPT-2; its evaluations are off the clock.
+    """
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+    from rorchat.evaluation.loss import dataset_loss
+    from rorchat.tokenizer import load_tokenizer, token_bytes
+    from rorchat.tokens.batch import padded
+    from rorchat.tokens.mixture import Mixture, ValidationRows, windows_of
+    from rorchat.tokens.phases import MixtureConfig
+    from rorchat.tokens.plan import Plan
+    from rorchat.tokens.store import TokenStore
+
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    folder = folder / f"race-{int(time.time())}"
+    ours = run(side, 0, data, folder, folder.parent / "tokenizer")
+    store = TokenStore(folder / "tokens-0" / "prose", "prose")
+    rows = STEPS * STEP_TOKENS // BLOCK_SIZE
+    plan = Plan(MixtureConfig.of([f"prose={data}"], None), windows_of([store], BLOCK_SIZE), rows, BLOCK_SIZE)
+    sizes = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": BLOCK_SIZE, "vocab_size": len(tokenizer)}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    held_out, bytes_of = ValidationRows(store, BLOCK_SIZE), torch.tensor(token_bytes(tokenizer))
+    curve: list[tuple[float, float]] = []
+
+    class Clock(TrainerCallback):
+        spent, since = 0.0, 0.0
+
+        def on_train_begin(self, *_, **__):
+            self.since = time.monotonic()
+
+        def on_step_end(self, args, state, control, **__):
+            now = self.spent + time.monotonic() - self.since
+            if now < ours["seconds"] * (len(curve) + 1):
+                return
+            model.eval()
+            loss = dataset_loss(model, held_out, lambda part: padded(part, 0), bytes_of, 8).per_token
+            model.train()
+            curve.append((round(now, 1), round(loss, 4)))
+            print(f"Trainer, defaults: {loss:.4f} after {now:.0f} s", file=sys.stderr)
+            control.should_training_stop = loss <= ours["loss"] or now > times * ours["seconds"]
+            self.spent, self.since = now, time.monotonic()
+
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"), use_cpu=True, report_to="none", save_strategy="no"
+    )
+    Trainer(model, arguments, train_dataset=Mixture([store], plan, 0), callbacks=[Clock()]).train()
+    return {"ours": ours, "trainer": curve}
 
 
 def prepared(data: str, folder: Path) -> None:
@@ -104,14 +158,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where runs and results.jsonl go")
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES), metavar="SIDE")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument(
-        "--seconds", metavar="SIDE", help="race this side against Transformers' Trainer with its defaults"
-    )
+    parser.add_argument("--race", metavar="SIDE", help="race it against Transformers' Trainer with its defaults")
+    parser.add_argument("--times", type=float, default=12.5, help="how many times as long the Trainer is given")
     arguments = parser.parse_args()
     data, folder = str(Path(arguments.data).resolve()), arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokenizer").is_dir():
         prepared(data, folder)
+    if arguments.race:
+        print(json.dumps(race(arguments.race, data, folder, arguments.times)))
+        return
     results = folder / "results.jsonl"
     records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     for seed in arguments.seeds:
