@@ -14,7 +14,20 @@ from tqdm.auto import tqdm
 from rorchat.chatml import END_OF_TEXT, IGNORED, encode_conversations, encode_text
 from rorchat.errors import DataError, RorchatError, UsageError
 from rorchat.persona import Persona
-from rorchat.sources import CHECKS, Filters, Reject, Rows, Tally, available, digest, find, kinds_of, load, words_of
+from rorchat.sources import (
+    CHECKS,
+    Filters,
+    Reject,
+    Rows,
+    Tally,
+    available,
+    digest,
+    exact_digest,
+    find,
+    kinds_of,
+    load,
+    words_of,
+)
 from rorchat.tokens.encode import _byte_characters
 from rorchat.tokens.overlap import EvaluationText
 
@@ -32,6 +45,7 @@ class Checked:
     spec: str
     guessed: bool
     tally: Tally
+    evaluation: EvaluationText | None = None  # what the rows were compared with
 
 
 def spec_of(given: str, shape: str | None = None) -> tuple[str, bool]:
@@ -145,7 +159,7 @@ def check(
     fitting: list[tuple[str, dict]] = []
     for row in tqdm(rows, desc=f"check {spec}", unit=" rows", disable=None, leave=False):
         text = words_of(row)
-        mark = digest(text)[:16]
+        mark = exact_digest(row, digest(text))
         try:
             (filters or Filters()).check(text)
             if overlap is not None:
@@ -162,7 +176,7 @@ def check(
                 _check_lengths(fitting, tokenizer, max_length, reports)
                 fitting = []
     _check_lengths(fitting, tokenizer, max_length, reports)
-    return Checked(spec, guessed, rows.tally)
+    return Checked(spec, guessed, rows.tally, overlap)
 
 
 @dataclass

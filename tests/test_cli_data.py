@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import typer
 
+import rorchat
 import rorchat.cli
 from rorchat.chatml import END_OF_TEXT, encode_conversation, encode_text
 from rorchat.cli.data import _bracketed, _coloured
@@ -40,7 +41,10 @@ COMMANDS = {
     ],
     "verify": [],
     "adopt": ["--tokenizer", "--out"],
-    "plan": ["--tokenizer", "--train-tokens", "--stores", "--block-size", "--validation-share", "--out"],
+    "plan": [
+        "--tokenizer", "--train-tokens", "--stores", "--block-size", "--validation-share", "--seed", "--persona",
+        "--out",
+    ],
 }  # fmt: skip
 
 
@@ -200,6 +204,29 @@ def test_check_takes_a_shape_filters_evaluation_sets_and_a_length(saved, tmp_pat
     assert f"prompt_completion={path}: 1 of 7 rows kept" in said and "read as" not in said
     assert "over-long, first at" in said and "10,000" not in said  # by its tokens, not its 1,500 characters
     assert "1 of 7" in succeeded("check", path, "--as", "prompt_completion", "--min-characters", 1000)
+
+
+def test_check_and_prepare_tell_what_of_an_evaluation_set_is_not_compared(texts, saved, tmp_path):
+    rows = [{"question": " ".join(f"word{number}" for number in range(20))}, {"question": "too short"}]
+    evaluation = written(tmp_path, "evaluation.jsonl", rows)
+    told = f"against {evaluation}: 20 words of 1 rows\n  1 of 2 rows have no string of 13 words: not compared\n"
+    assert told in succeeded("check", texts, "--against", evaluation)
+    words = ("prepare", f"text={texts}", "--tokenizer", saved, "--out", tmp_path / "store", *SHARE)
+    assert told in rorchat_data(*words, "--against", evaluation).stderr
+    written(tmp_path, "short.jsonl", rows[1:])
+    assert "nothing would be compared" in refused(65, "check", texts, "--against", tmp_path / "short.jsonl")
+
+
+def test_a_file_whose_name_is_no_utf8_is_told(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "w") as file:
+        file.write('{"text": "a"}\n5\n')
+    done = subprocess.run(
+        [RORCHAT, "data", "check", f"text={tmp_path}"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"LC_ALL": "C.UTF-8"},
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "caf\\udce9.jsonl:2" in done.stdout
 
 
 def test_check_tells_of_licences_and_repairs(tmp_path):
@@ -479,6 +506,25 @@ def test_a_check_names_the_files_of_a_folder_that_are_not_read_and_rows_of_anoth
     assert "10 rows are of another shape than 'text'" in succeeded("check", tmp_path / "mixed.jsonl")
 
 
+def test_only_the_word_val_makes_an_array_validation(saved, tmp_path):
+    names = ("retrieval_000", "interval", "values_train", "corpus_train", "my-val-0", "val", "validation_1", "a_valid")
+    shards = shards_of(tmp_path / "shards", **dict.fromkeys(names, GOOD))
+    succeeded("adopt", shards, "--tokenizer", saved, "--out", tmp_path / "out")
+    manifest = TokenStore(tmp_path / "out").manifest
+    assert (manifest.total("train", "documents"), manifest.total("validation", "documents")) == (4, 4)
+
+
+def test_shards_are_not_adopted_where_a_store_is_being_made(saved, tmp_path):
+    from rorchat.tokens.prepare import alone
+
+    shards = shards_of(tmp_path / "shards", train=GOOD, val=GOOD)
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished" / "part-00000.json").write_text("{}")
+    with alone(tmp_path / "out"):
+        assert "another process" in refused(78, "adopt", shards, "--tokenizer", saved, "--out", tmp_path / "out")
+    assert (tmp_path / ".out.unfinished" / "part-00000.json").exists()
+
+
 def test_a_folder_that_is_there_is_never_adopted_into(saved, tmp_path):
     shards = shards_of(tmp_path / "shards", train=GOOD, val=GOOD)
     (tmp_path / "out").mkdir()
@@ -502,6 +548,18 @@ def test_plan_prints_and_draws_what_a_mixture_comes_to(texts, store, saved, tmp_
     assert (tmp_path / "stores" / "a" / "manifest.json").is_file()
     assert "--train-tokens 31 is less than one row" in refused(2, "plan", mixture, *words, "--train-tokens", 31)
     assert "PNG" in refused(2, "plan", mixture, *words, "--train-tokens", 3210, "--out", tmp_path / "plan.xyz")
+
+
+def test_plan_makes_the_stores_of_the_persona_and_the_seed_that_the_run_will_have(saved, tmp_path):
+    persona = (Path(rorchat.__file__).parent / "persona.yaml").read_text().replace("RorChat", "Zebulon")
+    written(tmp_path, "zebulon.yaml", persona)
+    mixture = written(tmp_path, "mixture.yaml", "sources: {me: persona=100}\n")
+    words = ("plan", mixture, "--tokenizer", saved, "--stores", tmp_path / "stores", "--block-size", 32, *SHARE)
+    more = ("--train-tokens", 3200, "--persona", tmp_path / "zebulon.yaml")
+    succeeded(*words, *more, "--seed", 5)
+    assert TokenStore(tmp_path / "stores" / "me").manifest.seed == 5
+    assert "what it was made of (files, persona, " in refused(78, *words, "--train-tokens", 3200, "--seed", 5)
+    assert "seed 5, now 0" in refused(78, *words, *more)
 
 
 MIXTURES = {

@@ -225,7 +225,7 @@ CONVERSATIONS = [
     ),
     (turns(("user", "R")), "no assistant turn", ""),
     (turns(), "no assistant turn", ""),
-    (exchange("A", "B'HI' + B'B'"), "duplicate", ""),  # but for case, the first
+    (exchange("A", "b'Hi' + b'b'"), "duplicate", ""),  # the first
     (exchange("S", LONG), "over-long", "no exchange fits into 96 tokens"),
     (b'{"messages": [', "not JSON", "Expecting value at line 1, column 15"),
     (b"[" * 100_000, "not JSON", "maximum recursion depth exceeded while decoding a JSON array from a unicode string"),
@@ -307,7 +307,8 @@ DOCUMENTS = [
     ({"text": "a"}, "too short", "1 characters, fewer than 2"),
     ({"text": "a b" * 100}, "over-long", "300 characters, more than 200"),
     ({"text": "It was."}, None, ""),
-    ({"text": "it  WAS."}, "duplicate", ""),
+    ({"text": "\nIt was. "}, "duplicate", ""),
+    ({"text": "it  WAS."}, None, ""),
     (b'{"text": "a", "text": "b"}', "duplicate keys", "'text'"),
 ]
 
@@ -326,7 +327,7 @@ def test_every_fault_of_a_document_is_counted_at_its_line_or_row(form, tmp_path)
     assert [(reject["place"], reject["reason"], reject["detail"]) for reject in said] == [
         (place, reason, detail) for place, (_, reason, detail) in zip(places, DOCUMENTS, strict=True) if reason
     ]
-    assert (found.tally.rows_in, found.tally.kept, len(said)) == (18, 3, 15)
+    assert (found.tally.rows_in, found.tally.kept, len(said)) == (19, 4, 15)
 
 
 PREFERENCES = [
@@ -340,7 +341,7 @@ PREFERENCES = [
     ({"prompt": "h", "chosen": None, "rejected": "No."}, "empty text", "'chosen' is null"),
     ({"prompt": "i", "chosen": LONG, "rejected": "No."}, "over-long", "no exchange fits into 96 tokens"),
     ({"prompt": "j", "chosen": "Yes.", "rejected": LONG}, "over-long", "no exchange fits into 96 tokens"),
-    ({"prompt": "A", "chosen": "yes.", "rejected": "no."}, "duplicate", ""),
+    ({"prompt": "a", "chosen": "Yes.", "rejected": "No."}, "duplicate", ""),
     (
         {"prompt": [], "chosen": exchange("k")["messages"], "rejected": exchange("l")["messages"]},
         "wrong order",

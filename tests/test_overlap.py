@@ -10,7 +10,7 @@ import pytest
 from rorchat.errors import DataError, UsageError
 from rorchat.sources import Reject, load
 from rorchat.tokens import overlap
-from rorchat.tokens.overlap import EvaluationText, words
+from rorchat.tokens.overlap import EvaluationText, digests_of, words
 
 CLEAN = "It is a far better thing that I do, than I have ever done before this day. " * 3
 
@@ -189,5 +189,88 @@ def test_an_evaluation_set_that_cannot_be_read_whole_is_an_error_of_one_line(tmp
 
 
 def test_no_evaluation_text_matches_nothing(tmp_path):
-    assert evaluation(tmp_path, {"a": "short"}).find(numbered(1, 100)) is None
+    assert evaluation(tmp_path, {"a": numbered(1, 13)}).find(numbered(2, 100)) is None
     assert EvaluationText.read([]).find(CLEAN) is None
+
+
+def test_what_cannot_be_compared_is_told_by_set(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = [{"q": numbered(1, 20)}, {"q": "too short", "a": "to compare"}, {"q": numbered(1, 12)}]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "labels.lst").write_text("1\n0\n")
+    (folder / ".hidden").write_text("")
+    evaluation(tmp_path, {"q": numbered(1, 13)}, name="whole.jsonl")
+    text = EvaluationText.read([str(folder), str(tmp_path / "whole.jsonl")])
+    assert text.told().splitlines() == [
+        f"against {folder}: 20 words of 1 rows",
+        "  2 of 3 rows have no string of 13 words: not compared",
+        "  not read: labels.lst",
+        f"against {tmp_path / 'whole.jsonl'}: 13 words of 1 rows",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "rows", "short"), [("piqa", 1838, 814), ("openbookqa", 500, 375), ("mmlu", 14327, 3289)]
+)
+def test_the_rows_of_real_sets_that_are_not_compared_are_counted(path, rows, short, shared_data):
+    (given,) = [*(shared_data / path).rglob("Main/test.jsonl")] or [shared_data / path]
+    told = EvaluationText.read([str(given)]).told()
+    assert f"  {short:,} of {rows:,} rows have no string of 13 words: not compared" in told
+
+
+def test_a_set_without_a_window_is_no_set(tmp_path):
+    with pytest.raises(DataError, match="has no string of 13 words in its 1 rows: nothing would be compared"):
+        evaluation(tmp_path, {"a": numbered(1, 12)})
+    with pytest.raises(DataError, match="has no string of 13 words"):  # another set does not make up for it
+        evaluation(tmp_path, {"a": numbered(1, 20)}, name="good.jsonl")
+        EvaluationText.read([str(tmp_path / "good.jsonl"), str(tmp_path / "test.jsonl")])
+
+
+@pytest.mark.parametrize("name", ["data.zip", "data.npy", "data.xml", "data.parquet.xz"])
+def test_a_file_of_a_set_that_nobody_can_read_is_an_error_that_names_it(name, tmp_path):
+    evaluation(tmp_path, {"a": numbered(1, 20)})
+    (tmp_path / name).write_bytes(b"questions")
+    with pytest.raises(
+        DataError, match=f"evaluation text of {tmp_path / name} cannot be read: name the files"
+    ) as failure:
+        EvaluationText.read([str(tmp_path)])
+    assert "\n" not in str(failure.value)
+
+
+def test_what_datasets_saves_to_disk_is_an_evaluation_set(tmp_path, shared_data):
+    import datasets
+
+    datasets.Dataset.from_list([{"q": numbered(1, 15)}, {"q": numbered(21, 40)}]).save_to_disk(tmp_path / "saved")
+    text = EvaluationText.read([str(tmp_path / "saved")])
+    assert text.find(numbered(22, 35)).place.endswith(".arrow, row 1")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    assert EvaluationText.read([str(file)]).find(numbered(1, 13)).place.endswith(".arrow, row 0")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
+    with pytest.raises(DataError, match=r"\.arrow cannot be read"):
+        EvaluationText.read([str(file)])
+    text = EvaluationText.read([str(shared_data / "arc")])
+    assert [len(begins) for name, begins in text.files if "ARC-Easy-validation/data-" in name] == [570]
+
+
+def test_a_cell_of_a_table_may_be_long_and_one_that_is_too_long_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "long.csv").write_text(f'"{numbered(1, 40_000)}",x\n')
+    assert EvaluationText.read([str(tmp_path / "long.csv")]).find(numbered(30_000, 30_013)) is not None
+    monkeypatch.setattr(overlap, "LONGEST_LINE", 1000)
+    with pytest.raises(DataError, match=r"long\.csv cannot be read: field larger than field limit"):
+        EvaluationText.read([str(tmp_path / "long.csv")])
+
+
+def test_an_evaluation_set_is_told_from_another_by_its_text(tmp_path):
+    evaluation(tmp_path, {"a": numbered(1, 20)})
+    given = [
+        str(tmp_path / "test.jsonl"),
+        str(tmp_path),
+        f"alpaca={tmp_path / 'test.jsonl'}",
+        str(tmp_path / "nowhere"),
+    ]
+    before = digests_of(given)
+    assert list(before) == sorted(given) and before[str(tmp_path / "nowhere")] == ""
+    evaluation(tmp_path, {"a": numbered(2, 21).replace("w21", "w1")})
+    after = digests_of(given)
+    assert [before[name] == after[name] for name in given] == [False, False, False, True]

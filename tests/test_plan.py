@@ -300,10 +300,7 @@ def test_what_cannot_be_is_refused_in_one_line_with_what_could(wanted, said):
 def test_what_memory_keeps_from_being_chosen_is_said():
     plan = planned("T4", hours=20_000, optimizer="adamw")
     assert total(plan.memory) <= 0.95 * 16e9
-    assert (
-        "774m does not fit into T4's memory (--optimizer adamw_8bit would let it)"
-        in plan.notes[0]
-    )
+    assert "774m does not fit into T4's memory (--optimizer adamw_8bit would let it)" in plan.notes[0]
 
 
 def test_several_gpus_on_a_cpu_and_a_device_without_a_price_are_refused():

@@ -519,7 +519,7 @@ def test_a_large_text_is_read_in_parts_that_begin_behind_separators_and_know_the
     monkeypatch.setattr(_parts, "SMALLEST_PART", 500)
     monkeypatch.setattr(_parts, "_BLOCK", 64)
     draw = random.Random(0)
-    stories = ["".join(draw.choices("ab \né<|", k=draw.randrange(400))) for _ in range(120)]
+    stories = ["".join(draw.choices("ab \né<|\ufeff", k=draw.randrange(400))) for _ in range(120)]
     path = written(tmp_path, "a.txt", "<|endoftext|>".join(stories) + end)
     whole = list(load(f"text={path}", "document").raw)
     pieces = parts(f"text={path}")
@@ -711,7 +711,9 @@ def test_the_digest_of_a_source_knows_a_copy_of_its_files_and_notices_another_co
     assert digest_of(f"text={copy}") == digest_before
     for name in ("a.jsonl", "b.jsonl"):
         content = (copy / name).read_bytes()
-        for changed in (content.replace(b"document", b"DOCUMENT"), content[::-1], content + b"\n", content[:-1]):
+        end = content[:-9] + b'so"}\n\n\n\n\n'
+        assert len(end) == len(content)
+        for changed in (content.replace(b"document", b"DOCUMENT"), end, content + b"\n", content[:-1]):
             (copy / name).write_bytes(changed)
             assert digest_of(f"text={copy}") != digest_before
         (copy / name).write_bytes(content)

@@ -26,6 +26,17 @@ def read(spec: str) -> tuple[list[str], Rows]:
     return kept, rows
 
 
+def test_sentences_of_bookcorpus_become_documents_of_a_hundred_from_text_files_and_from_the_hubs_rows(tmp_path):
+    sentences = [f"he said that it was {number} ." for number in range(250)]
+    (tmp_path / "books_large_p1.txt").write_text("\n".join(sentences[:130]) + "\n")
+    (tmp_path / "books_large_p2.txt").write_text("\n".join(sentences[130:]) + "\n")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in sentences))
+    for path, lengths in ((tmp_path, [100, 30, 100, 20]), (tmp_path / "train.jsonl", [100, 100, 50])):
+        texts, _ = read(f"bookcorpus={path}")
+        assert [len(text.split("\n")) for text in texts] == lengths  # a file begins a document
+        assert "\n".join(texts).split("\n") == sentences
+
+
 # (source, path under shared/data, rows in, rejects, repairs, characters kept)
 REAL = [
     ("pile", "pile", 1, {}, {}, 13_274),

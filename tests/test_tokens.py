@@ -1,8 +1,10 @@
 """TOKENS: what is stored is what was read."""
 
 import copy
+import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,8 +16,10 @@ import pytest
 import torch
 
 from rorchat.chatml import END_OF_TEXT, encode_conversation, encode_text
-from rorchat.errors import DataError, MismatchError
-from rorchat.sources import Filters, _read, in_validation, parts
+from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.persona import load_persona
+from rorchat.sources import Filters, _parts, find, in_validation, parts
+from rorchat.tokens import part
 from rorchat.tokens.batch import padded
 from rorchat.tokens.prepare import prepare
 from rorchat.tokens.store import Manifest, TokenStore, crc_of_blocks
@@ -25,9 +29,9 @@ DOCUMENTS = [
     f"Document {n}: the {'very ' * (n % 7)}small model says “naïve café 你好 🙂” {n} times.\n" for n in range(120)
 ]
 DOCUMENTS += ["  LEADING blanks and CAPITALS  ", "leading Blanks\nand capitals", "text that says <|endoftext|> itself"]
-COPIES = [DOCUMENTS[3]] * 3  # and the second of the blanks and capitals above is a copy of the first
+COPIES = [DOCUMENTS[3]] * 3  # the second of the blanks and capitals above is no copy of the first
 DOCUMENTS += COPIES
-KEPT = [text for text in DOCUMENTS[: -len(COPIES)] if text != "leading Blanks\nand capitals"]
+KEPT = DOCUMENTS[: -len(COPIES)]
 
 
 def write_documents(folder: Path, documents: list[str], name: str = "documents.jsonl") -> str:
@@ -89,7 +93,7 @@ def test_the_ids_of_a_store_are_each_document_after_an_end_of_text(store, tokeni
 def test_the_manifest_adds_up(store, tokenizer):
     manifest = store.manifest
     assert (manifest.rows_in, manifest.kept) == (len(DOCUMENTS), len(KEPT))
-    assert manifest.rejects == {"duplicate": len(COPIES) + 1}
+    assert manifest.rejects == {"duplicate": len(COPIES)}
     for split, documents in (
         ("train", [text for text in KEPT if not in_validation(text, SHARE)]),
         ("validation", [text for text in KEPT if in_validation(text, SHARE)]),
@@ -109,7 +113,7 @@ def test_the_manifest_counts_what_was_rejected(tokenizer, tmp_path):
     with open(spec.partition("=")[2], "a") as file:
         file.write('5\n{"text": " "}\n{"text": "\\ud800"}\n')
     manifest = prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE).manifest
-    duplicates = len(COPIES) + 1
+    duplicates = len(COPIES)
     assert manifest.rejects == {"wrong type": 1, "empty text": 1, "invalid Unicode": 1, "duplicate": duplicates}
     assert manifest.rows_in == manifest.kept + 3 + duplicates == len(DOCUMENTS) + 3
 
@@ -137,7 +141,7 @@ def test_a_finished_store_is_found_and_not_made_again(spec, store, tokenizer):
 @pytest.fixture
 def folder_of_parts(tmp_path, monkeypatch) -> str:
     """The documents in seven files of two formats, in parts so small that a file is read in several."""
-    monkeypatch.setattr(_read, "SMALLEST_PART", 300)
+    monkeypatch.setattr(_parts, "SMALLEST_PART", 300)
     folder = tmp_path / "parts"
     folder.mkdir()
     for number in range(7):
@@ -182,11 +186,11 @@ def test_a_preparation_killed_in_the_middle_and_run_again_gives_the_same_bytes(p
         write_documents(folder, [f"{text} {number}" for text in DOCUMENTS], f"{number:02d}.jsonl")
     script = (
         "import sys, time\n"
-        "from rorchat.sources import _read\n"
+        "from rorchat.sources import _parts\n"
         "from rorchat.tokens import part\n"
         "from rorchat.tokens.prepare import prepare\n"
         "from rorchat.tokenizer import train_tokenizer\n"
-        "_read.SMALLEST_PART = 5000\n"
+        "_parts.SMALLEST_PART = 5000\n"
         "slow = part.Job.prepare\n"
         "def prepared(*arguments):\n"
         "    time.sleep(float(sys.argv[3])); slow(*arguments)\n"
@@ -216,7 +220,7 @@ def test_finished_parts_are_not_prepared_again(folder_of_parts, tokenizer, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("rorchat.tokens.prepare._finish", interrupted)
+        patch.setattr("rorchat.tokens.prepare.finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
     monkeypatch.setattr("rorchat.tokens.part.Job.prepare", interrupted)
@@ -225,19 +229,154 @@ def test_finished_parts_are_not_prepared_again(folder_of_parts, tokenizer, tmp_p
 
 
 def test_a_store_that_another_process_is_making_is_left_to_it(spec, tokenizer, tmp_path):
-    from rorchat.tokens.prepare import _alone
+    from rorchat.tokens.prepare import alone
 
-    with _alone(tmp_path / "store"), pytest.raises(MismatchError, match="is being prepared by another process"):
+    with alone(tmp_path / "store"), pytest.raises(MismatchError, match="is being prepared by another process"):
         prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE)
     assert prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE).manifest.kept == len(KEPT)
     assert not (tmp_path / ".store.lock").exists()
+
+
+def test_a_lock_that_is_deleted_while_another_process_opens_it_lets_only_one_in(tokenizer, tmp_path, monkeypatch):
+    import fcntl
+
+    from rorchat.tokens.prepare import alone
+
+    holder = alone(tmp_path / "store")
+    holder.__enter__()
+    flock, opened = fcntl.flock, []
+
+    def late(file, operation):  # the holder is done between the opening of the file and its locking
+        opened.append(file)
+        if len(opened) == 1:
+            holder.__exit__(None, None, None)
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with alone(tmp_path / "store"):
+        with pytest.raises(MismatchError, match="another process"), alone(tmp_path / "store"):
+            pass
+        assert len(opened) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_another_process_finished_meanwhile_is_found(spec, tokenizer, tmp_path, monkeypatch):
+    from rorchat.tokens import prepare as module
+
+    alone, waited = module.alone, []
+
+    def late(folder):
+        waited.append(folder)
+        if len(waited) == 1:
+            prepare(spec, tokenizer, folder, validation_share=SHARE, workers=1)
+        return alone(folder)
+
+    monkeypatch.setattr(module, "alone", late)
+    assert prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE).manifest.kept == len(KEPT)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_part_that_was_another_piece_of_the_source_is_prepared_again(folder_of_parts, store, tokenizer, tmp_path):
+    """What is finished is told by what it was made of, not by its number."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rorchat.tokens.prepare.finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    left = tmp_path / ".again.unfinished"
+    before = len(list(left.glob("part-*.json")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_parts, "SMALLEST_PART", 2000)
+        assert 2 < len(parts(folder_of_parts)) < before
+        again = prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    assert again.manifest.rejects == {"duplicate": len(COPIES)} and again.manifest.rows_in == len(DOCUMENTS)
+    for split in ("train", "validation"):
+        assert decoded(again, split, tokenizer) == decoded(store, split, tokenizer)
+
+
+def test_a_renamed_file_loses_and_repeats_no_document_of_a_preparation_that_was_stopped(
+    tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_parts, "SMALLEST_PART", 1000)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    texts = [f"Document {number} says hello." for number in range(200)]
+    write_documents(folder, texts[:100], "a.jsonl")
+    write_documents(folder, texts[100:], "c.jsonl")
+    pieces = len(parts(f"text={folder}"))
+    whole, done = part.Job.prepare, []
+
+    def half(job, number, piece, told):
+        if len(done) == pieces // 2:
+            raise KeyboardInterrupt
+        done.append(number)
+        whole(job, number, piece, told)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(part.Job, "prepare", half)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(f"text={folder}", tokenizer, tmp_path / "store", validation_share=SHARE, workers=1)
+    assert pieces >= 4 and len(list((tmp_path / ".store.unfinished").glob("part-*.json"))) == pieces // 2
+    (folder / "a.jsonl").rename(folder / "z.jsonl")
+    store = prepare(f"text={folder}", tokenizer, tmp_path / "store", validation_share=SHARE, workers=1)
+    assert (store.manifest.kept, store.manifest.rejects) == (200, {})
+    assert set(decoded(store, "train", tokenizer) + decoded(store, "validation", tokenizer)) == set(texts)
+
+
+def test_a_kill_while_the_manifest_is_written_costs_no_finished_part(folder_of_parts, store, tokenizer, tmp_path):
+    def killed(path, *arguments, **options):
+        real(path, "", *arguments[1:], **options)  # a file is emptied before it is written
+        raise KeyboardInterrupt
+
+    real = Path.write_text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rorchat.tokens.prepare.finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        patch.setattr(part.Job, "prepare", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+        names = {file.name for file in (tmp_path / ".again.unfinished").iterdir()}
+        assert "blocks.npy" in names and "manifest.json" not in names  # so far it had come
+        patch.setattr(Path, "write_text", real)
+        again = prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    assert again.manifest.kept == len(KEPT) and again.verify() == []
+
+
+def test_a_manifest_that_the_disk_lost_is_made_again_of_the_parts(folder_of_parts, tokenizer, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rorchat.tokens.prepare._is_finished", lambda staging: False)
+        patch.setattr(Manifest, "read", interrupted)  # it is read before the parts go
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    (tmp_path / ".again.unfinished" / "manifest.json").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part.Job, "prepare", interrupted)
+        again = prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    assert again.manifest.kept == len(KEPT) and again.verify() == []
+    assert not (again.folder / "identity.json").exists() and not list(again.folder.glob("part-*"))
+
+
+def test_a_file_whose_name_is_no_utf8_is_prepared_and_its_places_are_told(tokenizer, tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    rows = "".join(json.dumps({"text": f"Document {n % 50}"}) + "\n" for n in range(60))
+    with open(os.fsencode(folder) + b"/caf\xe9.jsonl", "w") as file:
+        file.write(rows)
+    store = prepare(f"text={folder}", tokenizer, tmp_path / "store", validation_share=SHARE)
+    assert (store.manifest.rows_in, store.manifest.rejects) == (60, {"duplicate": 10})
+    assert TokenStore(store.folder).manifest == store.manifest and "jsonl:51" in capsys.readouterr().err
 
 
 def test_a_part_without_a_usable_row_changes_nothing_about_the_others(folder_of_parts, store, tokenizer, tmp_path):
     (tmp_path / "parts" / "0a.jsonl").write_text("not JSON\n" * 40)
     assert len(parts(folder_of_parts)) > 15
     mixed = prepare(folder_of_parts, tokenizer, tmp_path / "mixed", validation_share=SHARE, workers=1)
-    assert mixed.manifest.rejects == {"duplicate": len(COPIES) + 1, "not JSON": 40}
+    assert mixed.manifest.rejects == {"duplicate": len(COPIES), "not JSON": 40}
     for split in ("train", "validation"):
         assert decoded(mixed, split, tokenizer) == decoded(store, split, tokenizer)
 
@@ -245,7 +384,7 @@ def test_a_part_without_a_usable_row_changes_nothing_about_the_others(folder_of_
 def test_duplicates_are_found_across_parts_and_told_with_their_places(folder_of_parts, tokenizer, tmp_path, capsys):
     prepare(folder_of_parts, tokenizer, tmp_path / "store", validation_share=SHARE, workers=2)
     said = capsys.readouterr().err
-    assert f"{len(COPIES) + 1} rejected: duplicate, first at " in said
+    assert f"{len(COPIES)} rejected: duplicate, first at " in said
     assert f"{tmp_path / 'parts' / '6.jsonl'}:" in said
 
 
@@ -277,7 +416,7 @@ def test_filters_and_evaluation_sets_are_counted_and_belong_to_a_stores_identity
     spec = write_documents(tmp_path, documents, "all.jsonl")
     settings = {"filters": Filters(min_characters=10), "evaluation": [str(tmp_path / "test.jsonl")]}
     store = prepare(spec, tokenizer, tmp_path / "s", validation_share=SHARE, **settings)
-    assert store.manifest.rejects == {"contaminated": 1, "duplicate": len(COPIES) + 1, "too short": 1}
+    assert store.manifest.rejects == {"contaminated": 1, "duplicate": len(COPIES), "too short": 1}
     assert store.manifest.rows_in == store.manifest.kept + sum(store.manifest.rejects.values()) == len(documents)
     with pytest.raises(MismatchError, match="filters"):
         prepare(spec, tokenizer, tmp_path / "s", validation_share=SHARE)
@@ -306,10 +445,91 @@ def test_a_store_of_another_tokenizer_share_seed_or_source_is_a_mismatch(spec, s
     assert failure.value.exit_code == 78 and "\n" not in str(failure.value)
     with pytest.raises(MismatchError, match=f"validation_share {SHARE}, now 0.3"):
         prepare(spec, tokenizer, store.folder, validation_share=0.3)
-    with pytest.raises(MismatchError, match="seed 0, now 1"):
-        prepare(spec, tokenizer, store.folder, validation_share=SHARE, seed=1)
     with pytest.raises(MismatchError, match="source .*now 'tinytown=10'"):
         prepare("tinytown=10", tokenizer, store.folder, validation_share=SHARE)
+
+
+def test_a_store_is_refused_when_what_it_was_made_of_has_changed_and_found_when_not(tokenizer, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    spec = f"text={folder}"
+    write_documents(folder, DOCUMENTS)
+    (tmp_path / "test.jsonl").write_text(json.dumps({"q": "nothing of the kind " * 5}))
+    settings = {"validation_share": SHARE, "evaluation": [str(tmp_path / "test.jsonl")]}
+    made = prepare(spec, tokenizer, tmp_path / "store", **settings)
+    (folder / ".DS_Store").write_bytes(b"\0")
+    (folder / "notes.doc").write_bytes(b"\0")
+    for seed in (0, 1):  # which plays no part in files
+        assert prepare(spec, tokenizer, tmp_path / "store", seed=seed, **settings).manifest == made.manifest
+    before = (folder / "documents.jsonl").read_text()
+    (folder / "documents.jsonl").write_text(before.replace("small", "great"))
+    with pytest.raises(MismatchError, match="made of .* has changed since. Delete it") as failure:
+        prepare(spec, tokenizer, tmp_path / "store", **settings)
+    assert "\n" not in str(failure.value) and failure.value.exit_code == 78
+    (folder / "documents.jsonl").write_text(before)
+    (tmp_path / "test.jsonl").write_text(json.dumps({"q": "nothing of that kind " * 5}))
+    with pytest.raises(MismatchError, match=f"evaluation differs in {tmp_path / 'test.jsonl'}"):
+        prepare(spec, tokenizer, tmp_path / "store", **settings)
+    (tmp_path / "test.jsonl").unlink()  # what is gone has not changed
+    assert prepare(spec, tokenizer, tmp_path / "store", **settings).manifest == made.manifest
+
+
+def test_what_is_generated_belongs_to_its_seed_and_its_persona(tokenizer, tmp_path):
+    settings = {"tokenizer": tokenizer, "folder": tmp_path / "store", "validation_share": SHARE, "workers": 1}
+    prepare("persona=60", **settings)
+    prepare("persona=60", **settings, persona=load_persona())
+    with pytest.raises(MismatchError, match="seed 0, now 1"):
+        prepare("persona=60", **settings, seed=1)
+    with pytest.raises(MismatchError, match="persona"):
+        prepare("persona=60", **settings, persona=dataclasses.replace(load_persona(), name="Zebulon"))
+
+
+class HubRows(list):
+    _fingerprint = "first"
+
+
+def test_a_preparation_from_the_hub_begins_anew_where_the_dataset_moved_on_and_a_finished_store_stays(
+    tokenizer, tmp_path, monkeypatch
+):
+    rows = HubRows({"text": text} for text in DOCUMENTS)
+    monkeypatch.setattr("rorchat.sources._hub_rows", lambda name: rows)
+    monkeypatch.setattr("rorchat.sources.HUB_ROWS_PER_PART", 20)
+    settings = {"tokenizer": tokenizer, "folder": tmp_path / "store", "validation_share": SHARE, "workers": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr("rorchat.tokens.prepare.finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare("tinystories", **settings)
+    rows[:] = [{"text": f"{text} again"} for text in DOCUMENTS]
+    rows._fingerprint = "second"
+    store = prepare("tinystories", **settings)
+    assert all(text.endswith(" again") for text in decoded(store, "train", tokenizer))
+    assert store.manifest.hub_fingerprint == "second"
+    rows._fingerprint = "third"
+    assert prepare("tinystories", **settings).manifest == store.manifest
+    monkeypatch.setattr(find("tinystories"), "HUB", {"path": "roneneldan/TinyStories", "split": "validation"})
+    with pytest.raises(MismatchError, match="place on the Hub. has changed"):
+        prepare("tinystories", **settings)
+
+
+@pytest.mark.parametrize("place", ["store", "deep/store"])
+def test_no_store_is_made_inside_the_folder_that_is_read(place, tokenizer, tmp_path):
+    write_documents(tmp_path, DOCUMENTS)
+    with pytest.raises(UsageError, match="which is read: choose another place"):
+        prepare(f"text={tmp_path}", tokenizer, tmp_path / place, validation_share=SHARE)
+    assert [path.name for path in tmp_path.iterdir()] == ["documents.jsonl"]
+
+
+def test_conversations_that_differ_in_white_space_or_roles_are_all_kept(tokenizer, tmp_path):
+    pairs = [(f"Sort {n} 1 23.", f"{n} 1 23") for n in range(40)] + [
+        (f"Sort {n} 12 3.", f"{n} 12 3") for n in range(40)
+    ]
+    rows = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in pairs
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + rows[:3]))
+    store = prepare(f"messages={tmp_path / 'chat.jsonl'}", tokenizer, tmp_path / "s", validation_share=SHARE)
+    assert (store.manifest.kept, store.manifest.rejects) == (80, {"duplicate": 3})
 
 
 def test_another_system_message_does_not_disown_a_store(spec, store, tokenizer):

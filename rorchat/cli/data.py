@@ -91,12 +91,10 @@ def check(
     name = found.spec.partition("=")[0]
     if found.guessed:
         print(f"read as {name!r}; another shape with --as")
+    if found.evaluation:
+        print(found.evaluation.told())
     print(found.tally)
-    left = unread(found.spec)
-    if left:
-        print(
-            f"{len(left):,} other files of the folder are not read: {', '.join(left[:5])}{', ...' if left[5:] else ''}"
-        )
+    _tell_unread(unread(found.spec))
     strange = sum(count for reason, count in found.tally.rejects.items() if reason in OTHER_SHAPE)
     if found.guessed and strange > found.tally.rows_in / 10:
         print(f"{strange:,} rows are of another shape than {name!r}: check the files one by one")
@@ -104,6 +102,12 @@ def check(
         print(f"rejects  {rejects}")
     if not found.tally.kept:
         raise DataError(f"No row of {found.spec} can be used.")
+
+
+def _tell_unread(files: list[str]) -> None:
+    if files:
+        more = ", ..." if files[5:] else ""
+        print(f"{len(files):,} other files of the folder are not read: {', '.join(files[:5])}{more}")
 
 
 def _require_apart(source: str, rejects: Path) -> None:
@@ -234,7 +238,7 @@ def adopt(
     tokenizer: Tokenizer,
     out: Annotated[Path, typer.Option(help="Where the token store goes.")],
 ) -> None:
-    """Make a token store of shards that another project tokenized; what has 'val' in its name is validation.
+    """Make a token store of shards that another project tokenized; what has the word 'val' in its name is validation.
 
     The files are linked, not copied, where the file system allows it: leave the originals as they are.
     """
@@ -252,9 +256,12 @@ def plan(
     stores: Annotated[Path, typer.Option(help="Where the token stores are or go: `token_store` of the recipe.")],
     block_size: Annotated[int, typer.Option(help="Tokens a row.")] = 1024,
     validation_share: Annotated[float, typer.Option(help="Share of the documents held out, in (0, 1).")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of generated sources: `data_seed` of the recipe.")] = 0,
+    persona: Annotated[str | None, typer.Option(help="A persona file, for what is generated about it.")] = None,
     out: Annotated[Path | None, typer.Option(help="Draw the plan into this PNG file.")] = None,
 ) -> None:
     """What a mixture comes to: tokens and epochs of every source in every phase, with warnings, before any training."""
+    from rorchat.persona import load_persona
     from rorchat.tokenizer import load_tokenizer
     from rorchat.tokens.mixture import prepare_stores, windows_of
     from rorchat.tokens.phases import read_mixture
@@ -269,7 +276,15 @@ def plan(
     if out and out.suffix.lower() != ".png":
         raise UsageError(f"--out is {out}: it draws a PNG file, name it so.")
     loaded = load_tokenizer(tokenizer)
-    prepared = prepare_stores(config, loaded, stores, block_size, validation_share=validation_share)
+    prepared = prepare_stores(
+        config,
+        loaded,
+        stores,
+        block_size,
+        validation_share=validation_share,
+        seed=seed,
+        persona=load_persona(persona),
+    )
     planned = Plan(config, windows_of(prepared, block_size), train_tokens // block_size, block_size)
     print(planned.told())
     if out:

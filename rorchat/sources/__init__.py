@@ -10,32 +10,39 @@ A source module holds, as data and one pure function:
     RAW       some raw rows: they document the format, and are its test
     convert   raw row -> a row of its kind (`Repaired` where it had to be mended), or `Reject`
     read      optional: (place, raw row) of one of FILES, where the original files are of no common format
-    gather    optional: (place, raw row)s -> (place, raw row)s, where several rows of a file make one raw row
+    gather    optional: (place, raw row)s -> (place, raw row)s, where several rows make one raw row, from file to file
+    RESTARTS_PER_FILE  optional, with `gather`: True where it begins anew with every file, so that files may be read
+              apart, by several processes
+    BESIDE    optional, with `read`: glob patterns of files beside those of FILES from which `read` takes something
 
-Generated sources (tinytown, persona) have `generate(kind, amount, seed, persona)` instead. To add a dataset, see
+Generated sources (tinytown, persona) have `generate(kind, amount, seed, persona)` instead; ABOUT_PERSONA where the
+persona has a say in what they give. To add a dataset, see
 docs/add_a_dataset.md.
 """
 
 import hashlib
 import importlib
+import json
 import pkgutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
 from rorchat.errors import DataError, RemoteError, UsageError, did_you_mean
-from rorchat.persona import Persona
+from rorchat.persona import Persona, load_persona
 from rorchat.sources._filters import Filters
-from rorchat.sources._read import Stretch, files_of, parts_of
+from rorchat.sources._parts import digest_of_files, files_of, hidden, parts_of
+from rorchat.sources._read import Stretch
 from rorchat.sources._rows import CHECKS, KINDS, ROLES, Reject, Repaired, check_messages, words_of
 
 __all__ = [
     "CHECKS", "KINDS", "LOSS", "ROLES", "Filters", "Part", "Reject", "Repaired", "Rows", "Tally",
-    "available", "check_messages", "digest", "find", "held_out", "in_validation", "kinds_of",
-    "load", "local_bytes", "parts", "restriction", "texts", "unread", "words_of",
+    "available", "check_messages", "digest", "digest_of", "exact_digest", "find", "held_out", "hub_fingerprint",
+    "in_validation", "kinds_of", "load", "parts", "restriction", "texts", "unread", "words_of",
 ]  # fmt: skip
 
 PLACES_KEPT = 3  # how many places of each reject reason are shown
@@ -141,7 +148,12 @@ class Tally:
         lines += [f"  {count:,} of them repaired: {repair}" for repair, count in self.repairs.items()]
         for reason, count in sorted(self.rejects.items(), key=lambda item: -item[1]):
             lines.append(f"  {count:,} rejected: {reason}, first at {'; '.join(self.places[reason])}")
-        return "\n".join(lines)
+        return _printable("\n".join(lines))
+
+
+def _printable(text: str) -> str:
+    """A text as a terminal can take it: the name of a file may be no UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 @dataclass
@@ -206,6 +218,10 @@ class Part:
     stretches: tuple[Stretch, ...] = ()
     rows: tuple[int, int] | None = None
 
+    def record(self) -> list:
+        """Which piece it is, as JSON has it: to tell whether something was made of this one."""
+        return [[str(s.path), s.start, s.stop, s.bytes] for s in self.stretches] or list(self.rows or ())
+
 
 def load(spec: str, kind: str, *, seed: int = 0, persona: Persona | None = None, part: Part | None = None) -> Rows:
     """The rows of one source, read lazily.
@@ -233,13 +249,20 @@ def load(spec: str, kind: str, *, seed: int = 0, persona: Persona | None = None,
     elif where:
         stretches = part.stretches if part else [Stretch(file) for file in _files(module, where)]
         read = getattr(module, "read", None)
-        raw = chain.from_iterable(read(stretch.path) if read else stretch for stretch in stretches)
+        raw = _gathered(module, (read(stretch.path) if read else stretch for stretch in stretches))
     else:
         rows = _hub_rows(name)
         start, stop = part.rows if part else (0, len(rows))
-        raw = ((f"{module.HUB['path']}, row {number}", rows[number]) for number in range(start, stop))
+        raw = _gathered(module, [((f"{module.HUB['path']}, row {n}", rows[n]) for n in range(start, stop))])
+    return Rows(spec, kind, module, raw, Tally(spec), whole=part is None)
+
+
+def _gathered(module: ModuleType, files: Iterable[Iterable[tuple[str, object]]]) -> Iterator[tuple[str, object]]:
+    """The rows of files one after the other, those that belong together in one."""
     gather = getattr(module, "gather", iter)
-    return Rows(spec, kind, module, gather(raw), Tally(spec), whole=part is None)
+    if getattr(module, "RESTARTS_PER_FILE", False):
+        return chain.from_iterable(map(gather, files))
+    return gather(chain.from_iterable(files))
 
 
 def _files(module: ModuleType, where: str) -> list[Path]:
@@ -249,7 +272,8 @@ def _files(module: ModuleType, where: str) -> list[Path]:
 def parts(spec: str) -> list[Part]:
     """A source in parts that several processes can read, in the order of its rows; their bounds depend on the data.
 
-    A generated source is one part, and so is a dataset of the Hub whose rows belong together (`gather`).
+    A generated source is one part, and so is one whose rows belong together (`gather`), on the Hub or, unless it begins
+    anew with every file, in local files. So a source has the same rows in parts as in one piece.
     """
     name, _, where = spec.partition("=")
     module = find(name)
@@ -257,8 +281,11 @@ def parts(spec: str) -> list[Part]:
         return [Part()]
     gathered = hasattr(module, "gather")
     if where:
+        files = _files(module, where)
+        if gathered and not getattr(module, "RESTARTS_PER_FILE", False):
+            return [Part(tuple(Stretch(file, bytes=file.stat().st_size) for file in files))]
         divide = not gathered and not hasattr(module, "read")
-        return [Part(stretches) for stretches in parts_of(_files(module, where), divide=divide)]
+        return [Part(stretches) for stretches in parts_of(files, divide=divide)]
     rows = len(_hub_rows(name))
     step = rows if gathered else HUB_ROWS_PER_PART
     return [Part(rows=(start, min(start + step, rows))) for start in range(0, rows, max(1, step))]
@@ -296,15 +323,48 @@ def unread(spec: str) -> list[str]:
     if hasattr(find(name), "generate") or not where or not folder.is_dir():
         return []
     read = set(_files(find(name), where))
-    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file not in read)
+    there = (file for file in folder.rglob("*") if file.is_file() and not hidden(file, folder))
+    return sorted(_printable(str(file.relative_to(folder))) for file in there if file not in read)
 
 
-def local_bytes(spec: str) -> int:
-    """The size of a source's local files, 0 for what comes from the Hub or is generated: to notice when they change."""
-    where = spec.partition("=")[2]
+def digest_of(spec: str, persona: Persona | None = None) -> str:
+    """What a source is made of, as a sha256: its local files (`digest_of_files`), or what it takes from the Hub.
+
+    Empty where local files are gone: what was made of them is still theirs. A generated source is its spec and seed,
+    and the persona where that has a say.
+    """
+    name, _, where = spec.partition("=")
+    module = find(name)
+    if hasattr(module, "generate"):
+        about = asdict(persona or load_persona()) if getattr(module, "ABOUT_PERSONA", False) else None
+        return _sha256_of(about)
+    if not where:
+        return _sha256_of(module.HUB)
+    try:
+        files = _files(module, where)
+    except DataError:
+        return ""
+    beside = {
+        file
+        for folder in {folder for file in files for folder in (file.parent, file.parent.parent)}
+        for pattern in getattr(module, "BESIDE", ())
+        for file in folder.glob(pattern)
+    }
     path = Path(where).expanduser()
-    files = [path] if path.is_file() else path.rglob("*") if where and path.is_dir() else []
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return digest_of_files(sorted({*files, *beside}), path if path.is_dir() else path.parent)
+
+
+def _sha256_of(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def hub_fingerprint(spec: str) -> str:
+    """What the Hub holds of a dataset now, as `datasets` tells one state of it from another; empty if it is not there.
+
+    Of the repository's commit, the configuration and the split.
+    """
+    name, _, where = spec.partition("=")
+    return "" if where or hasattr(find(name), "generate") else _hub_rows(name)._fingerprint
 
 
 _BLANKS = b" \t\n\r\v\f"
@@ -312,12 +372,37 @@ _PIECE = 2**20  # characters; so that a book of 100 MB is not copied whole
 
 
 def digest(text: str) -> bytes:
-    """32 bytes that tell a text from any other, but not from itself in other case or with other white space."""
+    """32 bytes that tell a text from any other, but not from itself in other case or with other white space.
+
+    So the hold-out is decided: what may be a copy falls on the same side.
+    """
     sha256 = hashlib.sha256()
     for start in range(0, len(text), _PIECE):
         piece = text if len(text) <= _PIECE else text[start : start + _PIECE]
         sha256.update(piece.lower().encode(errors="surrogatepass").translate(None, _BLANKS))
     return sha256.digest()
+
+
+def exact_digest(row: dict, digest_of_text: bytes) -> bytes:
+    """16 bytes that tell a row from any other, whose words have a `digest`: by these exact duplicates are found.
+
+    Case and white space count, for they are meaning in source code, and so do roles and where a message ends; only
+    white space around a document does not.
+
+    The 4 last bytes are a CRC of the text as it stands. That of two texts whose digests agree, and that differ, is
+    equal in one case of four billion.
+    """
+    if "text" in row:
+        text = row["text"]
+        if text[:1].isspace() or text[-1:].isspace():
+            text = text.strip()
+    else:
+        text = "\0".join(f"{key}\0{turn['role']}\0{turn['content']}" for key, part in row.items() for turn in part)
+    crc = 0
+    for start in range(0, len(text), _PIECE):
+        piece = text if len(text) <= _PIECE else text[start : start + _PIECE]
+        crc = zlib.crc32(piece.encode(errors="surrogatepass"), crc)
+    return digest_of_text[:12] + crc.to_bytes(4)
 
 
 def held_out(digest_of_text: bytes, share: float) -> bool:
@@ -334,7 +419,10 @@ def in_validation(text: str, share: float) -> bool:
 
 
 def texts(specs: list[str], seed: int = 0, persona: Persona | None = None) -> Iterator[str]:
-    """All text of some sources of any kind, for training a tokenizer: documents, or the contents of messages."""
+    """All text of some sources of any kind, for training a tokenizer: documents, or the contents of messages.
+
+    What will be held out for validation is among it: where the split falls is decided when tokens are prepared.
+    """
     for spec in specs:
         kind = kinds_of(spec.partition("=")[0])[0]
         for row in load(spec, kind, seed=seed, persona=persona):

@@ -4,36 +4,38 @@
 into its cache first. Here a bad row costs that row, and every row knows where it stands.
 """
 
-import csv
-import gzip
-import io
 import json
 import re
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rorchat.errors import DataError
+from rorchat.sources._bytes import (
+    BAD_BYTE,
+    DAMAGED,
+    LONGEST_LINE,
+    damaged,
+    decoded,
+    open_bytes,
+    suffix_of,
+    whole_text,
+)
 from rorchat.sources._rows import Reject
+from rorchat.sources._tables import read_csv, read_parquet
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"  # between the documents of one text file, as TinyStories has it
 _BLOCK = 2**20  # bytes of a text file that are read at a time
-LONGEST_LINE = 2**27  # bytes; a longer line is a reject, so that no line can take more memory than a few times this
-PARTS = 64  # a source is read in about so many parts, within these bounds of bytes on disk
-SMALLEST_PART, LARGEST_PART = 4 * 2**20, 64 * 2**20
-_DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error, OSError)  # pyarrow says OSError of a damaged zstd stream
 # Not JSONDecodeError alone: a number of 5,000 digits is a plain ValueError, brackets 100,000 deep a RecursionError
 _NOT_JSON = (ValueError, RecursionError)
-_PACKED = {".gz": "gzip", ".zst": "zstd"}
 
 Row = tuple[str, Any]  # (place, raw row or Reject)
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A file, or a piece of one: the bytes of whole lines, or row groups of Parquet.
+    """A file, or a piece of one: the bytes of whole lines or documents, or row groups of Parquet.
 
     `first` is the number of the line or row with which it begins, `bytes` what it takes on disk.
     """
@@ -46,157 +48,28 @@ class Stretch:
 
     def __iter__(self) -> Iterator[Row]:
         """(place, raw row) of each row. A text gives {"text"}; a row that cannot be read comes as a `Reject`."""
-        reader = _READERS.get(_suffix(self.path))
+        reader = READERS.get(suffix_of(self.path))
         if reader is None:
-            raise DataError(f"{self.path}: cannot read this kind of file; known are {', '.join(_READERS)}.")
+            raise DataError(f"{self.path}: cannot read this kind of file; known are {', '.join(READERS)}.")
         return reader(self)
 
 
-def parts_of(files: list[Path], *, divide: bool) -> list[tuple[Stretch, ...]]:
-    """Files in parts that can be read apart, in their order: files, groups of small ones, pieces of large ones.
-
-    Where the parts begin depends on the files alone. `divide` says whether a file may be read in pieces.
-    """
-    target = min(max(sum(file.stat().st_size for file in files) // PARTS, SMALLEST_PART), LARGEST_PART)
-    parts: list[tuple[Stretch, ...]] = []
-    gathered: list[Stretch] = []
-    size = 0
-    for stretch, stretch_bytes in (piece for file in files for piece in _pieces(file, target, divide)):
-        gathered.append(replace(stretch, bytes=stretch_bytes))
-        size += stretch_bytes
-        if size >= target:
-            parts.append(tuple(gathered))
-            gathered, size = [], 0
-    return [*parts, tuple(gathered)] if gathered else parts
-
-
-def _pieces(file: Path, target: int, divide: bool) -> Iterator[tuple[Stretch, int]]:
-    size = file.stat().st_size
-    if not divide or size <= target:
-        yield Stretch(file), size
-    elif file.suffix == ".parquet":
-        yield from _parquet_pieces(file, target)
-    elif file.suffix in (".jsonl", ".ndjson"):
-        yield from _line_pieces(file, target)
-    else:
-        yield Stretch(file), size
-
-
-def _parquet_pieces(file: Path, target: int) -> Iterator[tuple[Stretch, int]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        metadata = pyarrow.parquet.ParquetFile(file).metadata
-    except pyarrow.ArrowInvalid:
-        yield Stretch(file), file.stat().st_size  # its reader says what is wrong
-        return
-    start = first = size = rows = 0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        size += sum(group.column(column).total_compressed_size for column in range(group.num_columns))
-        rows += group.num_rows
-        if size >= target or number + 1 == metadata.num_row_groups:
-            yield Stretch(file, start, number + 1, first), size
-            start, first, size = number + 1, rows, 0
-
-
-def _line_pieces(file: Path, target: int) -> Iterator[tuple[Stretch, int]]:
-    """Pieces of about `target` bytes that begin at a line; their lines are counted, so that a place can be told."""
-    with file.open("rb") as lines:
-        start = first = 0
-        while block := lines.read(target):
-            newlines = block.count(b"\n")
-            while not block.endswith(b"\n") and (rest := lines.readline(LARGEST_PART)):
-                block = rest
-                newlines += rest.count(b"\n")
-            yield Stretch(file, start, lines.tell(), first), lines.tell() - start
-            start, first = lines.tell(), first + newlines
-
-
-def files_of(path: Path, patterns: tuple[str, ...], *, any_suffix: bool = False) -> list[Path]:
-    """A file, or the files of a folder that fit one of `patterns`, in the order of names.
-
-    Args:
-        patterns: glob patterns inside a folder, with or without .gz or .zst; the first that matches anything decides.
-        any_suffix: the caller has a reader of its own; otherwise only files count that are read here.
-
-    Raises:
-        DataError: there is no such path, it cannot be read, or nothing in the folder fits.
-    """
-    if path.is_file():
-        if not any_suffix and _suffix(path) not in _READERS:
-            raise DataError(
-                f"{path}: cannot read {path.suffix or 'a file without suffix'}; "
-                f"known are {', '.join(_READERS)}, also with {' or '.join(_PACKED)}."
-            )
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"No file or folder {path}.")
-    for pattern in patterns:
-        found = sorted(
-            {
-                file
-                for form in (pattern, *(pattern + packed for packed in _PACKED))
-                for file in path.glob(form)
-                if file.is_file() and (any_suffix or _suffix(file) in _READERS)
-            }
-        )
-        if found:
-            return found
-    there = sorted(entry.name for entry in path.iterdir())
-    raise DataError(f"{path} holds none of {', '.join(patterns)} but {', '.join(there[:8]) or 'nothing'}.")
-
-
-def _suffix(path: Path) -> str:
-    return (Path(path.stem).suffix if path.suffix in _PACKED else path.suffix).lower()
-
-
-def open_bytes(path: Path):
-    """The bytes of a file, unpacked if its name ends in .gz or .zst."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".zst":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
-
-
-def _damaged(path: Path, error: Exception) -> Reject:
-    if path.suffix not in _PACKED:
-        raise error  # a disk that fails is not a bad row
-    return Reject(f"damaged {_PACKED[path.suffix]}", f"{error}; the rest of the file is lost")
-
-
-def decoded(raw: bytes | bytearray, encoding: str = "utf-8-sig", first_byte: int = 0) -> str | Reject:
-    try:
-        return raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        return Reject("invalid UTF-8", f"byte {first_byte + error.start}")
-
-
-def whole_text(path: Path, encoding: str = "utf-8-sig") -> str | Reject:
-    """All text of a file, or why there is none."""
-    try:
-        with open_bytes(path) as file:
-            return decoded(file.read(), encoding)
-    except _DAMAGED as error:
-        return _damaged(path, error)
-
-
-def _between_separators(path: Path) -> Iterator[tuple[bytes | bytearray, bool]]:
+def _between_separators(stretch: Stretch) -> Iterator[tuple[bytes | bytearray, bool]]:
     """The bytes of each document of a text file and whether a separator closes it.
 
     Holds one document and one block of the file. A long document comes as a bytearray, to be cleared when decoded.
+    Only a .txt holds several: in the source code and the notes of others `<|endoftext|>` is a word.
     """
     separator = DOCUMENT_SEPARATOR.encode()
+    several = suffix_of(stretch.path) == ".txt"
     held = bytearray()
-    with open_bytes(path) as file:
-        while block := file.read(_BLOCK):
+    with open_bytes(stretch.path) as file:
+        if stretch.start:  # a packed file is one stretch, and cannot seek
+            file.seek(stretch.start)
+        while block := file.read(_BLOCK if stretch.stop is None else min(_BLOCK, stretch.stop - file.tell())):
             overlap = max(0, len(held) - len(separator) + 1)  # a separator may lie across two blocks
             held += block
-            end = held.find(separator, overlap)
+            end = held.find(separator, overlap) if several else -1
             if end < 0:
                 continue
             *whole, rest = bytes(memoryview(held)[end + len(separator) :]).split(separator)
@@ -212,9 +85,9 @@ def _read_text(stretch: Stretch) -> Iterator[Row]:
 
     A last document that no separator closes although separators stand before it has "unclosed": True beside its text.
     """
-    path, line, byte = stretch.path, 1, 0
+    path, line, byte = stretch.path, stretch.first + 1, stretch.start
     try:
-        for document, closed in _between_separators(path):
+        for document, closed in _between_separators(stretch):
             size, newlines = len(document), document.count(b"\n")
             text = decoded(document, "utf-8-sig" if byte == 0 else "utf-8", first_byte=byte)
             if isinstance(document, bytearray):
@@ -229,8 +102,8 @@ def _read_text(stretch: Stretch) -> Iterator[Row]:
                 del text
                 yield f"{path}:{line + blank}", row if closed or not byte else {**row, "unclosed": True}
             line, byte = line + newlines, byte + size + len(DOCUMENT_SEPARATOR)
-    except _DAMAGED as error:
-        yield f"{path}:{line}", _damaged(path, error)
+    except DAMAGED as error:
+        yield f"{path}:{line}", damaged(path, error)
 
 
 def read_lines(
@@ -258,8 +131,8 @@ def read_lines(
                 del line
                 while lines:
                     yield f"{path}:{number}", lines.pop()  # what is given is not held here as well
-    except _DAMAGED as error:
-        yield f"{path}:{number + 1}", _damaged(path, error)
+    except DAMAGED as error:
+        yield f"{path}:{number + 1}", damaged(path, error)
 
 
 class _DuplicateKey(ValueError):
@@ -275,9 +148,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+# Finds where a value ends that the other refuses for what is in it: a key twice, or a number of 5,000 digits
+_ENDS = json.JSONDecoder(parse_int=len)
 
 
-def _not_json(error: Exception, text: str = "", start: int = 0) -> Reject:
+def _not_json(error: Exception) -> Reject:
     if isinstance(error, _DuplicateKey):
         return Reject("duplicate keys", repr(str(error)))
     if isinstance(error, json.JSONDecodeError):
@@ -315,21 +190,26 @@ def _read_json(stretch: Stretch) -> Iterator[Row]:
         yield from _read_json_lines(Stretch(path))
         return
     text = whole_text(path)
+    bad = text if isinstance(text, Reject) else None
+    if bad and bad.reason == "invalid UTF-8":  # of one row, as a rule: the others are good
+        text = whole_text(path, errors="surrogateescape")
     if isinstance(text, Reject):
         yield str(path), text
     elif text.lstrip().startswith("["):
-        yield from _json_array(path, text)
+        yield from _json_array(path, text, bad is not None)
     else:
-        yield from _json_object(path, text)
+        yield from _json_object(path, text, bad)
 
 
-def _json_object(path: Path, text: str) -> Iterator[Row]:
+def _json_object(path: Path, text: str, bad: Reject | None) -> Iterator[Row]:
     """One object over many lines, or JSON lines under another name."""
-    try:
-        yield f"{path}, row 0", _DECODER.decode(text)
-        return
-    except _NOT_JSON as error:
-        failure = _not_json(error)
+    failure = bad
+    if not bad:
+        try:
+            yield f"{path}, row 0", _DECODER.decode(text)
+            return
+        except _NOT_JSON as error:
+            failure = _not_json(error)
     lines = list(_read_json_lines(Stretch(path)))
     if any(isinstance(row, dict | list) for _, row in lines):
         yield from lines
@@ -338,79 +218,59 @@ def _json_object(path: Path, text: str) -> Iterator[Row]:
 
 
 _BETWEEN = re.compile(r"\s*,?\s*")
+_OPENING = re.compile(r'[{\[]\s*"(?:[^"\\\n]|\\.)*"')  # of an object with its first key, or a list with its first text
 
 
-def _json_array(path: Path, text: str) -> Iterator[Row]:
-    """The elements of an array, one at a time. After a damaged one comes the next that begins where elements begin."""
+def _json_array(path: Path, text: str, bad: bool) -> Iterator[Row]:
+    """The elements of an array, one at a time. After a damaged one comes the next that begins as elements begin.
+
+    Args:
+        bad: some of its bytes are no UTF-8: the elements that have them are rejected.
+    """
     at = _BETWEEN.match(text, text.index("[") + 1).end()
-    column = at - (text.rfind("\n", 0, at) + 1)
+    beginning = _beginning(text, at)
     number = 0
-    begin = re.compile(r"\n" + " " * column + r"(?=[\[{])") if "\n" in text[:at] else None
     while at < len(text) and text[at] != "]":
-        place = f"{path}, row {number}"
+        place, start = f"{path}, row {number}", at
         number += 1
         try:
             row, at = _DECODER.raw_decode(text, at)
         except _NOT_JSON as error:
-            yield place, _not_json(error)
-            found = begin.search(text, max(at + 1, getattr(error, "pos", 0))) if begin else None
-            # A duplicate key or a number too long does not say where it stands: go on with the next element
-            if found is None:
+            reject = _not_json(error)
+            at = _next_element(text, at, beginning)
+            yield place, reject if at else Reject(reject.reason, f"{reject.detail}; the rest of the file is lost")
+            if at is None:
                 return
-            at = found.end()
         else:
-            yield place, row
+            yield place, Reject("invalid UTF-8") if bad and BAD_BYTE.search(text, start, at) else row
         at = _BETWEEN.match(text, at).end()
     if text[at:].strip() != "]":
         said = "the array does not end" if at >= len(text) else "something follows the array"
         yield f"{path}, row {number}", Reject("not JSON", f"{said}, at line {text.count(chr(10), 0, at) + 1}")
 
 
-def _read_csv(stretch: Stretch) -> Iterator[Row]:
-    """Rows under a header line, as objects; commas, or tabs in .tsv."""
-    path = stretch.path
-    text = whole_text(path)
-    if isinstance(text, Reject):
-        yield str(path), text
-        return
-    csv.field_size_limit(LONGEST_LINE)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True)
-    header = None
-    while True:
-        place = f"{path}:{rows.line_num + 1}"
-        try:
-            values = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield place, Reject("not CSV", str(error))
-            continue
-        if header is None:
-            header = values
-        elif len(values) == len(header):
-            yield place, dict(zip(header, values, strict=True))
-        elif values:
-            yield place, Reject("not CSV", f"{len(values)} fields under a header of {len(header)}")
+def _beginning(text: str, at: int) -> re.Pattern | None:
+    """How elements begin, by the first, at `at`: on a line of their own, or else with the same key.
+
+    Quotation marks inside of a string are escaped, so that `{"key"` is never found within one.
+    """
+    column = at - (text.rfind("\n", 0, at) + 1)
+    if "\n" in text[:at]:
+        return re.compile(r"\n" + " " * column + r"(?=[\[{])")
+    first = _OPENING.match(text, at) or (_OPENING.search(text, at) if text[at : at + 1] == "{" else None)
+    return re.compile(r",\s*(?=" + re.escape(first[0]) + ")") if first else None
 
 
-def _read_parquet(stretch: Stretch) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    path, number = stretch.path, stretch.first
+def _next_element(text: str, at: int, beginning: re.Pattern | None) -> int | None:
+    """Where reading goes on after an element that cannot be decoded: behind it, or at the next; None: nobody knows."""
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        groups = range(file.metadata.num_row_groups)[stretch.start : stretch.stop]
-        for batch in file.iter_batches(batch_size=256, row_groups=list(groups)):
-            for row in batch.to_pylist():
-                yield f"{path}, row {number}", row
-                number += 1
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        where = f"{path}, row {number}" if number else str(path)
-        yield where, Reject("not Parquet", (str(error).splitlines() or [type(error).__name__])[0])
+        return _ENDS.raw_decode(text, at)[1]
+    except _NOT_JSON:
+        found = beginning.search(text, at + 1) if beginning else None
+        return found.end() if found else None
 
 
-_READERS = {
+READERS = {
     ".txt": _read_text,
     ".md": _read_text,
     ".tokens": _read_text,
@@ -418,7 +278,7 @@ _READERS = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
 }

@@ -19,6 +19,7 @@ LICENCE = "unstated (distributed by Cornell for research)"
 SIZE = "83,097 conversations of 304,713 lines"
 HUB = None
 FILES = ("movie_conversations.t*", "**/movie_conversations.t*", "movie_lines*.t*", "*.jsonl", "*.json", "*.parquet")
+BESIDE = ("movie_conversations.t*", "movie_lines.t*")
 RAW = [
     {"lines": [{"speaker": "u0", "text": "They do not!"}, {"speaker": "u2", "text": "They do to!"}]},
     {"movieID": "m0", "utterance": {"text": ["They do not!", "They do to!"], "LineID": ["L1044", "L1045"]}},

@@ -8,6 +8,7 @@ from rorchat.sources._rows import message
 KIND = ("conversation", "preference")
 LICENCE = "Apache-2.0"
 SIZE = "any amount, generated"
+ABOUT_PERSONA = True
 
 
 def generate(kind: str, amount: int, seed: int, persona: Persona | None) -> Iterator[dict]:

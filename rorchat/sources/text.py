@@ -1,6 +1,6 @@
 """Your own texts: .txt or .md files, one document each, or JSON lines and Parquet with a `text` column.
 
-Inside a text file `<|endoftext|>` stands between documents, as in the files of TinyStories.
+Inside a .txt file `<|endoftext|>` stands between documents, as in the files of TinyStories; elsewhere it is a word.
 """
 
 from rorchat.sources._rows import text_of

@@ -14,6 +14,7 @@ HUB = {"path": "karpathy/tiny_shakespeare", "split": "train", "revision": "refs/
 FILES = ("input.txt", "*.txt", "*.parquet")
 RAW = [{"text": "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak."}]
 
+RESTARTS_PER_FILE = True
 SPEECHES = 20
 
 

@@ -1,5 +1,6 @@
 """Shards that somebody else tokenized -> a token store."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,15 +10,18 @@ from rorchat.chatml import END_OF_TEXT
 from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.tokenizer import token_bytes, tokenizer_sha256
 from rorchat.tokens.part import link, sealed
-from rorchat.tokens.store import SPLITS, Manifest, Shard, TokenStore
+from rorchat.tokens.prepare import alone
+from rorchat.tokens.store import SPLITS, Manifest, Shard, TokenStore, sync
 
 IDS_AT_ONCE = 2**24
+_VALIDATION = re.compile(r"(?<![^\W_])val(id(ation)?)?(?![^\W\d_])")  # but not interval, retrieval or values
 
 
 def adopt(shards: str | Path, tokenizer, folder: str | Path) -> TokenStore:
     """A token store of the flat `.npy` arrays in a folder, as nanoGPT-style projects write them.
 
-    An array whose name has "val" in it is validation, any other is training. Every id is looked at: it must be of the
+    An array whose name has the word "val" (or "valid", or "validation") in it is validation, any other is training.
+    Every id is looked at: it must be of the
     tokenizer's vocabulary, and documents are told by `<|endoftext|>` before (or after) them. The arrays are linked,
     not copied, where the file system allows it.
 
@@ -29,6 +33,8 @@ def adopt(shards: str | Path, tokenizer, folder: str | Path) -> TokenStore:
         DataError: there is no such array, one is of another type or shape, or there is no training or validation.
         MismatchError: an id is not of the vocabulary, or no document begins with `<|endoftext|>`.
         UsageError: there is something at `folder`.
+
+    What is held out are whole arrays, so a document of them may also stand in another source of a mixture.
     """
     shards, folder = Path(shards), Path(folder)
     if folder.exists():
@@ -53,15 +59,16 @@ def adopt(shards: str | Path, tokenizer, folder: str | Path) -> TokenStore:
         dtype=types.pop(),
     )
     staging = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        _fill(staging, arrays, manifest, np.array(token_bytes(tokenizer), dtype=np.int64))
-        manifest.write(staging)
-    except BaseException:
-        shutil.rmtree(staging)
-        raise
-    staging.rename(folder)
+    with alone(folder):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            _fill(staging, arrays, manifest, np.array(token_bytes(tokenizer), dtype=np.int64))
+            manifest.write(staging)
+        except BaseException:
+            shutil.rmtree(staging)
+            raise
+        staging.rename(folder)
     return TokenStore(folder)
 
 
@@ -69,22 +76,25 @@ def _fill(staging: Path, arrays: dict[Path, np.ndarray], manifest: Manifest, spe
     """Links the arrays into a store and describes them in its manifest. `spelled` is the UTF-8 bytes of each token."""
     blocks = []
     for split in SPLITS:
-        of_split = [file for file in arrays if ("val" in file.name) == (split == "validation")]
+        of_split = [file for file in arrays if bool(_VALIDATION.search(file.name)) == (split == "validation")]
         if not of_split:
             raise DataError(
-                f"{manifest.source} has no {split} array: what has 'val' in its name is validation, the rest training."
+                f"{manifest.source} has no {split} array: what has the word 'val' in its name is validation, the rest "
+                "training."
             )
         for serial, file in enumerate(of_split):
             starts, utf8_bytes = _documents(file, arrays[file], manifest, spelled)
             target = staging / f"{split}-{serial:05d}.npy"
             link(file, target)
             np.save(target.with_suffix(".docs.npy"), starts)
+            sync(target.with_suffix(".docs.npy"))
             digest, crc = sealed(target)
             docs_digest = sealed(target.with_suffix(".docs.npy"))[0]
             tokens = len(arrays[file])
             manifest.shards.append(Shard(target.name, split, tokens, len(starts), utf8_bytes, digest, docs_digest))
             blocks.append(crc)
     np.save(staging / "blocks.npy", np.concatenate(blocks))
+    sync(staging / "blocks.npy")
     manifest.blocks_sha256 = sealed(staging / "blocks.npy")[0]
     manifest.rows_in = manifest.kept = sum(shard.documents for shard in manifest.shards)
 

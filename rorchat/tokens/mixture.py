@@ -56,14 +56,18 @@ def prepare_stores(
 ) -> list[TokenStore]:
     """The token store of every source of a mixture, below `root` and under the source's name.
 
-    A source that fails and is `optional` is reported and left out. `store=FOLDER` is a store that is there already.
+    A source that fails and is `optional` is reported and left out, in every process if it fails in one: their plans
+    must be the same. `store=FOLDER` is a store that is there already.
 
     Args:
-        first: a context in which one of several processes goes first.
+        first: a context in which one of several processes goes first. The others wait while it tokenizes, and a group
+            of processes that waits longer than its timeout (`ddp_timeout`, 30 minutes unless set) is given up: prepare
+            what is large before the launch, with `rorchat data prepare`.
 
     Raises:
         DataError: a source is smaller than one row, or none could be had.
-        MismatchError: a store was made with another tokenizer or other settings.
+        MismatchError: a store was made with another tokenizer or other settings, or holds out another share of its
+            documents than the rest of the mixture.
     """
     stores = []
     for name, source in config.sources.items():
@@ -71,6 +75,8 @@ def prepare_stores(
             kind, _, where = source.spec.partition("=")
             if kind == "store":
                 store = _fitting(TokenStore(where, name), tokenizer)
+                if len(config.sources) > 1:
+                    _require_hold_out(store, validation_share)
             else:
                 with first():
                     store = prepare(
@@ -82,11 +88,43 @@ def prepare_stores(
         except RorchatError as error:
             if not source.optional:
                 raise
-            if os.environ.get("RANK", "0") == "0":
-                print(f"source {name} is optional and left out: {error}", file=sys.stderr)  # noqa: T201
+            _tell(f"source {name} is optional and left out: {error}")
+    stores = _had_by_all(stores)
     if not stores:
         raise DataError(f"{config.where}: none of its sources could be had, all are optional.")
     return stores
+
+
+def _tell(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)  # noqa: T201
+
+
+def _had_by_all(stores: list[TokenStore]) -> list[TokenStore]:
+    """The stores that every process of a launch has: a disk or the Hub may fail for one of them alone."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return stores
+    names: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(names, [store.name for store in stores])
+    common = set.intersection(*map(set, names))
+    for name in sorted(set().union(*names) - common):
+        _tell(f"source {name} is optional and left out: not every process could open it")
+    return [store for store in stores if store.name in common]
+
+
+def _require_hold_out(store: TokenStore, validation_share: float) -> None:
+    """Raises MismatchError where documents that other sources hold out could be among a store's training documents."""
+    theirs = store.manifest.validation_share
+    if not theirs:  # adopted: whole arrays are its validation
+        _tell(f"{store.folder} was tokenized elsewhere: what other sources hold out may stand in its training text.")
+    elif theirs != validation_share:
+        raise MismatchError(
+            f"{store.folder} holds out {theirs} of its documents, this mixture {validation_share}: a document of both "
+            f"would be trained on in one and validated on in the other. Set validation_share to {theirs}, or prepare "
+            "the store again."
+        )
 
 
 def _fitting(store: TokenStore, tokenizer) -> TokenStore:

@@ -1,8 +1,12 @@
 """Training text that holds a piece of an evaluation set: found by the runs of 13 words that the two have in common.
 
-The procedure of GPT-3 (Brown et al. 2020, arXiv:2005.14165, appendix C) with n = 13. Words are lower-cased runs of
-letters and digits, so neither punctuation nor the kind of apostrophe hides a copy. Every string anywhere in a row of an
-evaluation set counts, by itself; one of fewer than n words is passed over: it cannot be told from chance.
+As in GPT-3 (Brown et al. 2020, arXiv:2005.14165, appendix C) n is 13, the most that it uses; unlike there, one such run
+rejects the whole document (GPT-3 takes out 200 characters on either side of it and drops what would fall into more than
+ten pieces), runs that are frequent in the training text count too, and n is not lowered, to 8 at least, for evaluation
+sets of short strings. Words are lower-cased runs of letters and digits, so neither punctuation nor the kind of
+apostrophe hides a copy. Every string anywhere in a row of an evaluation set counts, by itself; one of fewer than n
+words is passed over: it cannot be told from chance. A row that has no longer one is not compared at all, and `told`
+says how many there are: three of four questions of OpenBookQA.
 
 A word of the evaluation sets has a number; a window with another word in it cannot be theirs. Windows of n numbers are
 hashed to 64 bits and looked up in a sorted array, and each hit is compared word by word with the place it was hashed
@@ -21,13 +25,18 @@ from pathlib import Path
 import numpy as np
 
 from rorchat.errors import DataError, UsageError
-from rorchat.sources import Reject, available, kinds_of, load
-from rorchat.sources._read import Stretch, files_of, whole_text
+from rorchat.sources import Reject, available, digest_of, kinds_of, load
+from rorchat.sources._bytes import LONGEST_LINE, suffix_of, whole_text
+from rorchat.sources._parts import digest_of_files, files_of, hidden
+from rorchat.sources._read import READERS, Stretch
 
 N = 13
 _BETWEEN = -1  # stands between two strings, and for a word that no evaluation set has
 _PIECE = 2**22  # characters of a text that are looked at together, so that a book takes no more memory than that
 _TABLES = {".csv", ".tsv"}  # read without a header: MMLU has none
+_READ = {*READERS, ".arrow"}
+# Files beside the questions that may be left alone: what goes with them, and holds no text of theirs
+_COMPANIONS = {"", ".lst", ".yaml", ".yml", ".png", ".jpg", ".pdf", ".html", ".sh", ".cff", ".bib"}
 _NOT_WORD = re.compile(r"[^\x00-\x7f\w]+")
 _WORD_BYTES = bytes(byte if chr(byte).isalnum() or byte >= 128 else 32 for byte in range(256))
 
@@ -75,6 +84,7 @@ class EvaluationText:
     positions: np.ndarray = field(repr=False)  # (H,) uint32: where in `text` the window of each hash begins
     files: list[tuple[str, np.ndarray]] = field(repr=False)  # (name, where in `text` each of its rows begins)
     short: int = 0  # strings passed over because they have fewer than n words
+    sets: list["EvaluationSet"] = field(default_factory=list)  # what was read, in the order given
 
     def __post_init__(self):
         # Which beginnings of a hash occur: tells most windows of a text apart five times faster than the sorted array
@@ -89,7 +99,8 @@ class EvaluationText:
 
         Raises:
             UsageError: n is no number of words.
-            DataError: there is no such path, or a row of one cannot be read: a check that misses rows is none.
+            DataError: there is no such path, a file or a row of one cannot be read, or a set has no window of n words:
+                a check that misses rows is none.
         """
         if not isinstance(n, int) or n < 2:
             raise UsageError(f"An n-gram of {n!r} words tells nothing: n is 13 in GPT-3, and at least 2.")
@@ -97,21 +108,32 @@ class EvaluationText:
         text: list[np.ndarray] = []
         files: list[tuple[str, np.ndarray]] = []
         length = short = 0
-        for name, rows in _sets(evaluation):
-            begins: list[int] = []
-            for row in rows:
-                begins.append(length)
-                for found in map(words, _strings(row)):
-                    if len(found) < n:
-                        short += bool(found)
-                        continue
-                    text.append(np.array([numbers.setdefault(w, len(numbers)) for w in found] + [_BETWEEN], np.int32))
-                    length += len(found) + 1
-            files.append((name, np.array(begins, np.int64)))
+        sets = [EvaluationSet(given) for given in evaluation]
+        for one in sets:
+            for name, rows in one.files():
+                begins: list[int] = []
+                for row in rows:
+                    begins.append(length)
+                    for found in map(words, _strings(row)):
+                        if len(found) < n:
+                            short += bool(found)
+                            continue
+                        ids = [numbers.setdefault(word, len(numbers)) for word in found]
+                        text.append(np.array([*ids, _BETWEEN], np.int32))
+                        length += len(found) + 1
+                        one.words += len(found)
+                    one.compared += length > begins[-1]
+                one.rows += len(begins)
+                files.append((name, np.array(begins, np.int64)))
+            one.require_text(n)
         whole = np.concatenate(text) if text else np.empty(0, np.int32)
         windows = _windows(whole, n)
         hashes, first = np.unique(_hashes(whole, windows, n), return_index=True)
-        return cls(n, numbers, whole, hashes, windows[first].astype(np.uint32), files, short)
+        return cls(n, numbers, whole, hashes, windows[first].astype(np.uint32), files, short, sets)
+
+    def told(self) -> str:
+        """What there is to compare with, a line a set, with what of it cannot be compared."""
+        return "\n".join(one.told(self.n) for one in self.sets)
 
     def find(self, text: str) -> Match | None:
         """What a text has in common with the evaluation sets, or None."""
@@ -205,16 +227,80 @@ def _strings(row: object) -> Iterator[str]:
             yield from _strings(value)
 
 
-def _sets(evaluation: list[str]) -> Iterator[tuple[str, Iterable[object]]]:
-    """(name, rows) of every file of the evaluation sets, or of a source where a spec names one."""
-    for given in evaluation:
-        name, _, where = given.partition("=")
-        path = Path(given).expanduser()
-        if name in available() and not path.exists():
-            yield given, _readable(load(given, kinds_of(name)[0]).raw)
-            continue
-        for file in files_of(path, ("**/*",)):
-            yield "/".join(file.parts[-2:]), _table(file) if _TABLES & set(file.suffixes) else _readable(Stretch(file))
+@dataclass
+class EvaluationSet:
+    """An evaluation set as it is given: a file, a folder or a spec of a source; and what was found in it."""
+
+    given: str
+    rows: int = 0
+    compared: int = 0  # rows that have a string of n words
+    words: int = 0  # in such strings
+
+    def paths(self) -> tuple[list[Path], list[Path]]:
+        """(files that are read, other files beside them); none where it is a source."""
+        path = Path(self.given).expanduser()
+        if self.is_source:
+            return [], []
+        if not path.is_dir():
+            return ([path] if path.suffix == ".arrow" and path.is_file() else files_of(path, ("**/*",))), []
+        there = sorted(file for file in path.rglob("*") if file.is_file() and not hidden(file, path))
+        return [f for f in there if suffix_of(f) in _READ], [f for f in there if suffix_of(f) not in _READ]
+
+    @property
+    def is_source(self) -> bool:
+        return self.given.partition("=")[0] in available() and not Path(self.given).expanduser().exists()
+
+    def files(self) -> Iterator[tuple[str, Iterable[object]]]:
+        """(name, rows) of every file, or of a source."""
+        if self.is_source:
+            yield self.given, _readable(load(self.given, kinds_of(self.given.partition("=")[0])[0]).raw)
+            return
+        read, others = self.paths()
+        unknown = [str(file) for file in others if suffix_of(file) not in _COMPANIONS]
+        if unknown:
+            more = f", nor that of {len(unknown) - 1} other files" if unknown[1:] else ""
+            raise DataError(
+                f"The evaluation text of {unknown[0]} cannot be read{more}: name the files that can be one by one, or "
+                f"write it as one of {', '.join(sorted(_READ))}."
+            )
+        for file in read:
+            yield "/".join(file.parts[-2:]), _rows_of(file)
+
+    def require_text(self, n: int) -> None:
+        if not self.words:
+            raise DataError(
+                f"{self.given} has no string of {n} words in its {self.rows:,} rows: nothing would be compared with it."
+            )
+
+    def told(self, n: int) -> str:
+        lines = [f"against {self.given}: {self.words:,} words of {self.compared:,} rows"]
+        if self.compared < self.rows:
+            lines.append(
+                f"  {self.rows - self.compared:,} of {self.rows:,} rows have no string of {n} words: not compared"
+            )
+        others = [file.name for file in self.paths()[1]]
+        if others:
+            lines.append(f"  not read: {', '.join(others[:5])}{', ...' if others[5:] else ''}")
+        return "\n".join(lines)
+
+
+def digests_of(evaluation: list[str]) -> dict[str, str]:
+    """What each evaluation set is made of, as `rorchat.sources.digest_of` says it of a source; "" if it is gone."""
+    return {given: _digest_of(EvaluationSet(given)) for given in sorted(evaluation)}
+
+
+def _digest_of(one: EvaluationSet) -> str:
+    if one.is_source:
+        return digest_of(one.given)
+    path = Path(one.given).expanduser()
+    if not path.exists():
+        return ""
+    return digest_of_files(one.paths()[0], path if path.is_dir() else path.parent)
+
+
+def _rows_of(file: Path) -> Iterator[object]:
+    kind = suffix_of(file)
+    return _table(file) if kind in _TABLES else _arrow(file) if kind == ".arrow" else _readable(Stretch(file))
 
 
 def _readable(rows: Iterable[tuple[str, object]]) -> Iterator[object]:
@@ -228,4 +314,22 @@ def _table(file: Path) -> Iterator[list[str]]:
     text = whole_text(file)
     if isinstance(text, Reject):
         raise DataError(f"The evaluation text of {file} cannot be read: {text}.")
-    yield from csv.reader(io.StringIO(text, newline=""), delimiter="\t" if ".tsv" in file.suffixes else ",")
+    csv.field_size_limit(LONGEST_LINE)
+    try:
+        yield from csv.reader(io.StringIO(text, newline=""), delimiter="\t" if suffix_of(file) == ".tsv" else ",")
+    except csv.Error as error:
+        raise DataError(f"The evaluation text of {file} cannot be read: {error}.") from None
+
+
+def _arrow(file: Path) -> Iterator[dict]:
+    """The rows of a file of `datasets.Dataset.save_to_disk`."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(file)) as data, pyarrow.ipc.open_stream(data) as batches:
+            for batch in batches:
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise DataError(
+            f"The evaluation text of {file} cannot be read: {' '.join(str(error).split())[:120]}."
+        ) from None

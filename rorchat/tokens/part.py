@@ -3,7 +3,7 @@
 part-00012.train.npy, part-00012.validation.npy    ids
 part-00012.documents.npz                           of every document: split, tokens, bytes, digest
 part-00012.places.txt                              of every document: where it stood, a line each
-part-00012.json                                    the counts; written last, so that what has one is whole
+part-00012.json                                    which part it is and the counts; written last: what has one is whole
 """
 
 import json
@@ -17,10 +17,10 @@ import numpy as np
 
 from rorchat.chatml import encode_conversations
 from rorchat.persona import Persona
-from rorchat.sources import Filters, Part, Reject, Rows, Tally, digest, held_out, load, words_of
+from rorchat.sources import Filters, Part, Reject, Rows, Tally, digest, exact_digest, held_out, load, words_of
 from rorchat.tokens.encode import Encoder, TooLong
 from rorchat.tokens.overlap import EvaluationText
-from rorchat.tokens.store import SPLITS, crc_of_blocks, sha256_of
+from rorchat.tokens.store import SPLITS, crc_of_blocks, sha256_of, sync, write_synced
 
 CHARACTERS_AT_ONCE = 2**22
 
@@ -37,7 +37,7 @@ class Job:
     seed: int
     persona: Persona | None
     filters: Filters
-    evaluation: EvaluationText | None
+    evaluation: EvaluationText | None = None
 
     def __post_init__(self):
         self.encoder = Encoder(self.tokenizer)
@@ -48,7 +48,8 @@ class Job:
         tally = Tally(self.spec)
         arrays = {split: ArrayWriter(self.folder / f"{name}.{split}.npy", self.encoder.dtype) for split in SPLITS}
         table: dict[str, list] = {"split": [], "tokens": [], "bytes": [], "digest": []}
-        with open(self.folder / f"{name}.places.txt", "w", encoding="utf-8") as places:
+        # A file's name may be no UTF-8, and stands in the places
+        with open(self.folder / f"{name}.places.txt", "w", encoding="utf-8", errors="surrogateescape") as places:
             for batch in _batches(load(self.spec, self.kind, seed=self.seed, persona=self.persona, part=part), tally):
                 documents = self._kept(batch, tally)
                 ids, lengths = self._encoded(documents, tally)
@@ -63,7 +64,8 @@ class Job:
                 table["split"].append(splits)
                 table["tokens"].append(lengths)
                 table["bytes"].append(np.array(sizes, dtype=np.int64))
-                table["digest"].append(np.frombuffer(b"".join(mark[:16] for *_, mark in documents), dtype=np.uint64))
+                marks = b"".join(exact_digest(row, mark) for _, row, _, mark in documents)
+                table["digest"].append(np.frombuffer(marks, dtype=np.uint64))
                 places.writelines(place.replace("\n", " ") + "\n" for place, *_ in documents)
                 told(len(documents), sum(sizes), len(ids))
         for array in arrays.values():
@@ -72,7 +74,10 @@ class Job:
         types = {"split": bool, "tokens": np.int64, "bytes": np.int64, "digest": np.uint64}
         joined = {key: np.concatenate([np.empty(0, types[key]), *values]) for key, values in table.items()}
         np.savez(self.folder / f"{name}.documents.npz", **joined)
-        _commit(self.folder / f"{name}.json", {"tally": asdict(tally), "utf8_bytes": int(joined["bytes"].sum())})
+        for written in (f"{name}.places.txt", f"{name}.documents.npz"):
+            sync(self.folder / written)
+        record = {"part": part.record(), "tally": asdict(tally), "utf8_bytes": int(joined["bytes"].sum())}
+        write_synced(self.folder / f"{name}.json", json.dumps(record))
 
     def _kept(self, batch: list[tuple[str, dict]], tally: Tally) -> list[tuple[str, dict, str, bytes] | None]:
         """(place, row, text, digest) of the rows that pass the filters."""
@@ -160,12 +165,6 @@ class ArrayWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-
-
-def _commit(path: Path, record: dict) -> None:
-    staged = path.with_suffix(".unfinished")
-    staged.write_text(json.dumps(record, ensure_ascii=False))
-    staged.replace(path)
 
 
 def sealed(path: Path) -> tuple[str, np.ndarray]:

@@ -1,8 +1,9 @@
-"""Text -> a token store: parts of a source, several at a time, and what is decided between them.
+"""Text -> a token store: parts of a source, several at a time.
 
 A part is prepared by itself (`rorchat.tokens.part`); which process does it, and when, changes nothing. What was done is
 kept when the run is killed, and the next run does the rest. Only then are duplicates looked for, over all parts in
-their order: the first copy stays. So the store is the same bytes with any number of workers, interrupted or not.
+their order (`rorchat.tokens.finish`): the first copy stays. So the store is the same bytes with any number of workers,
+interrupted or not.
 """
 
 import hashlib
@@ -18,18 +19,27 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from rorchat.chatml import END_OF_TEXT
 from rorchat.errors import DataError, MismatchError, StorageError, UsageError
 from rorchat.persona import Persona
-from rorchat.sources import Filters, Part, Reject, Tally, find, kinds_of, local_bytes, parts, require_rows
+from rorchat.sources import (
+    Filters,
+    Part,
+    digest_of,
+    find,
+    hub_fingerprint,
+    kinds_of,
+    parts,
+)
 from rorchat.tokenizer import tokenizer_sha256
-from rorchat.tokens.overlap import EvaluationText
-from rorchat.tokens.part import ArrayWriter, Job, link, sealed
-from rorchat.tokens.store import SPLITS, Manifest, Shard, TokenStore
+from rorchat.tokens.finish import finish
+from rorchat.tokens.overlap import EvaluationText, digests_of
+from rorchat.tokens.part import Job
+from rorchat.tokens.store import Manifest, TokenStore
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -63,8 +73,9 @@ def prepare(
         workers: processes; None for one a CPU.
 
     Raises:
-        MismatchError: the folder holds tokens of another source, tokenizer, share, seed or filter, or another process
-            is making it.
+        MismatchError: the folder holds tokens of another source, tokenizer, share, seed or filter, the source or an
+            evaluation set has changed, or another process is making the store.
+        UsageError: the folder lies in the source's.
         DataError: no document was held out for validation, or none was left to train on.
         StorageError: a worker was killed.
     """
@@ -72,7 +83,7 @@ def prepare(
     kind = kind or next((kind for kind in kinds_of(spec.partition("=")[0]) if kind != "preference"), None)
     if kind not in ("document", "conversation"):
         raise UsageError(f"{spec} gives preferences: a model is pretrained on documents or conversations.")
-    filters = filters or Filters()
+    filters, generated = filters or Filters(), hasattr(find(spec.partition("=")[0]), "generate")
     wanted = Manifest(
         source=spec,
         licence=find(spec.partition("=")[0]).LICENCE,
@@ -80,52 +91,98 @@ def prepare(
         vocabulary_size=len(tokenizer),
         end_of_text_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
         validation_share=validation_share,
-        seed=seed,
+        seed=seed if generated else 0,  # which plays no part in files
         kind=kind,
         chat_template_sha256=_template_sha256(tokenizer) if kind == "conversation" else "",
-        filters=filters.describe() | ({"evaluation": sorted(evaluation)} if evaluation else {}),
-        source_bytes=local_bytes(spec),
+        filters=filters.describe(),
+        source_sha256=digest_of(spec, persona),
+        evaluation=digests_of(evaluation or []),
     )
-    if folder.exists():
-        return _found(folder, wanted)
-    with _alone(folder):
-        staging = _staging(folder, wanted)
-        pieces = parts(spec)
-        job = Job(
-            spec, kind, tokenizer, staging, validation_share, seed, persona, filters,
-            EvaluationText.read(evaluation) if evaluation else None,
-        )  # fmt: skip
-        if not (staging / "manifest.json").is_file():
-            _prepare_parts(job, pieces, workers or _cpus())
-            try:
-                print(_finish(staging, wanted, len(pieces)), file=sys.stderr)  # noqa: T201
-            except DataError:  # which the same parts would give again
-                shutil.rmtree(staging)
-                raise
-        for leftover in [*staging.glob("part-*"), staging / "identity.json"]:
-            leftover.unlink()
-        staging.rename(folder)
-    return TokenStore(folder)
+    if not folder.exists():
+        _require_apart(spec, folder)
+        with alone(folder):
+            if not folder.exists():  # another process may have made it since
+                job = Job(spec, kind, tokenizer, _staging(folder), validation_share, seed, persona, filters)
+                _make(job, wanted, evaluation or [], workers or _cpus())
+                job.folder.rename(folder)
+                (folder / "identity.json").unlink()  # last: without it, what was made would be made again
+    return _found(folder, wanted)
+
+
+def _make(job: Job, wanted: Manifest, evaluation: list[str], workers: int) -> None:
+    """Makes the files of a store in the job's folder, or what is missing of them."""
+    wanted.hub_fingerprint = hub_fingerprint(job.spec)
+    _go_on_or_begin(job.folder, wanted)
+    pieces = parts(job.spec)
+    if not _is_finished(job.folder):
+        if evaluation:
+            job.evaluation = EvaluationText.read(evaluation)
+            print(job.evaluation.told(), file=sys.stderr)  # noqa: T201
+        _prepare_parts(job, pieces, workers)
+        try:
+            print(finish(job.folder, wanted, len(pieces)), file=sys.stderr)  # noqa: T201
+        except DataError:  # which the same parts would give again: of another share they are others
+            shutil.rmtree(job.folder)
+            raise
+    Manifest.read(job.folder)  # before the parts go, of which it can be made again
+    for leftover in job.folder.glob("part-*"):
+        leftover.unlink()
+
+
+def _is_finished(staging: Path) -> bool:
+    try:
+        Manifest.read(staging)
+        return True
+    except DataError:
+        return False
+
+
+def _require_apart(spec: str, folder: Path) -> None:
+    """Raises UsageError where a store would stand in the folder that is read, and be read the next time."""
+    where = spec.partition("=")[2]
+    source = Path(where).expanduser()
+    if where and source.is_dir() and source.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise UsageError(f"{folder} lies in {where}, which is read: choose another place for the store.")
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Holds a lock beside a store that is being made; the system lets go of it when its holder dies."""
+def alone(folder: Path) -> Iterator[None]:
+    """Holds a lock beside a store that is being made; the system lets go of it when its holder dies.
+
+    Raises:
+        MismatchError: another process holds it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
-    with path.open("w") as file:
-        try:
-            import fcntl
+    while True:
+        with path.open("w") as file:
+            _lock(file, folder)
+            if not _is(path, file):
+                continue  # its last holder was about to delete it: the next one would hold another file
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except BlockingIOError:
-            raise MismatchError(f"{folder} is being prepared by another process: wait for it.") from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+
+def _lock(file: TextIO, folder: Path) -> None:
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        pass
+    except BlockingIOError:
+        raise MismatchError(f"{folder} is being prepared by another process: wait for it.") from None
+
+
+def _is(path: Path, file: TextIO) -> bool:
+    """Whether an open file is the one that has this name now."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _cpus() -> int:
@@ -140,24 +197,36 @@ def _template_sha256(tokenizer) -> str:
 def _found(folder: Path, wanted: Manifest) -> TokenStore:
     store = TokenStore(folder)
     there, here = store.manifest.identity(), wanted.identity()
-    if not here["source_bytes"]:
-        here.pop("source_bytes")  # files that are gone have not changed
-    differing = [f"{key} {there[key]!r}, now {here[key]!r}" for key in here if there[key] != here[key]]
+    # Files that are gone have not changed. A finished store is not compared with the Hub, which may not be there.
+    here["source_sha256"] = here["source_sha256"] or there["source_sha256"]
+    here["evaluation"] = {name: sha or there["evaluation"].get(name, "") for name, sha in here["evaluation"].items()}
+    differing = [_difference(key, there[key], here[key]) for key in here if there[key] != here[key]]
     if differing:
         raise MismatchError(f"{folder} holds other tokens: {'; '.join(differing)}. Delete it or choose another folder.")
     return store
 
 
-def _staging(folder: Path, wanted: Manifest) -> Path:
-    """Where the parts go. What an earlier run with the same settings left is gone on with, anything else is deleted."""
-    staging = folder.with_name(f".{folder.name}.unfinished")
+def _difference(key: str, there: object, here: object) -> str:
+    if key == "source_sha256":
+        return "what it was made of (files, persona, place on the Hub) has changed since"
+    if key == "evaluation":
+        names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+        return f"evaluation differs in {', '.join(names)}"
+    return f"{key} {there!r}, now {here!r}"
+
+
+def _staging(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.unfinished")
+
+
+def _go_on_or_begin(staging: Path, wanted: Manifest) -> None:
+    """What an earlier run with the same settings left is gone on with, anything else is deleted."""
     identity = staging / "identity.json"
-    said = json.dumps(wanted.identity(), indent=2, sort_keys=True)
+    said = json.dumps(wanted.identity() | {"hub_fingerprint": wanted.hub_fingerprint}, indent=2, sort_keys=True)
     if not identity.is_file() or identity.read_text() != said:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         identity.write_text(said)
-    return staging
 
 
 # -- the parts, several at a time ------------------------------------------------------------------------------------
@@ -191,7 +260,7 @@ def _work(number: int, part: Part) -> int:
 
 def _prepare_parts(job: Job, pieces: list[Part], workers: int) -> None:
     """Prepares every part that is not done yet, and shows how far it is."""
-    done = {number for number in range(len(pieces)) if (job.folder / f"part-{number:05d}.json").is_file()}
+    done = {number for number, part in enumerate(pieces) if _is_done(job.folder / f"part-{number:05d}.json", part)}
     todo = [number for number in range(len(pieces)) if number not in done]
     progress = _Progress(job, pieces, done)
     if not todo:
@@ -230,6 +299,11 @@ def _prepare_parts(job: Job, pieces: list[Part], workers: int) -> None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _is_done(record: Path, part: Part) -> bool:
+    """Whether a part was prepared: this one, and not another that had its number."""
+    return record.is_file() and json.loads(record.read_text())["part"] == part.record()
 
 
 class _Progress:
@@ -290,90 +364,3 @@ def _size_of(part: Part) -> int:
     if part.rows:
         return part.rows[1] - part.rows[0]
     return sum(stretch.bytes for stretch in part.stretches)
-
-
-# -- what is decided between the parts -------------------------------------------------------------------------------
-
-
-def _finish(staging: Path, manifest: Manifest, count: int) -> Tally:
-    """Makes the files of a store of finished parts: duplicates out, shards named in order, manifest last.
-
-    The parts stay until there is a manifest, so that this may be interrupted and begun again.
-    """
-    for leftover in (file for split in SPLITS for file in staging.glob(f"{split}-*")):
-        leftover.unlink()
-    tally = Tally(manifest.source)
-    tables = []
-    for number in range(count):
-        record = json.loads((staging / f"part-{number:05d}.json").read_text())
-        tally.add(Tally(**record["tally"]))
-        with np.load(staging / f"part-{number:05d}.documents.npz") as table:
-            tables.append({key: table[key] for key in table.files})
-    for number, keep in enumerate(_first_copies(tables)):
-        dropped = np.flatnonzero(~keep)
-        if len(dropped):
-            places = (staging / f"part-{number:05d}.places.txt").read_text(encoding="utf-8").split("\n")
-            for document in dropped:
-                tally.withdraw(places[document], Reject("duplicate"))
-        tables[number]["keep"] = keep
-    require_rows(tally)
-    blocks = []
-    for split in SPLITS:
-        for number, table in enumerate(tables):
-            shard, crc = _shard(staging, number, split, table)
-            if shard:
-                manifest.shards.append(shard)
-                blocks.append(crc)
-        _check_split(manifest, split, tally.kept)
-    np.save(staging / "blocks.npy", np.concatenate(blocks))
-    manifest.blocks_sha256 = sealed(staging / "blocks.npy")[0]
-    manifest.dtype = str(np.load(staging / manifest.shards[0].file, mmap_mode="r").dtype)
-    manifest.rows_in, manifest.kept = tally.rows_in, tally.kept
-    manifest.rejects, manifest.repairs = dict(sorted(tally.rejects.items())), dict(sorted(tally.repairs.items()))
-    manifest.write(staging)
-    return tally
-
-
-def _first_copies(tables: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
-    """For each part, which of its documents are no copy of one before."""
-    digests = np.concatenate([table["digest"] for table in tables]).astype(np.uint64).reshape(-1, 2)
-    _, first = np.unique(digests.view([("a", np.uint64), ("b", np.uint64)])[:, 0], return_index=True)
-    keep = np.zeros(len(digests), dtype=bool)
-    keep[first] = True
-    return np.split(keep, np.cumsum([len(table["split"]) for table in tables])[:-1])
-
-
-def _shard(staging: Path, number: int, split: str, table: dict) -> tuple[Shard | None, np.ndarray | None]:
-    """The documents of one split of a part as a shard of the store; none if there are none."""
-    of_split = table["split"].astype(bool) == (split == "validation")
-    chosen = of_split & table["keep"]
-    source = staging / f"part-{number:05d}.{split}.npy"
-    if not chosen.any():
-        return None, None
-    serial = len(list(staging.glob(f"{split}-*.docs.npy")))
-    target = staging / f"{split}-{serial:05d}.npy"
-    lengths = table["tokens"][chosen].astype(np.int64)
-    if chosen.sum() == of_split.sum():
-        link(source, target)
-    else:
-        ids = np.load(source, mmap_mode="r")
-        array = ArrayWriter(target, ids.dtype)
-        ends = np.cumsum(table["tokens"][of_split].astype(np.int64))
-        for keep, end, length in zip(table["keep"][of_split], ends, table["tokens"][of_split], strict=True):
-            if keep:
-                array.write(ids[int(end) - int(length) : int(end)])
-        array.close()
-    np.save(target.with_suffix(".docs.npy"), np.cumsum(lengths) - lengths)
-    digest, crc = sealed(target)
-    docs_digest = sealed(target.with_suffix(".docs.npy"))[0]
-    utf8_bytes = int(table["bytes"][chosen].sum())
-    return Shard(target.name, split, int(lengths.sum()), int(chosen.sum()), utf8_bytes, digest, docs_digest), crc
-
-
-def _check_split(manifest: Manifest, split: str, kept: int) -> None:
-    remedy = {"validation": "raise validation_share", "train": "lower validation_share"}[split]
-    if not manifest.total(split, "documents"):
-        raise DataError(
-            f"{manifest.source}: no {split} documents, {kept} in all at validation_share "
-            f"{manifest.validation_share}. There is no training without validation: {remedy}, or give more documents."
-        )

@@ -15,6 +15,7 @@ model. So a block is compared with its CRC when it is first read, and what openi
 
 import hashlib
 import json
+import os
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 
 from rorchat.errors import DataError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SPLITS = ("train", "validation")
 TYPES = ("uint16", "uint32")
 BLOCK_BYTES = 2**18
@@ -61,7 +62,9 @@ class Manifest:
     kind: str = "document"
     chat_template_sha256: str = ""  # of stores of conversations, which are written as the template has it
     filters: dict[str, object] = field(default_factory=dict)
-    source_bytes: int = 0  # of the local files, to notice when they change
+    source_sha256: str = ""  # what the source is made of: `rorchat.sources.digest_of`
+    evaluation: dict[str, str] = field(default_factory=dict)  # of each evaluation set the same
+    hub_fingerprint: str = ""  # which state of a dataset of the Hub this is
     rows_in: int = 0
     kept: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
@@ -74,7 +77,7 @@ class Manifest:
     def identity(self) -> dict[str, object]:
         keys = (
             "format_version", "source", "kind", "tokenizer_sha256", "chat_template_sha256", "vocabulary_size",
-            "validation_share", "seed", "filters", "source_bytes",
+            "validation_share", "seed", "filters", "source_sha256", "evaluation",
         )  # fmt: skip
         return {key: getattr(self, key) for key in keys}
 
@@ -93,12 +96,15 @@ class Manifest:
         return {key: getattr(self, key) for key in keys} | counts
 
     def write(self, folder: Path) -> None:
-        (folder / "manifest.json").write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        """Writes the manifest in one step: a folder has all of it or none, whatever is killed."""
+        write_synced(folder / "manifest.json", json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
         try:
             values = json.loads((folder / "manifest.json").read_text())
+            if values["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"its format is {values['format_version']}, this is {FORMAT_VERSION}")
             manifest = cls(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
             if manifest.dtype not in TYPES or not {shard.split for shard in manifest.shards} <= set(SPLITS):
                 raise ValueError(f"dtype {manifest.dtype!r}, splits {sorted({s.split for s in manifest.shards})}")
@@ -109,6 +115,20 @@ class Manifest:
             raise DataError(
                 f"{folder}/manifest.json cannot be read ({error}): delete the folder to prepare it again."
             ) from None
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Writes a file under another name, waits until the disk has it, and renames it."""
+    staged = path.with_name(f".{path.name}.unfinished")
+    staged.write_text(text)
+    sync(staged)
+    staged.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk has what was written to a file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sha256_of(file: Path) -> str:

@@ -25,7 +25,7 @@ from rorchat import __version__
 from rorchat.errors import DataError, MismatchError
 from rorchat.model import save_model
 from rorchat.persona import DEFAULT_PERSONA
-from rorchat.sources import local_bytes
+from rorchat.sources import digest_of
 from rorchat.training.processes import whole_model
 
 TOKENS = "tokens"  # the folder of token stores in a run that names no other
@@ -55,10 +55,11 @@ def fingerprint(folder: str) -> dict[str, str]:
 
 
 def data_fingerprint(arguments) -> dict[str, object]:
-    """What a config's words alone do not fix: sizes of local files, the persona's sha256, what a mixture file says."""
+    """What a config's words alone do not fix: what sources are made of, the persona's sha256, a mixture file's words."""
     persona = Path(arguments.persona) if arguments.persona else DEFAULT_PERSONA
     found = {
-        "source_bytes": {spec: local_bytes(spec) for spec in arguments.specs()},
+        # a token store has a manifest of its own, which is read before training
+        "sources": {spec: digest_of(spec) for spec in arguments.specs() if not spec.startswith("store=")},
         "persona": file_sha256(persona) if persona.is_file() else None,
     }
     if getattr(arguments, "mixture", None):
