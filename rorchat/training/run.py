@@ -55,7 +55,7 @@ def fingerprint(folder: str) -> dict[str, str]:
 
 
 def data_fingerprint(arguments) -> dict[str, object]:
-    """What a config's words alone do not fix: what sources are made of, the persona's sha256, a mixture file's words."""
+    """What a config's words alone do not fix: what sources are made of, the persona's sha256, a mixture's words."""
     persona = Path(arguments.persona) if arguments.persona else DEFAULT_PERSONA
     found = {
         # a token store has a manifest of its own, which is read before training
