@@ -22,6 +22,7 @@ NEWTON_SCHULZ = tuple(
     (a / SAFETY, b / SAFETY**3, c / SAFETY**5)
     for a, b, c in ((8.4703, -25.1081, 18.6293), (4.1828, -3.1087, 0.5806), (3.9619, -2.9541, 0.5630))
 )
+EMBEDDING_RATE = 4.0  # times learning_rate, beside Muon: what suits embeddings ruins norms, biases and positions
 RMS_OF_ADAMW = 0.2  # scales an orthogonal update to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982)
 
 
@@ -128,7 +129,7 @@ def build_optimizer(
 
     Args:
         name: "adamw", "adamw_8bit" (states of matrices in 8 bits, of embeddings in 32) or "muon".
-        learning_rate: of AdamW.
+        learning_rate: of AdamW; beside Muon, the token embedding's is `EMBEDDING_RATE` times that.
         matrix_learning_rate: of Muon; unused by the others.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -142,8 +143,15 @@ def build_optimizer(
     if name == "muon":
         fused = {n for n in matrices if n.endswith("attn.c_attn.weight")}
         muon = {"use_muon": True, "lr": matrix_learning_rate, "weight_decay": weight_decay}
-        undecayed = rest | {"params": of(embeddings) + rest["params"], "betas": ADAMW_BETAS, "eps": 1e-8}
-        return Muon([{"params": of(fused), "splits": 3, **muon}, {"params": of(matrices - fused), **muon}, undecayed])
+        adamw = {"weight_decay": 0.0, "betas": ADAMW_BETAS, "eps": 1e-8}
+        return Muon(
+            [
+                {"params": of(fused), "splits": 3, **muon},
+                {"params": of(matrices - fused), **muon},
+                {"params": of(embeddings), "lr": EMBEDDING_RATE * learning_rate, **adamw},
+                {**rest, **adamw},
+            ]
+        )
     decayed = {"lr": learning_rate, "weight_decay": weight_decay}
     if name == "adamw":
         return torch.optim.AdamW(
