@@ -146,25 +146,28 @@ def match_name(torch_name: str, devices: dict[str, Device]) -> Device | None:
 
 
 @functools.cache
-def peak_flops(precision: str) -> tuple[float, str]:
+def peak_flops(precision: str, on_gpu: bool = True) -> tuple[float, str]:
     """FLOP/s of dense products on this machine's device, which MFU is a share of, and "known" or "measured".
 
     Known for the GPUs of the table; else the best of up to ten matrix products, within half a second, once a process.
 
     Args:
         precision: "bf16", "fp16" or "fp32".
+        on_gpu: of the GPU, if there is one; else of the CPU.
     """
+    import torch
+
     if precision not in PRECISIONS:
         raise UsageError(f"No precision {precision!r}. Known: {', '.join(PRECISIONS)}.")
-    known = this_device().peak_flops.get(precision)
-    return (known, "known") if known else (_measured_flops(precision), "measured")
+    on_gpu = on_gpu and torch.cuda.is_available()
+    known = this_device().peak_flops.get(precision) if on_gpu else None
+    return (known, "known") if known else (_measured_flops(precision, "cuda" if on_gpu else CPU), "measured")
 
 
-def _measured_flops(precision: str) -> float:
+def _measured_flops(precision: str, where: str) -> float:
     import torch
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    where = "cuda" if torch.cuda.is_available() else CPU
     best = 0.0
     for rows, inner, columns in PRODUCTS:
         flops = 2.0 * rows * inner * columns

@@ -62,7 +62,7 @@ def check(record: dict, output: Path, story: str) -> None:
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 3 and record["metrics"]["steps"] == 3
     assert losses[0] == pytest.approx(5.95, abs=0.15)  # ln 384: random weights over the whole vocabulary
-    assert max(line.get("learning_rate", 0) for line in lines) == pytest.approx(float(given.get("learning_rate", 5e-3)))
+    assert max(line.get("learning_rate", 0) for line in lines) == pytest.approx(float(given.get("learning_rate", 2e-3)))
     assert record["metrics"]["eval_loss"] < losses[0]
     assert any("eval_loss" in line for line in lines)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]

@@ -129,7 +129,7 @@ def test_every_parameter_is_in_exactly_one_group_and_only_matrices_go_to_muon(mo
     muon = [p for group in optimizer.param_groups if group["use_muon"] for p in group["params"]]
     assert len(muon) == 4 * model.config.n_layer
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    assert rates[id(model.transformer.wte.weight)] == 4.0 and rates[id(model.transformer.wpe.weight)] == 1.0
+    assert rates[id(model.transformer.wte.weight)] == 10.0 and rates[id(model.transformer.wpe.weight)] == 1.0
     assert {p.ndim for p in muon} == {2}
 
 

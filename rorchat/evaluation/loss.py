@@ -58,13 +58,17 @@ def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], bytes_of: Tenso
     labels = batch["labels"][:, 1:]
     asked = labels != -100
     hidden, labels = hidden[asked], labels[asked]  # (N, D), (N,)
-    nats = torch.cat(
-        [
-            F.cross_entropy((part @ model.lm_head.weight.T.to(part.dtype)).float(), wanted, reduction="none")
-            for part, wanted in zip(hidden.split(POSITIONS_AT_ONCE), labels.split(POSITIONS_AT_ONCE), strict=True)
-        ]
-    ).double()
-    utf8_bytes = bytes_of[labels]
+    nats = (
+        torch.cat(
+            [
+                F.cross_entropy((part @ model.lm_head.weight.T.to(part.dtype)).float(), wanted, reduction="none")
+                for part, wanted in zip(hidden.split(POSITIONS_AT_ONCE), labels.split(POSITIONS_AT_ONCE), strict=True)
+            ]
+        )
+        .cpu()
+        .double()
+    )  # Apple's GPUs have no float64
+    utf8_bytes = bytes_of[labels].cpu()
     return Loss(float(nats.sum()), labels.numel(), float(nats[utf8_bytes > 0].sum()), int(utf8_bytes.sum()))
 
 

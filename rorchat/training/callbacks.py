@@ -25,14 +25,16 @@ from transformers.trainer_utils import IntervalStrategy
 from rorchat.errors import DivergedError
 
 MIXTURE = "mixture/"  # how the share of a source is called in the flat logs that trackers get
+MOST_SKIPS = 25  # in a row under fp16: the loss scale has then fallen from 65,536 below 1
 WINDOWS = 5  # log lines whose median speed gives the time left
 
 
 def peak_memory_bytes() -> int:
     """The most memory held so far: the device's on a GPU, else the process's resident set."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():  # 0 with --use_cpu
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, kilobytes here
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _strict(value: object) -> object:
@@ -113,7 +115,7 @@ class Metrics(TrainerCallback):
         self.matrix_learning_rate: float | None = None  # Muon's in the last step, told by the trainer
         self.bar, self.started = None, None
         self.seconds_before = self.dollars_before = self.paused = 0.0
-        self.skipped_steps = self.last_step = 0
+        self.skipped_steps = self.skipped_in_a_row = self.last_step = 0
         self.seconds_per_step: deque[float] = deque(maxlen=WINDOWS)
 
     # What is derived
@@ -185,7 +187,15 @@ class Metrics(TrainerCallback):
         if (
             self.counts_skips
         ):  # Accelerate's optimizer: the gradients were infinite, so the loss scale was halved instead
-            self.skipped_steps += bool(optimizer.step_was_skipped)
+            skipped = bool(optimizer.step_was_skipped)
+            self.skipped_steps += skipped
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+            if self.skipped_in_a_row == MOST_SKIPS:
+                self.close()
+                raise DivergedError(
+                    f"{MOST_SKIPS} steps in a row, up to step {state.global_step + 1}, had gradients that are no "
+                    "numbers at any loss scale. Lower learning_rate in a new output_dir, or train in --bf16 true."
+                )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -302,7 +312,14 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         # DefaultFlowCallback comes before us and has decided
-        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+        speaks = args.sample_steps and state.global_step % args.sample_steps == 0
+        if (
+            speaks
+            or control.should_log
+            or control.should_evaluate
+            or control.should_save
+            or control.should_training_stop
+        ):
             previous, self.pending = self.pending, None
             self._look(previous)
 

@@ -68,23 +68,25 @@ class _HeadLoss(torch.autograd.Function):
         return hidden_gradient.mul_(scale), weight_gradient.mul_(scale), None, None
 
 
-def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, whole_rows: bool = False) -> Tensor:
     """The sum of -log p(label) over labelled positions, in nats, float32.
 
     Args:
         hidden: (B, T, D), the model's last hidden states.
         weight: (V, D), the vocabulary head, tied to the embedding.
         labels: (B, T), not yet shifted; -100 where nothing is asked.
+        whole_rows: every position has a label, which saves looking for them: a GPU waits for that.
     """
     labels = labels[:, 1:]
-    asked = labels != IGNORED
-    hidden = hidden[:, :-1][asked]  # (B, T, D) -> (N, D)
+    asked = slice(None) if whole_rows else labels != IGNORED
+    hidden = hidden[:, :-1][asked].reshape(-1, hidden.size(-1))  # (B, T, D) -> (N, D)
+    labels = labels[asked].reshape(-1)
     device = hidden.device.type
     # Autocast does not reach into a custom function, and the last norm leaves float32
     mixed = torch.is_autocast_enabled(device)
     compute_dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _HeadLoss.apply(hidden, weight, labels[asked], compute_dtype)
+        return _HeadLoss.apply(hidden, weight, labels, compute_dtype)
 
 
 @contextlib.contextmanager
@@ -97,13 +99,14 @@ def causal_attention(config) -> Iterator[None]:
         config._attn_implementation = stock
 
 
-def fuse_head(model: nn.Module, compiled: bool = False) -> None:
+def fuse_head(model: nn.Module, compiled: bool = False, whole_rows: bool = False) -> None:
     """Gives a stock GPT-2 the loss above and causal attention, for training only.
 
     `model(labels=...)` then returns the loss without logits; without labels the model is as before.
 
     Args:
         compiled: run all but the head through torch.compile, for batches of one shape.
+        whole_rows: no label of any batch is -100.
     """
     stock_forward = model.forward
     # kept apart from the model: what is saved, generates and evaluates is not compiled
@@ -116,7 +119,7 @@ def fuse_head(model: nn.Module, compiled: bool = False) -> None:
         rows_are_whole = not args and kwargs.keys() == {"input_ids"}  # else there may be a mask, or packed positions
         with causal_attention(model.config) if rows_are_whole else contextlib.nullcontext():
             hidden = base(*args, **kwargs, use_cache=False).last_hidden_state
-        loss = head_loss(hidden, model.get_output_embeddings().weight, labels)
+        loss = head_loss(hidden, model.get_output_embeddings().weight, labels, whole_rows)
         items = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=loss / items)
 

@@ -10,28 +10,21 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
-def best_precision() -> dict[str, bool]:
+def best_precision(on_gpu: bool) -> dict[str, bool]:
     """bf16 or fp16, whichever the device computes fast, or neither.
 
     bf16 from compute capability 8.0, fp16 with a loss scale below (a T4 only emulates bf16), and on a CPU bf16 where it
     has matrix units for it (AMX), else float32.
     """
-    if torch.cuda.is_available():
+    if on_gpu:
         modern = torch.cuda.get_device_capability()[0] >= 8
         return {"bf16": modern, "fp16": not modern}
     return {"bf16": torch.cpu._is_amx_tile_supported(), "fp16": False}
 
 
-def can_compile() -> bool:
-    """Whether torch.compile is worth its first minute here: on a GPU with Triton (from compute capability 7.0).
-
-    On a CPU it is not (docs/LOG.md).
-    """
-    return (
-        torch.cuda.is_available()
-        and torch.cuda.get_device_capability()[0] >= 7
-        and importlib.util.find_spec("triton") is not None
-    )
+def can_compile(on_gpu: bool) -> bool:
+    """Whether torch.compile is taken without being asked for: on a GPU with Triton (from compute capability 7.0)."""
+    return on_gpu and torch.cuda.get_device_capability()[0] >= 7 and importlib.util.find_spec("triton") is not None
 
 
 def use_all_cores() -> None:

@@ -22,7 +22,8 @@ NEWTON_SCHULZ = tuple(
     (a / SAFETY, b / SAFETY**3, c / SAFETY**5)
     for a, b, c in ((8.4703, -25.1081, 18.6293), (4.1828, -3.1087, 0.5806), (3.9619, -2.9541, 0.5630))
 )
-EMBEDDING_RATE = 4.0  # times learning_rate, beside Muon: what suits embeddings ruins norms, biases and positions
+EMBEDDING_RATE = 10.0  # times learning_rate, beside Muon: what suits embeddings ruins norms, biases and positions
+NUMBERS_AT_ONCE = 2**24  # of the matrices that go through Newton-Schulz together: it holds some five copies, 340 MB
 RMS_OF_ADAMW = 0.2  # scales an orthogonal update to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982)
 
 
@@ -90,37 +91,50 @@ class Muon(torch.optim.Optimizer):
         by_shape = defaultdict(list)  # over all groups: the more matrices a product takes, the better
         for group in self.param_groups:
             if group["use_muon"]:
-                for weight, update in self._updates(group):
-                    by_shape[update.shape].append((group, weight, update))
-        for entries in by_shape.values():
-            _apply(entries)
+                for piece in self._pieces(group):
+                    by_shape[piece[1].shape].append(piece)
+        for shape, pieces in by_shape.items():
+            at_once = max(1, NUMBERS_AT_ONCE // shape.numel())
+            for start in range(0, len(pieces), at_once):
+                _step_pieces(pieces[start : start + at_once])
 
-    def _updates(self, group: dict) -> Iterable[tuple[Tensor, Tensor]]:
-        """(matrix, its Nesterov momentum), with q, k and v as matrices of their own."""
+    def _pieces(self, group: dict) -> Iterable[tuple[dict, Tensor, Tensor, Tensor]]:
+        """(group, matrix, gradient, momentum), with q, k and v as matrices of their own: views, nothing is copied."""
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-            update = parameter.grad.lerp(buffer, group["momentum"])
-            yield from zip(parameter.chunk(group["splits"], dim=1), update.chunk(group["splits"], dim=1), strict=True)
+            parts = (parameter, parameter.grad, state["momentum_buffer"])
+            for views in zip(*(part.chunk(group["splits"], dim=1) for part in parts), strict=True):
+                yield group, *views
 
 
-def _apply(entries: list[tuple[dict, Tensor, Tensor]]) -> None:
-    """Decays and steps matrices of one shape, given as (group, matrix, momentum)."""
-    stacked = torch.stack([update for _, _, update in entries])  # (N, A, B)
+def _step_pieces(pieces: list[tuple[dict, Tensor, Tensor, Tensor]]) -> None:
+    """Moves the momentum of matrices of one shape on, decays them and steps."""
+    updates = []
+    for group, _, gradient, momentum in pieces:
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        updates.append(gradient.lerp(momentum, group["momentum"]))  # Nesterov
+    stacked = torch.stack(updates)  # (N, A, B)
+    del updates
     if stacked.is_cuda and torch.cuda.get_device_capability(stacked.device)[0] >= 8:
         stacked = stacked.bfloat16()  # below, a GPU only emulates it
     scale = RMS_OF_ADAMW * max(stacked.shape[1:]) ** 0.5
-    for (group, weight, _), update in zip(entries, orthogonalized(stacked), strict=True):
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(update.to(weight.dtype), alpha=-group["lr"] * scale)
+    for (group, matrix, _, _), update in zip(pieces, orthogonalized(stacked), strict=True):
+        matrix.mul_(1 - group["lr"] * group["weight_decay"])
+        matrix.add_(update.to(matrix.dtype), alpha=-group["lr"] * scale)
 
 
 def build_optimizer(
-    model: nn.Module, name: str, *, learning_rate: float, matrix_learning_rate: float, weight_decay: float
+    model: nn.Module,
+    name: str,
+    *,
+    learning_rate: float,
+    matrix_learning_rate: float,
+    weight_decay: float,
+    scaled: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer of a stock GPT-2.
 
@@ -131,6 +145,8 @@ def build_optimizer(
         name: "adamw", "adamw_8bit" (states of matrices in 8 bits, of embeddings in 32) or "muon".
         learning_rate: of AdamW; beside Muon, the token embedding's is `EMBEDDING_RATE` times that.
         matrix_learning_rate: of Muon; unused by the others.
+        scaled: gradients come with a loss scale (fp16). A fused AdamW would leave steps with infinite gradients out by
+            itself, where nobody learns of it: schedules and counts would go on.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = {n for n, p in trained.items() if p.ndim == 2 and ".h." in n and n.endswith(".weight")}
@@ -155,7 +171,7 @@ def build_optimizer(
     decayed = {"lr": learning_rate, "weight_decay": weight_decay}
     if name == "adamw":
         return torch.optim.AdamW(
-            [{"params": of(matrices | embeddings), **decayed}, rest], betas=ADAMW_BETAS, fused=True
+            [{"params": of(matrices | embeddings), **decayed}, rest], betas=ADAMW_BETAS, fused=not scaled
         )
     return adamw_8bit(
         [{"params": of(matrices), **decayed}, {"params": of(embeddings), "optim_bits": 32, **decayed}, rest]

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from transformers import TrainingArguments
 
 from rorchat.errors import UsageError
@@ -67,9 +66,7 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
     )
 
     # Transformers' fields with other defaults
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "AdamW's; default: 5e-3 beside Muon, else 1.8e-3, thrice GPT-3's."}
-    )
+    learning_rate: float = 2e-3
     weight_decay: float = 0.1
     warmup_steps: float = field(default=0.02, metadata={"help": "Steps, or below 1 a share of them."})
     lr_scheduler_type: str = "warmup_stable_decay"
@@ -112,13 +109,11 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
             make_small(self)
 
     def _choose(self) -> None:
-        """What was left open, by the optimizer and the device."""
-        if self.learning_rate is None:
-            self.learning_rate = 5e-3 if self.optimizer == "muon" else 1.8e-3
+        """What was left open, by the device."""
         if self.compile is None:
-            self.compile = can_compile()
+            self.compile = can_compile(self.on_gpu)
         if self.dataloader_num_workers is None:
-            self.dataloader_num_workers = 2 if torch.cuda.is_available() else 0
+            self.dataloader_num_workers = 2 if self.on_gpu else 0
 
     def _count_steps(self) -> None:
         """Accumulation from the global batch, and steps from the tokens."""
@@ -167,7 +162,7 @@ class PretrainTrainer(StageTrainer):
         rows = arguments.max_steps * arguments.global_batch_tokens // arguments.block_size
         plan = Plan(arguments.mixture_config, windows_of(stores, arguments.block_size), rows, arguments.block_size)
         self.mixture = Mixture(stores, plan, arguments.data_seed)
-        fuse_head(model, arguments.compile)
+        fuse_head(model, compiled=arguments.compile, whole_rows=True)
         fuse_gelu(model)
         super().__init__(
             model=model,

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import torch
 from accelerate.utils import DistributedType
+from torch.utils.data import Subset
 from transformers import Trainer
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -78,7 +79,7 @@ class OptimizationArguments:
     optimizer: str = field(
         default="adamw", metadata={"help": "adamw, adamw_8bit, or muon on the matrices with adamw for all else."}
     )
-    matrix_learning_rate: float = field(default=5e-3, metadata={"help": "Muon's; learning_rate is AdamW's."})
+    matrix_learning_rate: float = field(default=6e-3, metadata={"help": "Muon's; learning_rate is AdamW's."})
     cooldown_share: float = field(
         default=0.7, metadata={"help": f"Share of the steps in which {COOLDOWN_SCHEDULE} falls to 0."}
     )
@@ -90,6 +91,11 @@ class OptimizationArguments:
         default=0.0, metadata={"help": "Dollars an hour of the whole machine: shows and logs what the run has cost."}
     )
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether training will be on a CUDA device; known before Transformers sets one up."""
+        return torch.cuda.is_available() and not self.use_cpu
+
     def check_optimization(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(
@@ -98,7 +104,7 @@ class OptimizationArguments:
             )
         if not 0 <= self.cooldown_share <= 1:
             raise UsageError(f"cooldown_share is {self.cooldown_share}: it must lie between 0 and 1.")
-        for name in ("sample_steps", "price_per_hour"):
+        for name in ("sample_steps", "price_per_hour", "matrix_learning_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}: give 0 or a positive number.")
 
@@ -117,17 +123,19 @@ class OptimizationArguments:
         if not self.output_dir:
             raise UsageError("No output folder: give --output_dir runs/my-run")
         if self.bf16 is None and not self.fp16:
-            precision = best_precision() if not self.use_cpu else {"bf16": False, "fp16": False}
+            precision = best_precision(self.on_gpu)
             self.bf16, self.fp16 = precision["bf16"], precision["fp16"]
-        if self.bf16 and not torch.cuda.is_available():
+        if self.fp16 and not self.on_gpu:
+            raise UsageError("fp16 needs a GPU: on a CPU leave the precision out, or give --bf16 true.")
+        if self.bf16 and not self.on_gpu:
             self.use_cpu = True  # else transformers 5.23 asks for a GPU that computes bf16
         check_sharding(self)
         meet_on_cpu()
         self.ddp_find_unused_parameters = False  # there are none; looking for them walks the graph in each step
         use_all_cores()
         keep_freed_memory()
-        self.dataloader_pin_memory = torch.cuda.is_available()  # else torch warns at every start
-        if torch.cuda.is_available() and self.accelerator_config is None:
+        self.dataloader_pin_memory = self.on_gpu  # else torch warns at every start
+        if self.on_gpu and self.accelerator_config is None:
             self.accelerator_config = {"non_blocking": True}  # a pinned batch is copied while the device computes
         self.train_sampling_strategy = "sequential"  # the order is the data's own
         self.remove_unused_columns = False
@@ -165,7 +173,8 @@ class StageTrainer(Trainer):
         self.token_bytes = torch.tensor(token_bytes(chat.tokenizer))
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        measure = functools.partial(self._utilization, row_tokens) if row_tokens else None
+        known_device = self.args.device.type in ("cuda", "cpu")  # of Apple's GPUs neither table nor measure knows
+        measure = functools.partial(self._utilization, row_tokens) if row_tokens and known_device else None
         self.meter = Metrics(folder, tokens_after, mixture, self.args.price_per_hour, measure)
         self.watch = Watch(self.meter)
         self.add_callback(self.watch)  # first: a step that diverged is not logged as any other
@@ -177,7 +186,7 @@ class StageTrainer(Trainer):
         precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
         on_gpu = self.args.device.type == "cuda"
         with torch.random.fork_rng([self.args.device] if on_gpu else []):  # a peak is measured on random numbers
-            peak, how = peak_flops(precision)
+            peak, how = peak_flops(precision, on_gpu)
         if on_gpu and how == "measured":
             torch.cuda.reset_peak_memory_stats()  # the memory that the measurement held is not the run's
         work = flops_per_token(self.model.config, self.model.config.vocab_size, row_tokens)
@@ -203,6 +212,7 @@ class StageTrainer(Trainer):
                 learning_rate=self.args.learning_rate,
                 matrix_learning_rate=self.args.matrix_learning_rate,
                 weight_decay=self.args.weight_decay,
+                scaled=self.args.fp16,
             )
         return self.optimizer
 
@@ -275,13 +285,15 @@ class StageTrainer(Trainer):
         losses = {}
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         for name, rows in sets.items():
-            own = [rows[index] for index in range(rank, len(rows), world)]
+            own = Subset(rows, range(rank, len(rows), world))
             with self.accelerator.autocast():
                 part = dataset_loss(
                     model, own, self.data_collator, self.token_bytes, self.args.per_device_eval_batch_size
                 )
             sums = torch.tensor([[part.nats, part.tokens, part.text_nats, part.utf8_bytes]], dtype=torch.float64)
-            nats, tokens, text_nats, utf8_bytes = self.accelerator.gather(sums.to(self.args.device)).sum(0).tolist()
+            if world > 1:  # alone it stays on the host: Apple's GPUs have no float64
+                sums = self.accelerator.gather(sums.to(self.args.device))
+            nats, tokens, text_nats, utf8_bytes = sums.sum(0).tolist()
             losses[name] = Loss(nats, int(tokens), text_nats, int(utf8_bytes))
         model.train(was_training)
         return losses
