@@ -99,7 +99,7 @@ def test_on_a_cpu_the_peak_is_measured_once_and_quickly(monkeypatch):
     flops, how = peak_flops("fp32")
     assert time.process_time() - started < 3  # of CPU, over two threads
     assert how == "measured" and 1e9 < flops < 1e14
-    monkeypatch.setattr(device_module, "_measured_flops", lambda precision: 1 / 0)
+    monkeypatch.setattr(device_module, "_measured_flops", lambda precision, where: 1 / 0)
     assert peak_flops("fp32") == (flops, "measured")
     assert 1e8 < measured_bandwidth() < 1e13
     with pytest.raises(UsageError, match="No precision 'tf32'"):
@@ -112,7 +112,7 @@ def test_a_measured_peak_is_that_of_the_best_product(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(device_module, "_best_seconds", lambda work, where: 0.5)
-    assert device_module._measured_flops("fp32") == 2 * 2048 * 768 * 3072 / 0.5
+    assert device_module._measured_flops("fp32", "cpu") == 2 * 2048 * 768 * 3072 / 0.5
 
 
 def test_a_gpu_of_the_table_is_known_and_another_is_measured(monkeypatch):
@@ -127,7 +127,7 @@ def test_a_gpu_of_the_table_is_known_and_another_is_measured(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: type("Properties", (), {"total_memory": 5})()
     )
-    monkeypatch.setattr(device_module, "_measured_flops", lambda precision: 7e14)
+    monkeypatch.setattr(device_module, "_measured_flops", lambda precision, where: 7e14)
     peak_flops.cache_clear()
     assert this_device().name == "NVIDIA GH200 480GB" and this_device().memory_bytes == 5
     assert peak_flops("bf16") == (7e14, "measured")

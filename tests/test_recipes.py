@@ -59,8 +59,9 @@ def inside(name: str, *flags: object) -> subprocess.CompletedProcess:
 
 
 def launch(name: str, *flags: object, processes: int = 1) -> subprocess.CompletedProcess:
-    where = ["--config_file", "recipes/accelerate/cpu.yaml", "--num_processes", processes]
-    where += ["--main_process_port", "0"] if processes > 1 else []
+    where = ["--cpu", "--num_processes", 1, "--mixed_precision", "no"]
+    if processes > 1:  # with --cpu, accelerate 1.15 starts one whatever the number
+        where = ["--config_file", "recipes/accelerate/cpu.yaml", "--num_processes", processes, "--main_process_port", 0]
     return command("accelerate", "launch", "--quiet", *where, f"recipes/{name}.py", *flags)
 
 

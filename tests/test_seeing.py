@@ -46,7 +46,7 @@ class Recorder(TrainerCallback):
 @pytest.fixture(scope="module", autouse=True)
 def a_known_peak():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "peak_flops", lambda precision: (1e12, "measured"))
+        patch.setattr(trainer_module, "peak_flops", lambda precision, on_gpu: (1e12, "measured"))
         yield
 
 
@@ -450,11 +450,11 @@ def test_the_command_ends_with_70_and_one_line(tokenizer, tmp_path, capsys):
 CONTROL = TrainerControl()
 
 
-def a_step(watch: Watch, step: int, loss, norm=1.0, fp16: bool = False, control=CONTROL) -> None:
+def a_step(watch: Watch, step: int, loss, norm=1.0, fp16: bool = False, control=CONTROL, sample_steps=0) -> None:
     watch.see(step, torch.as_tensor(loss))
     watch.see_norm(norm)
     watch.on_pre_optimizer_step(SimpleNamespace(fp16=fp16), None, control)
-    watch.on_step_end(None, None, control)
+    watch.on_step_end(SimpleNamespace(sample_steps=sample_steps), a_state(step), control)
 
 
 def test_the_loss_of_a_step_is_the_sum_over_its_micro_batches(tmp_path):
@@ -486,6 +486,24 @@ def test_on_a_gpu_a_step_is_looked_at_before_it_is_logged_evaluated_or_saved(tmp
     a_step(watch, 4, 2.5, control=TrainerControl(**{name: True}))
     with pytest.raises(DivergedError, match="at step 5"):
         a_step(watch, 5, 2.5, norm=torch.tensor(math.inf), control=TrainerControl(**{name: True}))
+
+
+def test_on_a_gpu_a_step_is_looked_at_before_the_model_speaks(tmp_path):
+    watch = OnDevice(begun(tmp_path))
+    a_step(watch, 4, 2.5, sample_steps=5)
+    with pytest.raises(DivergedError, match="at step 5"):
+        a_step(watch, 5, math.nan, sample_steps=5)
+
+
+def test_under_fp16_a_run_whose_gradients_stay_infinite_ends(tmp_path):
+    metrics = begun(tmp_path)
+    arguments = SimpleNamespace(**{**vars(ARGUMENTS), "fp16": True})
+    metrics.on_train_begin(arguments, a_state(0), None)
+    skipped, taken = SimpleNamespace(step_was_skipped=True), SimpleNamespace(step_was_skipped=False)
+    for optimizer in [*[skipped] * 24, taken, *[skipped] * 24]:
+        metrics.on_optimizer_step(arguments, a_state(7), None, optimizer=optimizer)
+    with pytest.raises(DivergedError, match="25 steps in a row, up to step 8"):
+        metrics.on_optimizer_step(arguments, a_state(7), None, optimizer=skipped)
 
 
 @pytest.mark.gpu
