@@ -41,6 +41,7 @@ STATE_BYTES = {  # of the optimizer: (a number in the body's matrices, any other
     "muon": (4, 8),
 }
 CONTEXT_BYTES = {True: 6e8, False: 1.2e9}  # CPU: Python and its libraries; GPU: CUDA context, cuBLAS, fragments
+CPU_FRAGMENTS = 0.12  # of all tensors, measured: the holes of glibc's heap, which keeps what a step frees
 # Muon stacks equal matrices, so many numbers at once: their momentum, and the products of Newton-Schulz
 MUON_AT_ONCE, MUON_COPIES = 2**24, 5
 
@@ -148,6 +149,8 @@ def memory(setup: Setup, shape: Shape, micro_batch: int) -> dict[str, float]:
         "logits": _logits(setup, tokens) + 4 * head + 8 * width * tokens,
         "workspace": CONTEXT_BYTES[setup.device.is_cpu] + layer / 2,
     }
+    if setup.device.is_cpu:
+        backward["workspace"] += CPU_FRAGMENTS * (total(backward) - CONTEXT_BYTES[True])
     # The optimizer steps when the backward pass has freed what it kept
     freed = backward["activations"] + backward["logits"] + layer / 2
     update = _update(setup, shape)
