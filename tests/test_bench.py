@@ -1,5 +1,6 @@
 """The benchmark of training speed: all sides do the same work, one that does not has no figures, the sums are right."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 from conftest import ROOT
 
 BENCH = ROOT / "scripts" / "bench"
@@ -15,11 +17,13 @@ sys.path.insert(0, str(BENCH))
 import material  # noqa: E402
 import run  # noqa: E402
 import table  # noqa: E402
+import tokens_to_loss  # noqa: E402
 import training  # noqa: E402
 import works  # noqa: E402
 from watch import Watch  # noqa: E402
 
 from rorchat.errors import UsageError  # noqa: E402
+from rorchat.training import loss  # noqa: E402
 
 WORK = works.quick(works.WORKS["optimizer"])  # two passes a step
 EAGER = [
@@ -235,6 +239,63 @@ def test_a_lever_that_is_gone_is_an_error_and_not_one_without_effect(made, monke
     monkeypatch.setattr(training, "LEVERS", {"gone": lever})
     with pytest.raises(AttributeError, match="fuse_nothing"):
         training.without("gone", Watch(WORK, made))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_head_that_replaces_the_fused_one_has_its_loss_and_gradients_and_all_logits(dtype, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 1 << 8)
+    torch.manual_seed(0)
+    labels = torch.randint(0, 64, (2, 9)).masked_fill(torch.rand(2, 9) < 0.3, training.IGNORED)
+    found = []
+    for head in (loss.head_loss, training.full_logits_loss):
+        hidden, weight = (torch.randn(*shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+                          for shape in ((2, 9, 16), (64, 16)))  # fmt: skip
+        with torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext():
+            total = head(hidden, weight, labels)
+        total.backward()
+        found.append((total, hidden.grad, weight.grad))
+    near = {"rtol": 2e-2, "atol": 5e-2} if dtype else {"rtol": 1e-5, "atol": 1e-5}
+    for ours, plain in zip(*found, strict=True):
+        assert ours.dtype == plain.dtype == torch.float32
+        torch.testing.assert_close(ours, plain, **near)
+
+
+def test_the_lever_of_the_head_leaves_causal_attention_and_the_compiler_alone(made, monkeypatch):
+    (patch,) = works.LEVERS["fused head"].patches
+    monkeypatch.setattr(loss, "head_loss", loss.head_loss)  # put back afterwards
+    entered, stock = [], loss.causal_attention
+    monkeypatch.setattr(loss, "causal_attention", lambda config: entered.append(1) or stock(config))
+    training.without("fused head", Watch(WORK, made))
+    assert patch.endswith("=full_logits_loss") and loss.head_loss is training.full_logits_loss
+    assert len(entered) == WORK.passes * (WORK.steps + WORK.discarded)
+
+
+def recorded(losses: dict[str, dict[int, float]]) -> list[dict]:
+    return [
+        {"side": side, "seed": seed, "loss": value} for side, found in losses.items() for seed, value in found.items()
+    ]
+
+
+def test_losses_are_compared_over_the_seeds_that_both_sides_have(capsys):
+    losses = {"nanogpt": {0: 3.0, 1: 9.0}, "ours 0.1": {0: 3.5}, "ours 0.2": {0: 2.9, 2: 99.0}, "ours 1": {0: 2.0}}
+    tokens_to_loss.told(recorded(losses))
+    told = capsys.readouterr().out
+    # over all seeds, 0.1 would have reached 6.0, and 0.2 would not
+    assert "to the loss of nanoGPT's recipe (nanogpt), 3.000 over seeds 0: 0.201 of the tokens (ours 0.2)" in told
+    assert "AdamW tuned" not in told
+    losses |= {"adamw 1e-3 cosine": {0: 2.5, 1: 2.5}, "adamw 2e-3 cosine": {1: 2.6, 2: 1.0}}
+    tokens_to_loss.told(recorded(losses))
+    # by the seed that the grid has in common, which is 1; ours have none but 0 in common with its best
+    assert (
+        "AdamW tuned (adamw 1e-3 cosine), 2.500 over seeds 0: 1.000 of the tokens (ours 1)" in capsys.readouterr().out
+    )
+
+
+def test_nothing_is_said_where_no_seed_is_common_and_what_is_not_reached_is_said(capsys):
+    tokens_to_loss.told(recorded({"nanogpt": {0: 3.0}, "ours 0.1": {1: 1.0}, "adamw 1e-3 cosine": {2: 1.0}}))
+    assert "to the loss of" not in capsys.readouterr().out
+    tokens_to_loss.told(recorded({"nanogpt": {0: 3.0}, "ours 0.1": {0: 3.1}}))
+    assert "(nanogpt), 3.000 over seeds 0: not reached" in capsys.readouterr().out
 
 
 def test_a_work_travels_to_its_sides_as_it_is():

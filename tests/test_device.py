@@ -15,7 +15,7 @@ from rorchat.errors import UsageError
 def test_every_gpu_has_what_a_plan_needs_and_no_precision_that_it_only_emulates():
     devices = read_devices()
     gpus = {name: device for name, device in devices.items() if name != "cpu"}
-    assert len(gpus) >= 14
+    assert len(gpus) >= 20
     for device in gpus.values():
         assert device.memory_bytes >= 16e9 and device.bandwidth >= 3e11 and 0 < device.dollars_per_hour < 10
         assert device.peak_flops["fp16"] > device.peak_flops["fp32"] > 8e12
@@ -31,6 +31,13 @@ def test_every_gpu_has_what_a_plan_needs_and_no_precision_that_it_only_emulates(
         ("Tesla V100-SXM2-32GB", "V100-32"),
         ("NVIDIA L4", "L4"),
         ("NVIDIA L40", None),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA A40", "A40"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX6000-Ada"),
+        ("NVIDIA H100 NVL", "H100-NVL"),
+        ("NVIDIA GH200 480GB", "GH200"),
         ("NVIDIA A100 80GB PCIe", "A100-80"),
         ("NVIDIA A100-SXM4-40GB", "A100-40"),
         ("NVIDIA H100 80GB HBM3", "H100"),
@@ -123,13 +130,13 @@ def test_a_gpu_of_the_table_is_known_and_another_is_measured(monkeypatch):
     peak_flops.cache_clear()
     assert this_device() == find_device("A100-80")
     assert peak_flops("bf16") == (312e12, "known")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GH200 480GB")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B300 SXM6 AC")
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: type("Properties", (), {"total_memory": 5})()
     )
     monkeypatch.setattr(device_module, "_measured_flops", lambda precision, where: 7e14)
     peak_flops.cache_clear()
-    assert this_device().name == "NVIDIA GH200 480GB" and this_device().memory_bytes == 5
+    assert this_device().name == "NVIDIA B300 SXM6 AC" and this_device().memory_bytes == 5
     assert peak_flops("bf16") == (7e14, "measured")
     peak_flops.cache_clear()
 

@@ -41,7 +41,9 @@ STATE_BYTES = {  # of the optimizer: (a number in the body's matrices, any other
     "muon": (4, 8),
 }
 CONTEXT_BYTES = {True: 6e8, False: 1.2e9}  # CPU: Python and its libraries; GPU: CUDA context, cuBLAS, fragments
-CPU_FRAGMENTS = 0.65  # of the activations, measured: the holes that glibc's heap keeps between tensors below 32 MB
+CPU_FRAGMENTS = 0.12  # of all tensors, measured: the holes of glibc's heap, which keeps what a step frees
+# Muon stacks equal matrices, so many numbers at once: their momentum, and the products of Newton-Schulz
+MUON_AT_ONCE, MUON_COPIES = 2**24, 5
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,10 @@ def mfu(setup: Setup, shape: Shape, seconds: float) -> float:
 
 
 def memory(setup: Setup, shape: Shape, micro_batch: int) -> dict[str, float]:
-    """Bytes on one device at the peak of a step, by part; their sum is the need."""
+    """Bytes on one device at the peak of a step, by part; their sum is the need.
+
+    `update` is there where the optimizer's step is that peak: what it needs beyond the room that activations leave.
+    """
     tokens, width = micro_batch * setup.block_size, shape.n_embd
     count = parameter_count(shape, setup.vocabulary, setup.block_size)
     body, head = 12 * shape.n_layer * width**2, setup.vocabulary * width
@@ -136,14 +141,30 @@ def memory(setup: Setup, shape: Shape, micro_batch: int) -> dict[str, float]:
     if setup.kernels == "manual":
         layer += KEPT_SCORES[setup.bytes] * shape.n_head * setup.block_size * tokens
     layers_kept = layer + shape.n_layer * 4 * width * tokens if setup.gradient_checkpointing else shape.n_layer * layer
-    return {
+    backward = {
         "weights": count * 4 + (scaling_parameters(shape, setup.vocabulary) * 2 if mixed else 0),
         "gradients": count * (8 if setup.gpus > 1 else 4),  # DDP sends copies
         "optimizer": for_matrices * body + for_rest * (count - body),
         "activations": layers_kept + 8 * width * tokens,
         "logits": _logits(setup, tokens) + 4 * head + 8 * width * tokens,
-        "workspace": CONTEXT_BYTES[setup.device.is_cpu] + layer / 2 + CPU_FRAGMENTS * setup.device.is_cpu * layers_kept,
+        "workspace": CONTEXT_BYTES[setup.device.is_cpu] + layer / 2,
     }
+    if setup.device.is_cpu:
+        backward["workspace"] += CPU_FRAGMENTS * (total(backward) - CONTEXT_BYTES[True])
+    # The optimizer steps when the backward pass has freed what it kept
+    freed = backward["activations"] + backward["logits"] + layer / 2
+    update = _update(setup, shape)
+    return backward | {"update": update - freed} if update > freed else backward
+
+
+def _update(setup: Setup, shape: Shape) -> float:
+    """Of the optimizer's step, beside its state: the fused AdamW works in place, Muon on copies of equal matrices."""
+    if setup.optimizer != "muon":
+        return 0.0
+    largest = 4 * shape.n_embd**2  # one matrix of the MLP: no slice is smaller
+    at_once = min(shape.n_layer * largest, max(MUON_AT_ONCE, largest))  # q, k, v and their output are as many numbers
+    # bf16 where it is computed fast, whatever the run's precision (rorchat/training/optimizer.py)
+    return MUON_COPIES * at_once * (2 if "bf16" in setup.device.peak_flops else 4)
 
 
 def _logits(setup: Setup, tokens: int) -> float:

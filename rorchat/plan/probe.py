@@ -88,8 +88,10 @@ def _step(plan: Plan, micro_batch: int) -> tuple[Callable[[], None], Callable[[]
     import torch
 
     from rorchat.training.loss import fuse_gelu, fuse_head
+    from rorchat.training.machine import keep_freed_memory
     from rorchat.training.optimizer import build_optimizer
 
+    keep_freed_memory()
     setup = plan.setup
     where = "cpu" if setup.device.is_cpu else "cuda"
     model = build_model(size_name(plan.shape), _Vocabulary(setup.vocabulary), setup.block_size).to(where).train()

@@ -20,6 +20,7 @@ from watch import Watch
 from works import LEVERS, NANOGPT, Work
 
 LEARNING_RATE = 6e-4
+IGNORED = -100  # of Transformers, in labels
 MAX_GRAD_NORM = 1.0
 
 
@@ -102,12 +103,17 @@ def rorchat(watch: Watch, flags: tuple[str, ...] = ()) -> dict:
         return watch.record()
 
 
-def loop(watch: Watch, model, optimizer, loss_of, autocast) -> None:
-    """The plain loop: forward, backward, clip, step."""
+def loop(watch: Watch, model, optimizer, loss_of, autocast, pinned: bool = False) -> None:
+    """The plain loop: forward, backward, clip, step.
+
+    Args:
+        pinned: batches go to a GPU from pinned memory, and nothing waits for the copy.
+    """
     work, rows = watch.work, Rows(watch.folder)
     for number in range(work.steps + work.discarded):
         for part in range(work.passes):
-            ids = rows.batch((number * work.passes + part) * work.rows, work.rows).to(device())
+            ids = rows.batch((number * work.passes + part) * work.rows, work.rows)
+            ids = (ids.pin_memory() if pinned else ids).to(device(), non_blocking=pinned)
             watch.read(ids)
             with autocast():
                 loss = loss_of(ids) / work.passes
@@ -219,7 +225,7 @@ def nanogpt(watch: Watch, precision: str = "bf16", compiled: bool = True) -> dic
         told += 1
         return loss
 
-    loop(watch, model, optimizer, loss_of, autocast)
+    loop(watch, model, optimizer, loss_of, autocast, pinned=device() == "cuda")  # as its get_batch
     return watch.record()
 
 
@@ -239,9 +245,18 @@ SIDES = {
 }
 
 
+def full_logits_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *_, **__) -> torch.Tensor:
+    """What rorchat's head replaces: the logits of all positions, in float32 for the loss, as Transformers has them."""
+    logits = torch.nn.functional.linear(hidden, weight)  # (B, T, D) -> (B, T, V), under autocast in its dtype
+    targets = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    return torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
 def located(target: str) -> tuple[object, str]:
     """(module or class, name) of a lever's patch."""
-    module, _, path = target.partition(":")
+    module, _, path = target.partition("=")[0].partition(":")
     *owners, name = path.split(".")
     owner = importlib.import_module(module)
     for part in owners:
@@ -254,11 +269,12 @@ def located(target: str) -> tuple[object, str]:
 def without(lever_name: str, watch: Watch) -> dict:
     """rorchat with one lever turned."""
     lever = LEVERS[lever_name]
-    for owner, name in map(located, lever.patches):
+    for patch in lever.patches:
+        (owner, name), replacement = located(patch), patch.partition("=")[2]
         if isinstance(owner, type):
             delattr(owner, name)
         else:
-            setattr(owner, name, lambda *_, **__: nullcontext())
+            setattr(owner, name, globals()[replacement] if replacement else lambda *_, **__: nullcontext())
     return rorchat(watch, lever.flags)
 
 

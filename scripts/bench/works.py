@@ -95,8 +95,9 @@ class Lever:
 
     Args:
         flags: settings of recipes/pretrain.py.
-        patches: `module:function` is replaced by one that does nothing, as a context manager too; `module:Class.method`
-            is taken away, which leaves the parent's.
+        patches: `module:function` is replaced by one that does nothing, as a context manager too, or, as
+            `module:function=name`, by the one of that name in training.py; `module:Class.method` is taken away, which
+            leaves the parent's.
         environment: variables of the process.
     """
 
@@ -106,7 +107,7 @@ class Lever:
 
 
 LEVERS = {
-    "fused head": Lever(patches=("rorchat.training.pretrain:fuse_head",)),
+    "fused head": Lever(patches=("rorchat.training.loss:head_loss=full_logits_loss",)),
     "fused GELU": Lever(patches=("rorchat.training.pretrain:fuse_gelu",)),
     "causal attention": Lever(patches=("rorchat.training.loss:causal_attention",)),
     "short step": Lever(
