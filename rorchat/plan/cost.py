@@ -43,7 +43,7 @@ STATE_BYTES = {  # of the optimizer: (a number in the body's matrices, any other
 CONTEXT_BYTES = {True: 6e8, False: 1.2e9}  # CPU: Python and its libraries; GPU: CUDA context, cuBLAS, fragments
 CPU_FRAGMENTS = 0.12  # of all tensors, measured: the holes of glibc's heap, which keeps what a step frees
 # Muon stacks equal matrices, so many numbers at once: their momentum, and the products of Newton-Schulz
-MUON_AT_ONCE, MUON_COPIES = 2**24, 5
+MUON_COPIES = 5
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,10 @@ def _update(setup: Setup, shape: Shape) -> float:
     """Of the optimizer's step, beside its state: the fused AdamW works in place, Muon on copies of equal matrices."""
     if setup.optimizer != "muon":
         return 0.0
-    largest = 4 * shape.n_embd**2  # one matrix of the MLP: no slice is smaller
-    at_once = min(shape.n_layer * largest, max(MUON_AT_ONCE, largest))  # q, k, v and their output are as many numbers
+    from rorchat.training.optimizer import NUMBERS_AT_ONCE
+
+    largest = 4 * shape.n_embd**2  # one matrix of the MLP: no slice is smaller; q, k, v and output are as many numbers
+    at_once = min(shape.n_layer * largest, max(NUMBERS_AT_ONCE, largest))
     # bf16 where it is computed fast, whatever the run's precision (rorchat/training/optimizer.py)
     return MUON_COPIES * at_once * (2 if "bf16" in setup.device.peak_flops else 4)
 
