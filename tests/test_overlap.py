@@ -166,6 +166,7 @@ def test_mmlu_and_squad_are_read_whole(shared_data):
 
 
 def test_it_travels_to_another_process(tmp_path):
+    """As multiprocessing sends it to workers where they are spawned (macOS, Windows); nothing is written to a file."""
     text = evaluation(tmp_path, {"a": numbered(1, 40)})
     assert pickle.loads(pickle.dumps(text)).find(numbered(1, 20)) == text.find(numbered(1, 20))
 

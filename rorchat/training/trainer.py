@@ -79,7 +79,9 @@ class OptimizationArguments:
     optimizer: str = field(
         default="adamw", metadata={"help": "adamw, adamw_8bit, or muon on the matrices with adamw for all else."}
     )
-    matrix_learning_rate: float = field(default=6e-3, metadata={"help": "Muon's; learning_rate is AdamW's."})
+    matrix_learning_rate: float = field(
+        default=6e-3, metadata={"help": "Muon's; learning_rate is AdamW's, the embedding's ten times that."}
+    )
     cooldown_share: float = field(
         default=0.7, metadata={"help": f"Share of the steps in which {COOLDOWN_SCHEDULE} falls to 0."}
     )
@@ -224,9 +226,9 @@ class StageTrainer(Trainer):
             self.args.lr_scheduler_kwargs = {"min_lr_rate": COSINE_FLOOR}
         return super().create_scheduler(num_training_steps, optimizer)
 
-    # The Trainer's own versions of the next four serve every model and device. Of a step of a small model, 8 rows of 64
-    # tokens through 2 layers, they take a quarter (scripts/bench, work "overhead"): modules are walked to set what is
-    # set, parameters to be found again, packages looked for on the disk.
+    # The Trainer's own versions of the next three serve every model and device, which a step of milliseconds feels
+    # (scripts/bench, work "overhead"): modules are walked to set what is set, parameters to be found again, packages
+    # looked for on the disk.
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # tokens are what we count
