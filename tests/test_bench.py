@@ -278,23 +278,24 @@ def recorded(losses: dict[str, dict[int, float]]) -> list[dict]:
 
 def test_losses_are_compared_over_the_seeds_that_both_sides_have(capsys):
     losses = {"nanogpt": {0: 3.0, 1: 9.0}, "ours 0.1": {0: 3.5}, "ours 0.2": {0: 2.9, 2: 99.0}, "ours 1": {0: 2.0}}
-    tokens_to_loss.told(recorded(losses))
+    tokens_to_loss.told(recorded(losses), 244)
     told = capsys.readouterr().out
     # over all seeds, 0.1 would have reached 6.0, and 0.2 would not
     assert "to the loss of nanoGPT's recipe (nanogpt), 3.000 over seeds 0: 0.201 of the tokens (ours 0.2)" in told
     assert "AdamW tuned" not in told
-    losses |= {"adamw 1e-3 cosine": {0: 2.5, 1: 2.5}, "adamw 2e-3 cosine": {1: 2.6, 2: 1.0}}
-    tokens_to_loss.told(recorded(losses))
+    losses |= {"adamw 1e-3 cosine 10": {0: 2.5, 1: 2.5}, "adamw 2e-3 cosine 10": {1: 2.6, 2: 1.0}}
+    tokens_to_loss.told(recorded(losses), 244)
     # by the seed that the grid has in common, which is 1; ours have none but 0 in common with its best
     assert (
-        "AdamW tuned (adamw 1e-3 cosine), 2.500 over seeds 0: 1.000 of the tokens (ours 1)" in capsys.readouterr().out
+        "AdamW tuned (adamw 1e-3 cosine 10), 2.500 over seeds 0: 1.000 of the tokens (ours 1)"
+        in capsys.readouterr().out
     )
 
 
 def test_nothing_is_said_where_no_seed_is_common_and_what_is_not_reached_is_said(capsys):
-    tokens_to_loss.told(recorded({"nanogpt": {0: 3.0}, "ours 0.1": {1: 1.0}, "adamw 1e-3 cosine": {2: 1.0}}))
+    tokens_to_loss.told(recorded({"nanogpt": {0: 3.0}, "ours 0.1": {1: 1.0}, "adamw 1e-3 cosine 10": {2: 1.0}}), 244)
     assert "to the loss of" not in capsys.readouterr().out
-    tokens_to_loss.told(recorded({"nanogpt": {0: 3.0}, "ours 0.1": {0: 3.1}}))
+    tokens_to_loss.told(recorded({"nanogpt": {0: 3.0}, "ours 0.1": {0: 3.1}}), 244)
     assert "(nanogpt), 3.000 over seeds 0: not reached" in capsys.readouterr().out
 
 
