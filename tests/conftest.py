@@ -1,5 +1,6 @@
-"""What several test files share: a tokenizer and a model small enough to make anew, and the real data where it is."""
+"""What several test files share: a tokenizer and a model small enough to make anew, real data, rows and their files."""
 
+import json
 import os
 
 # Before torch is imported: it reads them once. Two threads that sleep while they wait: a test must not crowd out what
@@ -11,6 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from pathlib import Path
 
 import pytest
+
+from rorchat.sources import Rows, available, find, load
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,6 +51,7 @@ SENTENCES = [
     "Nobody knew where the key was, so they looked for it everywhere.",
     "If you add nothing to a number, the number stays as it is.",
 ]
+CONVERTING = [name for name in available() if hasattr(find(name), "convert")]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -89,3 +93,36 @@ def gpt2_tokenizer(shared_data):
     from rorchat.tokenizer import load_tokenizer
 
     return load_tokenizer(str(shared_data / "gpt2_tokenizer"))
+
+
+def exchange(question: object = "Hello", reply: object = "Hi!", *further: object, **more: object) -> dict:
+    """A row of a conversation in which user and assistant speak in turn."""
+    said = enumerate((question, reply, *further))
+    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in said], **more}
+
+
+def json_lines(*rows: object) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def lines_of(rows: list) -> bytes:
+    """JSON lines; bytes stand for themselves."""
+    return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+
+
+def written(folder: Path, name: str, content: str | bytes | list) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = lines_of(content) if isinstance(content, list) else content
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read(spec: str, kind: str = "") -> tuple[list[dict], Rows]:
+    """All rows of a source, after checking that every row that came in is accounted for."""
+    rows = load(spec, kind or find(spec.partition("=")[0]).KIND)
+    kept = list(rows)
+    tally = rows.tally
+    assert len(kept) == tally.kept
+    assert tally.rows_in == tally.kept + sum(tally.rejects.values())
+    return kept, rows

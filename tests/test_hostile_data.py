@@ -15,15 +15,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import CONVERTING
 
-from rorchat.chatml import (
-    END_OF_TEXT,
-)
+from rorchat.chatml import END_OF_TEXT
 from rorchat.doctor import check, guess_shape
 from rorchat.errors import DataError, RorchatError
-from rorchat.sources import CHECKS, available, find, kinds_of, load
+from rorchat.sources import CHECKS, find, kinds_of, load
 
-CONVERTING = [name for name in available() if hasattr(find(name), "convert")]
 GATHERING = [name for name in CONVERTING if hasattr(find(name), "gather")]  # a row is not a line of theirs
 
 
