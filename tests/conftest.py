@@ -1,7 +1,12 @@
-"""What several test files share: a tokenizer and a model small enough to make anew, real data, rows and their files."""
+"""What several test files share: a small tokenizer and model, real data, rows and their files, `rorchat data`."""
 
+import contextlib
+import io
 import json
 import os
+import re
+import subprocess
+import sys
 
 # Before torch is imported: it reads them once. Two threads that sleep while they wait: a test must not crowd out what
 # else is running, and threads that spin cost a tiny model five times its work on a busy machine.
@@ -51,6 +56,8 @@ SENTENCES = [
     "Nobody knew where the key was, so they looked for it everywhere.",
     "If you add nothing to a number, the number stays as it is.",
 ]
+RORCHAT = Path(sys.executable).with_name("rorchat")
+TEXTS = [f"Document {number} says hello to the small model by the river, near the old mill." for number in range(300)]
 CONVERTING = [name for name in available() if hasattr(find(name), "convert")]
 
 
@@ -95,6 +102,14 @@ def gpt2_tokenizer(shared_data):
     return load_tokenizer(str(shared_data / "gpt2_tokenizer"))
 
 
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory) -> Path:
+    """The folder of the tokenizer, as a command line names it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def exchange(question: object = "Hello", reply: object = "Hi!", *further: object, **more: object) -> dict:
     """A row of a conversation in which user and assistant speak in turn."""
     said = enumerate((question, reply, *further))
@@ -126,3 +141,34 @@ def read(spec: str, kind: str = "") -> tuple[list[dict], Rows]:
     assert len(kept) == tally.kept
     assert tally.rows_in == tally.kept + sum(tally.rejects.values())
     return kept, rows
+
+
+def rorchat_data(*words: object) -> subprocess.CompletedProcess:
+    """`rorchat data ...` in this process, as a terminal would run it, with what it wrote."""
+    import rorchat.cli
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    words = [str(word) for word in words]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rorchat", "data", *words])
+        try:
+            rorchat.cli.main()
+        except SystemExit as stopped:
+            code = stopped.code
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def succeeded(*words: object) -> str:
+    done = rorchat_data(*words)
+    assert (done.returncode, done.stderr if done.returncode else "") == (0, "")
+    return done.stdout
+
+
+def refused(code: int, *words: object) -> str:
+    """The one line on stderr of a command that fails with `code`; what preparing says of its progress is no error."""
+    done = rorchat_data(*words)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert (done.returncode, len(lines)) == (code, 1), done.stderr
+    others = [line for line in done.stderr.splitlines() if line != lines[0]]
+    assert [line for line in others if not re.match(r"tokenize |\w+=.* rows kept|  [\d,]+ rejected: ", line)] == []
+    return lines[0]
