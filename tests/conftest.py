@@ -16,9 +16,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rorchat.sources import Rows, available, find, load
+from rorchat.tokens.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -141,6 +143,11 @@ def read(spec: str, kind: str = "") -> tuple[list[dict], Rows]:
     assert len(kept) == tally.kept
     assert tally.rows_in == tally.kept + sum(tally.rejects.values())
     return kept, rows
+
+
+def located(plan: Plan) -> np.ndarray:
+    """(rows, 2): source and number of every row."""
+    return np.array([plan.locate(row) for row in range(plan.rows)])
 
 
 def rorchat_data(*words: object) -> subprocess.CompletedProcess:
