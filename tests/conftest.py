@@ -1,6 +1,7 @@
-"""What several test files share: a small tokenizer and model, real data, rows and their files, `rorchat data`."""
+"""What several test files share: a small tokenizer and model, real data, rows, files and stores of them, a command."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import pytest
 
 from rorchat.sources import Rows, available, find, load
 from rorchat.tokens.plan import Plan
+from rorchat.tokens.store import TokenStore
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +62,14 @@ SENTENCES = [
 ]
 RORCHAT = Path(sys.executable).with_name("rorchat")
 TEXTS = [f"Document {number} says hello to the small model by the river, near the old mill." for number in range(300)]
+SHARE = 0.2
+DOCUMENTS = [
+    f"Document {n}: the {'very ' * (n % 7)}small model says “naïve café 你好 🙂” {n} times.\n" for n in range(120)
+]
+DOCUMENTS += ["  LEADING blanks and CAPITALS  ", "leading Blanks\nand capitals", "text that says <|endoftext|> itself"]
+COPIES = [DOCUMENTS[3]] * 3  # the second of the blanks and capitals above is no copy of the first
+DOCUMENTS += COPIES
+KEPT = DOCUMENTS[: -len(COPIES)]
 CONVERTING = [name for name in available() if hasattr(find(name), "convert")]
 
 
@@ -143,6 +153,47 @@ def read(spec: str, kind: str = "") -> tuple[list[dict], Rows]:
     assert len(kept) == tally.kept
     assert tally.rows_in == tally.kept + sum(tally.rejects.values())
     return kept, rows
+
+
+def write_documents(folder: Path, documents: list[str], name: str = "documents.jsonl") -> str:
+    path = folder / name
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents))
+    return f"text={path}"
+
+
+def decoded(store: TokenStore, split: str, tokenizer) -> list[str]:
+    """The documents of a split, cut at the document starts that the store keeps beside each shard."""
+    documents = []
+    for shard in store.manifest.shards:
+        if shard.split == split:
+            ids = np.load(store.folder / shard.file)
+            starts = np.load(store.folder / shard.file.replace(".npy", ".docs.npy"))
+            assert (ids[starts] == store.manifest.end_of_text_id).all()
+            assert len(starts) == shard.documents
+            documents += [
+                tokenizer.decode(ids[start + 1 : end].tolist())
+                for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)
+            ]
+    return documents
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    assert len(found) >= 5
+    return found
+
+
+@pytest.fixture
+def spec(tmp_path) -> str:
+    return write_documents(tmp_path, DOCUMENTS)
+
+
+@pytest.fixture
+def store(spec, tokenizer, tmp_path) -> TokenStore:
+    """A store of the DOCUMENTS, a fifth of them held out."""
+    from rorchat.tokens.prepare import prepare
+
+    return prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE)
 
 
 def located(plan: Plan) -> np.ndarray:
