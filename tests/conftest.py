@@ -201,6 +201,15 @@ def located(plan: Plan) -> np.ndarray:
     return np.array([plan.locate(row) for row in range(plan.rows)])
 
 
+def strict_lines(path: Path) -> list[dict]:
+    """Every line of the file, none of which may use what JSON does not have."""
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def rorchat_data(*words: object) -> subprocess.CompletedProcess:
     """`rorchat data ...` in this process, as a terminal would run it, with what it wrote."""
     import rorchat.cli
