@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rorchat.model import build_model
+from rorchat.training import loss as loss_module
 from rorchat.training import optimizer as optimizer_module
 from rorchat.training.loss import fuse_gelu, fuse_head
 from rorchat.training.optimizer import NEWTON_SCHULZ, SAFETY, build_optimizer, orthogonalized
@@ -129,6 +130,83 @@ def test_gradient_checkpointing_changes_no_gradient(stock, compiled):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     found = gradients(model, ids)
     assert max(distance(found[name], expected[name]) for name in expected) < 1e-5
+
+
+@pytest.fixture
+def recomputing(monkeypatch):
+    monkeypatch.setattr(loss_module, "WORTHWHILE", 0)  # these models are too small for it
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_outputs_computed_again_give_the_same_gradients_to_the_bit(stock, autocast, recomputing, monkeypatch):
+    ids = ids_of(stock)
+    found = gradients(ready(stock), ids, autocast)
+    monkeypatch.setattr(loss_module, "WORTHWHILE", math.inf)
+    kept = gradients(ready(stock), ids, autocast)
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+
+
+def test_neither_a_norms_output_nor_the_gelus_is_kept(stock, recomputing, monkeypatch):
+    """Two outputs of norms and one of a GELU, four times as wide, a layer: six hidden states of float32."""
+    ids = ids_of(stock)
+    saved = []
+    stock_hooks = torch.autograd.graph.saved_tensors_hooks
+
+    class Weighed(stock_hooks):
+        def __init__(self, pack, unpack):
+            super().__init__(lambda tensor: saved.append(pack(tensor)) or saved[-1], unpack)
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", Weighed)
+    model = ready(stock)
+    model(input_ids=ids, labels=ids)
+    again = [kept for kept in saved if isinstance(kept, tuple)]
+    numbers = sum(shape.numel() for _, _, shape in again)
+    assert numbers == 6 * model.config.n_layer * ids.numel() * model.config.n_embd
+    inputs = {given.untyped_storage().data_ptr() for _, given, _ in again}
+    held = {kept.untyped_storage().data_ptr() for kept in saved if isinstance(kept, torch.Tensor)}
+    assert inputs <= held  # what they are computed from is kept by others: it costs nothing
+
+
+def test_nothing_stays_attached_to_a_model_whose_outputs_are_computed_again(stock, recomputing):
+    model, ids = ready(stock), ids_of(stock)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_head_and_embedding_share_one_gradient(stock, monkeypatch):
+    """The gradient that arrives at the weight is the head's own tensor, to which the lookup has added."""
+    made = {}
+    zeros_like = torch.zeros_like
+
+    def noted(*arguments):
+        tensor = zeros_like(*arguments)
+        made[tensor.shape] = tensor.data_ptr()  # the tensor itself, held here, would be copied
+        return tensor
+
+    monkeypatch.setattr(torch, "zeros_like", noted)
+    model, ids = ready(stock), ids_of(stock)
+    model(input_ids=ids, labels=ids).loss.backward()
+    weight = model.lm_head.weight
+    assert weight.grad.data_ptr() == made[weight.shape]
+
+
+@pytest.mark.parametrize("case", ["untied", "frozen", "hooked"])
+def test_an_embedding_apart_from_the_head_keeps_its_own_gradient(stock, case):
+    plain = copy.deepcopy(stock)
+    if case == "untied":
+        plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())
+    elif case == "frozen":
+        plain.lm_head.weight.requires_grad_(False)
+    else:
+        plain.transformer.wte.register_forward_hook(lambda module, arguments, output: 2 * output)
+    model, ids = ready(plain), ids_of(plain)
+    for each in (plain, model):
+        each(input_ids=ids, labels=ids).loss.backward()
+    for (name, expected), found in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert (
+            (expected.grad is None) == (found.grad is None) == (case == "frozen" and name == "transformer.wte.weight")
+        )
+        assert expected.grad is None or distance(found.grad, expected.grad) < 1e-5, name
 
 
 @pytest.mark.slow

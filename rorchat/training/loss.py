@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import CausalLMOutput
 
 from rorchat.chatml import IGNORED
+from rorchat.training.recompute import WORTHWHILE, cheap_outputs_computed_again
 
 # The stock attention under a name that Transformers builds no mask for. With its own name, GPT-2 under torch.compile
 # gets a dense mask in place of `is_causal` (transformers 5.23, masking_utils.py: packed rows cannot be ruled out while
@@ -31,11 +32,12 @@ LOGITS_AT_ONCE = 2**25  # numbers, 134 MB in float32: slices are as large as tha
 class _HeadLoss(torch.autograd.Function):
     """Summed cross-entropy of `hidden @ weight.T`, with both gradients formed in the forward pass.
 
-    Products are taken in `compute_dtype`, the loss and the sums over slices in float32.
+    Products are taken in `compute_dtype`, the loss and the sums over slices in float32. With a `_TiedGradient` the
+    weight's gradient is left there for the lookup to complete.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, compute_dtype: torch.dtype, tied) -> Tensor:
         wants = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if wants else None
@@ -46,10 +48,13 @@ class _HeadLoss(torch.autograd.Function):
             part = hidden[start : start + rows].to(compute_dtype)
             wanted = labels[start : start + rows]
             logits = (part @ head.T).float()  # (rows, D) -> (rows, V)
-            log_sum = torch.logsumexp(logits, dim=-1)
-            total += (log_sum - logits.gather(1, wanted[:, None])[:, 0]).sum()
+            # All in place: logsumexp and softmax would each hold a copy of the slice, and take the exponential twice
+            asked = logits.gather(1, wanted[:, None])
+            largest = logits.amax(dim=-1, keepdim=True)
+            sums = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+            total += (sums.log() + largest - asked).sum()
             if wants:
-                gradient = logits.sub_(log_sum[:, None]).exp_()  # the softmax, in place
+                gradient = logits.div_(sums)  # the softmax
                 gradient.scatter_add_(1, wanted[:, None], gradient.new_full((len(wanted), 1), -1.0))
                 gradient = gradient.to(compute_dtype)
                 hidden_gradient[start : start + rows] = gradient @ head
@@ -57,7 +62,9 @@ class _HeadLoss(torch.autograd.Function):
                     weight_gradient.addmm_(gradient.T, part)
                 else:
                     weight_gradient += gradient.T @ part
-        ctx.gradients = (hidden_gradient, weight_gradient)
+                del gradient
+            del logits  # else it lives until the next slice has been made
+        ctx.gradients, ctx.tied = (hidden_gradient, weight_gradient), tied
         return total
 
     @staticmethod
@@ -65,10 +72,45 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("The gradients of this loss are scaled in place: it can go backward only once.")
         (hidden_gradient, weight_gradient), ctx.gradients = ctx.gradients, None
-        return hidden_gradient.mul_(scale), weight_gradient.mul_(scale), None, None
+        weight_gradient.mul_(scale)
+        if ctx.tied is not None:
+            ctx.tied.gradient, weight_gradient = weight_gradient, None
+        return hidden_gradient.mul_(scale), weight_gradient, None, None, None
 
 
-def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, whole_rows: bool = False) -> Tensor:
+class _TiedGradient:
+    """The head's part of the gradient of a weight that the token embedding shares, until the embedding adds its own."""
+
+    gradient: Tensor | None = None
+
+
+class _Lookup(torch.autograd.Function):
+    """The embedding of tokens whose gradient is added to the head's in place.
+
+    torch gives each of the two a gradient of the whole vocabulary, 154 MB at 124M, and adds them up.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, ids: Tensor, tied: _TiedGradient) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.tied = tied
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (ids,) = ctx.saved_tensors
+        # the hidden states come from this lookup, so that the head has gone backward before
+        total, ctx.tied.gradient = ctx.tied.gradient, None
+        ids, gradient = ids.flatten(), gradient.flatten(0, -2).to(total.dtype)
+        # in a fixed order, so that a run can be repeated: of these two, each adds at random on the other device
+        if total.is_cuda:
+            return total.index_put_((ids,), gradient, accumulate=True), None, None
+        return total.index_add_(0, ids, gradient), None, None
+
+
+def head_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, whole_rows: bool = False, tied: _TiedGradient | None = None
+) -> Tensor:
     """The sum of -log p(label) over labelled positions, in nats, float32.
 
     Args:
@@ -76,6 +118,7 @@ def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, whole_rows: bool =
         weight: (V, D), the vocabulary head, tied to the embedding.
         labels: (B, T), not yet shifted; -100 where nothing is asked.
         whole_rows: every position has a label, which saves looking for them: a GPU waits for that.
+        tied: takes the weight's gradient, in place of the weight.
     """
     labels = labels[:, 1:]
     asked = slice(None) if whole_rows else labels != IGNORED
@@ -86,7 +129,7 @@ def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, whole_rows: bool =
     mixed = torch.is_autocast_enabled(device)
     compute_dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _HeadLoss.apply(hidden, weight, labels, compute_dtype)
+        return _HeadLoss.apply(hidden, weight, labels, compute_dtype, tied)
 
 
 @contextlib.contextmanager
@@ -117,9 +160,17 @@ def fuse_head(model: nn.Module, compiled: bool = False, whole_rows: bool = False
         if labels is None:
             return stock_forward(*args, **kwargs)
         rows_are_whole = not args and kwargs.keys() == {"input_ids"}  # else there may be a mask, or packed positions
-        with causal_attention(model.config) if rows_are_whole else contextlib.nullcontext():
+        weight, tied = model.get_output_embeddings().weight, None
+        if rows_are_whole and _lookup_is_plain(model):
+            tied = _TiedGradient()
+            kwargs = {"inputs_embeds": _Lookup.apply(weight, kwargs["input_ids"], tied)}
+        with contextlib.ExitStack() as contexts:
+            if rows_are_whole:
+                contexts.enter_context(causal_attention(model.config))
+            if not compiled and torch.is_grad_enabled() and labels.numel() * weight.size(1) >= WORTHWHILE:
+                contexts.enter_context(cheap_outputs_computed_again(model))
             hidden = base(*args, **kwargs, use_cache=False).last_hidden_state
-        loss = head_loss(hidden, model.get_output_embeddings().weight, labels, whole_rows)
+        loss = head_loss(hidden, weight, labels, whole_rows, tied)
         items = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=loss / items)
 
@@ -127,6 +178,13 @@ def fuse_head(model: nn.Module, compiled: bool = False, whole_rows: bool = False
     # Batches are padded on the right, which needs no mask (rorchat/tokens/batch.py); Transformers looks for the padding
     # in every forward pass to recommend one.
     model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
+
+
+def _lookup_is_plain(model: nn.Module) -> bool:
+    """Whether the token embedding is the head's weight, trained, whole, and nothing waits for its module to run."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    hooked = embedding._forward_hooks or embedding._forward_pre_hooks
+    return torch.is_grad_enabled() and embedding.weight is head.weight and head.weight.requires_grad and not hooked
 
 
 def fuse_gelu(model: nn.Module) -> None:

@@ -1,0 +1,53 @@
+"""Cheap outputs computed again in the backward pass, in place of being kept from the forward pass.
+
+Of the 17 numbers that a block of GPT-2 keeps for every number of its hidden state, six are outputs of a norm or of the
+GELU that the matrix product behind them keeps for its gradient. Both are elementwise and their inputs are kept anyway
+(Chen et al. 2016, arXiv:1604.06174, drop the results of low-cost operations in the same way). torch.compile does this
+by itself.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+#: Numbers of a hidden state (tokens x width) from which it pays: below, Python's part in it is a tenth of a step.
+WORTHWHILE = 2**20
+
+
+@contextlib.contextmanager
+def cheap_outputs_computed_again(model: nn.Module) -> Iterator[None]:
+    """Forward passes of a stock GPT-2 in this context keep no output of a norm before a product, and of no GELU.
+
+    The gradients are the same to the bit. Under autocast a product keeps its own copy of a norm's output in bf16 or
+    fp16, and only the GELU's is spared.
+    """
+    # The latest output, which the module behind takes at once. Held, so that no other tensor can come to lie there.
+    output, module, given = None, None, None
+
+    def note(made_by, arguments, made):
+        nonlocal output, module, given
+        output, module, given = made, made_by, arguments[0].detach()
+
+    def pack(tensor: Tensor):
+        is_output = output is not None and tensor.data_ptr() == output.data_ptr() and tensor.numel() == output.numel()
+        if is_output and tensor.is_contiguous() and tensor.dtype == output.dtype == given.dtype:
+            return module, given, tensor.shape
+        return tensor.detach()  # the tensor itself would be a cycle of references, where a function keeps its result
+
+    def unpack(kept) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        module, given, shape = kept
+        with torch.no_grad():
+            return module(given).view(shape)
+
+    layers = [layer for block in model.transformer.h for layer in (block.ln_1, block.ln_2, block.mlp.act)]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
