@@ -261,8 +261,9 @@ def test_the_head_that_replaces_the_fused_one_has_its_loss_and_gradients_and_all
 
 
 def test_the_lever_of_the_head_leaves_causal_attention_and_the_compiler_alone(made, monkeypatch):
-    (patch,) = works.LEVERS["fused head"].patches
-    monkeypatch.setattr(loss, "head_loss", loss.head_loss)  # put back afterwards
+    patch, _ = works.LEVERS["fused head"].patches
+    for name in ("head_loss", "_lookup_is_plain"):
+        monkeypatch.setattr(loss, name, getattr(loss, name))  # put back afterwards
     entered, stock = [], loss.causal_attention
     monkeypatch.setattr(loss, "causal_attention", lambda config: entered.append(1) or stock(config))
     training.without("fused head", Watch(WORK, made))

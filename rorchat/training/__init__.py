@@ -7,8 +7,6 @@ import os
 import sys
 import warnings
 
-# Large pages for the tensors of a step, which torch frees and faults in again every time
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # A log has lines, no bars: those of our libraries are drawn on terminals only
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")

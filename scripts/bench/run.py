@@ -50,10 +50,9 @@ def cores() -> int:
 
 
 def environment() -> dict[str, str]:
-    """What every side gets; large pages, which rorchat asks for, go to its peers as well."""
+    """What every side gets."""
     return {
         "OMP_NUM_THREADS": str(cores()),
-        "THP_MEM_ALLOC_ENABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
@@ -132,7 +131,7 @@ def run_side(work: Work, side: Side, material: Path) -> dict:
     if side.lever:
         done = run_process([*words, side.lever], LEVERS[side.lever].environment)
     else:
-        done = run_process(words)
+        done = run_process(words, {} if side.name in KEEPS_MEMORY else LARGE_PAGES)
     if done.returncode or not result.is_file():
         lines = last_lines(done.stderr).splitlines() or [f"exit code {done.returncode}"]
         return {"status": "failed", "why": "\n".join([lines[-1], *lines])}

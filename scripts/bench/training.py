@@ -254,6 +254,10 @@ def full_logits_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.T
     )
 
 
+def no(*_, **__) -> bool:
+    return False
+
+
 def located(target: str) -> tuple[object, str]:
     """(module or class, name) of a lever's patch."""
     module, _, path = target.partition("=")[0].partition(":")

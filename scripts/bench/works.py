@@ -86,6 +86,9 @@ SIDES = {
     "rorchat-bf16": "rorchat, bf16 whatever the device",
     "rorchat-muon": "rorchat with Muon",
 }
+#: Memory that is freed and faulted in again in every step is faster in large pages. These sides keep theirs.
+LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+KEEPS_MEMORY = ("rorchat", "rorchat-bf16", "rorchat-muon", "raw-fused")
 NEEDS = {"nanogpt": NANOGPT, "nanogpt-fp32": NANOGPT}
 
 
@@ -107,7 +110,14 @@ class Lever:
 
 
 LEVERS = {
-    "fused head": Lever(patches=("rorchat.training.loss:head_loss=full_logits_loss",)),
+    "fused head": Lever(
+        patches=(
+            "rorchat.training.loss:head_loss=full_logits_loss",
+            "rorchat.training.loss:_lookup_is_plain=no",  # there is no gradient to share
+        )
+    ),
+    "shared gradient": Lever(patches=("rorchat.training.loss:_lookup_is_plain=no",)),
+    "recomputed outputs": Lever(patches=("rorchat.training.loss:cheap_outputs_computed_again",)),
     "fused GELU": Lever(patches=("rorchat.training.pretrain:fuse_gelu",)),
     "causal attention": Lever(patches=("rorchat.training.loss:causal_attention",)),
     "short step": Lever(
@@ -118,7 +128,7 @@ LEVERS = {
             "rorchat.training.pretrain:PretrainTrainer._get_num_items_in_batch",
         )
     ),
-    "large pages": Lever(environment={"THP_MEM_ALLOC_ENABLE": "0"}),
+    "small pages": Lever(environment=LARGE_PAGES),
     "kept memory": Lever(patches=("rorchat.training.trainer:keep_freed_memory",)),
     "bf16": Lever(flags=("--bf16", "false")),
     "fp32": Lever(flags=("--bf16", "true")),
