@@ -313,7 +313,7 @@ def test_beside_muon_all_else_is_stepped_by_plain_adamw(stock):
 def test_matrices_may_go_through_newton_schulz_in_slices(stock, monkeypatch):
     stepped = []
     for at_once in (2**24, 1):
-        monkeypatch.setattr(optimizer_module, "NUMBERS_AT_ONCE", at_once)
+        monkeypatch.setitem(optimizer_module.NUMBERS_AT_ONCE, "cpu", at_once)
         model = copy.deepcopy(stock)
         optimizer = build_optimizer(model, "muon", learning_rate=0.0, matrix_learning_rate=0.01, weight_decay=0.1)
         for index, parameter in enumerate(model.parameters()):

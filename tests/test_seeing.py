@@ -183,10 +183,15 @@ def test_several_trackers_are_named_with_commas_or_as_a_list(name, tmp_path, mon
     assert arguments.report_to == ["tensorboard", "wandb"]
 
 
-@pytest.mark.parametrize("flag", ["--sample_steps", "--price_per_hour"])
-def test_a_negative_price_or_distance_is_a_usage_error(flag):
-    with pytest.raises(UsageError, match="give 0 or a positive number"):
-        parse(PretrainArguments, [*BASE, "--output_dir", "x", flag, "-1"])
+@pytest.mark.parametrize("name", [*trainer_module.NOT_NEGATIVE, "seed", "data_seed"])
+def test_a_negative_number_where_none_can_be_is_a_usage_error(name):
+    with pytest.raises(UsageError, match=rf"^{name} is -1(\.0)?: give (0 or a positive number|a number from 0)"):
+        parse(PretrainArguments, [*BASE, "--output_dir", "x", f"--{name}", "-1"])
+
+
+def test_steps_below_none_are_named(capsys):
+    with pytest.raises(UsageError, match="max_steps is -3: give a positive number"):
+        parse(PretrainArguments, [*BASE, "--output_dir", "x", "--max_steps", "-3"])
 
 
 # Samples

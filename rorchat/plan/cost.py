@@ -31,6 +31,7 @@ STEP_BYTES = 18  # times the parameters, a micro-batch: casts, and gradients add
 UPDATE_BYTES = 28  # times the parameters, a step: gradient read, weight and two moments read and written
 # Bytes that one token keeps until the backward pass
 KEPT_BYTES = {2: 36, 4: 64}  # times width and layers: inputs of norms, products and GELU; q, k, v
+SPARED_BYTES = {2: 8, 4: 24}  # of those: outputs of the GELU, in fp32 of norms too (rorchat/training/recompute.py)
 KEPT_SCORES = {
     2: 7,
     4: 9,
@@ -41,7 +42,7 @@ STATE_BYTES = {  # of the optimizer: (a number in the body's matrices, any other
     "muon": (4, 8),
 }
 CONTEXT_BYTES = {True: 6e8, False: 1.2e9}  # CPU: Python and its libraries; GPU: CUDA context, cuBLAS, fragments
-CPU_FRAGMENTS = 0.12  # of all tensors, measured: the holes of glibc's heap, which keeps what a step frees
+CPU_FRAGMENTS = 0.05  # of all tensors, measured: the holes of glibc's heap, which keeps what a step frees
 # Muon stacks equal matrices, so many numbers at once: their momentum, and the products of Newton-Schulz
 MUON_COPIES = 5
 
@@ -137,7 +138,7 @@ def memory(setup: Setup, shape: Shape, micro_batch: int) -> dict[str, float]:
     body, head = 12 * shape.n_layer * width**2, setup.vocabulary * width
     mixed = setup.bytes == 2
     for_matrices, for_rest = STATE_BYTES[setup.optimizer]
-    layer = KEPT_BYTES[setup.bytes] * width * tokens
+    layer = _kept(setup, tokens * width)
     if setup.kernels == "manual":
         layer += KEPT_SCORES[setup.bytes] * shape.n_head * setup.block_size * tokens
     layers_kept = layer + shape.n_layer * 4 * width * tokens if setup.gradient_checkpointing else shape.n_layer * layer
@@ -146,7 +147,7 @@ def memory(setup: Setup, shape: Shape, micro_batch: int) -> dict[str, float]:
         "gradients": count * (8 if setup.gpus > 1 else 4),  # DDP sends copies
         "optimizer": for_matrices * body + for_rest * (count - body),
         "activations": layers_kept + 8 * width * tokens,
-        "logits": _logits(setup, tokens) + 4 * head + 8 * width * tokens,
+        "logits": _logits(setup, tokens) + (4 * head if setup.kernels == "manual" else 0) + 8 * width * tokens,
         "workspace": CONTEXT_BYTES[setup.device.is_cpu] + layer / 2,
     }
     if setup.device.is_cpu:
@@ -164,20 +165,27 @@ def _update(setup: Setup, shape: Shape) -> float:
     from rorchat.training.optimizer import NUMBERS_AT_ONCE
 
     largest = 4 * shape.n_embd**2  # one matrix of the MLP: no slice is smaller; q, k, v and output are as many numbers
-    at_once = min(shape.n_layer * largest, max(NUMBERS_AT_ONCE, largest))
+    at_once = min(shape.n_layer * largest, max(NUMBERS_AT_ONCE["cpu" if setup.device.is_cpu else "gpu"], largest))
     # bf16 where it is computed fast, whatever the run's precision (rorchat/training/optimizer.py)
     return MUON_COPIES * at_once * (2 if "bf16" in setup.device.peak_flops else 4)
 
 
+def _kept(setup: Setup, numbers: int) -> float:
+    """Of one layer until its backward pass, but for scores; `numbers` are those of a hidden state."""
+    from rorchat.training.recompute import WORTHWHILE
+
+    spared = SPARED_BYTES[setup.bytes] if setup.kernels == "eager" and numbers >= WORTHWHILE else 0
+    return (KEPT_BYTES[setup.bytes] - spared) * numbers
+
+
 def _logits(setup: Setup, tokens: int) -> float:
-    """Of the fused head: a slice in float32, a copy while its softmax is summed, and the slice before it."""
+    """Of the fused head: a slice in float32, and in the products' precision where that is another."""
     from rorchat.training.loss import LOGITS_AT_ONCE
 
     if setup.kernels == "manual":  # all of them, and the float32 copies of the loss
         return tokens * setup.vocabulary * (setup.bytes + 8)
-    logits = tokens * setup.vocabulary
-    first = min(logits, max(LOGITS_AT_ONCE, setup.vocabulary))
-    return max(8 * first, setup.bytes * first + 8 * min(first, logits - first))
+    at_once = min(tokens * setup.vocabulary, max(LOGITS_AT_ONCE, setup.vocabulary))
+    return at_once * (4 if setup.bytes == 4 else 4 + setup.bytes)
 
 
 def total(parts: dict[str, float]) -> float:

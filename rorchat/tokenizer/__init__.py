@@ -132,9 +132,12 @@ def _load_any(name_or_path: str):
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        failure = DataError if folder.is_dir() else RemoteError
         said = " ".join(str(error).split())[:200]
-        raise failure(f"Cannot load a tokenizer from {name_or_path!r}: {said}") from None
+        if folder.is_dir():
+            raise DataError(f"Cannot load a tokenizer from {name_or_path!r}: {said}") from None
+        raise RemoteError(
+            f"Cannot load a tokenizer from {name_or_path!r}: there is no such folder here, and the Hub says: {said}"
+        ) from None
 
 
 def _add_chatml(tokenizer, persona: Persona, size: int | None = None):

@@ -36,6 +36,10 @@ from rorchat.training.processes import check_sharding, meet_on_cpu, whole_model
 
 COOLDOWN_SCHEDULE, COSINE_SCHEDULE = "warmup_stable_decay", "cosine_with_min_lr"
 COSINE_FLOOR = 0.1  # of the learning rate, as GPT-3 and nanoGPT have it
+NOT_NEGATIVE = (
+    "learning_rate", "matrix_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "sample_steps",
+    "price_per_hour",
+)  # fmt: skip
 #: The trackers that are tested, and the packages any of which serves one.
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 
@@ -106,9 +110,14 @@ class OptimizationArguments:
             )
         if not 0 <= self.cooldown_share <= 1:
             raise UsageError(f"cooldown_share is {self.cooldown_share}: it must lie between 0 and 1.")
-        for name in ("sample_steps", "price_per_hour", "matrix_learning_rate"):
+        for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}: give 0 or a positive number.")
+        for name in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**32:
+                raise UsageError(f"{name} is {getattr(self, name)}: give a number from 0 to 2^32 - 1.")
+        if self.max_steps < -1:
+            raise UsageError(f"max_steps is {self.max_steps}: give a positive number, or leave it out.")
 
     def check_devices(self) -> None:
         """Raises UsageError where one process sees several GPUs: the Trainer would split its batches among them."""

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 
 from table import calibration_told, markdown, moves, peaks_of, summary_of, with_section
-from works import HOW_TO_GET, LEVERS, NEEDS, SIDES, SUBJECT, WORKS, Work, quick
+from works import HOW_TO_GET, KEEPS_MEMORY, LARGE_PAGES, LEVERS, NEEDS, SIDES, SUBJECT, WORKS, Work, quick
 
 from rorchat.errors import UsageError, did_you_mean, exits_with_one_line
 
