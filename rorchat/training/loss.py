@@ -160,17 +160,17 @@ def fuse_head(model: nn.Module, compiled: bool = False, whole_rows: bool = False
         if labels is None:
             return stock_forward(*args, **kwargs)
         rows_are_whole = not args and kwargs.keys() == {"input_ids"}  # else there may be a mask, or packed positions
-        weight, tied = model.get_output_embeddings().weight, None
-        if rows_are_whole and _lookup_is_plain(model):
-            tied = _TiedGradient()
-            kwargs = {"inputs_embeds": _Lookup.apply(weight, kwargs["input_ids"], tied)}
+        tied = _TiedGradient() if rows_are_whole and _lookup_is_plain(model) else None
+        if tied is not None:
+            kwargs = {"inputs_embeds": _Lookup.apply(model.get_input_embeddings().weight, kwargs["input_ids"], tied)}
         with contextlib.ExitStack() as contexts:
             if rows_are_whole:
                 contexts.enter_context(causal_attention(model.config))
-            if not compiled and torch.is_grad_enabled() and labels.numel() * weight.size(1) >= WORTHWHILE:
+            if not compiled and torch.is_grad_enabled() and labels.numel() * model.config.n_embd >= WORTHWHILE:
                 contexts.enter_context(cheap_outputs_computed_again(model))
             hidden = base(*args, **kwargs, use_cache=False).last_hidden_state
-        loss = head_loss(hidden, weight, labels, whole_rows, tied)
+        # asked for behind the model: where its weights are in shards, they are whole from now on
+        loss = head_loss(hidden, model.get_output_embeddings().weight, labels, whole_rows, tied)
         items = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=loss / items)
 
@@ -184,7 +184,8 @@ def _lookup_is_plain(model: nn.Module) -> bool:
     """Whether the token embedding is the head's weight, trained, whole, and nothing waits for its module to run."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     hooked = embedding._forward_hooks or embedding._forward_pre_hooks
-    return torch.is_grad_enabled() and embedding.weight is head.weight and head.weight.requires_grad and not hooked
+    is_one = embedding.weight is head.weight and type(head.weight) is nn.Parameter  # shards are DTensors
+    return torch.is_grad_enabled() and is_one and head.weight.requires_grad and not hooked
 
 
 def fuse_gelu(model: nn.Module) -> None:
