@@ -379,6 +379,8 @@ stores = mixture.prepare_stores(
     MixtureConfig(names, ()), tokenizer, folder / "tokens", 16, validation_share=0.2, first=InTurn
 )
 print("STORES", [store.name for store in stores])
+distributed.barrier()
+distributed.destroy_process_group()  # else a process may abort as the other leaves
 """
 
 
