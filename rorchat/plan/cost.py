@@ -147,7 +147,8 @@ def memory(setup: Setup, shape: Shape, micro_batch: int) -> dict[str, float]:
         "gradients": count * (8 if setup.gpus > 1 else 4),  # DDP sends copies
         "optimizer": for_matrices * body + for_rest * (count - body),
         "activations": layers_kept + 8 * width * tokens,
-        "logits": _logits(setup, tokens) + (4 * head if setup.kernels == "manual" else 0) + 8 * width * tokens,
+        # beside the gradients of the passes before; on a CPU measured without them
+        "logits": _logits(setup, tokens) + (0 if setup.device.is_cpu else 4 * head) + 8 * width * tokens,
         "workspace": CONTEXT_BYTES[setup.device.is_cpu] + layer / 2,
     }
     if setup.device.is_cpu:
@@ -174,7 +175,8 @@ def _kept(setup: Setup, numbers: int) -> float:
     """Of one layer until its backward pass, but for scores; `numbers` are those of a hidden state."""
     from rorchat.training.recompute import WORTHWHILE
 
-    spared = SPARED_BYTES[setup.bytes] if setup.kernels == "eager" and numbers >= WORTHWHILE else 0
+    again = setup.kernels == "eager" and numbers >= WORTHWHILE and not setup.gradient_checkpointing
+    spared = SPARED_BYTES[setup.bytes] if again else 0
     return (KEPT_BYTES[setup.bytes] - spared) * numbers
 
 

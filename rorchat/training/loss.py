@@ -183,7 +183,8 @@ def fuse_head(model: nn.Module, compiled: bool = False, whole_rows: bool = False
 def _lookup_is_plain(model: nn.Module) -> bool:
     """Whether the token embedding is the head's weight, trained, whole, and nothing waits for its module to run."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    hooked = embedding._forward_hooks or embedding._forward_pre_hooks
+    hooked = embedding._forward_hooks or embedding._forward_pre_hooks or embedding._backward_hooks
+    hooked = hooked or type(embedding) is not nn.Embedding or embedding.padding_idx is not None
     is_one = embedding.weight is head.weight and type(head.weight) is nn.Parameter  # shards are DTensors
     return torch.is_grad_enabled() and is_one and head.weight.requires_grad and not hooked
 

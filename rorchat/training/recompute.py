@@ -1,6 +1,6 @@
 """Cheap outputs computed again in the backward pass, in place of being kept from the forward pass.
 
-Of the 17 numbers that a block of GPT-2 keeps for every number of its hidden state, six are outputs of a norm or of the
+Of the 16 numbers that a block of GPT-2 keeps for every number of its hidden state, six are outputs of a norm or of the
 GELU that the matrix product behind them keeps for its gradient. Both are elementwise and their inputs are kept anyway
 (Chen et al. 2016, arXiv:1604.06174, drop the results of low-cost operations in the same way). torch.compile does this
 by itself.
@@ -34,11 +34,15 @@ def cheap_outputs_computed_again(model: nn.Module) -> Iterator[None]:
         is_output = output is not None and tensor.data_ptr() == output.data_ptr() and tensor.numel() == output.numel()
         if is_output and tensor.is_contiguous() and tensor.dtype == output.dtype == given.dtype:
             return module, given, tensor.shape
-        return tensor.detach()  # the tensor itself would be a cycle of references, where a function keeps its result
+        # the tensor itself would be a cycle of references, where a function keeps its result
+        return tensor.detach(), tensor._version
 
     def unpack(kept) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
+        if len(kept) == 2:
+            tensor, version = kept
+            if tensor._version != version:  # autograd's own check does not see what hooks keep
+                raise RuntimeError(f"A tensor {tuple(tensor.shape)} that the backward pass needs was changed in place.")
+            return tensor
         module, given, shape = kept
         with torch.no_grad():
             return module(given).view(shape)
