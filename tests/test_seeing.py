@@ -189,9 +189,10 @@ def test_a_negative_number_where_none_can_be_is_a_usage_error(name):
         parse(PretrainArguments, [*BASE, "--output_dir", "x", f"--{name}", "-1"])
 
 
-def test_steps_below_none_are_named(capsys):
-    with pytest.raises(UsageError, match="max_steps is -3: give a positive number"):
-        parse(PretrainArguments, [*BASE, "--output_dir", "x", "--max_steps", "-3"])
+@pytest.mark.parametrize("steps", ["-3", "0"])
+def test_steps_that_are_none_are_named(steps):
+    with pytest.raises(UsageError, match=f"max_steps is {steps}: give a positive number"):
+        parse(PretrainArguments, [*BASE, "--output_dir", "x", "--max_steps", steps])
 
 
 # Samples

@@ -168,7 +168,7 @@ def _update(setup: Setup, shape: Shape) -> float:
     largest = 4 * shape.n_embd**2  # one matrix of the MLP: no slice is smaller; q, k, v and output are as many numbers
     at_once = min(shape.n_layer * largest, max(NUMBERS_AT_ONCE["cpu" if setup.device.is_cpu else "gpu"], largest))
     # bf16 where it is computed fast, whatever the run's precision (rorchat/training/optimizer.py)
-    return MUON_COPIES * at_once * (2 if "bf16" in setup.device.peak_flops else 4)
+    return MUON_COPIES * at_once * (2 if "bf16" in setup.device.peak_flops and not setup.device.is_cpu else 4)
 
 
 def _kept(setup: Setup, numbers: int) -> float:

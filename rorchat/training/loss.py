@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import CausalLMOutput
@@ -68,6 +69,7 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, scale: Tensor):
         if ctx.gradients is None:
             raise RuntimeError("The gradients of this loss are scaled in place: it can go backward only once.")
@@ -97,12 +99,13 @@ class _Lookup(torch.autograd.Function):
         return nn.functional.embedding(ids, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor):
         (ids,) = ctx.saved_tensors
         # the hidden states come from this lookup, so that the head has gone backward before
         total, ctx.tied.gradient = ctx.tied.gradient, None
         ids, gradient = ids.flatten(), gradient.flatten(0, -2).to(total.dtype)
-        # in a fixed order, so that a run can be repeated: of these two, each adds at random on the other device
+        # in a fixed order, so that a run can be repeated: on CPU and CUDA each of these adds at random on the other
         if total.is_cuda:
             return total.index_put_((ids,), gradient, accumulate=True), None, None
         return total.index_add_(0, ids, gradient), None, None

@@ -116,7 +116,7 @@ class OptimizationArguments:
         for name in ("seed", "data_seed"):
             if not 0 <= (getattr(self, name) or 0) < 2**32:
                 raise UsageError(f"{name} is {getattr(self, name)}: give a number from 0 to 2^32 - 1.")
-        if self.max_steps < -1:
+        if self.max_steps < -1 or self.max_steps == 0:
             raise UsageError(f"max_steps is {self.max_steps}: give a positive number, or leave it out.")
 
     def check_devices(self) -> None:
