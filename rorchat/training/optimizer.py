@@ -23,8 +23,8 @@ NEWTON_SCHULZ = tuple(
     for a, b, c in ((8.4703, -25.1081, 18.6293), (4.1828, -3.1087, 0.5806), (3.9619, -2.9541, 0.5630))
 )
 EMBEDDING_RATE = 10.0  # times learning_rate, beside Muon: what suits embeddings ruins norms, biases and positions
-# Of the matrices that go through Newton-Schulz together, which holds some five copies: a GPU wants large products
-# (340 MB in float32), a CPU's caches small ones (85 MB and, at 124M, three quarters of the time of large ones)
+# Of the matrices that go through Newton-Schulz together, which holds some five copies: 340 MB in float32 on a GPU,
+# which wants large products, and 85 MB on a CPU, where small ones took three quarters of the time at 124M (docs/LOG.md)
 NUMBERS_AT_ONCE = {"cpu": 2**22, "gpu": 2**24}
 RMS_OF_ADAMW = 0.2  # scales an orthogonal update to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982)
 

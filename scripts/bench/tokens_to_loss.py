@@ -31,7 +31,7 @@ SCHEDULES = {"cosine": "cosine_with_min_lr", "cooldown": "warmup_stable_decay"}
 OURS = ["--optimizer", "muon"]  # the recipe's own rates and schedule
 SHARES = (0.1, 0.125, 0.15, 0.2, 0.25, 0.35, 1.0)
 GRID = [(rate, schedule, "10") for rate in ("1e-3", "2e-3", "4e-3") for schedule in SCHEDULES]
-GRID += [(rate, "cooldown", "40") for rate in ("1e-3", "2e-3", "4e-3")]
+GRID += [(rate, "cooldown", warmup) for rate in ("1e-3", "2e-3", "4e-3") for warmup in ("40", "80")]
 
 
 def adamw(rate: str, schedule: str, warmup: str) -> list[str]:
