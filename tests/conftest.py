@@ -210,30 +210,30 @@ def strict_lines(path: Path) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def rorchat_data(*words: object) -> subprocess.CompletedProcess:
-    """`rorchat data ...` in this process, as a terminal would run it, with what it wrote."""
+def command(*words: object) -> subprocess.CompletedProcess:
+    """`rorchat ...` in this process, as a terminal would run it, with what it wrote."""
     import rorchat.cli
 
     out, err, code = io.StringIO(), io.StringIO(), 0
     words = [str(word) for word in words]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["rorchat", "data", *words])
+        patch.setattr(sys, "argv", ["rorchat", *words])
         try:
             rorchat.cli.main()
         except SystemExit as stopped:
-            code = stopped.code
+            code = stopped.code or 0
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def succeeded(*words: object) -> str:
-    done = rorchat_data(*words)
+    done = command("data", *words)
     assert (done.returncode, done.stderr if done.returncode else "") == (0, "")
     return done.stdout
 
 
 def refused(code: int, *words: object) -> str:
     """The one line on stderr of a command that fails with `code`; what preparing says of its progress is no error."""
-    done = rorchat_data(*words)
+    done = command("data", *words)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert (done.returncode, len(lines)) == (code, 1), done.stderr
     others = [line for line in done.stderr.splitlines() if line != lines[0]]

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 import typer
-from conftest import RORCHAT, TEXTS, exchange, refused, rorchat_data, succeeded, written
+from conftest import RORCHAT, TEXTS, command, exchange, refused, succeeded, written
 
 import rorchat.cli
 from rorchat.chatml import encode_conversation
@@ -159,7 +159,7 @@ def test_check_tells_of_licences_and_repairs(tmp_path):
 def test_a_file_without_a_usable_row_is_counted_and_ends_with_65(tmp_path):
     path = written(tmp_path, "rows.jsonl", [exchange("a", "")] * 3)
     assert refused(65, "check", path) == f"error: No row of messages={path} can be used."
-    assert "3 rejected: empty reply" in rorchat_data("check", path).stdout
+    assert "3 rejected: empty reply" in command("data", "check", path).stdout
 
 
 def test_what_is_checked_is_never_overwritten_by_its_rejects(tmp_path):
@@ -313,7 +313,7 @@ def test_a_mistake_is_one_line_with_its_exit_code(words, code, said, saved, tmp_
     "words", ["check", "check a --bogus", "show a", "plan a --train-tokens x", "nosuch", "prepare"]
 )
 def test_what_the_command_line_itself_refuses_is_no_traceback(words):
-    done = rorchat_data(*words.split())
+    done = command("data", *words.split())
     assert (done.returncode, done.stdout, done.stderr.count("Traceback")) == (2, "", 0)
     assert "Error" in done.stderr
 

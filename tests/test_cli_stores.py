@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import RORCHAT, TEXTS, refused, rorchat_data, succeeded, written
+from conftest import RORCHAT, TEXTS, command, refused, succeeded, written
 
 import rorchat
 from rorchat.chatml import END_OF_TEXT, encode_text
@@ -57,7 +57,7 @@ def test_prepare_takes_filters_evaluation_sets_workers_and_a_persona(saved, tmp_
     evaluation = written(tmp_path, "evaluation.jsonl", [{"question": question}])
     rows = [{"text": text} for text in [*TEXTS, "short", "12345678901234567890", f"So, {question}?", TEXTS[0]]]
     path = written(tmp_path, "rows.jsonl", rows)
-    done = rorchat_data(
+    done = command("data",
         "prepare", f"text={path}", "--tokenizer", saved, "--out", tmp_path / "store", *SHARE, "--workers", 2,
         "--min-characters", 10, "--min-letters", 0.5, "--against", evaluation,
     )  # fmt: skip
@@ -78,14 +78,14 @@ def test_check_and_prepare_tell_what_of_an_evaluation_set_is_not_compared(texts,
     told = f"against {evaluation}: 20 words of 1 rows\n  1 of 2 rows have no string of 13 words: not compared\n"
     assert told in succeeded("check", texts, "--against", evaluation)
     words = ("prepare", f"text={texts}", "--tokenizer", saved, "--out", tmp_path / "store", *SHARE)
-    assert told in rorchat_data(*words, "--against", evaluation).stderr
+    assert told in command("data", *words, "--against", evaluation).stderr
     written(tmp_path, "short.jsonl", rows[1:])
     assert "nothing would be compared" in refused(65, "check", texts, "--against", tmp_path / "short.jsonl")
 
 
 def test_a_finished_store_is_found_and_one_of_other_settings_is_refused(store, texts, saved):
     words = ("prepare", f"text={texts}", "--tokenizer", saved, "--out", store)
-    assert rorchat_data(*words, *SHARE).stderr == ""
+    assert command("data", *words, *SHARE).stderr == ""
     assert "validation_share 0.1, now 0.2" in refused(78, *words, "--validation-share", 0.2)
 
 

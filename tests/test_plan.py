@@ -1,7 +1,5 @@
 """`rorchat plan`: others' runs come out of their budgets, memory is what a step takes, no budget buys too much."""
 
-import contextlib
-import io
 import json
 import math
 import re
@@ -11,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from conftest import command
 
-import rorchat.cli
 from rorchat.device import find_device
 from rorchat.errors import UsageError
 from rorchat.model import SIZES, build_model, flops_per_token, parameter_count, scaling_parameters, shape_of
@@ -29,19 +27,6 @@ def planned(device: str, **wanted) -> Plan:
 
 def within(factor: float, value: float, target: float) -> bool:
     return target / factor <= value <= target * factor
-
-
-def rorchat_plan(*words: object) -> subprocess.CompletedProcess:
-    """`rorchat plan ...` in this process, with what it wrote."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    words = [str(word) for word in words]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["rorchat", "plan", *words])
-        try:
-            rorchat.cli.main()
-        except SystemExit as stopped:
-            code = stopped.code or 0
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 # --- FLOPs and parameters
@@ -382,7 +367,7 @@ def test_counts_and_times_are_said_as_people_do():
 
 def test_the_command_shows_the_plan_its_assumptions_and_both_choices(tmp_path):
     out, picture = tmp_path / "run.yaml", tmp_path / "iso.png"
-    done = rorchat_plan("--money", 20, "--device", "a100-80", "--out", out, "--picture", picture)
+    done = command("plan", "--money", 20, "--device", "a100-80", "--out", out, "--picture", picture)
     assert done.returncode == 0, done.stderr
     for said in ("| model |", "| time | 11.2 h |", "| money | $2", "- activations", "Fit: epoch", "at 0.65 of 312",
                  "an example from the table", "chinchilla: ", ", this plan", f"run  {out}"):  # fmt: skip
@@ -392,7 +377,7 @@ def test_the_command_shows_the_plan_its_assumptions_and_both_choices(tmp_path):
 
 
 def test_with_yaml_nothing_else_is_printed():
-    done = rorchat_plan("--hours", 5, "--device", "L4", "--yaml")
+    done = command("plan", "--hours", 5, "--device", "L4", "--yaml")
     config = yaml.safe_load(done.stdout)
     assert done.returncode == 0 and done.stdout.startswith("# ")
     assert config["train_tokens"] % config["global_batch_tokens"] == 0
@@ -410,7 +395,7 @@ def test_with_yaml_nothing_else_is_printed():
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words, said):
-    done = rorchat_plan(*words)
+    done = command("plan", *words)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and said in done.stderr and done.stderr.count("\n") == 1
     assert done.stdout == ""
@@ -421,7 +406,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, said):
 
 def test_a_probe_measures_real_steps_and_the_plan_takes_their_speed():
     words = ["--size", "2x2x128", "--tokens", "1e7", "--device", "cpu", "--vocabulary", 512, "--block-size", 64]
-    done = rorchat_plan(*words, "--probe", "--precision", "fp32")
+    done = command("plan", *words, "--probe", "--precision", "fp32")
     assert done.returncode == 0, done.stderr
     assert "probe: 4 steps of 2x2x128 on" in done.stderr
     assert "measured |" in done.stdout and "Speed: measured here" in done.stdout
