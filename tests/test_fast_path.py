@@ -1,8 +1,10 @@
 """The fast path of training computes what plain Transformers computes, and leaves a stock model behind."""
 
+import contextlib
 import copy
 import json
 import math
+from types import MethodType
 
 import pytest
 import torch
@@ -176,6 +178,93 @@ def test_a_weight_changed_before_the_backward_pass_is_seen(stock, recomputing):
         loss.backward()
 
 
+@pytest.mark.parametrize("case", ["no gradient is wanted", "gradient checkpointing", "others keep"])
+def test_outputs_are_computed_again_only_where_that_spares_something(stock, recomputing, monkeypatch, case):
+    model, ids = ready(stock).train(), ids_of(stock)
+    if case == "gradient checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    theirs = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    used = []
+    monkeypatch.setattr(torch.nn.Module, "register_forward_hook", lambda *_, **__: used.append(1) or pytest.fail())
+    with contextlib.ExitStack() as contexts:
+        if case == "no gradient is wanted":
+            contexts.enter_context(torch.no_grad())
+        if case == "others keep":
+            contexts.enter_context(theirs)
+        model(input_ids=ids, labels=ids)
+    assert not used
+    assert (len(kept) > 10 * model.config.n_layer) == (case == "others keep")
+
+
+def test_a_norm_with_a_hook_runs_once_and_as_the_hook_has_it(stock, recomputing):
+    plain, calls = copy.deepcopy(stock), []
+
+    def double(module, arguments, output):
+        calls.append(1)
+        return 2 * output
+
+    plain.transformer.h[1].ln_2.register_forward_hook(double)
+    ids = ids_of(stock)
+    expected = gradients(plain, ids)
+    calls.clear()
+    found = gradients(ready(plain), ids)
+    assert len(calls) == 1
+    assert max(distance(found[name], expected[name]) for name in expected) < 1e-5
+
+
+def test_a_loss_without_a_backward_pass_forms_no_gradient(stock, monkeypatch):
+    model, ids = ready(stock), ids_of(stock)
+    expected = model(input_ids=ids, labels=ids).loss.detach()
+    monkeypatch.setattr(torch, "zeros_like", lambda *_, **__: pytest.fail("the head's gradient was made"))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids, labels=ids).loss, expected)
+    model.lm_head.weight.requires_grad_(False)  # the embedding's, too
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_in_fp16_the_heads_gradient_needs_no_loss_scale():
+    """It is formed before the loss is scaled, from probabilities, of which GPT-2's vocabulary has small ones: it must
+    be as exact as plain autocast's with the loss scaled by 2^16, in rows of words that were never asked for as well."""
+    torch.manual_seed(0)
+    weight, hidden, labels = 0.02 * torch.randn(50_304, 64), torch.randn(1, 513, 64), torch.randint(0, 2_000, (1, 513))
+
+    def of(loss_of, dtype):
+        w = weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16):
+            loss = loss_of(hidden, w)
+        (loss / 512 * 2**16).backward()
+        return w.grad
+
+    def ours(hidden, weight):
+        return loss_module.head_loss(hidden, weight, labels, whole_rows=True)
+
+    def plain(hidden, weight):
+        logits = torch.nn.functional.linear(hidden[0, :-1], weight).float()
+        return torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
+
+    exact, found, stock = of(plain, torch.float32), of(ours, torch.float16), of(plain, torch.float16)
+    assert distance(found, exact) < 2 * distance(stock, exact) < 2**-9
+    assert distance(found[2_000:], exact[2_000:]) < 2**-9
+
+
+def test_gradients_of_bf16_weights_are_summed_over_slices_in_float32(stock, monkeypatch):
+    """Of 252 slices of one token each: added up in bfloat16, small parts vanish beside the sum."""
+    model = copy.deepcopy(stock).bfloat16()
+    ids = ids_of(stock)
+    whole = gradients(ready(model), ids)
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 1)
+    sliced = gradients(ready(model), ids)
+    name = "transformer.wte.weight"
+    assert sliced[name].dtype == torch.bfloat16
+    assert distance(sliced[name].float(), whole[name].float()) < 2**-8
+
+
 def test_nothing_stays_attached_to_a_model_whose_outputs_are_computed_again(stock, recomputing):
     model, ids = ready(stock), ids_of(stock)
     model(input_ids=ids, labels=ids).loss.backward()
@@ -187,8 +276,8 @@ def test_head_and_embedding_share_one_gradient(stock, monkeypatch):
     made = {}
     zeros_like = torch.zeros_like
 
-    def noted(*arguments):
-        tensor = zeros_like(*arguments)
+    def noted(*arguments, **options):
+        tensor = zeros_like(*arguments, **options)
         made[tensor.shape] = tensor.data_ptr()  # the tensor itself, held here, would be copied
         return tensor
 
@@ -199,13 +288,18 @@ def test_head_and_embedding_share_one_gradient(stock, monkeypatch):
     assert weight.grad.data_ptr() == made[weight.shape]
 
 
-@pytest.mark.parametrize("case", ["untied", "frozen", "hooked"])
+@pytest.mark.parametrize("case", ["untied", "frozen", "hooked", "scaled", "replaced"])
 def test_an_embedding_apart_from_the_head_keeps_its_own_gradient(stock, case):
     plain = copy.deepcopy(stock)
     if case == "untied":
         plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())
     elif case == "frozen":
         plain.lm_head.weight.requires_grad_(False)
+    elif case == "scaled":
+        plain.transformer.wte.scale_grad_by_freq = True
+    elif case == "replaced":  # as accelerate does where weights lie elsewhere
+        doubled = lambda wte, ids: 2 * torch.nn.functional.embedding(ids, wte.weight)  # noqa: E731
+        plain.transformer.wte.forward = MethodType(doubled, plain.transformer.wte)
     else:
         plain.transformer.wte.register_forward_hook(lambda module, arguments, output: 2 * output)
     model, ids = ready(plain), ids_of(plain)

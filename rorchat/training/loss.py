@@ -35,36 +35,33 @@ class _HeadLoss(torch.autograd.Function):
 
     Products are taken in `compute_dtype`, the loss and the sums over slices in float32. With a `_TiedGradient` the
     weight's gradient is left there for the lookup to complete.
+
+    Args:
+        trains: what `torch.is_grad_enabled()` says outside: in here it is always off.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, compute_dtype: torch.dtype, tied) -> Tensor:
-        wants = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, compute_dtype: torch.dtype, trains: bool, tied
+    ) -> Tensor:
+        for_hidden, for_weight = (trains and needed for needed in ctx.needs_input_grad[:2])
+        hidden_gradient = torch.empty_like(hidden) if for_hidden else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        hidden_gradient = torch.empty_like(hidden) if wants else None
-        weight_gradient = torch.zeros_like(weight) if wants else None
         head = weight.to(compute_dtype)
         rows = max(1, LOGITS_AT_ONCE // weight.size(0))
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows].to(compute_dtype)
-            wanted = labels[start : start + rows]
-            logits = (part @ head.T).float()  # (rows, D) -> (rows, V)
-            # All in place: logsumexp and softmax would each hold a copy of the slice, and take the exponential twice
-            asked = logits.gather(1, wanted[:, None])
-            largest = logits.amax(dim=-1, keepdim=True)
-            sums = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
-            total += (sums.log() + largest - asked).sum()
-            if wants:
-                gradient = logits.div_(sums)  # the softmax
-                gradient.scatter_add_(1, wanted[:, None], gradient.new_full((len(wanted), 1), -1.0))
-                gradient = gradient.to(compute_dtype)
+            loss, gradient = _cross_entropy((part @ head.T).float(), labels[start : start + rows])
+            total += loss
+            gradient = gradient.to(compute_dtype)
+            if for_hidden:
                 hidden_gradient[start : start + rows] = gradient @ head
-                if compute_dtype == weight.dtype:
-                    weight_gradient.addmm_(gradient.T, part)
-                else:
-                    weight_gradient += gradient.T @ part
-                del gradient
-            del logits  # else it lives until the next slice has been made
+            if for_weight and compute_dtype == torch.float32:
+                weight_gradient.addmm_(gradient.T, part)
+            elif for_weight:
+                weight_gradient += gradient.T @ part
+            del gradient  # else it lives until the next slice has been made
         ctx.gradients, ctx.tied = (hidden_gradient, weight_gradient), tied
         return total
 
@@ -74,10 +71,25 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("The gradients of this loss are scaled in place: it can go backward only once.")
         (hidden_gradient, weight_gradient), ctx.gradients = ctx.gradients, None
-        weight_gradient.mul_(scale)
+        for gradient in (hidden_gradient, weight_gradient):
+            if gradient is not None:
+                gradient.mul_(scale)
         if ctx.tied is not None:
             ctx.tied.gradient, weight_gradient = weight_gradient, None
-        return hidden_gradient.mul_(scale), weight_gradient, None, None, None
+        return hidden_gradient, weight_gradient, None, None, None, None
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss of (N, V) logits and its gradient, which takes their place.
+
+    `logsumexp` and `softmax` would each hold a copy of the logits, and take the exponential twice.
+    """
+    asked = logits.gather(1, labels[:, None])
+    largest = logits.amax(dim=-1, keepdim=True)
+    sums = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+    gradient = logits.div_(sums)  # the softmax
+    gradient.scatter_add_(1, labels[:, None], gradient.new_full((len(labels), 1), -1.0))
+    return (sums.log() + largest - asked).sum(), gradient
 
 
 class _TiedGradient:
@@ -105,7 +117,8 @@ class _Lookup(torch.autograd.Function):
         # the hidden states come from this lookup, so that the head has gone backward before
         total, ctx.tied.gradient = ctx.tied.gradient, None
         ids, gradient = ids.flatten(), gradient.flatten(0, -2).to(total.dtype)
-        # in a fixed order, so that a run can be repeated: on CPU and CUDA each of these adds at random on the other
+        # In a fixed order, so that a run can be repeated: on CPU and CUDA each of these adds at random on the other.
+        # For Apple's GPUs torch promises it of neither.
         if total.is_cuda:
             return total.index_put_((ids,), gradient, accumulate=True), None, None
         return total.index_add_(0, ids, gradient), None, None
@@ -132,7 +145,7 @@ def head_loss(
     mixed = torch.is_autocast_enabled(device)
     compute_dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _HeadLoss.apply(hidden, weight, labels, compute_dtype, tied)
+        return _HeadLoss.apply(hidden, weight, labels, compute_dtype, torch.is_grad_enabled(), tied)
 
 
 @contextlib.contextmanager
@@ -169,7 +182,7 @@ def fuse_head(model: nn.Module, compiled: bool = False, whole_rows: bool = False
         with contextlib.ExitStack() as contexts:
             if rows_are_whole:
                 contexts.enter_context(causal_attention(model.config))
-            if not compiled and torch.is_grad_enabled() and labels.numel() * model.config.n_embd >= WORTHWHILE:
+            if not compiled and labels.numel() * model.config.n_embd >= WORTHWHILE:
                 contexts.enter_context(cheap_outputs_computed_again(model))
             hidden = base(*args, **kwargs, use_cache=False).last_hidden_state
         # asked for behind the model: where its weights are in shards, they are whole from now on
@@ -184,12 +197,17 @@ def fuse_head(model: nn.Module, compiled: bool = False, whole_rows: bool = False
 
 
 def _lookup_is_plain(model: nn.Module) -> bool:
-    """Whether the token embedding is the head's weight, trained, whole, and nothing waits for its module to run."""
+    """Whether the token embedding is the head's weight, trained, whole, and its module does nothing but look up."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    hooked = embedding._forward_hooks or embedding._forward_pre_hooks or embedding._backward_hooks
-    hooked = hooked or type(embedding) is not nn.Embedding or embedding.padding_idx is not None
+    if type(embedding) is not nn.Embedding or "forward" in vars(embedding):  # accelerate puts its own there
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(embedding, name) for name in hooks):
+        return False
+    if embedding.padding_idx is not None or embedding.max_norm is not None or embedding.scale_grad_by_freq:
+        return False
     is_one = embedding.weight is head.weight and type(head.weight) is nn.Parameter  # shards are DTensors
-    return torch.is_grad_enabled() and is_one and head.weight.requires_grad and not hooked
+    return torch.is_grad_enabled() and is_one and head.weight.requires_grad
 
 
 def fuse_gelu(model: nn.Module) -> None:

@@ -21,14 +21,22 @@ def cheap_outputs_computed_again(model: nn.Module) -> Iterator[None]:
     """Forward passes of a stock GPT-2 in this context keep no output of a norm before a product, and of no GELU.
 
     The gradients are the same to the bit. Under autocast a product keeps its own copy of a norm's output in bf16 or
-    fp16, and only the GELU's is spared.
+    fp16, and only the GELU's is spared. Where no gradient is wanted, where gradient checkpointing keeps neither, or
+    where others decide already what is kept (`torch.autograd.graph.save_on_cpu`, TRL's activation offloading), which
+    this would hide, the context does nothing; nor to a layer with hooks, which would run twice.
     """
+    # torch has no public way to ask
+    others = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if others is not None or not torch.is_grad_enabled() or _is_checkpointed(model):
+        yield
+        return
     # The latest output, which the module behind takes at once. Held, so that no other tensor can come to lie there.
     output, module, given = None, None, None
 
     def note(made_by, arguments, made):
         nonlocal output, module, given
-        output, module, given = made, made_by, arguments[0].detach()
+        if type(made) is Tensor:  # a subclass may have no memory of its own to tell it by
+            output, module, given = made, made_by, arguments[0].detach()
 
     def pack(tensor: Tensor):
         is_output = output is not None and tensor.data_ptr() == output.data_ptr() and tensor.numel() == output.numel()
@@ -44,14 +52,19 @@ def cheap_outputs_computed_again(model: nn.Module) -> Iterator[None]:
                 raise RuntimeError(f"A tensor {tuple(tensor.shape)} that the backward pass needs was changed in place.")
             return tensor
         module, given, shape = kept
-        with torch.no_grad():
-            return module(given).view(shape)
+        with torch.no_grad(), torch.autocast(given.device.type, enabled=False):  # its output has its input's type
+            return module.forward(given).view(shape)
 
     layers = [layer for block in model.transformer.h for layer in (block.ln_1, block.ln_2, block.mlp.act)]
-    handles = [layer.register_forward_hook(note) for layer in layers]
+    bare = [layer for layer in layers if not layer._forward_hooks and not layer._forward_pre_hooks]
+    handles = [layer.register_forward_hook(note) for layer in bare]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_checkpointed(model: nn.Module) -> bool:
+    return model.training and model.is_gradient_checkpointing
