@@ -5,6 +5,7 @@ do next. Commands print that line and exit with its code; anything else is a bug
 """
 
 import difflib
+import errno
 import functools
 import os
 import sys
@@ -59,6 +60,20 @@ class MismatchError(RorchatError):
     exit_code = 78
 
 
+#: What to do about an error of the file system, by its number.
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or choose another place",
+    errno.EDQUOT: "free some space, or choose another place",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "choose another place, or ask its owner",
+    errno.EPERM: "choose another place, or ask its owner",
+    errno.EEXIST: "choose another place, or move away what lies there",
+    errno.ENOTDIR: "a part of this path is a file: choose another place, or move it away",
+    errno.EISDIR: "a file is expected there",
+    errno.ENOENT: "make it first, or give another path",
+}
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'gsm8k'?"`, or nothing when no known name is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
@@ -87,8 +102,9 @@ def exits_with_one_line(main: Callable) -> Callable:
             if error.errno is None and error.filename is None:
                 raise
             code = PermissionRefused.exit_code if isinstance(error, PermissionError) else StorageError.exit_code
-            where = f" for {error.filename}" if error.filename else ""
-            print(f"error: {str(error.strerror).lower()}{where}", file=sys.stderr, flush=True)
+            where = f"{error.filename}: " if error.filename else ""
+            remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
+            print(f"error: {where}{str(error.strerror).lower()}{remedy}", file=sys.stderr, flush=True)
             sys.exit(code)
 
     return command

@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import yaml
 from conftest import command
@@ -156,7 +158,8 @@ def plan_of(wanted):
 def resident(name):
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").open() if line.startswith(name))
 def train(plan):
-    for work in _step(plan, plan.micro_batch) * 5:
+    micro_step, update = _step(plan, plan.micro_batch)
+    for work in (micro_step, micro_step, update) * 5:
         work()
 # loads what a step needs
 train(plan_of({"size": "2x2x128", "vocabulary": 512, "block_size": 32, "micro_batch": 1, "optimizer": "adamw"}))
@@ -177,7 +180,7 @@ print(resident("VmHWM") - before)
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_memory_of_a_step_is_what_was_planned(wanted, optimizer):
-    """Peak resident memory of five real steps in fp32, less what the process held before, within a fifth.
+    """Peak resident memory of five real steps of two passes in fp32, less what the process held before, within a fifth.
 
     As in training, the C library keeps what a step frees: `_step` sees to it.
     """
@@ -312,10 +315,19 @@ def test_what_memory_keeps_from_being_chosen_is_said():
     assert "774m does not fit into T4's memory (--optimizer adamw_8bit would let it)" in plan.notes[0]
 
 
+def test_a_size_far_from_the_best_for_its_budget_is_told_with_the_best():
+    planned_with = partial(planned, "H100", money=1, global_batch_tokens=32_768)
+    plan, best = planned_with(size="1.5b"), planned_with()
+    assert f"{best.size} on {best.tokens:,} tokens would end at a loss of {best.loss:.2f}" in plan.notes[-1]
+    assert plan.loss > best.loss + 1
+    assert not any("would end" in note for note in best.notes)
+    assert not any("would end" in note for note in planned_with(size=best.size).notes)
+
+
 def test_several_gpus_on_a_cpu_and_a_device_without_a_price_are_refused():
     with pytest.raises(UsageError, match="--gpus is 2 on a CPU"):
         planned("cpu", hours=1, gpus=2)
-    with pytest.raises(UsageError, match="cpu has no price: give --dollars-per-hour"):
+    with pytest.raises(UsageError, match="cpu has no price: give --dollars-per-hour, or name a device"):
         planned("cpu", money=1, mfu=0.5, size="demo")
 
 
@@ -349,6 +361,17 @@ def test_the_yaml_is_one_that_pretraining_accepts(wanted, tmp_path):
     assert (arguments.block_size, arguments.optimizer) == (plan.setup.block_size, plan.setup.optimizer)
     assert arguments.gradient_checkpointing == plan.setup.gradient_checkpointing
     assert arguments.compile == (plan.setup.kernels == "compiled")
+
+
+def test_the_picture_of_a_tiny_budget_has_curves_and_no_lone_points(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    lengths, plot = [], Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, *args, **kwargs: lengths.append(np.size(args[0])) or plot(self, *args, **kwargs)
+    )
+    draw(planned("T4", flops=2e13, block_size=256, global_batch_tokens=2_048), tmp_path / "iso.png")
+    assert min(lengths[: len(BUDGETS)]) >= 5
 
 
 def test_the_picture_has_a_curve_for_every_budget_and_its_lowest_points_fall(tmp_path):

@@ -372,4 +372,13 @@ def test_a_full_disk_is_exit_code_74(capsys):
     with pytest.raises(SystemExit) as stopped:
         fill()
     assert stopped.value.code == 74
-    assert capsys.readouterr().err.startswith("error: no space left on device")
+    assert capsys.readouterr().err == "error: no space left on device; free some space, or choose another place\n"
+
+
+def test_a_file_in_the_way_of_a_folder_is_named_with_what_to_do(capsys, tmp_path):
+    (tmp_path / "runs").write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        exits_with_one_line((tmp_path / "runs").mkdir)()
+    assert stopped.value.code == 74
+    told = f"error: {tmp_path / 'runs'}: file exists; choose another place, or move away what lies there\n"
+    assert capsys.readouterr().err == told

@@ -158,6 +158,8 @@ def test_a_store_of_another_tokenizer_share_seed_or_source_is_a_mismatch(spec, s
         prepare(spec, tokenizer, store.folder, validation_share=0.3)
     with pytest.raises(MismatchError, match="source .*now 'tinytown=10'"):
         prepare("tinytown=10", tokenizer, store.folder, validation_share=SHARE)
+    with pytest.raises(DataError, match="No file or folder .*mistyped"):
+        prepare(f"{spec}-mistyped", tokenizer, store.folder, validation_share=SHARE)
 
 
 def test_a_store_is_refused_when_what_it_was_made_of_has_changed_and_found_when_not(tokenizer, tmp_path):

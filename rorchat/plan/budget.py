@@ -25,6 +25,7 @@ GLOBAL_BATCH_TOKENS = 524_288  # GPT-3's for its smallest model, and every repro
 FEWEST_STEPS = 2_000  # a short run takes smaller batches, so that it still has so many steps
 SHORTEST_RUN = 100  # steps: what is shorter is no training
 FITTED = (70e6, 5e9)  # parameters and tokens of the smallest models that the fits saw (Hoffmann et al. 2022, abstract)
+WORTH_SAYING = 0.05  # nats: by so much another size must be better to be named
 MICRO_BATCH_TOKENS = {True: 8_192, False: 65_536}  # on a CPU, on a GPU: more do not make it faster
 
 
@@ -157,7 +158,7 @@ class Plan:
 
     @property
     def memory(self) -> dict[str, float]:
-        return memory(self.setup, self.shape, self.micro_batch)
+        return memory(self.setup, self.shape, self.micro_batch, accumulates=self.accumulation > 1)
 
 
 def hours_of(tokens: float, seconds: float) -> float:
@@ -181,7 +182,23 @@ def make_plan(request: Request, measured: float | None = None) -> Plan:
         raise UsageError(_no_memory(request, plan))
     if request.tokens and plan.tokens > _affordable(request, plan):
         raise UsageError(_too_dear(request, plan))
-    return _with_notes(_long_enough(plan))
+    plan = _with_notes(_long_enough(plan))
+    return plan if request.tokens or measured else _with_better_size(plan)
+
+
+def _with_better_size(plan: Plan) -> Plan:
+    """The plan of a size that was asked for, with a note where the same budget buys much less loss with another."""
+    # of whatever micro-batch fits it: that changes the speed a little
+    free = replace(plan.request, size=None, micro_batch=None)
+    others = [other for other in plans(free) if isinstance(other, Plan)]
+    best = min(others, key=lambda other: other.loss, default=plan)
+    if best.loss > plan.loss - WORTH_SAYING:
+        return plan
+    note = (
+        f"By the {plan.fit.name} fit, {best.size} on {best.tokens:,} tokens would end at a loss of {best.loss:.2f} for "
+        f"the same budget, {plan.size} at {plan.loss:.2f}."
+    )
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def choices(request: Request) -> dict[str, Plan]:
@@ -201,9 +218,10 @@ def _with_notes(plan: Plan) -> Plan:
 
 @dataclass(frozen=True)
 class _TooLarge:
-    """One row of this shape does not fit into memory."""
+    """One row of this shape does not fit into memory, or the micro-batch that was asked for; then `says` what does."""
 
     shape: Shape
+    says: str = ""
 
 
 def _plan(request: Request, shape: Shape, measured: float | None = None) -> Plan | _TooLarge:
@@ -220,8 +238,18 @@ def _plan(request: Request, shape: Shape, measured: float | None = None) -> Plan
         bought = request.tokens or _buys(request, setup, shape, seconds)
         tokens = bought
         batch = request.global_batch_tokens or _batch(request, bought)
+    if request.micro_batch and rows % request.micro_batch:
+        raise UsageError(
+            f"--micro-batch {request.micro_batch} does not divide the {rows} rows that a device reads in a step: "
+            "change it or --global-batch-tokens."
+        )
     if request.micro_batch and micro_batch != request.micro_batch:
-        raise UsageError(_no_micro_batch(request, rows, micro_batch))
+        device = request.device.name
+        return _TooLarge(
+            shape,
+            f"--micro-batch {request.micro_batch} of {size_name(shape)} does not fit into {device}'s memory: at most "
+            f"{micro_batch} does.",
+        )
     batch = rows * setup.block_size * setup.gpus
     return Plan(request, setup, shape, int(tokens // batch * batch), batch, micro_batch, seconds)
 
@@ -258,7 +286,10 @@ def _buys(request: Request, setup: Setup, shape: Shape, seconds: float) -> float
     hours = request.hours
     if request.money:
         if not request.price:
-            raise UsageError(f"{request.device.name} has no price: give --dollars-per-hour.")
+            raise UsageError(
+                f"{request.device.name} has no price: give --dollars-per-hour, or name a device that has one, as in "
+                "--device H100."
+            )
         hours = request.money / request.price
     return hours / hours_of(1, seconds)
 
@@ -303,16 +334,16 @@ def _best_plan(request: Request) -> Plan:
         return _long_enough(smallest)
     best = min(fitting, key=lambda plan: plan.loss)
     if best is fitting[-1] and isinstance(found[-1], _TooLarge) and not request.tokens:
-        helps = what_helps(best.setup, found[-1].shape)
-        more = f" ({' or '.join(helps)} would let it)" if helps else ""
-        best = replace(
-            best,
-            notes=(
-                f"A larger model would have the lower loss, but {size_name(found[-1].shape)} does not fit into "
-                f"{request.device.name}'s memory{more}.",
-            ),
-        )
+        best = replace(best, notes=(f"A larger model would have the lower loss, but {_why_not(request, found[-1])}",))
     return _with_notes(best)
+
+
+def _why_not(request: Request, large: _TooLarge) -> str:
+    if large.says:
+        return large.says
+    helps = what_helps(request.setup, large.shape)
+    more = f" ({' or '.join(helps)} would let it)" if helps else ""
+    return f"{size_name(large.shape)} does not fit into {request.device.name}'s memory{more}."
 
 
 def _budget(request: Request) -> str:
@@ -344,6 +375,8 @@ def _too_dear(request: Request, plan: Plan) -> str:
 
 
 def _no_memory(request: Request, large: _TooLarge) -> str:
+    if large.says:
+        return large.says
     setup = request.setup
     need = total(memory(setup, large.shape, 1))
     helps = what_helps(setup, large.shape)
@@ -356,12 +389,3 @@ def _no_memory(request: Request, large: _TooLarge) -> str:
         f"{size_name(large.shape)} needs {need / 1e9:.1f} GB at a micro-batch of one row of {setup.block_size} tokens; "
         f"{setup.device.name} has {setup.device.memory_bytes / 1e9:.1f} GB. {remedy}{largest}."
     )
-
-
-def _no_micro_batch(request: Request, rows: int, fits: int) -> str:
-    if rows % request.micro_batch:
-        return (
-            f"--micro-batch {request.micro_batch} does not divide the {rows} rows that a device reads in a step: "
-            "change it or --global-batch-tokens."
-        )
-    return f"--micro-batch {request.micro_batch} does not fit into {request.device.name}'s memory: at most {fits} does."

@@ -76,7 +76,7 @@ class Setup:
         if known:
             return known
         if self.device.is_cpu:
-            return peak_flops(self.precision)[0]
+            return peak_flops(self.precision, on_gpu=False)[0]
         have = ", ".join(self.device.peak_flops) or "none"
         raise UsageError(
             f"{self.device.name} has no peak for {self.precision} in the table of devices (known: {have}). "
@@ -101,7 +101,9 @@ def seconds_per_token(setup: Setup, shape: Shape, micro_batch: int, global_batch
         return setup.seconds_per_token
     if setup.mfu:
         return setup.flops(shape) / (setup.peak * setup.mfu * setup.gpus)
-    recomputed = 2.0 * 12 * shape.n_layer * shape.n_embd**2 if setup.gradient_checkpointing else 0.0
+    # every layer's forward pass again: its matrices, and attention's two products
+    again = shape.n_layer * (24.0 * shape.n_embd**2 + 4 * setup.block_size * shape.n_embd)
+    recomputed = again if setup.gradient_checkpointing else 0.0
     products = (setup.flops(shape) + recomputed) / (setup.peak * setup.device.matmul_share)
     tokens = micro_batch * setup.block_size
     one = products + traffic(setup, shape, tokens, global_batch_tokens) / (setup.bandwidth * BANDWIDTH_SHARE)
@@ -128,10 +130,11 @@ def mfu(setup: Setup, shape: Shape, seconds: float) -> float:
     return setup.flops(shape) / (seconds * setup.peak * setup.gpus)
 
 
-def memory(setup: Setup, shape: Shape, micro_batch: int) -> dict[str, float]:
+def memory(setup: Setup, shape: Shape, micro_batch: int, accumulates: bool = True) -> dict[str, float]:
     """Bytes on one device at the peak of a step, by part; their sum is the need.
 
-    `update` is there where the optimizer's step is that peak: what it needs beyond the room that activations leave.
+    Where a step `accumulates`, the head's next gradient is made while that of the passes before is held. `update` is
+    there where the optimizer's step is that peak: what it needs beyond the room that activations leave.
     """
     tokens, width = micro_batch * setup.block_size, shape.n_embd
     count = parameter_count(shape, setup.vocabulary, setup.block_size)
@@ -147,8 +150,7 @@ def memory(setup: Setup, shape: Shape, micro_batch: int) -> dict[str, float]:
         "gradients": count * (8 if setup.gpus > 1 else 4),  # DDP sends copies
         "optimizer": for_matrices * body + for_rest * (count - body),
         "activations": layers_kept + 8 * width * tokens,
-        # beside the gradients of the passes before; on a CPU measured without them
-        "logits": _logits(setup, tokens) + (0 if setup.device.is_cpu else 4 * head) + 8 * width * tokens,
+        "logits": _logits(setup, tokens) + (4 * head if accumulates else 0) + 8 * width * tokens,
         "workspace": CONTEXT_BYTES[setup.device.is_cpu] + layer / 2,
     }
     if setup.device.is_cpu:
@@ -200,7 +202,7 @@ def largest_micro_batch(setup: Setup, shape: Shape, rows: int, most: int) -> int
     if not limit:
         raise UsageError(f"{setup.device.name} has no memory_gb in the table of devices: give it with --devices.")
     for micro_batch in sorted((n for n in range(1, min(rows, max(1, most)) + 1) if rows % n == 0), reverse=True):
-        if total(memory(setup, shape, micro_batch)) <= MEMORY_SHARE * limit:
+        if total(memory(setup, shape, micro_batch, accumulates=micro_batch < rows)) <= MEMORY_SHARE * limit:
             return micro_batch
     return 0
 

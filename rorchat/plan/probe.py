@@ -96,8 +96,8 @@ def _step(plan: Plan, micro_batch: int) -> tuple[Callable[[], None], Callable[[]
     where = "cpu" if setup.device.is_cpu else "cuda"
     model = build_model(size_name(plan.shape), _Vocabulary(setup.vocabulary), setup.block_size).to(where).train()
     if setup.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    fuse_head(model, compiled=setup.kernels == "compiled")
+        model.activation_checkpointing_enable()
+    fuse_head(model, compiled=setup.kernels == "compiled", whole_rows=True)
     fuse_gelu(model)
     optimizer = build_optimizer(model, setup.optimizer, learning_rate=1e-4, matrix_learning_rate=1e-4, weight_decay=0.1)
     ids = torch.randint(setup.vocabulary, (micro_batch, setup.block_size), device=where)
@@ -111,6 +111,7 @@ def _step(plan: Plan, micro_batch: int) -> tuple[Callable[[], None], Callable[[]
         _wait(where)
 
     def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         _wait(where)

@@ -10,6 +10,7 @@ from rorchat.plan.scaling import family
 
 GPT2_VOCABULARIES = (50_257, 50_304)
 BUDGETS = (0.1, 0.22, 0.46, 1.0, 2.2, 4.6, 10.0)  # times the chosen one, for the picture
+POINTS = 5  # of each curve in the picture, at least
 
 
 def amount(number: float) -> str:
@@ -163,8 +164,9 @@ def draw(plan: Plan, path: Path) -> None:
     colours = pyplot.get_cmap("viridis")
     for number, (flops, points) in enumerate(curves):
         own = flops == plan.flops
-        # what lies far from the minimum would only flatten the others
-        near = [point for point in points if point[1] < lowest[number][1] * 1.12]
+        # what lies far from the minimum would only flatten the others, but a curve has some points
+        reach = max(lowest[number][1] * 1.12, sorted(loss for _, loss in points)[POINTS - 1])
+        near = [point for point in points if point[1] <= reach]
         axis.plot(
             *zip(*near, strict=True),
             color=colours(0.9 * number / (len(curves) - 1)),

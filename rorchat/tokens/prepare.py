@@ -201,6 +201,8 @@ def _found(folder: Path, wanted: Manifest) -> TokenStore:
     here["source_sha256"] = here["source_sha256"] or there["source_sha256"]
     here["evaluation"] = {name: sha or there["evaluation"].get(name, "") for name, sha in here["evaluation"].items()}
     differing = [_difference(key, there[key], here[key]) for key in here if there[key] != here[key]]
+    if there["source"] != here["source"]:
+        parts(wanted.source)  # a place with nothing to read is told as that
     if differing:
         raise MismatchError(f"{folder} holds other tokens: {'; '.join(differing)}. Delete it or choose another folder.")
     return store

@@ -48,7 +48,7 @@ class _Parser(TrlParser):
         super().__init__(dataclass_type, allow_abbrev=False)
 
     def error(self, message: str):
-        raise UsageError(f"{message}. See --help.")
+        raise UsageError(f"{message.removesuffix('.')}. See --help.")
 
 
 def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:

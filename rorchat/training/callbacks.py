@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
@@ -113,7 +114,7 @@ class Metrics(TrainerCallback):
         self.path, self.count_tokens, self.mixture = folder / "metrics.jsonl", count_tokens, mixture
         self.price_per_hour, self.measure, self.utilization = price_per_hour, measure, None
         self.matrix_learning_rate: float | None = None  # Muon's in the last step, told by the trainer
-        self.bar, self.started = None, None
+        self.bar, self.started, self.is_first = None, None, True
         self.seconds_before = self.dollars_before = self.paused = 0.0
         self.skipped_steps = self.skipped_in_a_row = self.last_step = 0
         self.seconds_per_step: deque[float] = deque(maxlen=WINDOWS)
@@ -171,7 +172,8 @@ class Metrics(TrainerCallback):
         if self.measure and self.utilization is None:
             self.utilization = self.measure()
         self.untold = self.utilization
-        if state.is_world_process_zero:
+        self.is_first = state.is_world_process_zero
+        if self.is_first:
             mend(self.path)
             self.seconds_before, self.dollars_before = spent_before(self.path)
         self.started = self.last_time = time.monotonic()
@@ -298,7 +300,7 @@ class Watch(TrainerCallback):
 
     def see_norm(self, norm: Tensor | float | None) -> None:
         """Takes the norm of a step's gradients before they are clipped; None where nobody computed it."""
-        self.norm = norm
+        self.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP's, on every process
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         loss, norm = self.loss, None if args.fp16 else self.norm
@@ -346,8 +348,9 @@ class Watch(TrainerCallback):
         shares = metrics.mixture(step - 1, step) if metrics.mixture else {}
         if shares:
             record["mixture"] = shares
-        # every process that sees it: they see it at once and a launcher ends all when one ends, the first one or not
-        append_line(metrics.path, record | metrics.spent())
+        # Every process that sees it: they see it at once and a launcher ends all when one ends, the first one or not.
+        # The time is the first one's, which alone has read what earlier starts took.
+        append_line(metrics.path, record | (metrics.spent() if metrics.is_first else {}))
         raise DivergedError(self._said(step, loss, norm, shares))
 
     def _said(self, step: int, loss: float, norm: float | None, shares: dict[str, float]) -> str:

@@ -67,4 +67,4 @@ def cheap_outputs_computed_again(model: nn.Module) -> Iterator[None]:
 
 
 def _is_checkpointed(model: nn.Module) -> bool:
-    return model.training and model.is_gradient_checkpointing
+    return model.training and model.is_activation_checkpointing

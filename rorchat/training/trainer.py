@@ -77,6 +77,12 @@ class OptimizationArguments:
         "remove_unused_columns": "rows hold nothing but what the model reads",
         "logging_nan_inf_filter": "a NaN is logged as one",
         "ddp_find_unused_parameters": "every parameter is used",
+        "accelerator_config": "batches come as the data has them, and are copied while the device computes",
+        "average_tokens_across_devices": "every token counts the same, on whatever process",
+        "auto_find_batch_size": "a smaller micro-batch would be a smaller step; give per_device_train_batch_size",
+        "ignore_data_skip": "a run goes on behind the rows that it has read",
+        "activation_offloading": "`gradient_checkpointing` saves that memory",
+        "torch_empty_cache_steps": "a step of ours leaves nothing that the next one does not need",
         "include_num_input_tokens_seen": "tokens are counted by the data, in metrics.jsonl",
     }
 
@@ -229,7 +235,9 @@ class StageTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.args.lr_scheduler_type == COOLDOWN_SCHEDULE and not self.args.lr_scheduler_kwargs:
-            cooldown = round(self.args.cooldown_share * num_training_steps)
+            # not before the warm-up has ended: `get_wsd_schedule` would jump down to where the cooldown should be
+            after_warmup = num_training_steps - self.args.get_warmup_steps(num_training_steps)
+            cooldown = min(round(self.args.cooldown_share * num_training_steps), after_warmup)
             self.args.lr_scheduler_kwargs = {"num_decay_steps": cooldown, "decay_type": "linear", "min_lr_ratio": 0.0}
         elif self.args.lr_scheduler_type == COSINE_SCHEDULE and not self.args.lr_scheduler_kwargs:
             self.args.lr_scheduler_kwargs = {"min_lr_rate": COSINE_FLOOR}
@@ -311,14 +319,21 @@ class StageTrainer(Trainer):
 
     def final_metrics(self) -> dict[str, float]:
         """The validation metrics after the last step: those just logged, or measured now."""
-        last = self.state.log_history[-2:]
+        is_another = self.args.load_best_model_at_end  # what was logged is of the last model, not of the best
+        last = [] if is_another else self.state.log_history[-2:]
         for record in last:
             if record["step"] == self.state.global_step and "eval_loss" in record:
                 return {key: value for key, value in record.items() if key.startswith("eval_")}
         return self.evaluate()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Validation loss in nats per token, token-weighted, and bits per byte; per source where there are several."""
+        """Validation loss in nats per token, token-weighted, and bits per byte; per source where there are several.
+
+        Raises:
+            ValueError: another dataset or prefix was given: `rorchat.evaluation.loss.dataset_loss` serves any.
+        """
+        if eval_dataset is not None or metric_key_prefix != "eval":
+            raise ValueError("This measures the run's own validation set, as eval_...; no other was built in.")
         started = time.monotonic()
         losses = self.validation_loss()
         total = sum(losses.values(), Loss())

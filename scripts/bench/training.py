@@ -137,7 +137,9 @@ def raw_fused(watch: Watch) -> dict:
     """The loop with the model, optimizer and precision that rorchat would train with, and nothing of a Trainer."""
     with tempfile.TemporaryDirectory() as folder:
         made = rorchat_trainer(watch, folder)
-    model, optimizer, precision = made.model, made.create_optimizer(), "bf16" if made.args.bf16 else "fp32"
+    model, optimizer, precision = made.model, made.create_optimizer(), precision_of(made.args)
+    if precision == "fp16":
+        raise RuntimeError("rorchat trains in fp16 on this device, for which a plain loop has no loss scale.")
     autocast = partial(torch.autocast, device(), torch.bfloat16) if precision == "bf16" else nullcontext
     begin(watch, model, precision)
     loop(watch, model, optimizer, lambda ids: model(input_ids=ids, labels=ids).loss, autocast)
@@ -232,11 +234,12 @@ def nanogpt(watch: Watch, precision: str = "bf16", compiled: bool = True) -> dic
 SIDES = {
     "trainer-default": partial(trainer, dropout=0.1),
     "trainer-fp32": trainer,
+    "trainer-fp32-compile": partial(trainer, torch_compile=True),
     "trainer-bf16": partial(trainer, bf16=True),
     "trainer-bf16-compile": partial(trainer, bf16=True, torch_compile=True),
     "accelerate": accelerate_loop,
     "nanogpt": nanogpt,
-    "nanogpt-fp32": partial(nanogpt, precision="fp32", compiled=False),
+    "nanogpt-fp32": partial(nanogpt, precision="fp32"),
     "raw": raw,
     "raw-fused": raw_fused,
     "rorchat": rorchat,

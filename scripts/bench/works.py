@@ -52,7 +52,8 @@ class Work:
 
 
 _SIDES_124M = (
-    "trainer-default", "trainer-bf16", "trainer-bf16-compile", "nanogpt", "nanogpt-fp32", "rorchat", "rorchat-bf16",
+    "trainer-default", "trainer-fp32", "trainer-fp32-compile", "trainer-bf16", "trainer-bf16-compile", "nanogpt",
+    "nanogpt-fp32", "rorchat", "rorchat-bf16",
 )  # fmt: skip
 
 WORKS = {
@@ -75,11 +76,12 @@ WORKS = {
 SIDES = {
     "trainer-default": "Transformers' Trainer, its defaults: fp32, dropout 0.1, eager",
     "trainer-fp32": "Transformers' Trainer, fp32, dropout 0, eager",
+    "trainer-fp32-compile": "Transformers' Trainer, fp32, dropout 0, torch_compile",
     "trainer-bf16": "Transformers' Trainer, bf16, dropout 0, eager",
     "trainer-bf16-compile": "Transformers' Trainer, bf16, dropout 0, torch_compile",
     "accelerate": "a loop with Accelerate, stock model, fp32",
     "nanogpt": "nanoGPT's model and loop, bf16 autocast, torch.compile",
-    "nanogpt-fp32": "nanoGPT's model and loop, fp32, eager",
+    "nanogpt-fp32": "nanoGPT's model and loop, fp32, torch.compile",
     "raw": "a raw loop, stock model, fp32, eager",
     "raw-fused": "a raw loop with rorchat's kernels, precision and optimizer",
     "rorchat": "rorchat as it comes",
