@@ -6,6 +6,8 @@ shards. Prints the greatest relative differences from one whole model, as JSON.
 
 import copy
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -15,6 +17,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from rorchat.training.callbacks import Metrics, Watch
 from rorchat.training.loss import fuse_head
 from rorchat.training.processes import whole_model
 
@@ -53,6 +56,12 @@ def main() -> None:
     expected = stock(input_ids=rows, labels=rows).loss
     expected.backward()
     dist.all_reduce(loss := loss.detach().clone())
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    watch = Watch(Metrics(Path(os.devnull), lambda step: step))
+    watch.see(1, loss)
+    watch.see_norm(norm)
+    seen = watch.norm  # what a host can read
+    own_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in stock.parameters()])
     gradients = [
         difference(parameter.grad.full_tensor(), other.grad)
         for (_, parameter), (_, other) in zip(model.named_parameters(), stock.named_parameters(), strict=True)
@@ -62,6 +71,7 @@ def main() -> None:
         logits = difference(whole(input_ids=own).logits, stock.eval()(input_ids=own).logits)
     if not rank:
         found = {"loss": difference(loss / world, expected), "gradients": max(gradients), "logits": logits}
+        found["norm"] = -1.0 if isinstance(seen, DTensor) else difference(seen, own_norm)
         print(json.dumps(found | {"sharded": sharded, "parameters": len(gradients), "type": type(whole).__name__}))  # noqa: T201
     dist.barrier()
     dist.destroy_process_group()

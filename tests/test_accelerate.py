@@ -245,6 +245,7 @@ class TestSharding:
         found = json.loads(succeeded(done).stdout.splitlines()[-1])
         assert found["sharded"] == found["parameters"] == 28
         assert found["loss"] < 1e-6 and found["gradients"] < 1e-5 and found["logits"] < 1e-6
+        assert 0 <= found["norm"] < 1e-5
         assert found["type"] == "GPT2LMHeadModel"
 
     def test_under_zero_3_weights_are_gathered_by_deepspeed(self, chat, monkeypatch):

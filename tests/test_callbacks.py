@@ -223,6 +223,16 @@ def test_under_fp16_a_run_whose_gradients_stay_infinite_ends(tmp_path):
         metrics.on_optimizer_step(arguments, a_state(7), None, optimizer=skipped)
 
 
+def test_only_the_first_process_tells_the_time_at_which_a_run_diverged(tmp_path):
+    """The others have not read what earlier starts took, and the next start goes on from the last time in the file."""
+    for first in (True, False):
+        metrics = Metrics(tmp_path, lambda step: step)
+        metrics.on_train_begin(ARGUMENTS, SimpleNamespace(**{**vars(a_state(0)), "is_world_process_zero": first}), None)
+        with pytest.raises(DivergedError):
+            a_step(Watch(metrics), 5, math.nan)
+    assert ["seconds" in line for line in strict_lines(tmp_path / "metrics.jsonl")] == [True, False]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_real_gpu_values_come_back_without_waiting_for_them(tmp_path):

@@ -324,6 +324,26 @@ def test_a_size_far_from_the_best_for_its_budget_is_told_with_the_best():
     assert not any("would end" in note for note in planned_with(size=best.size).notes)
 
 
+@pytest.mark.parametrize("size", [None, "124m"])
+def test_a_micro_batch_too_large_for_large_shapes_finds_the_ones_that_it_fits(size):
+    plan = planned("A100-80", hours=24, micro_batch=64, size=size)
+    assert plan.micro_batch == 64 and total(plan.memory) <= 0.95 * 80e9
+
+
+def test_a_micro_batch_that_keeps_a_larger_model_away_is_named():
+    plan = planned("A100-80", hours=2_000, micro_batch=64)
+    assert "--micro-batch 64 of" in plan.notes[0] and "at most 32 does" in plan.notes[0]
+
+
+def test_a_cpu_is_planned_with_its_own_figures_where_there_is_a_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "rorchat.plan.cost.peak_flops", lambda precision, on_gpu=True: asked.append(on_gpu) or (1e12, "")
+    )
+    assert Setup(find_device("cpu"), 1, "fp32", 512, 64).peak == 1e12
+    assert asked == [False]
+
+
 def test_several_gpus_on_a_cpu_and_a_device_without_a_price_are_refused():
     with pytest.raises(UsageError, match="--gpus is 2 on a CPU"):
         planned("cpu", hours=1, gpus=2)

@@ -259,6 +259,25 @@ def test_a_gradient_that_is_no_number_is_named_although_the_loss_is_one(tokenize
     assert (last["step"], last["grad_norm"]) == (7, "nan") and math.isfinite(last["loss"])
 
 
+@pytest.mark.parametrize("warmup", [0.5, 4])
+def test_a_cooldown_waits_for_the_warm_up(tokenizer, tmp_path, warmup):
+    """Half of eight steps up and 0.7 of them down: no rate is skipped between the two."""
+    trainer = make_trainer(tokenizer, tmp_path, "--warmup_steps", warmup, "--cooldown_share", 0.7)
+    trainer.create_optimizer()
+    schedule, rates = trainer.create_scheduler(8), []
+    for _ in range(9):
+        rates.append(schedule.get_last_lr()[-1] / 1e-3)
+        trainer.optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0])
+
+
+def test_another_dataset_than_the_runs_own_is_not_measured_in_silence(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="run's own validation set"):
+        trainer.evaluate(trainer.train_dataset)
+
+
 def test_a_diverged_run_goes_on_from_its_checkpoint_and_its_file_only_grows(tokenizer, tmp_path):
     flags = ["--save_strategy", "steps", "--save_steps", 4]
     poisoned = make_trainer(tokenizer, tmp_path, *flags, kind=Poisoned)
