@@ -32,7 +32,7 @@ OURS = ["--optimizer", "muon"]  # the recipe's own rates and schedule
 SHARES = (0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.35, 1.0)
 GRID = [(rate, schedule, "10") for rate in ("1e-3", "2e-3", "4e-3") for schedule in SCHEDULES]
 GRID += [(rate, "cooldown", warmup) for rate in ("1e-3", "2e-3", "4e-3") for warmup in ("40", "80")]
-GRID += [(rate, "cooldown", "120") for rate in ("2e-3", "4e-3")]  # behind that a tenth of the cooldown is gone
+GRID += [(rate, "cooldown", "120") for rate in ("2e-3", "4e-3", "6e-3")] + [("4e-3", "cooldown", "160")]
 
 
 def adamw(rate: str, schedule: str, warmup: str) -> list[str]:
