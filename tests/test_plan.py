@@ -465,3 +465,9 @@ def test_a_measured_speed_counts_every_micro_batch_and_one_update_a_step():
     again = make_plan(plan.request, measured=probed.seconds_per_token(plan))
     assert again.hours == pytest.approx(plan.tokens * step / plan.global_batch_tokens * 1.1 / 3600)
     assert seconds_per_token(again.setup, again.shape, 1, 1024) == probed.seconds_per_token(plan)
+
+
+def test_a_probe_on_a_busy_machine_says_so():
+    plan = planned("cpu", tokens=1e8, size="2x2x128", mfu=0.5, block_size=128)
+    said = {spread: " ".join(assumptions(plan, Probe(4, 0.2, 0.01, spread))) for spread in (0.05, 0.5)}
+    assert "not steady" in said[0.5] and "not steady" not in said[0.05]

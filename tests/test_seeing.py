@@ -272,6 +272,19 @@ def test_a_cooldown_waits_for_the_warm_up(tokenizer, tmp_path, warmup):
     assert rates == pytest.approx([0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0])
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--save_steps", "-3"], "save_steps is -3.0: give 0 or a positive number"),
+        (["--logging_steps", "-1"], "logging_steps is -1.0: give 0 or a positive number"),
+        (["--lr_scheduler_type", "cosin"], "lr_scheduler_type: cosin is not a valid SchedulerType"),
+    ],
+)
+def test_settings_of_transformers_that_make_no_sense_are_named(tmp_path, flags, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        parse(PretrainArguments, [*BASE, "--output_dir", str(tmp_path), *flags])
+
+
 def test_another_dataset_than_the_runs_own_is_not_measured_in_silence(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path)
     with pytest.raises(ValueError, match="run's own validation set"):

@@ -157,6 +157,11 @@ class Plan:
         return self.fit.loss(self.parameters, self.tokens)
 
     @property
+    def is_extrapolated(self) -> bool:
+        """Whether the fits saw no model so small or tokens so few."""
+        return self.parameters < FITTED[0] or self.tokens < FITTED[1]
+
+    @property
     def memory(self) -> dict[str, float]:
         return memory(self.setup, self.shape, self.micro_batch, accumulates=self.accumulation > 1)
 
@@ -207,7 +212,7 @@ def choices(request: Request) -> dict[str, Plan]:
 
 
 def _with_notes(plan: Plan) -> Plan:
-    if plan.parameters >= FITTED[0] and plan.tokens >= FITTED[1]:
+    if not plan.is_extrapolated:
         return plan
     note = (
         f"The fits saw models from {FITTED[0] / 1e6:.0f}M parameters and {FITTED[1] / 1e9:.0f}B tokens up: here they "

@@ -10,6 +10,7 @@ from rorchat.plan.scaling import family
 
 GPT2_VOCABULARIES = (50_257, 50_304)
 BUDGETS = (0.1, 0.22, 0.46, 1.0, 2.2, 4.6, 10.0)  # times the chosen one, for the picture
+UNSTEADY = 0.3  # of the median: so much spread makes a measurement worth repeating
 POINTS = 5  # of each curve in the picture, at least
 
 
@@ -86,6 +87,8 @@ def assumptions(plan: Plan, probed: Probe | None = None) -> list[str]:
             f"Speed: measured here, {probed.micro_step:.3g} s for {probed.micro_batch} x {setup.block_size} tokens, "
             f"forward and backward (median of 3, spread {probed.spread:.2g} s), {probed.update:.3g} s a step."
         )
+        if probed.spread > UNSTEADY * probed.micro_step:
+            said.append("The machine was not steady while that was measured: probe again when nothing else runs.")
     elif setup.mfu:
         said.append(f"Speed: MFU {setup.mfu:g}, as given.")
     else:
@@ -181,7 +184,10 @@ def draw(plan: Plan, path: Path) -> None:
         plan.parameters, plan.loss, "*", color="tab:red", markersize=18, markeredgecolor="white", label=told, zorder=5
     )
     axis.set(
-        xscale="log", yscale="log", xlabel="parameters N (body and tied head)", ylabel="loss by the fit, nats/token"
+        xscale="log",
+        yscale="log",
+        xlabel="parameters N (body and tied head)",
+        ylabel="loss by the fit, nats/token" + (" (extrapolated: no forecast)" if plan.is_extrapolated else ""),
     )
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))

@@ -77,7 +77,11 @@ def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) ->
     try:
         (arguments,) = parser.parse_args_into_dataclasses(args=argv)
     except (ValueError, argparse.ArgumentTypeError) as error:
-        raise UsageError(" ".join(str(error).split())) from None
+        said = " ".join(str(error).split())
+        # Transformers names the value, and not the setting that has it
+        values = config | {flag: value for flag, value in zip(argv, argv[1:], strict=False) if flag.startswith("--")}
+        of = [name.removeprefix("--") for name, value in values.items() if isinstance(value, str) and value in said]
+        raise UsageError(f"{of[0]}: {said}" if len(of) == 1 and of[0] not in said else said) from None
     arguments.given = {name: _plain(getattr(arguments, name)) for name in sorted(given & names)}
     return arguments
 

@@ -38,7 +38,7 @@ COOLDOWN_SCHEDULE, COSINE_SCHEDULE = "warmup_stable_decay", "cosine_with_min_lr"
 COSINE_FLOOR = 0.1  # of the learning rate, as GPT-3 and nanoGPT have it
 NOT_NEGATIVE = (
     "learning_rate", "matrix_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "sample_steps",
-    "price_per_hour",
+    "price_per_hour", "save_steps", "eval_steps", "logging_steps",
 )  # fmt: skip
 #: The trackers that are tested, and the packages any of which serves one.
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
@@ -117,7 +117,7 @@ class OptimizationArguments:
         if not 0 <= self.cooldown_share <= 1:
             raise UsageError(f"cooldown_share is {self.cooldown_share}: it must lie between 0 and 1.")
         for name in NOT_NEGATIVE:
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}: give 0 or a positive number.")
         for name in ("seed", "data_seed"):
             if not 0 <= (getattr(self, name) or 0) < 2**32:
