@@ -18,6 +18,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 #: The way of the data. A module imports only from stages before its own (tests/test_layout.py).
 STAGES = (
     "errors",  # exit codes, and what a failure says
+    "lock",  #           one process at a time for a folder
     "persona",  # RAW DATA  who the model is: system message, identity conversations, probes
     "sources",  # RAW DATA  one file = one dataset: raw row -> document, conversation or preference
     "chatml",  # CHAT      control tokens, template, conversation -> (input_ids, labels), context window

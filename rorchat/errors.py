@@ -42,6 +42,12 @@ class StorageError(RorchatError):
     exit_code = 74
 
 
+class Interrupted(RorchatError):
+    """A signal asked the run to stop; the same command goes on."""
+
+    exit_code = 75
+
+
 class RemoteError(RorchatError):
     """A remote service (the Hub) failed."""
 

@@ -25,6 +25,7 @@ from rorchat.tokens.plan import Plan
 from rorchat.tokens.store import TokenStore
 
 ROOT = Path(__file__).resolve().parent.parent
+pytest_plugins = ["faults.harness"]
 
 SENTENCES = [
     "Once upon a time there was a small model that wanted to talk.",

@@ -233,13 +233,13 @@ def test_only_the_word_val_makes_an_array_validation(saved, tmp_path):
 
 
 def test_shards_are_not_adopted_where_a_store_is_being_made(saved, tmp_path):
-    from rorchat.tokens.prepare import alone
+    from rorchat.lock import alone
 
     shards = shards_of(tmp_path / "shards", train=GOOD, val=GOOD)
     (tmp_path / ".out.unfinished").mkdir()
     (tmp_path / ".out.unfinished" / "part-00000.json").write_text("{}")
     with alone(tmp_path / "out"):
-        assert "another process" in refused(78, "adopt", shards, "--tokenizer", saved, "--out", tmp_path / "out")
+        assert "is in use by process" in refused(78, "adopt", shards, "--tokenizer", saved, "--out", tmp_path / "out")
     assert (tmp_path / ".out.unfinished" / "part-00000.json").exists()
 
 

@@ -133,7 +133,9 @@ def test_every_stage_leaves_a_stock_folder_and_its_record(story):
             "tokenizer.json",
             "chat_template.jinja",
         } <= files
-        assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+        pickles = [path for path in run.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+        assert all(path.parent.name.startswith("checkpoint-") and path.suffix != ".bin" for path in pickles)
+        assert not (run / "README.md").exists()
         record = json.loads((run / "run.json").read_text())
         assert (record["stage"], record["finished"]) == (stage, True)
         assert record["metrics"]["eval_loss"] > 0
@@ -236,7 +238,7 @@ def test_twenty_steps_are_the_same_in_one_pass_in_eight_and_on_two_processes(sto
 
 
 def test_an_unfinished_run_goes_on_from_its_newest_whole_checkpoint_and_ends_the_same(story, tmp_path):
-    flags = [*PRETRAIN, "--tokenizer", story / "tokenizer", "--save_strategy", "steps", "--save_steps", 2]
+    flags = [*PRETRAIN, "--tokenizer", story / "tokenizer", "--save_steps", 2, "--save_total_limit", 3]
     succeeded(recipe("pretrain", *flags, "--output_dir", tmp_path / "whole"))
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     for path in (tmp_path / "broken" / "model", tmp_path / "broken" / "checkpoint-5"):

@@ -216,6 +216,11 @@ def test_sampling_changes_nothing_of_the_training(shown, tokenizer, tmp_path):
 # What has diverged
 
 
+@pytest.fixture
+def nothing_is_skipped(monkeypatch):
+    monkeypatch.setattr("rorchat.training.resume.MOST_SKIPPED", 0)
+
+
 class Poisoned(PretrainTrainer):
     """Its loss or its gradient is `poison` in the second micro-batch of step 7."""
 
@@ -233,7 +238,7 @@ class Poisoned(PretrainTrainer):
         return loss * self.poison
 
 
-def test_a_loss_that_is_no_number_stops_the_run_at_its_step_with_its_value(tokenizer, tmp_path):
+def test_a_loss_that_is_no_number_stops_the_run_at_its_step_with_its_value(tokenizer, tmp_path, nothing_is_skipped):
     for poison in (math.nan, math.inf):
         trainer = make_trainer(tokenizer, tmp_path / str(poison), kind=Poisoned)
         trainer.poison = poison
@@ -250,7 +255,7 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_step_with_its_value(token
         assert torch.equal(trainer.model.transformer.wte.weight, trainer.before)  # the step was not taken
 
 
-def test_a_gradient_that_is_no_number_is_named_although_the_loss_is_one(tokenizer, tmp_path):
+def test_a_gradient_that_is_no_number_is_named_although_the_loss_is_one(tokenizer, tmp_path, nothing_is_skipped):
     trainer = make_trainer(tokenizer, tmp_path, kind=Poisoned)
     trainer.in_gradient = True
     with pytest.raises(DivergedError, match=r"The loss is \d\.\d{4} but the gradient norm nan at step 7"):
@@ -291,7 +296,10 @@ def test_another_dataset_than_the_runs_own_is_not_measured_in_silence(tokenizer,
         trainer.evaluate(trainer.train_dataset)
 
 
-def test_a_diverged_run_goes_on_from_its_checkpoint_and_its_file_only_grows(tokenizer, tmp_path):
+def test_a_diverged_run_goes_on_from_its_checkpoint_and_its_file_only_grows(
+    tokenizer, tmp_path, nothing_is_skipped, monkeypatch
+):
+    monkeypatch.setattr(PretrainTrainer, "_roll_back", lambda trainer: None)
     flags = ["--save_strategy", "steps", "--save_steps", 4]
     poisoned = make_trainer(tokenizer, tmp_path, *flags, kind=Poisoned)
     with pytest.raises(DivergedError):
@@ -309,12 +317,13 @@ def test_a_diverged_run_goes_on_from_its_checkpoint_and_its_file_only_grows(toke
 
 
 def test_a_run_without_a_checkpoint_begins_its_files_anew(tokenizer, tmp_path):
-    flags = ["--max_steps", 2, "--sample_prompts", "Hi"]
+    flags = ["--max_steps", 2, "--sample_prompts", "Hi", "--save_strategy", "no"]
     for _ in range(2):
         trainer = make_trainer(tokenizer, tmp_path, *flags)
         run = Run(trainer.args, "pretrain", {})
         run.begin()
         trainer.train()
+        run._held.close()  # as the end of the process would
     assert [line["step"] for line in training_lines(strict_lines(tmp_path / "metrics.jsonl"))] == [2]
     assert [line["step"] for line in strict_lines(tmp_path / "samples.jsonl")] == [0, 2]
 
@@ -384,7 +393,7 @@ def test_two_processes_sample_without_waiting_for_ever_and_both_stop_when_the_ru
     assert [line["step"] for line in strict_lines(tmp_path / "well" / "samples.jsonl")] == [0, 1, 2, 3]
     lines = training_lines(strict_lines(tmp_path / "well" / "metrics.jsonl"))
     assert [(line["step"], line["tokens"]) for line in lines] == [(1, 128), (2, 256), (3, 384)]
-    more = ["--output_dir", tmp_path / "ill", "--optimizer", "adamw", "--learning_rate", "1e38"]
+    more = ["--output_dir", tmp_path / "ill", "--optimizer", "adamw", "--learning_rate", "1e38", "--max_steps", 8]
     ill = launch("pretrain", *flags, *more, processes=2)
     assert ill.returncode != 0 and "error: The loss is" in ill.stderr
     assert strict_lines(tmp_path / "ill" / "metrics.jsonl")[-1]["event"] == "diverged"

@@ -111,9 +111,9 @@ def test_finished_parts_are_not_prepared_again(folder_of_parts, tokenizer, tmp_p
 
 
 def test_a_store_that_another_process_is_making_is_left_to_it(spec, tokenizer, tmp_path):
-    from rorchat.tokens.prepare import alone
+    from rorchat.lock import alone
 
-    with alone(tmp_path / "store"), pytest.raises(MismatchError, match="is being prepared by another process"):
+    with alone(tmp_path / "store"), pytest.raises(MismatchError, match="is in use by process \\d+ on "):
         prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE)
     assert prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE).manifest.kept == len(KEPT)
     assert not (tmp_path / ".store.lock").exists()
@@ -122,7 +122,7 @@ def test_a_store_that_another_process_is_making_is_left_to_it(spec, tokenizer, t
 def test_a_lock_that_is_deleted_while_another_process_opens_it_lets_only_one_in(tokenizer, tmp_path, monkeypatch):
     import fcntl
 
-    from rorchat.tokens.prepare import alone
+    from rorchat.lock import alone
 
     holder = alone(tmp_path / "store")
     holder.__enter__()
@@ -136,7 +136,7 @@ def test_a_lock_that_is_deleted_while_another_process_opens_it_lets_only_one_in(
 
     monkeypatch.setattr(fcntl, "flock", late)
     with alone(tmp_path / "store"):
-        with pytest.raises(MismatchError, match="another process"), alone(tmp_path / "store"):
+        with pytest.raises(MismatchError, match="is in use by"), alone(tmp_path / "store"):
             pass
         assert len(opened) == 3
     assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,7 @@
 
 import typer
 
-from rorchat.cli import data, model, plan, tokenizer
+from rorchat.cli import checkpoint, data, model, plan, tokenizer
 from rorchat.errors import exits_with_one_line
 
 app = typer.Typer(
@@ -14,6 +14,7 @@ app = typer.Typer(
 for command in (plan.plan, model.chat, model.evaluate, model.report, model.push):
     app.command()(command)
 app.add_typer(data.app, name="data")
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(tokenizer.app, name="tokenizer")
 
 

@@ -14,17 +14,15 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from tqdm.auto import tqdm
 
 from rorchat.chatml import END_OF_TEXT
 from rorchat.errors import DataError, MismatchError, StorageError, UsageError
+from rorchat.lock import alone
 from rorchat.persona import Persona
 from rorchat.sources import (
     Filters,
@@ -143,46 +141,6 @@ def _require_apart(spec: str, folder: Path) -> None:
     source = Path(where).expanduser()
     if where and source.is_dir() and source.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise UsageError(f"{folder} lies in {where}, which is read: choose another place for the store.")
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Holds a lock beside a store that is being made; the system lets go of it when its holder dies.
-
-    Raises:
-        MismatchError: another process holds it.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.lock")
-    while True:
-        with path.open("w") as file:
-            _lock(file, folder)
-            if not _is(path, file):
-                continue  # its last holder was about to delete it: the next one would hold another file
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _lock(file: TextIO, folder: Path) -> None:
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        pass
-    except BlockingIOError:
-        raise MismatchError(f"{folder} is being prepared by another process: wait for it.") from None
-
-
-def _is(path: Path, file: TextIO) -> bool:
-    """Whether an open file is the one that has this name now."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def _cpus() -> int:

@@ -24,8 +24,10 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from rorchat.errors import DivergedError
+from rorchat.training.processes import any_process
 
 MIXTURE = "mixture/"  # how the share of a source is called in the flat logs that trackers get
+DIVERGED_ROWS = "diverged_rows.jsonl"
 MOST_SKIPS = 25  # in a row under fp16: the loss scale has then fallen from 65,536 below 1
 WINDOWS = 5  # log lines whose median speed gives the time left
 
@@ -115,8 +117,10 @@ class Metrics(TrainerCallback):
         self.price_per_hour, self.measure, self.utilization = price_per_hour, measure, None
         self.matrix_learning_rate: float | None = None  # Muon's in the last step, told by the trainer
         self.bar, self.started, self.is_first = None, None, True
+        self.interrupted = False  # told by the trainer: what ends is not the run
         self.seconds_before = self.dollars_before = self.paused = 0.0
         self.skipped_steps = self.skipped_in_a_row = self.last_step = 0
+        self.last_mixture = 0  # the step up to which shares were logged: a resumed run's speed begins later
         self.seconds_per_step: deque[float] = deque(maxlen=WINDOWS)
 
     # What is derived
@@ -145,9 +149,9 @@ class Metrics(TrainerCallback):
             logs |= self._speed(step)
             if self.matrix_learning_rate is not None:
                 logs["matrix_learning_rate"] = self.matrix_learning_rate
-            if self.mixture and step > self.last_step:
-                logs |= {MIXTURE + name: share for name, share in self.mixture(self.last_step, step).items()}
-            self.last_step = step
+            if self.mixture and step > self.last_mixture:
+                logs |= {MIXTURE + name: share for name, share in self.mixture(self.last_mixture, step).items()}
+            self.last_step = self.last_mixture = step
         else:  # an evaluation: its time is no training time
             self.paused += logs.get("eval_seconds", logs.get("eval_runtime", 0.0))
         return logs | {"memory_bytes": peak_memory_bytes()} | self.spent()
@@ -177,7 +181,7 @@ class Metrics(TrainerCallback):
             mend(self.path)
             self.seconds_before, self.dollars_before = spent_before(self.path)
         self.started = self.last_time = time.monotonic()
-        self.last_step = state.global_step
+        self.last_step = self.last_mixture = state.global_step
         if not state.is_world_process_zero:
             return
         if state.global_step:
@@ -272,26 +276,24 @@ def _multiples(after: int, until: int, of: float) -> int:
 
 
 class Watch(TrainerCallback):
-    """Ends a run whose loss or gradient norm is no number: at its step, with its value and the sources of its rows.
+    """Sees a loss or gradient norm that is no number before the optimizer does: at its step, with its value and rows.
 
-    A CPU has every value at once, so the parameters are not touched by that step. On a GPU the values of a step are
-    copied while it works and looked at when the next step is under way, so that nothing waits for them; but before a
-    step is logged, evaluated or saved its own values are looked at. Under fp16 an infinite gradient is no failure: the
-    scaler skips that step and halves its scale, which `skipped_steps` counts.
+    All processes see it alike: each has its own loss, and the gradient norm of all. On a GPU this waits for the step's
+    gradients, once an optimizer step. Under fp16 an infinite gradient is no failure: the scaler skips that step and
+    halves its scale, which `skipped_steps` counts.
 
     Args:
-        metrics: where the last line goes.
+        metrics: where a line says what was seen.
+        mend: makes good a step that has diverged, so that the run can go on, and says how; "" where it cannot.
 
     Raises:
-        DivergedError: from the step's callbacks, on every process that sees it. A process sees its own loss, and the
-            gradient norm of all.
+        DivergedError: from the step's callbacks, on every process.
     """
 
-    def __init__(self, metrics: Metrics):
-        self.metrics = metrics
+    def __init__(self, metrics: Metrics, mend: Callable[[int], str] = lambda step: ""):
+        self.metrics, self.mend = metrics, mend
         self.step, self.loss, self.norm = 0, 0.0, None
         self.finite: tuple[int, float] | None = None
-        self.pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
     def see(self, step: int, loss: Tensor) -> None:
         """Takes the loss of a micro-batch of a step, detached; a step's is their sum, as in the Trainer."""
@@ -303,44 +305,15 @@ class Watch(TrainerCallback):
         self.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP's, on every process
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        loss, norm = self.loss, None if args.fp16 else self.norm
+        loss, norm = float(self.loss), None if args.fp16 or self.norm is None else float(self.norm)
         self.loss, self.norm = 0.0, None
-        if isinstance(loss, float):
-            self._judge(self.step, loss, None if norm is None else float(norm))
+        is_finite = math.isfinite(loss) and (norm is None or math.isfinite(norm))
+        if not any_process(not is_finite)[0]:
+            self.finite = self.step, loss
             return
-        copied = _copied(self.step, loss, norm)  # first queue this step's copy, then wait for the last step's
-        previous, self.pending = self.pending, copied
-        self._look(previous)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # DefaultFlowCallback comes before us and has decided
-        speaks = args.sample_steps and state.global_step % args.sample_steps == 0
-        if (
-            speaks
-            or control.should_log
-            or control.should_evaluate
-            or control.should_save
-            or control.should_training_stop
-        ):
-            previous, self.pending = self.pending, None
-            self._look(previous)
-
-    def _look(self, copied: "tuple[int, Tensor, torch.cuda.Event | None] | None") -> None:
-        if copied is None:
-            return
-        step, values, event = copied
-        if event is not None:
-            event.synchronize()
-        loss, *norm = values.tolist()
-        self._judge(step, loss, *norm)
-
-    def _judge(self, step: int, loss: float, norm: float | None = None) -> None:
-        if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
-            self.finite = step, loss
-            return
-        metrics = self.metrics
-        metrics.close()
-        record = {"step": step, "event": "diverged", "tokens": metrics.count_tokens(step), "loss": loss}
+        metrics, step = self.metrics, self.step
+        done = self.mend(step)
+        record = {"step": step, "event": done or "diverged", "tokens": metrics.count_tokens(step), "loss": loss}
         if norm is not None:
             record["grad_norm"] = norm
         if self.finite:
@@ -348,10 +321,17 @@ class Watch(TrainerCallback):
         shares = metrics.mixture(step - 1, step) if metrics.mixture else {}
         if shares:
             record["mixture"] = shares
-        # Every process that sees it: they see it at once and a launcher ends all when one ends, the first one or not.
-        # The time is the first one's, which alone has read what earlier starts took.
-        append_line(metrics.path, record | (metrics.spent() if metrics.is_first else {}))
-        raise DivergedError(self._said(step, loss, norm, shares))
+        if metrics.is_first:
+            append_line(metrics.path, record | metrics.spent())
+        said = self._said(step, loss, norm, shares)
+        if not done:
+            metrics.close()
+            raise DivergedError(
+                f"{said} Look at the rows of that step, or lower learning_rate (and matrix_learning_rate with muon) "
+                "in a new output_dir; the same command goes on from the last checkpoint, if there is one."
+            )
+        if metrics.is_first:
+            tqdm.write(f"{said} {done.capitalize()}: {DIVERGED_ROWS} has its rows.", file=sys.stderr)
 
     def _said(self, step: int, loss: float, norm: float | None, shares: dict[str, float]) -> str:
         what = (
@@ -359,24 +339,7 @@ class Watch(TrainerCallback):
         )
         rows = f", whose rows are of {', '.join(name for name, share in shares.items() if share)}" if shares else ""
         before = f"; the last finite loss was {self.finite[1]:.4f} at step {self.finite[0]}" if self.finite else ""
-        return (
-            f"{what} at step {step}{rows}{before}. Look at the rows of that step, or lower learning_rate in a new "
-            "output_dir; the same command goes on from the last checkpoint, if there is one."
-        )
-
-
-def _copied(step: int, loss: Tensor, norm: Tensor | float | None) -> "tuple[int, Tensor, torch.cuda.Event | None]":
-    """A step's values on their way to the host, and the event after which they are there."""
-    values = [loss.float()]
-    if norm is not None:
-        values.append(torch.as_tensor(norm, device=loss.device).float())
-    if loss.device.type != "cuda":
-        return step, torch.stack(values).cpu(), None
-    host = torch.empty(len(values), pin_memory=True)  # the host allocator keeps pinned blocks for the next step
-    host.copy_(torch.stack(values), non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return step, host, event
+        return f"{what} at step {step}{rows}{before}."
 
 
 class Samples(TrainerCallback):
@@ -417,4 +380,5 @@ class Samples(TrainerCallback):
             self._write(state, model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        self._write(state, model)
+        if not self.metrics.interrupted:
+            self._write(state, model)

@@ -49,7 +49,7 @@ class DpoArguments(DataArguments, OptimizationArguments, DPOConfig):
     bf16: bool | None = None
     logging_steps: float = 10
     eval_strategy: str = "no"
-    save_strategy: str = "no"
+    save_total_limit: int = 2
     report_to: str = "none"
     disable_tqdm: bool = True
 

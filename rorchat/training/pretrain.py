@@ -77,7 +77,7 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
     logging_steps: float = 20
     eval_strategy: str = "steps"
     eval_steps: float = field(default=0.25, metadata={"help": "Steps, or below 1 a share of them."})
-    save_strategy: str = "no"
+    save_total_limit: int = 2
     report_to: str = "none"
     disable_tqdm: bool = True
 

@@ -1,6 +1,7 @@
 """Several processes: how they meet on CPUs, what may be sharded among them, and a sharded model in one piece."""
 
 import copy
+import functools
 import os
 
 import torch
@@ -58,6 +59,21 @@ def check_sharding(arguments) -> None:
             f"save_strategy is {arguments.save_strategy}: checkpoints of a model sharded by {how} are in pieces that "
             "nothing here verifies. Give --save_strategy no, or launch with recipes/accelerate/ddp.yaml."
         )
+
+
+def any_process(*flags: bool) -> tuple[bool, ...]:
+    """Each flag, true where any process has it so. All must call this, and none goes on before all have."""
+    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return flags
+    raised = torch.tensor(flags, dtype=torch.uint8)
+    torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX, group=_over_gloo())
+    return tuple(bool(flag) for flag in raised)
+
+
+@functools.cache
+def _over_gloo():
+    """All processes, over gloo: a flag on the host need not wait for what a GPU has queued."""
+    return torch.distributed.new_group(backend="gloo")
 
 
 def whole_model(model) -> GPT2LMHeadModel:

@@ -5,7 +5,7 @@ run.json        versions, device, what went in (with sha256), results; `finished
 metrics.jsonl   one line a log step, see docs/metrics.md; it only grows
 mixture.png     the share of every source from the first token to the last (pretraining)
 samples.jsonl   what the model says to fixed prompts, before, in between and after
-checkpoint-N/   the Trainer's, when save_strategy asks for them
+checkpoint-N/   what a run goes on from, see rorchat/training/checkpoint.py; those that did not verify have another name
 model/          the result: a plain Transformers folder
 """
 
@@ -14,7 +14,9 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,25 +24,31 @@ import yaml
 from accelerate import PartialState
 
 from rorchat import __version__
-from rorchat.errors import DataError, MismatchError
+from rorchat.errors import DivergedError, Interrupted, MismatchError
+from rorchat.lock import alone
 from rorchat.model import save_model
 from rorchat.persona import DEFAULT_PERSONA
 from rorchat.sources import digest_of
+from rorchat.training.checkpoint import Checkpoints
 from rorchat.training.processes import whole_model
+from rorchat.training.resume import listening
 
 TOKENS = "tokens"  # the folder of token stores in a run that names no other
-CHECKPOINT_FILES = (
-    "model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-    "trainer_state.json",
-)  # the last is written last
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "trl")
 # Settings that change neither what is computed nor what comes out: they may differ when a run goes on.
 FREE_SETTINGS = {
     "output_dir", "logging_steps", "logging_strategy", "report_to", "dataloader_num_workers", "save_steps",
-    "save_strategy", "save_total_limit", "run_name", "use_cpu", "sample_steps", "price_per_hour",
+    "save_strategy", "save_total_limit", "run_name", "use_cpu", "sample_steps", "price_per_hour", "ddp_timeout",
 }  # fmt: skip
+#: What changes roundings alone where the order of the data does not hang on it.
+ELASTIC = {
+    "processes",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "compile",
+    "gradient_checkpointing",
+}
+REMEDY = "Choose another output_dir, or delete the folder."
 
 
 def file_sha256(path: Path) -> str:
@@ -67,14 +75,46 @@ def data_fingerprint(arguments) -> dict[str, object]:
     return found
 
 
-def differences(name: str, before: object, now: object) -> list[str]:
-    """Where two JSON values differ, and no more: `mixture.phases.2.weights.c4 1.0, now 2.0`."""
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        before, now = (dict(enumerate(values, 1)) for values in (before, now))
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return [] if before == now else [f"{name} {before}, now {now}"]
-    inside = {key: (before.get(key), now.get(key)) for key in [*before, *(key for key in now if key not in before)]}
-    return [line for key, values in inside.items() for line in differences(f"{name}.{key}", *values)]
+@dataclass(frozen=True)
+class Difference:
+    """Where what a checkpoint was made with and what goes on from it differ."""
+
+    name: str
+    before: object
+    now: object
+    fatal: bool
+
+
+def differences(before: dict, now: dict, elastic: bool) -> list[Difference]:
+    """Where two identities of a run differ, but for what changes nothing.
+
+    Args:
+        elastic: the data come in the same order for any number of processes and size of micro-batch.
+    """
+    mild = {"versions", "python", "rorchat"} | (ELASTIC if elastic else set())
+
+    def walk(name: str, before: object, now: object) -> Iterator[Difference]:
+        if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+            before, now = (dict(enumerate(values, 1)) for values in (before, now))
+        if isinstance(before, dict) and isinstance(now, dict):
+            for key in [*before, *(key for key in now if key not in before)]:
+                if not (name == "settings" and key in FREE_SETTINGS):
+                    yield from walk(f"{name}.{key}" if name else str(key), before.get(key), now.get(key))
+        elif before != now:
+            own = name.removeprefix("settings.")
+            yield Difference(own, before, now, fatal=own.split(".")[0] not in mild)
+
+    return list(walk("", before, now))
+
+
+def table(found: list[Difference]) -> list[str]:
+    """Differences in lines, what decides first."""
+    rows = [("", "then", "now", "")]
+    for each in sorted(found, key=lambda each: not each.fatal):
+        what = "another run" if each.fatal else "goes on, with other roundings"
+        rows.append((each.name, *(json.dumps(value) for value in (each.before, each.now)), what))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 class Run:
@@ -97,8 +137,14 @@ class Run:
             "inputs": {role: fingerprint(folder) for role, folder in inputs.items()} | data_fingerprint(arguments),
             "versions": {library: version(library) for library in LIBRARIES},
             "python": platform.python_version(),
+            "processes": PartialState().num_processes,
+            "settings": arguments.given,
         }
-        self._check_folder()
+        self._held = ExitStack()  # until the run ends, or the process
+        self._held.enter_context(listening())
+        if PartialState().is_main_process:
+            self._held.enter_context(alone(self.folder))
+        self._look()
         PartialState().wait_for_everyone()  # before any process writes into the folder that another one is reading
         self.finished = bool(self._found and self._found.get("finished"))
 
@@ -106,41 +152,44 @@ class Run:
     def model_folder(self) -> Path:
         return self.folder / "model"
 
-    def _check_folder(self) -> None:
+    def _look(self) -> None:
         """Refuses to touch what another run achieved; what achieved nothing is taken over."""
-        self._found = None
+        self._found = self.checkpoint = None
         there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         if not {name for name in there if name != TOKENS and not name.startswith(".")}:
             return
-        where = f"The output folder {self.folder}"
-        remedy = "Choose another output_dir, or delete the folder."
         try:
             self._found = json.loads((self.folder / "run.json").read_text())
-            config = yaml.safe_load((self.folder / "config.yaml").read_text())
-        except (OSError, ValueError, yaml.YAMLError):
-            raise MismatchError(f"{where} is not empty and holds no run of rorchat. {remedy}") from None
-        if not self._found.get("finished") and self.last_checkpoint() is None:
-            self._found = None  # it broke off before it had anything to lose
-            return
-        differing = [
-            f"{name} {config.get(name)!r}, now {self.arguments.given.get(name)!r}"
-            for name in sorted((set(config) | set(self.arguments.given)) - FREE_SETTINGS)
-            if config.get(name) != self.arguments.given.get(name)
-        ]
-        for key in ("stage", "inputs"):
-            differing += differences(key, self._found.get(key), self.record[key])
-        if differing:
-            raise MismatchError(f"{where} holds another run: {'; '.join(differing)}. {remedy}")
+        except (OSError, ValueError):
+            raise MismatchError(
+                f"The output folder {self.folder} is not empty and holds no run of rorchat. {REMEDY}"
+            ) from None
+        if not self._found.get("finished"):
+            self.checkpoint = Checkpoints(self.folder).newest()
+            if self.checkpoint is None:
+                self._found = None  # it broke off before it had anything to lose
+                return
+        self._require_same({key: self._found.get(key) for key in self.record}, self.record)
+
+    def _require_same(self, before: dict, now: dict) -> None:
+        """Raises MismatchError where two identities differ in what decides; tells where they differ in what matters."""
+        found = differences(before, now, elastic=self.record["stage"] == "pretrain")
+        if found and PartialState().is_main_process:
+            print(*table(found), sep="\n", file=sys.stderr)  # noqa: T201
+        fatal = [f"{each.name} {each.before}, now {each.now}" for each in found if each.fatal]
+        if fatal:
+            raise MismatchError(f"The output folder {self.folder} holds another run: {'; '.join(fatal)}. {REMEDY}")
 
     def already_finished(self) -> dict[str, float]:
         """Says so, and gives the metrics that the run ended with."""
+        self._held.close()
         print(f"{self.folder}: finished before with these settings; delete the folder to run it again", file=sys.stderr)  # noqa: T201
         return self._found["metrics"]
 
     def begin(self, plan: object = None) -> None:
         """Writes config.yaml and run.json; clears what an unfinished run without a checkpoint left behind."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.last_checkpoint() is None:
+        if self.checkpoint is None:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.arguments.given, sort_keys=True))
@@ -152,26 +201,12 @@ class Run:
         staging.write_text(json.dumps({**self.record, **more}, indent=2) + "\n")
         staging.replace(self.folder / "run.json")
 
-    def last_checkpoint(self) -> str | None:
-        """The newest complete checkpoint; None where there is none at all.
-
-        Raises:
-            DataError: there are checkpoints, but a save was interrupted in each: starting anew would hide the loss.
-        """
-        folders = [path for path in self.folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-        folders.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-        for folder in folders:
-            # transformers.trainer_utils.get_last_checkpoint takes the highest number, whole or not
-            if all((folder / name).is_file() for name in CHECKPOINT_FILES):
-                return str(folder)
-        if folders:
-            raise DataError(
-                f"No checkpoint in {self.folder} is complete; {folders[0].name} lacks one of "
-                f"{', '.join(CHECKPOINT_FILES)}. Delete the checkpoints to start anew."
-            )
-        return None
-
     def train(self, trainer, details: dict, told: Iterable[object] = ()) -> dict[str, float]:
+        """As `_train`; then other processes may have the folder."""
+        with self._held:
+            return self._train(trainer, details, told)
+
+    def _train(self, trainer, details: dict, told: Iterable[object]) -> dict[str, float]:
         """Trains, going on from the newest checkpoint if there is one, measures, and saves the stock model.
 
         Args:
@@ -182,22 +217,31 @@ class Run:
             The final metrics, which are also in run.json.
         """
         main = trainer.is_world_process_zero()
-        checkpoint = self.last_checkpoint()
         plan = json.loads(json.dumps(details.get("plan")))
-        if checkpoint and self._found and self._found.get("plan", plan) != plan:
-            raise MismatchError(
-                f"{self.folder} was begun with another plan: an optional source, or the size of one, has changed."
-                " Choose another output_dir, or delete the folder."
-            )
+        trainer.identity = {**self.record, "plan": plan}
+        if self.checkpoint:
+            self._require_same(self.checkpoint.about["identity"], trainer.identity)
         if main:
             self.begin(plan)
+            trainer.require_room()
         trainer.accelerator.wait_for_everyone()
         if main:
             for line in told:
                 print(line, file=sys.stderr)  # noqa: T201
         started = time.monotonic()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint.folder))
+        if trainer.interruptions.stopping:
+            step = trainer.state.global_step
+            saved = any(each.step == step for each in trainer.checkpoints.committed())
+            raise Interrupted(
+                f"Stopped at step {step}, which is {'saved: the same command goes on' if saved else 'not saved'}."
+            )
         seconds = round(time.monotonic() - started, 1)
+        if not trainer.is_finite():
+            raise DivergedError(
+                "The last step left weights that are no numbers. The same command goes on from the last checkpoint, if "
+                "there is one; lower learning_rate in a new output_dir."
+            )
         metrics = trainer.final_metrics() | {"train_seconds": seconds, "steps": trainer.state.global_step}
         metrics["tokens"] = trainer.tokens_after(trainer.state.global_step)
         model = whole_model(trainer.accelerator.unwrap_model(trainer.model))  # on every process: shards are gathered

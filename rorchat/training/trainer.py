@@ -18,7 +18,6 @@ from typing import ClassVar
 import torch
 from accelerate.utils import DistributedType
 from torch.utils.data import Subset
-from transformers import Trainer
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -33,6 +32,7 @@ from rorchat.training.callbacks import Metrics, Samples, Utilization, Watch
 from rorchat.training.machine import best_precision, keep_freed_memory, use_all_cores
 from rorchat.training.optimizer import ADAMW_BETAS, OPTIMIZERS, build_optimizer
 from rorchat.training.processes import check_sharding, meet_on_cpu, whole_model
+from rorchat.training.resume import ResumableTrainer
 
 COOLDOWN_SCHEDULE, COSINE_SCHEDULE = "warmup_stable_decay", "cosine_with_min_lr"
 COSINE_FLOOR = 0.1  # of the learning rate, as GPT-3 and nanoGPT have it
@@ -160,7 +160,7 @@ class OptimizationArguments:
         self.include_num_input_tokens_seen = "no"  # ours are counted by the data
 
 
-class StageTrainer(Trainer):
+class StageTrainer(ResumableTrainer):
     """A Trainer with rorchat's loss, validation, optimizer and logs; mixed into TRL's trainers as well.
 
     `begin_stage` gives it what the constructors of Transformers and TRL have no place for.
@@ -193,11 +193,13 @@ class StageTrainer(Trainer):
         known_device = self.args.device.type in ("cuda", "cpu")  # of Apple's GPUs neither table nor measure knows
         measure = functools.partial(self._utilization, row_tokens) if row_tokens and known_device else None
         self.meter = Metrics(folder, tokens_after, mixture, self.args.price_per_hour, measure)
-        self.watch = Watch(self.meter)
+        self.watch = Watch(self.meter, self.mend)
         self.add_callback(self.watch)  # first: a step that diverged is not logged as any other
         self.add_callback(self.meter)
+        self.attend(folder)
         self.add_callback(Samples(folder, self._prompts(), speak, self.meter))
-        logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
+        for name in ("trainer", "trainer_utils"):  # what is compared there on resuming, `Run` compares better
+            logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
 
     def _utilization(self, row_tokens: int) -> Utilization:
         precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
@@ -295,6 +297,9 @@ class StageTrainer(Trainer):
         # a pickle that nobody reads, with the Hub token in clear
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: TRL's would lie in the run's folder after every save. The Hub's is `rorchat.hub`'s."""
+
     def validation_loss(self) -> dict[str, Loss]:
         """The loss over each validation set, every process measuring its part of the rows."""
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
@@ -337,6 +342,7 @@ class StageTrainer(Trainer):
         started = time.monotonic()
         losses = self.validation_loss()
         total = sum(losses.values(), Loss())
+        self._validated = self.state.global_step, total.per_token
         metrics = {"eval_loss": total.per_token, "eval_bits_per_byte": total.bits_per_byte, "eval_tokens": total.tokens}
         if len(losses) > 1:
             for name, loss in losses.items():

@@ -58,7 +58,7 @@ def run(side: str, seed: int, data: str, folder: Path, steps: int, tokenizer: Pa
         "block_size": BLOCK_SIZE,
         "per_device_train_batch_size": 16, "global_batch_tokens": STEP_TOKENS, "max_steps": steps_of(side, steps),
         "seed": seed, "data_seed": seed, "token_store": folder / f"tokens-{seed}", "output_dir": out,
-        "eval_steps": 0.25, "logging_steps": 5,
+        "eval_steps": 0.25, "logging_steps": 5, "save_strategy": "no",
     }  # fmt: skip
     words = [sys.executable, "recipes/pretrain.py", *(str(w) for name in flags for w in (f"--{name}", flags[name]))]
     subprocess.run(

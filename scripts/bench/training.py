@@ -81,6 +81,7 @@ def rorchat_trainer(watch: Watch, output: str, flags: tuple[str, ...] = ()):
 
     work = watch.work
     argv = ["--sources", f"{STORE}={watch.folder / STORE}", "--output_dir", output, "--eval_strategy", "no"]
+    argv += ["--save_strategy", "no"]
     argv += ["--block_size", str(work.block_size), "--per_device_train_batch_size", str(work.rows)]
     argv += ["--global_batch_tokens", str(work.tokens_a_step), "--max_steps", str(work.steps + work.discarded)]
     if "--bf16" in flags and device() == "cpu":

@@ -1,0 +1,344 @@
+"""A run that stops goes on as if it had not: saving, loading, signals and divergence inside Transformers' loop.
+
+The Trainer of transformers 5.23 resumes exactly in good weather. What is added: a checkpoint is committed whole or not
+at all (`rorchat.training.checkpoint`), loaded strictly, and holds what the Trainer forgets: the open window of the log.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+
+from rorchat.errors import DivergedError, Interrupted, MismatchError, StorageError
+from rorchat.training.callbacks import DIVERGED_ROWS, append_line
+from rorchat.training.checkpoint import KEPT, STAGING, Checkpoint, Checkpoints
+from rorchat.training.processes import any_process, sharding
+
+SAVE = "SAVE"  # a file of this name in the run's folder asks for a checkpoint
+STATE = "run_state_{}.json"  # what the Trainer forgets, by process
+MOST_FAILED_SAVES = 3  # in a row
+MOST_SKIPPED = 3  # steps in a row, before the run goes back to a checkpoint
+SECOND_SIGNAL = 1.0  # seconds: a launcher passes the first one on, so that it may come twice
+#: How PyTorch's writer, which is no Python, says that the disk is full (torch 2.13, inline_container.cc).
+_WRITER_FAILED = ("unexpected pos", "PytorchStreamWriter failed", "inline_container")
+
+
+class Interruptions(TrainerCallback):
+    """SIGTERM, SIGINT and the file SAVE: a checkpoint at the end of the step, on which all processes agree."""
+
+    training: "Interruptions | None" = None  # of the run that trains in this process
+
+    def __init__(self, folder: Path):
+        self.save_file = folder / SAVE
+        self.received: int | None = None
+        self.stopping = False
+        self.since = 0.0
+
+    def take(self, number: int) -> None:
+        """The first signal is acted on between two steps; another one ends the process, wherever it is."""
+        if self.received is None:
+            self.received, self.since = number, time.monotonic()
+            said = f"{signal.Signals(number).name}: a checkpoint is saved after this step; once more stops at once\n"
+            os.write(2, said.encode())  # print is not safe inside a signal
+        elif time.monotonic() - self.since > SECOND_SIGNAL:
+            os._exit(128 + number)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        Interruptions.training = self
+
+    def on_step_end(self, args, state, control, **kwargs):
+        wants_save = state.is_world_process_zero and self.save_file.exists()
+        stop, save = any_process(self.received is not None, wants_save)
+        self.stopping = stop
+        if stop and sharding(args):  # whose checkpoints would be in pieces
+            control.should_training_stop = True
+        elif stop or save:
+            control.should_save = True
+        if save and state.is_world_process_zero:
+            self.save_file.unlink(missing_ok=True)
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.stopping:  # not before: the checkpoint would hold it, and stop whoever goes on from it
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        Interruptions.training = None
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Takes SIGTERM and SIGINT over: they stop a run between two steps, and outside of training at once.
+
+    Raises:
+        SystemExit: from wherever the process is, when a signal comes outside of training.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no other may
+        yield
+        return
+
+    def take(number: int, frame) -> None:
+        if Interruptions.training is None:
+            said = f"error: {signal.Signals(number).name} outside of training: the same command goes on.\n"
+            os.write(2, said.encode())
+            raise SystemExit(Interrupted.exit_code)  # no Exception, which a library might catch
+        Interruptions.training.take(number)
+
+    before = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        Interruptions.training = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer whose checkpoints are committed and verified; `attend` must be called before it trains."""
+
+    def attend(self, folder: Path) -> None:
+        """Keeps the checkpoints of this run in a folder, and listens to signals."""
+        self.checkpoints = Checkpoints(folder, self.args.save_total_limit or KEPT)
+        self.interruptions = Interruptions(folder)
+        self.identity: dict = {}  # told by the run
+        self.failed_saves = self.skipped_in_a_row = 0
+        self.rolled_back = self._mended = False
+        self._staging: Path | None = None
+        self._validated: tuple[int, float] | None = None
+        self._resumed_from: Path | None = None
+        self.add_callback(self.interruptions)
+        self.add_callback(_State(self))
+
+    # Saving
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        step, main = self.state.global_step, self.is_world_process_zero()
+        if not self.is_finite():
+            self._refuse_to_save(step)
+            return
+        staging = self.checkpoints.folder / STAGING / f"checkpoint-{step}"
+        with self.meter.pause():
+            stages = [
+                (main, lambda: self.checkpoints.begin(step)),
+                (True, lambda: self._write(staging, model, trial)),
+                (main, lambda: self.checkpoints.commit(staging, self._about(staging))),
+            ]
+            for mine, stage in stages:
+                failure = _storage_failure(stage) if mine else None
+                if any_process(failure is not None)[0]:
+                    self._failed_to_save(step, failure)
+                    return
+        self.failed_saves = 0
+
+    def _write(self, staging: Path, model, trial) -> None:
+        self._staging = staging.parent
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        state = {
+            "summed_loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "last_mixture": self.meter.last_mixture,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "rolled_back": self.rolled_back,
+        }
+        (staging / STATE.format(self.args.process_index)).write_text(json.dumps(state))
+
+    def _about(self, staging: Path) -> dict:
+        missing = sorted(self._required() - {path.name for path in staging.iterdir()})
+        if missing:
+            raise RuntimeError(f"The Trainer did not write {', '.join(missing)}: of this nothing could go on.")
+        step = self.state.global_step
+        loss = self._validated[1] if self._validated and self._validated[0] == step else None
+        return {
+            "step": step,
+            "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
+            "world_size": self.args.world_size,
+            "identity": self.identity,
+        }
+
+    def _required(self) -> set[str]:
+        world = self.args.world_size
+        random_states = ["rng_state.pth"] if world == 1 else [f"rng_state_{rank}.pth" for rank in range(world)]
+        names = {"model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
+        names |= {*random_states, *(STATE.format(rank) for rank in range(world))}
+        return names | ({"scaler.pt"} if self.accelerator.scaler is not None else set())
+
+    def _failed_to_save(self, step: int, failure: Exception | None) -> None:
+        self.failed_saves += 1
+        if self.is_world_process_zero():
+            self.checkpoints.give_up()
+        safe = self.checkpoints.committed()
+        left = f"{safe[0].folder.name} is the newest" if safe else "there is none yet"
+        why = f" ({' '.join(str(failure).split())})" if failure else ""
+        said = f"The checkpoint of step {step} could not be written{why}; {left}."
+        if self.failed_saves == MOST_FAILED_SAVES or self.interruptions.stopping:
+            raise StorageError(f"{said} Free some space; the same command goes on from there.")
+        if self.is_world_process_zero():
+            print(f"{said} Training goes on, and tries again at the next save.", file=sys.stderr)  # noqa: T201
+
+    def is_finite(self) -> bool:
+        """Whether every weight and every number of the optimizer's state is one, on every process."""
+        tensors = [*self.model.parameters()]
+        if not self.is_deepspeed_enabled:
+            tensors += [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        tensors = [tensor for tensor in tensors if torch.is_tensor(tensor) and tensor.is_floating_point()]
+        return not any_process(not all(bool(tensor.isfinite().all()) for tensor in tensors))[0]
+
+    def require_room(self) -> None:
+        """Raises StorageError where the disk has no room for two checkpoints, one of which may be there already."""
+        if self.args.save_strategy == SaveStrategy.NO:
+            return
+        there = self.checkpoints.committed()
+        # weights and, at most, two numbers of the optimizer for each
+        each = there[0].bytes if there else 12 * sum(parameter.numel() for parameter in self.model.parameters())
+        needed = each * (2 if not there else 1)
+        free = shutil.disk_usage(self.checkpoints.folder).free
+        if free < needed:
+            raise StorageError(
+                f"{self.checkpoints.folder} has {free:,} bytes free, and checkpoints need {needed:,} more. Free some "
+                "space, choose another output_dir, or give --save_strategy no."
+            )
+
+    def _refuse_to_save(self, step: int) -> None:
+        said = f"The weights or the optimizer's state of step {step} hold what is no number: they are not saved."
+        if self.interruptions.stopping:
+            raise DivergedError(f"{said} The same command goes on from the last checkpoint, if there is one.")
+        if self.is_world_process_zero():
+            print(said, file=sys.stderr)  # noqa: T201
+
+    # Divergence
+
+    def mend(self, step: int) -> str:
+        """Makes good a step whose loss or gradient is no number, and says how; "" where nothing is left to try.
+
+        Its rows are written out and nothing steps on its gradients. When that has happened MOST_SKIPPED times in a
+        row, the weights are to blame: they and the optimizer's state go back to the last checkpoint, once in a run,
+        while the rows and the learning rate go on from here.
+        """
+        if self.is_world_process_zero():
+            self._write_rows(step)
+        self._tr_loss.copy_(self._summed_before)  # else a window of the log would be no number either
+        self._globalstep_last_logged += 1
+        self._mended = True
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row <= MOST_SKIPPED:
+            done = "skipped"
+        elif not self.rolled_back and (checkpoint := self._roll_back()):
+            self.rolled_back, self.skipped_in_a_row = True, 0
+            done = f"rolled back to the weights of step {checkpoint.step}"
+        else:
+            return ""
+        if not self.args.fp16:  # there the scaler leaves the step out, and wants to see why
+            self.model.zero_grad()
+        return done
+
+    def _roll_back(self) -> Checkpoint | None:
+        checkpoint = self.checkpoints.newest()
+        if checkpoint:
+            self._load_from_checkpoint(str(checkpoint.folder))
+            state = torch.load(checkpoint.folder / "optimizer.pt", map_location=self.args.device, weights_only=True)
+            self.optimizer.load_state_dict(state)
+        return checkpoint
+
+    def _write_rows(self, step: int) -> None:
+        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        for number in range((step - 1) * rows, min(step * rows, len(self.train_dataset))):
+            row = self.train_dataset[number]
+            ids = row["input_ids"] if "input_ids" in row else [*row["prompt_ids"], *row["chosen_ids"]]
+            text = self.processing_class.decode(ids)
+            append_line(self.checkpoints.folder / DIVERGED_ROWS, {"step": step, "row": number, "text": text})
+
+    # Loading
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        model = self.model if model is None else model
+        weights = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        own = model.state_dict()
+        loaded = {own[name].data_ptr() for name in weights if name in own}
+        missing = sorted(name for name, value in own.items() if name not in weights and value.data_ptr() not in loaded)
+        unexpected = sorted(weights.keys() - own.keys())
+        shapes = sorted(name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape)
+        for what, names in (("lacks", missing), ("has besides", unexpected), ("has in another shape", shapes)):
+            if names:
+                raise MismatchError(f"{resume_from_checkpoint} {what} {', '.join(names[:3])}: it is of another model.")
+        model.load_state_dict(weights, strict=False)  # what is tied is there under one name
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._resumed_from = Path(checkpoint) if checkpoint else None
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        saved = Checkpoint.read(checkpoint)
+        if saved.about["world_size"] == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+            return
+        # with other processes there is no state to go on with, but one that no other step and process has
+        drawn = numpy.random.SeedSequence([self.args.seed, saved.step, self.args.process_index]).generate_state(3)
+        random.seed(int(drawn[0]))
+        numpy.random.seed(drawn[1])
+        torch.manual_seed(int(drawn[2]))
+
+
+class _State(TrainerCallback):
+    """Goes on with what the Trainer forgets: the losses that were summed and not yet logged, what was tried."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer, folder = self.trainer, self.trainer._resumed_from
+        path = folder / STATE.format(args.process_index) if folder else None
+        if path is None or not path.is_file():  # of another number of processes
+            return
+        found = json.loads(path.read_text())
+        trainer._tr_loss.fill_(found["summed_loss"])
+        trainer._globalstep_last_logged = found["last_logged"]
+        trainer.meter.last_mixture = found["last_mixture"]
+        trainer.skipped_in_a_row, trainer.rolled_back = found["skipped_in_a_row"], found["rolled_back"]
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.meter.interrupted = self.trainer.interruptions.stopping
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer._summed_before = self.trainer._tr_loss.clone()
+        self.trainer._mended = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.trainer._mended:
+            self.trainer.skipped_in_a_row = 0
+
+
+def _storage_failure(stage: Callable[[], object]) -> Exception | None:
+    """What kept a stage of saving from the disk; anything else is raised."""
+    try:
+        stage()
+    except (OSError, SafetensorError) as failure:
+        return failure
+    except RuntimeError as failure:
+        if any(words in str(failure) for words in _WRITER_FAILED):
+            return failure
+        raise
+    return None

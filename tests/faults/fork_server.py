@@ -1,0 +1,272 @@
+"""Runs recipes in forks of a process that has everything imported, with faults: lines of JSON in, lines of JSON out.
+
+A job is {"argv": [...], "stage": "pretrain", "log": FILE, "fault": {...}}; the answer {"code": exit code or minus the
+signal}. Faults work inside the run's folder alone and count operations from the moment that `during` says:
+
+    {"kill_at": K, "during": STEP}    SIGKILL before the K-th operation of the save of a step; `torn` halves its file
+    {"fail_at": K, "during": STEP, "errno": N}    that operation raises OSError instead
+    {"count": FILE, "during": STEP}   writes what the operations were
+    {"signal": N, "at": STEP, "where": "forward" | "save" | "evaluate"}    a signal to the process itself
+    {"poison": [STEPS], "value": "nan", "in": "loss" | "gradient" | "weight"}
+    {"off": "staging" | "state" | "watch" | "disk" | "signals"}    a protection that is switched off
+"""
+
+import builtins
+import contextlib
+import gc
+import io
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import transformers.modeling_utils
+
+import rorchat.model as model_module
+import rorchat.training.trainer as trainer_module
+from rorchat.tokens.plan import Plan
+from rorchat.training import callbacks as callbacks_module
+from rorchat.training import resume as resume_module
+from rorchat.training import run as run_module
+from rorchat.training.checkpoint import Checkpoints
+from rorchat.training.dpo import PreferenceTrainer
+from rorchat.training.pretrain import PretrainTrainer
+from rorchat.training.resume import ResumableTrainer
+from rorchat.training.sft import ChatTrainer
+
+ROOT = Path(__file__).resolve().parents[2]
+GRACE = 5.0  # seconds that the others have when one process has ended badly
+OPERATIONS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")
+
+
+class Disk:
+    """Counts what is done inside a folder while it is `on`, and does the fault's part at its operation."""
+
+    def __init__(self, folder: str, fault: dict):
+        self.folder, self.fault = str(Path(folder).resolve()), fault
+        self.on, self.done = False, []
+
+    def inside(self, path) -> bool:
+        try:
+            return str(Path(os.fsdecode(path)).absolute()).startswith(self.folder)
+        except TypeError:  # a descriptor
+            return True
+
+    def before(self, name: str, path) -> None:
+        if not self.on:
+            return
+        self.done.append(f"{name} {path}")
+        if len(self.done) == self.fault.get("kill_at") and not self.fault.get("torn"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault.get("always") or len(self.done) == self.fault.get("fail_at"):
+            raise OSError(self.fault["errno"], os.strerror(self.fault["errno"]), str(path))
+
+    def after(self, path) -> None:
+        if self.on and len(self.done) == self.fault.get("kill_at") and self.fault.get("torn"):
+            if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
+                os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(self, owner, name: str, at: int = 0) -> None:
+        real = getattr(owner, name)
+
+        def watched(*arguments, **options):
+            path = arguments[at] if len(arguments) > at else options.get("filename", options.get("path"))
+            if not self.on or not (self.inside(path) or "dir_fd" in options):  # rmtree's names are relative
+                return real(*arguments, **options)
+            self.before(name, path)
+            result = real(*arguments, **options)
+            self.after(path)
+            return result
+
+        setattr(owner, name, watched)
+
+    def install(self) -> None:
+        for name in OPERATIONS:
+            self.watch(os, name)
+        self.watch(builtins, "open")
+        self.watch(io, "open")
+        self.watch(torch, "save", at=1)
+        for module in (safetensors.torch, transformers.modeling_utils):
+            name = "save_file" if hasattr(module, "save_file") else "safe_save_file"
+            self.watch(module, name, at=1)
+        save = ResumableTrainer._save_checkpoint
+
+        def counted(trainer, *arguments):
+            self.on = self.fault.get("always") or trainer.state.global_step == self.fault.get("during")
+            try:
+                save(trainer, *arguments)
+            finally:
+                self.on = False
+                if "count" in self.fault and self.done:
+                    Path(self.fault["count"]).write_text(json.dumps(self.done))
+
+        ResumableTrainer._save_checkpoint = counted
+
+
+def poison(fault: dict) -> None:
+    """The loss, the gradients or a weight of some steps become no number."""
+    value = float(fault["value"])
+
+    def poisoned(real, trainer, *arguments, **options):
+        if trainer.state.global_step + 1 not in fault["poison"]:
+            return real(trainer, *arguments, **options)
+        weight = trainer.model.transformer.h[0].mlp.c_fc.weight
+        if fault["in"] == "weight":
+            with torch.no_grad():
+                weight[0, 0] = value
+        loss = real(trainer, *arguments, **options)
+        if fault["in"] == "gradient":
+
+            def hook(gradient):
+                handle.remove()
+                return torch.full_like(gradient, value)
+
+            handle = weight.register_hook(hook)
+        return loss * value if fault["in"] == "loss" else loss
+
+    for kind in (PretrainTrainer, ChatTrainer, PreferenceTrainer):
+        kind.compute_loss = (lambda real: lambda *arguments, **options: poisoned(real, *arguments, **options))(
+            kind.compute_loss
+        )
+
+
+def with_dropout(share: float) -> None:
+    """A new model drops out, which pretraining here has no setting for: it is what draws random numbers in a step."""
+    real = model_module.build_model
+
+    def build(*arguments, **options):
+        model = real(*arguments, **options)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = share
+        return model
+
+    model_module.build_model = build
+
+
+def raise_signal(fault: dict) -> None:
+    where = {
+        "forward": (trainer_module.StageTrainer, "training_step"),
+        "save": (ResumableTrainer, "_write"),
+        "evaluate": (trainer_module.StageTrainer, "validation_loss"),
+    }
+    owner, name = where[fault["where"]]
+    real = getattr(owner, name)
+
+    def sending(trainer, *arguments, **options):
+        if trainer.state.global_step == fault["at"] and trainer.args.process_index == fault.get("rank", 0):
+            os.kill(os.getpid(), fault["signal"])
+        return real(trainer, *arguments, **options)
+
+    setattr(owner, name, sending)
+
+
+def switch_off(protection: str) -> None:
+    if protection == "staging":
+
+        def in_place(checkpoints, step):
+            folder = checkpoints.folder / f"checkpoint-{step}"
+            folder.mkdir()
+            (checkpoints.folder / ".staging").mkdir()
+            (checkpoints.folder / ".staging" / folder.name).symlink_to(folder, target_is_directory=True)
+            return folder
+
+        Checkpoints.begin = in_place
+    if protection == "state":
+        resume_module._State.on_train_begin = lambda *_, **__: None
+    if protection == "watch":
+        callbacks_module.Watch.on_pre_optimizer_step = lambda *_, **__: None
+    if protection == "disk":
+        resume_module._storage_failure = lambda stage: stage() and None
+    if protection == "signals":
+        run_module.listening = contextlib.nullcontext
+
+
+def child(job: dict) -> None:
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(job.get("environment", {}))
+    fault, argv = job.get("fault") or {}, job["argv"]
+    own_rank = fault.get("rank", 0) == int(os.environ.get("RANK", "0"))
+    if own_rank and fault.keys() & {"kill_at", "fail_at", "count"}:
+        Disk(argv[argv.index("--output_dir") + 1], fault).install()
+    if "poison" in fault:
+        poison(fault)
+    if "signal" in fault:
+        raise_signal(fault)
+    if "off" in fault:
+        switch_off(fault["off"])
+    if job.get("dropout"):
+        with_dropout(job["dropout"])
+    try:
+        runpy.run_path(str(ROOT / "recipes" / f"{job['stage']}.py"))["main"](argv)
+        code = 0
+    except SystemExit as stopped:
+        code = stopped.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(job: dict) -> int:
+    """The exit code of the process, or of the first of several that ended badly; the others are then ended, too."""
+    pids = {}
+    for rank, environment in enumerate(environments(job.get("processes", 1))):
+        if not (pid := os.fork()):
+            os.environ.update(environment)
+            child(job)
+        pids[pid] = rank
+    codes = []
+    while pids:
+        pid, status = os.waitpid(-1, os.WNOHANG if any(codes) else 0)
+        if pid:
+            del pids[pid]
+            codes.append(os.waitstatus_to_exitcode(status))
+            since = time.monotonic()
+        elif time.monotonic() - since > GRACE:
+            for left in pids:
+                os.kill(left, signal.SIGKILL)
+        else:
+            time.sleep(0.02)
+    return next((code for code in codes if code), 0)
+
+
+def environments(processes: int) -> list[dict[str, str]]:
+    """What a launcher sets, for each process."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    trainer_module.use_all_cores = lambda: None  # a fork has no threads but its own
+    trainer_module.peak_flops = lambda precision, on_gpu: (1e12, "measured")  # which takes half a second
+    Plan.draw = lambda *_: None  # a second of every run
+    for stage in ("pretrain", "sft", "dpo"):
+        runpy.run_path(str(ROOT / "recipes" / f"{stage}.py"))
+    gc.freeze()  # or every fork looks through all that was imported
+    for line in sys.stdin:
+        print(json.dumps({"code": run(json.loads(line))}), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

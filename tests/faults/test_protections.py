@@ -1,0 +1,58 @@
+"""With one protection switched off, what the other tests ask for does not hold: so they can fail."""
+
+import json
+import signal
+
+import pytest
+from faults.harness import verified_steps, weights
+from faults.test_bit_rot import flipped
+from faults.test_resume import log_of
+
+from rorchat.training.checkpoint import Checkpoint, Checkpoints
+
+
+@pytest.fixture(scope="module")
+def at_four(bench):
+    out = bench.fresh()
+    assert bench.run(out, {"kill_at": 1, "during": 6}).code == -9
+    return out
+
+
+def test_without_verifying_a_flipped_bit_is_taken(bench, at_four, monkeypatch):
+    out = bench.fresh(at_four)
+    flipped(0.5)(out / "checkpoint-4" / "model.safetensors")
+    monkeypatch.setattr(Checkpoint, "verify", Checkpoint.check_sizes)
+    assert Checkpoints(out).recover().step == 4
+
+
+def test_without_staging_a_kill_leaves_a_newest_checkpoint_that_does_not_verify(bench, at_four):
+    out = bench.fresh(at_four)
+    done = bench.run(out, {"kill_at": 20, "during": 6, "off": "staging"})
+    assert done.code == -9 and (out / "checkpoint-6").is_dir() and verified_steps(out) == [4, 2]
+
+
+def test_without_its_own_state_a_resumed_run_has_another_log(bench, whole):
+    out = bench.fresh()
+    assert bench.run(out, {"signal": int(signal.SIGTERM), "at": 3, "where": "forward"}).code == 75
+    assert bench.run(out, {"off": "state"}).code == 0
+    assert weights(out) == weights(whole) and log_of(out) != log_of(whole)
+
+
+def test_without_judging_what_is_no_number_reaches_the_weights_and_nothing_but_the_last_look_stops_it(bench):
+    out = bench.fresh()
+    done = bench.run(out, {"poison": [4], "value": "nan", "in": "loss", "off": "watch"})
+    assert done.code == 70 and "left weights that are no numbers" in done.said, done.said
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert not any(line.get("event") == "skipped" for line in lines)
+
+
+def test_without_catching_what_a_full_disk_says_the_first_failure_ends_the_run(bench, at_four):
+    out = bench.fresh(at_four)
+    assert bench.run(out, {"fail_at": 10, "during": 6, "errno": 28, "off": "disk"}).code == 74
+    assert bench.run(out, {"fail_at": 10, "during": 6, "errno": 28}).code == 0
+
+
+def test_without_listening_a_signal_loses_the_step(bench):
+    out = bench.fresh()
+    done = bench.run(out, {"signal": int(signal.SIGTERM), "at": 3, "where": "forward", "off": "signals"})
+    assert done.code == -signal.SIGTERM and verified_steps(out) == [2]

@@ -1,0 +1,109 @@
+"""Interrupted after any step, a run ends as if it had not been: weights, optimizer, schedule, random state and log."""
+
+import json
+import signal
+
+import pytest
+import torch
+from faults.harness import weights
+
+from rorchat.report import read_lines, standing
+from rorchat.training.checkpoint import Checkpoints
+
+STEPS = 24
+RAMP = """\
+sources: {town: tinytown=60, self: persona=60}
+phases:
+  - {share: 40%, weights: {town: 1}}
+  - {share: 40%, ramp_to: {self: 1}, replay: 20%}
+  - {share: 20%}
+"""
+FLAGS = {
+    "sources": None, "max_steps": STEPS, "per_device_train_batch_size": 2, "logging_steps": 5, "save_steps": 8,
+    "dropout": 0.1,
+}  # fmt: skip
+IN_LOG = ("step", "loss", "grad_norm", "learning_rate", "matrix_learning_rate", "tokens", "mixture", "eval_loss")
+
+
+def log_of(run) -> list[dict]:
+    lines = [line for line in standing(read_lines(run / "metrics.jsonl")) if "event" not in line]
+    return [{key: line[key] for key in IN_LOG if key in line} for line in lines]
+
+
+def state_of(run, steps: int = STEPS) -> dict:
+    """Everything in the last checkpoint that a run goes on with."""
+    folder = Checkpoints(run).committed()[0].folder
+    assert folder.name == f"checkpoint-{steps}"
+    found = {
+        name: torch.load(folder / name, weights_only=False)
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+    }
+    return found | {"state": json.loads((folder / "run_state_0.json").read_text())}
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool((a == b).all()) if hasattr(a, "all") else a == b
+
+
+def assert_same(run, whole) -> None:
+    assert weights(run) == weights(whole)
+    assert equal(state_of(run), state_of(whole))
+    assert log_of(run) == log_of(whole)
+
+
+@pytest.fixture(scope="module")
+def wholes(bench):
+    """Uninterrupted runs, by their flags: two micro-batches a step, dropout, and a mixture that changes on the way."""
+    made = {}
+    mixture = bench.folder / "ramp.yaml"
+    mixture.write_text(RAMP)
+    FLAGS["mixture"] = str(mixture)
+
+    def whole(**flags):
+        key = json.dumps(flags, sort_keys=True)
+        if key not in made:
+            made[key] = bench.fresh()
+            done = bench.run(made[key], **FLAGS | flags)
+            assert done.code == 0, done.said
+        return made[key]
+
+    return whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_interrupted_after_each_step(bench, wholes, workers):
+    flags = FLAGS | {"dataloader_num_workers": workers}
+    whole = wholes(dataloader_num_workers=workers)
+    for step in range(0, STEPS - 1, 1 if not workers else 5):
+        out = bench.fresh()
+        done = bench.run(out, {"signal": signal.SIGTERM, "at": step, "where": "forward"}, **flags)
+        assert done.code == 75, done.said
+        assert Checkpoints(out).committed()[0].step == step + 1
+        done = bench.run(out, **flags)
+        assert done.code == 0, done.said
+        assert_same(out, whole)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_each_optimizer(bench, wholes, optimizer):
+    whole = wholes(optimizer=optimizer)
+    for step in (3, 11, 20):
+        out = bench.fresh()
+        flags = FLAGS | {"optimizer": optimizer}
+        assert bench.run(out, {"signal": signal.SIGINT, "at": step, "where": "forward"}, **flags).code == 75
+        assert bench.run(out, **flags).code == 0
+        assert_same(out, whole)
+
+
+def test_five_kills_in_a_row(bench, wholes):
+    out = bench.fresh()
+    for step in (8, 8, 16, 16, 24):
+        assert bench.run(out, {"kill_at": 9, "during": step}, **FLAGS).code == -9
+    assert bench.run(out, **FLAGS).code == 0
+    assert_same(out, wholes())

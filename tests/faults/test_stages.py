@@ -1,0 +1,48 @@
+"""Fine-tuning and preference training are interrupted and go on as pretraining does."""
+
+import signal
+
+import pytest
+from faults.harness import verified_steps, weights
+from faults.test_resume import equal, log_of, state_of
+
+STEPS = 8
+FLAGS = {
+    "tokenizer": None, "token_store": None, "size": None, "block_size": None, "global_batch_tokens": None,
+    "sources": ["tinytown=60"], "per_device_train_batch_size": 2, "max_steps": STEPS, "save_steps": 4,
+    "optimizer": "adamw", "gradient_accumulation_steps": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(bench):
+    out = bench.fresh()
+    done = bench.run(out, block_size=256, max_steps=2, global_batch_tokens=512)
+    assert done.code == 0, done.said
+    return out
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_interrupted_at_four_points(bench, base, stage):
+    flags = FLAGS | {"model": str(base)}
+    whole = bench.fresh()
+    done = bench.run(whole, stage=stage, **flags)
+    assert done.code == 0, done.said
+    for step in (0, 2, 3, 6):
+        out = bench.fresh()
+        done = bench.run(out, {"signal": int(signal.SIGTERM), "at": step, "where": "forward"}, stage=stage, **flags)
+        assert done.code == 75, done.said
+        assert verified_steps(out)[0] == step + 1
+        done = bench.run(out, stage=stage, **flags)
+        assert done.code == 0, done.said
+        assert weights(out) == weights(whole)
+        assert equal(state_of(out, STEPS), state_of(whole, STEPS))
+        assert log_of(out) == log_of(whole)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_step_that_is_no_number_is_skipped(bench, base, stage):
+    out = bench.fresh()
+    done = bench.run(out, {"poison": [3], "value": "nan", "in": "loss"}, stage=stage, **FLAGS | {"model": str(base)})
+    assert done.code == 0 and "Skipped" in done.said, done.said
+    assert (out / "diverged_rows.jsonl").is_file()
