@@ -282,6 +282,7 @@ def test_a_cooldown_waits_for_the_warm_up(tokenizer, tmp_path, warmup):
     [
         (["--save_steps", "-3"], "save_steps is -3.0: give 0 or a positive number"),
         (["--logging_steps", "-1"], "logging_steps is -1.0: give 0 or a positive number"),
+        (["--save_total_limit", "1"], "save_total_limit is 1: give 2 or more"),
         (["--lr_scheduler_type", "cosin"], "lr_scheduler_type: cosin is not a valid SchedulerType"),
     ],
 )

@@ -29,6 +29,7 @@ from rorchat.inference.engine import ChatModel
 from rorchat.model import flops_per_token
 from rorchat.tokenizer import token_bytes
 from rorchat.training.callbacks import Metrics, Samples, Utilization, Watch
+from rorchat.training.checkpoint import KEPT
 from rorchat.training.machine import best_precision, keep_freed_memory, use_all_cores
 from rorchat.training.optimizer import ADAMW_BETAS, OPTIMIZERS, build_optimizer
 from rorchat.training.processes import check_sharding, meet_on_cpu, whole_model
@@ -122,6 +123,11 @@ class OptimizationArguments:
         for name in ("seed", "data_seed"):
             if not 0 <= (getattr(self, name) or 0) < 2**32:
                 raise UsageError(f"{name} is {getattr(self, name)}: give a number from 0 to 2^32 - 1.")
+        if self.save_total_limit is not None and self.save_total_limit < KEPT:
+            raise UsageError(
+                f"save_total_limit is {self.save_total_limit}: give {KEPT} or more, for the newest "
+                "checkpoint may be the one that a disk damages."
+            )
         if self.max_steps < -1 or self.max_steps == 0:
             raise UsageError(f"max_steps is {self.max_steps}: give a positive number, or leave it out.")
 
