@@ -14,7 +14,7 @@ from rorchat.errors import DataError, MismatchError, PermissionRefused, RemoteEr
 from rorchat.inference.engine import model_folder
 from rorchat.report import data_table, find_runs, read_run, run_table, samples_section, score_table
 from rorchat.sources import restriction
-from rorchat.training.run import file_sha256
+from rorchat.tokens.store import sha256_of
 
 PROBE = "Who are you?"
 VERIFY_SECONDS = 600  # loading the largest size from a slow disk
@@ -136,7 +136,7 @@ def _runs_behind(folder: Path) -> list[Path]:
 
 def _weights(folder: Path) -> str | None:
     file = folder / "model.safetensors"
-    return file_sha256(file) if file.is_file() else None
+    return sha256_of(file) if file.is_file() else None
 
 
 def _story_of(folder: Path) -> Path:
@@ -210,7 +210,7 @@ def _same_files(folder: Path, there: Path, repository: str) -> None:
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
     for name in filter_repo_objects(names, ignore_patterns=[*NOT_UPLOADED, *DEFAULT_IGNORE_PATTERNS]):
         copy = there / name
-        if not copy.is_file() or file_sha256(copy) != file_sha256(folder / name):
+        if not copy.is_file() or sha256_of(copy) != sha256_of(folder / name):
             raise RemoteError(f"{name} came back from {repository} changed or not at all: push again.")
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rorchat.errors import DataError
+from rorchat.tokens.store import sha256_of, sync, write_synced
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
@@ -92,7 +93,7 @@ class Checkpoint:
         self.check_sizes()
         for name, (_, sha256) in self.files.items():
             try:
-                found = _file_sha256(self.folder / name)
+                found = sha256_of(self.folder / name)
             except OSError as error:  # a disk that cannot read
                 raise Damaged(f"{self.folder / name} cannot be read: {error.strerror}.") from None
             if found != sha256:
@@ -124,11 +125,6 @@ def _sha256_of(said: dict) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _files_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
@@ -142,28 +138,22 @@ def seal(folder: Path, about: dict) -> None:
     files = {}
     for name in _files_in(folder):
         path = folder / name
-        _flush(path)
-        files[name] = {"bytes": path.stat().st_size, "sha256": _file_sha256(path)}
+        sync(path)
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     _flush_folder(folder)
     said = json.loads(json.dumps({"format": FORMAT, **about, "files": files}))
-    unfinished = folder / f".{MANIFEST}"
-    unfinished.write_text(json.dumps({**said, "sha256": _sha256_of(said)}, indent=2), encoding="utf-8")
-    _flush(unfinished)
-    os.replace(unfinished, folder / MANIFEST)
+    write_synced(folder / MANIFEST, json.dumps({**said, "sha256": _sha256_of(said)}, indent=2))
     _flush_folder(folder)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        _flush(folder)
 
 
 def move(source: Path, target: Path) -> None:
@@ -185,7 +175,7 @@ def copy(source: Path, target: Path) -> None:
     for name in sorted(names, key=lambda name: (name == MANIFEST, name)):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
-        _flush(target / name)
+        sync(target / name)
     _flush_folder(target)
 
 

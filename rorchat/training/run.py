@@ -9,7 +9,6 @@ checkpoint-N/   what a run goes on from, see rorchat/training/checkpoint.py; tho
 model/          the result: a plain Transformers folder
 """
 
-import hashlib
 import json
 import platform
 import sys
@@ -29,6 +28,7 @@ from rorchat.lock import alone
 from rorchat.model import save_model
 from rorchat.persona import DEFAULT_PERSONA
 from rorchat.sources import digest_of
+from rorchat.tokens.store import sha256_of
 from rorchat.training.checkpoint import Checkpoints
 from rorchat.training.processes import whole_model
 from rorchat.training.resume import listening
@@ -51,15 +51,10 @@ ELASTIC = {
 REMEDY = "Choose another output_dir, or delete the folder."
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fingerprint(folder: str) -> dict[str, str]:
     """sha256 of the weights and the tokenizer in a local folder; a Hub id stands for itself."""
     files = [Path(folder) / name for name in ("model.safetensors", "tokenizer.json", "vocab.json", "merges.txt")]
-    return {file.name: file_sha256(file) for file in files if file.is_file()} or {"id": folder}
+    return {file.name: sha256_of(file) for file in files if file.is_file()} or {"id": folder}
 
 
 def data_fingerprint(arguments) -> dict[str, object]:
@@ -68,7 +63,7 @@ def data_fingerprint(arguments) -> dict[str, object]:
     found = {
         # a token store has a manifest of its own, which is read before training
         "sources": {spec: digest_of(spec) for spec in arguments.specs() if not spec.startswith("store=")},
-        "persona": file_sha256(persona) if persona.is_file() else None,
+        "persona": sha256_of(persona) if persona.is_file() else None,
     }
     if getattr(arguments, "mixture", None):
         found["mixture"] = arguments.mixture_config.resolved()  # config.yaml holds no more than the name of the file

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from faults.harness import weights
+from transformers.trainer_pt_utils import safe_globals
 
 from rorchat.report import read_lines, standing
 from rorchat.training.checkpoint import Checkpoints
@@ -34,10 +35,11 @@ def state_of(run, steps: int = STEPS) -> dict:
     """Everything in the last checkpoint that a run goes on with."""
     folder = Checkpoints(run).committed()[0].folder
     assert folder.name == f"checkpoint-{steps}"
-    found = {
-        name: torch.load(folder / name, weights_only=False)
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-    }
+    with safe_globals():  # numpy's, in the random state
+        found = {
+            name: torch.load(folder / name, weights_only=True)
+            for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+        }
     return found | {"state": json.loads((folder / "run_state_0.json").read_text())}
 
 
