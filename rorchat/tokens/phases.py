@@ -10,7 +10,8 @@
       - {share: 20%, ramp_to: {c4: 1, tales: 3}, replay: 10%}       # in a straight line; a tenth stays as it was
       - {share: 20%}                                                # as the phase before ended
 
-Weights are shares of tokens, in any scale. `$NAME` stands for an environment variable.
+Weights are shares of tokens, in any scale. `$NAME` stands for an environment variable. Of a mixture that is appended to
+a run (`--new_phase`) the first phase may begin with `ramp_to` or `replay`, and shares are of the tokens that are left.
 """
 
 import math
@@ -82,6 +83,22 @@ class MixtureConfig:
             )
         return cls(sources, (Phase(share=1.0, weights=dict(zip(sources, weights, strict=True))),))
 
+    @classmethod
+    def restored(cls, resolved: dict) -> "MixtureConfig":
+        """What `resolved` was made of, but for the name of the file."""
+        sources = {
+            name: Source(**said | {"filters": Filters(**said["filters"])}) for name, said in resolved["sources"].items()
+        }
+        return cls(sources, tuple(Phase(**phase) for phase in resolved["phases"]), against=tuple(resolved["against"]))
+
+    def require_beginning(self) -> None:
+        """Raises UsageError where the first phase goes on from a phase before it."""
+        for key in ("ramp_to", "replay"):
+            if self.phases and getattr(self.phases[0], key):
+                raise UsageError(
+                    f"{self.where}: phase 1: {key} goes on from the phase before, and this is the first: give weights."
+                )
+
     def resolved(self) -> dict[str, object]:
         """All that the plan depends on, for JSON: two files that say the same in other words are equal here."""
         return {
@@ -102,8 +119,11 @@ class _NoKeyTwice(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_mixture(path: str | Path) -> MixtureConfig:
+def read_mixture(path: str | Path, may_go_on: bool = False) -> MixtureConfig:
     """The mixture that a YAML file describes; the head of this module shows one.
+
+    Args:
+        may_go_on: the first phase may go on from another mixture; whether there is one, `require_beginning` asks.
 
     Raises:
         UsageError: what is wrong, in which phase or source: one line.
@@ -124,13 +144,12 @@ def read_mixture(path: str | Path) -> MixtureConfig:
         raise UsageError(f"{where}: both phases and weights: give the weights to the phases.")
     if "phases" not in content:
         weights = {} if content.get("weights") is None else {"weights": content["weights"]}
-        phases = [_read_phase(where, {"share": 1.0} | weights, sources, True)]
+        phases = [_read_phase(where, {"share": 1.0} | weights, sources)]
     elif not isinstance(content["phases"], list) or not content["phases"]:
         raise UsageError(f"{where}: phases must be a list, as in `phases: [{{share: 100%}}]`.")
     else:
         phases = [
-            _read_phase(f"{where}: phase {number}", said, sources, number == 1)
-            for number, said in enumerate(content["phases"], 1)
+            _read_phase(f"{where}: phase {number}", said, sources) for number, said in enumerate(content["phases"], 1)
         ]
     shares = [phase.share for phase in phases if phase.share is not None]
     if shares and abs(sum(shares) - 1) > 1e-6:
@@ -141,7 +160,12 @@ def read_mixture(path: str | Path) -> MixtureConfig:
     against = content.get("against") or []
     if not isinstance(against, list) or not all(isinstance(path, str) for path in against):
         raise UsageError(f"{where}: against is {against!r}; give a list of files or folders of evaluation sets.")
-    return MixtureConfig(sources, tuple(phases), where, tuple(_expanded(f"{where}: against", path) for path in against))
+    config = MixtureConfig(
+        sources, tuple(phases), where, tuple(_expanded(f"{where}: against", path) for path in against)
+    )
+    if not may_go_on:
+        config.require_beginning()
+    return config
 
 
 def _expanded(where: str, said: str) -> str:
@@ -184,15 +208,12 @@ def _read_source(where: str, name: object, said: object) -> Source:
     return Source(_expanded(f"{where}: from", spec), epochs, optional, chosen)
 
 
-def _read_phase(where: str, said: object, sources: dict[str, Source], is_first: bool) -> Phase:
+def _read_phase(where: str, said: object, sources: dict[str, Source]) -> Phase:
     _known_keys(where, said, PHASE_KEYS)
     if ("share" in said) == ("tokens" in said):
         raise UsageError(f"{where}: give its length as share (of the tokens, as 60%) or as tokens: one of the two.")
     if "weights" in said and "ramp_to" in said:
         raise UsageError(f"{where}: both weights and ramp_to: give one of the two.")
-    if is_first and ("ramp_to" in said or "replay" in said):
-        key = "ramp_to" if "ramp_to" in said else "replay"
-        raise UsageError(f"{where}: {key} goes on from the phase before, and this is the first: give weights.")
     if "replay" in said and "weights" not in said and "ramp_to" not in said:
         raise UsageError(f"{where}: replay without weights or ramp_to: all of it goes on as the one before ended.")
     values = {

@@ -4,10 +4,11 @@ Nothing here is drawn at random and nothing is as long as the plan: one of 10^9 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rorchat.errors import DataError, UsageError
+from rorchat.tokens import show
 from rorchat.tokens.phases import MixtureConfig, Phase
 from rorchat.tokens.rounding import UNIT, Rounding, Segment, to_units
 
@@ -21,6 +22,7 @@ class _Stretch:
 
     start: int
     end: int
+    is_new: bool = False  # appended to a plan that was being trained on
     starts_with: tuple[int, ...] = ()
     jump: float = 0.0
     segments: list[Segment] = field(default_factory=list)
@@ -36,64 +38,115 @@ class Plan:
     Args:
         config: what the user said.
         windows: rows of one epoch, by source; optional sources that could not be had are not in it.
-        rows: how many rows in all.
+        rows: how many rows in all, those of the past included.
         block_size: tokens a row.
+        past: the plan of the rows before `start`, which stays as it is: this one goes on behind it, and each source
+            behind the rows that it has given. Sources that only the past has need not be in `windows`.
+        start: the first row that the phases of `config` share.
 
-    `names` are the sources in use; `locate` and `count` speak of them by index. Every source's count at every prefix is
-    within `bound` rows of its budget: at most 1 for up to four sources, whatever their weights; for more it may exceed
-    1 (`rorchat.tokens.rounding` says why; 1.4 rows is the most that was seen).
+    `names` are the sources in use, those of the past first; `locate` and `count` speak of them by index. Every source's
+    count at every prefix is within `bound` rows of its budget: at most 1 for up to four sources, whatever their
+    weights; for more it may exceed 1 (`rorchat.tokens.rounding` says why; 1.4 rows is the most that was seen). What a
+    past is off its budgets is added.
 
     Raises:
         UsageError: phases that do not make up `rows`, or that name no source that is left.
         DataError: a source that is missing and not optional, or sources used up before the end.
     """
 
-    def __init__(self, config: MixtureConfig, windows: dict[str, int], rows: int, block_size: int):
-        self.config, self.rows, self.block_size = config, rows, block_size
-        self.names = [name for name in config.sources if name in windows]
-        self.windows = [windows[name] for name in self.names]
-        self.notices: list[str] = []
-        missing = [name for name in config.sources if name not in windows]
-        for name in missing:
-            if not config.sources[name].optional:
-                raise DataError(f"{config.where}: source {name!r} is missing and not optional.")
-            self.notices.append(f"{name} is left out: it could not be had and is optional; the others share its part")
-        if not self.names:
-            raise DataError(f"{config.where}: none of the sources {', '.join(missing)} could be had.")
-        self.phases = [_Stretch(start, end) for start, end in self._cut()]
-        self._fill()
-        self.rounding = Rounding([segment for phase in self.phases for segment in phase.segments])
-        self.bound = self.rounding.bound
+    def __init__(
+        self,
+        config: MixtureConfig,
+        windows: dict[str, int],
+        rows: int,
+        block_size: int,
+        past: "Plan | None" = None,
+        start: int = 0,
+    ):
+        self.config, self.rows, self.block_size, self.past, self.start = config, rows, block_size, past, start
+        if past is None:
+            config.require_beginning()
+        sizes = dict(zip(past.names, past.windows, strict=True)) if past else {}
+        sizes |= {name: windows[name] for name in config.sources if name in windows}
+        self.names, self.windows = [*sizes], [*sizes.values()]
+        self.sources = (past.sources if past else {}) | config.sources
+        self.own = [source for source, name in enumerate(self.names) if name in windows and name in config.sources]
+        self.given = [past.count(source, start) if past else 0 for source in range(len(self.names))]
+        self.phases = past._until(start, len(self.names)) if past else []
+        self._told = [each for each in past._told if each[0] < start] if past else []
+        self._tell_missing([name for name in config.sources if name not in windows])
+        phases = [_Stretch(first, end, past is not None) for first, end in self._cut()]
+        self._fill(phases)
+        self.phases += phases
+        columns = [_columns(segment, self.own) for phase in phases for segment in phase.segments]
+        self.rounding = Rounding(columns)
+        self.bound = self.rounding.bound + (past.bound if past else 0)
 
     def locate(self, row: int) -> tuple[int, int]:
         """(index of the source, how many rows of it came before), found without reading the rows before it."""
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} of a plan of {self.rows}")
-        return self.rounding.locate(row)
+        if row < self.start:
+            return self.past.locate(row)
+        column, number = self.rounding.locate(row - self.start)
+        return self.own[column], self.given[self.own[column]] + number
 
     def count(self, source: int, rows: int) -> int:
         """How many of the first `rows` rows are the source's."""
-        return self.rounding.count(source, rows)
+        if source >= len(self.names):
+            return 0  # of a plan that goes on from this one
+        if rows < self.start:
+            return self.past.count(source, rows)
+        if source not in self.own:
+            return self.given[source]
+        return self.given[source] + self.rounding.count(self.own.index(source), rows - self.start)
 
     def budget(self, source: int, row: int) -> float:
         """What the source should have of the first `row` rows, exactly."""
         segments = (segment for phase in self.phases for segment in phase.segments)
         return sum(segment.budget(source, min(row, segment.end)) for segment in segments if segment.start < row)
 
+    @property
+    def notices(self) -> list[str]:
+        """What became of sources that are missing or used up, in the order of the rows."""
+        return [notice for _, notice in self._told]
+
+    def _until(self, row: int, sources: int) -> list[_Stretch]:
+        """The phases before a row, the last one cut off there, with shares of 0 for sources that come later."""
+        later = (0,) * (sources - len(self.names))
+        cut = []
+        for phase in self.phases:
+            segments = [_cut_off(segment, row, later) for segment in phase.segments if segment.start < row]
+            if segments:
+                first = phase.starts_with + later
+                cut.append(replace(phase, end=segments[-1].end, starts_with=first, segments=segments))
+        return cut
+
     # From what was said to rows and shares
+
+    def _tell_missing(self, missing: list[str]) -> None:
+        for name in missing:
+            if not self.config.sources[name].optional:
+                raise DataError(f"{self.config.where}: source {name!r} is missing and not optional.")
+            said = f"{name} is left out: it could not be had and is optional; the others share its part"
+            self._told.append((self.start, said))
+        if not self.own:
+            raise DataError(f"{self.config.where}: none of the sources {', '.join(missing)} could be had.")
 
     def _cut(self) -> list[tuple[int, int]]:
         """Where the phases begin and end, in rows."""
         phases, where = self.config.phases, self.config.where
-        total, said = self.rows * self.block_size, sum(phase.tokens or 0 for phase in self.config.phases)
+        total, said = (self.rows - self.start) * self.block_size, sum(phase.tokens or 0 for phase in self.config.phases)
         left, shared = total - said, any(phase.share is not None for phase in phases)
         if abs(left) >= self.block_size and (left < 0 or not shared):
             advice = "give less" if left < 0 else "give one phase `share: 100%` instead, which takes what is left"
-            raise UsageError(f"{where}: the phases' tokens sum to {said:,}, the run trains on {total:,}: {advice}.")
-        ends, position = [0], 0.0
+            trains = "has left" if self.past else "trains on"
+            raise UsageError(f"{where}: the phases' tokens sum to {said:,}, the run {trains} {total:,}: {advice}.")
+        ends, position = [self.start], 0.0
         for number, phase in enumerate(phases, 1):
             position += phase.tokens if phase.tokens is not None else phase.share * max(left, 0)
-            ends.append(self.rows if number == len(phases) else min(self.rows, round(position / self.block_size)))
+            end = self.start + round(position / self.block_size)
+            ends.append(self.rows if number == len(phases) else min(self.rows, end))
             if ends[-1] == ends[-2]:
                 raise UsageError(
                     f"{where}: phase {number} is less than one row of {self.block_size} tokens, of {total:,} in all: "
@@ -101,16 +154,17 @@ class Plan:
                 )
         return list(zip(ends, ends[1:], strict=False))
 
-    def _fill(self) -> None:
+    def _fill(self, phases: list[_Stretch]) -> None:
         """The segments of every phase: straight lines of shares, cut where a source reaches its max_epochs."""
         # A count may be more than its budget by less than two rows, so a budget one row short never breaks the cap
-        caps = [self.config.sources[name].max_epochs for name in self.names]
+        caps = [self.sources[name].max_epochs for name in self.names]
         self.limits = [
             None if cap is None else max(0, math.floor(cap * windows) - 1)
             for cap, windows in zip(caps, self.windows, strict=True)
         ]
-        used, done, before = [0.0] * len(self.names), set(), ()
-        for number, (phase, stretch) in enumerate(zip(self.config.phases, self.phases, strict=True), 1):
+        used, done = [float(rows) for rows in self.given], set()
+        before = self.phases[-1].ends_with if self.past else ()
+        for number, (phase, stretch) in enumerate(zip(self.config.phases, phases, strict=True), 1):
             first, last = self._ends(phase, before, number)
             at = stretch.start
             while at < stretch.end:
@@ -134,8 +188,8 @@ class Plan:
     def _ends(self, phase: Phase, before: tuple[int, ...], number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shares at the start and the end of a phase, as said, of the sources that could be had."""
         said = phase.weights or phase.ramp_to
-        if said is None:
-            same = before or to_units(self.windows)
+        if said is None:  # the first one mixes by size behind a past, too: what is new would have no part else
+            same = before if number > 1 else to_units(self._of_own(self.windows))
             return same, same
         weights = [said.get(name, 0.0) for name in self.names]
         if not any(weights):
@@ -143,9 +197,24 @@ class Plan:
                 f"{self.config.where}: phase {number} has no source left: {', '.join(said)} could not be had."
             )
         target = to_units(weights)
+        before = self._going_on(before, number) if phase.ramp_to or phase.replay else before
         if phase.replay:
             target = to_units([phase.replay * a + (1 - phase.replay) * b for a, b in zip(before, target, strict=True)])
         return (before if phase.ramp_to else target), target
+
+    def _of_own(self, values) -> list:
+        return [value if source in self.own else 0 for source, value in enumerate(values)]
+
+    def _going_on(self, before: tuple[int, ...], number: int) -> tuple[int, ...]:
+        """The shares that a ramp or a replay begins with: where sources of the past are gone, the others share them."""
+        kept = self._of_own(before)
+        if not any(kept):
+            names = ", ".join(name for name, share in zip(self.names, before, strict=True) if share)
+            raise UsageError(
+                f"{self.config.where}: phase {number} goes on from the mixture before, which was of {names}, and has "
+                "none of it: keep a source, or give weights."
+            )
+        return to_units(kept)
 
     def _without(self, done: set[int], first, last, row: int, number: int):
         """The shares at both ends once the sources that are used up are gone; the others share their part."""
@@ -155,7 +224,7 @@ class Plan:
         first, last = (end if any(end) else None for end in kept)
         if first is None and last is None:
             names = ", ".join(
-                f"{self.names[source]} (max_epochs {self.config.sources[self.names[source]].max_epochs:g} x "
+                f"{self.names[source]} (max_epochs {self.sources[self.names[source]].max_epochs:g} x "
                 f"{self.windows[source] * self.block_size:,} tokens)"
                 for source in sorted(done)
             )
@@ -170,7 +239,8 @@ class Plan:
         """For every source the row at which it reaches its limit, the segment's end where it does not."""
         rows = []
         for source, limit in enumerate(self.limits):
-            if limit is None or source in done or used[source] + segment.budget(source, segment.end) <= limit:
+            more = segment.budget(source, segment.end)
+            if limit is None or source in done or not more or used[source] + more <= limit:
                 rows.append(segment.end)
                 continue
             first, slope = segment.first[source] / UNIT, (segment.last[source] - segment.first[source]) / UNIT
@@ -181,10 +251,11 @@ class Plan:
 
     def _tell_cap(self, source: int, row: int, number: int) -> None:
         name = self.names[source]
-        self.notices.append(
-            f"{name} reaches max_epochs {self.config.sources[name].max_epochs:g} in phase {number}, after "
+        said = (
+            f"{name} reaches max_epochs {self.sources[name].max_epochs:g} in phase {number + len(self.phases)}, after "
             f"{row * self.block_size:,} tokens in all; from there the others share its part"
         )
+        self._told.append((row, said))
 
     # What a person sees
 
@@ -211,7 +282,7 @@ class Plan:
         until = self.count(source, end)
         count = until - self.count(source, start)
         return {
-            "source": self.config.sources[self.names[source]].spec,
+            "source": self.sources[self.names[source]].spec,
             "name": self.names[source],
             "share": (self.budget(source, end) - self.budget(source, start)) / (end - start),
             "tokens": count * self.block_size,
@@ -246,61 +317,11 @@ class Plan:
 
     def told(self) -> str:
         """The plan as a text table: phases, what every source gives in them, totals, notices and warnings."""
-        summary = self.summary()
-        wide = max(8, *(len(name) for name in self.names))
-        lines = [f"mixture: {self.rows * self.block_size:,} tokens in {self.rows:,} rows of {self.block_size:,}"]
-        for number, phase in enumerate(summary["phases"], 1):
-            first, end = phase["rows"]
-            lines.append(f"  phase {number}: {phase['tokens']:,} tokens, rows {first:,} to {end - 1:,}")
-            for part in phase["sources"]:
-                if part["share"] == 0:
-                    continue
-                shares = f"{100 * part['share_at_start']:5.1f} % -> {100 * part['share_at_end']:5.1f} %"
-                said = f"    {part['name']:{wide}} {part['tokens']:>18,} tokens"
-                lines.append(f"{said}  {shares}  {part['epochs']:.2f} epochs so far")
-        lines.append("  in all:")
-        for part in summary["sources"]:
-            share = f"{100 * part['share']:5.1f} % of all"
-            lines.append(
-                f"    {part['name']:{wide}} {part['tokens']:>18,} tokens  {share:18}  {part['epochs']:.2f} epochs"
-            )
-        lines += [f"  note: {notice}" for notice in self.notices]
-        lines += [f"  warning: {warning}" for warning in summary["warnings"]]
-        return "\n".join(lines)
+        return show.told(self)
 
     def draw(self, path: str | Path) -> None:
         """A picture of the plan: the share of every source in the tokens, from the first token to the last."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        from matplotlib.ticker import EngFormatter, PercentFormatter
-
-        segments = [segment for phase in self.phases for segment in phase.segments]
-        tokens = [row * self.block_size for segment in segments for row in (segment.start, segment.end)]
-        ends = [end for segment in segments for end in (segment.first, segment.last)]
-        labels = [f"{part['name']}\n{100 * part['share']:.1f} %, {part['epochs']:.2f} epochs" for part in self.totals()]
-        figure, axis = pyplot.subplots(figsize=(9, 4.2), constrained_layout=True)
-        colours = [pyplot.get_cmap("tab20")((2 * k) % 20 + (k // 10) % 2) for k in range(len(self.names))]
-        shares = [[100 * end[source] / UNIT for end in ends] for source in range(len(self.names))]
-        axis.stackplot(tokens, shares, labels=labels, colors=colours, edgecolor="white", linewidth=0.6)
-        for number, phase in enumerate(self.phases, 1):
-            middle = (phase.start + phase.end) / 2 * self.block_size
-            if phase.end - phase.start > self.rows / 60:  # there is no room for the number of a shorter one
-                axis.text(middle, 101.5, f"{number}", ha="center", va="bottom", color="0.3")
-            if number > 1:
-                axis.axvline(phase.start * self.block_size, color="0.15", linewidth=1, linestyle=(0, (4, 3)))
-        axis.set(xlim=(0, self.rows * self.block_size), ylim=(0, 100), xlabel="tokens", ylabel="share of tokens")
-        axis.text(-0.01, 1.015, "phase", ha="right", va="bottom", color="0.3", transform=axis.transAxes)
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.yaxis.set_major_formatter(PercentFormatter())
-        # The legend in the order of the layers, the topmost first
-        handles, said = axis.get_legend_handles_labels()
-        axis.legend(
-            handles[::-1], said[::-1], loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelspacing=0.9
-        )
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        show.draw(self, path)
 
 
 def _between(segment: Segment, row: int) -> tuple[int, ...]:
@@ -308,3 +329,15 @@ def _between(segment: Segment, row: int) -> tuple[int, ...]:
     after, rows = row - segment.start, segment.rows
     mixed = [a * (rows - after) + b * after for a, b in zip(segment.first, segment.last, strict=True)]
     return to_units(mixed)
+
+
+def _cut_off(segment: Segment, row: int, later: tuple[int, ...]) -> Segment:
+    """The rows of a segment before a row, and further sources that have no share in them."""
+    end, last = (segment.end, segment.last) if row >= segment.end else (row, _between(segment, row))
+    return Segment(segment.start, end, segment.first + later, last + later)
+
+
+def _columns(segment: Segment, sources: list[int]) -> Segment:
+    """A segment of some of its sources, which have all of it."""
+    first, last = (tuple(end[source] for source in sources) for end in (segment.first, segment.last))
+    return Segment(segment.start, segment.end, first, last)
