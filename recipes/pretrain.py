@@ -10,7 +10,7 @@ from rorchat.model import build_model, check_fit, load_checkpoint, zero_projecti
 from rorchat.persona import load_persona
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
-from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, show_plan, stores_of
+from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, details_of, show_plan, stores_of
 from rorchat.training.run import Run
 
 
@@ -31,11 +31,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if arguments.optimizer == "muon":
             zero_projections(model)
     check_fit(model, tokenizer, arguments.block_size)
-    stores = stores_of(arguments, tokenizer)
-    trainer = PretrainTrainer(model, arguments, tokenizer, stores)
+    stores = stores_of(arguments, tokenizer, run.past)
+    trainer = PretrainTrainer(model, arguments, tokenizer, stores, run.past)
     plan = trainer.mixture.plan
-    details = {"plan": plan.summary(), "data": [store.manifest.summary() for store in stores]}
-    return run.train(trainer, details, told=show_plan(plan, run.folder))
+    return run.train(trainer, details_of(plan, stores, run.past), told=show_plan(plan, run.folder))
 
 
 if __name__ == "__main__":

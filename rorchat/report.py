@@ -49,11 +49,15 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def standing(records: list[dict]) -> list[dict]:
-    """The records of metrics.jsonl that count: a restart takes back those of later steps, which it does again."""
+    """The records of metrics.jsonl that count: a restart takes back those of later steps, which it does again.
+
+    And a phase that was appended at its step: no checkpoint has it.
+    """
     kept: list[dict] = []
     for record in records:
         if record.get("event") == "resumed":
-            kept = [earlier for earlier in kept if earlier["step"] <= record["step"]]
+            step = record["step"]
+            kept = [each for each in kept if each["step"] < step + (each.get("event") != "new phase")]
         kept.append(record)
     return kept
 

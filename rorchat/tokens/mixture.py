@@ -140,14 +140,15 @@ class Mixture(Dataset):
     """Training rows: `mixture[i]` is {"input_ids": (block_size,), "labels": (block_size,)}, both int64 and equal.
 
     Args:
-        stores: the token stores of the plan's sources, in any order; others are not read.
+        stores: the token stores of the plan's sources, in any order; others are not read. Those that only the plan's
+            past has may be missing: its rows cannot be had then.
         plan: which row of which source comes i-th.
         seed: of the order within sources.
     """
 
     def __init__(self, stores: Sequence[TokenStore], plan: Plan, seed: int):
         by_name = {store.name: store for store in stores}
-        self.stores, self.plan, self.seed = [by_name[name] for name in plan.names], plan, seed
+        self.stores, self.plan, self.seed = [by_name.get(name) for name in plan.names], plan, seed
 
     def __len__(self) -> int:
         return self.plan.rows

@@ -85,6 +85,10 @@ class Manifest:
         """The sum of `tokens`, `documents` or `utf8_bytes` over a split's shards."""
         return sum(getattr(shard, what) for shard in self.shards if shard.split == split)
 
+    def content_sha256(self) -> str:
+        """A digest of what the arrays hold, wherever the store lies."""
+        return hashlib.sha256("".join(f"{s.split} {s.sha256}\n" for s in self.shards).encode()).hexdigest()
+
     def summary(self) -> dict[str, object]:
         """What a run remembers of a source."""
         keys = ("source", "licence", "rows_in", "kept", "rejects", "repairs")

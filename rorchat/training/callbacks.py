@@ -118,6 +118,7 @@ class Metrics(TrainerCallback):
         self.matrix_learning_rate: float | None = None  # Muon's in the last step, told by the trainer
         self.bar, self.started, self.is_first = None, None, True
         self.interrupted = False  # told by the trainer: what ends is not the run
+        self.new_phase: dict[str, object] = {}  # told by the run: what was appended to it at this start
         self.seconds_before = self.dollars_before = self.paused = 0.0
         self.skipped_steps = self.skipped_in_a_row = self.last_step = 0
         self.last_mixture = 0  # the step up to which shares were logged: a resumed run's speed begins later
@@ -186,6 +187,9 @@ class Metrics(TrainerCallback):
             return
         if state.global_step:
             append_line(self.path, {"event": "resumed", "step": state.global_step} | self.spent())
+        if self.new_phase:
+            told = {"event": "new phase", "step": state.global_step, "tokens": self.count_tokens(state.global_step)}
+            append_line(self.path, told | self.new_phase | self.spent())
         if sys.stderr.isatty():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 

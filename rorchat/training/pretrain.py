@@ -1,6 +1,6 @@
 """Pretraining: documents -> rows -> a language model, in Transformers' Trainer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from rorchat.inference.engine import ChatModel, continue_texts
 from rorchat.persona import load_persona
 from rorchat.tokens.batch import padded
 from rorchat.tokens.mixture import Mixture, ValidationRows, prepare_stores, windows_of
+from rorchat.tokens.past import all_data, plan_behind
 from rorchat.tokens.phases import MixtureConfig, read_mixture
 from rorchat.tokens.plan import Plan
 from rorchat.tokens.store import TokenStore
@@ -52,6 +53,12 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
     mixture: str | None = field(
         default=None, metadata={"help": "A mixture file: sources, and phases with weights and ramps; no sources then."}
     )
+    new_phase: bool = field(
+        default=False,
+        metadata={
+            "help": "Append a changed mixture to a run that has a checkpoint: it shares the tokens that are left."
+        },
+    )
     block_size: int = field(default=1024, metadata={"help": "Tokens a row; also the positions of a new model."})
     global_batch_tokens: int = field(
         default=524_288, metadata={"help": "Tokens an optimizer step reads, over all processes and micro-batches."}
@@ -90,7 +97,7 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
         for name in ("sources", "weights"):
             if getattr(self, name):
                 raise UsageError(f"Both mixture and {name}: give {name} in {self.mixture}, or leave the mixture out.")
-        return read_mixture(self.mixture)
+        return read_mixture(self.mixture, may_go_on=True)  # whether there is a past, the run knows
 
     def __post_init__(self):
         self.mixture_config = self._read_mixture()
@@ -135,8 +142,10 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
             )
 
 
-def stores_of(arguments: PretrainArguments, tokenizer) -> list[TokenStore]:
-    """The token store of every source, made by the first process and opened by the others."""
+def stores_of(arguments: PretrainArguments, tokenizer, past: Sequence[dict] = ()) -> list[TokenStore]:
+    """The token store of every source, made by the first process and opened by the others; none of the past's."""
+    if not past:
+        arguments.mixture_config.require_beginning()
     return prepare_stores(
         arguments.mixture_config,
         tokenizer,
@@ -149,6 +158,11 @@ def stores_of(arguments: PretrainArguments, tokenizer) -> list[TokenStore]:
     )
 
 
+def details_of(plan: Plan, stores: list[TokenStore], past: Sequence[dict]) -> dict[str, object]:
+    """What run.json and every checkpoint remember: the whole plan, what was read for it, and the rows of an epoch."""
+    return {"plan": plan.summary(), "data": all_data(past, stores), "windows": windows_of(stores, plan.block_size)}
+
+
 def show_plan(plan: Plan, folder: Path) -> Iterator[str]:
     """Draws mixture.png into the run folder, which must be begun, and gives the plan in words."""
     plan.draw(folder / "mixture.png")
@@ -158,9 +172,12 @@ def show_plan(plan: Plan, folder: Path) -> Iterator[str]:
 class PretrainTrainer(StageTrainer):
     """Trains a stock GPT-2 on the rows of a mixture, with the head and the loss fused."""
 
-    def __init__(self, model, arguments: PretrainArguments, tokenizer, stores: list[TokenStore]):
+    def __init__(
+        self, model, arguments: PretrainArguments, tokenizer, stores: list[TokenStore], past: Sequence[dict] = ()
+    ):
         rows = arguments.max_steps * arguments.global_batch_tokens // arguments.block_size
-        plan = Plan(arguments.mixture_config, windows_of(stores, arguments.block_size), rows, arguments.block_size)
+        windows = windows_of(stores, arguments.block_size)
+        plan = plan_behind(past, arguments.mixture_config, windows, rows, arguments.block_size)
         self.mixture = Mixture(stores, plan, arguments.data_seed)
         fuse_head(model, compiled=arguments.compile, whole_rows=True)
         fuse_gelu(model)

@@ -23,12 +23,13 @@ import yaml
 from accelerate import PartialState
 
 from rorchat import __version__
-from rorchat.errors import DivergedError, Interrupted, MismatchError
+from rorchat.errors import DataError, DivergedError, Interrupted, MismatchError
 from rorchat.lock import alone
 from rorchat.model import save_model
 from rorchat.persona import DEFAULT_PERSONA
 from rorchat.sources import digest_of
-from rorchat.tokens.store import sha256_of
+from rorchat.tokens.past import closed, require_same_data
+from rorchat.tokens.store import Manifest, sha256_of
 from rorchat.training.checkpoint import Checkpoints
 from rorchat.training.processes import whole_model
 from rorchat.training.resume import listening
@@ -39,7 +40,12 @@ LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "t
 FREE_SETTINGS = {
     "output_dir", "logging_steps", "logging_strategy", "report_to", "dataloader_num_workers", "save_steps",
     "save_strategy", "save_total_limit", "run_name", "use_cpu", "sample_steps", "price_per_hour", "ddp_timeout",
+    "new_phase",
 }  # fmt: skip
+#: How a mixture was said; what it says is compared in its place.
+SAID = {"mixture", "sources", "weights"}
+#: What another mixture changes, and nothing else does.
+MIXED = ("inputs.mixture", "inputs.sources")
 #: What changes roundings alone where the order of the data does not hang on it.
 ELASTIC = {
     "processes",
@@ -49,6 +55,7 @@ ELASTIC = {
     "gradient_checkpointing",
 }
 REMEDY = "Choose another output_dir, or delete the folder."
+APPEND = "Give --new_phase to go on with another mixture, choose another output_dir, or delete the folder."
 
 
 def fingerprint(folder: str) -> dict[str, str]:
@@ -58,16 +65,25 @@ def fingerprint(folder: str) -> dict[str, str]:
 
 
 def data_fingerprint(arguments) -> dict[str, object]:
-    """What a config's words alone do not fix: what sources are made of, the persona's sha256, a mixture's words."""
+    """What a config's words alone do not fix: what sources are made of, the persona's sha256, what is mixed how."""
     persona = Path(arguments.persona) if arguments.persona else DEFAULT_PERSONA
     found = {
-        # a token store has a manifest of its own, which is read before training
-        "sources": {spec: digest_of(spec) for spec in arguments.specs() if not spec.startswith("store=")},
+        "sources": {spec: _digest_of(spec) for spec in arguments.specs()},
         "persona": sha256_of(persona) if persona.is_file() else None,
     }
-    if getattr(arguments, "mixture", None):
+    if hasattr(arguments, "mixture_config"):
         found["mixture"] = arguments.mixture_config.resolved()  # config.yaml holds no more than the name of the file
     return found
+
+
+def _digest_of(spec: str) -> str:
+    kind, _, where = spec.partition("=")
+    if kind != "store":
+        return digest_of(spec)
+    try:
+        return Manifest.read(Path(where)).content_sha256()
+    except DataError:  # which is told when it is opened, unless it is optional
+        return ""
 
 
 @dataclass(frozen=True)
@@ -78,14 +94,17 @@ class Difference:
     before: object
     now: object
     fatal: bool
+    new_phase: bool = False
 
 
-def differences(before: dict, now: dict, elastic: bool) -> list[Difference]:
+def differences(before: dict, now: dict, elastic: bool, new_phase: bool = False) -> list[Difference]:
     """Where two identities of a run differ, but for what changes nothing.
 
     Args:
         elastic: the data come in the same order for any number of processes and size of micro-batch.
+        new_phase: another mixture is appended, and so is no other run.
     """
+    free = FREE_SETTINGS | (SAID if elastic else set())
     mild = {"versions", "python", "rorchat"} | (ELASTIC if elastic else set())
 
     def walk(name: str, before: object, now: object) -> Iterator[Difference]:
@@ -93,11 +112,12 @@ def differences(before: dict, now: dict, elastic: bool) -> list[Difference]:
             before, now = (dict(enumerate(values, 1)) for values in (before, now))
         if isinstance(before, dict) and isinstance(now, dict):
             for key in [*before, *(key for key in now if key not in before)]:
-                if not (name == "settings" and key in FREE_SETTINGS):
+                if not (name == "settings" and key in free):
                     yield from walk(f"{name}.{key}" if name else str(key), before.get(key), now.get(key))
         elif before != now:
             own = name.removeprefix("settings.")
-            yield Difference(own, before, now, fatal=own.split(".")[0] not in mild)
+            mixed = new_phase and name.startswith(MIXED)
+            yield Difference(own, before, now, own.split(".")[0] not in mild and not mixed, mixed)
 
     return list(walk("", before, now))
 
@@ -106,7 +126,7 @@ def table(found: list[Difference]) -> list[str]:
     """Differences in lines, what decides first."""
     rows = [("", "then", "now", "")]
     for each in sorted(found, key=lambda each: not each.fatal):
-        what = "another run" if each.fatal else "goes on, with other roundings"
+        what = "another run" if each.fatal else "new phase" if each.new_phase else "goes on, with other roundings"
         rows.append((each.name, *(json.dumps(value) for value in (each.before, each.now)), what))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -139,13 +159,24 @@ class Run:
         self._held.enter_context(listening())
         if PartialState().is_main_process:
             self._held.enter_context(alone(self.folder))
+        self.appends = False  # whether another mixture goes on from the checkpoint
         self._look()
+        if getattr(arguments, "new_phase", False) and self._found is None:
+            raise MismatchError(
+                f"The output folder {self.folder} has no checkpoint, so that there is nothing to go on with: leave "
+                "new_phase out."
+            )
         PartialState().wait_for_everyone()  # before any process writes into the folder that another one is reading
         self.finished = bool(self._found and self._found.get("finished"))
 
     @property
     def model_folder(self) -> Path:
         return self.folder / "model"
+
+    @property
+    def past(self) -> list[dict]:
+        """What was mixed before, as `rorchat.tokens.past` keeps it; empty while the first mixture goes on."""
+        return self.record.get("past", [])
 
     def _look(self) -> None:
         """Refuses to touch what another run achieved; what achieved nothing is taken over."""
@@ -164,16 +195,44 @@ class Run:
             if self.checkpoint is None:
                 self._found = None  # it broke off before it had anything to lose
                 return
-        self._require_same({key: self._found.get(key) for key in self.record}, self.record)
+        # run.json is of the last start, which may not have come as far as a checkpoint
+        before = self.checkpoint.about["identity"] if self.checkpoint else self._found
+        past = self._past_behind(before)
+        if past:
+            self.record["past"] = past
+        self._require_same({**before, "past": past} if past else before, self.record)
+
+    def _past_behind(self, before: dict) -> list[dict]:
+        """The past of what goes on; with `new_phase`, where another mixture was asked for, that of before is closed."""
+        past, arguments = before.get("past", []), self.arguments
+        if not (self.checkpoint and getattr(arguments, "new_phase", False) and "windows" in before):
+            return past
+        step = self.checkpoint.step
+        own = closed(before, step * (arguments.global_batch_tokens // arguments.block_size))
+        require_same_data([*past, own], self.record["inputs"])
+        if own["mixture"] == self.record["inputs"]["mixture"]:
+            return past
+        if step >= arguments.max_steps:
+            raise MismatchError(
+                f"{self.checkpoint.folder} is of the last step: there are no tokens left for a new phase. Leave "
+                "new_phase out, and give the mixture of before."
+            )
+        self.appends = True
+        return [*past, own]
 
     def _require_same(self, before: dict, now: dict) -> None:
         """Raises MismatchError where two identities differ in what decides; tells where they differ in what matters."""
-        found = differences(before, now, elastic=self.record["stage"] == "pretrain")
+        is_pretraining = self.record["stage"] == "pretrain"
+        before = {key: before.get(key) for key in now}
+        found = differences(before, now, elastic=is_pretraining, new_phase=self.appends)
         if found and PartialState().is_main_process:
             print(*table(found), sep="\n", file=sys.stderr)  # noqa: T201
-        fatal = [f"{each.name} {each.before}, now {each.now}" for each in found if each.fatal]
+        fatal = [each for each in found if each.fatal]
         if fatal:
-            raise MismatchError(f"The output folder {self.folder} holds another run: {'; '.join(fatal)}. {REMEDY}")
+            is_mixed = is_pretraining and self.checkpoint and all(each.name.startswith(MIXED) for each in fatal)
+            said = "; ".join(f"{each.name} {each.before}, now {each.now}" for each in fatal)
+            remedy = APPEND if is_mixed else REMEDY
+            raise MismatchError(f"The output folder {self.folder} holds another run: {said}. {remedy}")
 
     def already_finished(self) -> dict[str, float]:
         """Says so, and gives the metrics that the run ended with."""
@@ -213,9 +272,11 @@ class Run:
         """
         main = trainer.is_world_process_zero()
         plan = json.loads(json.dumps(details.get("plan")))
-        trainer.identity = {**self.record, "plan": plan}
-        if self.checkpoint:
-            self._require_same(self.checkpoint.about["identity"], trainer.identity)
+        trainer.identity = {**self.record, **json.loads(json.dumps(details))}
+        if self.appends:
+            trainer.meter.new_phase = {"sources": [*self.record["inputs"]["mixture"]["sources"]]}
+        elif self.checkpoint:
+            self._require_same(self.checkpoint.about["identity"], {**self.record, "plan": plan})
         if main:
             self.begin(plan)
             trainer.require_room()
