@@ -8,7 +8,9 @@ import pytest
 from conftest import located
 from test_mixture_plan import WORST, config_of, drawn_plan, drawn_weights
 
-from rorchat.errors import DataError, UsageError
+from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.sources import Filters
+from rorchat.tokens.past import plan_behind, require_same_data
 from rorchat.tokens.phases import MixtureConfig, Phase, Source, read_mixture
 from rorchat.tokens.plan import Plan
 from rorchat.tokens.rounding import UNIT
@@ -203,3 +205,45 @@ def test_a_mixture_is_restored_from_what_it_resolved_to(tmp_path):
     config = read_mixture(path, may_go_on=True)
     restored = MixtureConfig.restored(json.loads(json.dumps(config.resolved())))
     assert (restored.sources, restored.phases, restored.against) == (config.sources, config.phases, config.against)
+
+
+def part_of(config: MixtureConfig, digests: dict[str, str], until: int = 40) -> dict:
+    mixture = json.loads(json.dumps(config.resolved()))
+    return {"until": until, "mixture": mixture, "sources": digests, "windows": HALF, "data": []}
+
+
+def test_a_plan_is_made_again_from_what_a_checkpoint_keeps():
+    first, second = config_of(Phase(share=1.0, weights={"s0": 1})), config_of(Phase(share=1.0, ramp_to={"s1": 1}))
+    third = config_of(Phase(share=1.0, weights={"s2": 1}, replay=0.5))
+    kept = json.loads(json.dumps([part_of(first, {}), part_of(second, {}, until=70)]))
+    plan = plan_behind(kept, third, HALF, 100, 16)
+    past = Plan(second, HALF, 100, 16, Plan(first, HALF, 100, 16), 40)
+    assert (located(plan) == located(Plan(third, HALF, 100, 16, past, 70))).all()
+    with pytest.raises(MismatchError, match="Source 's1' had 50 rows up to row 40 and has 51 now: .* another name"):
+        plan_behind(kept, third, HALF | {"s1": 51}, 100, 16)
+    assert plan_behind([], first, HALF, 100, 16).count(0, 100) == 100
+
+
+def test_what_goes_on_under_a_name_must_be_made_of_the_same_and_files_that_are_gone_have_not_changed():
+    config = MixtureConfig({"a": Source("text=a"), "b": Source("store=b")})
+    past = [
+        part_of(config, {"text=a": "1", "store=b": "2"}),
+        part_of(MixtureConfig({"c": Source("text=c")}), {"text=c": "3"}),
+    ]
+
+    def check(sources: dict, digests: dict, against: tuple = ()) -> None:
+        require_same_data(past, part_of(MixtureConfig(sources, against=against), digests))
+
+    check(config.sources, {"text=a": "", "store=b": "2"})
+    check({"b": Source("store=elsewhere"), "d": Source("text=a")}, {"store=elsewhere": "2", "text=a": "5"})
+    for name, sources, digests, against in (
+        ("a", config.sources, {"text=a": "9", "store=b": "2"}, ()),
+        ("a", {"a": Source("text=other")}, {"text=other": "1"}, ()),
+        ("a", {"a": Source("text=a", filters=Filters(min_characters=3))}, {"text=a": "1"}, ()),
+        ("a", {"a": Source("text=a")}, {"text=a": "1"}, ("eval.jsonl",)),
+        ("b", config.sources, {"text=a": "1", "store=b": "9"}, ()),
+        ("c", {"c": Source("text=c")}, {"text=c": "9"}, ()),
+    ):
+        with pytest.raises(MismatchError, match=f"Source '{name}' was .* Give it another name") as failure:
+            check(sources, digests, against)
+        assert "\n" not in str(failure.value)

@@ -122,6 +122,12 @@ def differences(before: dict, now: dict, elastic: bool, new_phase: bool = False)
     return list(walk("", before, now))
 
 
+def _is_another_mixture(found: list[Difference]) -> bool:
+    """Whether the mixture differs, and nothing that does not follow from it; data alone may not change."""
+    names = [each.name for each in found]
+    return all(name.startswith(MIXED) for name in names) and any(name.startswith(MIXED[0]) for name in names)
+
+
 def table(found: list[Difference]) -> list[str]:
     """Differences in lines, what decides first."""
     rows = [("", "then", "now", "")]
@@ -222,16 +228,14 @@ class Run:
 
     def _require_same(self, before: dict, now: dict) -> None:
         """Raises MismatchError where two identities differ in what decides; tells where they differ in what matters."""
-        is_pretraining = self.record["stage"] == "pretrain"
         before = {key: before.get(key) for key in now}
-        found = differences(before, now, elastic=is_pretraining, new_phase=self.appends)
+        found = differences(before, now, elastic=self.record["stage"] == "pretrain", new_phase=self.appends)
         if found and PartialState().is_main_process:
             print(*table(found), sep="\n", file=sys.stderr)  # noqa: T201
         fatal = [each for each in found if each.fatal]
         if fatal:
-            is_mixed = is_pretraining and self.checkpoint and all(each.name.startswith(MIXED) for each in fatal)
             said = "; ".join(f"{each.name} {each.before}, now {each.now}" for each in fatal)
-            remedy = APPEND if is_mixed else REMEDY
+            remedy = APPEND if self.checkpoint and _is_another_mixture(fatal) else REMEDY
             raise MismatchError(f"The output folder {self.folder} holds another run: {said}. {remedy}")
 
     def already_finished(self) -> dict[str, float]:

@@ -9,6 +9,7 @@ import pytest
 from faults.harness import verified_steps, weights
 from faults.test_resume import log_of
 
+from rorchat.hub import model_card
 from rorchat.report import read_lines, standing
 from rorchat.tokenizer import load_tokenizer
 from rorchat.tokens.adopt import adopt
@@ -92,7 +93,8 @@ def test_with_the_flag_it_goes_on_and_all_of_it_is_told(bench, phases, stopped, 
     assert [(line["step"], line["tokens"], line["sources"]) for line in events] == [(STOP, 640, ["town", "self"])]
     record = json.loads((out / "run.json").read_text())
     assert [source["source"].partition("=")[0] for source in record["data"]] == ["tinytown", "text", "persona"]
-    assert all(source["licence"] for source in record["data"])
+    card = model_card(out / "model", "me/model")
+    assert all(f"| {source['source'].partition('=')[0]} | {source['licence']} |" in card for source in record["data"])
     assert [part["until"] for part in record["past"]] == [20]
     assert [phase["rows"] for phase in record["plan"]["phases"]] == [[0, 20], [20, 34], [34, 48]]
     shares = [line["mixture"] for line in log_of(out) if "mixture" in line][-1]
@@ -185,6 +187,7 @@ def test_a_store_that_was_replaced_by_another_of_its_size_is_refused_and_one_tha
     shutil.copytree(bench.folder / "b", place)
     done = bench.run(out, **flags)
     assert done.code == 78 and f"holds another run: inputs.sources.store={place} " in done.said, done.said
+    assert done.said.endswith("Choose another output_dir, or delete the folder.\n")
     done = bench.run(out, new_phase=True, **flags)
     assert done.code == 78 and f"Source 'store' was store={place}" in done.said, done.said
     done = bench.run(out, sources=[f"store={bench.folder / 'a'}"], new_phase=True)
