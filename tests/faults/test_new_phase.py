@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 from faults.harness import verified_steps, weights
+from faults.test_bit_rot import flipped
 from faults.test_resume import log_of
 
 from rorchat.hub import model_card
@@ -113,6 +114,17 @@ def test_killed_and_given_again_it_ends_the_same(bench, phases, stopped, whole, 
     records = standing(read_lines(out / "metrics.jsonl"))
     assert [each["step"] for each in records if each.get("event") == "new phase"] == [STOP]
     assert json.loads((out / "run.json").read_text())["past"] == json.loads((whole / "run.json").read_text())["past"]
+
+
+def test_when_the_only_checkpoint_behind_the_seam_is_damaged_the_flag_appends_again(bench, phases, stopped, whole):
+    out = bench.fresh(stopped)
+    assert phases(out, NEW, {"kill_at": 1, "during": 8}, new_phase=True).code == -9
+    assert verified_steps(out) == [6, STOP]
+    flipped(0.5)(out / "checkpoint-6" / "model.safetensors")
+    done = phases(out, NEW)
+    assert done.code == 78 and "Give --new_phase" in done.said and verified_steps(out) == [STOP], done.said
+    assert phases(out, NEW, new_phase=True).code == 0
+    assert weights(out) == weights(whole) and log_of(out) == log_of(whole)
 
 
 def test_a_finished_run_with_the_flag_is_finished_and_takes_no_other_mixture(bench, phases, whole):
