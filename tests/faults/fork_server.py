@@ -8,6 +8,7 @@ signal}. Faults work inside the run's folder alone and count operations from the
     {"count": FILE, "during": STEP}   writes what the operations were
     {"signal": N, "at": STEP, "where": "forward" | "save" | "evaluate"}    a signal to the process itself
     {"poison": [STEPS], "value": "nan", "in": "loss" | "gradient" | "weight"}
+    {"rows": FOLDER}    writes the ids of every micro-batch that is trained on, a file for each process
     {"off": "staging" | "state" | "watch" | "disk" | "signals"}    a protection that is switched off
 """
 
@@ -168,6 +169,18 @@ def raise_signal(fault: dict) -> None:
     setattr(owner, name, sending)
 
 
+def log_rows(folder: str) -> None:
+    real = trainer_module.StageTrainer.training_step
+
+    def logged(trainer, model, inputs, *arguments):
+        rank, step = trainer.args.process_index, trainer.state.global_step + 1
+        with open(Path(folder) / f"{rank}.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, "rank": rank, "ids": inputs["input_ids"].tolist()}) + "\n")
+        return real(trainer, model, inputs, *arguments)
+
+    trainer_module.StageTrainer.training_step = logged
+
+
 def switch_off(protection: str) -> None:
     if protection == "staging":
 
@@ -202,6 +215,8 @@ def child(job: dict) -> None:
         poison(fault)
     if "signal" in fault:
         raise_signal(fault)
+    if "rows" in fault:
+        log_rows(fault["rows"])
     if "off" in fault:
         switch_off(fault["off"])
     if job.get("dropout"):
