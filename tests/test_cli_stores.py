@@ -211,11 +211,14 @@ def test_shards_that_do_not_fit_are_one_line_and_leave_nothing(case, tokenizer, 
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"not numpy at all", "archive", "folder"])
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"not numpy at all", "archive", "folder", "short head"])
 def test_a_shard_that_is_no_array_is_one_line(content, saved, tmp_path):
     shards = shards_of(tmp_path / "shards", val=GOOD)
     if content == "folder":
         (shards / "train.npy").mkdir()
+    elif content == "short head":
+        whole = (shards / "val.npy").read_bytes()
+        (shards / "train.npy").write_bytes(whole[:8] + bytes([whole[8] ^ 64]) + whole[9:])
     elif content == "archive":
         np.savez(shards / "train.npz", a=GOOD)
         (shards / "train.npz").rename(shards / "train.npy")

@@ -315,6 +315,21 @@ def test_only_the_blocks_that_are_read_are_looked_at_and_each_once(store, monkey
         opened.slice("train", tokens - 40, tokens)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        ('"kept": 123', '"kept": 122', "it is not as it was written"),
+        ('"format_version": 4', '"format_version": 3', "its format is 3, this is 4"),
+    ],
+)
+def test_a_manifest_that_was_changed_or_is_older_is_refused_with_what_to_do(before, after, why, store):
+    manifest = store.folder / "manifest.json"
+    assert before in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(before, after))
+    with pytest.raises(DataError, match=f"{manifest} cannot be read .*{why}.* delete the folder to prepare it again"):
+        TokenStore(store.folder)
+
+
 def test_a_missing_manifest_or_half_of_one_is_a_data_error(store):
     manifest = store.folder / "manifest.json"
     manifest.write_text(manifest.read_text()[:-40])

@@ -11,7 +11,7 @@ from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.tokenizer import token_bytes, tokenizer_sha256
 from rorchat.tokens.part import link, sealed
 from rorchat.tokens.prepare import alone
-from rorchat.tokens.store import SPLITS, Manifest, Shard, TokenStore, sync
+from rorchat.tokens.store import SPLITS, UNREADABLE, Manifest, Shard, TokenStore, sync
 
 IDS_AT_ONCE = 2**24
 _VALIDATION = re.compile(r"(?<![^\W_])val(id(ation)?)?(?![^\W\d_])")  # but not interval, retrieval or values
@@ -102,7 +102,7 @@ def _fill(staging: Path, arrays: dict[Path, np.ndarray], manifest: Manifest, spe
 def _opened(file: Path) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{file} cannot be read: {' '.join(str(error).split())[:120]}.") from None
     if not isinstance(array, np.ndarray):  # numpy tells an archive of several arrays by its bytes, not its name
         raise DataError(f"{file} is an archive of several arrays: expected one row of uint16 or uint32 ids.")

@@ -1,8 +1,9 @@
 """A token store: flat arrays of ids on disk, and a manifest that says what they are.
 
-    NAME/manifest.json               format, tokenizer, counts, sha256 of every file, rejects by reason; written last
+    NAME/manifest.json               format, tokenizer, counts, sha256 of every file, rejects by reason; written last,
+                                     with a sha256 of all that it says
     NAME/train-00000.npy             uint16 (uint32 above 65,535 ids), one flat array
-    NAME/train-00000.docs.npy        int64, where each document begins: at its <|endoftext|>
+    NAME/train-00000.docs.npy        int64, where each document begins: at its <|endoftext|>; read by `verify` alone
     NAME/validation-00000.npy ...
     NAME/blocks.npy                  uint32, a CRC of every block of the arrays, in the order of the manifest
 
@@ -16,6 +17,7 @@ model. So a block is compared with its CRC when it is first read, and what openi
 import hashlib
 import json
 import os
+import tokenize
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,10 +26,12 @@ import numpy as np
 
 from rorchat.errors import DataError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SPLITS = ("train", "validation")
 TYPES = ("uint16", "uint32")
 BLOCK_BYTES = 2**18
+#: What numpy raises for a file that is no array: it parses the head of one as Python.
+UNREADABLE = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError)
 _READ_BYTES = 2**24
 
 
@@ -101,20 +105,31 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Writes the manifest in one step: a folder has all of it or none, whatever is killed."""
-        write_synced(folder / "manifest.json", json.dumps(asdict(self), indent=2) + "\n")
+        said = asdict(self)
+        write_synced(folder / "manifest.json", json.dumps({**said, "sha256": seal_of(said)}, indent=2))
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
+        """The manifest in a folder.
+
+        Raises:
+            DataError: there is none, it was changed since it was written, or it has another format.
+        """
         try:
             values = json.loads((folder / "manifest.json").read_text())
             if values["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"its format is {values['format_version']}, this is {FORMAT_VERSION}")
+            if values.pop("sha256", None) != seal_of(values):
+                raise ValueError("it is not as it was written: its sha256 differs")
             manifest = cls(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
             if manifest.dtype not in TYPES or not {shard.split for shard in manifest.shards} <= set(SPLITS):
                 raise ValueError(f"dtype {manifest.dtype!r}, splits {sorted({s.split for s in manifest.shards})}")
             return manifest
         except (FileNotFoundError, NotADirectoryError):
-            raise DataError(f"{folder} is no token store: it has no manifest.json.") from None
+            raise DataError(
+                f"{folder} is no token store: it has no manifest.json. Name another folder, or delete it to prepare it "
+                "again."
+            ) from None
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
                 f"{folder}/manifest.json cannot be read ({error}): delete the folder to prepare it again."
@@ -133,6 +148,11 @@ def sync(path: Path) -> None:
     """Waits until the disk has what was written to a file."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def seal_of(said: dict) -> str:
+    """The sha256 of what a manifest says, which stands in it beside the rest."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of(file: Path) -> str:
@@ -194,7 +214,7 @@ class TokenStore:
             array = np.load(self.folder / file, mmap_mode="r" if mapped else None)
         except FileNotFoundError:
             raise self._damaged(file, "it is missing") from None
-        except (OSError, ValueError, EOFError) as error:
+        except UNREADABLE as error:
             raise self._damaged(file, f"it cannot be read: {' '.join(str(error).split())[:120]}") from None
         if not isinstance(array, np.ndarray):
             raise self._damaged(file, "it is an archive of arrays")

@@ -14,7 +14,6 @@ Nothing here imports torch.
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rorchat.errors import DataError
-from rorchat.tokens.store import sha256_of, sync, write_synced
+from rorchat.tokens.store import seal_of, sha256_of, sync, write_synced
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
@@ -77,7 +76,7 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             raise Damaged(f"{folder / MANIFEST} cannot be read: {' '.join(str(error).split())}.") from None
         seal = said.pop("sha256", None) if isinstance(said, dict) else None
-        if seal is None or seal != _sha256_of(said):
+        if seal is None or seal != seal_of(said):
             raise Damaged(f"{folder / MANIFEST} is not as it was written.")
         if said["format"] != FORMAT:
             raise Damaged(f"{folder / MANIFEST} has format {said['format']}; this version reads {FORMAT}.")
@@ -121,10 +120,6 @@ def _is_complete(checkpoint: Checkpoint) -> bool:
         return False
 
 
-def _sha256_of(said: dict) -> str:
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
 def _files_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
@@ -142,7 +137,7 @@ def seal(folder: Path, about: dict) -> None:
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     _flush_folder(folder)
     said = json.loads(json.dumps({"format": FORMAT, **about, "files": files}))
-    write_synced(folder / MANIFEST, json.dumps({**said, "sha256": _sha256_of(said)}, indent=2))
+    write_synced(folder / MANIFEST, json.dumps({**said, "sha256": seal_of(said)}, indent=2))
     _flush_folder(folder)
 
 
