@@ -7,7 +7,7 @@ signal}. Faults work inside the run's folder alone and count operations from the
     {"fail_at": K, "during": STEP, "errno": N}    that operation raises OSError instead
     {"count": FILE, "during": STEP}   writes what the operations were
     {"signal": N, "at": STEP, "where": "forward" | "save" | "evaluate"}    a signal to the process itself
-    {"poison": [STEPS], "value": "nan", "in": "loss" | "gradient" | "weight"}
+    {"poison": [STEPS], "value": "nan", "in": "loss" | "gradient" | "weight" | "moment"}    in one `micro_batch`, or all
     {"rows": FOLDER}    writes the ids of every micro-batch that is trained on, a file for each process
     {"off": "staging" | "state" | "watch" | "disk" | "signals"}    a protection that is switched off
 """
@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import safetensors.torch
@@ -112,16 +113,21 @@ class Disk:
 
 
 def poison(fault: dict) -> None:
-    """The loss, the gradients or a weight of some steps become no number."""
-    value = float(fault["value"])
+    """The loss, the gradients, a weight or a number of the optimizer's becomes no number in some steps."""
+    value, seen = float(fault["value"]), Counter()
 
     def poisoned(real, trainer, *arguments, **options):
-        if trainer.state.global_step + 1 not in fault["poison"]:
+        step = trainer.state.global_step + 1
+        seen[step] += 1
+        if step not in fault["poison"] or seen[step] != fault.get("micro_batch", seen[step]):
             return real(trainer, *arguments, **options)
         weight = trainer.model.transformer.h[0].mlp.c_fc.weight
         if fault["in"] == "weight":
             with torch.no_grad():
                 weight[0, 0] = value
+        if fault["in"] == "moment":
+            moment = next(state["exp_avg"] for state in trainer.optimizer.state.values() if "exp_avg" in state)
+            moment.view(-1)[0] = value
         loss = real(trainer, *arguments, **options)
         if fault["in"] == "gradient":
 
@@ -211,7 +217,7 @@ def child(job: dict) -> None:
     own_rank = fault.get("rank", 0) == int(os.environ.get("RANK", "0"))
     if own_rank and fault.keys() & {"kill_at", "fail_at", "count"}:
         Disk(argv[argv.index("--output_dir") + 1], fault).install()
-    if "poison" in fault:
+    if own_rank and "poison" in fault:
         poison(fault)
     if "signal" in fault:
         raise_signal(fault)

@@ -1,4 +1,4 @@
-"""A loss, gradient or weight that is no number: skipped, rolled back, or the end with 70; never saved or stepped on."""
+"""What is no number, in ten places: skipped, rolled back, or the end with 70; never saved or stepped on."""
 
 import json
 import math
@@ -26,28 +26,50 @@ def assert_finite(run) -> None:
         assert all(tensor.isfinite().all() for tensor in tensors)
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-@pytest.mark.parametrize("step", [1, 4, 7])
-def test_a_step_that_is_no_number_is_skipped_and_its_rows_written_out(bench, value, where, step):
-    out = bench.fresh()
-    done = bench.run(out, {"poison": [step], "value": value, "in": where}, logging_steps=1)
-    assert done.code == 0, done.said
-    assert events(out) == [(step, "skipped")]
-    rows = [json.loads(line) for line in (out / "diverged_rows.jsonl").read_text().splitlines()]
+ALONE = {
+    f"the {what} of the {name} step": {"poison": [step], "in": what}
+    for what in ("loss", "gradient")
+    for name, step in (("first", 1), ("middle", 4), ("last", 8))
+}
+ALONE["the loss of the second micro-batch"] = {"poison": [4], "in": "loss", "micro_batch": 2}
+BY_TWO = {"the loss of the second process": {"poison": [5], "in": "loss", "rank": 1}}
+#: What stays, so that every step is no number from then on, and the first step that is none.
+STAYING = {"a weight": ({"poison": [5], "in": "weight"}, 5), "a moment": ({"poison": [5], "in": "moment"}, 6)}
+
+
+def assert_skipped(run, step: int) -> None:
+    """One step was left out: told, its rows written, not logged, and nothing of it saved."""
+    assert events(run) == [(step, "skipped")]
+    rows = [json.loads(line) for line in (run / "diverged_rows.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == list(range(4 * (step - 1), 4 * step)) and all(row["text"] for row in rows)
-    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in logged if "loss" in line and "event" not in line]
     assert steps == [each for each in range(1, 9) if each != step]
     assert all(math.isfinite(line["loss"]) for line in logged if "event" not in line and "loss" in line)
-    assert_finite(out)
+    assert verified_steps(run)[0] == 8
+    assert_finite(run)
 
 
-def test_a_weight_that_is_no_number_rolls_back_once_and_goes_on_with_the_next_rows(bench):
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("place", [*ALONE, *BY_TWO])
+def test_a_step_that_is_no_number_is_skipped_and_its_rows_written_out(bench, value, place):
     out = bench.fresh()
-    done = bench.run(out, {"poison": [5], "value": "nan", "in": "weight"}, max_steps=12)
-    assert done.code == 0, done.said
-    assert events(out) == [(5, "skipped"), (6, "skipped"), (7, "skipped"), (8, "rolled back to the weights of step 4")]
+    fault = (ALONE | BY_TWO)[place]
+    flags = {"processes": 2} if place in BY_TWO else {}
+    done = bench.run(out, {**fault, "value": value}, logging_steps=1, **flags)
+    assert done.code == 0 and "Traceback" not in done.said, done.said
+    assert_skipped(out, *fault["poison"])
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("place", STAYING)
+def test_what_stays_no_number_rolls_back_once_and_goes_on_with_the_next_rows(bench, value, place):
+    out = bench.fresh()
+    fault, first = STAYING[place]
+    done = bench.run(out, {**fault, "value": value}, max_steps=12)
+    assert done.code == 0 and "Traceback" not in done.said, done.said
+    skipped = [(step, "skipped") for step in range(first, first + 3)]
+    assert events(out) == [*skipped, (first + 3, "rolled back to the weights of step 4")]
     assert verified_steps(out) == [12, 10]
     assert_finite(out)
 
