@@ -1,6 +1,7 @@
-"""Two processes over gloo: a signal to one stops both at the same step, a kill of either loses one interval at most."""
+"""Two processes over gloo: a signal to one stops both at the same step, a kill of either costs one interval at most."""
 
 import json
+import shutil
 import signal
 from functools import partial
 
@@ -8,6 +9,7 @@ import pytest
 from faults.harness import Bench, verified_steps, weights
 
 ranked = partial(Bench.run, processes=2)
+DURING = 6  # the third save, which removes the first checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +30,47 @@ def test_a_signal_to_the_second_process_stops_both_and_the_end_is_the_same(bench
     assert weights(out) == weights(whole_by_two)
 
 
-@pytest.mark.parametrize(("rank", "number"), [*((0, n) for n in range(1, 78, 6)), (1, 1), (1, 2)])
-def test_a_kill_of_either_during_a_save_ends_both_and_loses_one_interval(bench, whole_by_two, rank, number):
+@pytest.fixture(scope="module")
+def at_four(bench):
+    """A run that ended after its second checkpoint, where every kill begins."""
     out = bench.fresh()
-    done = ranked(bench, out, {"kill_at": number, "during": 6, "rank": rank})
-    assert done.code != 0
-    assert verified_steps(out)[0] in (4, 6), done.said
+    assert ranked(bench, out, {"kill_at": 1, "during": DURING}).code != 0
+    assert verified_steps(out) == [4, 2]
+    return out
+
+
+def kill_and_go_on(bench, at_four, whole_by_two, rank: int, number: int) -> str:
+    """What is wrong after a kill of one process at one operation, "" where nothing is."""
+    out = bench.fresh(at_four)
+    done = ranked(bench, out, {"kill_at": number, "during": DURING, "rank": rank})
+    if not done.code:
+        return "nobody was killed"
+    if (newest := max(verified_steps(out), default=0)) not in (4, 6):
+        return f"the newest that verifies is of step {newest}: {done.said}"
     done = ranked(bench, out)
-    assert done.code == 0, done.said
-    assert weights(out) == weights(whole_by_two)
+    if done.code:
+        return f"went on with {done.code}: {done.said}"
+    if weights(out) != weights(whole_by_two):
+        return "ended with other weights"
+    shutil.rmtree(out)
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "least"), [(0, 40), (1, 2)])
+def test_a_kill_at_every_operation_of_a_save_ends_both_and_costs_one_interval(
+    bench, at_four, whole_by_two, rank, least
+):
+    found = bench.folder / f"operations-{rank}.json"
+    assert ranked(bench, bench.fresh(at_four), {"count": str(found), "during": DURING, "rank": rank}).code == 0
+    operations = json.loads(found.read_text())
+    print(f"process {rank}: {len(operations)} operations", *operations, sep="\n")  # noqa: T201
+    assert len(operations) >= least
+    wrong = {}
+    for number, operation in enumerate(operations, 1):
+        if told := kill_and_go_on(bench, at_four, whole_by_two, rank, number):
+            wrong[f"{number} {operation}"] = told
+    assert not wrong
 
 
 def test_a_checkpoint_of_two_processes_goes_on_with_one_on_the_same_rows(bench, whole_by_two):
