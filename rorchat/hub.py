@@ -97,7 +97,16 @@ def model_card(folder: Path, repository: str) -> str:
     except DataError:
         parts.append("No record of its training lies beside the model.")
         return "\n\n".join(parts) + "\n"
-    parts += ["## Training", run_table(runs), "## Data", data_table(runs, public=True)]
+    parts += ["## Training", run_table(runs)]
+    for run in runs:
+        record = read_run(run)
+        if steps := record.get("weights_only"):
+            said = " and ".join(f"{step:,}" for step in steps)
+            parts.append(
+                f"{record['stage']} went on from the weights of step {said} alone: the state of its optimizer was lost "
+                "or left behind."
+            )
+    parts += ["## Data", data_table(runs, public=True)]
     restricted = sorted(
         {
             (restriction(source["licence"]), f"{source['source'].partition('=')[0]} ({source['licence']})")

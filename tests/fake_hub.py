@@ -93,7 +93,7 @@ class _Server(ThreadingHTTPServer):
 
 
 def is_lfs(path: str) -> bool:
-    return path.endswith(".safetensors")
+    return path.endswith((".safetensors", ".pt", ".pth"))
 
 
 def _oid(path: str, content: bytes) -> str:
@@ -118,6 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "create", True),
         ("POST", r"/api/validate-yaml", "validate_card", False),
         ("GET", r"/api/whoami-v2", "whoami", True),
+        ("GET", r"/api/models/(?P<repository>[^/]+/[^/]+)/auth-check/write", "may_write", True),
         ("POST", r"/api/models/(?P<repository>[^/]+/[^/]+)/preupload/main", "preupload", True),
         ("POST", r"/api/models/(?P<repository>[^/]+/[^/]+)/commit/main", "commit", True),
         ("POST", r"/(?P<repository>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch", True),
@@ -198,6 +199,10 @@ class _Handler(BaseHTTPRequestHandler):
     def whoami(self, body):
         return {"type": "user", "name": "owner", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
 
+    def may_write(self, body, repository):
+        self.repository_files(repository)
+        return {}
+
     def create(self, body):
         wanted = json.loads(body)
         repository = f"{wanted['organization']}/{wanted['name']}"
@@ -276,6 +281,9 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.lfs[value["oid"]]
             elif kind == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "deletedFolder":
+                for path in [path for path in files if path.startswith(value["path"])]:
+                    del files[path]
             else:
                 raise _Refused(400, f"the fake knows no {kind}")
         self.hub.commits.append((repository, summary, paths))

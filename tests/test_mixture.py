@@ -257,7 +257,7 @@ def test_a_mixture_excludes_sources_and_weights_and_stands_for_them(tmp_path):
 
 
 def test_a_run_compares_what_its_mixture_file_says_and_not_its_name(tmp_path):
-    from rorchat.training.run import data_fingerprint
+    from rorchat.training.identity import data_fingerprint
 
     path = written(tmp_path, MIXTURE)
     first = data_fingerprint(pretrain_arguments(tmp_path, mixture=str(path)))
@@ -268,26 +268,26 @@ def test_a_run_compares_what_its_mixture_file_says_and_not_its_name(tmp_path):
 
 
 def test_a_difference_between_mixtures_is_said_by_its_place(tmp_path):
-    from rorchat.training.run import differences
+    from rorchat.training.identity import differences
 
     before = read_mixture(written(tmp_path, MIXTURE)).resolved()
     now = read_mixture(written(tmp_path, MIXTURE.replace("{c4: 1}", "{c4: 2}"))).resolved()
     (found,) = differences({"mixture": before}, {"mixture": now}, elastic=True)
-    assert (found.name, found.before, found.now, found.fatal) == ("mixture.phases.1.weights.c4", 1.0, 2.0, True)
+    assert (found.name, found.before, found.now, found.is_fatal) == ("mixture.phases.1.weights.c4", 1.0, 2.0, True)
     assert differences({"mixture": before}, {"mixture": before}, elastic=True) == []
     (found,) = differences({"a": {"b": [1]}}, {"a": {"b": [1, 2]}}, elastic=True)
     assert (found.name, found.before, found.now) == ("a.b", [1], [1, 2])
 
 
 def test_what_changes_roundings_alone_is_told_and_what_decides_is_fatal():
-    from rorchat.training.run import differences
+    from rorchat.training.identity import differences
 
     before = {"settings": {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "logging_steps": 5}, "processes": 1}
     before |= {"versions": {"torch": "2.12"}}
     now = {"settings": {"learning_rate": 1e-4, "per_device_train_batch_size": 2, "logging_steps": 1}, "processes": 2}
     now |= {"versions": {"torch": "2.13"}}
     elastic, rigid = (
-        {each.name: each.fatal for each in differences(before, now, elastic=elastic)} for elastic in (True, False)
+        {each.name: each.is_fatal for each in differences(before, now, elastic=elastic)} for elastic in (True, False)
     )
     assert elastic == {
         "learning_rate": True, "per_device_train_batch_size": False, "processes": False, "versions.torch": False,

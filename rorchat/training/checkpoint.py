@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from rorchat.errors import DataError
 from rorchat.tokens.store import seal_of, sha256_of, sync, write_synced
 
 MANIFEST = "MANIFEST.json"
+WEIGHTS = "model.safetensors"
 FORMAT = 1
 STAGING, TRASH, DAMAGED = ".staging", ".trash-", ".damaged-"
 KEPT = 2  # verified checkpoints at least: the newest may be the one that a disk damages
@@ -90,13 +92,17 @@ class Checkpoint:
             Damaged: one is missing, of another size or other content than when it was written; or one is too many.
         """
         self.check_sizes()
-        for name, (_, sha256) in self.files.items():
-            try:
-                found = sha256_of(self.folder / name)
-            except OSError as error:  # a disk that cannot read
-                raise Damaged(f"{self.folder / name} cannot be read: {error.strerror}.") from None
-            if found != sha256:
-                raise Damaged(f"{self.folder / name} is not what was written: its sha256 differs.")
+        for name in self.files:
+            self.verify_file(name)
+
+    def verify_file(self, name: str) -> None:
+        """Reads one file; raises Damaged as `verify` does."""
+        try:
+            found = sha256_of(self.folder / name)
+        except OSError as error:  # gone, or on a disk that cannot read
+            raise Damaged(f"{self.folder / name} cannot be read: {error.strerror}.") from None
+        if found != self.files[name][1]:
+            raise Damaged(f"{self.folder / name} is not what was written: its sha256 differs.")
 
     def check_sizes(self) -> None:
         """The quick part of `verify`: every file is there, with its size, and no other."""
@@ -165,7 +171,7 @@ def move(source: Path, target: Path) -> None:
 
 def copy(source: Path, target: Path) -> None:
     """Copies a folder so that it has a manifest only when all else is there."""
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     names = _files_in(source)
     for name in sorted(names, key=lambda name: (name == MANIFEST, name)):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -183,6 +189,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, kept: int = KEPT):
         self.folder, self.kept = Path(folder), kept
+        self.in_use: set[Path] = set()  # what rotation leaves, because somebody reads it
 
     # Writing
 
@@ -193,10 +200,27 @@ class Checkpoints:
         staging.mkdir(parents=True)
         return staging
 
-    def commit(self, staging: Path, about: dict) -> None:
+    def commit(self, staging: Path, about: dict) -> Checkpoint:
         """Seals what `begin` gave and gives it its name; only then the oldest ones go. That may fail and is told."""
         seal(staging, about)
-        target = self.folder / f"checkpoint-{about['step']}"
+        return Checkpoint.read(self._place(staging, about["step"]))
+
+    def adopt(self, step: int, fetch: Callable[[Path], None]) -> Checkpoint:
+        """Takes in a checkpoint from elsewhere as `commit` does one that was written here.
+
+        Args:
+            fetch: puts its files into an empty folder, the manifest last.
+
+        Raises:
+            Damaged: what came does not verify; it is not taken in.
+        """
+        staging = self.begin(step)
+        fetch(staging)
+        Checkpoint.read(staging).verify()
+        return Checkpoint.read(self._place(staging, step))
+
+    def _place(self, staging: Path, step: int) -> Path:
+        target = self.folder / f"checkpoint-{step}"
         if target.exists():
             self._remove(target)
         move(staging, target)
@@ -205,6 +229,7 @@ class Checkpoints:
             self.rotate()
         except OSError as error:
             print(f"{target.name} is saved, but older ones could not be removed: {error}", file=sys.stderr)  # noqa: T201
+        return target
 
     def give_up(self) -> None:
         """Removes what was being written."""
@@ -218,6 +243,7 @@ class Checkpoints:
         measured = [each for each in committed if each.validation_loss is not None]
         stay = {each.folder for each in committed[: self.kept]}
         stay |= {min(measured, key=lambda each: each.validation_loss).folder} if measured else set()
+        stay |= self.in_use
         for each in committed:
             if each.folder not in stay:
                 self._remove(each.folder)
@@ -246,9 +272,15 @@ class Checkpoints:
         """As `recover`, on every process: the first one looks and clears up, the others take what it left."""
         from accelerate import PartialState
 
-        state = PartialState()
+        state, lost = PartialState(), None
         with state.main_process_first():
-            return self.recover() if state.is_main_process else next(iter(self.committed()), None)
+            try:
+                found = self.recover() if state.is_main_process else next(iter(self.committed()), None)
+            except DataError as error:
+                lost = error
+        if lost:  # not above: the other processes would wait for the end of this one's turn
+            raise lost
+        return found
 
     def committed(self) -> list[Checkpoint]:
         """What has a manifest, the newest first; nothing is verified."""
@@ -268,6 +300,38 @@ class Checkpoints:
     def damaged(self) -> list[Path]:
         """What was set aside."""
         return sorted(path for path in self.folder.glob(f"checkpoint-*{DAMAGED}*") if path.is_dir())
+
+    def newest_weights(self) -> Checkpoint:
+        """Of what was set aside the newest whose weights are as they were written, whatever became of the rest.
+
+        Raises:
+            DataError: there is none.
+        """
+        found = []
+        for folder in self.damaged():
+            try:
+                checkpoint = Checkpoint.read(folder)
+                checkpoint.verify_file(WEIGHTS)
+                found.append(checkpoint)
+            except Damaged as damage:
+                print(damage, file=sys.stderr)  # noqa: T201
+        if not found:
+            raise DataError(
+                f"No checkpoint in {self.folder} verifies, nor the weights of one. Bring one back from a copy, or "
+                "delete them to start anew."
+            )
+        return max(found, key=lambda each: each.step)
+
+    @property
+    def weights(self) -> Path:
+        """Where `lay_out_weights` puts them: a place that the next save clears."""
+        return self.folder / STAGING / "weights"
+
+    def lay_out_weights(self, checkpoint: Checkpoint) -> None:
+        """Copies a checkpoint's weights, and nothing else, into a folder."""
+        self.give_up()
+        self.weights.mkdir(parents=True)
+        shutil.copyfile(checkpoint.folder / WEIGHTS, self.weights / WEIGHTS)
 
     def recover(self) -> Checkpoint | None:
         """The newest checkpoint that verifies, after what a killed run left behind is finished or cleared away.
@@ -294,7 +358,8 @@ class Checkpoints:
         if self.damaged():
             raise DataError(
                 f"No checkpoint in {self.folder} verifies; {self.damaged()[-1].name} is one of {len(self.damaged())} "
-                "that were set aside. Bring one back from a copy, or delete them to start anew."
+                "that were set aside. Bring one back from a copy, delete them to start anew, or give --weights_only to "
+                "go on from the weights of one, if they are whole."
             )
         return None
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
@@ -137,6 +138,16 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
             tokens_after=lambda step: int(read[step]),
             speak=lambda prompts: [reply.text for reply in generate_replies(chat, prompts, temperature=0)],
         )
+
+    def divided(self, inputs, rows):
+        # all chosen sides come before all rejected ones; the reference's log-probabilities are one a pair
+        pairs = len(inputs["input_ids"]) // 2
+        found = []
+        for start in range(0, pairs, rows):
+            of = torch.arange(start, min(start + rows, pairs))
+            sides = torch.cat([of, of + pairs])
+            found.append({name: tensor[sides if len(tensor) > pairs else of] for name, tensor in inputs.items()})
+        return found
 
     def _prepare_dataset(self, dataset, *args):
         return dataset  # rows come encoded

@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+from datetime import timedelta
 
 import torch
 from transformers import GPT2LMHeadModel
@@ -13,6 +14,9 @@ WHOLE_MATRICES = {
     "muon": "Muon needs whole matrices",
     "adamw_8bit": "8-bit AdamW keeps embeddings in 32 bits by their names, which shards have not",
 }
+
+#: What gloo says, as a RuntimeError, when it waits in vain (torch 2.13, third_party/gloo/gloo/transport).
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Application timeout", "gloo/")
 
 
 def meet_on_cpu() -> None:
@@ -59,6 +63,23 @@ def check_sharding(arguments) -> None:
             f"save_strategy is {arguments.save_strategy}: checkpoints of a model sharded by {how} are in pieces that "
             "nothing here verifies. Give --save_strategy no, or launch with recipes/accelerate/ddp.yaml."
         )
+
+
+def wait_at_most(seconds: float) -> None:
+    """Bounds how long a process of the run waits for another one; all of them must call this.
+
+    `ddp_timeout` alone does not: transformers 5.23 gives it to no group that meets over gloo, and 30 minutes are the
+    default there.
+    """
+    if torch.distributed.is_initialized():
+        for group in (torch.distributed.group.WORLD, _over_gloo()):
+            torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether a process failed because another one is gone or does not answer."""
+    said = str(error)
+    return isinstance(error, torch.distributed.DistError) or any(words in said for words in _LOST)
 
 
 def any_process(*flags: bool) -> tuple[bool, ...]:

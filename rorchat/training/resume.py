@@ -4,6 +4,7 @@ The Trainer of transformers 5.23 resumes exactly in good weather. What is added:
 at all (`rorchat.training.checkpoint`), loaded strictly, and holds what the Trainer forgets: the open window of the log.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
-from rorchat.errors import DivergedError, Interrupted, MismatchError, StorageError
+from rorchat.errors import DataError, DivergedError, Interrupted, MismatchError, StorageError
 from rorchat.training.callbacks import DIVERGED_ROWS, append_line
-from rorchat.training.checkpoint import KEPT, STAGING, Checkpoint, Checkpoints
-from rorchat.training.processes import any_process, sharding
+from rorchat.training.checkpoint import KEPT, MANIFEST, STAGING, WEIGHTS, Checkpoint, Checkpoints
+from rorchat.training.mirror import Mirror
+from rorchat.training.processes import any_process, sharding, wait_at_most
 
 SAVE = "SAVE"  # a file of this name in the run's folder asks for a checkpoint
 STATE = "run_state_{}.json"  # what the Trainer forgets, by process
@@ -112,10 +116,12 @@ class ResumableTrainer(Trainer):
     """A Trainer whose checkpoints are committed and verified; `attend` must be called before it trains."""
 
     def attend(self, folder: Path) -> None:
-        """Keeps the checkpoints of this run in a folder, and listens to signals."""
+        """Keeps the checkpoints of this run in a folder, listens to signals, and waits for no process for ever."""
+        wait_at_most(self.args.ddp_timeout)
         self.checkpoints = Checkpoints(folder, self.args.save_total_limit or KEPT)
         self.interruptions = Interruptions(folder)
-        self.identity: dict = {}  # told by the run
+        self.identity: dict = {}  # told by the run, as is the mirror
+        self.mirror: Mirror | None = None
         self.failed_saves = self.skipped_in_a_row = 0
         self.rolled_back = self._mended = False
         self._staging: Path | None = None
@@ -139,7 +145,7 @@ class ResumableTrainer(Trainer):
             stages = [
                 (main, lambda: self.checkpoints.begin(step)),
                 (True, lambda: self._write(staging, model, trial)),
-                (main, lambda: self.checkpoints.commit(staging, self._about(staging))),
+                (main, lambda: self._commit(staging)),
             ]
             for mine, stage in stages:
                 failure = _storage_failure(stage) if mine else None
@@ -163,6 +169,11 @@ class ResumableTrainer(Trainer):
         }
         (staging / STATE.format(self.args.process_index)).write_text(json.dumps(state))
 
+    def _commit(self, staging: Path) -> None:
+        committed = self.checkpoints.commit(staging, self._about(staging))
+        if self.mirror:
+            self.mirror.offer(committed, self.checkpoints.in_use)
+
     def _about(self, staging: Path) -> dict:
         missing = sorted(self._required() - {path.name for path in staging.iterdir()})
         if missing:
@@ -179,7 +190,7 @@ class ResumableTrainer(Trainer):
     def _required(self) -> set[str]:
         world = self.args.world_size
         random_states = ["rng_state.pth"] if world == 1 else [f"rng_state_{rank}.pth" for rank in range(world)]
-        names = {"model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
+        names = {WEIGHTS, "config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
         names |= {*random_states, *(STATE.format(rank) for rank in range(world))}
         return names | ({"scaler.pt"} if self.accelerator.scaler is not None else set())
 
@@ -254,7 +265,10 @@ class ResumableTrainer(Trainer):
         return done
 
     def _roll_back(self) -> Checkpoint | None:
-        checkpoint = self.checkpoints.newest()
+        try:
+            checkpoint = self.checkpoints.newest()
+        except DataError:  # none verifies
+            return None
         if checkpoint:
             self._load_from_checkpoint(str(checkpoint.folder))
             state = torch.load(checkpoint.folder / "optimizer.pt", map_location=self.args.device, weights_only=True)
@@ -271,9 +285,20 @@ class ResumableTrainer(Trainer):
 
     # Loading
 
+    def begin_at(self, checkpoint: Checkpoint) -> str:
+        """A folder to go on from at a checkpoint's step with its weights alone; all processes must call this."""
+        if self.is_world_process_zero():
+            self.checkpoints.lay_out_weights(checkpoint)
+            at = {"global_step": checkpoint.step, "train_batch_size": self.args.train_batch_size}
+            dataclasses.replace(self.state, **at).save_to_json(str(self.checkpoints.weights / TRAINER_STATE_NAME))
+            said = f"The weights of step {checkpoint.step} go on alone: optimizer and random state begin anew."
+            print(said, file=sys.stderr)  # noqa: T201
+        self.accelerator.wait_for_everyone()
+        return str(self.checkpoints.weights)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.model if model is None else model
-        weights = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        weights = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         own = model.state_dict()
         loaded = {own[name].data_ptr() for name in weights if name in own}
         missing = sorted(name for name, value in own.items() if name not in weights and value.data_ptr() not in loaded)
@@ -285,18 +310,24 @@ class ResumableTrainer(Trainer):
         model.load_state_dict(weights, strict=False)  # what is tied is there under one name
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         self._resumed_from = Path(checkpoint) if checkpoint else None
+        if checkpoint and not _is_whole(checkpoint):
+            with warnings.catch_warnings():  # that no optimizer stepped yet
+                warnings.simplefilter("ignore")
+                for _ in range(self.state.global_step):
+                    self.lr_scheduler.step()
+            return
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        saved = Checkpoint.read(checkpoint)
-        if saved.about["world_size"] == self.args.world_size:
+        if _is_whole(checkpoint) and Checkpoint.read(checkpoint).about["world_size"] == self.args.world_size:
             super()._load_rng_state(checkpoint)
             return
-        # with other processes there is no state to go on with, but one that no other step and process has
-        drawn = numpy.random.SeedSequence([self.args.seed, saved.step, self.args.process_index]).generate_state(3)
+        # with weights alone, or other processes, there is no state to go on with, but one that nobody else has
+        step = self.state.global_step
+        drawn = numpy.random.SeedSequence([self.args.seed, step, self.args.process_index]).generate_state(3)
         random.seed(int(drawn[0]))
         numpy.random.seed(drawn[1])
         torch.manual_seed(int(drawn[2]))
@@ -309,6 +340,7 @@ class _State(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # transformers 5.23 goes on with those of the checkpoint
         trainer, folder = self.trainer, self.trainer._resumed_from
         path = folder / STATE.format(args.process_index) if folder else None
         if path is None or not path.is_file():  # of another number of processes
@@ -329,6 +361,11 @@ class _State(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if not self.trainer._mended:
             self.trainer.skipped_in_a_row = 0
+
+
+def _is_whole(folder: str) -> bool:
+    """Whether what a run goes on from is a checkpoint, and not the weights of one."""
+    return (Path(folder) / MANIFEST).is_file()
 
 
 def _storage_failure(stage: Callable[[], object]) -> Exception | None:

@@ -51,6 +51,7 @@ def _fewer_steps(arguments) -> None:
 
 def _own_folders(arguments) -> None:
     """Nothing of the real run is written: another output folder, and another token store where there is none yet."""
+    arguments.mirror = None
     if arguments.output_dir.endswith(SUFFIX):  # its own config.yaml, run again
         return
     store = Path(arguments.token_store or Path(arguments.output_dir) / TOKENS)

@@ -18,9 +18,11 @@ from typing import ClassVar
 import torch
 from accelerate.utils import DistributedType
 from torch.utils.data import Subset
+from tqdm.auto import tqdm
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 from rorchat.device import peak_flops
 from rorchat.errors import UsageError, did_you_mean
@@ -28,9 +30,10 @@ from rorchat.evaluation.loss import Loss, dataset_loss
 from rorchat.inference.engine import ChatModel
 from rorchat.model import flops_per_token
 from rorchat.tokenizer import token_bytes
-from rorchat.training.callbacks import Metrics, Samples, Utilization, Watch
+from rorchat.training.callbacks import Metrics, Samples, Utilization, Watch, append_line
 from rorchat.training.checkpoint import KEPT
 from rorchat.training.machine import best_precision, keep_freed_memory, use_all_cores
+from rorchat.training.memory import DividingTrainer
 from rorchat.training.optimizer import ADAMW_BETAS, OPTIMIZERS, build_optimizer
 from rorchat.training.processes import check_sharding, meet_on_cpu, whole_model
 from rorchat.training.resume import ResumableTrainer
@@ -104,6 +107,14 @@ class OptimizationArguments:
         default=0.0, metadata={"help": "Dollars an hour of the whole machine: shows and logs what the run has cost."}
     )
 
+    weights_only: bool = field(
+        default=False,
+        metadata={"help": "Where nothing else is left, or the optimizer is to be another: go on from weights alone."},
+    )
+    mirror: str | None = field(
+        default=None, metadata={"help": "A folder (Drive) or Hub id that gets every checkpoint, and to go on from."}
+    )
+
     @property
     def on_gpu(self) -> bool:
         """Whether training will be on a CUDA device; known before Transformers sets one up."""
@@ -128,6 +139,8 @@ class OptimizationArguments:
                 f"save_total_limit is {self.save_total_limit}: give {KEPT} or more, for the newest "
                 "checkpoint may be the one that a disk damages."
             )
+        if self.mirror and self.save_strategy == SaveStrategy.NO:
+            raise UsageError("mirror copies checkpoints, and save_strategy is no: leave one of the two out.")
         if self.max_steps < -1 or self.max_steps == 0:
             raise UsageError(f"max_steps is {self.max_steps}: give a positive number, or leave it out.")
 
@@ -166,7 +179,7 @@ class OptimizationArguments:
         self.include_num_input_tokens_seen = "no"  # ours are counted by the data
 
 
-class StageTrainer(ResumableTrainer):
+class StageTrainer(DividingTrainer, ResumableTrainer):
     """A Trainer with rorchat's loss, validation, optimizer and logs; mixed into TRL's trainers as well.
 
     `begin_stage` gives it what the constructors of Transformers and TRL have no place for.
@@ -203,6 +216,7 @@ class StageTrainer(ResumableTrainer):
         self.add_callback(self.watch)  # first: a step that diverged is not logged as any other
         self.add_callback(self.meter)
         self.attend(folder)
+        self.remember(folder)
         self.add_callback(Samples(folder, self._prompts(), speak, self.meter))
         for name in ("trainer", "trainer_utils"):  # what is compared there on resuming, `Run` compares better
             logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
@@ -259,18 +273,29 @@ class StageTrainer(ResumableTrainer):
         return 0  # tokens are what we count
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.watch.see(self.state.global_step + 1, loss)
+        return loss
+
+    def micro_step(self, model, inputs, num_items_in_batch):
         if not self._plain or num_items_in_batch is None:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            self.watch.see(self.state.global_step + 1, loss)
-            return loss
+            return super().micro_step(model, inputs, num_items_in_batch)
         if not model.training:
             model.train()
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
         loss.backward()
-        loss = loss.detach()
-        self.watch.see(self.state.global_step + 1, loss)
-        return loss
+        return loss.detach()
+
+    def ran_out(self, step: int, rows: int) -> None:
+        accumulated = self.args.gradient_accumulation_steps * -(-self.args.per_device_train_batch_size // rows)
+        found = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
+        record = {"step": step, "event": "out of memory", "tokens": self.tokens_after(step - 1)} | found
+        append_line(self.meter.path, record | self.meter.spent())
+        said = (
+            f"Out of memory at step {step}: it is done again, and all others, with {rows} rows at a time, {accumulated}"
+        )
+        tqdm.write(f"{said} times a step.", file=sys.stderr)
 
     def _clip_grad_norm(self, model):
         if not self._plain:

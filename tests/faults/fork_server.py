@@ -6,10 +6,14 @@ signal}. Faults work inside the run's folder alone and count operations from the
     {"kill_at": K, "during": STEP}    SIGKILL before the K-th operation of the save of a step; `torn` halves its file
     {"fail_at": K, "during": STEP, "errno": N}    that operation raises OSError instead
     {"count": FILE, "during": STEP}   writes what the operations were
+    with "mirroring" instead of "during": of the copy of that step's checkpoint in the mirror
     {"signal": N, "at": STEP, "where": "forward" | "save" | "evaluate"}    a signal to the process itself
+    {"fits": ROWS, "from": STEP, "in": "forward" | "backward" | "evaluate"}    there is no memory for more rows at once
+        from the N-th "micro_batch" of a step on
+    {"vanish": STEP}    the mirror is gone when that step is to be copied
     {"poison": [STEPS], "value": "nan", "in": "loss" | "gradient" | "weight" | "moment"}    in one `micro_batch`, or all
     {"rows": FOLDER}    writes the ids of every micro-batch that is trained on, a file for each process
-    {"off": "staging" | "state" | "watch" | "disk" | "signals"}    a protection that is switched off
+    {"off": "staging" | "state" | "watch" ...}    a protection that is switched off, see `switch_off`
 """
 
 import builtins
@@ -19,9 +23,11 @@ import io
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -34,10 +40,12 @@ import rorchat.model as model_module
 import rorchat.training.trainer as trainer_module
 from rorchat.tokens.plan import Plan
 from rorchat.training import callbacks as callbacks_module
+from rorchat.training import memory as memory_module
 from rorchat.training import resume as resume_module
 from rorchat.training import run as run_module
 from rorchat.training.checkpoint import Checkpoints
 from rorchat.training.dpo import PreferenceTrainer
+from rorchat.training.mirror import FolderPlace, Mirror
 from rorchat.training.pretrain import PretrainTrainer
 from rorchat.training.resume import ResumableTrainer
 from rorchat.training.sft import ChatTrainer
@@ -60,8 +68,12 @@ class Disk:
         except TypeError:  # a descriptor
             return True
 
+    def elsewhere(self) -> bool:
+        """Whether what happens is not the fault's: the mirror's thread, or the others."""
+        return (threading.current_thread().name == "mirror") != ("mirroring" in self.fault)
+
     def before(self, name: str, path) -> None:
-        if not self.on:
+        if not self.on or self.elsewhere():
             return
         self.done.append(f"{name} {path}")
         if len(self.done) == self.fault.get("kill_at") and not self.fault.get("torn"):
@@ -70,7 +82,9 @@ class Disk:
             raise OSError(self.fault["errno"], os.strerror(self.fault["errno"]), str(path))
 
     def after(self, path) -> None:
-        if self.on and len(self.done) == self.fault.get("kill_at") and self.fault.get("torn"):
+        if not self.on or self.elsewhere():
+            return
+        if len(self.done) == self.fault.get("kill_at") and self.fault.get("torn"):
             if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
                 os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -98,18 +112,26 @@ class Disk:
         for module in (safetensors.torch, transformers.modeling_utils):
             name = "save_file" if hasattr(module, "save_file") else "safe_save_file"
             self.watch(module, name, at=1)
-        save = ResumableTrainer._save_checkpoint
+        if "mirroring" in self.fault:
+            wait_for_copies()
+            self.turn_on(FolderPlace, "put", lambda place, checkpoint, run: checkpoint.step == self.fault["mirroring"])
+        else:
+            at = self.fault.get("during")
+            self.turn_on(ResumableTrainer, "_save_checkpoint", lambda trainer, *_: trainer.state.global_step == at)
 
-        def counted(trainer, *arguments):
-            self.on = self.fault.get("always") or trainer.state.global_step == self.fault.get("during")
+    def turn_on(self, owner, name: str, wanted) -> None:
+        real = getattr(owner, name)
+
+        def counted(*arguments):
+            self.on = self.fault.get("always") or wanted(*arguments)
             try:
-                save(trainer, *arguments)
+                return real(*arguments)
             finally:
                 self.on = False
                 if "count" in self.fault and self.done:
                     Path(self.fault["count"]).write_text(json.dumps(self.done))
 
-        ResumableTrainer._save_checkpoint = counted
+        setattr(owner, name, counted)
 
 
 def poison(fault: dict) -> None:
@@ -140,6 +162,32 @@ def poison(fault: dict) -> None:
 
     for kind in (PretrainTrainer, ChatTrainer, PreferenceTrainer):
         kind.compute_loss = (lambda real: lambda *arguments, **options: poisoned(real, *arguments, **options))(
+            kind.compute_loss
+        )
+
+
+def run_out(fault: dict) -> None:
+    """A forward or backward pass over more rows than fit has no memory, from a step on."""
+
+    def raise_it(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def limited(real, trainer, model, inputs, *arguments, **options):
+        early = trainer.state.global_step + 1 < fault["from"] or trainer._reached < fault.get("micro_batch", 1)
+        if early or len(inputs["input_ids"]) <= fault["fits"]:
+            return real(trainer, model, inputs, *arguments, **options)
+        if fault["in"] == "forward":
+            raise_it()
+        loss = real(trainer, model, inputs, *arguments, **options)
+        # behind the head's gradient, before the first layer's
+        handle = trainer.model.transformer.h[0].mlp.c_fc.weight.register_hook(lambda _: (handle.remove(), raise_it()))
+        return loss
+
+    if fault["in"] == "evaluate":
+        trainer_module.dataset_loss = raise_it
+        return
+    for kind in (PretrainTrainer, ChatTrainer, PreferenceTrainer):
+        kind.compute_loss = (lambda real: lambda *arguments, **options: limited(real, *arguments, **options))(
             kind.compute_loss
         )
 
@@ -175,6 +223,31 @@ def raise_signal(fault: dict) -> None:
     setattr(owner, name, sending)
 
 
+def wait_for_copies() -> None:
+    """Training waits for each copy: steps of milliseconds would overtake it, and the next one take its place."""
+    offer = Mirror.offer
+
+    def waiting(mirror, *arguments):
+        offer(mirror, *arguments)
+        with mirror._changed:
+            mirror._changed.wait_for(mirror._idle)
+
+    Mirror.offer = waiting
+
+
+def vanish(step: int) -> None:
+    """The mirror is gone when a step is to be copied, as a drive that somebody takes away."""
+    wait_for_copies()
+    put = FolderPlace.put
+
+    def gone(place, checkpoint, run):
+        if checkpoint.step == step:
+            shutil.rmtree(place.checkpoints.folder)
+        put(place, checkpoint, run)
+
+    FolderPlace.put = gone
+
+
 def log_rows(folder: str) -> None:
     real = trainer_module.StageTrainer.training_step
 
@@ -204,8 +277,28 @@ def switch_off(protection: str) -> None:
         callbacks_module.Watch.on_pre_optimizer_step = lambda *_, **__: None
     if protection == "disk":
         resume_module._storage_failure = lambda stage: stage() and None
+    if protection == "memory":
+        memory_module.is_out_of_memory = run_module.is_out_of_memory = lambda error: False
+    if protection == "identity":
+        run_module.differences = lambda *_: []
+    if protection == "lost":
+        run_module.is_lost_process = lambda error: False
     if protection == "signals":
         run_module.listening = contextlib.nullcontext
+
+
+def install(fault: dict, argv: list[str], own_rank: bool) -> None:
+    """Makes the faults that a job has; those of an operation, of memory and of numbers are one process's."""
+    if own_rank and fault.keys() & {"kill_at", "fail_at", "count"}:
+        Disk(argv[argv.index("--mirror" if "mirroring" in fault else "--output_dir") + 1], fault).install()
+    for name, make in (("poison", poison), ("fits", run_out)):
+        if own_rank and name in fault:
+            make(fault)
+    if "signal" in fault:
+        raise_signal(fault)
+    for name, make in (("rows", log_rows), ("vanish", vanish), ("off", switch_off)):
+        if name in fault:
+            make(fault[name])
 
 
 def child(job: dict) -> None:
@@ -215,16 +308,7 @@ def child(job: dict) -> None:
     os.environ.update(job.get("environment", {}))
     fault, argv = job.get("fault") or {}, job["argv"]
     own_rank = fault.get("rank", 0) == int(os.environ.get("RANK", "0"))
-    if own_rank and fault.keys() & {"kill_at", "fail_at", "count"}:
-        Disk(argv[argv.index("--output_dir") + 1], fault).install()
-    if own_rank and "poison" in fault:
-        poison(fault)
-    if "signal" in fault:
-        raise_signal(fault)
-    if "rows" in fault:
-        log_rows(fault["rows"])
-    if "off" in fault:
-        switch_off(fault["off"])
+    install(fault, argv, own_rank)
     if job.get("dropout"):
         with_dropout(job["dropout"])
     try:

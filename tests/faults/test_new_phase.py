@@ -73,7 +73,7 @@ def test_another_mixture_is_refused_with_a_table_and_the_flag_is_named(bench, ph
     assert any(line.startswith("inputs.mixture.sources.self") and "another run" in line for line in lines)
     assert "Give --new_phase to go on with another mixture" in lines[-1] and "\n" not in lines[-1]
     done = phases(out, NEW, new_phase=True, learning_rate=1e-4)
-    assert done.code == 78 and "learning_rate None, now 0.0001. Choose another output_dir" in done.said
+    assert done.code == 78 and "learning_rate None, now 0.0001. Choose another place" in done.said
     assert verified_steps(out)[0] == STOP
 
 
@@ -199,7 +199,7 @@ def test_a_store_that_was_replaced_by_another_of_its_size_is_refused_and_one_tha
     shutil.copytree(bench.folder / "b", place)
     done = bench.run(out, **flags)
     assert done.code == 78 and f"holds another run: inputs.sources.store={place} " in done.said, done.said
-    assert done.said.endswith("Choose another output_dir, or delete the folder.\n")
+    assert done.said.endswith("Choose another place, or delete the folder.\n")
     done = bench.run(out, new_phase=True, **flags)
     assert done.code == 78 and f"Source 'store' was store={place}" in done.said, done.said
     done = bench.run(out, sources=[f"store={bench.folder / 'a'}"], new_phase=True)

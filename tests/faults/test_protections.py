@@ -8,7 +8,8 @@ from faults.harness import verified_steps, weights
 from faults.test_bit_rot import flipped
 from faults.test_resume import log_of
 
-from rorchat.training.checkpoint import Checkpoint, Checkpoints
+from rorchat.training import mirror
+from rorchat.training.checkpoint import Checkpoint, Checkpoints, Damaged, copy
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +57,35 @@ def test_without_listening_a_signal_loses_the_step(bench):
     out = bench.fresh()
     done = bench.run(out, {"signal": int(signal.SIGTERM), "at": 3, "where": "forward", "off": "signals"})
     assert done.code == -signal.SIGTERM and verified_steps(out) == [2]
+
+
+def test_without_dividing_no_memory_ends_the_run(bench):
+    done = bench.run(bench.fresh(), {"fits": 1, "from": 3, "in": "forward", "off": "memory"})
+    assert done.code == 99 and "OutOfMemoryError" in done.said
+
+
+def test_without_knowing_it_a_lost_process_ends_the_other_with_a_traceback(bench):
+    fault = {"signal": int(signal.SIGKILL), "at": 3, "where": "forward", "rank": 1, "off": "lost"}
+    assert "Traceback" in bench.run(bench.fresh(), fault, processes=2).said
+
+
+def test_without_verifying_what_arrived_a_mirror_takes_a_copy_that_is_none(bench, at_four, monkeypatch, tmp_path):
+    def damaging(source, target):
+        copy(source, target)
+        flipped(0.5)(target / "model.safetensors")
+
+    monkeypatch.setattr(mirror, "copy", damaging)
+    place = mirror.FolderPlace(tmp_path / "copy", at_four)
+    checkpoint = Checkpoint.read(at_four / "checkpoint-4")
+    with pytest.raises(Damaged, match="sha256 differs"):
+        place.put(checkpoint, at_four)
+    assert place.found() == []
+    monkeypatch.setattr(Checkpoint, "verify", Checkpoint.check_sizes)
+    place.put(checkpoint, at_four)
+    assert [each.step for each in place.found()] == [4]
+
+
+def test_without_comparing_identities_another_learning_rate_goes_on_in_silence(bench, at_four):
+    out = bench.fresh(at_four)
+    assert bench.run(out, learning_rate=1e-3).code == 78
+    assert bench.run(out, {"off": "identity"}, learning_rate=1e-3).code == 0

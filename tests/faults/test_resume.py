@@ -109,3 +109,11 @@ def test_five_kills_in_a_row(bench, wholes):
         assert bench.run(out, {"kill_at": 9, "during": step}, **FLAGS).code == -9
     assert bench.run(out, **FLAGS).code == 0
     assert_same(out, wholes())
+
+
+def test_a_run_that_goes_on_logs_and_saves_as_often_as_it_is_told_now(bench):
+    out = bench.fresh()
+    assert bench.run(out, {"kill_at": 1, "during": 4}).code == -9
+    assert bench.run(out, {"kill_at": 1, "during": 6}, save_steps=3, logging_steps=2).code == -9
+    assert [each.step for each in Checkpoints(out).committed()] == [3, 2]
+    assert [line["step"] for line in log_of(out) if "loss" in line] == [4, 6]

@@ -46,3 +46,15 @@ def test_a_step_that_is_no_number_is_skipped(bench, base, stage):
     done = bench.run(out, {"poison": [3], "value": "nan", "in": "loss"}, stage=stage, **FLAGS | {"model": str(base)})
     assert done.code == 0 and "Skipped" in done.said, done.said
     assert (out / "diverged_rows.jsonl").is_file()
+
+
+@pytest.mark.parametrize(("stage", "fits", "near"), [("sft", 1, 1e-5), ("dpo", 2, 0.05)])
+def test_memory_that_runs_out_halves_the_micro_batch(bench, base, stage, fits, near):
+    """A pair is two rows. DPO's losses are means over a micro-batch, of pairs and of tokens: its halves weigh alike."""
+    out, whole, flags = bench.fresh(), bench.fresh(), FLAGS | {"model": str(base), "logging_steps": 1}
+    assert bench.run(whole, stage=stage, **flags).code == 0
+    done = bench.run(out, {"fits": fits, "from": 3, "in": "backward"}, stage=stage, **flags)
+    assert done.code == 0 and "Out of memory at step 3" in done.said, done.said
+    losses = [[line["loss"] for line in log_of(run) if "loss" in line] for run in (out, whole)]
+    assert losses[0][:2] == losses[1][:2]
+    assert losses[0] == pytest.approx(losses[1], rel=near)
