@@ -33,6 +33,9 @@ KEPT = 2  # verified checkpoints at least: the newest may be the one that a disk
 #: What a file system says that has no such rename.
 _NO_RENAME = {errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
+#: What one says that flushes no folders: many that live in user space or on the network.
+_NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
 
 class Damaged(DataError):
     """A folder that is no checkpoint, or no longer."""
@@ -153,6 +156,9 @@ def _flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_FSYNC:
+            raise
     finally:
         os.close(descriptor)
 

@@ -111,20 +111,20 @@ class Mirror:
 
         What could not be copied before is tried once more.
         """
-        if self._newest is None:
+        newest, self._newest = self._newest, None  # once, also where a signal ends the waiting
+        if newest is None:
             return
         with self._changed:
             if not self._changed.wait_for(self._idle, UNTOLD):
-                _tell(f"mirror {self.told}: waiting for checkpoint-{self._newest.step}; Ctrl-C does not wait")
+                _tell(f"mirror {self.told}: waiting for checkpoint-{newest.step}; Ctrl-C does not wait")
             idle = self._changed.wait_for(self._idle, seconds)
-        if idle and self._done != self._newest.step and seconds is None:
-            self.offer(self._newest, self._in_use)
+        if idle and self._done != newest.step and seconds is None:
+            self.offer(newest, self._in_use)
             with self._changed:
                 self._changed.wait_for(self._idle)
-        if self._done != self._newest.step:
-            newest = "nothing" if self._done is None else f"checkpoint-{self._done}"
-            _tell(f"mirror {self.told}: {newest} is the newest there, checkpoint-{self._newest.step} the newest here")
-        self._newest = None
+        if self._done != newest.step:
+            there = "nothing" if self._done is None else f"checkpoint-{self._done}"
+            _tell(f"mirror {self.told}: {there} is the newest there, checkpoint-{newest.step} the newest here")
 
     def _idle(self) -> bool:
         return not self._in_use

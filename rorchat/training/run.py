@@ -88,7 +88,8 @@ class Run:
             return
         if copied := self.mirror.place.found():
             before = {key: value for key, value in copied[0].about["identity"].items() if key in self.record}
-            self._require_same(before, self.record, self.mirror.told, getattr(self.arguments, "new_phase", False))
+            new_phase = getattr(self.arguments, "new_phase", False)
+            self._require_same(before, self.record, self.mirror.told, new_phase, self.arguments.weights_only)
         try:
             brought = self.mirror.bring(Checkpoints(self.folder))
         except DataError:
@@ -128,7 +129,8 @@ class Run:
         before = self.checkpoint.about["identity"] if self.checkpoint else self._found
         carried = {"past": self._past_behind(before), "weights_only": before.get("weights_only", [])}
         self.record |= {key: value for key, value in carried.items() if value}
-        found = self._require_same({**before, **carried}, self.record, self.folder, self.appends)
+        may_lose = self.arguments.weights_only and self.checkpoint is not None
+        found = self._require_same({**before, **carried}, self.record, self.folder, self.appends, may_lose)
         self.weights_alone |= any(each.follows == WEIGHTS_ALONE for each in found)
         if self.weights_alone:
             self.record["weights_only"] = [*carried["weights_only"], self.checkpoint.step]
@@ -163,10 +165,11 @@ class Run:
         self.appends = True
         return [*past, own]
 
-    def _require_same(self, before: dict, now: dict, where: object, new_phase: bool = False) -> list[Difference]:
+    def _require_same(
+        self, before: dict, now: dict, where: object, new_phase: bool = False, weights_only: bool = False
+    ) -> list[Difference]:
         """Raises MismatchError where two identities differ in what decides; tells, and gives, where they differ."""
-        elastic = self.record["stage"] == "pretrain"
-        found = differences(before, now, elastic, new_phase, self.arguments.weights_only)
+        found = differences(before, now, self.record["stage"] == "pretrain", new_phase, weights_only)
         if found and PartialState().is_main_process:
             print(*table(found), sep="\n", file=sys.stderr)  # noqa: T201
         fatal = [each for each in found if each.is_fatal]
@@ -277,9 +280,9 @@ class Run:
                     "finished": True,
                 }
             )
-        if self.mirror:
-            self.mirror.finish()
         trainer.accelerator.wait_for_everyone()
+        if self.mirror:  # for which nobody else waits
+            self.mirror.finish()
         return metrics
 
     def _start(self, trainer) -> str | None:

@@ -10,6 +10,7 @@ signal}. Faults work inside the run's folder alone and count operations from the
     {"signal": N, "at": STEP, "where": "forward" | "save" | "evaluate"}    a signal to the process itself
     {"fits": ROWS, "from": STEP, "in": "forward" | "backward" | "evaluate"}    there is no memory for more rows at once
         from the N-th "micro_batch" of a step on
+    {"no_rename": ERRNO}    no folder can be renamed
     {"vanish": STEP}    the mirror is gone when that step is to be copied
     {"poison": [STEPS], "value": "nan", "in": "loss" | "gradient" | "weight" | "moment"}    in one `micro_batch`, or all
     {"rows": FOLDER}    writes the ids of every micro-batch that is trained on, a file for each process
@@ -223,6 +224,18 @@ def raise_signal(fault: dict) -> None:
     setattr(owner, name, sending)
 
 
+def refuse_renames(number: int) -> None:
+    """The file system renames files, and no folders."""
+    real = os.rename
+
+    def rename(source, target, **options):
+        if os.path.isdir(source):
+            raise OSError(number, os.strerror(number), str(source))
+        real(source, target, **options)
+
+    os.rename = rename
+
+
 def wait_for_copies() -> None:
     """Training waits for each copy: steps of milliseconds would overtake it, and the next one take its place."""
     offer = Mirror.offer
@@ -289,6 +302,8 @@ def switch_off(protection: str) -> None:
 
 def install(fault: dict, argv: list[str], own_rank: bool) -> None:
     """Makes the faults that a job has; those of an operation, of memory and of numbers are one process's."""
+    if "no_rename" in fault:
+        refuse_renames(fault["no_rename"])
     if own_rank and fault.keys() & {"kill_at", "fail_at", "count"}:
         Disk(argv[argv.index("--mirror" if "mirroring" in fault else "--output_dir") + 1], fault).install()
     for name, make in (("poison", poison), ("fits", run_out)):

@@ -86,3 +86,8 @@ def test_two_processes(bench):
         flipped(0.5)(out / f"checkpoint-{step}" / "optimizer.pt")
     done = bench.run(out, weights_only=True, processes=2)
     assert done.code == 0 and "The weights of step 4 go on alone" in done.said, done.said
+
+
+def test_a_finished_run_of_other_settings_is_another_run(bench, whole):
+    done = bench.run(bench.fresh(whole), learning_rate=1e-4, weights_only=True)
+    assert done.code == 78 and "learning_rate" in done.said, done.said
