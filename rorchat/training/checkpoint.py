@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rorchat.errors import DataError
@@ -85,8 +85,13 @@ class Checkpoint:
             raise Damaged(f"{folder / MANIFEST} is not as it was written.")
         if said["format"] != FORMAT:
             raise Damaged(f"{folder / MANIFEST} has format {said['format']}; this version reads {FORMAT}.")
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in said.pop("files").items()}
-        return cls(folder, said, files)
+        return cls.of(folder, said)
+
+    @classmethod
+    def of(cls, folder: Path, said: dict) -> "Checkpoint":
+        """The checkpoint in a folder whose manifest says so."""
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in said["files"].items()}
+        return cls(folder, {key: value for key, value in said.items() if key != "files"}, files)
 
     def verify(self) -> None:
         """Reads every file.
@@ -133,7 +138,7 @@ def _files_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
-def seal(folder: Path, about: dict) -> None:
+def seal(folder: Path, about: dict) -> Checkpoint:
     """Makes the files of a folder a checkpoint: flushes them to the disk, and then writes their manifest.
 
     Args:
@@ -148,6 +153,7 @@ def seal(folder: Path, about: dict) -> None:
     said = json.loads(json.dumps({"format": FORMAT, **about, "files": files}))
     write_synced(folder / MANIFEST, json.dumps({**said, "sha256": seal_of(said)}, indent=2))
     _flush_folder(folder)
+    return Checkpoint.of(folder, said)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -208,8 +214,7 @@ class Checkpoints:
 
     def commit(self, staging: Path, about: dict) -> Checkpoint:
         """Seals what `begin` gave and gives it its name; only then the oldest ones go. That may fail and is told."""
-        seal(staging, about)
-        return Checkpoint.read(self._place(staging, about["step"]))
+        return self._place(seal(staging, about))
 
     def adopt(self, step: int, fetch: Callable[[Path], None]) -> Checkpoint:
         """Takes in a checkpoint from elsewhere as `commit` does one that was written here.
@@ -222,20 +227,21 @@ class Checkpoints:
         """
         staging = self.begin(step)
         fetch(staging)
-        Checkpoint.read(staging).verify()
-        return Checkpoint.read(self._place(staging, step))
+        fetched = Checkpoint.read(staging)
+        fetched.verify()
+        return self._place(fetched)
 
-    def _place(self, staging: Path, step: int) -> Path:
-        target = self.folder / f"checkpoint-{step}"
+    def _place(self, staged: Checkpoint) -> Checkpoint:
+        target = self.folder / f"checkpoint-{staged.step}"
         if target.exists():
             self._remove(target)
-        move(staging, target)
+        move(staged.folder, target)
         try:
             self.give_up()
             self.rotate()
         except OSError as error:
             print(f"{target.name} is saved, but older ones could not be removed: {error}", file=sys.stderr)  # noqa: T201
-        return target
+        return replace(staged, folder=target)
 
     def give_up(self) -> None:
         """Removes what was being written."""

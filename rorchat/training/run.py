@@ -51,7 +51,7 @@ class Run:
     def __init__(self, arguments, stage: str, inputs: dict[str, str]):
         self.folder, self.arguments = Path(arguments.output_dir), arguments
         self.record = identity_of(arguments, stage, inputs)
-        self.mirror = None
+        self.mirror = self.checkpoint = None
         self.appends = False  # whether another mixture goes on from the checkpoint
         self.weights_alone = False  # whether nothing else of the checkpoint goes on
         self._held = ExitStack()  # until the run ends, or the process

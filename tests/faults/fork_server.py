@@ -52,7 +52,7 @@ from rorchat.training.resume import ResumableTrainer
 from rorchat.training.sft import ChatTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
-GRACE = 5.0  # seconds that the others have when one process has ended badly
+GRACE = 2.5  # seconds that the others have when one process has ended badly
 OPERATIONS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")
 
 
@@ -341,6 +341,15 @@ def child(job: dict) -> None:
     os._exit(code)
 
 
+def run_for_signals(job: dict) -> dict:
+    """Tells the process that it forks, so that somebody may send it signals, and at its end what it came to."""
+    if not (pid := os.fork()):
+        child(job)
+    print(json.dumps({"pid": pid}), flush=True)  # noqa: T201
+    _, status, used = os.wait4(pid, 0)
+    return {"code": os.waitstatus_to_exitcode(status), "cpu_seconds": used.ru_utime + used.ru_stime}
+
+
 def run(job: dict) -> int:
     """The exit code of the process, or of the first of several that ended badly; the others are then ended, too."""
     pids = {}
@@ -385,7 +394,9 @@ def main() -> None:
         runpy.run_path(str(ROOT / "recipes" / f"{stage}.py"))
     gc.freeze()  # or every fork looks through all that was imported
     for line in sys.stdin:
-        print(json.dumps({"code": run(json.loads(line))}), flush=True)  # noqa: T201
+        job = json.loads(line)
+        done = run_for_signals(job) if job.get("signals") else {"code": run(job)}
+        print(json.dumps(done), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

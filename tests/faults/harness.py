@@ -44,9 +44,26 @@ class Server:
         log = self.logs / f"{next(self.numbers)}.log"
         job = {"argv": argv, "stage": stage, "fault": fault, "log": str(log), "dropout": dropout}
         job["processes"] = processes
+        self._send(job)
+        return Done(self._answer()["code"], log)
+
+    def start(self, argv: list[str]) -> int:
+        """A run that somebody sends signals to: its process. Nothing else runs until `wait` has its end."""
+        log = self.logs / f"{next(self.numbers)}.log"
+        self._send({"argv": argv, "stage": "pretrain", "log": str(log), "signals": True})
+        return self._answer()["pid"]
+
+    def wait(self) -> tuple[int, float]:
+        """(exit code, seconds of computing) of what was started."""
+        done = self._answer()
+        return done["code"], done["cpu_seconds"]
+
+    def _send(self, job: dict) -> None:
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        return Done(json.loads(self.process.stdout.readline())["code"], log)
+
+    def _answer(self) -> dict:
+        return json.loads(self.process.stdout.readline())
 
 
 class Done:
