@@ -24,6 +24,7 @@ def alone(folder: Path) -> Iterator[None]:
             _lock(file, folder)
             if not _is(path, file):
                 continue  # its last holder was about to delete it: the next one would hold another file
+            _leave_to_parent(file)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -45,6 +46,12 @@ def _lock(file: TextIO, folder: Path) -> None:
         file.seek(0)
         holder = file.read() or "another process"
         raise MismatchError(f"{folder} is in use by {holder}: wait for it, or choose another folder.") from None
+
+
+def _leave_to_parent(file: TextIO) -> None:
+    """Closes a file in the processes that this one forks: a lock is the open file's, and would outlive its holder."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=file.close)
 
 
 def _is(path: Path, file: TextIO) -> bool:

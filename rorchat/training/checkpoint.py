@@ -63,6 +63,11 @@ class Checkpoint:
         return self.about.get("validation_loss")
 
     @property
+    def mixed_before(self) -> list:
+        """What was mixed before the mixture that was trained on: over that seam validation losses do not compare."""
+        return self.about.get("identity", {}).get("past", [])
+
+    @property
     def bytes(self) -> int:
         return sum(size for size, _ in self.files.values())
 
@@ -118,7 +123,10 @@ class Checkpoint:
         for name, (size, _) in self.files.items():
             if name not in there:
                 raise Damaged(f"{self.folder / name} is missing.")
-            found = (self.folder / name).stat().st_size
+            try:
+                found = (self.folder / name).stat().st_size
+            except OSError as error:  # rotated away meanwhile
+                raise Damaged(f"{self.folder / name} cannot be read: {error.strerror}.") from None
             if found != size:
                 raise Damaged(f"{self.folder / name} has {found:,} bytes, it had {size:,} when it was written.")
         more = sorted(there - set(self.files))
@@ -238,7 +246,7 @@ class Checkpoints:
         move(staged.folder, target)
         try:
             self.give_up()
-            self.rotate()
+            self.rotate(target)
         except OSError as error:
             print(f"{target.name} is saved, but older ones could not be removed: {error}", file=sys.stderr)  # noqa: T201
         return replace(staged, folder=target)
@@ -248,14 +256,21 @@ class Checkpoints:
         if (self.folder / STAGING).exists():
             shutil.rmtree(self.folder / STAGING)
 
-    def rotate(self) -> None:
-        """Removes all but the newest ones and the best, of those whose files are there; and what it left half done."""
+    def rotate(self, new: Path) -> None:
+        """Removes all but the new one, the newest ones and the best; and what it left half done.
+
+        What lacks files counts as none of them. The best is the one with the lowest validation loss among those that
+        were measured on the same sources as the new one.
+        """
         self._empty_trash()
         committed = [each for each in self.committed() if _is_complete(each)]
-        measured = [each for each in committed if each.validation_loss is not None]
+        mixed_before = next((each.mixed_before for each in committed if each.folder == new), [])
+        measured = [
+            each for each in committed if each.validation_loss is not None and each.mixed_before == mixed_before
+        ]
         stay = {each.folder for each in committed[: self.kept]}
         stay |= {min(measured, key=lambda each: each.validation_loss).folder} if measured else set()
-        stay |= self.in_use
+        stay |= {new, *self.in_use}
         for each in committed:
             if each.folder not in stay:
                 self._remove(each.folder)
@@ -282,17 +297,10 @@ class Checkpoints:
 
     def newest(self) -> Checkpoint | None:
         """As `recover`, on every process: the first one looks and clears up, the others take what it left."""
-        from accelerate import PartialState
+        from rorchat.training.processes import by_first_process
 
-        state, lost = PartialState(), None
-        with state.main_process_first():
-            try:
-                found = self.recover() if state.is_main_process else next(iter(self.committed()), None)
-            except DataError as error:
-                lost = error
-        if lost:  # not above: the other processes would wait for the end of this one's turn
-            raise lost
-        return found
+        by_first_process(self.recover)
+        return next(iter(self.committed()), None)
 
     def committed(self) -> list[Checkpoint]:
         """What has a manifest, the newest first; nothing is verified."""
@@ -366,7 +374,7 @@ class Checkpoints:
                 checkpoint.verify()
                 return checkpoint
             except Damaged as damage:
-                self._set_aside(folder, damage)
+                self.set_aside(folder, damage)
         if self.damaged():
             raise DataError(
                 f"No checkpoint in {self.folder} verifies; {self.damaged()[-1].name} is one of {len(self.damaged())} "
@@ -393,10 +401,11 @@ class Checkpoints:
                 Checkpoint.read(target).verify()
                 return
             except Damaged as damage:  # a rename that was a copy, and was interrupted
-                self._set_aside(target, damage)
+                self.set_aside(target, damage)
         move(staging, target)
 
-    def _set_aside(self, folder: Path, damage: Damaged) -> None:
+    def set_aside(self, folder: Path, damage: Damaged) -> None:
+        """Takes its name from what does not verify, and says so."""
         number = 1
         while (aside := folder.with_name(f"{folder.name}{DAMAGED}{number}")).exists():
             number += 1

@@ -153,4 +153,6 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         return dataset  # rows come encoded
 
     def evaluate(self, *args, **kwargs):
-        return DPOTrainer.evaluate(self, *args, **kwargs)  # a pair's loss, accuracy and margin, not a token's
+        metrics = DPOTrainer.evaluate(self, *args, **kwargs)  # a pair's loss, accuracy and margin, not a token's
+        self._validated = self.state.global_step, metrics["eval_loss"]
+        return metrics

@@ -7,7 +7,7 @@ does not matter, or changes roundings alone, or was allowed.
 import json
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,7 +27,11 @@ LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "t
 FREE_SETTINGS = {
     "output_dir", "logging_steps", "logging_strategy", "report_to", "dataloader_num_workers", "save_steps",
     "save_strategy", "save_total_limit", "run_name", "use_cpu", "sample_steps", "price_per_hour", "ddp_timeout",
-    "mirror", "new_phase", "weights_only",
+    "mirror", "new_phase", "weights_only", "eval_steps", "eval_strategy", "eval_on_start", "eval_delay",
+    "sample_prompts", "disable_tqdm", "log_level", "log_level_replica", "logging_first_step",
+    "dataloader_prefetch_factor", "dataloader_pin_memory", "dataloader_persistent_workers",
+    # what these lead to is compared: contents, by sha256, and the precision
+    "tokenizer", "model", "persona", "token_store", "bf16", "fp16",
 }  # fmt: skip
 ANOTHER_RUN, WEIGHTS_ALONE = "another run", "the weights alone go on"
 #: How a mixture was said; what it says is compared in its place.
@@ -37,7 +41,7 @@ MIXED = ("inputs.mixture", "inputs.sources")
 #: What the weights know nothing of: it may change where they alone go on.
 OPTIMIZATION = {
     "optimizer", "learning_rate", "matrix_learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type",
-    "lr_scheduler_kwargs", "warmup_steps", "cooldown_share", "seed", "bf16", "fp16", "tf32",
+    "lr_scheduler_kwargs", "warmup_steps", "cooldown_share", "seed",
 }  # fmt: skip
 #: What changes roundings alone where the order of the data does not hang on it.
 ELASTIC = {
@@ -92,8 +96,19 @@ def identity_of(arguments, stage: str, inputs: dict[str, str]) -> dict[str, obje
         "versions": {library: version(library) for library in LIBRARIES},
         "python": platform.python_version(),
         "processes": PartialState().num_processes,
-        "settings": arguments.given,
+        "device": "cuda" if arguments.on_gpu else "cpu",
+        "precision": "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32",
+        "settings": _not_default(arguments),
     }
+
+
+def _not_default(arguments) -> dict[str, object]:
+    """What was set to something else than the default: to say the default is to say nothing."""
+    defaults = {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory()
+        for each in fields(arguments)
+    }
+    return {name: value for name, value in arguments.given.items() if defaults[name] != value}
 
 
 @dataclass(frozen=True)
@@ -126,7 +141,7 @@ def differences(
         weights_only: nothing of the optimizer goes on, so that it may be another.
     """
     free = FREE_SETTINGS | (SAID if elastic else set())
-    mild = {"versions", "python", "rorchat"} | (ELASTIC if elastic else set())
+    mild = {"versions", "python", "rorchat", "device", "precision", "tf32"} | (ELASTIC if elastic else set())
 
     def follows(name: str) -> str:
         if name.split(".")[0] in mild:

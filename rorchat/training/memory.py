@@ -4,6 +4,7 @@ Transformers' `auto_find_batch_size` starts the whole run anew with a smaller ba
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from rorchat.errors import Interrupted, UsageError
+from rorchat.tokens.store import write_synced
 
 MICRO_BATCH = "micro_batch.json"  # what fits, so that a run that goes on need not find out again
 
@@ -33,8 +35,14 @@ class DividingTrainer(Trainer):
         """Keeps how many rows fit in a file of the run's folder, and begins with what it says."""
         self._micro_batch = folder / MICRO_BATCH
         self.rows_that_fit = self.args.per_device_train_batch_size
-        if self._micro_batch.is_file():
-            self.rows_that_fit = min(self.rows_that_fit, json.loads(self._micro_batch.read_text())["rows"])
+        try:
+            rows = int(json.loads(self._micro_batch.read_text())["rows"])
+        except (OSError, ValueError, KeyError, TypeError):  # there is none, or none any more: it is found out again
+            return
+        if 0 < rows < self.rows_that_fit:
+            self.rows_that_fit = rows
+            if self.is_world_process_zero():
+                print(f"{rows} rows at a time, which is what {self._micro_batch} says did fit", file=sys.stderr)  # noqa: T201
 
     def micro_step(self, model, inputs: dict[str, Tensor], num_items_in_batch) -> Tensor:
         """Forward and backward of a micro-batch or a part of one; its loss, detached."""
@@ -92,7 +100,7 @@ class DividingTrainer(Trainer):
                 "max_length), or --gradient_checkpointing true."
             )
         self.rows_that_fit = before // 2
-        self._micro_batch.write_text(json.dumps({"rows": self.rows_that_fit}))
+        write_synced(self._micro_batch, json.dumps({"rows": self.rows_that_fit}))
         if self.args.world_size > 1:
             raise Interrupted(
                 f"Out of memory at step {step} with micro-batches of {before}: the same command goes on from the last "

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from tqdm.auto import tqdm
 
-from rorchat.errors import DataError, PermissionRefused, RemoteError, StorageError, UsageError
+from rorchat.errors import DataError, MismatchError, PermissionRefused, RemoteError, StorageError, UsageError
 from rorchat.training.checkpoint import KEPT, MANIFEST, Checkpoint, Checkpoints, Damaged, copy
 
 #: Not run.json: it may say already that the run has finished, and the model that it speaks of is not copied.
@@ -36,6 +36,9 @@ class Place(Protocol):
 
     def get(self, checkpoint: Checkpoint, target: Path) -> None:
         """Copies the files of a checkpoint that was found into an empty folder."""
+
+    def set_aside(self, checkpoint: Checkpoint, damage: Damaged) -> None:
+        """Takes its name from a copy that does not verify: else it would count as one, and newer ones go for it."""
 
     def get_run_files(self, run: Path) -> None:
         """Copies the run's own files, as far as they are there."""
@@ -70,15 +73,13 @@ class Mirror:
             here = checkpoints.recover()
         except DataError as error:
             lost = error
-        there = self.place.found()
-        self._done = there[0].step if there else None
-        for copied in there:
+        for copied in self.look():
             if here and copied.step <= here.step:
                 break
             try:
                 brought = checkpoints.adopt(copied.step, lambda target, copied=copied: self.place.get(copied, target))
             except Damaged as damage:
-                _tell(f"mirror {self.told}: {damage} The one before it is looked at.")
+                self.place.set_aside(copied, damage)
                 continue
             self.place.get_run_files(self.run)
             _tell(f"mirror {self.told}: checkpoint-{brought.step} was brought from there")
@@ -86,6 +87,12 @@ class Mirror:
         if lost:
             raise lost
         return None
+
+    def look(self) -> list[Checkpoint]:
+        """The copies that are there, the newest first."""
+        there = self.place.found()
+        self._done = there[0].step if there else None
+        return there
 
     def offer(self, checkpoint: Checkpoint, in_use: set[Path]) -> None:
         """Has a committed checkpoint copied, in place of one that waits; nothing where its copy is the newest there.
@@ -182,6 +189,11 @@ class FolderPlace:
             raise StorageError(f"mirror {folder}: there is no {folder.resolve().parent}. Mount the drive, or make it.")
         folder.mkdir(exist_ok=True)
         self.checkpoints = Checkpoints(folder, KEPT)
+        strange = sorted(path.name for path in folder.iterdir() if path.name not in RUN_FILES and path.name[0] != ".")
+        if strange and not self.found():
+            raise MismatchError(
+                f"mirror {folder} holds {strange[0]} and no checkpoint: give a folder of its own, it need not be there."
+            )
 
     def found(self) -> list[Checkpoint]:
         return self.checkpoints.committed()
@@ -195,6 +207,9 @@ class FolderPlace:
 
     def get(self, checkpoint: Checkpoint, target: Path) -> None:
         copy(checkpoint.folder, target)
+
+    def set_aside(self, checkpoint: Checkpoint, damage: Damaged) -> None:
+        self.checkpoints.set_aside(checkpoint.folder, damage)
 
     def get_run_files(self, run: Path) -> None:
         _copy_run_files(self.checkpoints.folder, run)
@@ -227,6 +242,8 @@ class HubPlace:
             raise UsageError(f"mirror {repository!r} is no folder and no Hub id: {error}") from None
         self._ask(lambda: self.api.create_repo(repository, private=True, exist_ok=True))
         self._ask(lambda: self.api.auth_check(repository, write=True))  # one that is there may be somebody else's
+        if not self._ask(lambda: self.api.repo_info(repository)).private:
+            raise MismatchError(f"mirror {repository} is public, and checkpoints are nobody's to see: make it private.")
 
     def _ask(self, question: Callable[[], object]) -> object:
         """Asks the Hub before training, when a failure may still be told."""
@@ -279,6 +296,11 @@ class HubPlace:
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(Path(folder) / checkpoint.folder.name / name, target / name)
 
+    def set_aside(self, checkpoint: Checkpoint, damage: Damaged) -> None:
+        name = checkpoint.folder.name
+        self._ask(lambda: self.api.delete_file(f"{name}/{MANIFEST}", self.repository))
+        _tell(f"mirror {self.repository}: {damage} Its {MANIFEST} was deleted, so that it counts no more.")
+
     def get_run_files(self, run: Path) -> None:
         there = self._ask(self._files)
         with tempfile.TemporaryDirectory() as folder:
@@ -301,8 +323,8 @@ class HubPlace:
             if there.get(path) not in ((file.stat().st_size, each) for each in _known_by(file)):
                 raise RemoteError(f"{path} did not arrive as it was sent")
         copied = {path.split("/")[0] for path in there if path.endswith(f"/{MANIFEST}")}
-        steps = sorted((int(each.rpartition("-")[2]) for each in copied), reverse=True)
-        old = [CommitOperationDelete(f"checkpoint-{step}/", is_folder=True) for step in steps[KEPT:]]
+        others = sorted(copied - {name}, key=lambda each: int(each.rpartition("-")[2]), reverse=True)
+        old = [CommitOperationDelete(f"{each}/", is_folder=True) for each in others[KEPT - 1 :]]
         if old:
             self.api.create_commit(self.repository, old, commit_message="older checkpoints")
 

@@ -3,12 +3,14 @@
 import copy
 import functools
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
+from accelerate import PartialState
 from transformers import GPT2LMHeadModel
 
-from rorchat.errors import UsageError
+from rorchat.errors import RorchatError, UsageError
 
 WHOLE_MATRICES = {
     "muon": "Muon needs whole matrices",
@@ -63,6 +65,25 @@ def check_sharding(arguments) -> None:
             f"save_strategy is {arguments.save_strategy}: checkpoints of a model sharded by {how} are in pieces that "
             "nothing here verifies. Give --save_strategy no, or launch with recipes/accelerate/ddp.yaml."
         )
+
+
+def by_first_process(task: Callable[[], object]) -> None:
+    """Runs a task on the first process while the others wait; what it refuses, all refuse.
+
+    Raises:
+        RorchatError, OSError: the first process's, on every process.
+    """
+    failure: list[RorchatError | OSError | None] = [None]
+    state = PartialState()
+    if state.is_main_process:
+        try:
+            task()
+        except (RorchatError, OSError) as error:
+            failure[0] = error
+    if state.num_processes > 1:
+        torch.distributed.broadcast_object_list(failure, src=0, group=_over_gloo())
+    if failure[0] is not None:
+        raise failure[0]
 
 
 def wait_at_most(seconds: float) -> None:

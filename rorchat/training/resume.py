@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from rorchat.errors import DataError, DivergedError, Interrupted, MismatchError, StorageError
 from rorchat.training.callbacks import DIVERGED_ROWS, append_line
@@ -36,6 +36,7 @@ from rorchat.training.processes import any_process, sharding, wait_at_most
 
 SAVE = "SAVE"  # a file of this name in the run's folder asks for a checkpoint
 STATE = "run_state_{}.json"  # what the Trainer forgets, by process
+KEPT_BY_TRL = ("_metrics", "_total_train_tokens")  # of its trainers (1.16): what is averaged into the next log line
 MOST_FAILED_SAVES = 3  # in a row
 MOST_SKIPPED = 3  # steps in a row, before the run goes back to a checkpoint
 SECOND_SIGNAL = 1.0  # seconds: a launcher passes the first one on, so that it may come twice
@@ -123,6 +124,7 @@ class ResumableTrainer(Trainer):
         self.identity: dict = {}  # told by the run, as is the mirror
         self.mirror: Mirror | None = None
         self.failed_saves = self.skipped_in_a_row = 0
+        self._began_with_weights = False  # and has saved nothing of its own since
         self.rolled_back = self._mended = False
         self._staging: Path | None = None
         self._validated: tuple[int, float] | None = None
@@ -148,7 +150,7 @@ class ResumableTrainer(Trainer):
                 (main, lambda: self._commit(staging)),
             ]
             for mine, stage in stages:
-                failure = _storage_failure(stage) if mine else None
+                failure = storage_failure(stage) if mine else None
                 if any_process(failure is not None)[0]:
                     self._failed_to_save(step, failure)
                     return
@@ -166,11 +168,13 @@ class ResumableTrainer(Trainer):
             "last_mixture": self.meter.last_mixture,
             "skipped_in_a_row": self.skipped_in_a_row,
             "rolled_back": self.rolled_back,
+            "trl": {name: getattr(self, name) for name in KEPT_BY_TRL if hasattr(self, name)},
         }
         (staging / STATE.format(self.args.process_index)).write_text(json.dumps(state))
 
     def _commit(self, staging: Path) -> None:
         committed = self.checkpoints.commit(staging, self._about(staging))
+        self._began_with_weights = False
         if self.mirror:
             self.mirror.offer(committed, self.checkpoints.in_use)
 
@@ -217,19 +221,27 @@ class ResumableTrainer(Trainer):
         return not any_process(not all(bool(tensor.isfinite().all()) for tensor in tensors))[0]
 
     def require_room(self) -> None:
-        """Raises StorageError where the disk has no room for two checkpoints, one of which may be there already."""
+        """Raises StorageError where the disk has no room for the checkpoints that there will be at once."""
         if self.args.save_strategy == SaveStrategy.NO:
             return
         there = self.checkpoints.committed()
         # weights and, at most, two numbers of the optimizer for each
         each = there[0].bytes if there else 12 * sum(parameter.numel() for parameter in self.model.parameters())
-        needed = each * (2 if not there else 1)
+        # the oldest goes when the new one is there; and one may be the best
+        most = self.checkpoints.kept + 1 + (self.args.eval_strategy != IntervalStrategy.NO)
+        needed = each * max(0, min(most - len(there), self._saves_to_come(there[0].step if there else 0)))
         free = shutil.disk_usage(self.checkpoints.folder).free
         if free < needed:
             raise StorageError(
                 f"{self.checkpoints.folder} has {free:,} bytes free, and checkpoints need {needed:,} more. Free some "
                 "space, choose another output_dir, or give --save_strategy no."
             )
+
+    def _saves_to_come(self, step: int) -> int:
+        every, steps = self.args.save_steps, self.args.max_steps
+        if self.args.save_strategy != SaveStrategy.STEPS or steps <= 0:
+            return self.checkpoints.kept + 2
+        return math.ceil((steps - step) / (every if every >= 1 else math.ceil(every * steps)))
 
     def _refuse_to_save(self, step: int) -> None:
         said = f"The weights or the optimizer's state of step {step} hold what is no number: they are not saved."
@@ -271,6 +283,9 @@ class ResumableTrainer(Trainer):
             return None
         if checkpoint:
             self._load_from_checkpoint(str(checkpoint.folder))
+            if self._began_with_weights:  # its optimizer is what was left behind
+                self.optimizer.state.clear()
+                return checkpoint
             state = torch.load(checkpoint.folder / "optimizer.pt", map_location=self.args.device, weights_only=True)
             self.optimizer.load_state_dict(state)
         return checkpoint
@@ -287,6 +302,7 @@ class ResumableTrainer(Trainer):
 
     def begin_at(self, checkpoint: Checkpoint) -> str:
         """A folder to go on from at a checkpoint's step with its weights alone; all processes must call this."""
+        self._began_with_weights = True
         if self.is_world_process_zero():
             self.checkpoints.lay_out_weights(checkpoint)
             at = {"global_step": checkpoint.step, "train_batch_size": self.args.train_batch_size}
@@ -319,6 +335,10 @@ class ResumableTrainer(Trainer):
             return
         super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.accelerator.scaler is not None:  # another device may compute in another precision
+            super()._load_scaler(checkpoint)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
@@ -350,6 +370,9 @@ class _State(TrainerCallback):
         trainer._globalstep_last_logged = found["last_logged"]
         trainer.meter.last_mixture = found["last_mixture"]
         trainer.skipped_in_a_row, trainer.rolled_back = found["skipped_in_a_row"], found["rolled_back"]
+        for mode, metrics in found["trl"].pop("_metrics", {}).items():
+            trainer._metrics[mode].update(metrics)
+        vars(trainer).update(found["trl"])
 
     def on_save(self, args, state, control, **kwargs):
         self.trainer.meter.interrupted = self.trainer.interruptions.stopping
@@ -368,7 +391,7 @@ def _is_whole(folder: str) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
-def _storage_failure(stage: Callable[[], object]) -> Exception | None:
+def storage_failure(stage: Callable[[], object]) -> Exception | None:
     """What kept a stage of saving from the disk; anything else is raised."""
     try:
         stage()

@@ -20,17 +20,18 @@ from pathlib import Path
 import yaml
 from accelerate import PartialState
 
-from rorchat.errors import DataError, DivergedError, Interrupted, MismatchError, UsageError
+from rorchat.errors import DataError, DivergedError, Interrupted, MismatchError, StorageError, UsageError
 from rorchat.lock import alone
 from rorchat.model import save_model
 from rorchat.tokens.past import closed, require_same_data
 from rorchat.tokens.store import write_synced
-from rorchat.training.checkpoint import Checkpoint, Checkpoints
+from rorchat.training.callbacks import DIVERGED_ROWS
+from rorchat.training.checkpoint import KEPT, Checkpoint, Checkpoints
 from rorchat.training.identity import WEIGHTS_ALONE, Difference, differences, identity_of, table
-from rorchat.training.memory import is_out_of_memory
+from rorchat.training.memory import MICRO_BATCH, is_out_of_memory
 from rorchat.training.mirror import GRACE, mirror_of
-from rorchat.training.processes import is_lost_process, whole_model
-from rorchat.training.resume import listening
+from rorchat.training.processes import by_first_process, is_lost_process, whole_model
+from rorchat.training.resume import listening, storage_failure
 
 TOKENS = "tokens"  # the folder of token stores in a run that names no other
 REMEDY = "Choose another place, or delete the folder."
@@ -56,10 +57,7 @@ class Run:
         self.weights_alone = False  # whether nothing else of the checkpoint goes on
         self._held = ExitStack()  # until the run ends, or the process
         self._held.enter_context(listening())
-        if PartialState().is_main_process:
-            self._held.enter_context(alone(self.folder))
-            self._bring()
-        PartialState().wait_for_everyone()
+        by_first_process(self._take)
         self._look()
         if getattr(arguments, "new_phase", False) and self._found is None:
             raise MismatchError(
@@ -78,20 +76,24 @@ class Run:
         """What was mixed before, as `rorchat.tokens.past` keeps it; empty while the first mixture goes on."""
         return self.record.get("past", [])
 
-    def _bring(self) -> None:
-        """Takes from the mirror what is newer than what is here: another machine left it, or this one, since reset."""
+    def _take(self) -> None:
+        """Locks the folder, and brings what is newer in the mirror, from another machine or before a reset."""
+        self._held.enter_context(alone(self.folder))
         self.mirror = mirror_of(self.arguments.mirror, self.folder)
         if self.mirror is None:
             return
         self._held.callback(self.mirror.finish, GRACE)
+        checkpoints = Checkpoints(self.folder, self.arguments.save_total_limit or KEPT)
+        copied = self.mirror.look()
         if (self._read() or {}).get("finished"):
             return
-        if copied := self.mirror.place.found():
-            before = {key: value for key, value in copied[0].about["identity"].items() if key in self.record}
-            new_phase = getattr(self.arguments, "new_phase", False)
-            self._require_same(before, self.record, self.mirror.told, new_phase, self.arguments.weights_only)
+        for where, there in ((self.folder, checkpoints.committed()), (self.mirror.told, copied)):
+            if there:
+                new_phase = getattr(self.arguments, "new_phase", False)
+                identity = there[0].about["identity"]
+                self._require_same(identity, self.record, where, new_phase, self.arguments.weights_only, tell=False)
         try:
-            brought = self.mirror.bring(Checkpoints(self.folder))
+            brought = self.mirror.bring(checkpoints)
         except DataError:
             if not self.arguments.weights_only:
                 raise
@@ -111,6 +113,8 @@ class Run:
         try:
             return json.loads((self.folder / "run.json").read_text())
         except (OSError, ValueError):
+            if committed := Checkpoints(self.folder).committed():  # whose manifests say it too, under seal
+                return committed[0].about["identity"]
             raise MismatchError(
                 f"The output folder {self.folder} is not empty and holds no run of rorchat. {REMEDY}"
             ) from None
@@ -166,13 +170,19 @@ class Run:
         return [*past, own]
 
     def _require_same(
-        self, before: dict, now: dict, where: object, new_phase: bool = False, weights_only: bool = False
+        self,
+        before: dict,
+        now: dict,
+        where: object,
+        new_phase: bool = False,
+        weights_only: bool = False,
+        tell: bool = True,
     ) -> list[Difference]:
         """Raises MismatchError where two identities differ in what decides; tells, and gives, where they differ."""
         found = differences(before, now, self.record["stage"] == "pretrain", new_phase, weights_only)
-        if found and PartialState().is_main_process:
-            print(*table(found), sep="\n", file=sys.stderr)  # noqa: T201
         fatal = [each for each in found if each.is_fatal]
+        if (fatal or (found and tell)) and PartialState().is_main_process:
+            print(*table(found), sep="\n", file=sys.stderr)  # noqa: T201
         if fatal:
             said = "; ".join(f"{each.name} {each.before}, now {each.now}" for each in fatal)
             raise MismatchError(f"{where} holds another run: {said}. {self._way_out(fatal)}{REMEDY}")
@@ -187,6 +197,10 @@ class Run:
 
     def already_finished(self) -> dict[str, float]:
         """Says so, and gives the metrics that the run ended with."""
+        checkpoints = Checkpoints(self.folder)
+        if self.mirror and (here := checkpoints.committed()):  # what a signal kept from being copied
+            self.mirror.offer(here[0], checkpoints.in_use)
+            self.mirror.finish()
         self._held.close()
         print(f"{self.folder}: finished before with these settings; delete the folder to run it again", file=sys.stderr)  # noqa: T201
         return self._found["metrics"]
@@ -195,7 +209,7 @@ class Run:
         """Writes config.yaml and run.json; clears what an unfinished run without a checkpoint left behind."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint is None:
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in ("metrics.jsonl", "samples.jsonl", DIVERGED_ROWS, MICRO_BATCH):
                 (self.folder / name).unlink(missing_ok=True)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.arguments.given, sort_keys=True))
         self._write({"plan": plan} if plan else {})
@@ -236,7 +250,6 @@ class Run:
         Returns:
             The final metrics, which are also in run.json.
         """
-        main = trainer.is_world_process_zero()
         plan = json.loads(json.dumps(details.get("plan")))
         trainer.identity = {**self.record, **json.loads(json.dumps(details))}
         trainer.mirror = self.mirror
@@ -244,11 +257,8 @@ class Run:
             trainer.meter.new_phase = {"sources": [*self.record["inputs"]["mixture"]["sources"]]}
         elif self.checkpoint:
             self._require_same(self.checkpoint.about["identity"], {"plan": plan}, self.folder)
-        if main:
-            self.begin(plan)
-            trainer.require_room()
-        trainer.accelerator.wait_for_everyone()
-        if main:
+        by_first_process(lambda: self.begin(plan) or trainer.require_room())
+        if trainer.is_world_process_zero():
             for line in told:
                 print(line, file=sys.stderr)  # noqa: T201
         started = time.monotonic()
@@ -267,23 +277,25 @@ class Run:
             )
         metrics = trainer.final_metrics() | {"train_seconds": seconds, "steps": trainer.state.global_step}
         metrics["tokens"] = trainer.tokens_after(trainer.state.global_step)
-        model = whole_model(trainer.accelerator.unwrap_model(trainer.model))  # on every process: shards are gathered
-        if main:
-            save_model(model, trainer.processing_class, self.model_folder)
-            device = str(model.device)
-            self._write(
-                {
-                    **details,
-                    "device": device,
-                    "parameters": model.num_parameters(),
-                    "metrics": metrics,
-                    "finished": True,
-                }
-            )
+        self._save(trainer, details, metrics)
         trainer.accelerator.wait_for_everyone()
         if self.mirror:  # for which nobody else waits
             self.mirror.finish()
         return metrics
+
+    def _save(self, trainer, details: dict, metrics: dict[str, float]) -> None:
+        """Saves the stock model, and then says that the run has finished."""
+        model = whole_model(trainer.accelerator.unwrap_model(trainer.model))  # on every process: shards are gathered
+        if not trainer.is_world_process_zero():
+            return
+        failure = storage_failure(lambda: save_model(model, trainer.processing_class, self.model_folder))
+        if failure:
+            raise StorageError(
+                f"The model could not be written into {self.model_folder} ({' '.join(str(failure).split())}). Free "
+                "some space; the same command goes on from the last checkpoint, if there is one."
+            )
+        found = {"device": str(model.device), "parameters": model.num_parameters(), "metrics": metrics}
+        self._write({**details, **found, "finished": True})
 
     def _start(self, trainer) -> str | None:
         """The folder that the Trainer goes on from, on every process."""

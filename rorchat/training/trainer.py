@@ -83,7 +83,14 @@ class OptimizationArguments:
         "ddp_find_unused_parameters": "every parameter is used",
         "accelerator_config": "batches come as the data has them, and are copied while the device computes",
         "average_tokens_across_devices": "every token counts the same, on whatever process",
-        "auto_find_batch_size": "a smaller micro-batch would be a smaller step; give per_device_train_batch_size",
+        "auto_find_batch_size": "micro-batches are halved by themselves where memory runs out",
+        "load_best_model_at_end": "the best stays as a checkpoint, `rorchat checkpoint list` and `export` have it",
+        "metric_for_best_model": "the best checkpoint is that with the lowest validation loss",
+        "save_only_model": "a checkpoint is to go on from; `rorchat checkpoint export` takes the model out",
+        "restore_callback_states_from_checkpoint": "it would bring back that a run was to stop",
+        "resume_from_checkpoint": "the same command goes on by itself",
+        "enable_jit_checkpoint": "SIGTERM saves by itself, at the end of a step",
+        "push_to_hub": "`rorchat push` verifies and pushes; `mirror` copies checkpoints",
         "ignore_data_skip": "a run goes on behind the rows that it has read",
         "activation_offloading": "`gradient_checkpointing` saves that memory",
         "torch_empty_cache_steps": "a step of ours leaves nothing that the next one does not need",
@@ -355,9 +362,7 @@ class StageTrainer(DividingTrainer, ResumableTrainer):
 
     def final_metrics(self) -> dict[str, float]:
         """The validation metrics after the last step: those just logged, or measured now."""
-        is_another = self.args.load_best_model_at_end  # what was logged is of the last model, not of the best
-        last = [] if is_another else self.state.log_history[-2:]
-        for record in last:
+        for record in self.state.log_history[-2:]:
             if record["step"] == self.state.global_step and "eval_loss" in record:
                 return {key: value for key, value in record.items() if key.startswith("eval_")}
         return self.evaluate()

@@ -289,7 +289,7 @@ def switch_off(protection: str) -> None:
     if protection == "watch":
         callbacks_module.Watch.on_pre_optimizer_step = lambda *_, **__: None
     if protection == "disk":
-        resume_module._storage_failure = lambda stage: stage() and None
+        resume_module.storage_failure = lambda stage: stage() and None
     if protection == "memory":
         memory_module.is_out_of_memory = run_module.is_out_of_memory = lambda error: False
     if protection == "identity":
