@@ -1,6 +1,5 @@
 """What must not be touched is not: the folders of other runs, of other people, and what a machine cannot know."""
 
-import json
 import shutil
 import signal
 
@@ -8,6 +7,7 @@ import pytest
 from faults.harness import verified_steps, weights
 from faults.test_bit_rot import flipped
 
+from rorchat.training.checkpoint import Checkpoint, seal
 from rorchat.training.mirror import FolderPlace
 
 SIGTERM = {"signal": int(signal.SIGTERM), "where": "forward"}
@@ -15,9 +15,11 @@ SIGTERM = {"signal": int(signal.SIGTERM), "where": "forward"}
 
 @pytest.fixture(scope="module")
 def at_four(bench):
-    """(a run's folder, its mirror), both with the checkpoints of steps 2 and 4."""
+    """(a run's folder, a mirror of it), both with the checkpoints of steps 2 and 4."""
     out, mirror = bench.fresh(), bench.fresh()
-    assert bench.run(out, {"kill_at": 1, "during": 6}, mirror=mirror).code == -9
+    assert bench.run(out, {"kill_at": 1, "during": 6}).code == -9
+    assert bench.run(bench.fresh(), {"kill_at": 1, "mirroring": 6}, mirror=mirror).code == -9
+    assert verified_steps(out) == verified_steps(mirror) == [4, 2]
     return out, mirror
 
 
@@ -45,24 +47,19 @@ def test_a_folder_of_something_else_is_no_mirror(bench, tmp_path, name):
     assert files_of(place) == {name: b"mine", "config.yaml": b"mine"}
 
 
-def test_damaged_copies_of_later_steps_do_not_make_a_mirror_lose_the_new_ones(bench, at_four):
+def test_damaged_copies_of_later_steps_do_not_make_a_mirror_lose_the_new_ones(bench, at_four, whole):
     out, mirror = (bench.fresh(folder) for folder in at_four)
-    place = FolderPlace(mirror, out)
     for step in (98, 100):
-        shutil.copytree(mirror / "checkpoint-4", mirror / f"checkpoint-{step}")
-        manifest = json.loads((mirror / f"checkpoint-{step}" / "MANIFEST.json").read_text())
-        from rorchat.tokens.store import seal_of
-
-        manifest = {**manifest, "step": step}
-        manifest.pop("sha256")
-        (mirror / f"checkpoint-{step}" / "MANIFEST.json").write_text(
-            json.dumps({**manifest, "sha256": seal_of(manifest)})
-        )
-        flipped(0.5)(mirror / f"checkpoint-{step}" / "model.safetensors")
-    assert [each.step for each in place.found()][:2] == [100, 98]
+        shutil.copytree(mirror / "checkpoint-4", copied := mirror / f"checkpoint-{step}")
+        (copied / "MANIFEST.json").unlink()
+        seal(copied, Checkpoint.read(mirror / "checkpoint-4").about | {"step": step})
+        flipped(0.5)(copied / "model.safetensors")
+    FolderPlace(mirror, out).put(Checkpoint.read(out / "checkpoint-4"), out)
+    assert verified_steps(mirror) == [4]
     done = bench.run(out, mirror=mirror)
     assert done.code == 0, done.said
-    assert verified_steps(mirror)[0] == 8
+    assert weights(out) == weights(whole)
+    assert verified_steps(mirror)[0] == 8 and (mirror / "checkpoint-100.damaged-1").is_dir()
 
 
 @pytest.mark.parametrize("damage", ["", "{}}", None])
