@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from rorchat.errors import DataError, UsageError
-from rorchat.training.checkpoint import MANIFEST, Checkpoint, Checkpoints, Damaged
+from rorchat.training.checkpoint import DAMAGED, MANIFEST, Checkpoint, Checkpoints, Damaged
 
+WHOLE = "whole"
 app = typer.Typer(help="Checkpoints: what there is, whether it is whole, and the model in it.", no_args_is_help=True)
 
 
@@ -45,13 +46,20 @@ def verify(folder: Annotated[Path, typer.Argument(help="A checkpoint, or the fol
     folders = [folder] if (folder / MANIFEST).is_file() else sorted(folder.glob("checkpoint-*"))
     if not folders:
         raise DataError(f"{folder} is no checkpoint and holds none.")
+    aside = [each for each in folders if DAMAGED in each.name]
+    folders = [each for each in folders if each not in aside]
     damages = 0
     for each in folders:
         state = _state(lambda each=each: Checkpoint.read(each).verify())
-        damages += state != "whole"
+        damages += state != WHOLE
         print(f"{each.name}: {state}")
+    for each in aside:
+        print(f"{each.name}: was set aside before; it counts no more")
     if damages:
-        raise DataError(f"{damages} of {len(folders)} checkpoints in {folder} are damaged.")
+        raise DataError(
+            f"{damages} of {len(folders)} checkpoints in {folder} are damaged: when the run goes on, it sets them aside "
+            "and takes the newest that is whole."
+        )
 
 
 @app.command()
@@ -68,7 +76,7 @@ def export(
         if not found:
             raise DataError(f"{checkpoint} is no checkpoint and holds none.")
         checkpoint = found[0].folder
-    Checkpoint.read(checkpoint).verify()
+    _require_whole(checkpoint)
 
     from transformers import AutoModelForCausalLM
 
@@ -80,6 +88,16 @@ def export(
     print(out)
 
 
+def _require_whole(checkpoint: Path) -> None:
+    """Raises Damaged where a checkpoint is not as it was written; names another one of the run that is."""
+    try:
+        Checkpoint.read(checkpoint).verify()
+    except Damaged as damage:
+        others = (each for each in Checkpoints(checkpoint.parent).committed() if each.folder != checkpoint)
+        whole = next((each.folder for each in others if _state(each.verify) == WHOLE), None)
+        raise Damaged(f"{damage} {f'{whole} is whole' if whole else 'No other one of the run is whole'}.") from None
+
+
 def _require_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise UsageError(f"No folder {folder}.")
@@ -88,6 +106,6 @@ def _require_folder(folder: Path) -> None:
 def _state(check) -> str:
     try:
         check()
-        return "whole"
+        return WHOLE
     except Damaged as damage:
         return str(damage)

@@ -4,7 +4,9 @@ import hashlib
 import itertools
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,8 +55,10 @@ class Server:
         self._send({"argv": argv, "stage": "pretrain", "log": str(log), "signals": True})
         return self._answer()["pid"]
 
-    def wait(self) -> tuple[int, float]:
-        """(exit code, seconds of computing) of what was started."""
+    def wait(self, pid: int) -> tuple[int, float]:
+        """(exit code, seconds of computing) of what was started; killed, which is another code, after a minute."""
+        if not select.select([self.process.stdout], [], [], 60)[0]:
+            os.kill(pid, signal.SIGKILL)
         done = self._answer()
         return done["code"], done["cpu_seconds"]
 

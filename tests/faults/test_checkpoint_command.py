@@ -34,6 +34,8 @@ def test_damage_is_told_by_its_file_and_ends_with_65(bench, whole):
     done = command("checkpoint", "verify", out)
     assert done.returncode == 65 and "1 of 2 checkpoints" in done.stderr
     assert "optimizer.pt is not what was written" in done.stdout and "checkpoint-6: whole" in done.stdout
+    (out / "checkpoint-8").rename(out / "checkpoint-8.damaged-1")
+    assert "was set aside before" in said("verify", out)
 
 
 def test_an_exported_model_is_a_plain_folder_with_the_weights_of_the_checkpoint(bench, whole, tmp_path):
@@ -53,7 +55,8 @@ def test_what_cannot_be_is_refused_in_one_line(bench, whole, tmp_path):
     assert "is there already" in refused(2, "export", whole, tmp_path)
     out = bench.fresh(whole)
     flipped(0.5)(out / "checkpoint-8" / "model.safetensors")
-    assert "model.safetensors is not what was written" in refused(65, "export", out, tmp_path / "model")
+    told = refused(65, "export", out, tmp_path / "model")
+    assert "model.safetensors is not what was written" in told and "checkpoint-6 is whole" in told
     assert not (tmp_path / "model").exists()
 
 

@@ -17,8 +17,13 @@ def whole_by_two(bench):
     return out
 
 
-@pytest.mark.parametrize(("where", "at"), [("forward", 6), ("save", 6), ("evaluate", 8)])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("how", "where", "at"),
+    [
+        (signal.SIGKILL, "forward", 6), (signal.SIGKILL, "save", 6), (signal.SIGKILL, "evaluate", 8),
+        (signal.SIGSTOP, "forward", 6), (signal.SIGSTOP, "save", 6),
+    ],
+)  # fmt: skip
 def test_the_other_ends_in_time_and_the_same_command_ends_the_same(bench, whole_by_two, how, where, at):
     out = bench.fresh()
     flags = FLAGS | ({"eval_strategy": "steps", "eval_steps": 4} if where == "evaluate" else {})
