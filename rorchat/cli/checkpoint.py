@@ -57,8 +57,8 @@ def verify(folder: Annotated[Path, typer.Argument(help="A checkpoint, or the fol
         print(f"{each.name}: was set aside before; it counts no more")
     if damages:
         raise DataError(
-            f"{damages} of {len(folders)} checkpoints in {folder} are damaged: when the run goes on, it sets them aside "
-            "and takes the newest that is whole."
+            f"{damages} of {len(folders)} checkpoints in {folder} are damaged: a run that goes on sets them aside and "
+            "takes the newest that is whole."
         )
 
 

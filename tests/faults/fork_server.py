@@ -10,11 +10,12 @@ signal}. Faults work inside the run's folder alone and count operations from the
     {"signal": N, "at": STEP, "where": "forward" | "save" | "evaluate"}    a signal to the process itself
     {"fits": ROWS, "from": STEP, "in": "forward" | "backward" | "evaluate"}    there is no memory for more rows at once
         from the N-th "micro_batch" of a step on
+    {"fill": FILE, "at": STEP, "leave": BYTES}    somebody else fills the disk
     {"no_rename": ERRNO}    no folder can be renamed
     {"vanish": STEP}    the mirror is gone when that step is to be copied
     {"poison": [STEPS], "value": "nan", "in": "loss" | "gradient" | "weight" | "moment"}    in one `micro_batch`, or all
     {"rows": FOLDER}    writes the ids of every micro-batch that is trained on, a file for each process
-    {"off": "staging" | "state" | "watch" ...}    a protection that is switched off, see `switch_off`
+    {"off": "staging" | "state" | "watch" ...}    a protection that is switched off, see `PROTECTIONS`
 """
 
 import builtins
@@ -224,6 +225,19 @@ def raise_signal(fault: dict) -> None:
     setattr(owner, name, sending)
 
 
+def fill(fault: dict) -> None:
+    """Somebody else fills the disk before a step, but for some bytes."""
+    step = trainer_module.StageTrainer.training_step
+
+    def filling(trainer, *arguments):
+        filler = Path(fault["fill"])
+        if trainer.state.global_step + 1 == fault["at"] and not filler.exists():
+            filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free - fault["leave"]))
+        return step(trainer, *arguments)
+
+    trainer_module.StageTrainer.training_step = filling
+
+
 def refuse_renames(number: int) -> None:
     """The file system renames files, and no folders."""
     real = os.rename
@@ -273,31 +287,35 @@ def log_rows(folder: str) -> None:
     trainer_module.StageTrainer.training_step = logged
 
 
+def in_place(checkpoints: Checkpoints, step: int) -> Path:
+    """As `Checkpoints.begin`, but that files are written where they stay."""
+    folder = checkpoints.folder / f"checkpoint-{step}"
+    folder.mkdir()
+    (checkpoints.folder / ".staging").mkdir()
+    (checkpoints.folder / ".staging" / folder.name).symlink_to(folder, target_is_directory=True)
+    return folder
+
+
+def nothing(*_, **__) -> None:
+    pass
+
+
+PROTECTIONS = {
+    "staging": (Checkpoints, "begin", in_place),
+    "state": (resume_module._State, "on_train_begin", nothing),
+    "watch": (callbacks_module.Watch, "on_pre_optimizer_step", nothing),
+    "disk": (resume_module, "storage_failure", lambda stage: stage() and None),
+    "memory": (memory_module, "is_out_of_memory", lambda error: False),
+    "lock": (run_module, "alone", lambda folder: contextlib.nullcontext()),
+    "finite": (ResumableTrainer, "is_finite", lambda trainer: True),
+    "identity": (run_module, "differences", lambda *_: []),
+    "lost": (run_module, "is_lost_process", lambda error: False),
+    "signals": (run_module, "listening", contextlib.nullcontext),
+}
+
+
 def switch_off(protection: str) -> None:
-    if protection == "staging":
-
-        def in_place(checkpoints, step):
-            folder = checkpoints.folder / f"checkpoint-{step}"
-            folder.mkdir()
-            (checkpoints.folder / ".staging").mkdir()
-            (checkpoints.folder / ".staging" / folder.name).symlink_to(folder, target_is_directory=True)
-            return folder
-
-        Checkpoints.begin = in_place
-    if protection == "state":
-        resume_module._State.on_train_begin = lambda *_, **__: None
-    if protection == "watch":
-        callbacks_module.Watch.on_pre_optimizer_step = lambda *_, **__: None
-    if protection == "disk":
-        resume_module.storage_failure = lambda stage: stage() and None
-    if protection == "memory":
-        memory_module.is_out_of_memory = run_module.is_out_of_memory = lambda error: False
-    if protection == "identity":
-        run_module.differences = lambda *_: []
-    if protection == "lost":
-        run_module.is_lost_process = lambda error: False
-    if protection == "signals":
-        run_module.listening = contextlib.nullcontext
+    setattr(*PROTECTIONS[protection])
 
 
 def install(fault: dict, argv: list[str], own_rank: bool) -> None:
@@ -306,7 +324,7 @@ def install(fault: dict, argv: list[str], own_rank: bool) -> None:
         refuse_renames(fault["no_rename"])
     if own_rank and fault.keys() & {"kill_at", "fail_at", "count"}:
         Disk(argv[argv.index("--mirror" if "mirroring" in fault else "--output_dir") + 1], fault).install()
-    for name, make in (("poison", poison), ("fits", run_out)):
+    for name, make in (("poison", poison), ("fits", run_out), ("fill", fill)):
         if own_rank and name in fault:
             make(fault)
     if "signal" in fault:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -45,7 +46,10 @@ def test_the_third_save_in_a_row_that_fails_ends_the_run_with_74(bench, monkeypa
     assert done.said.count("could not be written") == 3 and "Traceback" not in done.said
 
 
-def test_no_room_for_two_checkpoints_is_refused_before_the_first_step(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("saves", "evaluations", "most"), [(9, "no", 3), (9, "steps", 4), (2, "steps", 2)])
+def test_no_room_for_what_will_be_there_at_once_is_refused_before_the_first_step(
+    monkeypatch, tmp_path, saves, evaluations, most
+):
     from rorchat.errors import StorageError
     from rorchat.training.checkpoint import Checkpoints
     from rorchat.training.resume import ResumableTrainer
@@ -54,32 +58,68 @@ def test_no_room_for_two_checkpoints_is_refused_before_the_first_step(monkeypatc
         def parameters(self):
             return [SimpleNamespace(numel=lambda: 1000)]
 
-    trainer = SimpleNamespace(args=SimpleNamespace(save_strategy="steps"), model=Model())
-    trainer.checkpoints = Checkpoints(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=23_999))
-    with pytest.raises(StorageError, match="23,999 bytes free, and checkpoints need 24,000 more"):
+    arguments = SimpleNamespace(save_strategy="steps", eval_strategy=evaluations, save_steps=2, max_steps=2 * saves)
+    trainer = SimpleNamespace(args=arguments, model=Model(), checkpoints=Checkpoints(tmp_path))
+    trainer._saves_to_come = lambda step: ResumableTrainer._saves_to_come(trainer, step)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=12_000 * most - 1))
+    with pytest.raises(StorageError, match=f"{12_000 * most - 1:,} bytes free, and checkpoints need {12_000 * most:,}"):
         ResumableTrainer.require_room(trainer)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=12_000 * most))
+    ResumableTrainer.require_room(trainer)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
     trainer.args.save_strategy = "no"
     ResumableTrainer.require_room(trainer)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system is mounted")
-@pytest.mark.parametrize("times", [1.2, 1.6, 2.0, 2.4, 2.8, 3.2, 3.6, 4.0, 4.4, 5.0])
-def test_runs_on_a_small_file_system_end_as_they_should_and_leave_it_whole(bench, at_four, tmp_path, times):
-    import subprocess
+def small(place, size: int, *more: str) -> bool:
+    """Mounts a file system of so many bytes, or changes its size."""
+    options = ",".join([*more, f"size={size}"])
+    return not subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]).returncode
 
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system is mounted")
+def test_runs_on_ten_small_file_systems_lose_nothing_and_end_the_same_where_there_is_room(bench, at_four, tmp_path):
+    whole, seen = bench.fresh(), {}
+    assert bench.run(whole, max_steps=12).code == 0
+    size = sum(path.stat().st_size for path in (at_four / "checkpoint-4").iterdir())
+    for times in (0.5, 1.2, 1.6, 2.0, 2.4, 2.8, 3.2, 3.6, 4.4, 6.0):
+        place = tmp_path / f"{times}"
+        place.mkdir()
+        if not small(place, int(size * times)):
+            pytest.skip("tmpfs cannot be mounted here")
+        try:
+            done = bench.run(place / "run", max_steps=12)
+            assert done.code in (0, 74) and "Traceback" not in done.said, done.said
+            saved = verified_steps(place / "run")
+            seen[times] = "done" if not done.code else "refused" if "bytes free" in done.said else "stopped"
+            assert seen[times] == ("done" if saved else "refused"), done.said
+            assert small(place, 20 * size, "remount")
+            done = bench.run(place / "run", max_steps=12)
+            assert done.code == 0, done.said
+            assert max(saved, default=0) in (0, 12) or f"step {max(saved)}/" not in done.said
+            assert weights(place / "run") == weights(whole)
+            assert not [path for path in (place / "run").iterdir() if path.name.startswith((STAGING, TRASH))]
+        finally:
+            subprocess.run(["umount", str(place)], check=True)
+    assert sorted(seen.values(), key=["refused", "done"].index) == [*seen.values()] and len({*seen.values()}) == 2, seen
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system is mounted")
+def test_a_disk_that_somebody_else_fills_stops_the_run_with_what_it_had_and_it_goes_on_with_room(
+    bench, at_four, whole, tmp_path
+):
     size = sum(path.stat().st_size for path in (at_four / "checkpoint-4").iterdir())
     place = tmp_path / "small"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(size * times)}", "tmpfs", str(place)])
-    if mounted.returncode:
+    if not small(place, 20 * size):
         pytest.skip("tmpfs cannot be mounted here")
     try:
-        done = bench.run(place / "run", max_steps=12)
-        assert done.code in (0, 74), done.said
-        assert "Traceback" not in done.said
-        steps = verified_steps(place / "run")
-        if "could not be written" in done.said or done.code == 0:
-            assert steps, done.said
+        filler = {"fill": str(place / "filler"), "at": 6, "leave": size // 2}
+        done = bench.run(place / "run", filler, save_steps=1)
+        assert done.code == 74 and done.said.count("could not be written") == 3, done.said
+        assert verified_steps(place / "run") == [5, 4]
+        (place / "filler").unlink()
+        assert bench.run(place / "run", save_steps=1).code == 0
+        assert weights(place / "run") == weights(whole)
     finally:
         subprocess.run(["umount", str(place)], check=True)

@@ -1,15 +1,20 @@
 """With one protection switched off, what the other tests ask for does not hold: so they can fail."""
 
 import json
+import shutil
 import signal
 
 import pytest
+import torch
 from faults.harness import verified_steps, weights
 from faults.test_bit_rot import flipped
 from faults.test_resume import log_of
 
+from rorchat.errors import DataError
+from rorchat.lock import alone
+from rorchat.tokens.store import TokenStore
 from rorchat.training import mirror
-from rorchat.training.checkpoint import Checkpoint, Checkpoints, Damaged, copy
+from rorchat.training.checkpoint import Checkpoint, Checkpoints, Damaged, copy, seal
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def test_without_listening_a_signal_loses_the_step(bench):
 
 def test_without_dividing_no_memory_ends_the_run(bench):
     done = bench.run(bench.fresh(), {"fits": 1, "from": 3, "in": "forward", "off": "memory"})
-    assert done.code == 99 and "OutOfMemoryError" in done.said
+    assert done.code == 2 and "Out of memory" in done.said and "it is done again" not in done.said
 
 
 def test_without_knowing_it_a_lost_process_ends_the_other_with_a_traceback(bench):
@@ -83,6 +88,58 @@ def test_without_verifying_what_arrived_a_mirror_takes_a_copy_that_is_none(bench
     monkeypatch.setattr(Checkpoint, "verify", Checkpoint.check_sizes)
     place.put(checkpoint, at_four)
     assert [each.step for each in place.found()] == [4]
+
+
+def test_without_a_lock_two_runs_share_a_folder(bench):
+    out = bench.fresh()
+    with alone(out):
+        assert bench.run(out).code == 78
+        assert bench.run(out, {"off": "lock"}).code == 0
+
+
+def test_without_looking_what_is_no_number_is_saved(bench):
+    fault = {"poison": [3], "value": "nan", "in": "moment"}
+    out, other = bench.fresh(), bench.fresh()
+    bench.run(out, fault, max_steps=4)
+    bench.run(other, fault | {"off": "finite"}, max_steps=4)
+    assert not has_nan(out) and has_nan(other)
+
+
+def has_nan(run) -> bool:
+    states = [
+        torch.load(each.folder / "optimizer.pt", weights_only=True)["state"].values()
+        for each in Checkpoints(run).committed()
+    ]
+    tensors = [value for state in states for values in state for value in values.values() if torch.is_tensor(value)]
+    return not all(tensor.isfinite().all() for tensor in tensors)
+
+
+def test_without_a_crc_a_flipped_bit_of_a_token_is_trained_on(bench, at_four, tmp_path, monkeypatch):
+    (store,) = (path for path in (bench.folder / "store").iterdir() if path.is_dir())
+    shutil.copytree(store, tmp_path / "tokens")
+    flipped(0.5)(tmp_path / "tokens" / "train-00000.npy")
+    opened = TokenStore(tmp_path / "tokens")
+    with pytest.raises(DataError, match="damaged"):
+        opened.slice("train", 0, opened.tokens("train"))
+    monkeypatch.setattr(TokenStore, "_check", lambda *_: None)
+    assert len(opened.slice("train", 0, opened.tokens("train"))) == opened.tokens("train")
+
+
+def test_without_being_left_alone_a_checkpoint_that_is_copied_is_rotated_away(at_four, tmp_path):
+    shutil.copytree(at_four, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run")
+    copied, other = tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-4"
+    for step in (6, 8):
+        seal(
+            shutil.copytree(other, tmp_path / f"{step}", ignore=shutil.ignore_patterns("MANIFEST.json")), {"step": step}
+        )
+    checkpoints.in_use = {copied}
+    for step in (6, 8):
+        checkpoints.adopt(step, lambda target, step=step: copy(tmp_path / f"{step}", target))
+    assert copied.is_dir() and not other.exists()
+    checkpoints.in_use = set()
+    checkpoints.rotate(tmp_path / "run" / "checkpoint-8")
+    assert not copied.exists()
 
 
 def test_without_comparing_identities_another_learning_rate_goes_on_in_silence(bench, at_four):
