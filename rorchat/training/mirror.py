@@ -80,7 +80,9 @@ class Mirror:
                 brought = checkpoints.adopt(copied.step, lambda target, copied=copied: self.place.get(copied, target))
             except Damaged as damage:
                 self.place.set_aside(copied, damage)
+                self._done = None
                 continue
+            self._done = brought.step
             self.place.get_run_files(self.run)
             _tell(f"mirror {self.told}: checkpoint-{brought.step} was brought from there")
             return brought
@@ -233,8 +235,9 @@ class HubPlace:
 
     def __init__(self, repository: str):
         from huggingface_hub import HfApi
-        from huggingface_hub.utils import HFValidationError, validate_repo_id
+        from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
 
+        disable_progress_bars()  # a thread's would be drawn over the training's
         self.api, self.repository = HfApi(), repository
         try:
             validate_repo_id(repository)

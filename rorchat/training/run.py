@@ -111,13 +111,14 @@ class Run:
         if not {name for name in there if name != TOKENS and not name.startswith(".")}:
             return None
         try:
-            return json.loads((self.folder / "run.json").read_text())
+            found = json.loads((self.folder / "run.json").read_text())
         except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict):
             if committed := Checkpoints(self.folder).committed():  # whose manifests say it too, under seal
                 return committed[0].about["identity"]
-            raise MismatchError(
-                f"The output folder {self.folder} is not empty and holds no run of rorchat. {REMEDY}"
-            ) from None
+            raise MismatchError(f"The output folder {self.folder} is not empty and holds no run of rorchat. {REMEDY}")
+        return found
 
     def _look(self) -> None:
         """Refuses to touch what another run achieved; what achieved nothing is taken over."""

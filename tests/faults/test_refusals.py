@@ -62,7 +62,7 @@ def test_damaged_copies_of_later_steps_do_not_make_a_mirror_lose_the_new_ones(be
     assert verified_steps(mirror)[0] == 8 and (mirror / "checkpoint-100.damaged-1").is_dir()
 
 
-@pytest.mark.parametrize("damage", ["", "{}}", None])
+@pytest.mark.parametrize("damage", ["", "{}}", "[]", None])
 def test_a_damaged_run_json_keeps_nobody_from_its_checkpoints(bench, at_four, whole, damage):
     out = bench.fresh(at_four[0])
     (out / "run.json").unlink() if damage is None else (out / "run.json").write_text(damage)
