@@ -101,11 +101,9 @@ def model_card(folder: Path, repository: str) -> str:
     for run in runs:
         record = read_run(run)
         if steps := record.get("weights_only"):
-            said = " and ".join(f"{step:,}" for step in steps)
-            parts.append(
-                f"{record['stage']} went on from the weights of step {said} alone: the state of its optimizer was lost "
-                "or left behind."
-            )
+            said = f"{run.name} ({record['stage']}) went on from the weights of step "
+            said += " and ".join(f"{step:,}" for step in steps)
+            parts.append(f"The run {said} alone: the state of its optimizer was lost or left behind.")
     parts += ["## Data", data_table(runs, public=True)]
     restricted = sorted(
         {

@@ -18,6 +18,8 @@ def list_(run: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> 
     from rorchat.cli.tables import print_table
 
     _require_folder(run)
+    if (run / MANIFEST).is_file():
+        raise UsageError(f"{run} is a checkpoint itself: give the folder of its run, {run.parent}.")
     rows = []
     for checkpoint in Checkpoints(run).committed():
         loss = checkpoint.validation_loss
@@ -53,12 +55,14 @@ def verify(folder: Annotated[Path, typer.Argument(help="A checkpoint, or the fol
         state = _state(lambda each=each: Checkpoint.read(each).verify())
         damages += state != WHOLE
         print(f"{each.name}: {state}")
+    if not folders:
+        damages = len(aside)
     for each in aside:
         print(f"{each.name}: was set aside before; it counts no more")
     if damages:
         raise DataError(
-            f"{damages} of {len(folders)} checkpoints in {folder} are damaged: a run that goes on sets them aside and "
-            "takes the newest that is whole."
+            f"{damages} of {len(folders) or damages} checkpoints in {folder} are damaged: a run that goes on sets them "
+            "aside and takes the newest that is whole, if there is one."
         )
 
 
@@ -95,7 +99,9 @@ def _require_whole(checkpoint: Path) -> None:
     except Damaged as damage:
         others = (each for each in Checkpoints(checkpoint.parent).committed() if each.folder != checkpoint)
         whole = next((each.folder for each in others if _state(each.verify) == WHOLE), None)
-        raise Damaged(f"{damage} {f'{whole} is whole' if whole else 'No other one of the run is whole'}.") from None
+        raise Damaged(
+            f"{damage} {f'{whole} is whole: export that' if whole else 'No other one of the run is whole'}."
+        ) from None
 
 
 def _require_folder(folder: Path) -> None:

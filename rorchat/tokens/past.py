@@ -12,6 +12,7 @@ A part of the past is JSON in the run's identity, and so in every checkpoint:
 from collections.abc import Sequence
 
 from rorchat.errors import MismatchError
+from rorchat.sources import find
 from rorchat.tokens.phases import MixtureConfig
 from rorchat.tokens.plan import Plan
 from rorchat.tokens.store import TokenStore
@@ -21,6 +22,33 @@ def closed(identity: dict, until: int) -> dict[str, object]:
     """What a run mixes as a part of its past that ended at a row."""
     inputs = {key: identity["inputs"][key] for key in ("mixture", "sources")}
     return {"until": until, **inputs, "windows": identity["windows"], "data": identity["data"]}
+
+
+def without_place(spec: str) -> str:
+    """A source's spec; of one that is read from files its kind alone, for they may lie elsewhere tomorrow."""
+    kind, _, where = spec.partition("=")
+    is_local = bool(where) and (kind == "store" or not hasattr(find(kind), "generate"))
+    return kind if is_local else spec
+
+
+def by_content(inputs: dict) -> dict:
+    """The inputs of an identity without the places of files: sources have the names of the mixture and their digests.
+
+    Where there is no mixture, their names are kinds and digests.
+    """
+    sources = inputs.get("sources", {})
+    if "mixture" not in inputs:
+        return inputs | {"sources": {name: sources[spec] for spec, name in named_by_content(sources).items()}}
+    mixed = inputs["mixture"]["sources"]
+    placeless = {name: source | {"spec": without_place(source["spec"])} for name, source in mixed.items()}
+    digests = {name: sources.get(source["spec"], "") for name, source in mixed.items()}
+    return inputs | {"sources": digests, "mixture": inputs["mixture"] | {"sources": placeless}}
+
+
+def named_by_content(sources: dict[str, str]) -> dict[str, str]:
+    """For {spec: digest}, of each spec a name that does not say where files lie."""
+    places = {spec: without_place(spec) for spec in sources}
+    return {spec: kind if kind == spec else f"{kind}={sources[spec] or spec}" for spec, kind in places.items()}
 
 
 def require_same_data(past: Sequence[dict], inputs: dict) -> None:
@@ -41,8 +69,8 @@ def _made_of(part: dict) -> dict[str, tuple]:
     mixture, found = part["mixture"], {}
     for name, source in mixture["sources"].items():
         digest = part["sources"].get(source["spec"])
-        is_store = source["spec"].startswith("store=")
-        found[name] = (digest,) if is_store else (digest, source["spec"], source["filters"], list(mixture["against"]))
+        what = without_place(source["spec"])
+        found[name] = (digest,) if what == "store" else (digest, what, source["filters"], list(mixture["against"]))
     return found
 
 

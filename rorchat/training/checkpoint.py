@@ -319,7 +319,8 @@ class Checkpoints:
 
     def damaged(self) -> list[Path]:
         """What was set aside."""
-        return sorted(path for path in self.folder.glob(f"checkpoint-*{DAMAGED}*") if path.is_dir())
+        there = [path for path in self.folder.glob(f"checkpoint-*{DAMAGED}*") if path.is_dir()]
+        return sorted(there, key=lambda path: (int(path.name.split("-")[1].split(".")[0]), path.name))
 
     def newest_weights(self) -> Checkpoint:
         """Of what was set aside the newest whose weights are as they were written, whatever became of the rest.

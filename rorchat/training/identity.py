@@ -17,6 +17,7 @@ from rorchat import __version__
 from rorchat.errors import DataError
 from rorchat.persona import DEFAULT_PERSONA
 from rorchat.sources import digest_of
+from rorchat.tokens.past import by_content, named_by_content
 from rorchat.tokens.store import Manifest, sha256_of
 
 FINGERPRINTED = (
@@ -154,12 +155,28 @@ def differences(
 
     before = {key: before.get(key) for key in now}
     if "settings" in now:
-        before, now = ({**each, "settings": _without(each["settings"], free)} for each in (before, now))
+        names = {*(before["settings"] or {}), *now["settings"]} - free
+        before, now = (_comparable(each, names) for each in (before, now))
+    if "plan" in now:
+        before, now = ({**each, "plan": _without_places(each["plan"])} for each in (before, now))
     return [Difference(name, *values, follows(name)) for name, *values in _unequal("", before, now)]
 
 
-def _without(settings: dict | None, names: set[str]) -> dict:
-    return {name: value for name, value in (settings or {}).items() if name not in names}
+def _comparable(identity: dict, names: set[str]) -> dict:
+    """An identity with the settings of these names, and its local sources named by what they are made of."""
+    settings = {name: (identity["settings"] or {}).get(name, "default") for name in sorted(names)}
+    inputs = by_content(identity.get("inputs") or {})
+    if isinstance(settings.get("sources"), list):
+        made_of = named_by_content(identity["inputs"]["sources"])
+        settings["sources"] = [made_of.get(spec, spec) for spec in settings["sources"]]
+    return identity | {"settings": settings} | ({"inputs": inputs} if "inputs" in identity else {})
+
+
+def _without_places(plan: object) -> object:
+    """A plan without its sources' specs, which say where they lie."""
+    if isinstance(plan, dict):
+        return {key: _without_places(value) for key, value in plan.items() if key != "source"}
+    return [_without_places(value) for value in plan] if isinstance(plan, list) else plan
 
 
 def _unequal(name: str, before: object, now: object) -> Iterator[tuple[str, object, object]]:

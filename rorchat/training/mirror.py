@@ -79,6 +79,7 @@ class Mirror:
             try:
                 brought = checkpoints.adopt(copied.step, lambda target, copied=copied: self.place.get(copied, target))
             except Damaged as damage:
+                _tell(f"mirror {self.told}: its copy of step {copied.step} does not verify, and is set aside there:")
                 self.place.set_aside(copied, damage)
                 self._done = None
                 continue
@@ -185,8 +186,8 @@ class FolderPlace:
     """Copies in a folder, which has the form of a run's: `rorchat checkpoint list` reads it, too."""
 
     def __init__(self, folder: Path, run: Path):
-        if folder.resolve() == run.resolve():
-            raise UsageError(f"mirror {folder} is the run's own folder: give another place, best on another disk.")
+        if run.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise UsageError(f"mirror {folder} lies in the run's own folder: give another place, best on another disk.")
         if not folder.resolve().parent.is_dir():
             raise StorageError(f"mirror {folder}: there is no {folder.resolve().parent}. Mount the drive, or make it.")
         folder.mkdir(exist_ok=True)

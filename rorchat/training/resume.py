@@ -59,7 +59,8 @@ class Interruptions(TrainerCallback):
         """The first signal is acted on between two steps; another one ends the process, wherever it is."""
         if self.received is None:
             self.received, self.since = number, time.monotonic()
-            said = f"{signal.Signals(number).name}: a checkpoint is saved after this step; once more stops at once\n"
+            name = signal.Signals(number).name
+            said = f"{name}: a checkpoint is saved after this step; another one, a second later, stops at once\n"
             os.write(2, said.encode())  # print is not safe inside a signal
         elif time.monotonic() - self.since > SECOND_SIGNAL:
             os._exit(128 + number)
@@ -207,7 +208,8 @@ class ResumableTrainer(Trainer):
         why = f" ({' '.join(str(failure).split())})" if failure else ""
         said = f"The checkpoint of step {step} could not be written{why}; {left}."
         if self.failed_saves == MOST_FAILED_SAVES or self.interruptions.stopping:
-            raise StorageError(f"{said} Free some space; the same command goes on from there.")
+            goes_on = "goes on from there" if safe else "begins anew"
+            raise StorageError(f"{said} Free some space; the same command {goes_on}.")
         if self.is_world_process_zero():
             print(f"{said} Training goes on, and tries again at the next save.", file=sys.stderr)  # noqa: T201
 

@@ -12,7 +12,6 @@ model/          the result: a plain Transformers folder
 
 import json
 import sys
-import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,7 +22,7 @@ from accelerate import PartialState
 from rorchat.errors import DataError, DivergedError, Interrupted, MismatchError, StorageError, UsageError
 from rorchat.lock import alone
 from rorchat.model import save_model
-from rorchat.tokens.past import closed, require_same_data
+from rorchat.tokens.past import by_content, closed, require_same_data
 from rorchat.tokens.store import write_synced
 from rorchat.training.callbacks import DIVERGED_ROWS
 from rorchat.training.checkpoint import KEPT, Checkpoint, Checkpoints
@@ -160,7 +159,7 @@ class Run:
         step = self.checkpoint.step
         own = closed(before, step * (arguments.global_batch_tokens // arguments.block_size))
         require_same_data([*past, own], self.record["inputs"])
-        if own["mixture"] == self.record["inputs"]["mixture"]:
+        if by_content(own)["mixture"] == by_content(self.record["inputs"])["mixture"]:
             return past
         if step >= arguments.max_steps:
             raise MismatchError(
@@ -262,7 +261,6 @@ class Run:
         if trainer.is_world_process_zero():
             for line in told:
                 print(line, file=sys.stderr)  # noqa: T201
-        started = time.monotonic()
         trainer.train(resume_from_checkpoint=self._start(trainer))
         if trainer.interruptions.stopping:
             step = trainer.state.global_step
@@ -270,7 +268,7 @@ class Run:
             raise Interrupted(
                 f"Stopped at step {step}, which is {'saved: the same command goes on' if saved else 'not saved'}."
             )
-        seconds = round(time.monotonic() - started, 1)
+        seconds = round(trainer.meter.spent()["seconds"], 1)  # of all starts
         if not trainer.is_finite():
             raise DivergedError(
                 "The last step left weights that are no numbers. The same command goes on from the last checkpoint, if "

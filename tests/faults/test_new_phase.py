@@ -182,7 +182,7 @@ def test_there_must_be_a_checkpoint_and_tokens_that_are_left(bench, phases, stop
     assert done.code == 0 and weights(out) == weights(whole), done.said
 
 
-def test_a_store_that_was_replaced_by_another_of_its_size_is_refused_and_one_that_was_moved_may_go_on(bench):
+def test_a_store_that_was_replaced_by_another_of_its_size_is_refused_and_one_that_was_moved_goes_on(bench):
     tokenizer = load_tokenizer(str(bench.tokenizer))
     for name, word in (("a", "river"), ("b", "ocean")):
         folder = bench.folder / f"shards-{name}"
@@ -198,9 +198,9 @@ def test_a_store_that_was_replaced_by_another_of_its_size_is_refused_and_one_tha
     shutil.rmtree(place)
     shutil.copytree(bench.folder / "b", place)
     done = bench.run(out, **flags)
-    assert done.code == 78 and f"holds another run: inputs.sources.store={place} " in done.said, done.said
+    assert done.code == 78 and "holds another run: inputs.sources.store " in done.said, done.said
     assert done.said.endswith("Choose another place, or delete the folder.\n")
     done = bench.run(out, new_phase=True, **flags)
     assert done.code == 78 and f"Source 'store' was store={place}" in done.said, done.said
-    done = bench.run(out, sources=[f"store={bench.folder / 'a'}"], new_phase=True)
+    done = bench.run(out, sources=[f"store={bench.folder / 'a'}"])
     assert done.code == 0, done.said

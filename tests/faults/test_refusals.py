@@ -115,6 +115,29 @@ def test_what_changes_nothing_may_change(bench, at_four, whole, setting, tmp_pat
     assert weights(out) == weights(whole)
 
 
+def test_texts_that_lie_elsewhere_are_the_same_texts_and_others_are_others(bench, tmp_path):
+    for name, word in (("here", "river"), ("there", "river"), ("other", "ocean")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(
+            "\n\n".join(f"The {word} number {n} runs to the sea." for n in range(400))
+        )
+    out, whole = bench.fresh(), bench.fresh()
+    flags = {"token_store": None, "validation_share": 0.05}
+    assert bench.run(whole, sources=[f"text={tmp_path / 'here'}"], **flags).code == 0
+    assert bench.run(out, SIGTERM | {"at": 3}, sources=[f"text={tmp_path / 'here'}"], **flags).code == 75
+    done = bench.run(out, sources=[f"text={tmp_path / 'other'}"], **flags)
+    assert done.code == 78 and "inputs.sources" in done.said, done.said
+    done = bench.run(out, sources=[f"text={tmp_path / 'there'}"], **flags)
+    assert done.code == 0, done.said
+    assert weights(out) == weights(whole)
+
+
+def test_a_mirror_inside_of_the_run_is_refused(bench, at_four):
+    out = bench.fresh(at_four[0])
+    done = bench.run(out, mirror=out / "mirror")
+    assert done.code == 2 and "lies in the run's own folder" in done.said, done.said
+
+
 @pytest.mark.parametrize("name", ["save_only_model", "load_best_model_at_end", "push_to_hub"])
 def test_settings_that_would_leave_nothing_to_go_on_from_are_refused(bench, name):
     done = bench.run(bench.fresh(), **{name: True})
