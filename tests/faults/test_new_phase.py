@@ -73,7 +73,7 @@ def test_another_mixture_is_refused_with_a_table_and_the_flag_is_named(bench, ph
     assert any(line.startswith("inputs.mixture.sources.self") and "another run" in line for line in lines)
     assert "Give --new_phase to go on with another mixture" in lines[-1] and "\n" not in lines[-1]
     done = phases(out, NEW, new_phase=True, learning_rate=1e-4)
-    assert done.code == 78 and "learning_rate None, now 0.0001. Choose another place" in done.said
+    assert done.code == 78 and "learning_rate default, now 0.0001. Choose another place" in done.said
     assert verified_steps(out)[0] == STOP
 
 

@@ -1,5 +1,6 @@
 """What must not be touched is not: the folders of other runs, of other people, and what a machine cannot know."""
 
+import json
 import shutil
 import signal
 
@@ -118,15 +119,16 @@ def test_what_changes_nothing_may_change(bench, at_four, whole, setting, tmp_pat
 def test_texts_that_lie_elsewhere_are_the_same_texts_and_others_are_others(bench, tmp_path):
     for name, word in (("here", "river"), ("there", "river"), ("other", "ocean")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "a.txt").write_text(
-            "\n\n".join(f"The {word} number {n} runs to the sea." for n in range(400))
-        )
+        lines = (json.dumps({"text": f"The {word} number {n} runs down to the sea."}) for n in range(200))
+        (tmp_path / name / "a.jsonl").write_text("\n".join(lines))
     out, whole = bench.fresh(), bench.fresh()
     flags = {"token_store": None, "validation_share": 0.05}
-    assert bench.run(whole, sources=[f"text={tmp_path / 'here'}"], **flags).code == 0
+    done = bench.run(whole, sources=[f"text={tmp_path / 'here'}"], **flags)
+    assert done.code == 0, done.said
     assert bench.run(out, SIGTERM | {"at": 3}, sources=[f"text={tmp_path / 'here'}"], **flags).code == 75
     done = bench.run(out, sources=[f"text={tmp_path / 'other'}"], **flags)
     assert done.code == 78 and "inputs.sources" in done.said, done.said
+    flags["token_store"] = tmp_path / "tokens"  # as on another machine: a store knows the place that it was made from
     done = bench.run(out, sources=[f"text={tmp_path / 'there'}"], **flags)
     assert done.code == 0, done.said
     assert weights(out) == weights(whole)

