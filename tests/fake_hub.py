@@ -281,6 +281,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.lfs[value["oid"]]
             elif kind == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "deletedFile":
+                del files[value["path"]]
             elif kind == "deletedFolder":
                 for path in [path for path in files if path.startswith(value["path"])]:
                     del files[path]

@@ -236,9 +236,10 @@ def test_what_goes_on_under_a_name_must_be_made_of_the_same_and_files_that_are_g
 
     check(config.sources, {"text=a": "", "store=b": "2"})
     check({"b": Source("store=elsewhere"), "d": Source("text=a")}, {"store=elsewhere": "2", "text=a": "5"})
+    check({"a": Source("text=elsewhere")}, {"text=elsewhere": "1"})
     for name, sources, digests, against in (
         ("a", config.sources, {"text=a": "9", "store=b": "2"}, ()),
-        ("a", {"a": Source("text=other")}, {"text=other": "1"}, ()),
+        ("a", {"a": Source("prose=a")}, {"prose=a": "1"}, ()),
         ("a", {"a": Source("text=a", filters=Filters(min_characters=3))}, {"text=a": "1"}, ()),
         ("a", {"a": Source("text=a")}, {"text=a": "1"}, ("eval.jsonl",)),
         ("b", config.sources, {"text=a": "1", "store=b": "9"}, ()),
