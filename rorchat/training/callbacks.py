@@ -117,7 +117,7 @@ class Metrics(TrainerCallback):
         self.price_per_hour, self.measure, self.utilization = price_per_hour, measure, None
         self.matrix_learning_rate: float | None = None  # Muon's in the last step, told by the trainer
         self.bar, self.started, self.is_first = None, None, True
-        self.weights_only = False  # told by the run: nothing but the weights went on
+        self.from_weights = False  # told by the run: nothing but the weights went on
         self.interrupted = False  # told by the trainer: what ends is not the run
         self.new_phase: dict[str, object] = {}  # told by the run: what was appended to it at this start
         self.seconds_before = self.dollars_before = self.paused = 0.0
@@ -188,7 +188,7 @@ class Metrics(TrainerCallback):
             return
         if state.global_step:
             resumed = {"event": "resumed", "step": state.global_step} | self.spent()
-            append_line(self.path, resumed | ({"weights_only": True} if self.weights_only else {}))
+            append_line(self.path, resumed | ({"weights_only": True} if self.from_weights else {}))
         if self.new_phase:
             told = {"event": "new phase", "step": state.global_step, "tokens": self.count_tokens(state.global_step)}
             append_line(self.path, told | self.new_phase | self.spent())

@@ -304,5 +304,5 @@ class Run:
             if self.mirror:
                 self.mirror.offer(self.checkpoint, trainer.checkpoints.in_use)
             return str(self.checkpoint.folder)
-        trainer.meter.weights_only = True
+        trainer.meter.from_weights = True
         return trainer.begin_at(self.checkpoint)

@@ -153,3 +153,12 @@ def whole(bench) -> Path:
     done = bench.run(out)
     assert done.code == 0, done.said
     return out
+
+
+@pytest.fixture(scope="module")
+def at_four(bench) -> Path:
+    """A run that was killed before its third save, with the checkpoints of steps 2 and 4."""
+    out = bench.fresh()
+    done = bench.run(out, {"kill_at": 1, "during": 6})
+    assert done.code == -9, done.said
+    return out

@@ -14,13 +14,6 @@ from rorchat.training.checkpoint import STAGING, TRASH
 
 
 @pytest.fixture(scope="module")
-def at_four(bench):
-    out = bench.fresh()
-    assert bench.run(out, {"kill_at": 1, "during": 6}).code == -9
-    return out
-
-
-@pytest.fixture(scope="module")
 def operations(bench, at_four) -> list[str]:
     out, found = bench.fresh(at_four), bench.folder / "operations.json"
     assert bench.run(out, {"count": str(found), "during": 6}).code == 0

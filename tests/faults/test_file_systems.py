@@ -12,13 +12,6 @@ from rorchat.training import checkpoint
 from rorchat.training.checkpoint import Checkpoint, Checkpoints, seal
 
 
-@pytest.fixture(scope="module")
-def at_four(bench):
-    out = bench.fresh()
-    assert bench.run(out, {"kill_at": 1, "during": 6}).code == -9
-    return out
-
-
 def test_a_copy_with_other_times_and_other_names_goes_on_from_its_newest_step(bench, at_four, whole):
     out = bench.fresh(at_four)
     (out / "checkpoint-4").rename(out / "checkpoint-1")

@@ -17,13 +17,6 @@ from rorchat.training import mirror
 from rorchat.training.checkpoint import Checkpoint, Checkpoints, Damaged, copy, seal
 
 
-@pytest.fixture(scope="module")
-def at_four(bench):
-    out = bench.fresh()
-    assert bench.run(out, {"kill_at": 1, "during": 6}).code == -9
-    return out
-
-
 def test_without_verifying_a_flipped_bit_is_taken(bench, at_four, monkeypatch):
     out = bench.fresh(at_four)
     flipped(0.5)(out / "checkpoint-4" / "model.safetensors")
