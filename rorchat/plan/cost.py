@@ -42,7 +42,7 @@ STATE_BYTES = {  # of the optimizer: (a number in the body's matrices, any other
     "muon": (4, 8),
 }
 CONTEXT_BYTES = {True: 6e8, False: 1.2e9}  # CPU: Python and its libraries; GPU: CUDA context, cuBLAS, fragments
-CPU_FRAGMENTS = 0.05  # of all tensors, measured: the holes of glibc's heap, which keeps what a step frees
+CPU_FRAGMENTS = 0.15  # of all tensors, measured: the holes of glibc's heap, which keeps what a step frees
 # Muon stacks equal matrices, so many numbers at once: their momentum, and the products of Newton-Schulz
 MUON_COPIES = 5
 
