@@ -5,12 +5,16 @@ lose probability too, and a small model begins to babble. Pairs are encoded here
 skipped. The reference model's log-probabilities are computed once, so that no second model is held.
 """
 
+import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
+from tqdm.auto import tqdm
 from trl import DPOConfig, DPOTrainer
 
 from rorchat.chatml import IGNORED, EncodedConversation, encode_conversations
@@ -19,9 +23,14 @@ from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.persona import load_persona
 from rorchat.sources import Reject, Tally, in_validation, load
 from rorchat.training.arguments import DataArguments
+from rorchat.training.callbacks import append_line
 from rorchat.training.loss import fuse_gelu
-from rorchat.training.sft import steps_of, training_order
+from rorchat.training.pairs import fuse_pairs
+from rorchat.training.sft import steps_of
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
+
+NOT_FORMED = ("entropy", "logits/chosen", "logits/rejected")  # rorchat/training/pairs.py leaves them out
+BATCHES_PER_POOL = 50  # rows of similar length are looked for among so many batches
 
 
 @dataclass
@@ -36,6 +45,10 @@ class DpoArguments(DataArguments, OptimizationArguments, DPOConfig):
         default=None, metadata={"help": "Tokens of prompt and reply; default: the positions."}
     )
     beta: float = field(default=0.1, metadata={"help": "How strongly the model is held to the reference."})
+    chosen_drop: float = field(
+        default=0.5,
+        metadata={"help": "Stop when chosen replies have lost so many nats a token against the reference; 0: never."},
+    )
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid", "sft"])
     loss_weights: list[float] | None = field(default_factory=lambda: [1.0, 1.0])
     precompute_ref_log_probs: bool = True
@@ -59,6 +72,8 @@ class DpoArguments(DataArguments, OptimizationArguments, DPOConfig):
         self.settle()
         if self.max_length is not None and self.max_length < 1:
             raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
+        if not 0 <= self.chosen_drop < math.inf:
+            raise UsageError(f"chosen_drop is {self.chosen_drop}: give nats a token, or 0 for never.")
         super().__post_init__()
         self.check_devices()
 
@@ -108,6 +123,29 @@ def read_pairs(arguments: DpoArguments, tokenizer, max_length: int) -> tuple[Dat
     return Dataset.from_list(kept[False]), Dataset.from_list(kept[True]), tallies
 
 
+def training_order(lengths: Sequence[int], rows: int, batch_size: int, seed: int) -> np.ndarray:
+    """Which row comes when: epoch after epoch in random order, rows of similar length in one batch.
+
+    Args:
+        lengths: tokens of each row.
+        rows: how many to place; a multiple of `batch_size`.
+        batch_size: rows of a micro-batch.
+    """
+    lengths = np.asarray(lengths)
+    order: list[np.ndarray] = []
+    epochs = -(-rows // len(lengths))
+    for epoch in range(epochs):
+        order.append(np.random.default_rng([seed, epoch]).permutation(len(lengths)))
+    stream = np.concatenate(order)[:rows]
+    pools = []
+    draw = np.random.default_rng([seed, epochs, 1])
+    for start in range(0, rows, batch_size * BATCHES_PER_POOL):
+        pool = stream[start : start + batch_size * BATCHES_PER_POOL]
+        pool = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, batch_size)
+        pools.append(draw.permutation(pool).reshape(-1))
+    return np.concatenate(pools)
+
+
 class PreferenceTrainer(StageTrainer, DPOTrainer):
     """DPOTrainer over encoded pairs."""
 
@@ -123,6 +161,7 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         )
         order = training_order(lengths, rows, micro, arguments.data_seed)
         read = np.cumsum([0, *lengths[order].reshape(arguments.max_steps, -1).sum(1)])
+        self._chosen_tokens = np.mean([len(ids) for ids in train["chosen_ids"]])
         fuse_gelu(model)
         super().__init__(
             model=model,
@@ -131,6 +170,7 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
             eval_dataset=validation,
             processing_class=tokenizer,
         )
+        fuse_pairs(model)
         chat = ChatModel(model, tokenizer)
         self.begin_stage(
             chat,
@@ -138,6 +178,10 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
             tokens_after=lambda step: int(read[step]),
             speak=lambda prompts: [reply.text for reply in generate_replies(chat, prompts, temperature=0)],
         )
+
+    def _precompute_ref_logps(self, *args):
+        fuse_pairs(self.model)  # the constructor has just put TRL's head there
+        return super()._precompute_ref_logps(*args)
 
     def divided(self, inputs, rows):
         # all chosen sides come before all rejected ones; the reference's log-probabilities are one a pair
@@ -151,6 +195,31 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
 
     def _prepare_dataset(self, dataset, *args):
         return dataset  # rows come encoded
+
+    def log(self, logs, start_time=None):
+        for metrics in self._metrics.values():
+            for name in NOT_FORMED:
+                metrics.pop(name, None)
+        rewards = self._metrics["train"]["rewards/chosen"]
+        if rewards and "loss" in logs:
+            logs["chosen_change"] = float(np.mean(rewards)) / self.args.beta / self._chosen_tokens
+            self._stop_where_chosen_fall(logs["chosen_change"])
+        super().log(logs, start_time)
+
+    def _stop_where_chosen_fall(self, change: float) -> None:
+        """Ends training when the model unlearns the replies that it should prefer: it would soon babble."""
+        if not self.args.chosen_drop or change >= -self.args.chosen_drop:
+            return
+        self.control.should_training_stop = True
+        step = self.state.global_step
+        if self.is_world_process_zero():
+            append_line(self.meter.path, {"step": step, "event": "chosen fell", "chosen_change": change})
+            tqdm.write(
+                f"Stopped at step {step}: the chosen replies have lost {-change:.2f} nats a token against the "
+                f"reference, more than chosen_drop {self.args.chosen_drop:g}. Lower learning_rate, raise beta, or keep "
+                "an sft term in loss_type.",
+                file=sys.stderr,
+            )
 
     def evaluate(self, *args, **kwargs):
         metrics = DPOTrainer.evaluate(self, *args, **kwargs)  # a pair's loss, accuracy and margin, not a token's

@@ -1,4 +1,4 @@
-"""The forward pass of a stock GPT-2 in training: causal attention, a fused GELU, a loss without a batch's logits.
+"""A stock GPT-2's forward pass in training: attention without masks, a fused GELU, a loss without a batch's logits.
 
 The vocabulary head is a third of the work of a small model, and its float32 logits most of the memory: 16 rows of 1,024
 tokens over 50,304 words are 3.3 GB, and Transformers holds them three times. Here the head runs on labelled positions
@@ -9,31 +9,23 @@ Nothing of this is saved: a model called without labels is the stock one, and so
 
 import contextlib
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import CausalLMOutput
 
 from rorchat.chatml import IGNORED
+from rorchat.training.attention import Tree, causal_attention, keep_packed, packed_attention
 from rorchat.training.recompute import WORTHWHILE, cheap_outputs_computed_again
 
-# The stock attention under a name that Transformers builds no mask for. With its own name, GPT-2 under torch.compile
-# gets a dense mask in place of `is_causal` (transformers 5.23, masking_utils.py: packed rows cannot be ruled out while
-# tracing), which costs the flash kernel on a GPU; and without it every forward pass waits for the device to look at
-# the positions.
-CAUSAL_ATTENTION = "causal_sdpa"
-AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
 LOGITS_AT_ONCE = 2**25  # numbers, 134 MB in float32: slices are as large as that allows
 
 
 class _HeadLoss(torch.autograd.Function):
     """Summed cross-entropy of `hidden @ weight.T`, with both gradients formed in the forward pass.
 
-    Products are taken in `compute_dtype`, the loss and the sums over slices in float32. With a `_TiedGradient` the
+    Products are taken in `compute_dtype`, the loss and the sums over slices in float32. With a `TiedGradient` the
     weight's gradient is left there for the lookup to complete.
 
     Args:
@@ -92,7 +84,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return (sums.log() + largest - asked).sum(), gradient
 
 
-class _TiedGradient:
+class TiedGradient:
     """The head's part of the gradient of a weight that the token embedding shares, until the embedding adds its own."""
 
     gradient: Tensor | None = None
@@ -105,7 +97,7 @@ class _Lookup(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, ids: Tensor, tied: _TiedGradient) -> Tensor:
+    def forward(ctx, weight: Tensor, ids: Tensor, tied: TiedGradient) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.tied = tied
         return nn.functional.embedding(ids, weight)
@@ -125,7 +117,7 @@ class _Lookup(torch.autograd.Function):
 
 
 def head_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, whole_rows: bool = False, tied: _TiedGradient | None = None
+    hidden: Tensor, weight: Tensor, labels: Tensor, whole_rows: bool = False, tied: TiedGradient | None = None
 ) -> Tensor:
     """The sum of -log p(label) over labelled positions, in nats, float32.
 
@@ -148,20 +140,11 @@ def head_loss(
         return _HeadLoss.apply(hidden, weight, labels, compute_dtype, torch.is_grad_enabled(), tied)
 
 
-@contextlib.contextmanager
-def causal_attention(config) -> Iterator[None]:
-    """Attention that is causal and knows no padding to the left and no packing, for as long as the context lasts."""
-    stock, config._attn_implementation = config._attn_implementation, CAUSAL_ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = stock
-
-
 def fuse_head(model: nn.Module, compiled: bool = False, whole_rows: bool = False) -> None:
-    """Gives a stock GPT-2 the loss above and causal attention, for training only.
+    """Gives a stock GPT-2 the loss above and attention without a mask, for training only.
 
-    `model(labels=...)` then returns the loss without logits; without labels the model is as before.
+    `model(labels=...)` then returns the loss without logits; without labels the model is as before. With
+    `sequence_lengths` as well, rows are packed, as `rorchat.tokens.batch.packed` has them.
 
     Args:
         compiled: run all but the head through torch.compile, for batches of one shape.
@@ -171,20 +154,22 @@ def fuse_head(model: nn.Module, compiled: bool = False, whole_rows: bool = False
     # kept apart from the model: what is saved, generates and evaluates is not compiled
     base = torch.compile(model.base_model, dynamic=False) if compiled else model.base_model
 
+    if not compiled:
+        keep_packed(model)
+
     @functools.wraps(stock_forward)
-    def forward(*args, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **kwargs):
+    def forward(
+        *args,
+        labels: Tensor | None = None,
+        sequence_lengths: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ):
         if labels is None:
             return stock_forward(*args, **kwargs)
-        rows_are_whole = not args and kwargs.keys() == {"input_ids"}  # else there may be a mask, or packed positions
-        tied = _TiedGradient() if rows_are_whole and _lookup_is_plain(model) else None
-        if tied is not None:
-            kwargs = {"inputs_embeds": _Lookup.apply(model.get_input_embeddings().weight, kwargs["input_ids"], tied)}
-        with contextlib.ExitStack() as contexts:
-            if rows_are_whole:
-                contexts.enter_context(causal_attention(model.config))
-            if not compiled and labels.numel() * model.config.n_embd >= WORTHWHILE:
-                contexts.enter_context(cheap_outputs_computed_again(model))
-            hidden = base(*args, **kwargs, use_cache=False).last_hidden_state
+        trees = None if sequence_lengths is None else _trees(sequence_lengths, labels.size(1))
+        recompute = not compiled and labels.numel() * model.config.n_embd >= WORTHWHILE
+        hidden, tied = hidden_states(model, base, args, kwargs, trees, recompute)
         # asked for behind the model: where its weights are in shards, they are whole from now on
         loss = head_loss(hidden, model.get_output_embeddings().weight, labels, whole_rows, tied)
         items = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
@@ -194,6 +179,41 @@ def fuse_head(model: nn.Module, compiled: bool = False, whole_rows: bool = False
     # Batches are padded on the right, which needs no mask (rorchat/tokens/batch.py); Transformers looks for the padding
     # in every forward pass to recommend one.
     model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
+
+
+def hidden_states(
+    model: nn.Module, base: nn.Module, args: tuple, kwargs: dict, trees: list[Tree] | None, recompute: bool
+) -> tuple[Tensor, TiedGradient | None]:
+    """What stands behind the last norm, (B, T, D), and for the head where its gradient is shared with the lookup's.
+
+    Args:
+        base: the model's body, perhaps compiled; called with `args` and `kwargs`.
+        trees: of packed rows.
+        recompute: cheap outputs are computed again in the backward pass.
+    """
+    rows_are_whole = not args and kwargs.keys() == {"input_ids"}  # else there may be a mask
+    tied = TiedGradient() if (rows_are_whole or trees) and _lookup_is_plain(model) else None
+    if tied is not None:
+        embedded = _Lookup.apply(model.get_input_embeddings().weight, kwargs["input_ids"], tied)
+        kwargs = {name: value for name, value in kwargs.items() if name != "input_ids"} | {"inputs_embeds": embedded}
+    with contextlib.ExitStack() as contexts:
+        if trees:
+            kwargs = kwargs | {"trees": trees}
+            contexts.enter_context(packed_attention(model.config))
+        elif rows_are_whole:
+            contexts.enter_context(causal_attention(model.config))
+        if recompute:
+            contexts.enter_context(cheap_outputs_computed_again(model))
+        return base(*args, **kwargs, use_cache=False).last_hidden_state, tied
+
+
+def _trees(sequence_lengths: Tensor, width: int) -> list[Tree]:
+    """The sequences of (B, S) lengths in rows of so many tokens; what is left of a row is one more."""
+    trees = []
+    for row in sequence_lengths.tolist():
+        empty = width - sum(row)
+        trees += [(length,) for length in (*row, empty) if length]
+    return trees
 
 
 def _lookup_is_plain(model: nn.Module) -> bool:

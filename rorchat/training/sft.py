@@ -1,10 +1,10 @@
 """Supervised fine-tuning: conversations -> encoded rows -> a chat model, in TRL's SFTTrainer.
 
-The rows are encoded here and TRL's preparation is skipped: it never sanitises what users wrote, and names no row in its
-errors. The loss is on the assistant's words and their closing `<|im_end|>` alone.
+Conversations are encoded here and TRL's preparation is skipped: it never sanitises what users wrote, and names no row
+in its errors. They are packed into rows of the window, and none sees another: TRL, without flash-attention, makes one
+row of the batch and a mask of all its pairs. The loss is on the assistant's words and their closing `<|im_end|>` alone.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,13 @@ from rorchat.errors import DataError, UsageError
 from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.persona import load_persona
 from rorchat.sources import Reject, Tally, in_validation, load
-from rorchat.tokens.batch import padded
+from rorchat.tokens.batch import packed
+from rorchat.tokens.packing import PackedRows, Sequences, pack
 from rorchat.training.arguments import DataArguments
 from rorchat.training.loss import fuse_gelu, fuse_head
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 ROWS_PER_CALL = 1000  # conversations a call of the tokenizer
-BATCHES_PER_POOL = 50  # rows of similar length are looked for among so many batches
 
 
 @dataclass
@@ -59,15 +59,15 @@ class SftArguments(DataArguments, OptimizationArguments, SFTConfig):
         if self.packing or self.padding_free or self.assistant_only_loss:
             raise UsageError(
                 "packing, padding_free and assistant_only_loss belong to TRL's preparation, which is not used: rows "
-                "come encoded, with the loss on replies."
+                "are always packed, no conversation sees another, and the loss is on replies."
             )
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
         self.check_devices()
 
 
-def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[Dataset, Dataset, list[Tally]]:
-    """(training rows, validation rows, where the rows went): `input_ids` and `labels` of every conversation.
+def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[Sequences, Sequences, list[Tally]]:
+    """(training conversations, validation conversations, where the rows went); of the latter the shortest come first.
 
     A conversation goes to validation by a hash of its words. One whose first exchange does not fit into `max_length` is
     rejected as over-long; of longer ones the last turns are cut, and counted.
@@ -76,7 +76,7 @@ def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[D
         DataError: nothing to train on, or nothing held out.
     """
     persona = load_persona(arguments.persona)
-    kept: dict[bool, list[dict]] = {True: [], False: []}
+    kept: dict[bool, list[tuple]] = {True: [], False: []}
     tallies = []
     for spec in arguments.sources:
         rows = load(spec, "conversation", seed=arguments.data_seed, persona=persona)
@@ -91,7 +91,7 @@ def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[D
                 rows.tally.cut += encoded.dropped_turns > 0
                 text = "\n".join(message["content"] for message in messages)
                 held_out = in_validation(text, arguments.validation_share)
-                kept[held_out].append({"input_ids": encoded.input_ids, "labels": encoded.labels})
+                kept[held_out].append((np.array(encoded.input_ids, np.int32), np.array(encoded.labels, np.int32)))
         tallies.append(rows.tally)
     if not kept[True] or not kept[False]:
         raise DataError(
@@ -99,30 +99,8 @@ def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[D
             f"validation_share {arguments.validation_share} of {', '.join(arguments.sources)}: both are needed. "
             "Give more data or another validation_share."
         )
-    return Dataset.from_list(kept[False]), Dataset.from_list(kept[True]), tallies
-
-
-def training_order(lengths: Sequence[int], rows: int, batch_size: int, seed: int) -> np.ndarray:
-    """Which row comes when: epoch after epoch in random order, rows of similar length in one batch.
-
-    Args:
-        lengths: tokens of each row.
-        rows: how many to place; a multiple of `batch_size`.
-        batch_size: rows of a micro-batch.
-    """
-    lengths = np.asarray(lengths)
-    order: list[np.ndarray] = []
-    epochs = -(-rows // len(lengths))
-    for epoch in range(epochs):
-        order.append(np.random.default_rng([seed, epoch]).permutation(len(lengths)))
-    stream = np.concatenate(order)[:rows]
-    pools = []
-    draw = np.random.default_rng([seed, epochs, 1])
-    for start in range(0, rows, batch_size * BATCHES_PER_POOL):
-        pool = stream[start : start + batch_size * BATCHES_PER_POOL]
-        pool = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, batch_size)
-        pools.append(draw.permutation(pool).reshape(-1))
-    return np.concatenate(pools)
+    kept[True].sort(key=lambda encoded: len(encoded[0]))  # less padding
+    return Sequences(kept[False]), Sequences(kept[True]), tallies
 
 
 def steps_of(arguments, rows: int) -> int:
@@ -136,23 +114,25 @@ def steps_of(arguments, rows: int) -> int:
 
 
 class ChatTrainer(StageTrainer, SFTTrainer):
-    """SFTTrainer over encoded rows, with rorchat's fused head instead of TRL's."""
+    """SFTTrainer over packed conversations, with rorchat's fused head instead of TRL's."""
 
-    def __init__(self, model, arguments: SftArguments, tokenizer, train: Dataset, validation: Dataset):
+    def __init__(self, model, arguments: SftArguments, tokenizer, train: Sequences, validation: Sequences):
+        window = arguments.max_length or model.config.n_positions
         micro = arguments.per_device_train_batch_size
-        arguments.max_steps = steps_of(arguments, len(train))
+        arguments.max_steps = steps_of(arguments, len(pack(train.lengths, window)))
         rows = arguments.max_steps * micro * arguments.gradient_accumulation_steps * arguments.world_size
-        lengths = np.array([len(ids) for ids in train["input_ids"]])
-        order = training_order(lengths, rows, micro, arguments.data_seed)
-        read = np.cumsum([0, *lengths[order].reshape(arguments.max_steps, -1).sum(1)])
+        packed_rows = PackedRows(train, window, rows, arguments.data_seed)
+        read = np.cumsum([0, *packed_rows.tokens.reshape(arguments.max_steps, -1).sum(1)])
+        looked_at = Dataset.from_list([{name: tensor.tolist() for name, tensor in train[0].items()}])
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=train.select(order),
-            eval_dataset=validation,
+            train_dataset=looked_at,  # TRL takes no other kind and looks at one row
+            eval_dataset=looked_at,
             processing_class=tokenizer,
-            data_collator=partial(padded, pad_id=tokenizer.pad_token_id),
+            data_collator=partial(packed, pad_id=tokenizer.pad_token_id),
         )
+        self.train_dataset, self.eval_dataset = packed_rows, validation
         del model.forward  # TRL's fused head, which scores masked positions too on a CPU
         fuse_head(model)
         fuse_gelu(model)

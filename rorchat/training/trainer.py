@@ -30,6 +30,7 @@ from rorchat.evaluation.loss import Loss, dataset_loss
 from rorchat.inference.engine import ChatModel
 from rorchat.model import flops_per_token
 from rorchat.tokenizer import token_bytes
+from rorchat.tokens.batch import padded
 from rorchat.training.callbacks import Metrics, Samples, Utilization, Watch, append_line
 from rorchat.training.checkpoint import KEPT
 from rorchat.training.machine import best_precision, keep_freed_memory, use_all_cores
@@ -346,12 +347,11 @@ class StageTrainer(DividingTrainer, ResumableTrainer):
         model.eval()
         losses = {}
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        collate = functools.partial(padded, pad_id=self.chat.tokenizer.pad_token_id)
         for name, rows in sets.items():
             own = Subset(rows, range(rank, len(rows), world))
             with self.accelerator.autocast():
-                part = dataset_loss(
-                    model, own, self.data_collator, self.token_bytes, self.args.per_device_eval_batch_size
-                )
+                part = dataset_loss(model, own, collate, self.token_bytes, self.args.per_device_eval_batch_size)
             sums = torch.tensor([[part.nats, part.tokens, part.text_nats, part.utf8_bytes]], dtype=torch.float64)
             if world > 1:  # alone it stays on the host: Apple's GPUs have no float64
                 sums = self.accelerator.gather(sums.to(self.args.device))

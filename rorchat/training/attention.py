@@ -1,0 +1,145 @@
+"""Attention of full rows and of packed ones, in a stock GPT-2, without a mask.
+
+With its own name GPT-2's attention gets a dense mask wherever positions restart: a number for every pair of tokens of
+a row. Here packed sequences are attended to one by one, each by the causal kernel, or all by one kernel for
+sequences of various lengths on GPUs that have it.
+
+A packed sequence is a tree: a stem and the branches that each go on from it, blind for one another, so that a prompt is
+read once for all its replies. Most have no branch.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+CAUSAL_ATTENTION, PACKED_ATTENTION = "causal_sdpa", "packed_sdpa"  # names that Transformers builds no mask for
+
+Tree = tuple[int, ...]  # tokens of the stem, and of each branch
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    trees: Sequence[Tree],
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_,
+) -> tuple[Tensor, None]:
+    """Causal attention within each tree, each branch seeing the stem and itself.
+
+    Args:
+        query, key, value: (B, H, T, D), rows of trees that stand one behind the other.
+        trees: of all rows; B x T tokens together.
+
+    Returns:
+        (B, T, H, D), and no weights.
+    """
+    batch, heads, length, width = query.shape
+    query, key, value = (x.transpose(1, 2).reshape(batch * length, heads, width) for x in (query, key, value))
+    if _has_kernel(query) and not dropout:
+        output = _by_one_kernel(query, key, value, trees, scaling)
+    else:
+        output = _one_by_one(query, key, value, trees, dropout, scaling)
+    return output.view(batch, length, heads, width), None
+
+
+def _has_kernel(query: Tensor) -> bool:
+    return query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, trees: Sequence[Tree], dropout: float, scaling) -> Tensor:
+    """(N, H, D) each; N tokens of all trees."""
+    sizes = [size for tree in trees for size in tree]
+    # split, not slices: the gradient of a slice is as large as what it was cut from
+    parts = iter(zip(*(x.split(sizes) for x in (query, key, value)), strict=True))
+
+    def attend(*qkv: Tensor) -> Tensor:
+        qkv = [x.transpose(0, 1).unsqueeze(0) for x in qkv]  # (L, H, D) -> (1, H, L, D)
+        return F.scaled_dot_product_attention(*qkv, dropout_p=dropout, scale=scaling, is_causal=True)[0].transpose(0, 1)
+
+    outputs = []
+    for stem_size, *branches in trees:
+        stem = next(parts)
+        if not branches:
+            outputs.append(attend(*stem))
+        for number, _ in enumerate(branches):
+            found = attend(*(torch.cat(both) for both in zip(stem, next(parts), strict=True)))
+            outputs.append(found[stem_size if number else 0 :])
+    return torch.cat(outputs)
+
+
+def _by_one_kernel(query: Tensor, key: Tensor, value: Tensor, trees: Sequence[Tree], scaling) -> Tensor:
+    read, lengths = [], []  # which keys there are for the queries, and for how many queries
+    start = 0
+    for stem, *branches in trees:
+        first = stem + (branches[0] if branches else 0)
+        read.append(torch.arange(start, start + first))
+        lengths.append(first)
+        at = start + first
+        for branch in branches[1:]:
+            read.append(torch.cat([torch.arange(start, start + stem), torch.arange(at, at + branch)]))
+            lengths.append(branch)
+            at += branch
+        start = at
+    seen = [len(keys) for keys in read]
+    if len(seen) > len(trees):
+        index = torch.cat(read).to(key.device)
+        key, value = key[index], value[index]
+
+    def bounds(sizes: list[int]) -> Tensor:
+        return torch.tensor([0, *sizes], device=query.device).cumsum(0).to(torch.int32)
+
+    return varlen_attn(  # causal from the last key back, so that a branch sees its stem whole
+        query, key, value, bounds(lengths), bounds(seen), max(lengths), max(seen), scale=scaling, window_size=(-1, 0)
+    )
+
+
+AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
+AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
+
+
+@contextlib.contextmanager
+def _attention(config, name: str) -> Iterator[None]:
+    stock, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = stock
+
+
+def causal_attention(config) -> contextlib.AbstractContextManager:
+    """Attention that is causal and knows no padding to the left and no packing, for as long as the context lasts."""
+    return _attention(config, CAUSAL_ATTENTION)
+
+
+def packed_attention(config) -> contextlib.AbstractContextManager:
+    """Attention of packed rows, whose `trees` the model is called with, for as long as the context lasts."""
+    return _attention(config, PACKED_ATTENTION)
+
+
+def keep_packed(model: nn.Module) -> None:
+    """Lets every block of a stock GPT-2 attend to packed rows wherever it is called with `trees`.
+
+    Gradient checkpointing calls blocks again in the backward pass, when no context lasts any more.
+    """
+    for block in model.transformer.h:
+        if "forward" not in vars(block.attn):
+            block.attn.forward = functools.partial(_by_trees, block.attn, block.attn.forward)
+
+
+def _by_trees(attention: nn.Module, stock_forward, *args, **kwargs):
+    if "trees" not in kwargs:
+        return stock_forward(*args, **kwargs)
+    with packed_attention(attention.config):
+        return stock_forward(*args, **kwargs)

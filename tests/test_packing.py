@@ -1,0 +1,261 @@
+"""Packing loses nothing, fills rows, and changes neither loss nor gradient: no sequence sees another."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from rorchat.chatml import IGNORED, encode_conversations
+from rorchat.sources import load
+from rorchat.tokens.batch import packed, padded
+from rorchat.tokens.packing import PackedRows, Sequences, pack
+from rorchat.training import attention as attention_module
+from rorchat.training.attention import packed_attention_forward
+from rorchat.training.loss import fuse_head
+from rorchat.training.pairs import fuse_pairs
+
+WINDOW, VOCABULARY, PAD = 48, 199, 0
+
+
+def drawn(count: int, most: int = WINDOW, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(1, most + 1, count).tolist()
+
+
+def best_fit_by_looking_at_every_row(lengths: list[int], window: int) -> list[int]:
+    """The room that is left in each row."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [(room, number) for number, room in enumerate(rooms) if room >= length]
+        if fitting:
+            rooms[min(fitting)[1]] -= length
+        else:
+            rooms.append(window - length)
+    return rooms
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_sequence_stands_in_one_row_and_each_where_it_fits_best(seed):
+    lengths = drawn(300, seed=seed)
+    rows = pack(lengths, WINDOW)
+    assert sorted(index for row in rows for index in row) == list(range(300))
+    rooms = [WINDOW - sum(lengths[index] for index in row) for row in rows]
+    assert min(rooms) >= 0
+    assert sorted(rooms) == sorted(best_fit_by_looking_at_every_row(lengths, WINDOW))
+
+
+def test_what_cannot_be_packed_is_an_error():
+    assert pack([], WINDOW) == []
+    for lengths in ([3, WINDOW + 1], [0, 3]):
+        with pytest.raises(ValueError, match=f"do not all fit into rows of {WINDOW}"):
+            pack(lengths, WINDOW)
+
+
+def sequences(count: int = 40, most: int = 30) -> Sequences:
+    draw = np.random.default_rng(1)
+    found = []
+    for length in drawn(count, most):
+        ids = draw.integers(1, VOCABULARY, length)
+        found.append((ids, np.where(draw.random(length) < 0.5, ids, IGNORED)))
+    return Sequences(found)
+
+
+def test_sequences_are_given_back_as_they_were_but_for_their_first_label():
+    rows = [([5, 6, 7], [5, IGNORED, 7]), ([8], [8]), ([9, 10], [IGNORED, 10])]
+    given = Sequences(rows)
+    assert given.lengths.tolist() == [3, 1, 2]
+    for (ids, labels), found in zip(rows, given, strict=True):
+        assert found["input_ids"].tolist() == ids
+        assert found["labels"].tolist() == [IGNORED, *labels[1:]]
+
+
+def test_each_epoch_has_every_sequence_once_in_another_order_and_the_same_for_the_same_seed():
+    given = sequences()
+    epoch = len(pack(given.lengths, WINDOW))
+    rows = PackedRows(given, WINDOW, 2 * epoch + 3, seed=0).rows
+    assert len(rows) == 2 * epoch + 3
+    first, second = rows[:epoch], rows[epoch : 2 * epoch]
+    for part in (first, second):
+        assert sorted(index for row in part for index in row) == list(range(len(given)))
+    assert first != second and {frozenset(row) for row in first} != {frozenset(row) for row in second}
+    assert rows == PackedRows(given, WINDOW, 2 * epoch + 3, seed=0).rows
+    assert rows != PackedRows(given, WINDOW, 2 * epoch + 3, seed=1).rows
+
+
+@pytest.fixture(scope="module")
+def stock() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_positions=WINDOW, n_layer=2, n_head=2, n_embd=32, **quiet)
+    )
+
+
+def of_each_alone(model: GPT2LMHeadModel, given: Sequences) -> dict[str, torch.Tensor]:
+    """The mean loss over all labels, and its gradients, by plain Transformers, one sequence after the other."""
+    model = copy.deepcopy(model).train()
+    asked, total = 0, torch.zeros(())
+    for row in given:
+        logits = model(input_ids=row["input_ids"][None]).logits[0, :-1]
+        total = total + F.cross_entropy(logits, row["labels"][1:], ignore_index=IGNORED, reduction="sum")
+        asked += int((row["labels"][1:] != IGNORED).sum())
+    (total / asked).backward()
+    return {"loss": (total / asked).detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def of_packed(model: GPT2LMHeadModel, given: Sequences, checkpointing: bool = False) -> dict[str, torch.Tensor]:
+    model = copy.deepcopy(model).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    fuse_head(model)
+    rows = PackedRows(given, WINDOW, len(pack(given.lengths, WINDOW)), seed=0)
+    loss = model(**packed(rows, PAD)).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_gradients_of_packed_rows_are_those_of_each_sequence_alone(stock, checkpointing):
+    given = sequences()
+    expected, found = of_each_alone(stock, given), of_packed(stock, given, checkpointing)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-5), name
+        assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+def test_no_sequence_sees_another(stock):
+    """Bit-equal hidden states whatever stands beside."""
+    model = copy.deepcopy(stock).eval()
+    fuse_head(model)
+    given = [row for row in sequences(6, 12)]
+    other = [dict(row, input_ids=row["input_ids"].flip(0) + (number != 2)) for number, row in enumerate(given)]
+    other[2] = given[2]
+    found = []
+    for rows in (given, other):
+        hidden = []
+        hook = model.transformer.ln_f.register_forward_hook(lambda *call, into=hidden: into.append(call[-1]))
+        with torch.no_grad():
+            model(**packed([rows], PAD))
+        hook.remove()
+        start = sum(len(row["input_ids"]) for row in rows[:2])
+        found.append(hidden[0][0, start : start + len(rows[2]["input_ids"])])
+    assert torch.equal(*found)
+
+
+def test_there_is_no_mask_and_no_attention_longer_than_a_sequence(stock, monkeypatch):
+    model = copy.deepcopy(stock)
+    fuse_head(model)
+    seen = []
+
+    def attend(query, key, value, attn_mask=None, **options):
+        assert attn_mask is None and options["is_causal"]
+        seen.append(query.size(2))
+        return stock_attention(query, key, value, **options)
+
+    stock_attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(attention_module.F, "scaled_dot_product_attention", attend)
+    given = sequences(8, 20)
+    model(**packed(PackedRows(given, WINDOW, 1, seed=0), PAD))
+    assert seen and max(seen) <= 20
+
+
+def test_a_model_made_ready_still_generates_and_reads_padded_batches(stock):
+    ready = copy.deepcopy(stock).eval()
+    fuse_head(ready)
+    ids = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+    assert torch.equal(ready.generate(ids, **options), stock.eval().generate(ids, **options))
+    batch = padded(list(sequences(5)), PAD)
+    plain = copy.deepcopy(stock)(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(plain, batch["labels"][:, 1:].flatten(), ignore_index=IGNORED)
+    assert torch.allclose(ready(**batch).loss, expected, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for sequences of various lengths needs a GPU")
+def test_on_a_gpu_one_kernel_gives_what_one_call_a_sequence_gives():
+    torch.manual_seed(0)
+    trees = [(7,), (12, 5, 9), (1,), (20, 3, 30)]
+    count = sum(map(sum, trees))
+    qkv = [torch.randn(1, count, 2, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
+    by_kernel, _ = packed_attention_forward(None, *qkv, None, trees=trees)
+    flat = [x.float()[0].transpose(0, 1) for x in qkv]
+    one_by_one = attention_module._one_by_one(*flat, trees, 0.0, None)
+    assert torch.allclose(by_kernel[0].float(), one_by_one, atol=2e-2)
+
+
+# Pairs
+
+
+def pairs(count: int = 5) -> list[tuple[list[int], list[int], list[int]]]:
+    draw = np.random.default_rng(2)
+    sizes = draw.integers([2, 1, 1], [20, 14, 14], (count, 3))
+    return [tuple(draw.integers(1, VOCABULARY, size).tolist() for size in each) for each in sizes.tolist()]
+
+
+def batch_of(given) -> dict[str, torch.Tensor]:
+    """As TRL's collator has it: chosen sides before rejected ones."""
+    rows = [(prompt, chosen) for prompt, chosen, _ in given] + [(prompt, rejected) for prompt, _, rejected in given]
+    width = max(len(prompt) + len(reply) for prompt, reply in rows)
+
+    def filled(parts) -> torch.Tensor:
+        return torch.tensor([part + [0] * (width - len(part)) for part in parts])
+
+    input_ids = filled([prompt + reply for prompt, reply in rows])
+    asked = filled([[0] * len(prompt) + [1] * len(reply) for prompt, reply in rows])
+    mask = filled([[1] * (len(prompt) + len(reply)) for prompt, reply in rows])
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(asked == 0, IGNORED)}
+
+
+def plain_log_probabilities(model, batch) -> torch.Tensor:
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    found = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return found.masked_fill(labels == IGNORED, 0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_log_probabilities_of_pairs_and_their_gradients_are_those_of_plain_rows(stock, checkpointing, monkeypatch):
+    monkeypatch.setattr("rorchat.training.pairs.LOGITS_AT_ONCE", 7 * VOCABULARY)  # several slices
+    batch = batch_of(pairs())
+    weights = torch.randn(batch["labels"][:, 1:].shape, generator=torch.Generator().manual_seed(4))
+    plain, ready = copy.deepcopy(stock).train(), copy.deepcopy(stock).train()
+    expected = plain_log_probabilities(plain, batch)
+    (expected * weights).sum().backward()
+    if checkpointing:
+        ready.gradient_checkpointing_enable({"use_reentrant": False})
+    fuse_pairs(ready)
+    output = ready(**batch, fused_lm_head=True)
+    (output.log_probs * weights).sum().backward()
+    assert torch.allclose(output.log_probs, expected, atol=1e-5)
+    asked = batch["labels"][:, 1:] != IGNORED
+    best = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].argmax(-1)
+    assert torch.equal(output.is_top1, (best == batch["labels"][:, 1:]) & asked)
+    for (name, found), wanted in zip(ready.named_parameters(), plain.parameters(), strict=True):
+        assert (found.grad - wanted.grad).norm() <= 1e-5 * wanted.grad.norm(), name
+
+
+def test_a_prompt_is_read_once_and_padding_never(stock):
+    model = copy.deepcopy(stock)
+    fuse_pairs(model)
+    given, seen = pairs(), []
+    model.transformer.h[0].register_forward_hook(lambda module, args, output: seen.append(args[0].shape[:2]))
+    model(**batch_of(given), fused_lm_head=True)
+    assert seen == [(1, sum(map(len, (ids for pair in given for ids in pair))))]
+
+
+# Real conversations
+
+
+@pytest.mark.parametrize("window", [256, 1024])
+def test_real_conversations_fill_their_rows(gpt2_tokenizer, shared_data, window):
+    lengths = []
+    for name, path in (("alpaca", "alpaca/alpaca_5000.json"), ("dailydialog", "dailydialog")):
+        conversations = [row["messages"] for row in load(f"{name}={shared_data / path}", "conversation")][:2000]
+        encoded = encode_conversations(gpt2_tokenizer, conversations, window)
+        lengths += [len(each.input_ids) for each in encoded if each]
+    rows = pack(lengths, window)
+    assert sum(lengths) / (len(rows) * window) > 0.995
