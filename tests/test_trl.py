@@ -255,6 +255,19 @@ def test_another_end_or_pad_of_a_model_of_ours_is_put_right_and_its_template_sta
     assert "gives way" not in capsys.readouterr().err
 
 
+def test_a_template_that_a_model_of_ours_was_given_gives_way_and_its_system_message_stays(ours, tmp_path, capsys):
+    """As `trl sft --chat_template_path FILE.jinja` leaves it: every token is there, but texts could become some."""
+    tokenizer = AutoTokenizer.from_pretrained(ours)
+    template = tokenizer.chat_template
+    assert load_persona().system in template
+    plain = "<|im_start|>system\nBe brief.<|im_end|>\n{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    tokenizer.chat_template = plain + "<|im_end|>\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.chat_template == template.replace(load_persona().system, "Be brief.")
+    assert capsys.readouterr().err.count("gives way to rorchat's, with the system message 'Be brief.'") == 1
+
+
 def test_a_template_that_cannot_be_rendered_gives_way_as_any_other(base, tmp_path, capsys):
     for number, template in enumerate(("<|im_start|>{{ raise_exception('no') }}", "<|im_start|>{% if %}", "{{ 1 }}")):
         tokenizer = AutoTokenizer.from_pretrained(base)
