@@ -260,16 +260,20 @@ def test_a_template_that_a_model_of_ours_was_given_gives_way_and_its_system_mess
     tokenizer = AutoTokenizer.from_pretrained(ours)
     template = tokenizer.chat_template
     assert load_persona().system in template
-    plain = "<|im_start|>system\nBe brief.<|im_end|>\n{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    tokenizer.chat_template = plain + "<|im_end|>\n{% endfor %}"
+    messages = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer.chat_template = "<|im_start|>system\nBe brief.  {{ 'Please. ' * 99 }}<|im_end|>\n" + messages
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
-    assert loaded.chat_template == template.replace(load_persona().system, "Be brief.")
-    assert capsys.readouterr().err.count("gives way to rorchat's, with the system message 'Be brief.'") == 1
+    system = "Be brief.  " + "Please. " * 99
+    assert loaded.chat_template == template.replace(load_persona().system, system)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "gives way to rorchat's" in line]
+    assert "with the system message 'Be brief. Please. " in line and line.endswith(" [...]'") and len(line) < 400
 
 
 def test_a_template_that_cannot_be_rendered_gives_way_as_any_other(base, tmp_path, capsys):
-    for number, template in enumerate(("<|im_start|>{{ raise_exception('no') }}", "<|im_start|>{% if %}", "{{ 1 }}")):
+    several = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    unfit = ("<|im_start|>{{ raise_exception('no') }}", "<|im_start|>{% if %}", "{{ 1 }}", several)
+    for number, template in enumerate(unfit):
         tokenizer = AutoTokenizer.from_pretrained(base)
         tokenizer.chat_template = template
         tokenizer.save_pretrained(tmp_path / str(number))
