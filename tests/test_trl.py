@@ -19,7 +19,7 @@ from rorchat.chatml import CONTROL_TOKENS, encode_conversation, encode_prompt, e
 from rorchat.inference.engine import generate_text, load_model
 from rorchat.model import build_model, save_model
 from rorchat.persona import load_persona
-from rorchat.tokenizer import load_tokenizer
+from rorchat.tokenizer import load_tokenizer, token_bytes
 
 POSITIONS = 256
 ON_A_CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 3, "per_device_train_batch_size": 2}
@@ -202,6 +202,7 @@ def test_no_text_becomes_a_special_token_that_came_with_the_template_of_others(t
     box_end = tokenizer.convert_tokens_to_ids("<|box_end|>")
     assert box_end not in encode_prompt(tokenizer, messages, positions=POSITIONS, reserve=8).input_ids
     assert box_end not in tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert token_bytes(tokenizer)[box_end] == 0
 
 
 def test_a_model_of_trl_goes_on_in_every_recipe(theirs, data, tmp_path):

@@ -218,8 +218,8 @@ def token_bytes(tokenizer) -> list[int]:
     spelled = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     sizes = [0 if token_id in special or token is None else len(token) for token_id, token in enumerate(spelled)]
     for token_id, token in tokenizer.added_tokens_decoder.items():  # these are spelled plainly
-        if token_id not in special and not token.special:
-            sizes[token_id] = len(token.content.encode())
+        if token_id not in special:
+            sizes[token_id] = 0 if token.special else len(token.content.encode())
     return sizes
 
 
