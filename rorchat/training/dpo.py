@@ -200,7 +200,7 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         for metrics in self._metrics.values():
             for name in NOT_FORMED:
                 metrics.pop(name, None)
-        rewards = self._metrics["train"]["rewards/chosen"]
+        rewards = self._metrics["train"].get("rewards/chosen")
         if rewards and "loss" in logs:
             logs["chosen_change"] = float(np.mean(rewards)) / self.args.beta / self._chosen_tokens
             self._stop_where_chosen_fall(logs["chosen_change"])

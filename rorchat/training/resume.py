@@ -296,9 +296,10 @@ class ResumableTrainer(Trainer):
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         for number in range((step - 1) * rows, min(step * rows, len(self.train_dataset))):
             row = self.train_dataset[number]
-            ids = row["input_ids"] if "input_ids" in row else [*row["prompt_ids"], *row["chosen_ids"]]
-            text = self.processing_class.decode(ids)
-            append_line(self.checkpoints.folder / DIVERGED_ROWS, {"step": step, "row": number, "text": text})
+            for part in row if isinstance(row, list) else [row]:  # a packed row has several
+                ids = part["input_ids"] if "input_ids" in part else [*part["prompt_ids"], *part["chosen_ids"]]
+                text = self.processing_class.decode(ids)
+                append_line(self.checkpoints.folder / DIVERGED_ROWS, {"step": step, "row": number, "text": text})
 
     # Loading
 
