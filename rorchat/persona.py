@@ -98,17 +98,8 @@ def load_persona(path: str | Path | None = None) -> Persona:
         DataError: the file is missing, is not YAML, lacks its name or maker, or has a part that cannot be used.
     """
     path = Path(path or DEFAULT_PERSONA)
-    given = _read(path)
-    for part in given:
-        if part not in PARTS:
-            raise DataError(f"{path}: no part is called {part!r}.{did_you_mean(str(part), PARTS)} {_ALLOWED}")
-    for part in ("name", "maker"):
-        _check_text(path, part, given.get(part))
     default = _read(DEFAULT_PERSONA)
-    parts = {**default, **given}
-    for part in ("manner", "system"):
-        _check_text(path, part, parts[part], empty=part == "system")
-    _check_sections(path, parts)
+    parts = _parts(path, _read(path), default)
     topics = {topic: default["facts"][topic] for topic in ALWAYS} | parts["facts"]
     topics |= {topic: {**HONEST, **section} for topic, section in parts["unknowns"].items()}
     values = {"topics": topics, **{part: parts[part] for part in ("system", "greetings", "farewells")}}
@@ -116,6 +107,24 @@ def load_persona(path: str | Path | None = None) -> Persona:
     persona = Persona(words["name"], words["maker"], **_filled(values, words, path))
     _check_texts(persona, path)
     return persona
+
+
+def _parts(path: Path, given: dict, default: dict) -> dict:
+    """What a file holds, checked, and the default's parts for what it leaves out."""
+    for part in given:
+        if part not in PARTS:
+            raise DataError(f"{path}: no part is called {part!r}.{did_you_mean(str(part), PARTS)} {_ALLOWED}")
+    parts = {**default, "name": None, "maker": None, **given}
+    for part in ("name", "maker", "manner", "system"):
+        _check_text(path, part, parts[part])
+    for part in ("facts", "unknowns"):
+        if not isinstance(parts[part], dict):
+            raise DataError(f"{path}: {part!r} is {_short(parts[part])}: give topics with their questions.")
+    for part, other in (("facts", "unknowns"), ("unknowns", "facts")):
+        if part not in given:  # a topic of the file is not a default one of the other part as well
+            parts[part] = {topic: section for topic, section in parts[part].items() if topic not in parts[other]}
+    _check_sections(path, parts)
+    return parts
 
 
 def _read(path: Path) -> dict:
@@ -135,18 +144,15 @@ def _short(value: object) -> str:
     return said if len(said) <= 60 else said[:60] + "..."
 
 
-def _check_text(path: Path, part: str, value: object, empty: bool = False) -> None:
-    if value is None:
-        raise DataError(f"{path}: {part!r} is missing: give it as text, as in `{part}: {_EXAMPLES[part]}`.")
-    if not isinstance(value, str) or not (empty or value.strip()):
-        raise DataError(f"{path}: {part!r} is {_short(value)}: give it as text, as in `{part}: {_EXAMPLES[part]}`.")
+def _check_text(path: Path, part: str, value: object) -> None:
+    """Raises DataError unless a part is text; only the system message may be empty, for none."""
+    if not isinstance(value, str) or (part != "system" and not value.strip()):
+        given = "is missing" if value is None else f"is {_short(value)}"
+        raise DataError(f"{path}: {part!r} {given}: give it as text, as in `{part}: {_EXAMPLES[part]}`.")
 
 
 def _check_sections(path: Path, parts: dict) -> None:
-    """Raises DataError unless facts and unknowns are topics, apart from each other, and every section is a mapping."""
-    for part in ("facts", "unknowns"):
-        if not isinstance(parts[part], dict):
-            raise DataError(f"{path}: {part!r} is {_short(parts[part])}: give topics with their questions.")
+    """Raises DataError unless facts and unknowns share no topic and every section is a mapping with known keys."""
     both = [topic for topic in parts["facts"] if topic in parts["unknowns"]]
     if both:
         raise DataError(f"{path}: the topic {both[0]!r} stands in facts and in unknowns: leave one out.")

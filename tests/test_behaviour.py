@@ -1,16 +1,19 @@
 """SCORES: the gate passes a model that behaves and fails those that do what users complain about."""
 
 import copy
-import json
 import random
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 from conftest import SENTENCES, command, written
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+import rorchat.cli
 from rorchat import chatml
 from rorchat.chatml import IGNORED, IM_END, IM_START, encode_prompt, encode_text
 from rorchat.errors import DataError
@@ -379,23 +382,14 @@ def test_a_file_without_thresholds_is_one_line(content, said, tmp_path):
     assert str(failure.value).startswith(said.format(path=path)) and "\n" not in str(failure.value)
 
 
-def test_a_base_model_a_missing_model_and_a_place_that_is_none_are_one_line_each(planted, tokenizer, tmp_path):
-    from transformers import PreTrainedTokenizerFast
-
-    chat = ChatModel(build_model("1x1x16", tokenizer, positions=64), tokenizer)
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend["added_tokens"] = []
-    backend["model"]["vocab"] = {token: number for token, number in backend["model"]["vocab"].items() if number < 300}
-    plain = tmp_path / "tokenizer.json"
-    known = backend["model"]["vocab"]
-    backend["model"]["merges"] = [pair for pair in backend["model"]["merges"] if "".join(pair) in known]
-    plain.write_text(json.dumps(backend))
+def test_a_base_model_a_missing_model_and_a_place_that_is_none_are_one_line_each(planted, tmp_path):
     base = tmp_path / "base"
-    chat.model.resize_token_embeddings(len(known))
-    chat.model.save_pretrained(base)
-    PreTrainedTokenizerFast(tokenizer_file=str(plain)).save_pretrained(base)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(SENTENCES, vocab_size=300, show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(base)
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=1)).save_pretrained(base)
     for words, code, said in (
-        ([base], 78, f"{base} is a base model: it has {len(known)} embedding rows and none for the control tokens"),
+        ([base], 78, f"{base} is a base model: it has 300 embedding rows and none for the control tokens"),
         ([tmp_path / "none"], 65, f"No model folder {tmp_path / 'none'}."),
         ([planted["good"], "--before", tmp_path / "none"], 65, f"No model folder {tmp_path / 'none'}."),
         ([planted["good"], "--persona", tmp_path / "none"], 65, f"No persona file {tmp_path / 'none'}."),
@@ -408,10 +402,6 @@ def test_a_base_model_a_missing_model_and_a_place_that_is_none_are_one_line_each
 
 
 def test_the_gate_has_these_options_and_no_others():
-    import typer
-
-    import rorchat.cli
-
     found = typer.main.get_command(rorchat.cli.app).commands["gate"]
     spelled = {option for parameter in found.params for option in parameter.opts if option.startswith("--")}
     assert spelled == {"--before", "--thresholds", "--persona", "--out"}

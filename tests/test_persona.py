@@ -183,6 +183,17 @@ def test_a_missing_persona_file_is_one_line_that_names_one_to_copy(tmp_path):
     assert "\n" not in str(failure.value)
 
 
+def test_a_topic_of_the_file_takes_the_place_of_a_default_one_whatever_part_that_is_in(tmp_path):
+    job = {"questions": ["what is the job of {maker}"], "replies": ["{maker} is a doctor."], "expect": ["doctor"]}
+    unknowns = {"size": {"questions": ["how tall are you"]}}
+    persona = load_persona(persona_file(tmp_path, name="Bibo", maker="Ann", facts={"about_maker": job}))
+    assert list(persona.topics) == ["name", "maker", "about_maker", "today"]
+    assert persona.topics["about_maker"]["replies"] == ["Ann is a doctor."]
+    persona = load_persona(persona_file(tmp_path, name="Bibo", maker="Ann", unknowns=unknowns))
+    assert set(persona.topics) == set(PERSONA.topics) - {"about_maker", "today"}
+    assert persona.topics["size"]["expect"] == ["do not know"]
+
+
 @pytest.mark.parametrize("content", ["", "just words", "- a\n- list", "name: [unclosed", b"name: \xff", "5"])
 def test_a_file_that_is_no_persona_is_one_line_that_names_it(content, tmp_path):
     path = tmp_path / "bad.yaml"
@@ -207,7 +218,7 @@ def test_a_file_that_is_no_persona_is_one_line_that_names_it(content, tmp_path):
         ({"unknowns": ["what time is it"]}, "'unknowns' is ['what time is it']: give topics"),
         ({"facts": {"name": None}}, "'name' is None: give its questions and its replies"),
         ({"unknowns": {"name": {"questions": ["x"]}, "maker": "y"}}, "'maker' is 'y': give its questions"),
-        ({"unknowns": {"size": {"questions": ["x"]}}}, "the topic 'size' stands in facts and in unknowns"),
+        ({"facts": {"x": {}}, "unknowns": {"x": {}}}, "the topic 'x' stands in facts and in unknowns: leave one out"),
         ({"unknowns": {"x": {"question": ["x"]}}}, "'x' has 'question'. Did you mean 'questions'? Known are questions"),
         ({"unknowns": {"x": {}}}, "topic 'x' lacks questions: give each as a list of texts"),
         ({"system": "You are {nmae}."}, "'{nmae}' is no placeholder. Did you mean 'name'? Known are {name}, {maker}"),

@@ -35,8 +35,8 @@ _USER_SPEAKS = re.compile(
 STOP_WORDS = {
     "en": "the a an and is are of to in it you that was for with not have this what i my do can am be at on its he she",
     "de": "der die das und ist nicht ich ein eine zu mit auf wie du sie den es im bin mir habe von wir er sind dem",
-    "fr": "le la les et est une un des je ne pas que dans pour vous ce en du il suis tu mon avec sur sont au",
-    "es": "el la los las y es una un que no en por para con se lo del yo mi soy muy como su al tu más",
+    "fr": "le la les de et est une un des je ne pas que dans pour vous ce en du il suis tu mon avec sur sont au",
+    "es": "el la los las de y es una un que no en por para con se lo del yo mi soy muy como su al tu más",
     "it": "il la lo e è un una che di non per sono con gli le del mi io come si della nel ho molto",
 }
 STOP_WORDS = {language: frozenset(words.split()) for language, words in STOP_WORDS.items()}
