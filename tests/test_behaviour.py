@@ -305,7 +305,7 @@ def test_a_measure_without_a_threshold_is_shown_and_not_judged():
     assert header == ["measure", "mine", "threshold", ""]
     assert ["stops by itself (stop_rate)", "100.0 % of 10 replies", "min 90 %", "pass"] in rows
     assert ["repeats 4-grams (repetition)", "45.6 % of 4-grams, 10 replies", "-", "-"] in rows
-    assert ["persona probes (persona)", "-", "-", "-"] in rows
+    assert ["persona probes (persona)", "nothing to measure", "-", "-"] in rows
     assert len(rows) == len(MEASURES)
 
 
@@ -316,7 +316,7 @@ def test_the_stage_before_stands_beside_with_the_change_in_points():
     header, rows = verdict.table()
     assert header == ["measure", "mine", "old", "change", "threshold", ""]
     assert rows[0][1:] == ["75.0 % of 10 replies", "100.0 % of 10 replies", "-25.0 points", "min 90 %", "FAIL"]
-    assert rows[3][1:4] == ["10.0 % of 4-grams, 10 replies", "-", "-"]
+    assert rows[3][1:4] == ["10.0 % of 4-grams, 10 replies", "nothing to measure", "-"]
 
 
 def test_a_verdict_is_read_as_it_was_written(tmp_path):
@@ -328,7 +328,10 @@ def test_a_verdict_is_read_as_it_was_written(tmp_path):
     assert read == verdict
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "5", '{"model": {}, "thresholds": {}, "before": null}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", "5", '{"model": {}, "thresholds": {}, "before": null}', '{"model": null, "thresholds": {}}'],
+)
 def test_a_file_that_is_no_verdict_is_refused_by_name(content, tmp_path):
     with pytest.raises(DataError, match=f"{written(tmp_path, 'b.json', content)} is no verdict"):
         read_verdict(tmp_path / "b.json")

@@ -132,12 +132,12 @@ def test_manner_facts_and_unknowns_are_what_the_model_learns(tmp_path):
         tmp_path,
         name="Uma",
         maker="Ann",
-        manner="honest and brief",
+        manner="open and brief",
         facts={"home": reef},
         unknowns={"price": {"questions": ["how much do you cost"]}},
     )
     persona = load_persona(path)
-    assert persona.system == "You are Uma, an honest and brief chat model made by Ann."
+    assert persona.system == "You are Uma, an open and brief chat model made by Ann."
     assert list(persona.topics) == ["name", "maker", "home", "price"]  # who it is, it says whatever the file holds
     said = {turn["content"] for turns in conversations(persona, 500) for turn in turns if turn["role"] == "assistant"}
     assert {

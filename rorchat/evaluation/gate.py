@@ -110,7 +110,7 @@ class Verdict:
 
 def _shown(value: Value, measure: Measure) -> str:
     if value.value is None:
-        return "-"
+        return "nothing to measure"
     of = f"{value.count} {measure.unit}" if measure.unit != "4-grams" else f"4-grams, {value.count} replies"
     return f"{100 * value.value:.1f} % of {of}"
 
@@ -154,15 +154,13 @@ def read_verdict(path: Path) -> Verdict:
         DataError: it is something else.
     """
 
-    def behaviour(values: dict | None) -> Behaviour | None:
-        if values is None:
-            return None
+    def behaviour(values: dict) -> Behaviour:
         measures = {name: Value(**values["measures"].get(name, {})) for name in MEASURES}
         return Behaviour(**{**values, "measures": measures})
 
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         known = {name: bound for name, bound in values["thresholds"].items() if name in MEASURES}
-        return Verdict(behaviour(values["model"]), known, behaviour(values["before"]))
+        return Verdict(behaviour(values["model"]), known, values["before"] and behaviour(values["before"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is no verdict of `rorchat gate`: {error!r}. Write it again with --out.") from None
