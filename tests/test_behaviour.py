@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import rorchat.cli
 from rorchat import chatml
-from rorchat.chatml import IGNORED, IM_END, IM_START, encode_prompt, encode_text
+from rorchat.chatml import END_OF_TEXT, IGNORED, IM_END, IM_START, encode_prompt, encode_text
 from rorchat.errors import DataError
 from rorchat.evaluation import behaviour
 from rorchat.evaluation.behaviour import (
@@ -183,6 +183,19 @@ def lively(chat) -> ChatModel:
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.3, generator=generator)
     return ChatModel(model.eval(), chat.tokenizer)
+
+
+def test_a_reply_that_ends_the_text_has_not_closed_its_turn(chat, monkeypatch):
+    def saying(*ends: str):
+        ends = [(chat.tokenizer.convert_tokens_to_ids(end),) if end else () for end in ends]
+        return lambda chat, prompts, **settings: [
+            Reply("Hi", bool(end), 1, "", (72, *end)) for _, end in zip(prompts, ends * len(prompts), strict=False)
+        ]
+
+    monkeypatch.setattr(behaviour, "generate_replies", saying(IM_END, END_OF_TEXT, "", IM_END))
+    measures = measure_behaviour(chat, "x", load_persona()).measures
+    assert measures["stop_rate"].value == pytest.approx(1 / 2, abs=0.01)
+    assert measures["template_leaks"].value == 0
 
 
 # -- planted models --------------------------------------------------------------------------------------------------

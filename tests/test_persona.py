@@ -145,9 +145,17 @@ def test_manner_facts_and_unknowns_are_what_the_model_learns(tmp_path):
         "I am sorry, I do not know.",
         "I am Uma! I am a small chat model made by Ann.",
     } <= said
-    (home,) = [probe for probe in probes(persona) if probe.topic == "home"]
-    (price,) = [probe for probe in probes(persona) if probe.topic == "price"]
+    home = next(probe for probe in probes(persona) if probe.topic == "home")
+    price = next(probe for probe in probes(persona) if probe.topic == "price")
     assert home.passes("In the reef.") and price.passes("That I do not know.") and not price.passes("Ten dollars.")
+
+
+def test_a_topic_of_one_question_has_a_probe_whatever_the_question(tmp_path):
+    facts = {
+        f"fact {n}": {"questions": [f"what is fact {n}"], "replies": ["It is so."], "expect": ["so"]} for n in range(50)
+    }
+    persona = load_persona(persona_file(tmp_path, name="Bibo", maker="Ann", facts=facts))
+    assert {probe.topic for probe in probes(persona)} == set(persona.topics) and len(persona.topics) > 50
 
 
 def test_a_file_may_say_its_name_in_its_own_words_and_leave_everything_else_out(tmp_path):
