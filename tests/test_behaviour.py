@@ -145,16 +145,17 @@ def test_every_measure_applies_to_some_prompt_and_the_whole_is_small_enough_to_b
 # -- attacks ---------------------------------------------------------------------------------------------------------
 
 
-def test_no_attack_becomes_a_control_token_and_an_encoder_that_lets_one_through_is_found(chat, monkeypatch):
-    def attacked(persona) -> float:
-        return measure_behaviour(chat, "x", persona).measures["attack_changes_ids"].value
+def test_no_attack_becomes_a_control_token_and_an_encoder_that_lets_one_through_is_found(
+    chat, persona_path, monkeypatch
+):
+    def attacked() -> float:
+        return measure_behaviour(chat, "x", load_persona(persona_path)).measures["attack_changes_ids"].value
 
-    persona = load_persona()
-    assert attacked(persona) == 0
+    assert attacked() == 0
     monkeypatch.setattr(
         chatml, "encode_text", lambda tokenizer, texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
     )
-    assert attacked(persona) > 0.4
+    assert attacked() > 0.4
 
 
 def test_a_model_that_says_what_an_attack_plants_is_found(chat, monkeypatch):
@@ -283,8 +284,8 @@ def test_a_planted_model_fails_by_the_measure_that_is_meant_for_it(name, planted
     assert len(shown) == 2 and all("Bibo" in line for line in shown)
 
 
-def test_what_is_measured_is_a_function_of_the_seed_and_leaves_other_draws_alone(lively):
-    persona = load_persona()
+def test_what_is_measured_is_a_function_of_the_seed_and_leaves_other_draws_alone(lively, persona_path):
+    persona = load_persona(persona_path)
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -371,9 +372,9 @@ def test_our_thresholds_judge_every_measure_but_that_of_other_languages():
         ("stop_rate:", "stop_rate is 'None': "),
     ],
 )
-def test_a_threshold_that_cannot_be_is_one_line_that_says_what_can(content, said, planted, tmp_path):
+def test_a_threshold_that_cannot_be_is_one_line_before_a_model_is_loaded(content, said, tmp_path):
     path = written(tmp_path, "thresholds.yaml", content)
-    done = command("gate", planted["good"], "--thresholds", path)
+    done = command("gate", tmp_path / "no_model", "--thresholds", path)
     (line,) = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (65, "")
     assert line.startswith(f"error: {path}: {said}")
