@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from rorchat.errors import DataError
+from rorchat.evaluation.gate import read_verdict
 from rorchat.evaluation.scores import Scores, read_scores
 
 STAGE_ORDER = ("pretrain", "sft", "dpo")
@@ -205,6 +206,15 @@ def samples_section(runs: list[Path]) -> str:
     return "\n\n".join(parts) or "No samples were taken."
 
 
+def behaviour_section(path: Path) -> str:
+    """A verdict of `rorchat gate` as a table, and what was said where a measure failed."""
+    verdict = read_verdict(path)
+    parts = [table(*verdict.table())]
+    if verdict.failures():
+        parts += [table(["failed", "user", "model"], [list(example) for example in verdict.examples()])]
+    return "\n\n".join(parts)
+
+
 def write_report(folder: Path) -> tuple[Path, Path]:
     """Writes report.md and curves.png into a run's or a story's folder.
 
@@ -226,6 +236,8 @@ def write_report(folder: Path) -> tuple[Path, Path]:
                 "### Exchanges with " + columns[-1].name,
                 table(["user", "model"], [list(e) for e in columns[-1].examples]),
             ]
+    if (folder / "behaviour.json").is_file():
+        parts += ["## Behaviour", behaviour_section(folder / "behaviour.json")]
     parts += ["## Samples", samples_section(runs), "## Data", data_table(runs)]
     versions = read_run(runs[-1])["versions"]
     parts += [

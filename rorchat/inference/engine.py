@@ -37,12 +37,16 @@ class ChatModel:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said. `stopped`: by itself, not by the limit. `notice`: what the window left out of the prompt."""
+    """What the model said. `stopped`: by itself, not by the limit. `notice`: what the window left out of the prompt.
+
+    `ids` is all that was generated, the token that ended it included; `text` has no control tokens.
+    """
 
     text: str
     stopped: bool
     tokens: int
     notice: str = ""
+    ids: tuple[int, ...] = ()
 
 
 def model_folder(path: str) -> str:
@@ -157,7 +161,8 @@ def generate_replies(
             end = next((at for at, token in enumerate(row) if token in stops), None)
             text = chat.tokenizer.decode(row[:end], skip_special_tokens=True)
             tokens = len(row) if end is None else end
-            replies[index] = Reply(text, end is not None, tokens, encoded[index].notice())
+            ids = tuple(row if end is None else row[: end + 1])
+            replies[index] = Reply(text, end is not None, tokens, encoded[index].notice(), ids)
     return [replies[index] for index in range(len(prompts))]
 
 
