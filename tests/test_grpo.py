@@ -82,6 +82,24 @@ def test_a_sampled_reply_ends_with_whatever_stops_it(chat, trainer, monkeypatch)
     assert ids == [[7, end], [7, text_end], [7, 8, 9, 10], [end]]
 
 
+def test_replies_that_teach_nothing_are_left_out_and_the_gradient_stays(chat, trainer, monkeypatch):
+    inputs = trainer._generate_and_score_completions([trainer.train_dataset[at] for at in (0, 0, 1, 1, 2, 2, 3, 3)])
+    inputs["advantages"] = torch.tensor([0.0, 0.0, 0.3, -0.3, 0.0, 0.0, 0.0, 0.0])
+    trainer.current_gradient_accumulation_steps = 1
+
+    def gradient() -> torch.Tensor:
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, inputs).backward()
+        return trainer.model.transformer.wte.weight.grad.clone()
+
+    kept = trainer._teaching(inputs)
+    assert len(kept["prompt_ids"]) == 2 < len(inputs["prompt_ids"])
+    fewer = gradient()
+    monkeypatch.setattr(trainer, "_teaching", lambda inputs: inputs)
+    torch.testing.assert_close(fewer, gradient(), rtol=1e-4, atol=1e-7)
+    assert fewer.abs().max() > 0
+
+
 def test_what_is_rewarded_becomes_likelier(chat, words, capsys):
     trainer = trainer_of(chat, [*words, "--max_steps", "12", "--learning_rate", "1e-2"])
     before = trainer.evaluate()

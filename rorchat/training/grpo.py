@@ -304,6 +304,23 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
             del metrics[name]
         return loss
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, self._teaching(inputs), return_outputs, num_items_in_batch)
+
+    def _teaching(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The replies that differ in reward from their group, as short as they are: the others have no gradient."""
+        alone = self.accelerator.num_processes == 1  # others would wait for logs of as many replies
+        if not alone or self.loss_type != "dapo" or self.beta or self.entropy_coef or self.top_entropy_quantile < 1:
+            return inputs
+        teaching = inputs["advantages"].abs() > SAME
+        teaching[0] |= not teaching.any()
+        kept = {name: tensor[teaching] if tensor.dim() else tensor for name, tensor in inputs.items()}
+        start = kept["prompt_mask"].any(0).int().argmax()
+        end = kept["completion_mask"].any(0).sum()
+        columns = {"prompt_ids": slice(start, None), "prompt_mask": slice(start, None)}
+        columns |= {"completion_ids": slice(end), "completion_mask": slice(end)}
+        return kept | {name: kept[name][:, part] for name, part in columns.items()}
+
     def _halve(self) -> None:
         raise UsageError(
             f"Out of memory at step {self.state.global_step + 1}: give a smaller per_device_train_batch_size with as "
