@@ -29,7 +29,7 @@ from rorchat.training.arguments import DataArguments
 from rorchat.training.callbacks import DIVERGED_ROWS, append_line
 from rorchat.training.loss import fuse_gelu
 from rorchat.training.processes import sharding
-from rorchat.training.rewards import WEIGHTS, find_reward, is_right, scored
+from rorchat.training.rewards import WEIGHTS, Scorer, as_replies, find_reward, is_right
 from rorchat.training.sft import training_order
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
@@ -37,8 +37,7 @@ LEAST_SPREAD = 0.1  # share of groups in which replies must differ in reward
 SAME = 1e-6  # rewards that differ by less are the same
 KNOWN = 0.9  # share of right answers from which on questions are too easy rather than too hard
 #: Of what TRL 1.16 measures; the rest says nothing where every reply is learned from once, or is said elsewhere.
-LOGGED = ("reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "completions/mean_length")
-ROW = ("messages", "answer", "alternatives", "topic", "place")  # what a reward is told of a question
+LOGGED = ("reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "completions/mean_length", "stopped")
 ONCE = "replies are sampled for each step anew and learned from once, so that a run goes on exactly from any step"
 OWN_SAMPLING = "replies are sampled by Transformers' generate, from the model that learns"
 NO_TABLES = "rewards are in metrics.jsonl, replies to `sample_prompts` in samples.jsonl"
@@ -214,34 +213,6 @@ def reply_length(arguments: GrpoArguments, positions: int) -> int:
     return longest
 
 
-class _Scorer:
-    """A reward for many replies, and as TRL calls it."""
-
-    def __init__(self, name: str, limit: int, stops: set[int]):
-        self.__name__, self.function, self.limit, self.stops = name, find_reward(name), limit, stops
-
-    def worth(self, rows: Sequence[dict], replies: Sequence[Reply]) -> list[float]:
-        """What each reply is worth to its row."""
-        return [
-            scored(
-                self.__name__,
-                self.function,
-                reply.text,
-                {**row, "stopped": reply.stopped, "tokens": reply.tokens, "limit": self.limit},
-            )
-            for row, reply in zip(rows, replies, strict=True)
-        ]
-
-    def __call__(self, completions: list[str], completion_ids: list[list[int]], **columns) -> list[float]:
-        rows = [dict(zip(ROW, values, strict=True)) for values in zip(*(columns[name] for name in ROW), strict=True)]
-        return self.worth(rows, as_replies(completions, completion_ids, self.stops))
-
-
-def as_replies(texts: Sequence[str], ids: Sequence[list[int]], stops: set[int]) -> list[Reply]:
-    """Sampled replies, whose ids end with what stopped them."""
-    return [Reply(text, own[-1] in stops, len(own)) for text, own in zip(texts, ids, strict=True)]
-
-
 class PolicyTrainer(StageTrainer, GRPOTrainer):
     """GRPOTrainer over encoded questions."""
 
@@ -257,7 +228,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         fuse_gelu(model)
         super().__init__(
             model=model,
-            reward_funcs=[_Scorer(name, arguments.max_completion_length, stops) for name in arguments.rewards],
+            reward_funcs=[Scorer(name, arguments.max_completion_length, stops) for name in arguments.rewards],
             args=arguments,
             train_dataset=train.select(order),
             eval_dataset=validation,
@@ -381,7 +352,8 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
             UsageError: they differ in too few of them: there would be nothing to learn from.
         """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        rows = list(self.train_dataset.take(min(self.args.readiness_questions, len(self.train_dataset))))[rank::world]
+        rows = list(self.train_dataset.take(min(self.args.readiness_questions, len(self.train_dataset))))
+        rows = rows[rank::world] or rows[:1]
         with self.meter.pause(), torch.random.fork_rng([self.args.device] if self.args.on_gpu else []):
             torch.manual_seed(self.args.seed + rank)
             replies = self.sample(rows)

@@ -7,18 +7,20 @@ by itself and not by the limit, its `tokens` and the `limit`. An answer is worth
 import importlib.util
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 from rorchat.chatml import CONTROL_TOKENS
 from rorchat.errors import DataError, UsageError, did_you_mean
+from rorchat.inference.engine import Reply
 from rorchat.sources.tinytown import Question, says
 
 Reward = Callable[[str, dict], float]
 
 ANSWERED = 0.2  # what a wrong answer of the right kind is worth
 NGRAM = 4  # words
+ROW = ("messages", "answer", "alternatives", "topic", "place")  # what a reward is told of a question
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _TURN = re.compile(r"^\s*(user|assistant|system)\s*(:|$)", re.IGNORECASE | re.MULTILINE)
 
@@ -135,3 +137,31 @@ def scored(name: str, function: Reward, reply: str, row: dict) -> float:
     if isinstance(value, (int, float)) and math.isfinite(value):
         return float(value)
     raise DataError(f"{where} is {value!r}, and no finite number. Mend the function, or leave it out of `rewards`.")
+
+
+class Scorer:
+    """A reward for many replies, and as TRL calls it."""
+
+    def __init__(self, name: str, limit: int, stops: set[int]):
+        self.__name__, self.function, self.limit, self.stops = name, find_reward(name), limit, stops
+
+    def worth(self, rows: Sequence[dict], replies: Sequence[Reply]) -> list[float]:
+        """What each reply is worth to its row."""
+        return [
+            scored(
+                self.__name__,
+                self.function,
+                reply.text,
+                {**row, "stopped": reply.stopped, "tokens": reply.tokens, "limit": self.limit},
+            )
+            for row, reply in zip(rows, replies, strict=True)
+        ]
+
+    def __call__(self, completions: list[str], completion_ids: list[list[int]], **columns) -> list[float]:
+        rows = [dict(zip(ROW, values, strict=True)) for values in zip(*(columns[name] for name in ROW), strict=True)]
+        return self.worth(rows, as_replies(completions, completion_ids, self.stops))
+
+
+def as_replies(texts: Sequence[str], ids: Sequence[list[int]], stops: set[int]) -> list[Reply]:
+    """Sampled replies, whose ids end with what stopped them."""
+    return [Reply(text, own[-1] in stops, len(own)) for text, own in zip(texts, ids, strict=True)]
