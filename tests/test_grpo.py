@@ -77,8 +77,7 @@ def test_a_sampled_reply_ends_with_whatever_stops_it(chat, trainer, monkeypatch)
     end, text_end = chat.model.generation_config.eos_token_id
     made = torch.tensor([[7, end, 8, 9], [7, text_end, end, 9], [7, 8, 9, 10], [end, 8, 8, 8]])
     monkeypatch.setattr(trainer.model, "generate", lambda input_ids, **_: torch.cat([input_ids, made], 1))
-    trainer.model_wrapped = trainer.model
-    ids, _ = trainer._generate_single_turn([[5, 6], [5], [5], [5]], None, {}, 4)
+    ids, _ = trainer._generate_single_turn([[5, 6], [5], [5], [5]])
     assert ids == [[7, end], [7, text_end], [7, 8, 9, 10], [end]]
 
 

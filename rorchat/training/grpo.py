@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rorchat.chatml import encode_prompt
 from rorchat.errors import DataError, MismatchError, UsageError
-from rorchat.inference.engine import RESERVED_FOR_ANSWER, ChatModel, Reply, generate_replies
+from rorchat.inference.engine import RESERVED_FOR_ANSWER, ChatModel, Reply, generate_ids, generate_replies
 from rorchat.persona import load_persona
 from rorchat.sources import Reject, Tally, in_validation, load, words_of
 from rorchat.tokens.store import sha256_of
@@ -249,6 +249,13 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
     def _tokenize_prompts(self, prompts: list[list[int]]):
         return prompts, None, {}  # they come encoded
 
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *_):
+        was_training = self.model.training
+        self.model.eval()  # else gradient checkpointing keeps no cache
+        ids = generate_ids(self.chat, prompt_ids, self.generation_kwargs)
+        self.model.train(was_training)
+        return ids, None  # no log-probabilities: they are computed in the step
+
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         def placed(attention_mask, **inputs):
             # TRL 1.16 gives no positions, and GPT-2 counts its own from the padding on: every prompt that is padded
@@ -338,7 +345,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         each, replies = max(1, self.args.per_device_train_batch_size // self.num_generations), []
         for start in range(0, len(rows), each):
             prompts = [row["prompt"] for row in rows[start : start + each] for _ in range(self.num_generations)]
-            ids, _ = self._generate_single_turn(prompts, None, {}, self.num_generations)
+            ids, _ = self._generate_single_turn(prompts)
             texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
             replies += as_replies(texts, ids, set(self.eos_token_ids))
         return replies
