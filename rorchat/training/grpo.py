@@ -38,6 +38,13 @@ SAME = 1e-6  # rewards that differ by less are the same
 KNOWN = 0.9  # share of right answers from which on questions are too easy rather than too hard
 #: Of what TRL 1.16 measures; the rest says nothing where every reply is learned from once, or is said elsewhere.
 LOGGED = ("reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "completions/mean_length", "stopped")
+#: What TRL 1.16 would refuse in the first step, with a traceback.
+KNOWN_VALUES = {
+    "scale_rewards": ("none", "group", "batch"),
+    "loss_type": ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+}
 ONCE = "replies are sampled for each step anew and learned from once, so that a run goes on exactly from any step"
 OWN_SAMPLING = "replies are sampled by Transformers' generate, from the model that learns"
 NO_TABLES = "rewards are in metrics.jsonl, replies to `sample_prompts` in samples.jsonl"
@@ -109,6 +116,9 @@ class GrpoArguments(DataArguments, OptimizationArguments, GRPOConfig):
             raise UsageError(
                 f"{sharding(self)}: sampling needs the whole model. Take with recipes/accelerate/ddp.yaml."
             )
+        for name, known in KNOWN_VALUES.items():
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(known)}.")
         if self.max_completion_length is not None and self.max_completion_length < 2:
             raise UsageError(f"max_completion_length is {self.max_completion_length}: give 2 tokens or more.")
         if not 0 < self.temperature < float("inf"):
@@ -235,6 +245,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
             processing_class=tokenizer,
         )
         chat = ChatModel(model, tokenizer)
+        self.questions = train
         self._tokens: dict[int, int] = {}  # read and written after so many steps
         self.begin_stage(
             chat,
@@ -359,7 +370,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
             UsageError: they differ in too few of them: there would be nothing to learn from.
         """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        rows = list(self.train_dataset.take(min(self.args.readiness_questions, len(self.train_dataset))))
+        rows = list(self.questions.take(min(self.args.readiness_questions, len(self.questions))))
         rows = rows[rank::world] or rows[:1]
         with self.meter.pause(), torch.random.fork_rng([self.args.device] if self.args.on_gpu else []):
             torch.manual_seed(self.args.seed + rank)
