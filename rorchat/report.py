@@ -8,7 +8,7 @@ from rorchat.errors import DataError
 from rorchat.evaluation.gate import read_verdict
 from rorchat.evaluation.scores import Scores, read_scores
 
-STAGE_ORDER = ("pretrain", "sft", "dpo")
+STAGE_ORDER = ("pretrain", "sft", "dpo", "grpo")
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -75,7 +75,7 @@ def _source_losses(runs: list[list[dict]]) -> tuple[tuple[str, str, float], ...]
 
 
 def draw_curves(runs: list[Path], target: Path) -> None:
-    """One column of panels a run, over its steps: losses, learning rates, gradient norm, speed, MFU and memory.
+    """One column of panels a run, by step: losses, reward, learning rates, gradient norm, speed, MFU and memory.
 
     Panels without a value in any run are left out. A dotted line is a restart, a red one the step that diverged.
     """
@@ -88,6 +88,7 @@ def draw_curves(runs: list[Path], target: Path) -> None:
     panels = (
         ("loss\n(nats/token; dpo: a pair)", (("loss", "training", 1), ("eval_loss", "validation", 1))),
         ("validation loss by source\n(nats/token)", _source_losses(logged)),
+        ("reward", (("reward", "training", 1), ("eval_reward", "validation", 1))),
         ("learning rate", (("learning_rate", "AdamW", 1), ("matrix_learning_rate", "Muon", 1))),
         ("gradient norm", (("grad_norm", "gradient norm", 1),)),
         ("tokens per second", (("tokens_per_second", "tokens/s", 1),)),
@@ -131,7 +132,7 @@ def _draw_panel(axis, records: list[dict], lines: tuple[tuple[str, str, float], 
         axis.legend(fontsize="small", frameon=False, ncols=-(-drawn // 6))
     elif not drawn:
         axis.text(0.5, 0.5, "not logged", ha="center", va="center", color="0.5", transform=axis.transAxes)
-    if highest and not any("loss" in key for key, _, _ in lines):
+    if highest and not any("loss" in key or "reward" in key for key, _, _ in lines):
         axis.set_ylim(0, 1.1 * highest)
 
 

@@ -149,10 +149,10 @@ def test_a_run_without_metrics_or_samples_is_reported_all_the_same(tmp_path):
 
 
 def test_runs_are_found_in_the_order_of_their_stages_and_a_run_is_a_story_of_one(tmp_path):
-    for name, stage in (("a", "dpo"), ("b", "something"), ("c", "sft"), ("d", "pretrain"), ("e", "sft")):
+    for name, stage in (("a", "grpo"), ("b", "some"), ("c", "sft"), ("d", "pretrain"), ("e", "sft"), ("f", "dpo")):
         write_run(tmp_path / name, stage, [])
     (tmp_path / "empty").mkdir()
-    assert [run.name for run in find_runs(tmp_path)] == ["d", "c", "e", "a", "b"]
+    assert [run.name for run in find_runs(tmp_path)] == ["d", "c", "e", "f", "a", "b"]
     assert find_runs(tmp_path / "c") == [tmp_path / "c"]
 
 

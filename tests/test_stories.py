@@ -33,7 +33,7 @@ VARIABLES = {
     "path", sorted((ROOT / "recipes").glob("*/*.yaml"), key=str), ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
 def test_every_yaml_fits_its_recipe(path, monkeypatch):
-    from rorchat.training import arguments, dpo, pretrain, sft
+    from rorchat.training import arguments, dpo, grpo, pretrain, sft
 
     if path.parent.name == "accelerate":
         assert yaml.safe_load(path.read_text())["num_processes"] >= 1
@@ -50,6 +50,7 @@ def test_every_yaml_fits_its_recipe(path, monkeypatch):
         "pretrain": pretrain.PretrainArguments,
         "sft": sft.SftArguments,
         "dpo": dpo.DpoArguments,
+        "grpo": grpo.GrpoArguments,
     }
     given = yaml.safe_load(path.read_text())
     missing = [

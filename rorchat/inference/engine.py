@@ -128,6 +128,19 @@ def _generate(chat: ChatModel, prompts: Sequence[list[int]], arguments: dict, **
     return output, longest
 
 
+def generate_ids(chat: ChatModel, prompts: Sequence[list[int]], arguments: dict) -> list[list[int]]:
+    """What follows each prompt, up to and with the token that stops it; one batch.
+
+    Args:
+        prompts: encoded, each with room for `max_new_tokens` within the positions.
+        arguments: of Transformers' `generate`.
+    """
+    output, width = _generate(chat, prompts, {**arguments, "max_length": None})
+    stops = set(chat.model.generation_config.eos_token_id)
+    rows = output[:, width:].tolist()
+    return [row[: next((at for at, token in enumerate(row, 1) if token in stops), None)] for row in rows]
+
+
 def generate_replies(
     chat: ChatModel,
     prompts: Sequence[str | Messages],

@@ -9,6 +9,7 @@ A source module holds, as data and one pure function:
     FILES     glob patterns of its files in a local folder, best first; compressed ones (.gz, .zst) are found as well
     RAW       some raw rows: they document the format, and are its test
     convert   raw row -> a row of its kind (`Repaired` where it had to be mended), or `Reject`
+    to_question  optional: raw row -> a question whose answer can be verified; the source then gives questions as well
     read      optional: (place, raw row) of one of FILES, where the original files are of no common format
     gather    optional: (place, raw row)s -> (place, raw row)s, where several rows make one raw row, from file to file
     RESTARTS_PER_FILE  optional, with `gather`: True where it begins anew with every file, so that files may be read
@@ -52,6 +53,7 @@ LOSS = {
     "document": "every token",
     "conversation": "replies and their <|im_end|>",
     "preference": "chosen over rejected",
+    "question": "sampled replies, by their rewards",
 }
 
 
@@ -80,8 +82,9 @@ def find(name: str) -> ModuleType:
 
 def kinds_of(name: str) -> tuple[str, ...]:
     """The kinds of rows that a source gives."""
-    kind = find(name).KIND
-    return kind if isinstance(kind, tuple) else (kind,)
+    module = find(name)
+    kinds = module.KIND if isinstance(module.KIND, tuple) else (module.KIND,)
+    return (*kinds, "question") if hasattr(module, "to_question") else kinds
 
 
 def restriction(licence: str) -> str:
@@ -191,7 +194,7 @@ class Rows:
     def _checked(self, raw: object) -> dict:
         if isinstance(raw, Reject):
             raise raw
-        row = raw if hasattr(self.module, "generate") else self.module.convert(raw)
+        row = raw if hasattr(self.module, "generate") else self._converted(raw)
         repair = ""
         if isinstance(row, Repaired):
             row, repair = row.row, row.repair
@@ -199,6 +202,9 @@ class Rows:
         if repair:
             self.tally.repairs[repair] = self.tally.repairs.get(repair, 0) + 1
         return row
+
+    def _converted(self, raw: object) -> dict | Repaired:
+        return self.module.to_question(raw) if self.kind == "question" else self.module.convert(raw)
 
 
 def require_rows(tally: Tally) -> None:
@@ -229,7 +235,7 @@ def load(spec: str, kind: str, *, seed: int = 0, persona: Persona | None = None,
     Args:
         spec: `NAME`, from the Hub; `NAME=PATH`, a local file or folder in the original format; or `NAME=AMOUNT` for a
             generated source. `alpaca`, `alpaca=data/alpaca_data.json`, `tinytown=20000`.
-        kind: what the caller needs: "document", "conversation" or "preference".
+        kind: what the caller needs: "document", "conversation", "preference" or "question".
         seed, persona: for generated sources.
         part: one of `parts(spec)`; None for all of it.
 

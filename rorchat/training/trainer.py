@@ -1,4 +1,4 @@
-"""What our three trainers share over Transformers' own: arguments, loss, evaluation, optimizer, metrics.
+"""What our trainers share over Transformers' own: arguments, loss, evaluation, optimizer, metrics.
 
 The loop is the Trainer's. Ours are the fused head, an exact token-weighted validation loss (Transformers weighs rows),
 the optimizer, and the folder.
