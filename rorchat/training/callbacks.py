@@ -245,6 +245,8 @@ class Metrics(TrainerCallback):
                 ("loss", "loss {:.3f}"),
                 ("eval_loss", "validation loss {:.3f}"),
                 ("eval_bits_per_byte", "bits/byte {:.3f}"),
+                ("base_loss", "base loss {:.3f}"),
+                ("base_bits_per_byte", "bits/byte {:.3f}"),
                 ("rewards/accuracies", "preferred {:.2f}"),
                 ("learning_rate", "lr {:.2e}"),
                 ("tokens_per_second", "{:,} tokens/s"),
