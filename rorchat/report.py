@@ -17,9 +17,11 @@ def find_runs(folder: Path) -> list[Path]:
     if not runs:
         raise DataError(f"{folder} holds no run: there is no run.json in it or one level below.")
 
-    def position(run: Path) -> tuple[int, str]:
-        stage = read_run(run)["stage"]
-        return STAGE_ORDER.index(stage) if stage in STAGE_ORDER else len(STAGE_ORDER), run.name
+    def position(run: Path) -> tuple[int, bool, str]:
+        record = read_run(run)
+        stage = STAGE_ORDER.index(record["stage"]) if record["stage"] in STAGE_ORDER else len(STAGE_ORDER)
+        went_on = "model" in record.get("settings", {})  # from a model, as midtraining does
+        return stage, went_on, run.name
 
     return sorted(runs, key=position)
 
@@ -177,6 +179,26 @@ def run_table(runs: list[Path]) -> str:
     return table(header, rows)
 
 
+def forgetting_table(runs: list[Path]) -> str:
+    """What each stage cost the base: its loss on what pretraining held out; empty where nobody has measured it."""
+    rows = []
+    for run in runs:
+        record = read_run(run)
+        metrics = record.get("metrics") or {}
+        if "base_loss" not in metrics:
+            continue
+        cells = [run.name, record.get("base_text", "-")]
+        for key in ("base_loss", "base_bits_per_byte"):
+            before, after = metrics.get(f"{key}_before"), metrics[key]
+            was, change = ("-", "-") if before is None else (f"{before:.3f}", f"{after - before:+.3f}")
+            cells += [was, f"{after:.3f}", change]
+        rows.append(cells)
+    if not rows:
+        return ""
+    header = ["run", "measured on", "nats/token before", "after", "change", "bits per byte before", "after", "change"]
+    return table(header, rows)
+
+
 def data_table(runs: list[Path], public: bool = False) -> str:
     """Where every row went; `public` tables name a source without the path it was read from."""
     rows = [
@@ -239,6 +261,8 @@ def write_report(folder: Path) -> tuple[Path, Path]:
             ]
     if (folder / "behaviour.json").is_file():
         parts += ["## Behaviour", behaviour_section(folder / "behaviour.json")]
+    if forgetting := forgetting_table(runs):
+        parts += ["## What the base forgot", "Loss on text that its pretraining held out.", forgetting]
     parts += ["## Samples", samples_section(runs), "## Data", data_table(runs)]
     versions = read_run(runs[-1])["versions"]
     parts += [

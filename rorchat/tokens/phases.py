@@ -3,6 +3,7 @@
     sources:
       c4: c4=../data/c4                                             # NAME: SPEC
       tales: {from: cosmopedia=$DATA/tales, max_epochs: 4, optional: true, filters: {min_characters: 200}}
+      talk: chat:tinytown=5000                                      # conversations of a source with documents too
       mine: store=../tokens/mine                                    # a token store that is there already
     against: [../data/gsm8k/test.jsonl]                             # no document with 13 words in a row of these
     phases:
@@ -72,7 +73,7 @@ class MixtureConfig:
         """
         sources: dict[str, Source] = {}
         for spec in specs:
-            name = spec.partition("=")[0]
+            name = spec.partition("=")[0].replace(":", "-")  # it becomes a folder's
             free = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in sources)
             sources[free] = Source(spec)
         if not weights:

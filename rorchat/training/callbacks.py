@@ -245,6 +245,8 @@ class Metrics(TrainerCallback):
                 ("loss", "loss {:.3f}"),
                 ("eval_loss", "validation loss {:.3f}"),
                 ("eval_bits_per_byte", "bits/byte {:.3f}"),
+                ("base_loss", "base loss {:.3f}"),
+                ("base_bits_per_byte", "bits/byte {:.3f}"),
                 ("rewards/accuracies", "preferred {:.2f}"),
                 ("reward", "reward {:.3f}"),
                 ("eval_reward", "validation reward {:.3f}"),

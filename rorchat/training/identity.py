@@ -29,7 +29,7 @@ FREE_SETTINGS = {
     "output_dir", "logging_steps", "logging_strategy", "report_to", "dataloader_num_workers", "save_steps",
     "save_strategy", "save_total_limit", "run_name", "use_cpu", "sample_steps", "price_per_hour", "ddp_timeout",
     "mirror", "new_phase", "weights_only", "eval_steps", "eval_strategy", "eval_on_start", "eval_delay",
-    "sample_prompts", "disable_tqdm", "log_level", "log_level_replica", "logging_first_step",
+    "sample_prompts", "base_text", "disable_tqdm", "log_level", "log_level_replica", "logging_first_step",
     "dataloader_prefetch_factor", "dataloader_pin_memory", "dataloader_persistent_workers",
     # what these lead to is compared: contents, by sha256, and the precision
     "tokenizer", "model", "persona", "token_store", "bf16", "fp16",

@@ -276,6 +276,9 @@ class Run:
             )
         metrics = trainer.final_metrics() | {"train_seconds": seconds, "steps": trainer.state.global_step}
         metrics["tokens"] = trainer.tokens_after(trainer.state.global_step)
+        if trainer.forgetting:
+            metrics |= trainer.forgetting.after()
+            details = details | {"base_text": trainer.forgetting.text.told()}
         self._save(trainer, details, metrics)
         trainer.accelerator.wait_for_everyone()
         if self.mirror:  # for which nobody else waits

@@ -38,6 +38,7 @@ def test_interrupted_at_four_points(bench, base, stage):
         assert weights(out) == weights(whole)
         assert equal(state_of(out, STEPS), state_of(whole, STEPS))
         assert log_of(out) == log_of(whole)
+        assert [line["step"] for line in log_of(out) if "base_loss" in line] == [0, STEPS]  # of the base's hold-out
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
