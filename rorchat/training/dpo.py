@@ -7,7 +7,6 @@ skipped. The reference model's log-probabilities are computed once, so that no s
 
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,12 +24,11 @@ from rorchat.sources import Reject, Tally, in_validation, load
 from rorchat.training.arguments import DataArguments
 from rorchat.training.callbacks import append_line
 from rorchat.training.loss import fuse_gelu
+from rorchat.training.order import steps_of, training_order
 from rorchat.training.pairs import fuse_pairs
-from rorchat.training.sft import steps_of
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 NOT_FORMED = ("entropy", "logits/chosen", "logits/rejected")  # rorchat/training/pairs.py leaves them out
-BATCHES_PER_POOL = 50  # rows of similar length are looked for among so many batches
 
 
 @dataclass
@@ -121,29 +119,6 @@ def read_pairs(arguments: DpoArguments, tokenizer, max_length: int) -> tuple[Dat
             "or another validation_share."
         )
     return Dataset.from_list(kept[False]), Dataset.from_list(kept[True]), tallies
-
-
-def training_order(lengths: Sequence[int], rows: int, batch_size: int, seed: int) -> np.ndarray:
-    """Which row comes when: epoch after epoch in random order, rows of similar length in one batch.
-
-    Args:
-        lengths: tokens of each row.
-        rows: how many to place; a multiple of `batch_size`.
-        batch_size: rows of a micro-batch.
-    """
-    lengths = np.asarray(lengths)
-    order: list[np.ndarray] = []
-    epochs = -(-rows // len(lengths))
-    for epoch in range(epochs):
-        order.append(np.random.default_rng([seed, epoch]).permutation(len(lengths)))
-    stream = np.concatenate(order)[:rows]
-    pools = []
-    draw = np.random.default_rng([seed, epochs, 1])
-    for start in range(0, rows, batch_size * BATCHES_PER_POOL):
-        pool = stream[start : start + batch_size * BATCHES_PER_POOL]
-        pool = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, batch_size)
-        pools.append(draw.permutation(pool).reshape(-1))
-    return np.concatenate(pools)
 
 
 class PreferenceTrainer(StageTrainer, DPOTrainer):

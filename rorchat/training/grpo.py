@@ -28,9 +28,9 @@ from rorchat.tokens.store import sha256_of
 from rorchat.training.arguments import DataArguments
 from rorchat.training.callbacks import DIVERGED_ROWS, append_line
 from rorchat.training.loss import fuse_gelu
+from rorchat.training.order import training_order
 from rorchat.training.processes import sharding
 from rorchat.training.rewards import WEIGHTS, Scorer, as_replies, find_reward, is_right
-from rorchat.training.sft import training_order
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 LEAST_SPREAD = 0.1  # share of groups in which replies must differ in reward

@@ -23,6 +23,7 @@ from rorchat.tokens.batch import packed
 from rorchat.tokens.packing import PackedRows, Sequences, pack
 from rorchat.training.arguments import DataArguments
 from rorchat.training.loss import fuse_gelu, fuse_head
+from rorchat.training.order import steps_of
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 ROWS_PER_CALL = 1000  # conversations a call of the tokenizer
@@ -101,16 +102,6 @@ def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[S
         )
     kept[True].sort(key=lambda encoded: len(encoded[0]))  # less padding
     return Sequences(kept[False]), Sequences(kept[True]), tallies
-
-
-def steps_of(arguments, rows: int) -> int:
-    """Optimizer steps of a fine-tuning run: `max_steps`, or what `num_train_epochs` over the rows come to."""
-    rows_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    return (
-        arguments.max_steps
-        if arguments.max_steps > 0
-        else max(1, round(rows * arguments.num_train_epochs / rows_per_step))
-    )
 
 
 class ChatTrainer(StageTrainer, SFTTrainer):
