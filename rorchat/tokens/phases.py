@@ -162,15 +162,19 @@ def read_mixture(path: str | Path, may_go_on: bool = False) -> MixtureConfig:
     if not isinstance(against, list) or not all(isinstance(path, str) for path in against):
         raise UsageError(f"{where}: against is {against!r}; give a list of files or folders of evaluation sets.")
     config = MixtureConfig(
-        sources, tuple(phases), where, tuple(_expanded(f"{where}: against", path) for path in against)
+        sources, tuple(phases), where, tuple(with_variables(f"{where}: against", path) for path in against)
     )
     if not may_go_on:
         config.require_beginning()
     return config
 
 
-def _expanded(where: str, said: str) -> str:
-    """A path or spec with its environment variables put in."""
+def with_variables(where: str, said: str) -> str:
+    """A path or spec with its environment variables put in; `where` is for the message.
+
+    Raises:
+        UsageError: one is not set.
+    """
     expanded = os.path.expandvars(said)
     if "$" in expanded:
         raise UsageError(f"{where} is {said!r}, but {expanded[expanded.index('$') :].split('/')[0]} is not set.")
@@ -206,7 +210,7 @@ def _read_source(where: str, name: object, said: object) -> Source:
         chosen = Filters(**filters)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
-    return Source(_expanded(f"{where}: from", spec), epochs, optional, chosen)
+    return Source(with_variables(f"{where}: from", spec), epochs, optional, chosen)
 
 
 def _read_phase(where: str, said: object, sources: dict[str, Source]) -> Phase:

@@ -12,6 +12,7 @@ import yaml
 from trl import TrlParser
 
 from rorchat.errors import UsageError, did_you_mean
+from rorchat.tokens.phases import with_variables
 
 Arguments = TypeVar("Arguments")
 
@@ -54,10 +55,12 @@ class _Parser(TrlParser):
 def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
     """Arguments from defaults, `--config FILE.yaml` and the command line, in rising order.
 
+    In the file's sources `$NAME` stands for an environment variable, as in a mixture.
     The result carries `given`: what was set by file or flags, which is what a run's config.yaml holds.
 
     Raises:
-        UsageError: unknown key or flag (naming the nearest), a value of the wrong type, an unreadable file.
+        UsageError: unknown key or flag (naming the nearest), a value of the wrong type, an unreadable file, a
+            variable that is not set.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_type)
@@ -68,6 +71,8 @@ def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) ->
     for flag in flags:
         if flag not in options and flag.removeprefix("no_") not in options:
             raise UsageError(f"Unknown option --{flag}.{did_you_mean(flag, options)} See --help.")
+    if config.get("sources") and "sources" not in flags:
+        config["sources"] = [with_variables(f"{path}: sources", spec) for spec in config["sources"]]
     names = {entry.name for entry in fields(dataclass_type)}
     given = {name.removeprefix("no_") if name not in names else name for name in (*config, *flags)}
     decided = sorted(given & set(getattr(dataclass_type, "DECIDED", ())))

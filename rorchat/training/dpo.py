@@ -8,6 +8,7 @@ skipped. The reference model's log-probabilities are computed once, so that no s
 import math
 import sys
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,14 @@ from rorchat.training.callbacks import append_line
 from rorchat.training.loss import fuse_gelu
 from rorchat.training.order import steps_of, training_order
 from rorchat.training.pairs import fuse_pairs
+from rorchat.training.smoke import SmokeArguments, make_small
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 NOT_FORMED = ("entropy", "logits/chosen", "logits/rejected")  # rorchat/training/pairs.py leaves them out
 
 
 @dataclass
-class DpoArguments(DataArguments, OptimizationArguments, DPOConfig):
+class DpoArguments(DataArguments, SmokeArguments, OptimizationArguments, DPOConfig):
     """Settings of `recipes/dpo.py`."""
 
     model: str = field(
@@ -74,6 +76,8 @@ class DpoArguments(DataArguments, OptimizationArguments, DPOConfig):
             raise UsageError(f"chosen_drop is {self.chosen_drop}: give nats a token, or 0 for never.")
         super().__post_init__()
         self.check_devices()
+        if self.smoke:
+            make_small(self)
 
 
 def _split(encoded: EncodedConversation) -> tuple[list[int], list[int]]:
@@ -99,7 +103,7 @@ def read_pairs(arguments: DpoArguments, tokenizer, max_length: int) -> tuple[Dat
     tallies = []
     for spec in arguments.sources:
         rows = load(spec, "preference", seed=arguments.data_seed, persona=persona)
-        pairs = [(rows.place, row) for row in rows]
+        pairs = [(rows.place, row) for row in islice(rows, arguments.rows_per_source)]
         chosen = encode_conversations(tokenizer, [[*row["prompt"], *row["chosen"]] for _, row in pairs])
         rejected = encode_conversations(tokenizer, [[*row["prompt"], *row["rejected"]] for _, row in pairs])
         for (place, row), better, worse in zip(pairs, chosen, rejected, strict=True):
@@ -151,7 +155,10 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
             chat,
             Path(arguments.output_dir),
             tokens_after=lambda step: int(read[step]),
-            speak=lambda prompts: [reply.text for reply in generate_replies(chat, prompts, temperature=0)],
+            speak=lambda prompts: [
+                reply.text
+                for reply in generate_replies(chat, prompts, max_new_tokens=arguments.reply_tokens, temperature=0)
+            ],
         )
 
     def _precompute_ref_logps(self, *args):

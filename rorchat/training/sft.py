@@ -7,6 +7,7 @@ row of the batch and a mask of all its pairs. The loss is on the assistant's wor
 
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,14 @@ from rorchat.tokens.packing import PackedRows, Sequences, pack
 from rorchat.training.arguments import DataArguments
 from rorchat.training.loss import fuse_gelu, fuse_head
 from rorchat.training.order import steps_of
+from rorchat.training.smoke import SmokeArguments, make_small
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 ROWS_PER_CALL = 1000  # conversations a call of the tokenizer
 
 
 @dataclass
-class SftArguments(DataArguments, OptimizationArguments, SFTConfig):
+class SftArguments(DataArguments, SmokeArguments, OptimizationArguments, SFTConfig):
     """Settings of `recipes/sft.py`."""
 
     model: str = field(default="gpt2", metadata={"help": "The model to teach: a run's folder, a folder or a Hub id."})
@@ -65,6 +67,8 @@ class SftArguments(DataArguments, OptimizationArguments, SFTConfig):
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
         self.check_devices()
+        if self.smoke:
+            make_small(self)
 
 
 def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[Sequences, Sequences, list[Tally]]:
@@ -81,7 +85,7 @@ def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[S
     tallies = []
     for spec in arguments.sources:
         rows = load(spec, "conversation", seed=arguments.data_seed, persona=persona)
-        conversations = [(rows.place, row["messages"]) for row in rows]
+        conversations = [(rows.place, row["messages"]) for row in islice(rows, arguments.rows_per_source)]
         for start in range(0, len(conversations), ROWS_PER_CALL):
             part = conversations[start : start + ROWS_PER_CALL]
             encoded_part = encode_conversations(tokenizer, [messages for _, messages in part], max_length)
@@ -132,7 +136,10 @@ class ChatTrainer(StageTrainer, SFTTrainer):
             chat,
             Path(arguments.output_dir),
             tokens_after=lambda step: int(read[step]),
-            speak=lambda prompts: [reply.text for reply in generate_replies(chat, prompts, temperature=0)],
+            speak=lambda prompts: [
+                reply.text
+                for reply in generate_replies(chat, prompts, max_new_tokens=arguments.reply_tokens, temperature=0)
+            ],
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
