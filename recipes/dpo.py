@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if run.finished:
         return run.already_finished()
 
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, must_chat=True)
     model = load_checkpoint(base, tokenizer, arguments.seed)
     check_fit(model, tokenizer, arguments.max_length, "max_length")
     train, validation, tallies = read_pairs(arguments, tokenizer, arguments.max_length or model.config.n_positions)

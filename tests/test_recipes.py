@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import json_lines
 
 import rorchat.cli
 from rorchat.errors import exits_with_one_line
@@ -358,6 +359,20 @@ class TestBadInput:
         assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
             f"error: No model folder {tmp_path / 'none'}."
         ]
+
+    def test_conversations_in_which_nobody_answers(self, story, tmp_path):
+        rows = [{"messages": [{"role": "user", "content": f"Is anybody there? {n}"}]} for n in range(3)]
+        (tmp_path / "asked.jsonl").write_text(json_lines(*rows))
+        flags = ["--model", story / "sft", "--output_dir", tmp_path / "out"]
+        done = inside("sft", "--sources", "tinytown=20", f"messages={tmp_path / 'asked.jsonl'}", *flags)
+        refused(done, 65, "3 no assistant turn", "asked.jsonl:1")
+
+    def test_pairs_of_which_both_sides_are_the_same(self, story, tmp_path):
+        pairs = [{"prompt": f"Hello {n}", "chosen": "Hi!", "rejected": " Hi!\n"} for n in range(3)]
+        (tmp_path / "pairs.jsonl").write_text(json_lines(*pairs))
+        flags = ["--model", story / "sft", "--output_dir", tmp_path / "out"]
+        done = inside("dpo", "--sources", "tinytown=20", f"preference={tmp_path / 'pairs.jsonl'}", *flags)
+        refused(done, 65, "3 identical chosen and rejected", "pairs.jsonl:1")
 
     def test_a_model_that_is_not_there_in_chat_and_evaluate(self, tmp_path):
         for words in (("chat", tmp_path / "none"), ("evaluate", tmp_path / "none"), ("report", tmp_path)):

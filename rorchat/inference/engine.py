@@ -63,20 +63,21 @@ def model_folder(path: str) -> str:
     return str(inside) if (inside / "config.json").is_file() else path
 
 
-def load_model(name_or_path: str, device: str | None = None) -> ChatModel:
+def load_model(name_or_path: str, device: str | None = None, *, must_chat: bool = False) -> ChatModel:
     """A model to talk to, from a folder, a run's folder or the Hub.
 
     Args:
         device: "cuda", "cpu" ...; None takes a GPU where there is one.
+        must_chat: refuse a model that has no control tokens, such as the Hub's `gpt2`.
 
     Raises:
         DataError, RemoteError: nothing loadable is there.
-        MismatchError: model and tokenizer do not belong together.
+        MismatchError: model and tokenizer do not belong together; or `must_chat`, and it cannot.
     """
     import torch
 
     folder = model_folder(name_or_path)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, must_chat=must_chat)
     model = load_checkpoint(folder, tokenizer)
     check_fit(model, tokenizer)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

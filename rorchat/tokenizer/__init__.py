@@ -6,18 +6,23 @@ sequence of merges can spell one.
 """
 
 import hashlib
+import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from rorchat.chatml import (
     CONTROL_TOKENS,
     END_OF_TEXT,
+    IM_END,
+    IM_START,
     PAD,
     VOCABULARY_MULTIPLE,
     chat_template,
     encode_text,
     reserved_token,
+    system_message,
 )
 from rorchat.errors import DataError, MismatchError, RemoteError, UsageError
 from rorchat.persona import Persona, load_persona
@@ -81,20 +86,25 @@ def train_tokenizer(
     if not text.characters:
         raise DataError("There is no text to train a tokenizer on.")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False)
-    return _add_chatml(tokenizer, persona or load_persona(), size=vocab_size)
+    return _add_chatml(tokenizer, (persona or load_persona()).system, size=vocab_size)
 
 
-def load_tokenizer(name_or_path: str, persona: Persona | None = None):
-    """A tokenizer from a folder or the Hub that has the control tokens, a pad of its own and a chat template.
+def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, must_chat: bool = False):
+    """A tokenizer from a folder or the Hub that has the control tokens, a pad of its own and rorchat's chat template.
 
     A folder may hold what `save_pretrained` writes or GPT-2's original `vocab.json` and `merges.txt`. What lacks the
     control tokens (GPT-2's own has 50,257 tokens) gets them, and reserved slots up to a multiple of 64 (50,304).
+    Another chat template is replaced, which is said on stderr: ours alone encodes as `rorchat.encode_conversation`
+    does and lets no text become a control token. The system message of another ChatML template stays the default one.
 
     Args:
-        persona: replaces the chat template's system message; None leaves a ChatML template as it is.
+        persona: replaces the chat template's system message; None leaves it as it is.
+        must_chat: for what only a chat model can do: refuse a tokenizer that comes without `<|im_start|>` and
+            `<|im_end|>`, whose model has never seen them.
 
     Raises:
         DataError: nothing loadable is there, or what is there is not a byte-level BPE.
+        MismatchError: `must_chat`, and the control tokens are missing.
         RemoteError: it is not on the Hub, or the Hub cannot be reached.
     """
     tokenizer = _load_any(name_or_path)
@@ -107,10 +117,44 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None):
             f"The tokenizer in {name_or_path!r} has {len(tokenizer)} tokens and does not give text back unchanged: "
             "rorchat needs a byte-level BPE such as GPT-2's or one of `recipes/tokenizer.py`."
         )
-    missing = [token for token in CONTROL_TOKENS if token not in tokenizer.get_added_vocab()]
-    if missing or tokenizer.chat_template is None or persona is not None or tokenizer.pad_token != PAD:
-        tokenizer = _add_chatml(tokenizer, persona or load_persona())
+    if must_chat and not {IM_START, IM_END} <= tokenizer.get_added_vocab().keys():
+        raise MismatchError(
+            f"The model {name_or_path!r} has no control tokens {IM_START} and {IM_END}: it was never taught to chat. "
+            "Teach it first, with recipes/sft.py, or give a chat model."
+        )
+    found = _default_system_message(tokenizer)
+    system = found if found is not None and persona is None else (persona or load_persona()).system
+    foreign = tokenizer.chat_template is not None and (
+        found is None or tokenizer.chat_template != chat_template(_control_strings(tokenizer), found)
+    )
+    if foreign and os.environ.get("RANK", "0") == "0":
+        said = f"the system message {system!r}" if system else "no system message"
+        print(f"{name_or_path}: its chat template gives way to rorchat's, with {said}", file=sys.stderr)  # noqa: T201
+    if foreign or persona is not None or tokenizer.chat_template is None or not _has_control_tokens(tokenizer):
+        tokenizer = _add_chatml(tokenizer, system)
     return tokenizer
+
+
+def _default_system_message(tokenizer) -> str | None:
+    """What a ChatML template says where a conversation has no system message; None for any other template."""
+    from jinja2 import TemplateError
+
+    try:
+        return system_message(tokenizer)
+    except (MismatchError, TemplateError, TypeError, ValueError):  # a template of others raises what it likes
+        return None
+
+
+def _has_control_tokens(tokenizer) -> bool:
+    """Whether every control token is one that no text can become, and texts end and are padded with the right ones."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return special >= set(CONTROL_TOKENS) and (tokenizer.eos_token, tokenizer.pad_token) == (END_OF_TEXT, PAD)
+
+
+def _control_strings(tokenizer) -> list[str]:
+    """Every string that would become a special token: the control tokens first, then by number."""
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    return list(dict.fromkeys([*CONTROL_TOKENS, *(token.content for _, token in added if token.special)]))
 
 
 def _load_any(name_or_path: str):
@@ -140,29 +184,26 @@ def _load_any(name_or_path: str):
         ) from None
 
 
-def _add_chatml(tokenizer, persona: Persona, size: int | None = None):
+def _add_chatml(tokenizer, system: str, size: int | None = None):
     """Gives a tokenizer control tokens, reserved slots up to `size` or the next multiple of 64, and the template."""
-    if "<|im_start|>" in tokenizer.get_vocab() and "<|im_start|>" not in tokenizer.get_added_vocab():
-        raise MismatchError(
-            "'<|im_start|>' is an ordinary token of this vocabulary: it can't serve as a control token."
-        )
+    if IM_START in tokenizer.get_vocab() and IM_START not in tokenizer.get_added_vocab():
+        raise MismatchError(f"{IM_START!r} is an ordinary token of this vocabulary: it can't serve as a control token.")
     tokenizer.add_special_tokens(
         {
             "eos_token": END_OF_TEXT,
             "bos_token": END_OF_TEXT,
             "unk_token": END_OF_TEXT,
             "pad_token": PAD,
-            "extra_special_tokens": ["<|im_start|>", "<|im_end|>"],
+            "extra_special_tokens": [IM_START, IM_END],
         }
     )
     reserved = [token for token in tokenizer.get_added_vocab() if token.startswith("<|reserved_")]
     target = size or -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     reserved += [reserved_token(len(reserved) + number) for number in range(target - len(tokenizer))]
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>", *reserved]})
+    tokenizer.add_special_tokens({"extra_special_tokens": [IM_START, IM_END, *reserved]})
     # Generation continues at the right end; training pads by its own collator. Only `init_kwargs` are saved.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    control = dict.fromkeys([*CONTROL_TOKENS, *reserved, *tokenizer.all_special_tokens])
-    tokenizer.chat_template = chat_template(list(control), persona.system)
+    tokenizer.chat_template = chat_template(_control_strings(tokenizer), system)
     return tokenizer
 
 

@@ -37,9 +37,7 @@ NOT_FORMED = ("entropy", "logits/chosen", "logits/rejected")  # rorchat/training
 class DpoArguments(DataArguments, SmokeArguments, OptimizationArguments, DPOConfig):
     """Settings of `recipes/dpo.py`."""
 
-    model: str = field(
-        default="gpt2", metadata={"help": "The chat model to train: a run's folder, a folder or a Hub id."}
-    )
+    model: str = field(default="", metadata={"help": "The chat model to train: a run's folder, a folder or a Hub id."})
     # TRL's fields with other defaults
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of prompt and reply; default: the positions."}
@@ -69,6 +67,8 @@ class DpoArguments(DataArguments, SmokeArguments, OptimizationArguments, DPOConf
 
     def __post_init__(self):
         self.check_data()
+        if not self.model:
+            raise UsageError("No model: give the chat model to train, as in --model runs/gpt2-chat")
         self.settle()
         if self.max_length is not None and self.max_length < 1:
             raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
