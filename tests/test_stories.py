@@ -48,6 +48,7 @@ def test_every_yaml_fits_its_recipe(path, monkeypatch):
     stages = {
         "tokenizer": tokenizer_recipe["TokenizerArguments"],
         "pretrain": pretrain.PretrainArguments,
+        "midtrain": pretrain.PretrainArguments,
         "sft": sft.SftArguments,
         "dpo": dpo.DpoArguments,
     }
