@@ -39,7 +39,7 @@ def arguments_of(stage: str) -> type:
     if stage == "tokenizer":
         return runpy.run_path(str(ROOT / "recipes" / "tokenizer.py"))["TokenizerArguments"]
     classes = {"pretrain": pretrain.PretrainArguments, "sft": sft.SftArguments, "dpo": dpo.DpoArguments}
-    return (classes | {"grpo": grpo.GrpoArguments})[stage]
+    return (classes | {"midtrain": pretrain.PretrainArguments, "grpo": grpo.GrpoArguments})[stage]
 
 
 @pytest.mark.parametrize(
