@@ -72,8 +72,8 @@ def test_a_conversation_that_fine_tuning_holds_out_is_held_out_in_midtraining(to
     flags = ["--sources", "tinytown=300", "--validation_share", str(SHARE), "--output_dir", str(tmp_path / "run")]
     train, validation, _ = read_encoded(parse(SftArguments, flags), tokenizer, max_length=10_000)
     assert len(validation) > 30
-    assert documents_of(store, "validation") == {tuple(ids) for ids in validation["input_ids"]}
-    assert documents_of(store, "train") == {tuple(ids) for ids in train["input_ids"]}
+    assert documents_of(store, "validation") == {tuple(row["input_ids"].tolist()) for row in validation}
+    assert documents_of(store, "train") == {tuple(row["input_ids"].tolist()) for row in train}
 
 
 def test_words_that_look_like_control_tokens_stay_words_and_a_long_conversation_stays_whole(tokenizer, tmp_path):

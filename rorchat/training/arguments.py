@@ -118,6 +118,7 @@ def _without_config(argv: list[str]) -> tuple[list[str], dict, str]:
 #: Our own settings that are strings and nothing else; TrlParser would take a number for them.
 OWN_STRINGS = {
     "tokenizer", "size", "model", "token_store", "persona", "optimizer", "output_dir", "mixture", "mirror", "base_text",
+    "replay",
 }  # fmt: skip
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 

@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from rorchat.errors import RorchatError
 from rorchat.evaluation.loss import Loss
 from rorchat.inference.engine import model_folder
 from rorchat.sources import load
-from rorchat.tokens.batch import padded
 from rorchat.tokens.mixture import ValidationRows, open_store
 from rorchat.tokens.store import TokenStore
 from rorchat.training.identity import fingerprint
@@ -182,9 +180,8 @@ class Forgetting(TrainerCallback):
 
     def _measure(self) -> dict[str, float]:
         trainer = self.trainer
-        collate = partial(padded, pad_id=trainer.chat.tokenizer.pad_token_id)
         with trainer.meter.pause():
-            loss: Loss = trainer.loss_over({"": self.text.rows}, collate)[""]
+            loss: Loss = trainer.loss_over({"": self.text.rows})[""]
         found = {"base_loss": loss.per_token, "base_bits_per_byte": loss.bits_per_byte, "base_tokens": loss.tokens}
         # not through TRL's `log`, which would add its averages of the steps since the last line
         Trainer.log(trainer, trainer.meter.completed(dict(found), trainer.state.global_step))

@@ -25,6 +25,7 @@ from rorchat.tokens.packing import PackedRows, Sequences, pack
 from rorchat.training.arguments import DataArguments
 from rorchat.training.loss import fuse_gelu, fuse_head
 from rorchat.training.order import steps_of
+from rorchat.training.replay import replay_rows
 from rorchat.training.smoke import SmokeArguments, make_small
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
@@ -36,6 +37,11 @@ class SftArguments(DataArguments, SmokeArguments, OptimizationArguments, SFTConf
     """Settings of `recipes/sft.py`."""
 
     model: str = field(default="gpt2", metadata={"help": "The model to teach: a run's folder, a folder or a Hub id."})
+    replay: str | None = field(
+        default=None,
+        metadata={"help": "Documents of pretraining among the conversations: a token store's folder, or a source."},
+    )
+    replay_share: float = field(default=0.1, metadata={"help": "Their share of the tokens, from 0 to below 1."})
     # TRL's fields with other defaults
     max_length: int | None = field(default=None, metadata={"help": "Tokens a conversation; default: the positions."})
     learning_rate: float = 2e-4
@@ -59,6 +65,8 @@ class SftArguments(DataArguments, SmokeArguments, OptimizationArguments, SFTConf
         self.settle()
         if self.max_length is not None and self.max_length < 1:
             raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
+        if not 0 <= self.replay_share < 1:
+            raise UsageError(f"replay_share is {self.replay_share}: it must lie between 0 and 1.")
         if self.packing or self.padding_free or self.assistant_only_loss:
             raise UsageError(
                 "packing, padding_free and assistant_only_loss belong to TRL's preparation, which is not used: rows "
@@ -104,8 +112,18 @@ def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[S
             f"validation_share {arguments.validation_share} of {', '.join(arguments.sources)}: both are needed. "
             "Give more data or another validation_share."
         )
+    if arguments.replay:
+        kept[False] += _replayed(arguments, tokenizer, sum(len(ids) for ids, _ in kept[False]), max_length)
     kept[True].sort(key=lambda encoded: len(encoded[0]))  # less padding
     return Sequences(kept[False]), Sequences(kept[True]), tallies
+
+
+def _replayed(arguments: SftArguments, tokenizer, tokens: int, max_length: int) -> list[tuple]:
+    """Documents of pretraining beside so many tokens of conversations."""
+    replayed = round(tokens * arguments.replay_share / (1 - arguments.replay_share))
+    share, seed = arguments.validation_share, arguments.data_seed
+    rows = replay_rows(arguments.replay, tokenizer, replayed, max_length, seed, share)
+    return [tuple(np.array(row[name], np.int32) for name in ("input_ids", "labels")) for row in rows]
 
 
 class ChatTrainer(StageTrainer, SFTTrainer):

@@ -353,9 +353,9 @@ class StageTrainer(DividingTrainer, ResumableTrainer):
     def validation_loss(self) -> dict[str, Loss]:
         """The loss over each validation set, every process measuring its part of the rows."""
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        return self.loss_over(sets, self.data_collator)
+        return self.loss_over(sets)
 
-    def loss_over(self, sets: dict[str, Dataset], collate: Callable[[list[dict]], dict]) -> dict[str, Loss]:
+    def loss_over(self, sets: dict[str, Dataset]) -> dict[str, Loss]:
         """The loss over each of several sets of rows, every process measuring its part of them."""
         model = whole_model(self.accelerator.unwrap_model(self.model))
         was_training = model.training
