@@ -20,7 +20,7 @@ def find_runs(folder: Path) -> list[Path]:
     def position(run: Path) -> tuple[int, bool, str]:
         record = read_run(run)
         stage = STAGE_ORDER.index(record["stage"]) if record["stage"] in STAGE_ORDER else len(STAGE_ORDER)
-        went_on = "model" in record.get("settings", {})  # from a model, as midtraining does
+        went_on = "model" in (record.get("settings") or {})  # from a model, as midtraining does
         return stage, went_on, run.name
 
     return sorted(runs, key=position)

@@ -23,7 +23,10 @@ class DataArguments:
 
     sources: list[str] = field(
         default_factory=list,
-        metadata={"help": "Each NAME (from the Hub), NAME=PATH (local files) or NAME=AMOUNT (generated)."},
+        metadata={
+            "help": "Each NAME (from the Hub), NAME=PATH (local files) or NAME=AMOUNT (generated); chat:NAME for the "
+            "conversations of a source with documents."
+        },
     )
     persona: str | None = field(default=None, metadata={"help": "A persona file; default: RorChat's own."})
     validation_share: float = field(

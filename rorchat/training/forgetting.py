@@ -25,7 +25,7 @@ from rorchat.tokens.store import TokenStore
 from rorchat.training.identity import fingerprint
 from rorchat.training.run import TOKENS
 
-MOST_TOKENS = 50_000  # that are measured: some seconds on a GPU, and twice
+MOST_TOKENS = 50_000  # that are measured, twice a stage
 
 
 @dataclass(frozen=True)
