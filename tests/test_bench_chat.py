@@ -113,11 +113,15 @@ def test_a_preference_side_whose_reference_is_another_model_is_invalid(made, mon
 
 def test_chosen_and_rejected_in_each_others_place_are_told(made, monkeypatch):
     stock = sides.read_rows
-    swapped = {"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"}
-    # only where the trainer's rows are read, which is first
-    reads = iter([lambda watch: stock(watch).rename_columns({a: f"{a}_" for a in swapped}).rename_columns(
-        {f"{a}_": b for a, b in swapped.items()}), stock])  # fmt: skip
-    monkeypatch.setattr(sides, "read_rows", lambda watch: next(reads)(watch))
+    reads = iter(range(9))
+
+    def swapped_first(watch):
+        rows = stock(watch)
+        if next(reads):  # what is compared with
+            return rows
+        return [row | {"chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in rows]
+
+    monkeypatch.setattr(sides, "read_rows", swapped_first)
     said = complaints(sides.SIDES["pairs"]["trl-dpo-fp32"](Watch(WORK["pairs"], made["pairs"])), made["pairs"])
     assert {line.split(" is ")[0] for line in said} == {"its first chosen loss", "its first rejected loss"}
 
@@ -176,7 +180,7 @@ def test_a_pair_or_a_token_that_is_no_padding_counts(made):
     assert found["trl-dpo-default"]["speed_ratio"]["median"] == 4.0 and "speed_ratio" not in found["rorchat-dpo"]
 
 
-def test_the_kept_lengths_fit_their_window_and_shrink_with_it():
+def test_the_kept_lengths_fit_their_window_and_shrink_with_it(tmp_path, monkeypatch):
     for name, number in (("sft", 96), ("dpo", 32)):
         work = works.WORKS[name]
         rows = work.lengths()
@@ -186,6 +190,10 @@ def test_the_kept_lengths_fit_their_window_and_shrink_with_it():
             assert 0 < max(taken) <= shrunk.block_size
             assert all(part > 0 for row in shrunk.lengths() for part in row)
     assert all(len(row) % 2 == 1 for row in works.WORKS["sft"].lengths())  # context, reply, ..., context
+    monkeypatch.setattr(works, "LENGTHS", tmp_path / "lengths.json")
+    works.LENGTHS.write_text(json.dumps({"window": 1024, "conversations": [[1022, 1, 1]], "pairs": [[1, 1023, 1023]]}))
+    assert replace(WORK["conversations"], rows=1, passes=1).lengths() == [[30, 1, 1]]
+    assert replace(WORK["pairs"], rows=1, passes=1).lengths() == [[1, 30, 30]]
 
 
 def test_rows_are_drawn_evenly_over_their_lengths():
@@ -218,20 +226,20 @@ def test_lengths_are_those_of_the_rows_that_are_trained(tokenizer, tmp_path):
 def test_density_counts_the_tokens_of_full_rows_and_refuses_rows_that_lost_something():
     sizes = [6, 2, 5, 3, 8]
     assert packing.density(packing.one_a_row, sizes, 8) == 24 / 40
-    assert packing.density(packing.trl, sizes, 8) == 1.0
-    assert sorted(map(sorted, packing.trl(sizes, 8))) == [[0, 1], [2, 3], [4]]
+    for pack in (packing.trl, packing.rorchat):
+        assert packing.density(pack, sizes, 8) == 1.0
+        assert sorted(map(sorted, pack(sizes, 8))) == [[0, 1], [2, 3], [4]]
     with pytest.raises(ValueError, match="do not hold each of the 5 conversations once"):
         packing.density(lambda lengths, window: [[0, 1], [2, 3]], sizes, 8)
     with pytest.raises(ValueError, match="a row has 9 tokens, in a window of 8"):
         packing.density(lambda lengths, window: [[0, 3], [1], [2], [4]], sizes, 8)
 
 
-def test_the_table_of_packing_has_every_file_and_all_together(monkeypatch):
-    monkeypatch.setattr(packing, "WAYS", {"one a row": packing.one_a_row, "TRL": packing.trl})
+def test_the_table_of_packing_has_every_file_and_all_together():
     found = packing.table({"a": [6, 5], "b": [2, 3], "c": []}, 8)
     assert found.splitlines()[2:] == [
-        "| a | 2 | 11 | 68.75% | 68.75% |",
-        "| b | 2 | 5 | 31.25% | 62.50% |",
-        "| c | 0 | 0 | none fits | none fits |",
-        "| **all together** | 4 | 16 | 50.00% | 100.00% |",
+        "| a | 2 | 11 | 68.75% | 68.75% | 68.75% |",
+        "| b | 2 | 5 | 31.25% | 62.50% | 62.50% |",
+        "| c | 0 | 0 | none fits | none fits | none fits |",
+        "| **all together** | 4 | 16 | 50.00% | 100.00% | 100.00% |",
     ]

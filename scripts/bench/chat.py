@@ -26,8 +26,8 @@ NO_DATA = ("--sources", "persona=1", "--eval_strategy", "no", "--save_strategy",
 LEAST_SETTINGS = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_first_step": True}
 
 
-def read_rows(watch: Watch) -> Dataset:
-    return Dataset.from_list(json.loads((watch.folder / "rows.json").read_text()))
+def read_rows(watch: Watch) -> list[dict[str, list[int]]]:
+    return json.loads((watch.folder / "rows.json").read_text())
 
 
 def without_padding(inputs: dict[str, Tensor], pad: int) -> Tensor:
@@ -73,7 +73,8 @@ def trl(watch: Watch, dropout: float = 0.0, **settings) -> dict:
     from trl import SFTConfig, SFTTrainer, pack_dataset
 
     work, tokenizer, rows = watch.work, tokenizer_of(watch.work), read_rows(watch)
-    number = len(pack_dataset(rows, work.block_size)) if settings.get("packing") else len(rows)
+    dataset = Dataset.from_list(rows)
+    number = len(pack_dataset(dataset, work.block_size)) if settings.get("packing") else len(rows)
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder, max_steps=work.steps, max_length=work.block_size, use_cpu=device() == "cpu",
@@ -83,7 +84,7 @@ def trl(watch: Watch, dropout: float = 0.0, **settings) -> dict:
         made = watched_rows(SFTTrainer, watch, tokenizer)(
             model=loaded_model(work, watch.folder, dropout),
             args=arguments,
-            train_dataset=rows,
+            train_dataset=dataset,
             processing_class=tokenizer,
         )
         return tuned(watch, made, precision_of(arguments), dropout)
@@ -96,17 +97,20 @@ def micro_batch(rows: int, at_most: int) -> int:
 
 def rorchat(watch: Watch, flags: tuple[str, ...] = ()) -> dict:
     """The ChatTrainer that recipes/sft.py makes."""
+    from rorchat.tokens.packing import Sequences
+    from rorchat.training import sft  # where a lever may have put another `pack`
     from rorchat.training.arguments import parse
-    from rorchat.training.sft import ChatTrainer, SftArguments
 
     work, tokenizer, rows = watch.work, tokenizer_of(watch.work), read_rows(watch)
-    size = micro_batch(len(rows), work.rows)
+    train, validation = (Sequences((row["input_ids"], row["labels"]) for row in part) for part in (rows, rows[:1]))
+    packed = len(sft.pack(train.lengths, work.block_size))
+    size = micro_batch(packed, work.rows)
     with tempfile.TemporaryDirectory() as folder:
         argv = [*NO_DATA, "--output_dir", folder, "--max_steps", str(work.steps), "--logging_first_step", "true"]
-        argv += ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(len(rows) // size)]
-        arguments = parse(SftArguments, [*argv, *flags])
+        argv += ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(packed // size)]
+        arguments = parse(sft.SftArguments, [*argv, *flags])
         model = loaded_model(work, watch.folder)
-        made = watched_rows(ChatTrainer, watch, tokenizer)(model, arguments, tokenizer, rows, rows.select([0]))
+        made = watched_rows(sft.ChatTrainer, watch, tokenizer)(model, arguments, tokenizer, train, validation)
         return tuned(watch, made, precision_of(arguments))
 
 
@@ -145,7 +149,11 @@ def trl_dpo(watch: Watch, **settings) -> dict:
         model, reference = (loaded_model(work, watch.folder) for _ in range(2))
         begin(watch, model, precision_of(arguments))
         made = watched_rows(Prepared, watch, tokenizer)(
-            model=model, ref_model=reference, args=arguments, train_dataset=rows, processing_class=tokenizer
+            model=model,
+            ref_model=reference,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
         )
         return preferred(watch, made)
 
@@ -164,7 +172,8 @@ def rorchat_dpo(watch: Watch, flags: tuple[str, ...] = (), sft_term: bool = Fals
         arguments = parse(DpoArguments, [*argv, *flags])
         model = loaded_model(work, watch.folder)
         begin(watch, model, precision_of(arguments))
-        made = watched_rows(PreferenceTrainer, watch, tokenizer)(model, arguments, tokenizer, rows, rows.select([0]))
+        train, validation = Dataset.from_list(rows), Dataset.from_list(rows[:1])
+        made = watched_rows(PreferenceTrainer, watch, tokenizer)(model, arguments, tokenizer, train, validation)
         return preferred(watch, made, comparable=not sft_term)
 
 

@@ -19,16 +19,13 @@ from pathlib import Path
 
 from lengths import WINDOW, conversations_in
 from run import updated
+from training import one_a_row
 
 from rorchat.errors import exits_with_one_line
 from rorchat.tokenizer import load_tokenizer
 
 WINDOWS = (256, 512, WINDOW)
 SECTION = "packing"
-
-
-def one_a_row(lengths: Sequence[int], window: int) -> list[list[int]]:
-    return [[number] for number in range(len(lengths))]
 
 
 def trl(lengths: Sequence[int], window: int) -> list[list[int]]:

@@ -272,6 +272,11 @@ def no(*_, **__) -> bool:
     return False
 
 
+def one_a_row(lengths, window: int) -> list[list[int]]:
+    """What rorchat's packing replaces: rows of one conversation each, padded to the longest of their batch."""
+    return [[number] for number in range(len(lengths))]
+
+
 def random_order(lengths, rows: int, batch_size: int, seed: int) -> np.ndarray:
     """What rorchat's order of rows replaces: epochs in random order, whatever lengths meet in a batch."""
     epochs = -(-rows // len(lengths))

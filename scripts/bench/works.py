@@ -177,7 +177,6 @@ _LEVERS = {
     ),
     "shared gradient": Lever(patches=("rorchat.training.loss:_lookup_is_plain=no",)),
     "recomputed outputs": Lever(patches=("rorchat.training.loss:cheap_outputs_computed_again",)),
-    "causal attention": Lever(patches=("rorchat.training.loss:causal_attention",)),
     "small pages": Lever(environment=LARGE_PAGES),
     "kept memory": Lever(patches=("rorchat.training.trainer:keep_freed_memory",)),
     "bf16": Lever(flags=("--bf16", "false")),
@@ -188,6 +187,7 @@ LEVERS = {
     "rows": _LEVERS
     | {
         "fused GELU": Lever(patches=("rorchat.training.pretrain:fuse_gelu",)),
+        "causal attention": Lever(patches=("rorchat.training.loss:causal_attention",)),
         "short step": Lever(
             patches=(
                 "rorchat.training.trainer:StageTrainer.training_step",
@@ -202,7 +202,10 @@ LEVERS = {
     "conversations": _LEVERS
     | {
         "fused GELU": Lever(patches=("rorchat.training.sft:fuse_gelu",)),
-        "rows of similar length": Lever(patches=("rorchat.training.sft:training_order=random_order",)),
+        "packing": Lever(patches=("rorchat.training.sft:pack=one_a_row", "rorchat.tokens.packing:pack=one_a_row")),
+        "attention without a mask": Lever(
+            patches=("rorchat.training.loss:packed_attention", "rorchat.training.attention:packed_attention")
+        ),
     },
     "pairs": {name: _LEVERS[name] for name in ("small pages", "kept memory", "bf16", "fp32")}
     | {
