@@ -255,8 +255,25 @@ def test_another_end_or_pad_of_a_model_of_ours_is_put_right_and_its_template_sta
     assert "gives way" not in capsys.readouterr().err
 
 
+def test_a_template_that_a_model_of_ours_was_given_gives_way_and_its_system_message_stays(ours, tmp_path, capsys):
+    """As `trl sft --chat_template_path FILE.jinja` leaves it: every token is there, but texts could become some."""
+    tokenizer = AutoTokenizer.from_pretrained(ours)
+    template = tokenizer.chat_template
+    assert load_persona().system in template
+    messages = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer.chat_template = "<|im_start|>system\nBe brief.  {{ 'Please. ' * 99 }}<|im_end|>\n" + messages
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    system = "Be brief.  " + "Please. " * 99
+    assert loaded.chat_template == template.replace(load_persona().system, system)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "gives way to rorchat's" in line]
+    assert "with the system message 'Be brief. Please. " in line and line.endswith(" [...]'") and len(line) < 400
+
+
 def test_a_template_that_cannot_be_rendered_gives_way_as_any_other(base, tmp_path, capsys):
-    for number, template in enumerate(("<|im_start|>{{ raise_exception('no') }}", "<|im_start|>{% if %}", "{{ 1 }}")):
+    several = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    unfit = ("<|im_start|>{{ raise_exception('no') }}", "<|im_start|>{% if %}", "{{ 1 }}", several)
+    for number, template in enumerate(unfit):
         tokenizer = AutoTokenizer.from_pretrained(base)
         tokenizer.chat_template = template
         tokenizer.save_pretrained(tmp_path / str(number))

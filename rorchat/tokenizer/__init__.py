@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, must_ch
         found is None or tokenizer.chat_template != chat_template(_control_strings(tokenizer), found)
     )
     if foreign and os.environ.get("RANK", "0") == "0":
-        said = f"the system message {system!r}" if system else "no system message"
+        said = f"the system message {textwrap.shorten(system, 100)!r}" if system else "no system message"
         print(f"{name_or_path}: its chat template gives way to rorchat's, with {said}", file=sys.stderr)  # noqa: T201
     if foreign or persona is not None or tokenizer.chat_template is None or not _has_control_tokens(tokenizer):
         tokenizer = _add_chatml(tokenizer, system)
