@@ -19,13 +19,14 @@ from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.persona import load_persona
 from rorchat.sources import Reject, Tally, in_validation, load
 from rorchat.training.arguments import DataArguments
+from rorchat.training.lora import LoraArguments
 from rorchat.training.loss import fuse_gelu
 from rorchat.training.sft import steps_of, training_order
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 
 @dataclass
-class DpoArguments(DataArguments, OptimizationArguments, DPOConfig):
+class DpoArguments(DataArguments, LoraArguments, OptimizationArguments, DPOConfig):
     """Settings of `recipes/dpo.py`."""
 
     model: str = field(
@@ -56,6 +57,7 @@ class DpoArguments(DataArguments, OptimizationArguments, DPOConfig):
 
     def __post_init__(self):
         self.check_data()
+        self.check_lora()
         self.settle()
         if self.max_length is not None and self.max_length < 1:
             raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")

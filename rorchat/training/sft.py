@@ -21,6 +21,7 @@ from rorchat.persona import load_persona
 from rorchat.sources import Reject, Tally, in_validation, load
 from rorchat.tokens.batch import padded
 from rorchat.training.arguments import DataArguments
+from rorchat.training.lora import LoraArguments
 from rorchat.training.loss import fuse_gelu, fuse_head
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
@@ -29,7 +30,7 @@ BATCHES_PER_POOL = 50  # rows of similar length are looked for among so many bat
 
 
 @dataclass
-class SftArguments(DataArguments, OptimizationArguments, SFTConfig):
+class SftArguments(DataArguments, LoraArguments, OptimizationArguments, SFTConfig):
     """Settings of `recipes/sft.py`."""
 
     model: str = field(default="gpt2", metadata={"help": "The model to teach: a run's folder, a folder or a Hub id."})
@@ -53,6 +54,7 @@ class SftArguments(DataArguments, OptimizationArguments, SFTConfig):
 
     def __post_init__(self):
         self.check_data()
+        self.check_lora()
         self.settle()
         if self.max_length is not None and self.max_length < 1:
             raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
