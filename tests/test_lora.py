@@ -115,7 +115,8 @@ def test_plain_trl_and_peft_train_the_rows_of_new_tokens_of_gpt2(tokenizer, tmp_
     trainer.train()
 
 
-def test_the_fused_loss_and_its_gradients_are_those_of_peft(base, tokenizer):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_fused_loss_and_its_gradients_are_those_of_peft(base, tokenizer, checkpointing):
     model, _ = adapted(base, tokenizer)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -123,6 +124,8 @@ def test_the_fused_loss_and_its_gradients_are_those_of_peft(base, tokenizer):
     plain, data = copy.deepcopy(model), batch(tokenizer)
     fuse_head(model)
     fuse_gelu(model)
+    if checkpointing:
+        model.train().gradient_checkpointing_enable()
     expected, found = plain(**data).loss, model(**data).loss
     expected.backward()
     found.backward()
@@ -319,7 +322,7 @@ RUN = {
 
 
 @pytest.fixture(scope="module")
-def start(bench, base) -> Path:
+def start(bench) -> Path:
     """A base with positions enough for what the town's people say."""
     out = bench.fresh()
     done = bench.run(out, block_size=256, max_steps=2, global_batch_tokens=512)
@@ -335,9 +338,10 @@ def run(bench, start) -> Path:
     return out
 
 
-@pytest.mark.parametrize("flags", [{"stage": "sft"}, {"stage": "dpo"}, {"stage": "sft", "load_in_4bit": True}], ids=str)
-def test_a_run_that_is_interrupted_goes_on_to_the_same_bits(bench, start, flags):
-    flags = RUN | flags | {"model": str(start)}
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_a_run_that_is_interrupted_goes_on_to_the_same_bits(bench, start, stage, load_in_4bit):
+    flags = RUN | {"stage": stage, "load_in_4bit": load_in_4bit, "model": str(start)}
     whole, out = bench.fresh(), bench.fresh()
     assert bench.run(whole, **flags).code == 0
     done = bench.run(out, {"signal": int(signal.SIGTERM), "at": 3, "where": "forward"}, **flags)
