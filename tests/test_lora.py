@@ -174,6 +174,8 @@ def test_merged_logits_are_those_of_the_adapter_in_training_and_in_plain_peft(fo
     near(logits_of(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"), tokenizer), learned)
     near(logits_of(load_model(str(tmp_path / "adapter"), "cpu").model, tokenizer), learned)
     assert not [name for name in (tmp_path / "adapter").iterdir() if name.suffix in (".bin", ".pt")]
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(folder) and said["target_modules"] == ["c_attn", "c_fc", "c_proj"]
 
 
 class TestFourBits:

@@ -131,6 +131,7 @@ class Adapter:
         config = copy.copy(self.peft.peft_config["default"])
         config.base_model_name_or_path = self.base
         config.trainable_token_indices, config.inference_mode = self.rows, True
+        config.target_modules = sorted(config.target_modules)  # a set, whose order no two processes share
         config.save_pretrained(folder)
         (folder / ADAPTER_BASE).write_text(json.dumps(self.about, indent=2) + "\n")
         tokenizer.save_pretrained(folder)
