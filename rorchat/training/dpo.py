@@ -24,6 +24,7 @@ from rorchat.persona import load_persona
 from rorchat.sources import Reject, Tally, in_validation, load
 from rorchat.training.arguments import DataArguments
 from rorchat.training.callbacks import append_line
+from rorchat.training.lora import LoraArguments
 from rorchat.training.loss import fuse_gelu
 from rorchat.training.order import steps_of, training_order
 from rorchat.training.pairs import fuse_pairs
@@ -34,7 +35,7 @@ NOT_FORMED = ("entropy", "logits/chosen", "logits/rejected")  # rorchat/training
 
 
 @dataclass
-class DpoArguments(DataArguments, SmokeArguments, OptimizationArguments, DPOConfig):
+class DpoArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArguments, DPOConfig):
     """Settings of `recipes/dpo.py`."""
 
     model: str = field(default="", metadata={"help": "The chat model to train: a run's folder, a folder or a Hub id."})
@@ -69,6 +70,7 @@ class DpoArguments(DataArguments, SmokeArguments, OptimizationArguments, DPOConf
         self.check_data()
         if not self.model:
             raise UsageError("No model: give the chat model to train, as in --model runs/gpt2-chat")
+        self.check_lora()
         self.settle()
         if self.max_length is not None and self.max_length < 1:
             raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")

@@ -15,6 +15,7 @@ from accelerate import PartialState
 
 from rorchat import __version__
 from rorchat.errors import DataError
+from rorchat.model import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rorchat.persona import DEFAULT_PERSONA
 from rorchat.sources import digest_of
 from rorchat.tokens.past import by_content, named_by_content
@@ -22,6 +23,7 @@ from rorchat.tokens.store import Manifest, sha256_of
 
 FINGERPRINTED = (
     "model.safetensors", "config.json", "tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    ADAPTER_WEIGHTS, ADAPTER_CONFIG, ADAPTER_BASE,
 )  # fmt: skip
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "trl")
 # Settings that change neither what is computed nor what comes out: they may differ when a run goes on.

@@ -23,6 +23,7 @@ from rorchat.sources import Reject, Tally, in_validation, load
 from rorchat.tokens.batch import packed
 from rorchat.tokens.packing import PackedRows, Sequences, pack
 from rorchat.training.arguments import DataArguments
+from rorchat.training.lora import LoraArguments
 from rorchat.training.loss import fuse_gelu, fuse_head
 from rorchat.training.order import steps_of
 from rorchat.training.replay import replay_rows
@@ -33,7 +34,7 @@ ROWS_PER_CALL = 1000  # conversations a call of the tokenizer
 
 
 @dataclass
-class SftArguments(DataArguments, SmokeArguments, OptimizationArguments, SFTConfig):
+class SftArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArguments, SFTConfig):
     """Settings of `recipes/sft.py`."""
 
     model: str = field(default="gpt2", metadata={"help": "The model to teach: a run's folder, a folder or a Hub id."})
@@ -62,6 +63,7 @@ class SftArguments(DataArguments, SmokeArguments, OptimizationArguments, SFTConf
 
     def __post_init__(self):
         self.check_data()
+        self.check_lora()
         self.settle()
         if self.max_length is not None and self.max_length < 1:
             raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")

@@ -343,6 +343,9 @@ class StageTrainer(DividingTrainer, ResumableTrainer):
         return groups[-1]["lr"]
 
     def _save(self, output_dir=None, state_dict=None):
+        if self.adapter:
+            self.adapter.save(output_dir, self.processing_class)
+            return
         super()._save(output_dir, state_dict)
         # a pickle that nobody reads, with the Hub token in clear
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
