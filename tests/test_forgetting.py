@@ -76,7 +76,7 @@ def test_each_stage_measures_the_base_before_its_first_step_and_after_its_last(s
         assert first["base_loss"] == pytest.approx(after, abs=1e-4)  # of the stage before
         metrics, after = metrics_of(story / stage), last["base_loss"]
         assert (metrics["base_loss_before"], metrics["base_loss"]) == (first["base_loss"], after)
-        assert abs(after - first["base_loss"]) > 1e-3
+        assert abs(after - first["base_loss"]) > 1e-4
         assert metrics["base_bits_per_byte"] == last["base_bits_per_byte"] != metrics["base_bits_per_byte_before"]
         assert not any(name.startswith(("rewards", "logps", "entropy")) for name in first | last)  # TRL's averages
 
@@ -226,7 +226,10 @@ def test_what_is_measured_is_capped_and_evenly_spaced(most, store, spec, tokeniz
         for each in (text.rows, ValidationRows(store, 16))
     )
     assert text.tokens == sum(len(row) - 1 for row in rows)
-    gaps = np.diff([*(every.index(row) for row in rows), len(every)])
+    at = []
+    for row in rows:  # of equal ones the next
+        at.append(every.index(row, at[-1] + 1 if at else 0))
+    gaps = np.diff([*at, len(every)])
     assert rows[0] == every[0] and gaps.min() > 0 and np.ptp(gaps) <= 1
     text = base_text(spec, "gpt2", tokenizer, 16)
     assert (text.tokens, text.of, text.told()) == (most, None, f"the first {most} tokens of {spec}")

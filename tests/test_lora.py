@@ -233,7 +233,7 @@ FLAGS = ["--sources", "tinytown=10", "--output_dir", "x", "--bf16", "false"]
 )
 def test_wrong_settings_are_one_line(arguments, flags, said):
     with pytest.raises(UsageError, match=said) as caught:
-        parse(arguments, [*FLAGS, *flags])
+        parse(arguments, [*FLAGS, "--model", "x", *flags])
     assert "\n" not in str(caught.value)
 
 

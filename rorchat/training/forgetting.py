@@ -43,8 +43,12 @@ class BaseText:
 
     def told(self) -> str:
         """What it is, in words."""
-        many = f"{self.tokens:,}" if self.of == self.tokens else f"{self.tokens:,} of {self.of:,}"
-        return f"{many if self.of else f'the first {self.tokens:,}'} tokens of {', '.join(self.where)}"
+        many = f"{self.tokens:,}"
+        if self.of is None:
+            many = f"the first {many}"
+        elif self.of > self.tokens:
+            many = f"{many} of {self.of:,}"
+        return f"{many} tokens of {', '.join(self.where)}"
 
 
 def runs_behind(model: str) -> Iterator[tuple[Path, dict]]:
