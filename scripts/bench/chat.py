@@ -168,6 +168,7 @@ def rorchat_dpo(watch: Watch, flags: tuple[str, ...] = (), sft_term: bool = Fals
     with tempfile.TemporaryDirectory() as folder:
         argv = [*NO_DATA, "--output_dir", folder, "--max_steps", str(work.steps), "--logging_first_step", "true"]
         argv += ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(len(rows) // size)]
+        argv += ["--model", "given-as-an-object"]
         argv += [] if sft_term else ["--loss_type", "sigmoid", "--loss_weights", "1"]
         arguments = parse(DpoArguments, [*argv, *flags])
         model = loaded_model(work, watch.folder)
