@@ -103,11 +103,20 @@ def test_a_side_with_other_tokens_is_invalid(made, tmp_path, monkeypatch):
         ({"first_loss": 6.021, "precision": "bf16"}, "within 0.02 "),
         ({"first_loss": float("nan")}, "first loss is nan"),
         ({"parameters": 11}, "parameters is 11, not 10"),
+        ({"first_gradient_norm": 4.005}, "first gradient norm is 4.00500, not 4.00000 within 0.004 "),
+        ({"first_gradient_norm": 4.03, "precision": "bf16"}, "within 0.02 "),
     ],
 )
 def test_a_side_that_does_other_work_is_told_in_what(change, said):
-    proof = {"tokens_sha256": "a", "weights_sha256": "b", "parameters": 10, "first_loss": 6.0}
-    assert run.complaints(proof | {"precision": "fp32", "first_loss": 6.0009}, proof) == []
+    proof = {
+        "tokens_sha256": "a",
+        "weights_sha256": "b",
+        "parameters": 10,
+        "first_loss": 6.0,
+        "first_gradient_norm": 4.0,
+    }
+    for near in ({"first_loss": 6.0009}, {"first_gradient_norm": 4.003}, {"first_gradient_norm": None}):
+        assert run.complaints(proof | {"precision": "fp32"} | near, proof) == []
     (line,) = run.complaints(proof | {"precision": "fp32"} | change, proof)
     assert said in line
 

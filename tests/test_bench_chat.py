@@ -216,7 +216,8 @@ def test_lengths_are_those_of_the_rows_that_are_trained(tokenizer, tmp_path):
 
     pairs = [{"prompt": f"Question {n}?", "chosen": "yes " * n, "rejected": "no"} for n in range(1, 60)]
     path = written(tmp_path, "pairs.jsonl", json_lines(*pairs))
-    arguments = DpoArguments(output_dir=str(tmp_path), sources=[f"preference={path}"], validation_share=0.3)
+    sources = [f"preference={path}"]
+    arguments = DpoArguments(output_dir=str(tmp_path), model="any", sources=sources, validation_share=0.3)
     kept = [row for split in read_pairs(arguments, tokenizer, 128)[:2] for row in split]
     expected = sorted([len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")] for row in kept)
     assert len(expected) < len(pairs)

@@ -203,7 +203,7 @@ LEVERS = {
     | {
         "fused GELU": Lever(patches=("rorchat.training.sft:fuse_gelu",)),
         "packing": Lever(patches=("rorchat.training.sft:pack=one_a_row", "rorchat.tokens.packing:pack=one_a_row")),
-        "attention without a mask": Lever(
+        "maskless attention": Lever(
             patches=("rorchat.training.loss:packed_attention", "rorchat.training.attention:packed_attention")
         ),
     },
