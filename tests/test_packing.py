@@ -1,6 +1,8 @@
 """Packing loses nothing, fills rows, and changes neither loss nor gradient: no sequence sees another."""
 
 import copy
+from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -257,6 +259,34 @@ def test_a_prompt_is_read_once_and_padding_never(stock):
 
 
 # Real conversations
+
+
+CHAT_FILES = {
+    "alpaca/alpaca_5000.json": "alpaca", "alpaca/alpaca_en_demo.json": "alpaca", "code_alpaca": "code_alpaca",
+    "chat/axolotl_sharegpt_conversation.json": "messages", "chat/deita_subset_test_sft.parquet": "messages",
+    "chat/moss003_messages.jsonl": "messages", "chat/openai_sft.jsonl": "messages",
+    "chat/tulu3_oasst1_sft_sample.jsonl": "messages", "cornell_movie_dialogs": "cornell_movie_dialogs",
+    "dailydialog": "dailydialog", "gsm8k": "gsm8k", "math_dataset": "math_dataset", "mbpp": "mbpp",
+    "natural_questions": "natural_questions", "openbookqa": "openbookqa",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", CHAT_FILES)
+def test_of_real_conversations_the_assistants_words_and_closings_are_learned(path, gpt2_tokenizer, shared_data):
+    loaded = islice(load(f"{CHAT_FILES[path]}={shared_data / path}", "conversation"), 300)
+    conversations = [row["messages"] for row in loaded]
+    encoded = encode_conversations(gpt2_tokenizer, conversations, 1024)
+    wanted = Counter()
+    for messages, each in zip(conversations, encoded, strict=True):
+        turns = messages[: len(messages) - each.dropped_turns] if each else []
+        wanted.update(turn["content"].strip() + "<|im_end|>" for turn in turns if turn["role"] == "assistant")
+    given = Sequences((each.input_ids, each.labels) for each in encoded if each)
+    batch = packed(PackedRows(given, 1024, len(pack(given.lengths, 1024)), seed=0), gpt2_tokenizer.pad_token_id)
+    found = Counter()
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], (labels != IGNORED).numpy(), [False]])))
+        found.update(gpt2_tokenizer.decode(ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True))
+    assert found == wanted and wanted
 
 
 def test_real_conversations_fill_their_rows(gpt2_tokenizer, shared_data):
