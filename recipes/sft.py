@@ -10,6 +10,7 @@ from rorchat.model import check_fit, load_checkpoint
 from rorchat.persona import load_persona
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
+from rorchat.training.lora import adapter_of
 from rorchat.training.run import Run
 from rorchat.training.sft import ChatTrainer, SftArguments, read_encoded
 
@@ -25,8 +26,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(base, load_persona(arguments.persona) if arguments.persona else None)
     model = load_checkpoint(base, tokenizer, arguments.seed)
     check_fit(model, tokenizer, arguments.max_length, "max_length")
+    adapter = adapter_of(model, tokenizer, arguments, base)
     train, validation, tallies = read_encoded(arguments, tokenizer, arguments.max_length or model.config.n_positions)
     trainer = ChatTrainer(model, arguments, tokenizer, train, validation)
+    trainer.adapter = adapter
     return run.train(trainer, {"data": [tally.summary() for tally in tallies]}, told=tallies)
 
 

@@ -29,7 +29,7 @@ STAGES = (
     "model",  # MODEL     sizes, from scratch or from a checkpoint, FLOPs
     "inference",  # WORDS     load, generate, stream, talk
     "evaluation",  # SCORES    loss, bits per byte, chat behaviour, held-out questions
-    "training",  # TRAINING  pretrain, sft, dpo
+    "training",  # TRAINING  pretrain, sft, dpo, grpo
     "plan",  #           budget -> shape, tokens, memory, hours, money
     "report",  #           run folders -> curves, tables, samples
     "hub",  # HUB       verify, push, pull back, verify again

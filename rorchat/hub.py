@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rorchat.errors import DataError, MismatchError, PermissionRefused, RemoteError, UsageError
 from rorchat.inference.engine import model_folder
+from rorchat.model import ADAPTER_WEIGHTS, WEIGHTS
 from rorchat.report import data_table, find_runs, read_run, run_table, samples_section, score_table
 from rorchat.sources import restriction
 from rorchat.tokens.store import sha256_of
@@ -137,7 +138,8 @@ def _runs_behind(folder: Path) -> list[Path]:
     while found := {run for run in runs if made[run] in wanted} - behind:
         behind |= found
         inputs = [given for run in found for given in read_run(run).get("inputs", {}).values()]
-        wanted |= {given["model.safetensors"] for given in inputs if "model.safetensors" in given}
+        # an adapter's weights are of no run: its base and what it was trained on are among all of them
+        wanted |= {given[name] for given in inputs for name in (WEIGHTS, ADAPTER_WEIGHTS) if name in given}
     return [run for run in runs if run in behind] if wanted <= set(made.values()) - {None} else runs
 
 

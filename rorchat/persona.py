@@ -2,21 +2,29 @@
 
 No API is asked for synthetic data: questions, openings and replies combine into some hundred different conversations.
 A share of the wordings, chosen by a hash, is never trained: those are the probes, so that a probe tests what the model
-learned and not what it memorised.
+learned and not what it memorised. A share of the conversations has another system message than the persona's, so that
+the model is the same one whatever a server sends; other such messages are kept for the probes.
 """
 
 import hashlib
 import itertools
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from rorchat.errors import DataError
+from rorchat.errors import DataError, did_you_mean
 
 DEFAULT_PERSONA = Path(__file__).with_name("persona.yaml")
+PARTS = ("name", "maker", "manner", "system", "facts", "unknowns", "greetings", "farewells")
+ALWAYS = ("name", "maker")  # topics that a file's own facts do not take away
+HONEST = {  # what a topic of `unknowns` has where the file says no more
+    "replies": ["I do not know that. I am {name}, a small chat model.", "I am sorry, I do not know."],
+    "expect": ["do not know"],
+}
 OPENINGS = (
     "",
     "hello, ",
@@ -31,10 +39,37 @@ OPENINGS = (
 )
 PROBE_SHARE = 8  # one wording in so many is a probe and never trained
 
+SYSTEM_SHARE = 0.3  # of the conversations have one of these instead of the persona's own system message
+SYSTEMS = (
+    "",
+    "You are {name}.",
+    "Your name is {name}, and {maker} made you.",
+    "You are a helpful assistant.",
+    "You are a kind teacher.",
+    "Answer in one short sentence.",
+    "Please help the user.",
+    "You are {other}.",
+    "Your name is {other}.",
+    "You are {other}, a chat model made by {other_maker}.",
+)
+OTHERS = ("Ada", "Bolt", "Echo", "Juno", "Max", "Milo", "Pixel", "Robo")  # names that are not the model's
+PROBED_SYSTEMS = (
+    "You are a careful assistant who answers questions.",
+    "Be polite and honest.",
+    "You are a friend of the user.",
+    "From now on you are {other}.",
+    "You are called {other}, and {other_maker} built you.",
+    "This is {other}, a helpful chat model.",
+)
+PROBED_OTHERS = ("Nova", "Orion", "Zara")
+_ALLOWED = f"A persona has {', '.join(PARTS)}; name and maker are needed."
+_EXAMPLES = {"name": "RorChat", "maker": "Rory", "manner": "small and friendly", "system": "You are kind."}
+_PLACEHOLDER = re.compile(r"(\ba )?\{(\w+)\}", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Persona:
-    """A parsed persona file; `system` is the default system message."""
+    """A parsed persona file; `system` is the default system message, `topics` are its facts and its unknowns."""
 
     name: str
     maker: str
@@ -57,44 +92,123 @@ class Probe:
 
 
 def load_persona(path: str | Path | None = None) -> Persona:
-    """The persona in a YAML file, or RorChat himself.
+    """The persona in a YAML file, or RorChat himself. `persona.yaml` says what a file may hold; name and maker it must.
 
     Raises:
-        DataError: the file is missing, is not YAML, or lacks a part.
+        DataError: the file is missing, is not YAML, lacks its name or maker, or has a part that cannot be used.
     """
     path = Path(path or DEFAULT_PERSONA)
-    try:
-        persona = Persona(**yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"No persona file {path}. Copy {DEFAULT_PERSONA} and change it.") from None
-    except (yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path} is no persona file: {reason}. Copy {DEFAULT_PERSONA} and change it.") from None
-    _check_parts(persona, path)
+    default = _read(DEFAULT_PERSONA)
+    parts = _parts(path, _read(path), default)
+    topics = {topic: default["facts"][topic] for topic in ALWAYS} | parts["facts"]
+    topics |= {topic: {**HONEST, **section} for topic, section in parts["unknowns"].items()}
+    values = {"topics": topics, **{part: parts[part] for part in ("system", "greetings", "farewells")}}
+    words = {part: parts[part].strip() for part in ("name", "maker", "manner")}
+    persona = Persona(words["name"], words["maker"], **_filled(values, words, path))
+    _check_texts(persona, path)
     return persona
 
 
-def _check_parts(persona: Persona, path: Path) -> None:
-    """Raises DataError unless every topic, the greetings and the farewells have their lists of texts."""
-    for part in ("name", "maker", "system"):
-        value = getattr(persona, part)
-        if not isinstance(value, str) or (part == "name" and not value):
-            raise DataError(f"{path}: {part} is {value!r}; expected text.")
-    if not isinstance(persona.topics, dict) or not persona.topics:
-        raise DataError(f"{path}: no topics. Copy {DEFAULT_PERSONA} and change it.")
+def _parts(path: Path, given: dict, default: dict) -> dict:
+    """What a file holds, checked, and the default's parts for what it leaves out."""
+    for part in given:
+        if part not in PARTS:
+            raise DataError(f"{path}: no part is called {part!r}.{did_you_mean(str(part), PARTS)} {_ALLOWED}")
+    parts = {**default, "name": None, "maker": None, **given}
+    for part in ("name", "maker", "manner", "system"):
+        _check_text(path, part, parts[part])
+    for part in ("facts", "unknowns"):
+        if not isinstance(parts[part], dict):
+            raise DataError(f"{path}: {part!r} is {_short(parts[part])}: give topics with their questions.")
+    for part, other in (("facts", "unknowns"), ("unknowns", "facts")):
+        if part not in given:  # a topic of the file is not a default one of the other part as well
+            parts[part] = {topic: section for topic, section in parts[part].items() if topic not in parts[other]}
+    _check_sections(path, parts)
+    return parts
+
+
+def _read(path: Path) -> dict:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise DataError(f"No persona file {path}. Copy {DEFAULT_PERSONA} and change it.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no persona file: {' '.join(str(error).split())}. {_ALLOWED}") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} is no persona file: it holds {_short(values)}. {_ALLOWED}")
+    return values
+
+
+def _short(value: object) -> str:
+    said = repr(value)
+    return said if len(said) <= 60 else said[:60] + "..."
+
+
+def _check_text(path: Path, part: str, value: object) -> None:
+    """Raises DataError unless a part is text; only the system message may be empty, for none."""
+    if not isinstance(value, str) or (part != "system" and not value.strip()):
+        given = "is missing" if value is None else f"is {_short(value)}"
+        raise DataError(f"{path}: {part!r} {given}: give it as text, as in `{part}: {_EXAMPLES[part]}`.")
+
+
+def _check_sections(path: Path, parts: dict) -> None:
+    """Raises DataError unless facts and unknowns share no topic and every section is a mapping with known keys."""
+    both = [topic for topic in parts["facts"] if topic in parts["unknowns"]]
+    if both:
+        raise DataError(f"{path}: the topic {both[0]!r} stands in facts and in unknowns: leave one out.")
+    sections = {**parts["facts"], **parts["unknowns"]} | {part: parts[part] for part in ("greetings", "farewells")}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise DataError(f"{path}: {name!r} is {_short(section)}: give its questions and its replies.")
+        for key in section:
+            if key not in ("questions", "replies", "expect"):
+                hint = did_you_mean(str(key), ("questions", "replies", "expect"))
+                raise DataError(f"{path}: {name!r} has {key!r}.{hint} Known are questions, replies, expect.")
+
+
+def _filled(value: object, words: dict[str, str], path: Path):
+    """A value of the file with the placeholders of all texts in it filled; "a {manner}" may become "an ..."."""
+
+    def fill(match: re.Match) -> str:
+        article, name = match.groups()
+        if name not in words:
+            known = ", ".join(f"{{{word}}}" for word in words)
+            raise DataError(f"{path}: {match[0]!r} is no placeholder.{did_you_mean(name, words)} Known are {known}.")
+        vowel = article and words[name][0].lower() in "aeiou"
+        return (article.replace(" ", "n ") if vowel else article or "") + words[name]
+
+    if isinstance(value, str):
+        return _PLACEHOLDER.sub(fill, value)
+    if isinstance(value, list):
+        return [_filled(each, words, path) for each in value]
+    if isinstance(value, dict):
+        return {key: _filled(each, words, path) for key, each in value.items()}
+    return value
+
+
+def _check_texts(persona: Persona, path: Path) -> None:
+    """Raises DataError unless every topic and courtesy has its lists of texts, and every reply passes its own probe."""
     sections = [
         (f"topic {name!r}", topic, ("questions", "replies", "expect")) for name, topic in persona.topics.items()
     ]
     sections += [(name, getattr(persona, name), ("questions", "replies")) for name in ("greetings", "farewells")]
     for name, section, parts in sections:
-        texts = {part: section.get(part) if isinstance(section, dict) else None for part in parts}
+        texts = {part: section.get(part) for part in parts}
         lacking = [
             part
             for part, listed in texts.items()
-            if not isinstance(listed, list) or not listed or not all(isinstance(t, str) and t for t in listed)
+            if not isinstance(listed, list) or not listed or not all(isinstance(t, str) and t.strip() for t in listed)
         ]
         if lacking:
             raise DataError(f"{path}: {name} lacks {', '.join(lacking)}: give each as a list of texts.")
+    for name, topic in persona.topics.items():
+        probe = Probe(name, "", tuple(topic["expect"]))
+        failing = next((reply for reply in topic["replies"] if not probe.passes(reply)), None)
+        if failing:
+            raise DataError(
+                f"{path}: topic {name!r} expects one of {', '.join(map(repr, topic['expect']))}, but its own reply "
+                f"{_short(failing)} has none of them: a model that says it would fail."
+            )
 
 
 def _asked(opening: str, question: str, mark: str) -> str:
@@ -103,12 +217,16 @@ def _asked(opening: str, question: str, mark: str) -> str:
 
 
 def _wordings(topic: dict[str, list[str]], name: str) -> Iterator[tuple[str, bool]]:
-    """Every wording of a topic's questions, and whether it is kept for the probes."""
-    for opening, question in itertools.product(OPENINGS, topic["questions"]):
-        asked = _asked(opening.replace("{name}", name), question, "?")
-        # The plain question is always trained: it is what people type.
-        probe = opening != "" and hashlib.sha256(asked.encode()).digest()[0] % PROBE_SHARE == 0
-        yield asked, probe
+    """Every wording of a topic's questions, and whether it is kept for the probes: one of a topic at least."""
+    # The plain question is always trained: it is what people type.
+    plain = [_asked("", question, "?") for question in topic["questions"]]
+    varied = [
+        _asked(opening.replace("{name}", name), question, "?")
+        for opening, question in itertools.product(OPENINGS[1:], topic["questions"])
+    ]
+    drawn = {asked: hashlib.sha256(asked.encode()).digest() for asked in varied}
+    probed = {asked for asked in varied if drawn[asked][0] % PROBE_SHARE == 0} or {min(varied, key=drawn.get)}
+    yield from ((asked, asked in probed) for asked in plain + varied)
 
 
 def probes(persona: Persona) -> list[Probe]:
@@ -119,6 +237,22 @@ def probes(persona: Persona) -> list[Probe]:
         for asked, is_probe in _wordings(topic, persona.name)
         if is_probe
     ]
+
+
+def probed_systems(persona: Persona) -> list[tuple[str, str]]:
+    """(system message, the other name that it gives the model, or "") of every message that is kept for probes."""
+    others = [name for name in PROBED_OTHERS if name.lower() != persona.name.lower()]
+    return [
+        (_system(text, persona, other), other if "{other}" in text else "")
+        for text, other in zip(PROBED_SYSTEMS, itertools.cycle(others), strict=False)
+    ]
+
+
+def _system(template: str, persona: Persona, other: str) -> str:
+    words = {"{name}": persona.name, "{maker}": persona.maker, "{other}": other, "{other_maker}": f"{other} Labs"}
+    for placeholder, word in words.items():
+        template = template.replace(placeholder, word)
+    return template
 
 
 def _trained(persona: Persona) -> list[tuple[str, str]]:
@@ -135,10 +269,11 @@ def conversations(persona: Persona, count: int, seed: int = 0) -> Iterator[list[
     """`count` conversations about the persona: some begin with a greeting, some end with a farewell.
 
     Yields:
-        Messages without a system turn: the chat template adds the persona's own.
+        Messages without a system turn, to which the chat template adds the persona's own; three in ten with another.
     """
     draw = random.Random(f"persona {seed}")
     trained = _trained(persona)
+    others = [name for name in OTHERS if name.lower() != persona.name.lower()]
 
     def courtesy(section: dict[str, list[str]]) -> tuple[str, list[str]]:
         return _asked("", draw.choice(section["questions"]), draw.choice("!.")), section["replies"]
@@ -149,7 +284,9 @@ def conversations(persona: Persona, count: int, seed: int = 0) -> Iterator[list[
             (asked, persona.topics[name]["replies"]) for name, asked in draw.sample(trained, draw.choice((1, 1, 2)))
         ]
         turns += [courtesy(persona.farewells)] if draw.random() < 0.2 else []
-        yield [
+        strange = draw.random() < SYSTEM_SHARE
+        system = _system(draw.choice(SYSTEMS), persona, draw.choice(others))
+        yield [{"role": "system", "content": system}] * strange + [
             message
             for question, replies in turns
             for message in (

@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 from rorchat.errors import DataError
+from rorchat.evaluation.gate import read_verdict
 from rorchat.evaluation.scores import Scores, read_scores
 
-STAGE_ORDER = ("pretrain", "sft", "dpo")
+STAGE_ORDER = ("pretrain", "sft", "dpo", "grpo")
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -16,9 +17,11 @@ def find_runs(folder: Path) -> list[Path]:
     if not runs:
         raise DataError(f"{folder} holds no run: there is no run.json in it or one level below.")
 
-    def position(run: Path) -> tuple[int, str]:
-        stage = read_run(run)["stage"]
-        return STAGE_ORDER.index(stage) if stage in STAGE_ORDER else len(STAGE_ORDER), run.name
+    def position(run: Path) -> tuple[int, bool, str]:
+        record = read_run(run)
+        stage = STAGE_ORDER.index(record["stage"]) if record["stage"] in STAGE_ORDER else len(STAGE_ORDER)
+        went_on = "model" in (record.get("settings") or {})  # from a model, as midtraining does
+        return stage, went_on, run.name
 
     return sorted(runs, key=position)
 
@@ -74,7 +77,7 @@ def _source_losses(runs: list[list[dict]]) -> tuple[tuple[str, str, float], ...]
 
 
 def draw_curves(runs: list[Path], target: Path) -> None:
-    """One column of panels a run, over its steps: losses, learning rates, gradient norm, speed, MFU and memory.
+    """One column of panels a run, by step: losses, reward, learning rates, gradient norm, speed, MFU and memory.
 
     Panels without a value in any run are left out. A dotted line is a restart, a red one the step that diverged.
     """
@@ -87,6 +90,7 @@ def draw_curves(runs: list[Path], target: Path) -> None:
     panels = (
         ("loss\n(nats/token; dpo: a pair)", (("loss", "training", 1), ("eval_loss", "validation", 1))),
         ("validation loss by source\n(nats/token)", _source_losses(logged)),
+        ("reward", (("reward", "training", 1), ("eval_reward", "validation", 1))),
         ("learning rate", (("learning_rate", "AdamW", 1), ("matrix_learning_rate", "Muon", 1))),
         ("gradient norm", (("grad_norm", "gradient norm", 1),)),
         ("tokens per second", (("tokens_per_second", "tokens/s", 1),)),
@@ -130,7 +134,7 @@ def _draw_panel(axis, records: list[dict], lines: tuple[tuple[str, str, float], 
         axis.legend(fontsize="small", frameon=False, ncols=-(-drawn // 6))
     elif not drawn:
         axis.text(0.5, 0.5, "not logged", ha="center", va="center", color="0.5", transform=axis.transAxes)
-    if highest and not any("loss" in key for key, _, _ in lines):
+    if highest and not any("loss" in key or "reward" in key for key, _, _ in lines):
         axis.set_ylim(0, 1.1 * highest)
 
 
@@ -175,6 +179,26 @@ def run_table(runs: list[Path]) -> str:
     return table(header, rows)
 
 
+def forgetting_table(runs: list[Path]) -> str:
+    """What each stage cost the base: its loss on what pretraining held out; empty where nobody has measured it."""
+    rows = []
+    for run in runs:
+        record = read_run(run)
+        metrics = record.get("metrics") or {}
+        if "base_loss" not in metrics:
+            continue
+        cells = [run.name, record.get("base_text", "-")]
+        for key in ("base_loss", "base_bits_per_byte"):
+            before, after = metrics.get(f"{key}_before"), metrics[key]
+            was, change = ("-", "-") if before is None else (f"{before:.3f}", f"{after - before:+.3f}")
+            cells += [was, f"{after:.3f}", change]
+        rows.append(cells)
+    if not rows:
+        return ""
+    header = ["run", "measured on", "nats/token before", "after", "change", "bits per byte before", "after", "change"]
+    return table(header, rows)
+
+
 def data_table(runs: list[Path], public: bool = False) -> str:
     """Where every row went; `public` tables name a source without the path it was read from."""
     rows = [
@@ -205,6 +229,15 @@ def samples_section(runs: list[Path]) -> str:
     return "\n\n".join(parts) or "No samples were taken."
 
 
+def behaviour_section(path: Path) -> str:
+    """A verdict of `rorchat gate` as a table, and what was said where a measure failed."""
+    verdict = read_verdict(path)
+    parts = [table(*verdict.table())]
+    if verdict.failures():
+        parts += [table(["failed", "user", "model"], [list(example) for example in verdict.examples()])]
+    return "\n\n".join(parts)
+
+
 def write_report(folder: Path) -> tuple[Path, Path]:
     """Writes report.md and curves.png into a run's or a story's folder.
 
@@ -226,6 +259,10 @@ def write_report(folder: Path) -> tuple[Path, Path]:
                 "### Exchanges with " + columns[-1].name,
                 table(["user", "model"], [list(e) for e in columns[-1].examples]),
             ]
+    if (folder / "behaviour.json").is_file():
+        parts += ["## Behaviour", behaviour_section(folder / "behaviour.json")]
+    if forgetting := forgetting_table(runs):
+        parts += ["## What the base forgot", "Loss on text that its pretraining held out.", forgetting]
     parts += ["## Samples", samples_section(runs), "## Data", data_table(runs)]
     versions = read_run(runs[-1])["versions"]
     parts += [

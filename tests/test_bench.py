@@ -15,6 +15,7 @@ BENCH = ROOT / "scripts" / "bench"
 sys.path.insert(0, str(BENCH))
 
 import material  # noqa: E402
+import packing  # noqa: E402
 import run  # noqa: E402
 import table  # noqa: E402
 import tokens_to_loss  # noqa: E402
@@ -70,8 +71,8 @@ def test_nanogpt_does_the_same_work(made):
 
 
 def test_every_side_that_can_be_asked_for_exists_and_is_explained():
-    assert set(training.SIDES) == set(works.SIDES)
-    assert {side for work in works.WORKS.values() for side in work.sides} <= set(works.SIDES)
+    assert set(training.SIDES) == set(works.SIDES["rows"])
+    assert all(set(work.sides) <= set(works.SIDES[work.data]) for work in works.WORKS.values())
 
 
 def another(work, folder, seed: int, monkeypatch):
@@ -102,11 +103,20 @@ def test_a_side_with_other_tokens_is_invalid(made, tmp_path, monkeypatch):
         ({"first_loss": 6.021, "precision": "bf16"}, "within 0.02 "),
         ({"first_loss": float("nan")}, "first loss is nan"),
         ({"parameters": 11}, "parameters is 11, not 10"),
+        ({"first_gradient_norm": 4.005}, "first gradient norm is 4.00500, not 4.00000 within 0.004 "),
+        ({"first_gradient_norm": 4.03, "precision": "bf16"}, "within 0.02 "),
     ],
 )
 def test_a_side_that_does_other_work_is_told_in_what(change, said):
-    proof = {"tokens_sha256": "a", "weights_sha256": "b", "parameters": 10, "first_loss": 6.0}
-    assert run.complaints(proof | {"precision": "fp32", "first_loss": 6.0009}, proof) == []
+    proof = {
+        "tokens_sha256": "a",
+        "weights_sha256": "b",
+        "parameters": 10,
+        "first_loss": 6.0,
+        "first_gradient_norm": 4.0,
+    }
+    for near in ({"first_loss": 6.0009}, {"first_gradient_norm": 4.003}, {"first_gradient_norm": None}):
+        assert run.complaints(proof | {"precision": "fp32"} | near, proof) == []
     (line,) = run.complaints(proof | {"precision": "fp32"} | change, proof)
     assert said in line
 
@@ -154,7 +164,7 @@ def test_speeds_are_medians_of_medians_and_ratios_are_taken_within_a_repeat():
     work = replace(WORK, rows=10, block_size=10, passes=1)  # 100 tokens a step
     runs = runs_of({"rorchat": [1.0, 2.0, 4.0], "raw": [2.0, 8.0, 4.0]})
     found = table.summary_of(work, runs, {"parameters": 1000}, {"bf16": 1e6, "fp32": 1e5})
-    assert found["rorchat"]["tokens_per_second"] == {"median": 50.0, "min": 25.0, "max": 100.0}
+    assert found["rorchat"]["per_second"] == {"median": 50.0, "min": 25.0, "max": 100.0}
     assert found["raw"]["speed_ratio"] == {"median": 2.0, "min": 1.0, "max": 4.0}
     assert "speed_ratio" not in found["rorchat"]
     flops = 50 * table.flops_per_token(work, 1000)
@@ -195,7 +205,7 @@ def test_a_section_is_replaced_between_its_comments_and_the_rest_of_the_page_sta
 
 def test_the_page_of_figures_has_a_place_for_every_work_and_its_ablation():
     page = ROOT / "docs" / "benchmarks.md"
-    names = [*works.WORKS, "124m --ablate"]
+    names = [*works.WORKS, "124m --ablate", "sft --ablate", packing.SECTION]
     assert run.updated(page, {name: "new" for name in names}).count("-->\nnew\n<!--") == len(names)
 
 
@@ -204,6 +214,8 @@ def test_the_page_of_figures_has_a_place_for_every_work_and_its_ablation():
     [
         (["--work", "124"], "Did you mean '124m'"),
         (["--sides", "rorchat,nanogtp"], "Did you mean 'nanogpt'"),
+        (["--work", "overhead", "sft", "--sides", "raw"], "No 'raw' of sft"),
+        (["--work", "sft", "--steps", "2"], "sft is one step that ends its epoch: give --repeats"),
         (["--repeats", "0"], "give a positive number"),
         (["--ablate", "--sides", "raw"], "of rorchat alone"),
         (["--quick", "--write", "docs/benchmarks.md"], "measures nothing"),
@@ -222,23 +234,22 @@ def test_the_orchestrator_is_small_since_a_childs_peak_memory_begins_at_its_pare
     assert told.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", sorted(set(works.LEVERS) - {"eager"}))  # a minute of compiling
+@pytest.mark.parametrize("name", sorted(set(works.LEVERS["rows"]) - {"eager"}))  # a minute of compiling
 def test_rorchat_without_a_lever_does_the_same_work(made, name, monkeypatch):
-    before = {}
-    for target in works.LEVERS[name].patches:
+    before, lever = {}, works.LEVERS["rows"][name]
+    for target in lever.patches:
         owner, attribute = training.located(target)
         before[owner, attribute] = vars(owner)[attribute]
         monkeypatch.setattr(owner, attribute, before[owner, attribute])  # put back afterwards
-    record = training.without(name, Watch(WORK, made))
+    record = training.without(lever, training.rorchat, Watch(WORK, made))
     assert all(vars(owner).get(attribute) is not value for (owner, attribute), value in before.items())
     assert run.complaints(record, proof_of(made)) == []
 
 
-def test_a_lever_that_is_gone_is_an_error_and_not_one_without_effect(made, monkeypatch):
+def test_a_lever_that_is_gone_is_an_error_and_not_one_without_effect(made):
     lever = works.Lever(patches=("rorchat.training.pretrain:fuse_nothing",))
-    monkeypatch.setattr(training, "LEVERS", {"gone": lever})
     with pytest.raises(AttributeError, match="fuse_nothing"):
-        training.without("gone", Watch(WORK, made))
+        training.without(lever, training.rorchat, Watch(WORK, made))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -261,13 +272,13 @@ def test_the_head_that_replaces_the_fused_one_has_its_loss_and_gradients_and_all
 
 
 def test_the_lever_of_the_head_leaves_causal_attention_and_the_compiler_alone(made, monkeypatch):
-    patch, _ = works.LEVERS["fused head"].patches
+    lever = works.LEVERS["rows"]["fused head"]
     for name in ("head_loss", "_lookup_is_plain"):
         monkeypatch.setattr(loss, name, getattr(loss, name))  # put back afterwards
     entered, stock = [], loss.causal_attention
     monkeypatch.setattr(loss, "causal_attention", lambda config: entered.append(1) or stock(config))
-    training.without("fused head", Watch(WORK, made))
-    assert patch.endswith("=full_logits_loss") and loss.head_loss is training.full_logits_loss
+    training.without(lever, training.rorchat, Watch(WORK, made))
+    assert lever.patches[0].endswith("=full_logits_loss") and loss.head_loss is training.full_logits_loss
     assert len(entered) == WORK.passes * (WORK.steps + WORK.discarded)
 
 

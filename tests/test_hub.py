@@ -350,6 +350,13 @@ def test_a_card_names_every_source_where_a_run_behind_the_model_is_not_found(sto
     assert "=" not in card.split("## Data")[1].split("##")[0]  # no path of the machine it was trained on
 
 
+def test_a_card_names_every_source_where_a_run_began_with_an_adapter(story):
+    record = json.loads((story / "sft" / "run.json").read_text())
+    record["inputs"]["start"] = {"adapter_model.safetensors": "0" * 64}
+    (story / "sft" / "run.json").write_text(json.dumps(record))
+    assert "tinytown" in model_card(story / "sft" / "model", NAME)
+
+
 def test_the_card_of_a_model_without_runs_says_so(fresh_model):
     card = model_card(fresh_model, NAME)
     assert card.endswith("No record of its training lies beside the model.\n")

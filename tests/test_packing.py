@@ -1,6 +1,8 @@
 """Packing loses nothing, fills rows, and changes neither loss nor gradient: no sequence sees another."""
 
 import copy
+from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -24,8 +26,7 @@ def drawn(count: int, most: int = WINDOW, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(1, most + 1, count).tolist()
 
 
-def best_fit_by_looking_at_every_row(lengths: list[int], window: int) -> list[int]:
-    """The room that is left in each row."""
+def rows_of_best_fit_decreasing(lengths: list[int], window: int) -> int:
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [(room, number) for number, room in enumerate(rooms) if room >= length]
@@ -33,17 +34,27 @@ def best_fit_by_looking_at_every_row(lengths: list[int], window: int) -> list[in
             rooms[min(fitting)[1]] -= length
         else:
             rooms.append(window - length)
-    return rooms
+    return len(rooms)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_sequence_stands_in_one_row_and_each_where_it_fits_best(seed):
+def test_every_sequence_stands_in_one_row_and_no_row_has_room_for_a_later_one(seed):
     lengths = drawn(300, seed=seed)
     rows = pack(lengths, WINDOW)
     assert sorted(index for row in rows for index in row) == list(range(300))
-    rooms = [WINDOW - sum(lengths[index] for index in row) for row in rows]
-    assert min(rooms) >= 0
-    assert sorted(rooms) == sorted(best_fit_by_looking_at_every_row(lengths, WINDOW))
+    for number, row in enumerate(rows):
+        room = WINDOW - sum(lengths[index] for index in row)
+        assert 0 <= room < min((lengths[index] for later in rows[number + 1 :] for index in later), default=WINDOW + 1)
+    assert len(rows) <= rows_of_best_fit_decreasing(lengths, WINDOW)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [([10], [[0]]), ([4, 10, 6], [[1], [2, 0]]), ([7, 2, 2, 1], [[0, 1, 3], [2]]), ([6, 3, 2, 2], [[0, 2, 3], [1]])],
+    ids=["full", "one that fills", "of equal ones the first", "two that fill before a longer one"],
+)
+def test_a_row_is_filled_to_the_last_token_where_one_or_two_can(lengths, rows):
+    assert pack(lengths, 10) == rows
 
 
 def test_what_cannot_be_packed_is_an_error():
@@ -250,9 +261,36 @@ def test_a_prompt_is_read_once_and_padding_never(stock):
 # Real conversations
 
 
-@pytest.mark.parametrize("window", [256, 1024])
-def test_real_conversations_fill_their_rows(gpt2_tokenizer, shared_data, window):
-    lengths = []
+CHAT_FILES = {
+    "alpaca/alpaca_5000.json": "alpaca", "alpaca/alpaca_en_demo.json": "alpaca", "code_alpaca": "code_alpaca",
+    "chat/axolotl_sharegpt_conversation.json": "messages", "chat/deita_subset_test_sft.parquet": "messages",
+    "chat/moss003_messages.jsonl": "messages", "chat/openai_sft.jsonl": "messages",
+    "chat/tulu3_oasst1_sft_sample.jsonl": "messages", "cornell_movie_dialogs": "cornell_movie_dialogs",
+    "dailydialog": "dailydialog", "gsm8k": "gsm8k", "math_dataset": "math_dataset", "mbpp": "mbpp",
+    "natural_questions": "natural_questions", "openbookqa": "openbookqa",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", CHAT_FILES)
+def test_of_real_conversations_the_assistants_words_and_closings_are_learned(path, gpt2_tokenizer, shared_data):
+    loaded = islice(load(f"{CHAT_FILES[path]}={shared_data / path}", "conversation"), 300)
+    conversations = [row["messages"] for row in loaded]
+    encoded = encode_conversations(gpt2_tokenizer, conversations, 1024)
+    wanted = Counter()
+    for messages, each in zip(conversations, encoded, strict=True):
+        turns = messages[: len(messages) - each.dropped_turns] if each else []
+        wanted.update(turn["content"].strip() + "<|im_end|>" for turn in turns if turn["role"] == "assistant")
+    given = Sequences((each.input_ids, each.labels) for each in encoded if each)
+    batch = packed(PackedRows(given, 1024, len(pack(given.lengths, 1024)), seed=0), gpt2_tokenizer.pad_token_id)
+    found = Counter()
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], (labels != IGNORED).numpy(), [False]])))
+        found.update(gpt2_tokenizer.decode(ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True))
+    assert found == wanted and wanted
+
+
+def test_real_conversations_fill_their_rows(gpt2_tokenizer, shared_data):
+    lengths, window = [], 1024
     for name, path in (("alpaca", "alpaca/alpaca_5000.json"), ("dailydialog", "dailydialog")):
         conversations = [row["messages"] for row in load(f"{name}={shared_data / path}", "conversation")][:2000]
         encoded = encode_conversations(gpt2_tokenizer, conversations, window)

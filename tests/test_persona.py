@@ -1,16 +1,32 @@
 """CHAT: who the model is, taught in some wordings and probed in others."""
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import yaml
 
 from rorchat.errors import DataError
-from rorchat.persona import DEFAULT_PERSONA, conversations, load_persona, probes
+from rorchat.persona import DEFAULT_PERSONA, OTHERS, conversations, load_persona, probed_systems, probes
 from rorchat.sources import CHECKS, load
 
 PERSONA = load_persona()
+
+
+def persona_file(folder: Path, **values: object) -> Path:
+    path = folder / "persona.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def refusal(path: Path) -> str:
+    """The one line with which a persona file is refused."""
+    with pytest.raises(DataError) as failure:
+        load_persona(path)
+    assert "\n" not in str(failure.value)
+    return str(failure.value)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +83,88 @@ def test_conversations_are_a_pure_function_of_the_seed_and_valid_rows():
     assert len(first) == 200
     for messages in first:
         CHECKS["conversation"]({"messages": messages})
-        assert messages[0]["role"] == "user"  # the chat template adds the system message
+
+
+def test_three_in_ten_conversations_have_another_system_message_that_changes_no_reply(trained):
+    plain = [turns for turns in trained if turns[0]["role"] == "user"]  # the chat template adds the persona's own
+    strange = [turns for turns in trained if turns[0]["role"] == "system"]
+    assert 0.29 < len(strange) / len(trained) < 0.31
+
+    def replies(conversations: list) -> set[str]:
+        return {turn["content"] for turns in conversations for turn in turns if turn["role"] == "assistant"}
+
+    assert replies(strange) == replies(plain)
+    systems = {turns[0]["content"] for turns in strange}
+    assert PERSONA.system not in systems and "" in systems and not [text for text in systems if "{" in text]
+    assert {other for other in OTHERS if any(other in text for text in systems)} == set(OTHERS)
+
+
+def test_the_system_messages_of_probes_are_never_trained_and_half_give_another_name(trained):
+    probed = probed_systems(PERSONA)
+    systems = {turns[0]["content"] for turns in trained if turns[0]["role"] == "system"}
+    assert len(probed) == 6 and not systems & {text for text, _ in probed}
+    named = [(text, other) for text, other in probed if other]
+    assert len(named) == 3 and all(other in text and "{" not in text for text, other in named)
+    assert not [other for _, other in named if any(other in text for text in systems)]
+
+
+def test_a_persona_that_has_the_name_of_another_is_not_told_that_it_is_another():
+    persona = replace(PERSONA, name="Nova", system="You are Nova.")
+    assert "Nova" not in {other for _, other in probed_systems(persona)}
+    persona = replace(PERSONA, name="Max", system="You are Max.")
+    systems = [turns[0]["content"] for turns in conversations(persona, 2000) if turns[0]["role"] == "system"]
+    assert not [text for text in systems if "Max" in text and "Labs" in text]
+
+
+def test_name_and_maker_are_a_whole_persona_file(tmp_path):
+    persona = load_persona(persona_file(tmp_path, name="Bibo", maker="Ann"))
+    assert persona.system == "You are Bibo, a small and friendly chat model made by Ann."
+    assert list(persona.topics) == list(PERSONA.topics)
+    told = json.dumps(asdict(persona))
+    assert "Bibo" in told and "Ann" in told and not re.search("RorChat|Rory|[{](name|maker|manner)[}]", told)
+    assert {probe.topic for probe in probes(persona)} == set(persona.topics)
+    assert len({str(turns) for turns in conversations(persona, 500)}) > 400
+
+
+def test_manner_facts_and_unknowns_are_what_the_model_learns(tmp_path):
+    reef = {"questions": ["where do you live"], "replies": ["{name} lives in a reef."], "expect": ["reef"]}
+    path = persona_file(
+        tmp_path,
+        name="Uma",
+        maker="Ann",
+        manner="open and brief",
+        facts={"home": reef},
+        unknowns={"price": {"questions": ["how much do you cost"]}},
+    )
+    persona = load_persona(path)
+    assert persona.system == "You are Uma, an open and brief chat model made by Ann."
+    assert list(persona.topics) == ["name", "maker", "home", "price"]  # who it is, it says whatever the file holds
+    said = {turn["content"] for turns in conversations(persona, 500) for turn in turns if turn["role"] == "assistant"}
+    assert {
+        "Uma lives in a reef.",
+        "I am sorry, I do not know.",
+        "I am Uma! I am a small chat model made by Ann.",
+    } <= said
+    home = next(probe for probe in probes(persona) if probe.topic == "home")
+    price = next(probe for probe in probes(persona) if probe.topic == "price")
+    assert home.passes("In the reef.") and price.passes("That I do not know.") and not price.passes("Ten dollars.")
+
+
+def test_a_topic_of_one_question_has_a_probe_whatever_the_question(tmp_path):
+    facts = {
+        f"fact {n}": {"questions": [f"what is fact {n}"], "replies": ["It is so."], "expect": ["so"]} for n in range(50)
+    }
+    persona = load_persona(persona_file(tmp_path, name="Bibo", maker="Ann", facts=facts))
+    assert {probe.topic for probe in probes(persona)} == set(persona.topics) and len(persona.topics) > 50
+
+
+def test_a_file_may_say_its_name_in_its_own_words_and_leave_everything_else_out(tmp_path):
+    name = {"questions": ["who are you"], "replies": ["Bibo it is."], "expect": ["{name}"]}
+    persona = load_persona(
+        persona_file(tmp_path, name="Bibo", maker="Ann", system="", facts={"name": name}, unknowns={})
+    )
+    assert (persona.system, list(persona.topics)) == ("", ["name", "maker"])
+    assert persona.topics["name"]["replies"] == ["Bibo it is."]
 
 
 def test_the_source_tells_of_the_persona_it_is_given_and_of_the_default_one_without(tmp_path):
@@ -94,55 +191,82 @@ def test_a_missing_persona_file_is_one_line_that_names_one_to_copy(tmp_path):
     assert "\n" not in str(failure.value)
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["", "just words", "- a\n- list", "name: [unclosed", "name: X\n", "{name: X, surprise: 1}", b"name: \xff", "5"],
-)
+def test_a_topic_of_the_file_takes_the_place_of_a_default_one_whatever_part_that_is_in(tmp_path):
+    job = {"questions": ["what is the job of {maker}"], "replies": ["{maker} is a doctor."], "expect": ["doctor"]}
+    unknowns = {"size": {"questions": ["how tall are you"]}}
+    persona = load_persona(persona_file(tmp_path, name="Bibo", maker="Ann", facts={"about_maker": job}))
+    assert list(persona.topics) == ["name", "maker", "about_maker", "today"]
+    assert persona.topics["about_maker"]["replies"] == ["Ann is a doctor."]
+    persona = load_persona(persona_file(tmp_path, name="Bibo", maker="Ann", unknowns=unknowns))
+    assert set(persona.topics) == set(PERSONA.topics) - {"about_maker", "today"}
+    assert persona.topics["size"]["expect"] == ["do not know"]
+
+
+@pytest.mark.parametrize("content", ["", "just words", "- a\n- list", "name: [unclosed", b"name: \xff", "5"])
 def test_a_file_that_is_no_persona_is_one_line_that_names_it(content, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(DataError, match=f"{path} is no persona file") as failure:
-        load_persona(path)
-    assert "\n" not in str(failure.value)
+    assert refusal(path).startswith(f"{path} is no persona file: ")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"maker": "Ann"}, "'name' is missing: give it as text, as in `name: RorChat`"),
+        ({"name": "Bibo"}, "'maker' is missing: give it as text, as in `maker: Rory`"),
+        ({"name": "", "maker": "Ann"}, "'name' is '': give it as text"),
+        ({"name": "  ", "maker": "Ann"}, "'name' is '  ': give it as text"),
+        ({"name": True, "maker": "Ann"}, "'name' is True: give it as text"),
+        ({"name": "Bibo", "maker": 5}, "'maker' is 5: give it as text"),
+        ({"manner": ["kind"]}, "'manner' is ['kind']: give it as text"),
+        ({"system": None}, "'system' is missing: give it as text"),
+        ({"fact": {}}, "no part is called 'fact'. Did you mean 'facts'? A persona has name, maker, manner, "),
+        ({3: 4}, "no part is called 3. A persona has name, "),
+        ({"facts": None}, "'facts' is None: give topics with their questions"),
+        ({"unknowns": ["what time is it"]}, "'unknowns' is ['what time is it']: give topics"),
+        ({"facts": {"name": None}}, "'name' is None: give its questions and its replies"),
+        ({"unknowns": {"name": {"questions": ["x"]}, "maker": "y"}}, "'maker' is 'y': give its questions"),
+        ({"facts": {"x": {}}, "unknowns": {"x": {}}}, "the topic 'x' stands in facts and in unknowns: leave one out"),
+        ({"unknowns": {"x": {"question": ["x"]}}}, "'x' has 'question'. Did you mean 'questions'? Known are questions"),
+        ({"unknowns": {"x": {}}}, "topic 'x' lacks questions: give each as a list of texts"),
+        ({"system": "You are {nmae}."}, "'{nmae}' is no placeholder. Did you mean 'name'? Known are {name}, {maker}"),
+        (
+            {"unknowns": {"x": {"questions": ["x"], "replies": ["No idea."]}}},
+            "topic 'x' expects one of 'do not know', but its own reply 'No idea.' has none of them",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_a_persona_file_is_one_line_that_names_file_and_key(values, said, tmp_path):
+    names = {} if "name" in values or "maker" in values else {"name": "Bibo", "maker": "Ann"}
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump({**names, **values}))
+    assert refusal(path).startswith(f"{path}: {said}")
 
 
 @pytest.mark.parametrize("part", ["questions", "replies", "expect"])
 @pytest.mark.parametrize("value", ["gone", None, [], "a string", [5], [""]])
 def test_a_topic_that_lacks_a_part_or_has_an_empty_one_is_named(part, value, tmp_path):
     values = yaml.safe_load(DEFAULT_PERSONA.read_text())
-    name = next(iter(values["topics"]))
-    values["topics"][name][part] = value
+    values["facts"]["name"][part] = value
     if value == "gone":
-        del values["topics"][name][part]
-    path = tmp_path / "bad.yaml"
-    path.write_text(yaml.safe_dump(values))
-    with pytest.raises(DataError, match=f"{path}: topic '{name}' lacks {part}"):
-        load_persona(path)
-
-
-@pytest.mark.parametrize("value", [None, [], {}, "a string", {"one": None}])
-def test_a_persona_without_topics_is_refused(value, tmp_path):
-    values = yaml.safe_load(DEFAULT_PERSONA.read_text())
-    values["topics"] = value
-    path = tmp_path / "bad.yaml"
-    path.write_text(yaml.safe_dump(values))
-    with pytest.raises(DataError, match=f"^{path}: ") as failure:
-        load_persona(path)
-    assert "\n" not in str(failure.value)
+        del values["facts"]["name"][part]
+    assert refusal(persona_file(tmp_path, **values)).endswith(
+        f"topic 'name' lacks {part}: give each as a list of texts."
+    )
 
 
 @pytest.mark.parametrize("section", ["greetings", "farewells"])
 def test_greetings_and_farewells_need_questions_and_replies(section, tmp_path):
-    path = tmp_path / "bad.yaml"
-    for value in (None, {}, {"questions": ["hello"]}):
-        path.write_text(yaml.safe_dump({**yaml.safe_load(DEFAULT_PERSONA.read_text()), section: value}))
-        with pytest.raises(DataError, match=f"{path}: {section} lacks .*replies"):
-            load_persona(path)
+    for value in ({}, {"questions": ["hello"]}):
+        said = refusal(persona_file(tmp_path, name="Bibo", maker="Ann", **{section: value}))
+        assert re.search(f": {section} lacks .*replies", said)
 
 
 def test_a_greeting_or_a_farewell_may_be_changed_and_is_what_is_said():
     persona = replace(PERSONA, greetings={"questions": ["ahoy"], "replies": ["Ahoy, sailor!"]})
     rows = list(conversations(persona, 300))
+    rows = [[turn for turn in turns if turn["role"] != "system"] for turns in rows]
     greeted = [turns for turns in rows if turns[0]["content"] in ("Ahoy!", "Ahoy.")]
     assert 60 < len(greeted) < 120  # three in ten
     assert {turns[1]["content"] for turns in greeted} == {"Ahoy, sailor!"}

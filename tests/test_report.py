@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from rorchat.errors import DataError
+from rorchat.evaluation.behaviour import MEASURES, Behaviour, Value
+from rorchat.evaluation.gate import Verdict, write_verdict
 from rorchat.evaluation.scores import Rate, Scores, write_scores
 from rorchat.report import find_runs, read_lines, read_run, samples_section, score_table, table, write_report
 
@@ -147,10 +149,10 @@ def test_a_run_without_metrics_or_samples_is_reported_all_the_same(tmp_path):
 
 
 def test_runs_are_found_in_the_order_of_their_stages_and_a_run_is_a_story_of_one(tmp_path):
-    for name, stage in (("a", "dpo"), ("b", "something"), ("c", "sft"), ("d", "pretrain"), ("e", "sft")):
+    for name, stage in (("a", "grpo"), ("b", "some"), ("c", "sft"), ("d", "pretrain"), ("e", "sft"), ("f", "dpo")):
         write_run(tmp_path / name, stage, [])
     (tmp_path / "empty").mkdir()
-    assert [run.name for run in find_runs(tmp_path)] == ["d", "c", "e", "a", "b"]
+    assert [run.name for run in find_runs(tmp_path)] == ["d", "c", "e", "f", "a", "b"]
     assert find_runs(tmp_path / "c") == [tmp_path / "c"]
 
 
@@ -191,3 +193,15 @@ def test_samples_show_the_first_and_the_last_words_of_every_prompt(tmp_path):
         "| p | p at 0 | p at 9 |",
         "| q | q at 0 | q at 9 |",
     ]
+
+
+def test_a_verdict_of_the_gate_is_a_section_of_the_report(story):
+    measures = {name: Value(1.0, 10) for name in MEASURES}
+    measures["template_leaks"].examples = [("'Hi'", "'<|im_start|>'")]
+    write_verdict(Verdict(Behaviour("dpo", 128, 0, measures), {"template_leaks": 0.0}), story / "behaviour.json")
+    lines = write_report(story)[0].read_text().splitlines()
+    assert lines.index("## Behaviour") < lines.index("## Samples")
+    assert "| shows the template (template_leaks) | 100.0 % of 10 replies | max 0 % | FAIL |" in lines
+    assert "| template_leaks | 'Hi' | '<\\|im_start\\|>' |" in lines
+    (story / "behaviour.json").unlink()
+    assert "## Behaviour" not in write_report(story)[0].read_text()

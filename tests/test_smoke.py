@@ -1,17 +1,27 @@
-"""`--smoke`: every pretraining story runs three steps on a CPU, from its own YAML, and the real run is not touched."""
+"""`--smoke`: every stage of a story runs three steps on a CPU, from its own YAML, and the real run is not touched."""
 
+import gzip
 import json
 import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import SENTENCES
+from datasets import Dataset
+from test_model import hub_gpt2
 from test_stories import VARIABLES
 
 from rorchat.errors import UsageError
+from rorchat.model import save_model
 from rorchat.training.arguments import parse
+from rorchat.training.dpo import DpoArguments
 from rorchat.training.pretrain import PretrainArguments
+from rorchat.training.sft import SftArguments
+from rorchat.training.smoke import ROWS_PER_SOURCE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,10 +51,10 @@ def novels(tmp_path) -> Path:
     return folder
 
 
-def smoke(story: str, output: Path, *flags: object) -> dict:
+def smoke(story: str, output: Path, *flags: object, stage: str = "pretrain") -> dict:
     """run.json of a story's YAML with --smoke, run in this process; `output` is the output_dir of the real run."""
-    config = ROOT / "recipes" / story / "pretrain.yaml"
-    recipe = runpy.run_path(str(ROOT / "recipes" / "pretrain.py"))
+    config = ROOT / "recipes" / story / f"{stage}.yaml"
+    recipe = runpy.run_path(str(ROOT / "recipes" / f"{stage}.py"))
     recipe["main"](["--config", str(config), "--output_dir", str(output), "--smoke", *map(str, flags)])
     assert not output.exists(), "the real run's folder was touched"
     return json.loads((output.parent / f"{output.name}-smoke" / "run.json").read_text())
@@ -113,6 +123,81 @@ def test_a_story_trains_its_own_tokenizer(story, pages, novels, tmp_path):
     assert recipe["main"](["--config", str(config), *flags])["vocab_size"] == 448
 
 
+@pytest.fixture
+def gpt2(shared_data, tmp_path) -> Path:
+    """A folder laid out like the Hub's `gpt2`, with its vocabulary and a small body."""
+    hub_gpt2(tmp_path / "gpt2", n_layer=1, n_head=2, n_embd=32, n_positions=512)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(shared_data / "gpt2_tokenizer" / name, tmp_path / "gpt2" / name)
+    return tmp_path / "gpt2"
+
+
+def losses_of(run: Path) -> list[float]:
+    return [line["loss"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "loss" in line]
+
+
+def as_on_the_hub(shared_data: Path, folder: Path) -> dict[str, Path]:
+    """Preferences in folders laid out as the Hub has them: Parquet of UltraFeedback, compressed lines of HH-RLHF."""
+    rows = (shared_data / VARIABLES["ULTRAFEEDBACK"]).open(encoding="utf-8")
+    pairs = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in map(json.loads, rows)]
+    (folder / "ultrafeedback" / "data").mkdir(parents=True)
+    Dataset.from_list(pairs[:200]).to_parquet(folder / "ultrafeedback" / "data" / "train_prefs-00000-of-00001.parquet")
+    (folder / "hh" / "helpful-base").mkdir(parents=True)
+    with gzip.open(shared_data / VARIABLES["HH_RLHF"]) as lines:
+        content = b"".join(line for _, line in zip(range(200), lines, strict=False))
+    (folder / "hh" / "helpful-base" / "train.jsonl.gz").write_bytes(gzip.compress(content))
+    return {"ULTRAFEEDBACK": folder / "ultrafeedback", "HH_RLHF": folder / "hh"}
+
+
+PLAIN = """
+import sys
+from transformers import pipeline
+talk = pipeline("text-generation", model=sys.argv[1])
+said = talk([{"role": "user", "content": "Who are you?"}], max_new_tokens=4)[0]["generated_text"]
+print(len(talk.tokenizer), talk.model.generation_config.eos_token_id, said[-1]["role"], "rorchat" in sys.modules)
+"""
+
+
+def test_gpt2_of_the_hub_becomes_a_chat_model_in_six_steps(gpt2, shared_data, tmp_path, monkeypatch):
+    for name, place in VARIABLES.items():
+        monkeypatch.setenv(name, str(shared_data / place))
+    for name, place in as_on_the_hub(shared_data, tmp_path / "hub").items():
+        monkeypatch.setenv(name, str(place))
+    before = (gpt2 / "model.safetensors").read_bytes()
+    record = smoke("rorchat-124m", tmp_path / "sft", "--model", gpt2, stage="sft")
+    assert len(record["data"]) == 7 and record["metrics"]["steps"] == 3
+    for source in record["data"]:
+        assert 0 < source["kept"] <= ROWS_PER_SOURCE
+        assert source["rows_in"] == source["kept"] + sum(source["rejects"].values())
+    losses = losses_of(tmp_path / "sft-smoke")
+    assert len(losses) == 3 and losses[0] == pytest.approx(10.83, abs=0.1)  # ln 50,304: the weights were random
+    samples = [json.loads(line) for line in (tmp_path / "sft-smoke" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * 3 and (tmp_path / "sft-smoke" / "checkpoint-3").is_dir()
+    # the stage after it finds the model that the smoke run of the stage before has made
+    record = smoke("rorchat-124m", tmp_path / "dpo", "--model", tmp_path / "sft", stage="dpo")
+    assert losses_of(tmp_path / "dpo-smoke")[0] > 0.69
+    made = tmp_path / "sft-smoke" / "model" / "model.safetensors"
+    assert len(record["inputs"]["start"]["model.safetensors"]) == 64 and made.is_file()
+    shape = json.loads((tmp_path / "dpo-smoke" / "model" / "config.json").read_text())
+    assert (shape["n_layer"], shape["n_embd"], shape["n_positions"], shape["vocab_size"]) == (1, 32, 512, 50_304)
+    assert (gpt2 / "model.safetensors").read_bytes() == before
+    plain = [sys.executable, "-c", PLAIN, tmp_path / "dpo-smoke" / "model"]
+    done = subprocess.run(plain, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split("\n")[-2] == "50304 [50258, 50256] assistant False", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("story", ["demo", "first-words"])
+def test_the_chat_stages_of_the_small_stories_run_three_steps(story, chat, tmp_path):
+    save_model(chat.model, chat.tokenizer, tmp_path / "base")
+    own = yaml.safe_load((ROOT / "recipes" / story / "sft.yaml").read_text()).get("sources")
+    sources = [] if own else ["--sources", "tinytown=500"]
+    record = smoke(story, tmp_path / "sft", "--model", tmp_path / "base", *sources, stage="sft")
+    assert record["data"][0]["rows_in"] == ROWS_PER_SOURCE and record["metrics"]["steps"] == 3
+    assert record["settings"]["optimizer"] == "muon"
+    record = smoke(story, tmp_path / "dpo", "--model", tmp_path / "sft", *sources, stage="dpo")
+    assert record["data"][0]["rows_in"] == ROWS_PER_SOURCE and record["metrics"]["steps"] == 3
+
+
 class TestArguments:
     """What is made smaller, and what is not."""
 
@@ -161,3 +246,74 @@ class TestArguments:
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("smoke:")]
         for said in ("2x4x64", "124m", "64 tokens for 1,024", "for 524,288", "3 of them for 1,000", "run-smoke"):
             assert said in line
+
+
+@pytest.mark.parametrize("stage", [SftArguments, DpoArguments])
+class TestArgumentsOfChatStages:
+    """What is made smaller where the model is what it is, and what is not."""
+
+    def arguments(self, stage, tmp_path, *flags, smoke=True):
+        words = ["--model", tmp_path / "model", "--sources", "tinytown=500", "--output_dir", tmp_path / "run", *flags]
+        return parse(stage, [*map(str, words), *(["--smoke"] if smoke else [])])
+
+    def test_accumulation_is_kept_up_to_two_micro_batches_of_one_row(self, stage, tmp_path):
+        for real, small in ((1, 1), (2, 2), (16, 2)):
+            found = self.arguments(stage, tmp_path, "--gradient_accumulation_steps", real)
+            assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (1, small)
+
+    def test_epochs_become_three_steps_and_so_do_more_of_them(self, stage, tmp_path):
+        for flags, steps in (
+            ([], 3),
+            (["--max_steps", 40], 3),
+            (["--max_steps", 2], 2),
+            (["--num_train_epochs", 2], 3),
+        ):
+            assert self.arguments(stage, tmp_path, *flags).max_steps == steps
+        assert self.arguments(stage, tmp_path, "--warmup_steps", 10).warmup_steps == 1
+        assert self.arguments(stage, tmp_path, "--warmup_steps", 10, "--max_steps", 40).warmup_steps == 0.25
+        assert self.arguments(stage, tmp_path, smoke=False).max_steps == -1
+
+    def test_few_rows_are_read_and_enough_of_them_held_out(self, stage, tmp_path):
+        found, real = (self.arguments(stage, tmp_path, smoke=smoke) for smoke in (True, False))
+        assert (found.rows_per_source, found.validation_share) == (ROWS_PER_SOURCE, 0.1)
+        assert (real.rows_per_source, real.validation_share, real.reply_tokens) == (None, 0.01, None)
+        assert self.arguments(stage, tmp_path, "--validation_share", 0.3).validation_share == 0.3
+
+    def test_the_stage_before_may_have_been_run_in_the_small_alone(self, stage, tmp_path):
+        assert self.arguments(stage, tmp_path).model == str(tmp_path / "model")  # which is told as missing
+        (tmp_path / "model-smoke").mkdir()
+        assert self.arguments(stage, tmp_path).model == str(tmp_path / "model-smoke")
+        assert self.arguments(stage, tmp_path, smoke=False).model == str(tmp_path / "model")
+        (tmp_path / "model").mkdir()
+        assert self.arguments(stage, tmp_path).model == str(tmp_path / "model")
+
+    def test_its_own_config_gives_the_same_arguments_again(self, stage, tmp_path):
+        first = self.arguments(stage, tmp_path, "--max_steps", 40, "--warmup_steps", 10, "--save_steps", 20)
+        config = tmp_path / "config.yaml"
+        config.write_text(yaml.safe_dump(first.given))
+        second = parse(stage, ["--config", str(config)])
+        assert second.given == first.given and second.output_dir == str(tmp_path / "run-smoke")
+
+    def test_it_says_in_one_line_what_it_made_smaller(self, stage, tmp_path, capsys):
+        self.arguments(stage, tmp_path, "--gradient_accumulation_steps", 4)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("smoke:")]
+        for said in (
+            f"first {ROWS_PER_SOURCE} rows",
+            "10%",
+            "2 rows for 32",
+            "3 of them for num_train_epochs 1",
+            "run-smoke",
+        ):
+            assert said in line
+
+    def test_sources_of_a_file_may_name_variables_which_must_be_set(self, stage, tmp_path, monkeypatch):
+        config = tmp_path / "c.yaml"
+        config.write_text(f"sources: [messages=$CHATS/a.jsonl]\noutput_dir: {tmp_path / 'run'}\n")
+        monkeypatch.delenv("CHATS", raising=False)
+        with pytest.raises(
+            UsageError, match=r"c\.yaml: sources is 'messages=\$CHATS/a\.jsonl', but \$CHATS is not set"
+        ):
+            parse(stage, ["--config", str(config)])
+        assert parse(stage, ["--config", str(config), "--sources", "tinytown=9"]).sources == ["tinytown=9"]
+        monkeypatch.setenv("CHATS", "/data")
+        assert parse(stage, ["--config", str(config)]).given["sources"] == ["messages=/data/a.jsonl"]

@@ -1,4 +1,4 @@
-"""The stories' YAML: every file fits its recipe, and the mixtures of two of them train on real data."""
+"""The stories: every YAML fits its recipe, every script its commands, and two mixtures train on real data."""
 
 import json
 import os
@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from rorchat.tokens.phases import read_mixture
+from rorchat.training.arguments import parse
 
 ROOT = Path(__file__).resolve().parent.parent
-# Variable of a mixture -> where it lies in the folder of real data; corpus_prose stands in for Cosmopedia
+# Variable of a story -> where it lies in the folder of real data; corpus_prose stands in for Cosmopedia
 VARIABLES = {
     "PILE": "pile/pile_sample.jsonl.zst",
     "DAILYDIALOG": "dailydialog",
@@ -26,15 +27,25 @@ VARIABLES = {
     "COSMOPEDIA": "corpus_prose/train-00000-of-00006.parquet",
     "ALPACA": "alpaca",
     "PYTHON_CODE": "python_code/cosqa-dev.json",
+    "ULTRAFEEDBACK": "preference/ultrafeedback_train_1000.jsonl",
+    "HH_RLHF": "preference/hh_rlhf_harmless_base_test.jsonl.gz",
 }
+
+
+def arguments_of(stage: str) -> type:
+    """The dataclass of a recipe's settings."""
+    from rorchat.training import dpo, grpo, pretrain, sft
+
+    if stage == "tokenizer":
+        return runpy.run_path(str(ROOT / "recipes" / "tokenizer.py"))["TokenizerArguments"]
+    classes = {"pretrain": pretrain.PretrainArguments, "sft": sft.SftArguments, "dpo": dpo.DpoArguments}
+    return (classes | {"midtrain": pretrain.PretrainArguments, "grpo": grpo.GrpoArguments})[stage]
 
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "recipes").glob("*/*.yaml"), key=str), ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
 def test_every_yaml_fits_its_recipe(path, monkeypatch):
-    from rorchat.training import arguments, dpo, pretrain, sft
-
     if path.parent.name == "accelerate":
         assert yaml.safe_load(path.read_text())["num_processes"] >= 1
         return
@@ -44,26 +55,73 @@ def test_every_yaml_fits_its_recipe(path, monkeypatch):
     if path.stem == "mixture":
         assert len(read_mixture(path).sources) >= 4
         return
-    tokenizer_recipe = runpy.run_path(str(ROOT / "recipes" / "tokenizer.py"))
-    stages = {
-        "tokenizer": tokenizer_recipe["TokenizerArguments"],
-        "pretrain": pretrain.PretrainArguments,
-        "sft": sft.SftArguments,
-        "dpo": dpo.DpoArguments,
-    }
-    given = yaml.safe_load(path.read_text())
+    given = yaml.safe_load(os.path.expandvars(path.read_text()))
     missing = [
         flag
         for key, flag in (("sources", ["--sources", "text=x"]), ("output_dir", ["--output_dir", "x"]))
         if key not in given and not (key == "sources" and "mixture" in given)
         for flag in flag
     ]
-    parsed = arguments.parse(stages[path.stem], ["--config", str(path), *missing])
+    parsed = parse(arguments_of(path.stem), ["--config", str(path), *missing])
     assert {key: parsed.given[key] for key in given if key != "sample_prompts"} == {
         key: pytest.approx(float(value)) if isinstance(parsed.given[key], float) else value
         for key, value in given.items()
         if key != "sample_prompts"
     }
+
+
+def said_by(script: str, folder: Path, *words: object) -> list[list[str]]:
+    """The commands of a script, in their order, none of which is run; its variables are set, too."""
+    log, commands = folder / "commands.txt", folder / "bin"
+    commands.mkdir()
+    for name in ("accelerate", "rorchat"):
+        (commands / name).write_text(
+            f'#!/bin/sh\nprintf "%s\\t" {name} "$@" >> "{log}"\necho >> "{log}"\n[ "$1" != chat ] || cat > /dev/null\n'
+        )
+        (commands / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
+    environment |= dict.fromkeys(VARIABLES, "x")
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / script, *map(str, words)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return [line.split("\t")[:-1] for line in log.read_text().splitlines()]
+
+
+RORCHAT_124M = ["pretrain", "sft", "dpo"]
+
+
+@pytest.mark.parametrize(
+    ("script", "more", "launched", "asked"),
+    [
+        ("first_words.sh", [], RORCHAT_124M, ["evaluate", "report", "chat"]),
+        ("rorchat_124m.sh", [], RORCHAT_124M, ["evaluate", "report"]),
+        ("rorchat_124m.sh", ["me/mine"], RORCHAT_124M, ["evaluate", "report", "push"]),
+        ("rorchat_124m.sh", ["--smoke"], RORCHAT_124M, ["report"]),
+    ],
+)
+def test_every_command_of_a_script_is_one_that_there_is(script, more, launched, asked, tmp_path, monkeypatch):
+    import typer
+
+    from rorchat.cli import app
+
+    (tmp_path / "out" / "dpo" / "model").mkdir(parents=True)
+    (tmp_path / "out" / "dpo" / "model" / "config.json").write_text("{}")
+    monkeypatch.chdir(ROOT)
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "x")
+    said = said_by(script, tmp_path, tmp_path, tmp_path / "out", *more)
+    recipes = [words for words in said if words[0] == "accelerate"]
+    assert [Path(words[5]).stem for words in recipes] == launched
+    for _, _, _, _, config, recipe, *flags in recipes:
+        assert (ROOT / config).is_file()
+        parsed = parse(arguments_of(Path(recipe).stem), flags)
+        assert getattr(parsed, "smoke", False) == ("--smoke" in more)
+        assert parsed.output_dir.startswith(str(tmp_path / "out"))
+    commands = [words for words in said if words[0] == "rorchat"]
+    assert [words[1] for words in commands] == asked
+    for _, name, *words in commands:
+        typer.main.get_command(app).commands[name].make_context(name, words)  # refuses what it does not know
 
 
 @pytest.mark.slow

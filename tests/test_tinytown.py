@@ -24,7 +24,10 @@ PLACE = re.compile(rf"\b(?:{'|'.join(tinytown.PLACES)})\b")
 
 def contents(kind: str, row: dict) -> list[str]:
     """The texts of a row: a document, or one of each message."""
-    return [row["text"]] if kind == "document" else [turn["content"] for turns in row.values() for turn in turns]
+    if kind == "document":
+        return [row["text"]]
+    parts = [row["messages"]] if kind == "question" else row.values()
+    return [turn["content"] for turns in parts for turn in turns]
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +205,19 @@ def test_garbage_fails(garbage, held_out):
     right = [question for question in held_out if question.is_right(garbage)]
     # A sum may come to 8 by chance, the last of the numbers in one of these
     assert [question for question in right if question.answer != "8"] == []
+
+
+def test_the_answer_to_a_question_of_training_is_the_one_that_conversations_give():
+    rows = [(row["messages"][0]["content"], row) for row in load("tinytown=3000", "question")]
+    replies = {}
+    for row in load("tinytown=20000", "conversation"):
+        asked, replied = row["messages"][0]["content"], row["messages"][1]["content"]
+        replies[asked] = replied
+    known = [(row, text, replies[text]) for text, row in rows if text in replies]
+    assert {row["topic"] for row, _, _ in known} >= {"fact", "sum"} and len(known) > 500
+    for row, text, reply in known:
+        question = tinytown.Question(row["topic"], text, row["answer"], tuple(row["alternatives"]))
+        assert question.is_right(reply), (text, reply)
 
 
 def test_a_part_of_a_word_is_no_answer(held_out):

@@ -12,9 +12,9 @@ from rorchat.model import build_model
 from rorchat.tokens.batch import padded
 from rorchat.training import loss as loss_module
 from rorchat.training.arguments import parse
-from rorchat.training.dpo import training_order
 from rorchat.training.loss import fuse_gelu, fuse_head, head_loss
 from rorchat.training.optimizer import build_optimizer
+from rorchat.training.order import training_order
 from rorchat.training.pretrain import PretrainArguments
 from rorchat.training.sft import SftArguments
 

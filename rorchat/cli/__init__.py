@@ -11,7 +11,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (plan.plan, model.chat, model.evaluate, model.report, model.push):
+for command in (plan.plan, model.chat, model.evaluate, model.gate, model.report, model.push):
     app.command()(command)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")

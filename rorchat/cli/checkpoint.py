@@ -84,11 +84,15 @@ def export(
 
     from transformers import AutoModelForCausalLM
 
-    from rorchat.model import save_model
+    from rorchat.model import is_adapter, load_checkpoint, save_model
     from rorchat.tokenizer import load_tokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=True)
-    save_model(model, load_tokenizer(str(checkpoint)), out)
+    tokenizer = load_tokenizer(str(checkpoint))
+    if is_adapter(checkpoint):  # its base is needed as well
+        model = load_checkpoint(str(checkpoint), tokenizer)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=True)
+    save_model(model, tokenizer, out)
     print(out)
 
 

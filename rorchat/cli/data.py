@@ -12,7 +12,9 @@ from rorchat.errors import DataError, UsageError
 app = typer.Typer(help="Datasets: what there is, what is wrong with it, how it becomes tokens.", no_args_is_help=True)
 
 Tokenizer = Annotated[str, typer.Option(help="A folder or a Hub id.")]
-Source = Annotated[str, typer.Argument(help="NAME (from the Hub), NAME=PATH, NAME=AMOUNT (generated).")]
+Source = Annotated[
+    str, typer.Argument(help="NAME (from the Hub), NAME=PATH, NAME=AMOUNT (generated); chat:NAME: its conversations.")
+]
 Against = Annotated[
     list[str] | None,
     typer.Option(help="An evaluation set, file or folder: rows with 13 words in a row of it are rejected. Repeatable."),

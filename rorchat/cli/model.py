@@ -72,6 +72,31 @@ def evaluate(
         write_scores(columns, out)
 
 
+def gate(
+    model: Folder,
+    before: Annotated[str | None, typer.Option(help="The model of the stage before, to compare with.")] = None,
+    thresholds: Annotated[Path | None, typer.Option(help="A YAML file of thresholds; default: the package's.")] = None,
+    persona: Annotated[str | None, typer.Option(help="The persona file whose probes are asked.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the verdict to this JSON file as well.")] = None,
+) -> None:
+    """Does a chat model behave? Stops, template leaks, repetition, persona, attacks ... Ends with 70 if it does not."""
+    _quiet()
+    from rorchat.cli.tables import print_table
+    from rorchat.evaluation import gate as behaviour_gate
+    from rorchat.persona import load_persona
+
+    if out and not out.absolute().parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.parent}.")
+    verdict = behaviour_gate.gate(model, load_persona(persona), behaviour_gate.load_thresholds(thresholds), before)
+    if out:
+        behaviour_gate.write_verdict(verdict, out)
+    print_table(*verdict.table())
+    for measure, asked, said in verdict.examples():
+        print(f"\n  {measure}: {asked} -> {said}")
+    if verdict.failures():
+        raise behaviour_gate.BehaviourFailure(verdict.sentence())
+
+
 def report(folder: Annotated[Path, typer.Argument(help="A run's folder, or the folder of a story's runs.")]) -> None:
     """Write report.md and curves.png from what the runs logged."""
     from rorchat.evaluation.scores import read_scores

@@ -37,12 +37,16 @@ class ChatModel:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said. `stopped`: by itself, not by the limit. `notice`: what the window left out of the prompt."""
+    """What the model said. `stopped`: by itself, not by the limit. `notice`: what the window left out of the prompt.
+
+    `ids` is all that was generated, the token that ended it included; `text` has no control tokens.
+    """
 
     text: str
     stopped: bool
     tokens: int
     notice: str = ""
+    ids: tuple[int, ...] = ()
 
 
 def model_folder(path: str) -> str:
@@ -125,6 +129,19 @@ def _generate(chat: ChatModel, prompts: Sequence[list[int]], arguments: dict, **
     return output, longest
 
 
+def generate_ids(chat: ChatModel, prompts: Sequence[list[int]], arguments: dict) -> list[list[int]]:
+    """What follows each prompt, up to and with the token that stops it; one batch.
+
+    Args:
+        prompts: encoded, each with room for `max_new_tokens` within the positions.
+        arguments: of Transformers' `generate`.
+    """
+    output, width = _generate(chat, prompts, {**arguments, "max_length": None})
+    stops = set(chat.model.generation_config.eos_token_id)
+    rows = output[:, width:].tolist()
+    return [row[: next((at for at, token in enumerate(row, 1) if token in stops), None)] for row in rows]
+
+
 def generate_replies(
     chat: ChatModel,
     prompts: Sequence[str | Messages],
@@ -158,7 +175,8 @@ def generate_replies(
             end = next((at for at, token in enumerate(row) if token in stops), None)
             text = chat.tokenizer.decode(row[:end], skip_special_tokens=True)
             tokens = len(row) if end is None else end
-            replies[index] = Reply(text, end is not None, tokens, encoded[index].notice())
+            ids = tuple(row if end is None else row[: end + 1])
+            replies[index] = Reply(text, end is not None, tokens, encoded[index].notice(), ids)
     return [replies[index] for index in range(len(prompts))]
 
 

@@ -9,6 +9,7 @@ A source module holds, as data and one pure function:
     FILES     glob patterns of its files in a local folder, best first; compressed ones (.gz, .zst) are found as well
     RAW       some raw rows: they document the format, and are its test
     convert   raw row -> a row of its kind (`Repaired` where it had to be mended), or `Reject`
+    to_question  optional: raw row -> a question whose answer can be verified; the source then gives questions as well
     read      optional: (place, raw row) of one of FILES, where the original files are of no common format
     gather    optional: (place, raw row)s -> (place, raw row)s, where several rows make one raw row, from file to file
     RESTARTS_PER_FILE  optional, with `gather`: True where it begins anew with every file, so that files may be read
@@ -18,6 +19,8 @@ A source module holds, as data and one pure function:
 Generated sources (tinytown, persona) have `generate(kind, amount, seed, persona)` instead; ABOUT_PERSONA where the
 persona has a say in what they give. To add a dataset, see
 docs/add_a_dataset.md.
+
+`chat:NAME` is a source's conversations where it has documents too, as in `chat:tinytown=5000`.
 """
 
 import hashlib
@@ -40,11 +43,12 @@ from rorchat.sources._read import Stretch
 from rorchat.sources._rows import CHECKS, KINDS, ROLES, Reject, Repaired, check_messages, words_of
 
 __all__ = [
-    "CHECKS", "KINDS", "LOSS", "ROLES", "Filters", "Part", "Reject", "Repaired", "Rows", "Tally",
+    "CHAT", "CHECKS", "KINDS", "LOSS", "ROLES", "Filters", "Part", "Reject", "Repaired", "Rows", "Tally",
     "available", "check_messages", "digest", "digest_of", "exact_digest", "find", "held_out", "hub_fingerprint",
     "in_validation", "kinds_of", "load", "parts", "restriction", "texts", "unread", "words_of",
 ]  # fmt: skip
 
+CHAT = "chat:"  # before a source's name: its conversations
 PLACES_KEPT = 3  # how many places of each reject reason are shown
 HUB_ROWS_PER_PART = 20_000
 # What the loss of training counts, by the kind of rows
@@ -52,6 +56,7 @@ LOSS = {
     "document": "every token",
     "conversation": "replies and their <|im_end|>",
     "preference": "chosen over rejected",
+    "question": "sampled replies, by their rewards",
 }
 
 
@@ -63,9 +68,13 @@ def available() -> list[str]:
 def find(name: str) -> ModuleType:
     """The module of a source.
 
+    Args:
+        name: a file's here, perhaps behind CHAT.
+
     Raises:
-        UsageError: there is no such source; names the nearest.
+        UsageError: there is no such source, naming the nearest; or conversations are wanted, and it has none.
     """
+    wanted, name = name, name.removeprefix(CHAT)
     if name not in available():
         if "/" in name:
             raise UsageError(
@@ -75,13 +84,22 @@ def find(name: str) -> ModuleType:
             f"No source named {name!r}.{did_you_mean(name, available())} Available: {', '.join(available())}. "
             "To add one, see docs/add_a_dataset.md."
         )
-    return importlib.import_module(f"rorchat.sources.{name}")
+    module = importlib.import_module(f"rorchat.sources.{name}")
+    if wanted != name and "conversation" not in _kinds(module):
+        gives = " and ".join(f"{kind}s" for kind in _kinds(module))
+        raise UsageError(f"Source {name!r} gives {gives} and no conversations: leave {CHAT} out.")
+    return module
+
+
+def _kinds(module: ModuleType) -> tuple[str, ...]:
+    kinds = module.KIND if isinstance(module.KIND, tuple) else (module.KIND,)
+    return (*kinds, "question") if hasattr(module, "to_question") else kinds
 
 
 def kinds_of(name: str) -> tuple[str, ...]:
-    """The kinds of rows that a source gives."""
-    kind = find(name).KIND
-    return kind if isinstance(kind, tuple) else (kind,)
+    """The kinds of rows that a source gives; behind CHAT it gives conversations alone."""
+    kinds = _kinds(find(name))
+    return ("conversation",) if name.startswith(CHAT) else kinds
 
 
 def restriction(licence: str) -> str:
@@ -191,7 +209,7 @@ class Rows:
     def _checked(self, raw: object) -> dict:
         if isinstance(raw, Reject):
             raise raw
-        row = raw if hasattr(self.module, "generate") else self.module.convert(raw)
+        row = raw if hasattr(self.module, "generate") else self._converted(raw)
         repair = ""
         if isinstance(row, Repaired):
             row, repair = row.row, row.repair
@@ -199,6 +217,9 @@ class Rows:
         if repair:
             self.tally.repairs[repair] = self.tally.repairs.get(repair, 0) + 1
         return row
+
+    def _converted(self, raw: object) -> dict | Repaired:
+        return self.module.to_question(raw) if self.kind == "question" else self.module.convert(raw)
 
 
 def require_rows(tally: Tally) -> None:
@@ -228,8 +249,8 @@ def load(spec: str, kind: str, *, seed: int = 0, persona: Persona | None = None,
 
     Args:
         spec: `NAME`, from the Hub; `NAME=PATH`, a local file or folder in the original format; or `NAME=AMOUNT` for a
-            generated source. `alpaca`, `alpaca=data/alpaca_data.json`, `tinytown=20000`.
-        kind: what the caller needs: "document", "conversation" or "preference".
+            generated source. `alpaca`, `alpaca=data/alpaca_data.json`, `tinytown=20000`, `chat:tinytown=5000`.
+        kind: what the caller needs: "document", "conversation", "preference" or "question".
         seed, persona: for generated sources.
         part: one of `parts(spec)`; None for all of it.
 

@@ -1,8 +1,10 @@
-"""The three rows that pass from here to every later stage, and what makes a row unusable.
+"""The four rows that pass from here to every later stage, and what makes a row unusable.
 
 document      {"text": str}
 conversation  {"messages": [{"role": "system"|"user"|"assistant", "content": str}, ...]}
 preference    {"prompt": [messages], "chosen": [message], "rejected": [message]}
+question      {"messages": [messages], "answer": str, "alternatives": [str], "topic": str}: a reply that says one of the
+              alternatives to the answer is wrong; the topic says how replies are judged (rorchat/training/rewards.py)
 """
 
 import ast
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ROLES = ("system", "user", "assistant")
-KINDS = ("document", "conversation", "preference")
+KINDS = ("document", "conversation", "preference", "question")
 DETAIL = 300  # characters of a reject's detail: a key may be as long as a file
 # What datasets call the three roles; ShareGPT's files alone use most of these.
 ROLE_NAMES = {
@@ -206,11 +208,21 @@ def check_preference(row: dict) -> None:
         raise Reject("identical chosen and rejected")
 
 
-CHECKS = {"document": check_document, "conversation": check_conversation, "preference": check_preference}
+def check_question(row: dict) -> None:
+    check_conversation({"messages": [*row["messages"], message("assistant", row["answer"])]})
+
+
+CHECKS = {
+    "document": check_document,
+    "conversation": check_conversation,
+    "preference": check_preference,
+    "question": check_question,
+}
 
 
 def words_of(row: dict) -> str:
     """All text of a row of any kind: what a hash of it is taken of, and what filters look at."""
     if "text" in row:
         return row["text"]
-    return "\n".join(turn["content"] for part in row.values() for turn in part)
+    parts = [row["messages"]] if "messages" in row else row.values()
+    return "\n".join(turn["content"] for part in parts for turn in part)

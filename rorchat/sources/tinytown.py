@@ -5,7 +5,7 @@ people live in Tinytown; each has a job, a home, a pet, a favourite food and a f
 of small events, and of sums; conversations ask for the same things; preferences oppose a good answer to a worse one.
 
 Held-out questions are disjoint from training by construction: whether an instance is held out is a hash of the instance
-itself, asked wherever one is generated. No document, conversation or preference of training contains
+itself, asked wherever one is generated. No document, conversation, preference or question of training contains
 
 - a question for a held-out fact, in any wording (that the fact is so is stated: a model could not know it otherwise);
 - a held-out sum, in any wording or order of its numbers;
@@ -15,11 +15,11 @@ itself, asked wherever one is generated. No document, conversation or preference
 import hashlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rorchat.persona import Persona
 
-KIND = ("document", "conversation", "preference")
+KIND = ("document", "conversation", "preference", "question")
 LICENCE = "Apache-2.0"
 SIZE = "any amount, generated"
 
@@ -103,6 +103,12 @@ def _numbers(text: str) -> list[str]:
     return "".join(c if c.isdigit() else " " for c in text).split()
 
 
+def says(reply: str, phrase: str) -> bool:
+    """Whether a reply has these words, one after the other, whatever stands around them."""
+    spaced = "".join(c if c.isalnum() else " " for c in reply.lower())
+    return f" {phrase.lower()} " in f" {' '.join(spaced.split())} "
+
+
 @dataclass(frozen=True)
 class Question:
     """A question with a known answer: a reply is right if it has the answer and none of the alternatives to it."""
@@ -113,16 +119,11 @@ class Question:
     alternatives: tuple[str, ...] = ()
 
     def is_right(self, reply: str) -> bool:
-        words = reply.lower()
         if self.kind == "sum":  # the question's own numbers may be said again, before the answer and no other number
-            said, asked = _numbers(words), _numbers(self.text)
+            said, asked = _numbers(reply), _numbers(self.text)
             return said[-1:] == [self.answer] and set(said) <= {*asked, self.answer}
-
-        def says(phrase: str) -> bool:
-            spaced = "".join(c if c.isalnum() else " " for c in words)
-            return f" {phrase.lower()} " in f" {' '.join(spaced.split())} "
-
-        return says(self.answer) and not any(says(other) for other in self.alternatives if other != self.answer)
+        others = (other for other in self.alternatives if other != self.answer)
+        return says(reply, self.answer) and not any(says(reply, other) for other in others)
 
 
 @dataclass(frozen=True)
@@ -298,15 +299,45 @@ def _preference(draw: random.Random) -> dict:
     return {"prompt": [prompt], "chosen": [reply], "rejected": [{**reply, "content": _worse(draw, answer, other)}]}
 
 
+def _fact_question(name: str, attribute: str, wording: str) -> Question:
+    return Question("fact", wording.format(name=name), WORLD[name][attribute], tuple(ATTRIBUTES[attribute]))
+
+
+def _sum_question(a: int, operation: str, b: int, wording: str) -> Question:
+    return Question("sum", wording.format(a=a, b=b), str(_result(a, operation, b)))
+
+
+def _question(draw: random.Random) -> dict:
+    """One of the questions that training may ask, with its answer."""
+    kind = draw.choices(("fact", "sum", "story"), SHARES)[0]
+    if kind == "fact":
+        name, attribute = draw.choice(TRAINED_FACTS)
+        asked = _fact_question(name, attribute, draw.choice(QUESTIONS[attribute]))
+    elif kind == "sum":
+        a, operation, b = draw.choice(TRAINED_SUMS)
+        asked = _sum_question(a, operation, b, draw.choice(SUM_QUESTIONS[operation]))
+    else:
+        story = _draw_story(draw, held_out=False)
+        question, _ = draw.choice(story.questions())
+        asked = replace(question, text=f"{draw.choice(story.tellings())} {question.text}")
+    return {
+        "messages": [{"role": "user", "content": asked.text}],
+        "answer": asked.answer,
+        "alternatives": list(asked.alternatives),
+        "topic": asked.kind,
+    }
+
+
 _GENERATORS: dict[str, Callable[[random.Random], dict]] = {
     "document": _document,
     "conversation": _conversation,
     "preference": _preference,
+    "question": _question,
 }
 
 
 def generate(kind: str, amount: int, seed: int, persona: Persona | None = None) -> Iterator[dict]:
-    """`amount` documents, conversations or preferences; the same ones for the same seed. `persona` plays no part."""
+    """`amount` rows of a kind; the same ones for the same seed. `persona` plays no part."""
     draw = random.Random(f"{kind} {seed}")
     for _ in range(amount):
         yield _GENERATORS[kind](draw)
@@ -316,13 +347,13 @@ def questions(count: int = 200, seed: int = 0) -> list[Question]:
     """Held-out questions with known answers, a third of each kind: facts, sums, and stories just told."""
     draw = random.Random(f"questions {seed}")
     facts = [
-        Question("fact", wording.format(name=name), WORLD[name][attribute], tuple(ATTRIBUTES[attribute]))
+        _fact_question(name, attribute, wording)
         for name, attribute in FACTS
         if fact_is_held_out(name, attribute)
         for wording in QUESTIONS[attribute]
     ]
     sums = [
-        Question("sum", draw.choice(SUM_QUESTIONS[operation]).format(a=a, b=b), str(_result(a, operation, b)))
+        _sum_question(a, operation, b, draw.choice(SUM_QUESTIONS[operation]))
         for a, operation, b in SUMS
         if sum_is_held_out(a, operation, b)
     ]
@@ -331,6 +362,6 @@ def questions(count: int = 200, seed: int = 0) -> list[Question]:
         story = _draw_story(draw, held_out=True)
         question, _ = draw.choice(story.questions())
         told = f"{draw.choice(story.tellings())} {question.text}"
-        stories.append(Question("story", told, question.answer, question.alternatives))
+        stories.append(replace(question, text=told))
     each = [draw.sample(kind, min(len(kind), -(-count // 3))) for kind in (facts, sums, stories)]
     return [question for group in zip(*each, strict=False) for question in group][:count]

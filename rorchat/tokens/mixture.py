@@ -20,7 +20,7 @@ from rorchat.persona import Persona
 from rorchat.tokenizer import tokenizer_sha256
 from rorchat.tokens.phases import MixtureConfig
 from rorchat.tokens.plan import Plan
-from rorchat.tokens.prepare import prepare
+from rorchat.tokens.prepare import prepare, template_sha256
 from rorchat.tokens.store import TokenStore
 
 FEISTEL_ROUNDS = 8
@@ -74,7 +74,7 @@ def prepare_stores(
         try:
             kind, _, where = source.spec.partition("=")
             if kind == "store":
-                store = _fitting(TokenStore(where, name), tokenizer)
+                store = open_store(where, tokenizer, name)
                 if len(config.sources) > 1:
                     _require_hold_out(store, validation_share)
             else:
@@ -127,11 +127,26 @@ def _require_hold_out(store: TokenStore, validation_share: float) -> None:
         )
 
 
-def _fitting(store: TokenStore, tokenizer) -> TokenStore:
+def open_store(folder: str | Path, tokenizer, name: str | None = None) -> TokenStore:
+    """A token store that is there already, made with this tokenizer.
+
+    Args:
+        name: by which a mixture knows it; default: the folder's.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+        MismatchError: its ids are another tokenizer's, or its conversations another template's.
+    """
+    store = TokenStore(folder, name)
     if store.manifest.tokenizer_sha256 != tokenizer_sha256(tokenizer):
         raise MismatchError(
             f"{store.folder} was made with another tokenizer, of {store.manifest.vocabulary_size:,} tokens: train with "
             "that one, or prepare the texts again."
+        )
+    if store.manifest.kind == "conversation" and store.manifest.chat_template_sha256 != template_sha256(tokenizer):
+        raise MismatchError(
+            f"The conversations of {store.folder} have another chat template or system message than the tokenizer: "
+            "give the persona that they were written with, or prepare them again."
         )
     return store
 

@@ -3,6 +3,7 @@
     sources:
       c4: c4=../data/c4                                             # NAME: SPEC
       tales: {from: cosmopedia=$DATA/tales, max_epochs: 4, optional: true, filters: {min_characters: 200}}
+      talk: chat:tinytown=5000                                      # conversations of a source with documents too
       mine: store=../tokens/mine                                    # a token store that is there already
     against: [../data/gsm8k/test.jsonl]                             # no document with 13 words in a row of these
     phases:
@@ -72,7 +73,7 @@ class MixtureConfig:
         """
         sources: dict[str, Source] = {}
         for spec in specs:
-            name = spec.partition("=")[0]
+            name = spec.partition("=")[0].replace(":", "-")  # it becomes a folder's
             free = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in sources)
             sources[free] = Source(spec)
         if not weights:
@@ -161,15 +162,19 @@ def read_mixture(path: str | Path, may_go_on: bool = False) -> MixtureConfig:
     if not isinstance(against, list) or not all(isinstance(path, str) for path in against):
         raise UsageError(f"{where}: against is {against!r}; give a list of files or folders of evaluation sets.")
     config = MixtureConfig(
-        sources, tuple(phases), where, tuple(_expanded(f"{where}: against", path) for path in against)
+        sources, tuple(phases), where, tuple(with_variables(f"{where}: against", path) for path in against)
     )
     if not may_go_on:
         config.require_beginning()
     return config
 
 
-def _expanded(where: str, said: str) -> str:
-    """A path or spec with its environment variables put in."""
+def with_variables(where: str, said: str) -> str:
+    """A path or spec with its environment variables put in; `where` is for the message.
+
+    Raises:
+        UsageError: one is not set.
+    """
     expanded = os.path.expandvars(said)
     if "$" in expanded:
         raise UsageError(f"{where} is {said!r}, but {expanded[expanded.index('$') :].split('/')[0]} is not set.")
@@ -205,7 +210,7 @@ def _read_source(where: str, name: object, said: object) -> Source:
         chosen = Filters(**filters)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
-    return Source(_expanded(f"{where}: from", spec), epochs, optional, chosen)
+    return Source(with_variables(f"{where}: from", spec), epochs, optional, chosen)
 
 
 def _read_phase(where: str, said: object, sources: dict[str, Source]) -> Phase:

@@ -91,7 +91,7 @@ def prepare(
         validation_share=validation_share,
         seed=seed if generated else 0,  # which plays no part in files
         kind=kind,
-        chat_template_sha256=_template_sha256(tokenizer) if kind == "conversation" else "",
+        chat_template_sha256=template_sha256(tokenizer) if kind == "conversation" else "",
         filters=filters.describe(),
         source_sha256=digest_of(spec, persona),
         evaluation=digests_of(evaluation or []),
@@ -148,7 +148,8 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _template_sha256(tokenizer) -> str:
+def template_sha256(tokenizer) -> str:
+    """A fingerprint of how conversations are written: the chat template with its default system message."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
@@ -169,6 +170,8 @@ def _found(folder: Path, wanted: Manifest) -> TokenStore:
 def _difference(key: str, there: object, here: object) -> str:
     if key == "source_sha256":
         return "what it was made of (files, persona, place on the Hub) has changed since"
+    if key == "chat_template_sha256":
+        return "its conversations have another chat template or system message (chat_template_sha256)"
     if key == "evaluation":
         names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
         return f"evaluation differs in {', '.join(names)}"

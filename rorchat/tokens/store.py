@@ -3,7 +3,7 @@
     NAME/manifest.json               format, tokenizer, counts, sha256 of every file, rejects by reason; written last,
                                      with a sha256 of all that it says
     NAME/train-00000.npy             uint16 (uint32 above 65,535 ids), one flat array
-    NAME/train-00000.docs.npy        int64, where each document begins: at its <|endoftext|>; read by `verify` alone
+    NAME/train-00000.docs.npy        int64, where each document begins: at its <|endoftext|>; no mixture reads it
     NAME/validation-00000.npy ...
     NAME/blocks.npy                  uint32, a CRC of every block of the arrays, in the order of the manifest
 
@@ -244,6 +244,20 @@ class TokenStore:
             done += len(part)
             shard += 1
         return ids
+
+    def documents(self, split: str) -> np.ndarray:
+        """Where each document of a split begins, int64, ascending, and last where the split ends.
+
+        Raises:
+            DataError: a table of documents is not what was written; it is named.
+        """
+        tables = []
+        shards = [shard for shard in self.manifest.shards if shard.split == split]
+        for shard, start in zip(shards, self._starts[split], strict=False):
+            tables.append(self._load(shard.docs_file) + start)
+            if sha256_of(self.folder / shard.docs_file) != shard.docs_sha256:
+                raise self._damaged(shard.docs_file, "its bytes are not those of the manifest's sha256")
+        return np.concatenate([*tables, self._starts[split][-1:]]).astype(np.int64)
 
     def _check(self, split: str, shard: int, start: int, stop: int) -> None:
         seen, size = self._seen[split][shard], self._block_tokens

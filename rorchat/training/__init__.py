@@ -1,4 +1,4 @@
-"""TRAINING: pretrain, sft, dpo, in Transformers' and TRL's trainers.
+"""TRAINING: pretrain, sft, dpo, grpo, in Transformers' and TRL's trainers.
 
 What is set here must be set before torch and tqdm are imported.
 """

@@ -12,6 +12,7 @@ import yaml
 from trl import TrlParser
 
 from rorchat.errors import UsageError, did_you_mean
+from rorchat.tokens.phases import with_variables
 
 Arguments = TypeVar("Arguments")
 
@@ -22,7 +23,10 @@ class DataArguments:
 
     sources: list[str] = field(
         default_factory=list,
-        metadata={"help": "Each NAME (from the Hub), NAME=PATH (local files) or NAME=AMOUNT (generated)."},
+        metadata={
+            "help": "Each NAME (from the Hub), NAME=PATH (local files) or NAME=AMOUNT (generated); chat:NAME for the "
+            "conversations of a source with documents."
+        },
     )
     persona: str | None = field(default=None, metadata={"help": "A persona file; default: RorChat's own."})
     validation_share: float = field(
@@ -54,10 +58,12 @@ class _Parser(TrlParser):
 def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
     """Arguments from defaults, `--config FILE.yaml` and the command line, in rising order.
 
+    In the file's sources `$NAME` stands for an environment variable, as in a mixture.
     The result carries `given`: what was set by file or flags, which is what a run's config.yaml holds.
 
     Raises:
-        UsageError: unknown key or flag (naming the nearest), a value of the wrong type, an unreadable file.
+        UsageError: unknown key or flag (naming the nearest), a value of the wrong type, an unreadable file, a
+            variable that is not set.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_type)
@@ -68,6 +74,8 @@ def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) ->
     for flag in flags:
         if flag not in options and flag.removeprefix("no_") not in options:
             raise UsageError(f"Unknown option --{flag}.{did_you_mean(flag, options)} See --help.")
+    if config.get("sources") and "sources" not in flags:
+        config["sources"] = [with_variables(f"{path}: sources", spec) for spec in config["sources"]]
     names = {entry.name for entry in fields(dataclass_type)}
     given = {name.removeprefix("no_") if name not in names else name for name in (*config, *flags)}
     decided = sorted(given & set(getattr(dataclass_type, "DECIDED", ())))
@@ -111,7 +119,10 @@ def _without_config(argv: list[str]) -> tuple[list[str], dict, str]:
 
 
 #: Our own settings that are strings and nothing else; TrlParser would take a number for them.
-OWN_STRINGS = {"tokenizer", "size", "model", "token_store", "persona", "optimizer", "output_dir", "mixture", "mirror"}
+OWN_STRINGS = {
+    "tokenizer", "size", "model", "token_store", "persona", "optimizer", "output_dir", "mixture", "mirror", "base_text",
+    "replay",
+}  # fmt: skip
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 

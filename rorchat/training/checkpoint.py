@@ -23,10 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rorchat.errors import DataError
+from rorchat.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS
 from rorchat.tokens.store import seal_of, sha256_of, sync, write_synced
 
 MANIFEST = "MANIFEST.json"
-WEIGHTS = "model.safetensors"
 FORMAT = 1
 STAGING, TRASH, DAMAGED = ".staging", ".trash-", ".damaged-"
 KEPT = 2  # verified checkpoints at least: the newest may be the one that a disk damages
@@ -70,6 +70,11 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         return sum(size for size, _ in self.files.values())
+
+    @property
+    def weights(self) -> list[str]:
+        """The files with what was trained: the model's, or an adapter's and what it is."""
+        return [WEIGHTS] if WEIGHTS in self.files else [ADAPTER_WEIGHTS, ADAPTER_CONFIG]
 
     @classmethod
     def read(cls, folder: str | Path) -> "Checkpoint":
@@ -332,7 +337,8 @@ class Checkpoints:
         for folder in self.damaged():
             try:
                 checkpoint = Checkpoint.read(folder)
-                checkpoint.verify_file(WEIGHTS)
+                for name in checkpoint.weights:
+                    checkpoint.verify_file(name)
                 found.append(checkpoint)
             except Damaged as damage:
                 print(damage, file=sys.stderr)  # noqa: T201
@@ -352,7 +358,8 @@ class Checkpoints:
         """Copies a checkpoint's weights, and nothing else, into a folder."""
         self.give_up()
         self.weights.mkdir(parents=True)
-        shutil.copyfile(checkpoint.folder / WEIGHTS, self.weights / WEIGHTS)
+        for name in checkpoint.weights:
+            shutil.copyfile(checkpoint.folder / name, self.weights / name)
 
     def recover(self) -> Checkpoint | None:
         """The newest checkpoint that verifies, after what a killed run left behind is finished or cleared away.

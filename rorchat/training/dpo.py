@@ -7,8 +7,8 @@ skipped. The reference model's log-probabilities are computed once, so that no s
 
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +24,18 @@ from rorchat.persona import load_persona
 from rorchat.sources import Reject, Tally, in_validation, load
 from rorchat.training.arguments import DataArguments
 from rorchat.training.callbacks import append_line
+from rorchat.training.lora import LoraArguments
 from rorchat.training.loss import fuse_gelu
+from rorchat.training.order import steps_of, training_order
 from rorchat.training.pairs import fuse_pairs
-from rorchat.training.sft import steps_of
+from rorchat.training.smoke import SmokeArguments, make_small
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 NOT_FORMED = ("entropy", "logits/chosen", "logits/rejected")  # rorchat/training/pairs.py leaves them out
-BATCHES_PER_POOL = 50  # rows of similar length are looked for among so many batches
 
 
 @dataclass
-class DpoArguments(DataArguments, OptimizationArguments, DPOConfig):
+class DpoArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArguments, DPOConfig):
     """Settings of `recipes/dpo.py`."""
 
     model: str = field(default="", metadata={"help": "The chat model to train: a run's folder, a folder or a Hub id."})
@@ -69,6 +70,7 @@ class DpoArguments(DataArguments, OptimizationArguments, DPOConfig):
         self.check_data()
         if not self.model:
             raise UsageError("No model: give the chat model to train, as in --model runs/gpt2-chat")
+        self.check_lora()
         self.settle()
         if self.max_length is not None and self.max_length < 1:
             raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
@@ -76,6 +78,8 @@ class DpoArguments(DataArguments, OptimizationArguments, DPOConfig):
             raise UsageError(f"chosen_drop is {self.chosen_drop}: give nats a token, or 0 for never.")
         super().__post_init__()
         self.check_devices()
+        if self.smoke:
+            make_small(self)
 
 
 def _split(encoded: EncodedConversation) -> tuple[list[int], list[int]]:
@@ -101,7 +105,7 @@ def read_pairs(arguments: DpoArguments, tokenizer, max_length: int) -> tuple[Dat
     tallies = []
     for spec in arguments.sources:
         rows = load(spec, "preference", seed=arguments.data_seed, persona=persona)
-        pairs = [(rows.place, row) for row in rows]
+        pairs = [(rows.place, row) for row in islice(rows, arguments.rows_per_source)]
         chosen = encode_conversations(tokenizer, [[*row["prompt"], *row["chosen"]] for _, row in pairs])
         rejected = encode_conversations(tokenizer, [[*row["prompt"], *row["rejected"]] for _, row in pairs])
         for (place, row), better, worse in zip(pairs, chosen, rejected, strict=True):
@@ -121,29 +125,6 @@ def read_pairs(arguments: DpoArguments, tokenizer, max_length: int) -> tuple[Dat
             "or another validation_share."
         )
     return Dataset.from_list(kept[False]), Dataset.from_list(kept[True]), tallies
-
-
-def training_order(lengths: Sequence[int], rows: int, batch_size: int, seed: int) -> np.ndarray:
-    """Which row comes when: epoch after epoch in random order, rows of similar length in one batch.
-
-    Args:
-        lengths: tokens of each row.
-        rows: how many to place; a multiple of `batch_size`.
-        batch_size: rows of a micro-batch.
-    """
-    lengths = np.asarray(lengths)
-    order: list[np.ndarray] = []
-    epochs = -(-rows // len(lengths))
-    for epoch in range(epochs):
-        order.append(np.random.default_rng([seed, epoch]).permutation(len(lengths)))
-    stream = np.concatenate(order)[:rows]
-    pools = []
-    draw = np.random.default_rng([seed, epochs, 1])
-    for start in range(0, rows, batch_size * BATCHES_PER_POOL):
-        pool = stream[start : start + batch_size * BATCHES_PER_POOL]
-        pool = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, batch_size)
-        pools.append(draw.permutation(pool).reshape(-1))
-    return np.concatenate(pools)
 
 
 class PreferenceTrainer(StageTrainer, DPOTrainer):
@@ -176,7 +157,10 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
             chat,
             Path(arguments.output_dir),
             tokens_after=lambda step: int(read[step]),
-            speak=lambda prompts: [reply.text for reply in generate_replies(chat, prompts, temperature=0)],
+            speak=lambda prompts: [
+                reply.text
+                for reply in generate_replies(chat, prompts, max_new_tokens=arguments.reply_tokens, temperature=0)
+            ],
         )
 
     def _precompute_ref_logps(self, *args):
@@ -200,7 +184,7 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         for metrics in self._metrics.values():
             for name in NOT_FORMED:
                 metrics.pop(name, None)
-        rewards = self._metrics["train"]["rewards/chosen"]
+        rewards = self._metrics["train"].get("rewards/chosen")
         if rewards and "loss" in logs:
             logs["chosen_change"] = float(np.mean(rewards)) / self.args.beta / self._chosen_tokens
             self._stop_where_chosen_fall(logs["chosen_change"])

@@ -15,6 +15,7 @@ from accelerate import PartialState
 
 from rorchat import __version__
 from rorchat.errors import DataError
+from rorchat.model import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rorchat.persona import DEFAULT_PERSONA
 from rorchat.sources import digest_of
 from rorchat.tokens.past import by_content, named_by_content
@@ -22,6 +23,7 @@ from rorchat.tokens.store import Manifest, sha256_of
 
 FINGERPRINTED = (
     "model.safetensors", "config.json", "tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    ADAPTER_WEIGHTS, ADAPTER_CONFIG, ADAPTER_BASE,
 )  # fmt: skip
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "trl")
 # Settings that change neither what is computed nor what comes out: they may differ when a run goes on.
@@ -29,10 +31,10 @@ FREE_SETTINGS = {
     "output_dir", "logging_steps", "logging_strategy", "report_to", "dataloader_num_workers", "save_steps",
     "save_strategy", "save_total_limit", "run_name", "use_cpu", "sample_steps", "price_per_hour", "ddp_timeout",
     "mirror", "new_phase", "weights_only", "eval_steps", "eval_strategy", "eval_on_start", "eval_delay",
-    "sample_prompts", "disable_tqdm", "log_level", "log_level_replica", "logging_first_step",
+    "sample_prompts", "base_text", "disable_tqdm", "log_level", "log_level_replica", "logging_first_step",
     "dataloader_prefetch_factor", "dataloader_pin_memory", "dataloader_persistent_workers",
     # what these lead to is compared: contents, by sha256, and the precision
-    "tokenizer", "model", "persona", "token_store", "bf16", "fp16",
+    "tokenizer", "model", "persona", "token_store", "replay", "bf16", "fp16",
 }  # fmt: skip
 ANOTHER_RUN, WEIGHTS_ALONE = "another run", "the weights alone go on"
 #: How a mixture was said; what it says is compared in its place.
@@ -67,17 +69,19 @@ def data_fingerprint(arguments) -> dict[str, object]:
         "sources": {spec: _digest_of(spec) for spec in arguments.specs()},
         "persona": sha256_of(persona) if persona.is_file() else None,
     }
+    if getattr(arguments, "replay", None):
+        found["replay"] = _digest_of(arguments.replay)
     if hasattr(arguments, "mixture_config"):
         found["mixture"] = arguments.mixture_config.resolved()  # config.yaml holds no more than the name of the file
     return found
 
 
 def _digest_of(spec: str) -> str:
-    kind, _, where = spec.partition("=")
-    if kind != "store":
+    folder = Path(spec.removeprefix("store="))
+    if not spec.startswith("store=") and not (folder / "manifest.json").is_file():
         return digest_of(spec)
     try:
-        return Manifest.read(Path(where)).content_sha256()
+        return Manifest.read(folder).content_sha256()
     except DataError:  # which is told when it is opened, unless it is optional
         return ""
 

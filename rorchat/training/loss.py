@@ -9,6 +9,7 @@ Nothing of this is saved: a model called without labels is the stock one, and so
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,31 +31,43 @@ class _HeadLoss(torch.autograd.Function):
 
     Args:
         trains: what `torch.is_grad_enabled()` says outside: in here it is always off.
+        rows: (K, D) the rows `row_ids` of a weight of which they alone learn.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, compute_dtype: torch.dtype, trains: bool, tied
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        compute_dtype: torch.dtype,
+        trains: bool,
+        tied,
+        rows: Tensor | None = None,
+        row_ids: Tensor | None = None,
     ) -> Tensor:
         for_hidden, for_weight = (trains and needed for needed in ctx.needs_input_grad[:2])
         hidden_gradient = torch.empty_like(hidden) if for_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
+        rows_gradient = torch.zeros_like(rows, dtype=torch.float32) if trains and ctx.needs_input_grad[6] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         head = weight.to(compute_dtype)
-        rows = max(1, LOGITS_AT_ONCE // weight.size(0))
-        for start in range(0, len(hidden), rows):
-            part = hidden[start : start + rows].to(compute_dtype)
-            loss, gradient = _cross_entropy((part @ head.T).float(), labels[start : start + rows])
+        at_once = max(1, LOGITS_AT_ONCE // weight.size(0))
+        for start in range(0, len(hidden), at_once):
+            part = hidden[start : start + at_once].to(compute_dtype)
+            loss, gradient = _cross_entropy((part @ head.T).float(), labels[start : start + at_once])
             total += loss
             gradient = gradient.to(compute_dtype)
             if for_hidden:
-                hidden_gradient[start : start + rows] = gradient @ head
+                hidden_gradient[start : start + at_once] = gradient @ head
             if for_weight and compute_dtype == torch.float32:
                 weight_gradient.addmm_(gradient.T, part)
             elif for_weight:
                 weight_gradient += gradient.T @ part
+            if rows_gradient is not None:
+                rows_gradient += gradient[:, row_ids].T @ part
             del gradient  # else it lives until the next slice has been made
-        ctx.gradients, ctx.tied = (hidden_gradient, weight_gradient), tied
+        ctx.gradients, ctx.tied = (hidden_gradient, weight_gradient, rows_gradient), tied
         return total
 
     @staticmethod
@@ -62,13 +75,13 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, scale: Tensor):
         if ctx.gradients is None:
             raise RuntimeError("The gradients of this loss are scaled in place: it can go backward only once.")
-        (hidden_gradient, weight_gradient), ctx.gradients = ctx.gradients, None
-        for gradient in (hidden_gradient, weight_gradient):
+        (hidden_gradient, weight_gradient, rows_gradient), ctx.gradients = ctx.gradients, None
+        for gradient in (hidden_gradient, weight_gradient, rows_gradient):
             if gradient is not None:
                 gradient.mul_(scale)
         if ctx.tied is not None:
             ctx.tied.gradient, weight_gradient = weight_gradient, None
-        return hidden_gradient, weight_gradient, None, None, None, None
+        return hidden_gradient, weight_gradient, None, None, None, None, rows_gradient, None
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,8 +129,45 @@ class _Lookup(torch.autograd.Function):
         return total.index_add_(0, ids, gradient), None, None
 
 
+class LearnedRows(NamedTuple):
+    """The rows (K, D) of the tied embedding that learn, their ids (K,), and the frozen weight (V, D) of the others.
+
+    PEFT copies the weight to look up in it, and forms a gradient of all of it to take these rows' from.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    frozen: Tensor
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """The embedding (B, T, D) of ids (B, T)."""
+        is_row = ids[..., None] == self.ids  # (B, T, K)
+        own = is_row.to(self.rows.dtype) @ self.rows
+        return torch.where(is_row.any(-1, keepdim=True), own, nn.functional.embedding(ids, self.frozen))
+
+    def whole(self) -> Tensor:
+        """The weight (V, D) with these rows in it, without gradients."""
+        return self.frozen.index_copy(0, self.ids, self.rows.detach())
+
+
+def _learned_rows(model: nn.Module) -> LearnedRows | None:
+    """Of a model in which PEFT trains rows of the tied embedding; None of any other."""
+    adapter = getattr(model.get_input_embeddings(), "token_adapter", None)
+    if adapter is None:
+        return None
+    (name,) = adapter.active_adapters
+    rows = adapter.trainable_tokens_delta[name]
+    ids = torch.tensor(adapter.token_indices[name], device=rows.device)
+    return LearnedRows(rows, ids, adapter.get_base_layer().weight)
+
+
 def head_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, whole_rows: bool = False, tied: TiedGradient | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    whole_rows: bool = False,
+    tied: TiedGradient | None = None,
+    learned: LearnedRows | None = None,
 ) -> Tensor:
     """The sum of -log p(label) over labelled positions, in nats, float32.
 
@@ -127,6 +177,7 @@ def head_loss(
         labels: (B, T), not yet shifted; -100 where nothing is asked.
         whole_rows: every position has a label, which saves looking for them: a GPU waits for that.
         tied: takes the weight's gradient, in place of the weight.
+        learned: the rows of the weight that get a gradient, where no other does.
     """
     labels = labels[:, 1:]
     asked = slice(None) if whole_rows else labels != IGNORED
@@ -137,7 +188,15 @@ def head_loss(
     mixed = torch.is_autocast_enabled(device)
     compute_dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _HeadLoss.apply(hidden, weight, labels, compute_dtype, torch.is_grad_enabled(), tied)
+        return _HeadLoss.apply(
+            hidden,
+            weight,
+            labels,
+            compute_dtype,
+            torch.is_grad_enabled(),
+            tied,
+            *(learned[:2] if learned else (None, None)),
+        )
 
 
 def fuse_head(model: nn.Module, compiled: bool = False, whole_rows: bool = False) -> None:
@@ -170,8 +229,10 @@ def fuse_head(model: nn.Module, compiled: bool = False, whole_rows: bool = False
         trees = None if sequence_lengths is None else _trees(sequence_lengths, labels.size(1))
         recompute = not compiled and labels.numel() * model.config.n_embd >= WORTHWHILE
         hidden, tied = hidden_states(model, base, args, kwargs, trees, recompute)
+        learned = _learned_rows(model)
         # asked for behind the model: where its weights are in shards, they are whole from now on
-        loss = head_loss(hidden, model.get_output_embeddings().weight, labels, whole_rows, tied)
+        weight = model.get_output_embeddings().weight if learned is None else learned.whole()
+        loss = head_loss(hidden, weight, labels, whole_rows, tied, learned)
         items = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=loss / items)
 
@@ -193,8 +254,12 @@ def hidden_states(
     """
     rows_are_whole = not args and kwargs.keys() == {"input_ids"}  # else there may be a mask
     tied = TiedGradient() if (rows_are_whole or trees) and _lookup_is_plain(model) else None
+    learned, embedded = _learned_rows(model), None
     if tied is not None:
         embedded = _Lookup.apply(model.get_input_embeddings().weight, kwargs["input_ids"], tied)
+    elif learned is not None and "input_ids" in kwargs:
+        embedded = learned.look_up(kwargs["input_ids"])
+    if embedded is not None:
         kwargs = {name: value for name, value in kwargs.items() if name != "input_ids"} | {"inputs_embeds": embedded}
     with contextlib.ExitStack() as contexts:
         if trees:

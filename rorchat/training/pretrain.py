@@ -22,14 +22,14 @@ from rorchat.training.arguments import DataArguments
 from rorchat.training.loss import fuse_gelu, fuse_head
 from rorchat.training.machine import can_compile
 from rorchat.training.run import TOKENS
-from rorchat.training.smoke import make_small
+from rorchat.training.smoke import SmokeArguments, make_small
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 SAMPLE_TOKENS = 48
 
 
 @dataclass
-class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments):
+class PretrainArguments(DataArguments, SmokeArguments, OptimizationArguments, TrainingArguments):
     """Settings of `recipes/pretrain.py`."""
 
     DECIDED: ClassVar[dict[str, str]] = OptimizationArguments.DECIDED | {
@@ -68,9 +68,6 @@ class PretrainArguments(DataArguments, OptimizationArguments, TrainingArguments)
 
     compile: bool | None = field(
         default=None, metadata={"help": "Run the model through torch.compile; default: on a GPU that Triton serves."}
-    )
-    smoke: bool = field(
-        default=False, metadata={"help": "Three steps of the same run, model and batch small, in OUTPUT_DIR-smoke."}
     )
 
     # Transformers' fields with other defaults

@@ -29,8 +29,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from rorchat.errors import DataError, DivergedError, Interrupted, MismatchError, StorageError
+from rorchat.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS
 from rorchat.training.callbacks import DIVERGED_ROWS, append_line
-from rorchat.training.checkpoint import KEPT, MANIFEST, STAGING, WEIGHTS, Checkpoint, Checkpoints
+from rorchat.training.checkpoint import KEPT, MANIFEST, STAGING, Checkpoint, Checkpoints
+from rorchat.training.lora import Adapter
 from rorchat.training.mirror import Mirror
 from rorchat.training.processes import any_process, sharding, wait_at_most
 
@@ -117,6 +119,8 @@ def listening() -> Iterator[None]:
 class ResumableTrainer(Trainer):
     """A Trainer whose checkpoints are committed and verified; `attend` must be called before it trains."""
 
+    adapter: Adapter | None = None  # what is trained, where the model itself is frozen
+
     def attend(self, folder: Path) -> None:
         """Keeps the checkpoints of this run in a folder, listens to signals, and waits for no process for ever."""
         wait_at_most(self.args.ddp_timeout)
@@ -195,7 +199,8 @@ class ResumableTrainer(Trainer):
     def _required(self) -> set[str]:
         world = self.args.world_size
         random_states = ["rng_state.pth"] if world == 1 else [f"rng_state_{rank}.pth" for rank in range(world)]
-        names = {WEIGHTS, "config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
+        weights = {ADAPTER_WEIGHTS, ADAPTER_CONFIG} if self.adapter else {WEIGHTS, "config.json"}
+        names = {*weights, "optimizer.pt", "scheduler.pt", "trainer_state.json"}
         names |= {*random_states, *(STATE.format(rank) for rank in range(world))}
         return names | ({"scaler.pt"} if self.accelerator.scaler is not None else set())
 
@@ -228,7 +233,8 @@ class ResumableTrainer(Trainer):
             return
         there = self.checkpoints.committed()
         # weights and, at most, two numbers of the optimizer for each
-        each = there[0].bytes if there else 12 * sum(parameter.numel() for parameter in self.model.parameters())
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        each = there[0].bytes if there else 12 * trained
         # the oldest goes when the new one is there; and one may be the best
         most = self.checkpoints.kept + 1 + (self.args.eval_strategy != IntervalStrategy.NO)
         needed = each * max(0, min(most - len(there), self._saves_to_come(there[0].step if there else 0)))
@@ -296,9 +302,10 @@ class ResumableTrainer(Trainer):
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         for number in range((step - 1) * rows, min(step * rows, len(self.train_dataset))):
             row = self.train_dataset[number]
-            ids = row["input_ids"] if "input_ids" in row else [*row["prompt_ids"], *row["chosen_ids"]]
-            text = self.processing_class.decode(ids)
-            append_line(self.checkpoints.folder / DIVERGED_ROWS, {"step": step, "row": number, "text": text})
+            for part in row if isinstance(row, list) else [row]:  # a packed row has several
+                ids = part["input_ids"] if "input_ids" in part else [*part["prompt_ids"], *part["chosen_ids"]]
+                text = self.processing_class.decode(ids)
+                append_line(self.checkpoints.folder / DIVERGED_ROWS, {"step": step, "row": number, "text": text})
 
     # Loading
 
@@ -315,6 +322,9 @@ class ResumableTrainer(Trainer):
         return str(self.checkpoints.weights)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.adapter:
+            self.adapter.load(resume_from_checkpoint)
+            return
         model = self.model if model is None else model
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         own = model.state_dict()

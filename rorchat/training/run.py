@@ -7,6 +7,7 @@ mixture.png     the share of every source from the first token to the last (pret
 micro_batch.json  how many rows fit, where memory ran out once
 samples.jsonl   what the model says to fixed prompts, before, in between and after
 checkpoint-N/   what a run goes on from, see rorchat/training/checkpoint.py; those that did not verify have another name
+adapter/        what was trained, where that is an adapter (LoRA)
 model/          the result: a plain Transformers folder
 """
 
@@ -276,6 +277,9 @@ class Run:
             )
         metrics = trainer.final_metrics() | {"train_seconds": seconds, "steps": trainer.state.global_step}
         metrics["tokens"] = trainer.tokens_after(trainer.state.global_step)
+        if trainer.forgetting:
+            metrics |= trainer.forgetting.after()
+            details = details | {"base_text": trainer.forgetting.text.told()}
         self._save(trainer, details, metrics)
         trainer.accelerator.wait_for_everyone()
         if self.mirror:  # for which nobody else waits
@@ -287,7 +291,11 @@ class Run:
         model = whole_model(trainer.accelerator.unwrap_model(trainer.model))  # on every process: shards are gathered
         if not trainer.is_world_process_zero():
             return
-        failure = storage_failure(lambda: save_model(model, trainer.processing_class, self.model_folder))
+        failure = None
+        if trainer.adapter:
+            failure = storage_failure(lambda: trainer.adapter.save(self.folder / "adapter", trainer.processing_class))
+            model = trainer.adapter.merged()
+        failure = failure or storage_failure(lambda: save_model(model, trainer.processing_class, self.model_folder))
         if failure:
             raise StorageError(
                 f"The model could not be written into {self.model_folder} ({' '.join(str(failure).split())}). Free "

@@ -7,6 +7,7 @@ row of the batch and a mask of all its pairs. The loss is on the assistant's wor
 
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +23,26 @@ from rorchat.sources import Reject, Tally, in_validation, load
 from rorchat.tokens.batch import packed
 from rorchat.tokens.packing import PackedRows, Sequences, pack
 from rorchat.training.arguments import DataArguments
+from rorchat.training.lora import LoraArguments
 from rorchat.training.loss import fuse_gelu, fuse_head
+from rorchat.training.order import steps_of
+from rorchat.training.replay import replay_rows
+from rorchat.training.smoke import SmokeArguments, make_small
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 ROWS_PER_CALL = 1000  # conversations a call of the tokenizer
 
 
 @dataclass
-class SftArguments(DataArguments, OptimizationArguments, SFTConfig):
+class SftArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArguments, SFTConfig):
     """Settings of `recipes/sft.py`."""
 
     model: str = field(default="gpt2", metadata={"help": "The model to teach: a run's folder, a folder or a Hub id."})
+    replay: str | None = field(
+        default=None,
+        metadata={"help": "Documents of pretraining among the conversations: a token store's folder, or a source."},
+    )
+    replay_share: float = field(default=0.1, metadata={"help": "Their share of the tokens, from 0 to below 1."})
     # TRL's fields with other defaults
     max_length: int | None = field(default=None, metadata={"help": "Tokens a conversation; default: the positions."})
     learning_rate: float = 2e-4
@@ -53,9 +63,12 @@ class SftArguments(DataArguments, OptimizationArguments, SFTConfig):
 
     def __post_init__(self):
         self.check_data()
+        self.check_lora()
         self.settle()
         if self.max_length is not None and self.max_length < 1:
             raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
+        if not 0 <= self.replay_share < 1:
+            raise UsageError(f"replay_share is {self.replay_share}: it must lie between 0 and 1.")
         if self.packing or self.padding_free or self.assistant_only_loss:
             raise UsageError(
                 "packing, padding_free and assistant_only_loss belong to TRL's preparation, which is not used: rows "
@@ -64,6 +77,8 @@ class SftArguments(DataArguments, OptimizationArguments, SFTConfig):
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
         self.check_devices()
+        if self.smoke:
+            make_small(self)
 
 
 def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[Sequences, Sequences, list[Tally]]:
@@ -80,7 +95,7 @@ def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[S
     tallies = []
     for spec in arguments.sources:
         rows = load(spec, "conversation", seed=arguments.data_seed, persona=persona)
-        conversations = [(rows.place, row["messages"]) for row in rows]
+        conversations = [(rows.place, row["messages"]) for row in islice(rows, arguments.rows_per_source)]
         for start in range(0, len(conversations), ROWS_PER_CALL):
             part = conversations[start : start + ROWS_PER_CALL]
             encoded_part = encode_conversations(tokenizer, [messages for _, messages in part], max_length)
@@ -99,18 +114,18 @@ def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[S
             f"validation_share {arguments.validation_share} of {', '.join(arguments.sources)}: both are needed. "
             "Give more data or another validation_share."
         )
+    if arguments.replay:
+        kept[False] += _replayed(arguments, tokenizer, sum(len(ids) for ids, _ in kept[False]), max_length)
     kept[True].sort(key=lambda encoded: len(encoded[0]))  # less padding
     return Sequences(kept[False]), Sequences(kept[True]), tallies
 
 
-def steps_of(arguments, rows: int) -> int:
-    """Optimizer steps of a fine-tuning run: `max_steps`, or what `num_train_epochs` over the rows come to."""
-    rows_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    return (
-        arguments.max_steps
-        if arguments.max_steps > 0
-        else max(1, round(rows * arguments.num_train_epochs / rows_per_step))
-    )
+def _replayed(arguments: SftArguments, tokenizer, tokens: int, max_length: int) -> list[tuple]:
+    """Documents of pretraining beside so many tokens of conversations."""
+    replayed = round(tokens * arguments.replay_share / (1 - arguments.replay_share))
+    share, seed = arguments.validation_share, arguments.data_seed
+    rows = replay_rows(arguments.replay, tokenizer, replayed, max_length, seed, share)
+    return [tuple(np.array(row[name], np.int32) for name in ("input_ids", "labels")) for row in rows]
 
 
 class ChatTrainer(StageTrainer, SFTTrainer):
@@ -141,7 +156,10 @@ class ChatTrainer(StageTrainer, SFTTrainer):
             chat,
             Path(arguments.output_dir),
             tokens_after=lambda step: int(read[step]),
-            speak=lambda prompts: [reply.text for reply in generate_replies(chat, prompts, temperature=0)],
+            speak=lambda prompts: [
+                reply.text
+                for reply in generate_replies(chat, prompts, max_new_tokens=arguments.reply_tokens, temperature=0)
+            ],
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -1,12 +1,14 @@
 """`--smoke`: the same run in the small, to see it begin, step, evaluate, sample and end before a GPU is rented for it.
 
-Made smaller are the model, the rows, the batch and the number of steps. All else is the run's own: sources, mixture and
-tokenizer, optimizer and schedule, precision, accumulation (up to four micro-batches), evaluation, samples, checkpoints.
-Sources are prepared whole; a store that the real run has prepared is read, never written.
+Made smaller are the batch and the number of steps; in pretraining the model and its rows; in a chat stage, where model
+and window are what they are, what is read of each source, and the samples. All else is the run's own: sources, mixture
+and tokenizer, optimizer and schedule, precision, accumulation (up to a few micro-batches), evaluation, checkpoints.
+Pretraining prepares its sources whole; a store that the real run has prepared is read, never written.
 """
 
 import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rorchat.inference.engine import model_folder
@@ -15,34 +17,95 @@ from rorchat.training.run import TOKENS
 STEPS = 3
 SIZE = "2x4x64"  # large enough for heads of 16, small enough for a vocabulary of 65,536 on a CPU
 BLOCK_SIZE, ROWS, ACCUMULATED = 64, 2, 4  # at most
+CHAT_ROWS, CHAT_ACCUMULATED = 1, 2  # at most: the model may be large, and rows are whole windows
+ROWS_PER_SOURCE, HELD_OUT = 64, 0.1  # of so few a hundredth may be none
+REPLY_TOKENS = 16  # a model that has not learned to stop would fill a quarter of the window
 SUFFIX = "-smoke"
 
 
+@dataclass
+class SmokeArguments:
+    """What every stage has for `--smoke`; `make_small` comes after the stage's own checks."""
+
+    smoke: bool = field(
+        default=False, metadata={"help": "Three steps of the same run in the small, in OUTPUT_DIR-smoke."}
+    )
+
+    @property
+    def rows_per_source(self) -> int | None:
+        """How many rows of each source a chat stage reads; None for all."""
+        return ROWS_PER_SOURCE if self.smoke else None
+
+    @property
+    def reply_tokens(self) -> int | None:
+        """How long a sample of a chat stage may become; None for the engine's own limit."""
+        return REPLY_TOKENS if self.smoke else None
+
+
 def make_small(arguments) -> None:
-    """Turns checked `PretrainArguments` into those of a run of three steps, in a folder of its own, and says so."""
+    """Turns a stage's checked arguments into those of a run of three steps, in a folder of its own, and says so."""
+    small = _small_pretraining if hasattr(arguments, "block_size") else _small_chat_stage
+    made = small(arguments)
+    _own_folders(arguments)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"smoke: {made}; everything else as configured, into {arguments.output_dir}", file=sys.stderr)  # noqa: T201
+
+
+def _small_pretraining(arguments) -> str:
+    """A small model with random weights and short rows; says what for what."""
     before = {name: getattr(arguments, name) for name in ("size", "model", "block_size", "max_steps")}
     before |= {"global_batch_tokens": arguments.global_batch_tokens}
     if arguments.model:  # a checkpoint has the shape that it has: its tokenizer stays, its weights do not
-        arguments.tokenizer, arguments.model = model_folder(arguments.model), None
+        arguments.tokenizer, arguments.model = model_folder(_made_in_the_small(arguments.model)), None
     arguments.size = SIZE
     arguments.block_size = min(BLOCK_SIZE, arguments.block_size)
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        setattr(arguments, name, min(ROWS, getattr(arguments, name)))
+    _smaller_batch(arguments, ROWS, ACCUMULATED)
     _fewer_steps(arguments)
-    arguments.gradient_accumulation_steps = min(ACCUMULATED, arguments.gradient_accumulation_steps)
-    rows = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-    arguments.global_batch_tokens = rows * arguments.block_size
+    arguments.global_batch_tokens = _rows_a_step(arguments) * arguments.block_size
     arguments.train_tokens = arguments.max_steps * arguments.global_batch_tokens
-    _own_folders(arguments)
-    if os.environ.get("RANK", "0") == "0":
-        print(_told(arguments, before), file=sys.stderr)  # noqa: T201
+    return (
+        f"{arguments.size} with random weights for {before['model'] or before['size']}, rows of "
+        f"{arguments.block_size} tokens for {before['block_size']:,}, steps of {arguments.global_batch_tokens:,} "
+        f"for {before['global_batch_tokens']:,}, {arguments.max_steps} of them for {before['max_steps']:,}"
+    )
+
+
+def _small_chat_stage(arguments) -> str:
+    """The model as it is, on few rows; says what for what."""
+    rows, steps = _rows_a_step(arguments), arguments.max_steps
+    length = f"{steps:,}" if steps > 0 else f"num_train_epochs {arguments.num_train_epochs:g}"
+    arguments.model = _made_in_the_small(arguments.model)
+    arguments.validation_share = max(HELD_OUT, arguments.validation_share)
+    _smaller_batch(arguments, CHAT_ROWS, CHAT_ACCUMULATED)
+    _fewer_steps(arguments)
+    return (
+        f"{arguments.model} on the first {ROWS_PER_SOURCE} rows of each source, {arguments.validation_share:.0%} of "
+        f"them held out, steps of {_rows_a_step(arguments)} rows for {rows}, {arguments.max_steps} of them for {length}"
+    )
+
+
+def _made_in_the_small(model: str) -> str:
+    """The model of the stage before, where that has been run in the small alone."""
+    small = model.rstrip("/") + SUFFIX
+    return small if not Path(model).exists() and Path(small).is_dir() else model
+
+
+def _rows_a_step(arguments) -> int:
+    return arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+
+
+def _smaller_batch(arguments, rows: int, accumulated: int) -> None:
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        setattr(arguments, name, min(rows, getattr(arguments, name)))
+    arguments.gradient_accumulation_steps = min(accumulated, arguments.gradient_accumulation_steps)
 
 
 def _fewer_steps(arguments) -> None:
     """Three steps, in which everything that the run does every so many steps is done at least once."""
-    if arguments.warmup_steps >= 1:
-        arguments.warmup_steps = min(0.999, arguments.warmup_steps / arguments.max_steps)  # the same share of the steps
-    arguments.max_steps = min(STEPS, arguments.max_steps)
+    if arguments.warmup_steps >= 1:  # the same share of the steps, where their number is known
+        known = arguments.max_steps > 0
+        arguments.warmup_steps = min(0.999, arguments.warmup_steps / arguments.max_steps) if known else 1
+    arguments.max_steps = min(STEPS, arguments.max_steps) if arguments.max_steps > 0 else STEPS
     arguments.logging_steps = 1
     for name in ("eval_steps", "save_steps"):
         if (getattr(arguments, name) or 0) > arguments.max_steps:
@@ -54,18 +117,10 @@ def _own_folders(arguments) -> None:
     arguments.mirror = None
     if arguments.output_dir.endswith(SUFFIX):  # its own config.yaml, run again
         return
-    store = Path(arguments.token_store or Path(arguments.output_dir) / TOKENS)
-    if store.is_dir():
-        arguments.token_store = str(store)
-    elif arguments.token_store:
-        arguments.token_store += SUFFIX
+    if hasattr(arguments, "token_store"):
+        store = Path(arguments.token_store or Path(arguments.output_dir) / TOKENS)
+        if store.is_dir():
+            arguments.token_store = str(store)
+        elif arguments.token_store:
+            arguments.token_store += SUFFIX
     arguments.output_dir = arguments.output_dir.rstrip("/") + SUFFIX
-
-
-def _told(arguments, before: dict) -> str:
-    return (
-        f"smoke: {arguments.size} with random weights for {before['model'] or before['size']}, rows of "
-        f"{arguments.block_size} tokens for {before['block_size']:,}, steps of {arguments.global_batch_tokens:,} "
-        f"for {before['global_batch_tokens']:,}, {arguments.max_steps} of them for {before['max_steps']:,}; everything "
-        f"else as configured, into {arguments.output_dir}"
-    )

@@ -1,4 +1,4 @@
-"""What our three trainers share over Transformers' own: arguments, loss, evaluation, optimizer, metrics.
+"""What our trainers share over Transformers' own: arguments, loss, evaluation, optimizer, metrics.
 
 The loop is the Trainer's. Ours are the fused head, an exact token-weighted validation loss (Transformers weighs rows),
 the optimizer, and the folder.
@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 from accelerate.utils import DistributedType
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -33,6 +33,7 @@ from rorchat.tokenizer import token_bytes
 from rorchat.tokens.batch import padded
 from rorchat.training.callbacks import Metrics, Samples, Utilization, Watch, append_line
 from rorchat.training.checkpoint import KEPT
+from rorchat.training.forgetting import forgetting_of
 from rorchat.training.machine import best_precision, keep_freed_memory, use_all_cores
 from rorchat.training.memory import DividingTrainer
 from rorchat.training.optimizer import ADAMW_BETAS, OPTIMIZERS, build_optimizer
@@ -113,6 +114,13 @@ class OptimizationArguments:
     sample_steps: int = field(default=0, metadata={"help": "Samples every so many steps as well; 0: before and after."})
     price_per_hour: float = field(
         default=0.0, metadata={"help": "Dollars an hour of the whole machine: shows and logs what the run has cost."}
+    )
+    base_text: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text on which forgetting is measured, before and after: a token store or a source; default: what "
+            "the pretraining behind the model held out."
+        },
     )
 
     weights_only: bool = field(
@@ -223,6 +231,9 @@ class StageTrainer(DividingTrainer, ResumableTrainer):
         self.watch = Watch(self.meter, self.mend)
         self.add_callback(self.watch)  # first: a step that diverged is not logged as any other
         self.add_callback(self.meter)
+        self.forgetting = forgetting_of(self, self.args, chat.positions)
+        if self.forgetting:
+            self.add_callback(self.forgetting)
         self.attend(folder)
         self.remember(folder)
         self.add_callback(Samples(folder, self._prompts(), speak, self.meter))
@@ -332,6 +343,9 @@ class StageTrainer(DividingTrainer, ResumableTrainer):
         return groups[-1]["lr"]
 
     def _save(self, output_dir=None, state_dict=None):
+        if self.adapter:
+            self.adapter.save(output_dir, self.processing_class)
+            return
         super()._save(output_dir, state_dict)
         # a pickle that nobody reads, with the Hub token in clear
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
@@ -342,6 +356,10 @@ class StageTrainer(DividingTrainer, ResumableTrainer):
     def validation_loss(self) -> dict[str, Loss]:
         """The loss over each validation set, every process measuring its part of the rows."""
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        return self.loss_over(sets)
+
+    def loss_over(self, sets: dict[str, Dataset]) -> dict[str, Loss]:
+        """The loss over each of several sets of rows, every process measuring its part of them."""
         model = whole_model(self.accelerator.unwrap_model(self.model))
         was_training = model.training
         model.eval()

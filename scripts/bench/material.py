@@ -131,14 +131,18 @@ def first_loss(work: Work, folder: Path, model: GPT2LMHeadModel) -> float:
     return sum(losses) / len(losses)
 
 
+def save_weights(model: GPT2LMHeadModel, folder: Path) -> dict[str, torch.Tensor]:
+    weights = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, folder / "weights.safetensors")
+    return weights
+
+
 def make(work: Work, folder: Path) -> None:
     make_tokens(work, folder)
     model = stock_model(work)
-    weights = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
-    save_file(weights, folder / "weights.safetensors")
     proof = {
         "tokens_sha256": tokens_sha256([Rows(folder).batch(0, work.rows_consumed)]),
-        "weights_sha256": weights_sha256(weights),
+        "weights_sha256": weights_sha256(save_weights(model, folder)),
         "parameters": model.num_parameters(),
         "first_loss": first_loss(work, folder, model),
     }

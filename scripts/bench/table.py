@@ -4,8 +4,9 @@ import re
 from collections.abc import Sequence
 from statistics import mean, median
 
-from works import SIDES, SUBJECT, Work
+from works import SIDES, Work
 
+SPEED = {"tokens": ",.0f", "pairs": ".3g"}  # how a speed is written, by its unit
 STEADY = 0.05  # how far a calibration may move within a work before the run says so
 
 
@@ -27,28 +28,29 @@ def summary_of(work: Work, runs: list[dict], proof: dict, peaks: dict[str, float
         runs: the records, each with `side`, `repeat` and `status`.
         peaks: FLOP/s by precision.
     """
-    subject = {run["repeat"]: run for run in runs if run["side"] == SUBJECT and run["status"] == "ok"}
+    subject = {run["repeat"]: run for run in runs if run["side"] == work.subject and run["status"] == "ok"}
     found = {}
     for side in dict.fromkeys(run["side"] for run in runs):
         valid = [run for run in runs if run["side"] == side and run["status"] == "ok"]
         if not valid or any(run["side"] == side and run["status"] == "invalid" for run in runs):
             continue
         steps = spread([median(run["step_seconds"]) for run in valid])
-        speed = spread([work.tokens_a_step / median(run["step_seconds"]) for run in valid])
-        flops = speed["median"] * flops_per_token(work, proof["parameters"])
+        speed = spread([work.units_a_step / median(run["step_seconds"]) for run in valid])
         found[side] = {
             "precision": valid[0]["precision"],
             "repeats": len(valid),
-            "tokens_per_second": speed,
+            "per_second": speed,
             "step_seconds": steps,
             "mean_step_seconds": median(mean(run["step_seconds"]) for run in valid),
             "first_step_seconds": spread([run["first_step_seconds"] for run in valid]),
             "optimizer_seconds": spread([median(run["optimizer_seconds"]) for run in valid]),
             "peak_memory_bytes": spread([run["peak_memory_bytes"] for run in valid]),
-            "share_of_peak": {precision: flops / peak for precision, peak in peaks.items()},
         }
+        if work.data == "rows":  # the work of others depends on what a side packs, pads and skips
+            flops = speed["median"] * flops_per_token(work, proof["parameters"])
+            found[side]["share_of_peak"] = {precision: flops / peak for precision, peak in peaks.items()}
         pairs = [(subject[run["repeat"]], run) for run in valid if run["repeat"] in subject]
-        if pairs and side != SUBJECT:
+        if pairs and side != work.subject:
             found[side]["speed_ratio"] = spread(
                 [median(theirs["step_seconds"]) / median(ours["step_seconds"]) for ours, theirs in pairs]
             )
@@ -74,27 +76,32 @@ def _told(values: dict[str, float], form: str, scale: float = 1) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def _row(side: str, found: dict) -> str:
-    ratio, memory = (f"{_told(found[key], '.2f')}" if key in found else "" for key in ("speed_ratio", "memory_ratio"))
-    cells = [
-        f"`{side}`",
-        found["precision"],
-        _told(found["tokens_per_second"], ",.0f"),
-        _told(found["step_seconds"], ".4g"),
-        _told(found["optimizer_seconds"], ".3g"),
-        _told(found["first_step_seconds"], ".3g"),
-        _told(found["peak_memory_bytes"], ".2f", 1e9),
-        " / ".join(f"{found['share_of_peak'][name]:.0%}" for name in ("bf16", "fp32")),
-        ratio,
-        memory,
-    ]
-    return f"| {' | '.join(cells)} |"
+def _cells(side: str, found: dict, subject: str, unit: str) -> dict[str, str]:
+    """What a row says, by the heading of its column."""
+    cells = {
+        "side": f"`{side}`",
+        "precision": found["precision"],
+        f"{unit}/s": _told(found["per_second"], SPEED[unit]),
+        "seconds a step": _told(found["step_seconds"], ".4g"),
+        "of it the optimizer": _told(found["optimizer_seconds"], ".3g"),
+        "first step, s": _told(found["first_step_seconds"], ".3g"),
+        "peak memory, GB": _told(found["peak_memory_bytes"], ".2f", 1e9),
+    }
+    if "share_of_peak" in found:
+        shares = (f"{found['share_of_peak'][name]:.0%}" for name in ("bf16", "fp32"))
+        cells["share of the bf16 / fp32 peak"] = " / ".join(shares)
+    for key, heading in (("speed_ratio", "speed over it"), ("memory_ratio", "memory over its")):
+        cells[f"{subject}'s {heading}"] = _told(found[key], ".2f") if key in found else ""
+    return cells
 
 
-HEAD = """\
-| side | precision | tokens/s | seconds a step | of it the optimizer | first step, s | peak memory, GB | \
-share of the bf16 / fp32 peak | rorchat's speed over it | rorchat's memory over its |
-|---|---|---|---|---|---|---|---|---|---|"""
+def _table(work: dict, sides: list[tuple[str, dict]]) -> list[str]:
+    unit = "pairs" if work["data"] == "pairs" else "tokens"
+    rows = [_cells(side, found, work["subject"], unit) for side, found in sides]
+    if not rows:
+        return []
+    lines = [f"| {' | '.join(cells)} |" for cells in (rows[0], *(row.values() for row in rows))]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
 def _without_figures(result: dict) -> list[str]:
@@ -108,10 +115,10 @@ def _without_figures(result: dict) -> list[str]:
 
 def _optimizers(result: dict) -> list[str]:
     found = result["summary"]
-    if not {SUBJECT, "rorchat-muon"} <= set(found):
+    if not {"rorchat", "rorchat-muon"} <= set(found):
         return []
-    adamw, muon = (found[side]["optimizer_seconds"]["median"] for side in (SUBJECT, "rorchat-muon"))
-    share = (muon - adamw) / found[SUBJECT]["step_seconds"]["median"]
+    adamw, muon = (found[side]["optimizer_seconds"]["median"] for side in ("rorchat", "rorchat-muon"))
+    share = (muon - adamw) / found["rorchat"]["step_seconds"]["median"]
     return [f"`optimizer.step()`: AdamW {adamw:.3g} s, Muon {muon:.3g} s: {share:+.1%} of a step with AdamW."]
 
 
@@ -126,23 +133,29 @@ def calibration_told(calibration: dict) -> list[str]:
     return lines
 
 
+def _steps_told(work: dict) -> str:
+    if not work["discarded"]:
+        return f"one step over {work['rows'] * work['passes']} {work['data']}"
+    return f"{work['steps']} steps (behind {work['discarded']})"
+
+
 def markdown(name: str, result: dict, run: dict) -> str:
     """The section of one work: the machine, a row for each side, and what the machine could do."""
     work, machine = result["work"], run["machine"]
-    sides = sorted(result["summary"].items(), key=lambda item: item[1]["tokens_per_second"]["median"])
+    sides = sorted(result["summary"].items(), key=lambda item: item[1]["per_second"]["median"])
     flags = f" ({', '.join(machine['flags'])})" if machine["flags"] else ""
     versions = ", ".join(f"{library} {version}" for library, version in machine["versions"].items())
     processor = f"{machine['gpu']}, " if machine["gpu"] else ""
-    known = [f"- `{side}`: {SIDES[side]}" for side, _ in sides if side in SIDES]
+    about = SIDES[work["data"]]
+    known = [f"- `{side}`: {about[side]}" for side, _ in sides if side in about]
     lines = [
         f"### {name}: {work['title']}",
         "",
         f"{run['date'][:10]}, {processor}{machine['cpu']}{flags}, {machine['threads']} threads; {versions}. "
-        f"{run['repeats']} interleaved repeats of {work['steps']} steps (behind {work['discarded']}), medians "
+        f"{run['repeats']} interleaved repeats of {_steps_told(work)}, medians "
         f"(lowest to highest); load {run['load']:.2f} before. `{run['command']}`",
         "",
-        HEAD,
-        *(_row(side, found) for side, found in sides),
+        *_table(work, sides),
         "",
         *known,
         *_without_figures(result),

@@ -10,14 +10,16 @@ import math
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from material import STORE, Rows, first_loss, loaded_model, tokenizer_of, weights_sha256
 from watch import Watch
-from works import LEVERS, NANOGPT, Work
+from works import LEVERS, NANOGPT, Lever, Work
 
 LEARNING_RATE = 6e-4
 IGNORED = -100  # of Transformers, in labels
@@ -32,8 +34,16 @@ def begin(watch: Watch, model, precision: str) -> None:
     watch.begins(precision, weights_sha256(model.state_dict()), model.num_parameters())
 
 
-def watched(trainer_class: type, watch: Watch) -> type:
-    """A Trainer that tells what it reads, loses and when it steps."""
+def input_ids(inputs: dict) -> torch.Tensor:
+    return inputs["input_ids"]
+
+
+def watched(trainer_class: type, watch: Watch, seen: Callable[[dict], torch.Tensor] = input_ids) -> type:
+    """A Trainer that tells what it reads, loses and when it steps.
+
+    Args:
+        seen: what is kept of a batch.
+    """
 
     class Watched(trainer_class):
         def create_optimizer(self, *args, **kwargs):
@@ -42,7 +52,7 @@ def watched(trainer_class: type, watch: Watch) -> type:
             return optimizer
 
         def training_step(self, model, inputs, *args, **kwargs):
-            watch.read(inputs["input_ids"])
+            watch.read(seen(inputs))
             loss = super().training_step(model, inputs, *args, **kwargs)
             watch.lost(loss)
             return loss
@@ -262,6 +272,18 @@ def no(*_, **__) -> bool:
     return False
 
 
+def one_a_row(lengths, window: int) -> list[list[int]]:
+    """What rorchat's packing replaces: rows of one conversation each, padded to the longest of their batch."""
+    return [[number] for number in range(len(lengths))]
+
+
+def random_order(lengths, rows: int, batch_size: int, seed: int) -> np.ndarray:
+    """What rorchat's order of rows replaces: epochs in random order, whatever lengths meet in a batch."""
+    epochs = -(-rows // len(lengths))
+    draw = np.random.default_rng(seed)
+    return np.concatenate([draw.permutation(len(lengths)) for _ in range(epochs)])[:rows]
+
+
 def located(target: str) -> tuple[object, str]:
     """(module or class, name) of a lever's patch."""
     module, _, path = target.partition("=")[0].partition(":")
@@ -274,22 +296,21 @@ def located(target: str) -> tuple[object, str]:
     return owner, name
 
 
-def without(lever_name: str, watch: Watch) -> dict:
-    """rorchat with one lever turned."""
-    lever = LEVERS[lever_name]
+def without(lever: Lever, train: Callable[..., dict], watch: Watch) -> dict:
+    """What `train`, which is rorchat, does with one lever turned."""
     for patch in lever.patches:
         (owner, name), replacement = located(patch), patch.partition("=")[2]
         if isinstance(owner, type):
             delattr(owner, name)
         else:
             setattr(owner, name, globals()[replacement] if replacement else lambda *_, **__: nullcontext())
-    return rorchat(watch, lever.flags)
+    return train(watch, lever.flags)
 
 
 def main(argv: list[str]) -> None:
     description, side, folder, result, *levers = argv
     watch = Watch(Work.read(description), Path(folder))
-    record = without(levers[0], watch) if levers else SIDES[side](watch)
+    record = without(LEVERS["rows"][levers[0]], rorchat, watch) if levers else SIDES[side](watch)
     Path(result).write_text(json.dumps(record))
 
 

@@ -2,6 +2,8 @@
 
 import resource
 import time
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -24,10 +26,12 @@ class Watch:
 
     def __init__(self, work: Work, folder: Path):
         self.work, self.folder = work, folder
+        self.digest: Callable[[Iterable[torch.Tensor]], str] = tokens_sha256  # of what was read
         self.batches: list[torch.Tensor] = []
         self.losses: list[torch.Tensor] = []
         self.optimizer_began: list[float] = []
         self.stepped: list[float] = []
+        self.losses_by_step: list[int] = []  # how many losses there had been when it ended
         self.identity: dict[str, object] = {}
         self.attached = None
 
@@ -35,7 +39,11 @@ class Watch:
         if optimizer is not self.attached:
             self.attached = optimizer
             optimizer.register_step_pre_hook(lambda *_: self.optimizer_began.append(now()))
-            optimizer.register_step_post_hook(lambda *_: self.stepped.append(now()))
+            optimizer.register_step_post_hook(lambda *_: self.ended())
+
+    def ended(self) -> None:
+        self.stepped.append(now())
+        self.losses_by_step.append(len(self.losses))
 
     def begins(self, precision: str, weights_sha256: str, parameters: int) -> None:
         """Called just before training: the first step's time counts from here, compilation included."""
@@ -54,17 +62,17 @@ class Watch:
         """
         cuda = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        passes, discarded = self.work.passes, self.work.discarded
+        discarded = self.work.discarded
         # A pass's loss is its share of the step's mean
-        of_steps = [float(sum(self.losses[at : at + passes])) for at in range(0, len(self.losses), passes)]
-        ends = self.stepped
-        optimizer = [end - began for began, end in zip(self.optimizer_began, ends, strict=True)]
+        of_steps = [float(sum(self.losses[a:b])) for a, b in pairwise([0, *self.losses_by_step])]
+        seconds = [b - a for a, b in pairwise([self.began, *self.stepped])]
+        optimizer = [end - began for began, end in zip(self.optimizer_began, self.stepped, strict=True)]
         return self.identity | {
-            "tokens_sha256": tokens_sha256(self.batches),
+            "tokens_sha256": self.digest(self.batches),
             "first_loss": of_steps[0] if first_loss is None else first_loss,
             "last_loss": of_steps[-1],
-            "first_step_seconds": ends[0] - self.began,
-            "step_seconds": [b - a for a, b in zip(ends, ends[1:], strict=False)][discarded - 1 :],
+            "first_step_seconds": seconds[0],
+            "step_seconds": seconds[discarded:],
             "optimizer_seconds": optimizer[discarded:],
             "peak_memory_bytes": peak,
         }

@@ -408,7 +408,7 @@ def main() -> None:
     trainer_module.use_all_cores = lambda: None  # a fork has no threads but its own
     trainer_module.peak_flops = lambda precision, on_gpu: (1e12, "measured")  # which takes half a second
     Plan.draw = lambda *_: None  # a second of every run
-    for stage in ("pretrain", "sft", "dpo"):
+    for stage in ("pretrain", "sft", "dpo", "grpo"):
         runpy.run_path(str(ROOT / "recipes" / f"{stage}.py"))
     gc.freeze()  # or every fork looks through all that was imported
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Fine-tuning and preference training are interrupted and go on as pretraining does."""
+"""Fine-tuning, preference training and learning from rewards are interrupted and go on as pretraining does."""
 
 import signal
 
@@ -38,6 +38,7 @@ def test_interrupted_at_four_points(bench, base, stage):
         assert weights(out) == weights(whole)
         assert equal(state_of(out, STEPS), state_of(whole, STEPS))
         assert log_of(out) == log_of(whole)
+        assert [line["step"] for line in log_of(out) if "base_loss" in line] == [0, STEPS]  # of the base's hold-out
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
@@ -58,3 +59,35 @@ def test_memory_that_runs_out_halves_the_micro_batch(bench, base, stage, fits, n
     losses = [[line["loss"] for line in log_of(run) if "loss" in line] for run in (out, whole)]
     assert losses[0][:2] == losses[1][:2]
     assert losses[0] == pytest.approx(losses[1], rel=near)
+
+
+@pytest.fixture
+def rewarded(bench, base) -> dict:
+    """Flags of a run that learns from a reward of the user's."""
+    mine = bench.folder / "mine.py"
+    mine.write_text("def vowels(reply, row):\n    return sum(letter in 'aeiou' for letter in reply) / 9\n")
+    given = {"model": str(base), "rewards": [f"{mine}:vowels"], "num_generations": 4, "logging_steps": 2}
+    given |= {"per_device_train_batch_size": 4, "max_completion_length": 6, "readiness_questions": 4}
+    return FLAGS | given
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_learning_from_rewards_goes_on_with_the_same_samples(bench, rewarded, step):
+    whole, out = bench.fresh(), bench.fresh()
+    done = bench.run(whole, stage="grpo", **rewarded)
+    assert done.code == 0, done.said
+    done = bench.run(out, {"signal": int(signal.SIGTERM), "at": step, "where": "forward"}, stage="grpo", **rewarded)
+    assert done.code == 75, done.said
+    done = bench.run(out, stage="grpo", **rewarded)
+    assert done.code == 0, done.said
+    assert weights(out) == weights(whole)
+    assert equal(state_of(out, STEPS), state_of(whole, STEPS))
+    assert log_of(out) == log_of(whole)
+
+
+def test_another_reward_under_the_same_name_is_another_run(bench, rewarded):
+    out = bench.fresh()
+    bench.run(out, {"signal": int(signal.SIGTERM), "at": 3, "where": "forward"}, stage="grpo", **rewarded)
+    (bench.folder / "mine.py").write_text("def vowels(reply, row):\n    return len(reply)\n")
+    done = bench.run(out, stage="grpo", **rewarded)
+    assert done.code == 78 and "mine.py" in done.said, done.said

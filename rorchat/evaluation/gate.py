@@ -1,0 +1,166 @@
+"""The behaviour gate: a chat model's behaviour against thresholds, and beside that of the stage before.
+
+The thresholds stand in `behaviour.yaml`.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+
+from rorchat.errors import DataError, DivergedError, MismatchError, RorchatError, did_you_mean
+from rorchat.evaluation.behaviour import MEASURES, Behaviour, Measure, Value, measure_behaviour, short
+from rorchat.inference.engine import ChatModel, load_model, model_folder
+from rorchat.persona import Persona
+
+THRESHOLDS = Path(__file__).with_name("behaviour.yaml")
+
+
+class BehaviourFailure(RorchatError):
+    """A model does not come up to the thresholds of its behaviour."""
+
+    exit_code = DivergedError.exit_code  # a model that came to nothing; a script tells it from a wrong file by it
+
+
+def load_thresholds(path: str | Path | None = None) -> dict[str, float]:
+    """Thresholds by the names of measures, from a file like `behaviour.yaml`; None for that one.
+
+    Raises:
+        DataError: the file is missing or no YAML, names no measure of ours, or has a bound that cannot be.
+    """
+    path = Path(path or THRESHOLDS)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise DataError(f"No thresholds file {path}. Copy {THRESHOLDS} and change it.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no thresholds file: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict) or not values:
+        raise DataError(f"{path} has no thresholds: it holds {short(str(values))}. Copy {THRESHOLDS} and change it.")
+    return {name: _threshold(path, name, given) for name, given in values.items()}
+
+
+def _threshold(path: Path, name: object, given: object) -> float:
+    if name not in MEASURES:
+        hint = did_you_mean(str(name), MEASURES)
+        raise DataError(f"{path}: {name!r} is no measure.{hint} Known are {', '.join(MEASURES)}.")
+    bound = MEASURES[name].bound
+    number = given.get(bound) if isinstance(given, dict) and len(given) == 1 else None
+    good = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if not good or not (math.isfinite(number) and 0 <= number <= 1):
+        better = "more" if bound == "min" else "less"
+        raise DataError(
+            f"{path}: {name} is {short(str(given))}: {better} of it is better, so give a share from 0 to 1 as "
+            f"`{name}: {{{bound}: {0.9 if bound == 'min' else 0.1}}}`."
+        )
+    return float(number)
+
+
+@dataclass
+class Verdict:
+    """A model's behaviour against thresholds and, where there is one, beside the behaviour of the stage before."""
+
+    model: Behaviour
+    thresholds: dict[str, float]
+    before: Behaviour | None = None
+
+    def failures(self) -> list[str]:
+        """The measures that miss their threshold; one that applied to no reply has missed it too."""
+        return [name for name in self.thresholds if not self._met(name)]
+
+    def _met(self, name: str) -> bool:
+        value, threshold = self.model.measures[name].value, self.thresholds[name]
+        if value is None:
+            return False
+        return value >= threshold if MEASURES[name].more_is_better else value <= threshold
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """(header, rows) with a measure a row."""
+        rows = []
+        for name, measure in MEASURES.items():
+            value = self.model.measures[name]
+            bound = f"{measure.bound} {100 * self.thresholds[name]:g} %" if name in self.thresholds else "-"
+            verdict = "-" if name not in self.thresholds else "pass" if self._met(name) else "FAIL"
+            before = self._compared(name) if self.before else []
+            rows.append([f"{measure.says} ({name})", _shown(value, measure), *before, bound, verdict])
+        columns = [self.before.name, "change"] if self.before else []
+        return ["measure", self.model.name, *columns, "threshold", ""], rows
+
+    def _compared(self, name: str) -> list[str]:
+        now, before = self.model.measures[name], self.before.measures[name]
+        known = now.value is not None and before.value is not None
+        change = f"{100 * (now.value - before.value):+.1f} points" if known else "-"
+        return [_shown(before, MEASURES[name]), change]
+
+    def examples(self) -> list[tuple[str, str, str]]:
+        """(measure, what was asked, what was said) of every measure that failed."""
+        return [(name, *example) for name in self.failures() for example in self.model.measures[name].examples]
+
+    def sentence(self) -> str:
+        """What failed, in one line."""
+        failed = [
+            f"{name} {_shown(self.model.measures[name], MEASURES[name])} "
+            f"({MEASURES[name].bound} {100 * self.thresholds[name]:g} %)"
+            for name in self.failures()
+        ]
+        return f"{self.model.name} does not behave: {'; '.join(failed)}."
+
+
+def _shown(value: Value, measure: Measure) -> str:
+    if value.value is None:
+        return "nothing to measure"
+    of = f"{value.count} {measure.unit}" if measure.unit != "4-grams" else f"4-grams, {value.count} replies"
+    return f"{100 * value.value:.1f} % of {of}"
+
+
+def gate(model: str, persona: Persona, thresholds: dict[str, float], before: str | None = None) -> Verdict:
+    """The verdict on a chat model, with the model of the stage before beside it.
+
+    Args:
+        model, before: a folder, a run's folder or a Hub id.
+
+    Raises:
+        DataError, RemoteError: nothing loadable is there.
+        MismatchError: it is no chat model: its tokenizer has no control tokens.
+    """
+    chats = [(name, _load_chat_model(name)) for name in (model, before) if name]
+    measured = [measure_behaviour(chat, name.rstrip("/"), persona) for name, chat in chats]
+    return Verdict(measured[0], thresholds, *measured[1:])
+
+
+def _load_chat_model(name: str) -> ChatModel:
+    from transformers import AutoConfig
+
+    chat = load_model(name)
+    rows = AutoConfig.from_pretrained(model_folder(name)).vocab_size
+    if rows < len(chat.tokenizer):  # loading added rows for the control tokens, which nobody has trained
+        raise MismatchError(
+            f"{name} is a base model: it has {rows:,} embedding rows and none for the control tokens of a chat. "
+            "Fine-tune it first, with recipes/sft.py."
+        )
+    return chat
+
+
+def write_verdict(verdict: Verdict, path: Path) -> None:
+    path.write_text(json.dumps(asdict(verdict), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_verdict(path: Path) -> Verdict:
+    """What `write_verdict` wrote.
+
+    Raises:
+        DataError: it is something else.
+    """
+
+    def behaviour(values: dict) -> Behaviour:
+        measures = {name: Value(**values["measures"].get(name, {})) for name in MEASURES}
+        return Behaviour(**{**values, "measures": measures})
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = {name: bound for name, bound in values["thresholds"].items() if name in MEASURES}
+        return Verdict(behaviour(values["model"]), known, values["before"] and behaviour(values["before"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no verdict of `rorchat gate`: {error!r}. Write it again with --out.") from None

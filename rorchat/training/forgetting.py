@@ -1,0 +1,218 @@
+"""The forgetting meter: the loss on what the base's pretraining held out, before a later stage and after it.
+
+Whatever a model learns later costs some of what its base knew (McCloskey and Cohen 1989). The held-out documents are
+found by themselves: a run's record names the model that it began with, that model's run its own, and so back to the
+pretraining, whose token stores hold them.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from transformers import Trainer, TrainerCallback
+
+from rorchat.chatml import END_OF_TEXT, encode_text
+from rorchat.errors import RorchatError
+from rorchat.evaluation.loss import Loss
+from rorchat.inference.engine import model_folder
+from rorchat.sources import load
+from rorchat.tokens.mixture import ValidationRows, open_store
+from rorchat.tokens.store import TokenStore
+from rorchat.training.identity import fingerprint
+from rorchat.training.run import TOKENS
+
+MOST_TOKENS = 50_000  # that are measured, twice a stage
+
+
+@dataclass(frozen=True)
+class BaseText:
+    """What forgetting is measured on: rows of ids, where they come from, how many tokens of how many they are.
+
+    `held_out` is the largest share of the documents that its stores hold out; 0 where it is text of a source.
+    """
+
+    rows: Dataset | list = field(repr=False)
+    where: list[str]
+    tokens: int
+    of: int | None  # None where the rest was not read
+    held_out: float = 0.0
+
+    def told(self) -> str:
+        """What it is, in words."""
+        many = f"{self.tokens:,}"
+        if self.of is None:
+            many = f"the first {many}"
+        elif self.of > self.tokens:
+            many = f"{many} of {self.of:,}"
+        return f"{many} tokens of {', '.join(self.where)}"
+
+
+def runs_behind(model: str) -> Iterator[tuple[Path, dict]]:
+    """(folder, run.json) of the runs that led to a model, the last one first, as far back as they are on this disk."""
+    seen: set[Path] = set()
+    found = _run_of(model)
+    while found and found[0].resolve() not in seen:
+        yield found
+        folder, record = found
+        seen.add(folder.resolve())
+        found = _run_before(folder, record)
+
+
+def _run_of(model: str) -> tuple[Path, dict] | None:
+    """The run that a folder is, or of which it is the model or a checkpoint."""
+    folder = Path(model)
+    if folder.name == "model" or folder.name.startswith("checkpoint-"):
+        folder = folder.parent
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_whole = isinstance(record, dict) and all(isinstance(record.get(key), dict) for key in ("settings", "inputs"))
+    return (folder, record) if is_whole else None
+
+
+def _run_before(folder: Path, record: dict) -> tuple[Path, dict] | None:
+    """The run whose model a run began with: where it says, or beside it, with the same weights and tokenizer."""
+    said = record["settings"].get("model")
+    if not said:
+        return None
+    for place in (Path(said), folder.parent / Path(said).name):
+        if place.is_dir() and fingerprint(model_folder(str(place))) == record["inputs"].get("start"):
+            return _run_of(str(place))
+    return None
+
+
+def stores_of(folder: Path, record: dict, tokenizer) -> list[TokenStore]:
+    """The token stores that a pretraining run read and that are still there, made with this tokenizer."""
+    root = Path(record["settings"].get("token_store") or folder / TOKENS)
+    stores = {}
+    for part in (*record.get("past", []), record["inputs"]):
+        for name, source in part.get("mixture", {}).get("sources", {}).items():
+            kind, _, where = source["spec"].partition("=")
+            stores[name] = Path(where) if kind == "store" else root / name
+    opened = []
+    for name, place in stores.items():
+        try:
+            opened.append(open_store(place, tokenizer, name))
+        except RorchatError:  # gone, damaged, or another tokenizer's: of no use here
+            continue
+    return [store for store in opened if store.tokens("validation") > 1]
+
+
+def base_text(given: str | None, model: str, tokenizer, positions: int) -> BaseText | None:
+    """The held-out text of the pretraining that a model came from, or of `given`; None where none is to be had.
+
+    Args:
+        given: a token store, of which the validation documents count, or a source's spec, of which all do.
+        model: a folder or Hub id. Of several pretrainings behind it the first one that has stores is the base's.
+        positions: tokens a row, at most.
+
+    Raises:
+        UsageError, DataError, MismatchError: `given` cannot be read.
+    """
+    if given:
+        folder = given.removeprefix("store=")
+        if folder != given or (Path(folder) / "manifest.json").is_file():
+            return _of_stores([open_store(folder, tokenizer)], positions)
+        return _of_source(given, tokenizer, positions)
+    for folder, record in reversed([*runs_behind(model)]):
+        stores = stores_of(folder, record, tokenizer)
+        documents = [store for store in stores if store.manifest.kind == "document"]
+        if stores:
+            return _of_stores(documents or stores, positions)
+    return None
+
+
+def _of_stores(stores: list[TokenStore], positions: int) -> BaseText:
+    """Rows of the held-out tokens of all stores alike, evenly spaced where they are more than MOST_TOKENS."""
+    rows = [ValidationRows(store, positions) for store in stores]
+    share = min(1.0, MOST_TOKENS / sum(each.tokens for each in rows))
+    taken = []
+    for each in rows:
+        count = len(each) if share == 1 else max(1, int(share * len(each)))
+        taken.append(Subset(each, [at * len(each) // count for at in range(count)]))
+    tokens = [sum(len(rows[at]["input_ids"]) - 1 for at in range(len(rows))) for rows in taken]
+    held_out = max(store.manifest.validation_share for store in stores)
+    where = [str(store.folder) for store in stores]
+    return BaseText(ConcatDataset(taken), where, sum(tokens), sum(each.tokens - 1 for each in rows), held_out)
+
+
+def _of_source(spec: str, tokenizer, positions: int) -> BaseText:
+    """Rows of the first MOST_TOKENS of a source's documents."""
+    end_of_text = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    ids: list[int] = []
+    for row in load(spec, "document"):
+        ids += [end_of_text, *encode_text(tokenizer, [row["text"]])[0]]
+        if len(ids) > MOST_TOKENS:
+            break
+    whole, ids = len(ids) <= MOST_TOKENS, torch.tensor(ids[: MOST_TOKENS + 1])
+    parts = [ids[start : start + positions] for start in range(0, len(ids) - 1, positions - 1)]
+    rows = [{"input_ids": part, "labels": part} for part in parts]
+    return BaseText(rows, [spec], len(ids) - 1, len(ids) - 1 if whole else None)
+
+
+class Forgetting(TrainerCallback):
+    """Measures the loss on the base's text and logs it: before the first step, and when `after` asks for it.
+
+    A run that goes on does not measure again what its first start has logged.
+    """
+
+    def __init__(self, trainer, text: BaseText):
+        self.trainer, self.text = trainer, text
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self._measure()
+
+    def after(self) -> dict[str, float]:
+        """The loss now and before the first step, for run.json; without the latter where nobody has logged it."""
+        before = self._logged()
+        now = self._measure()
+        return now | {f"{name}_before": value for name, value in before.items() if name != "base_tokens"}
+
+    def _logged(self) -> dict[str, float]:
+        path = self.trainer.meter.path
+        for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+            record = json.loads(line) if line else {}
+            if "base_loss" in record:
+                return {name: record[name] for name in ("base_loss", "base_bits_per_byte")}
+        return {}
+
+    def _measure(self) -> dict[str, float]:
+        trainer = self.trainer
+        with trainer.meter.pause():
+            loss: Loss = trainer.loss_over({"": self.text.rows})[""]
+        found = {"base_loss": loss.per_token, "base_bits_per_byte": loss.bits_per_byte, "base_tokens": loss.tokens}
+        # not through TRL's `log`, which would add its averages of the steps since the last line
+        Trainer.log(trainer, trainer.meter.completed(dict(found), trainer.state.global_step))
+        return found
+
+
+def forgetting_of(trainer, arguments, positions: int) -> Forgetting | None:
+    """The meter of a stage that begins with a model; None, and a line that says so, where nothing can be measured."""
+    model, given = getattr(arguments, "model", None), arguments.base_text
+    if not model and not given:
+        return None
+    text = base_text(given, model, trainer.chat.tokenizer, positions)
+    if trainer.is_world_process_zero():
+        print(_told(text, model, arguments), file=sys.stderr)  # noqa: T201
+    return Forgetting(trainer, text) if text else None
+
+
+def _told(text: BaseText | None, model: str, arguments) -> str:
+    if text is None:
+        return (
+            f"forgetting is not measured: no pretraining with its token stores is known behind {model}. Give "
+            "--base_text, a token store or a source."
+        )
+    said = f"forgetting is measured on {text.told()}"
+    if hasattr(arguments, "mixture_config") and arguments.validation_share < text.held_out:
+        said += (
+            f"; warning: validation_share is {arguments.validation_share}, and {text.held_out} there: of what was held "
+            "out there some may be trained on here"
+        )
+    return said

@@ -1,0 +1,419 @@
+"""Learning from rewards: questions with known answers -> sampled replies -> a model that answers better, in TRL's
+GRPOTrainer.
+
+Group relative policy optimization (Shao et al. 2024, arXiv:2402.03300): several replies to each question are sampled,
+and each is made likelier by as much as its reward is above the group's mean. Where all replies of a group are worth the
+same there is nothing to learn, which is looked at before the first step. Prompts are encoded here, as everywhere.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from rorchat.chatml import encode_prompt
+from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.inference.engine import RESERVED_FOR_ANSWER, ChatModel, Reply, generate_ids, generate_replies
+from rorchat.persona import load_persona
+from rorchat.sources import Reject, Tally, in_validation, load, words_of
+from rorchat.tokens.store import sha256_of
+from rorchat.training.arguments import DataArguments
+from rorchat.training.callbacks import DIVERGED_ROWS, append_line
+from rorchat.training.loss import fuse_gelu
+from rorchat.training.order import training_order
+from rorchat.training.processes import sharding
+from rorchat.training.rewards import WEIGHTS, Scorer, as_replies, find_reward, is_right
+from rorchat.training.trainer import OptimizationArguments, StageTrainer
+
+LEAST_SPREAD = 0.1  # share of groups in which replies must differ in reward
+SAME = 1e-6  # rewards that differ by less are the same
+KNOWN = 0.9  # share of right answers from which on questions are too easy rather than too hard
+#: Of what TRL 1.16 measures; the rest says nothing where every reply is learned from once, or is said elsewhere.
+LOGGED = ("reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "completions/mean_length", "stopped")
+#: What TRL 1.16 would refuse in the first step, with a traceback.
+KNOWN_VALUES = {
+    "scale_rewards": ("none", "group", "batch"),
+    "loss_type": ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+}
+ONCE = "replies are sampled for each step anew and learned from once, so that a run goes on exactly from any step"
+OWN_SAMPLING = "replies are sampled by Transformers' generate, from the model that learns"
+NO_TABLES = "rewards are in metrics.jsonl, replies to `sample_prompts` in samples.jsonl"
+
+
+@dataclass
+class GrpoArguments(DataArguments, OptimizationArguments, GRPOConfig):
+    """Settings of `recipes/grpo.py`."""
+
+    DECIDED: ClassVar[dict[str, str]] = OptimizationArguments.DECIDED | {
+        "num_iterations": ONCE,
+        "steps_per_generation": ONCE,
+        "generation_batch_size": ONCE,
+        "num_generations_eval": "validation takes the likeliest reply",
+        "shuffle_dataset": "the order of questions is the data's own, see `data_seed`",
+        "use_vllm": OWN_SAMPLING,
+        "use_transformers_continuous_batching": OWN_SAMPLING,
+        "use_transformers_paged": OWN_SAMPLING,
+        "chat_template_kwargs": "prompts are encoded by rorchat, as everywhere",
+        "pad_to_multiple_of": "a batch is as long as its longest row",
+        "log_completions": NO_TABLES,
+        "log_completions_hub_repo": NO_TABLES,
+        "sync_ref_model": "the reference is the model that the run began with",
+        "use_adaptive_entropy": "its state is no part of a checkpoint; give `entropy_coef`",
+        "cast_lm_head_to_fp32": "the head is tied to the embedding",
+    }
+
+    model: str = field(
+        default="gpt2", metadata={"help": "The chat model to train: a run's folder, a folder or a Hub id."}
+    )
+    rewards: list[str] = field(
+        default_factory=lambda: ["answer", "stop", "length", "repetition"],
+        metadata={"help": "answer, stop, length, repetition, format, or FILE.py:FUNCTION of yours."},
+    )
+    readiness_questions: int = field(
+        default=32, metadata={"help": "Questions asked first, to see whether there is anything to learn; 0: none."}
+    )
+    # TRL's fields with other defaults
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Tokens a reply; default: a quarter of the positions."}
+    )
+    scale_rewards: str = field(
+        default="none",
+        metadata={"help": "By which std rewards are divided, less their group's mean: none, group, batch."},
+    )
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.0
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 a share of them."})
+    lr_scheduler_type: str = "warmup_stable_decay"
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = field(
+        default=64, metadata={"help": "Replies at a time; a step's must be a multiple of num_generations."}
+    )
+    per_device_eval_batch_size: int = 64
+    gradient_checkpointing: bool = False
+    bf16: bool | None = None
+    logging_steps: float = 10
+    eval_strategy: str = "no"
+    save_total_limit: int = 2
+    report_to: str = "none"
+    disable_tqdm: bool = True
+
+    def __post_init__(self):
+        self.check_data()
+        self.settle()
+        self._check_groups()
+        self._check_rewards()
+        if sharding(self):
+            raise UsageError(
+                f"{sharding(self)}: sampling needs the whole model. Take with recipes/accelerate/ddp.yaml."
+            )
+        for name, known in KNOWN_VALUES.items():
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(known)}.")
+        if self.max_completion_length is not None and self.max_completion_length < 2:
+            raise UsageError(f"max_completion_length is {self.max_completion_length}: give 2 tokens or more.")
+        if not 0 < self.temperature < float("inf"):
+            raise UsageError(f"temperature is {self.temperature}: give a positive number, so that replies differ.")
+        if self.readiness_questions < 0:
+            raise UsageError(f"readiness_questions is {self.readiness_questions}: give 0 or a positive number.")
+        self.num_generations_eval, self.shuffle_dataset = 1, False
+        super().__post_init__()
+        self.check_devices()
+
+    def _check_groups(self) -> None:
+        if self.num_generations < 2:
+            raise UsageError(
+                f"num_generations is {self.num_generations}: a reply is compared with others to the same question, "
+                "give 2 or more."
+            )
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        replies = self.per_device_train_batch_size * self.gradient_accumulation_steps * world
+        if replies % self.num_generations:
+            raise UsageError(
+                f"A step has {replies} replies (per_device_train_batch_size {self.per_device_train_batch_size} x "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} x {world} processes), which "
+                f"num_generations {self.num_generations} does not divide: give a multiple of it."
+            )
+
+    def _check_rewards(self) -> None:
+        if not self.rewards or len(set(self.rewards)) < len(self.rewards):
+            raise UsageError(f"rewards is {self.rewards}: name at least one, and none twice.")
+        for name in self.rewards:
+            find_reward(name)
+        self.reward_weights = self.reward_weights or [WEIGHTS.get(name, 1.0) for name in self.rewards]
+        if len(self.reward_weights) != len(self.rewards):
+            raise UsageError(
+                f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards "
+                f"({', '.join(self.rewards)}): give one each."
+            )
+
+    @property
+    def reward_files(self) -> dict[str, str]:
+        """The sha256 of every file that has a reward of the user's: with another one it would be another run."""
+        files = {name.rpartition(":")[0] for name in self.rewards if ":" in name}
+        return {file: sha256_of(Path(file)) for file in sorted(files)}
+
+
+def require_chat_model(folder: str, tokenizer) -> None:
+    """Raises MismatchError where a model has no control tokens of its own, so that nobody taught it to reply."""
+    rows = AutoConfig.from_pretrained(folder).vocab_size
+    if rows < len(tokenizer):
+        raise MismatchError(
+            f"The model {folder!r} has no control tokens ({rows:,} rows of embeddings, the tokenizer needs "
+            f"{len(tokenizer):,}): it was never taught to reply, so that no reply could be rewarded. Teach it with "
+            "recipes/sft.py first."
+        )
+
+
+def read_questions(arguments: GrpoArguments, tokenizer, positions: int) -> tuple[Dataset, Dataset, list[Tally]]:
+    """(training questions, validation questions, where the rows went), each with its encoded `prompt`.
+
+    A question goes to validation by a hash of its words, so that none is on both sides. One that does not fit into
+    `positions` with room for a reply is rejected: its answer may hang on what would be cut.
+
+    Raises:
+        DataError: nothing to train on, or nothing held out.
+        UsageError: a source without questions whose answers are known.
+    """
+    persona = load_persona(arguments.persona)
+    kept: dict[bool, list[dict]] = {True: [], False: []}
+    tallies = []
+    for spec in arguments.sources:
+        rows = load(spec, "question", seed=arguments.data_seed, persona=persona)
+        for row in rows:
+            reserve = arguments.max_completion_length
+            encoded = encode_prompt(tokenizer, row["messages"], positions=positions, reserve=reserve)
+            if encoded.notice():
+                reject = Reject("over-long", f"longer than {positions - reserve} tokens, which a reply leaves it")
+                rows.tally.withdraw(rows.place, reject)
+                continue
+            held_out = in_validation(words_of(row), arguments.validation_share)
+            kept[held_out].append({**row, "prompt": encoded.input_ids, "place": rows.place})
+        tallies.append(rows.tally)
+    if not kept[True] or not kept[False]:
+        raise DataError(
+            f"{len(kept[False])} questions to train on and {len(kept[True])} held out for validation, at "
+            f"validation_share {arguments.validation_share} of {', '.join(arguments.sources)}: both are needed. Give "
+            "more data or another validation_share."
+        )
+    return Dataset.from_list(kept[False]), Dataset.from_list(kept[True]), tallies
+
+
+def reply_length(arguments: GrpoArguments, positions: int) -> int:
+    """Tokens of the longest reply: what was asked for, or a quarter of the positions.
+
+    Raises:
+        MismatchError: the positions leave no room for a question.
+    """
+    longest = arguments.max_completion_length or positions // RESERVED_FOR_ANSWER
+    if longest >= positions:
+        raise MismatchError(
+            f"max_completion_length is {longest} but the model has only {positions} positions for question and reply: "
+            "give less."
+        )
+    return longest
+
+
+class PolicyTrainer(StageTrainer, GRPOTrainer):
+    """GRPOTrainer over encoded questions."""
+
+    def __init__(self, model, arguments: GrpoArguments, tokenizer, train: Dataset, validation: Dataset):
+        replies = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        self.questions_per_step = replies // arguments.num_generations
+        if arguments.max_steps <= 0:
+            arguments.max_steps = max(1, round(len(train) * arguments.num_train_epochs / self.questions_per_step))
+        # as if all were of one length: a step of questions of one kind would pull one way
+        questions = arguments.max_steps * self.questions_per_step
+        order = training_order([1] * len(train), questions, self.questions_per_step, arguments.data_seed)
+        stops = set(model.generation_config.eos_token_id)
+        fuse_gelu(model)
+        super().__init__(
+            model=model,
+            reward_funcs=[Scorer(name, arguments.max_completion_length, stops) for name in arguments.rewards],
+            args=arguments,
+            train_dataset=train.select(order),
+            eval_dataset=validation,
+            processing_class=tokenizer,
+        )
+        chat = ChatModel(model, tokenizer)
+        self.questions = train
+        self._tokens: dict[int, int] = {}  # read and written after so many steps
+        self.begin_stage(
+            chat,
+            Path(arguments.output_dir),
+            tokens_after=lambda step: self._tokens.get(step, self.state.num_input_tokens_seen),
+            speak=lambda prompts: [reply.text for reply in generate_replies(chat, prompts, temperature=0)],
+        )
+        self.add_callback(_Readiness(self))
+
+    # What TRL would do otherwise
+
+    def _tokenize_prompts(self, prompts: list[list[int]]):
+        return prompts, None, {}  # they come encoded
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *_):
+        was_training = self.model.training
+        self.model.eval()  # else gradient checkpointing keeps no cache
+        ids = generate_ids(self.chat, prompt_ids, self.generation_kwargs)
+        self.model.train(was_training)
+        return ids, None  # no log-probabilities: they are computed in the step
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        def placed(attention_mask, **inputs):
+            # TRL 1.16 gives no positions, and GPT-2 counts its own from the padding on: every prompt that is padded
+            # would be learned from at other positions than it was answered at.
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            return model(attention_mask=attention_mask, position_ids=position_ids, **inputs)
+
+        return super()._get_per_token_logps_and_entropies(placed, *args, **kwargs)
+
+    def _generate(self, prompts):
+        if self.model.training:
+            self._tokens.setdefault(self.state.global_step, self.state.num_input_tokens_seen)
+        made = super()._generate(prompts)
+        if self.model.training:
+            self._tokens[self.state.global_step + 1] = self.state.num_input_tokens_seen
+        return made
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        metrics = self._metrics["train"]
+        for name in [name for name in metrics if name not in LOGGED and not name.endswith("/mean")]:
+            if name == "completions/clipped_ratio":
+                metrics["stopped"] += [1 - share for share in metrics[name]]
+            del metrics[name]
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, self._teaching(inputs), return_outputs, num_items_in_batch)
+
+    def _teaching(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The replies that differ in reward from their group, as short as they are: the others have no gradient."""
+        alone = self.accelerator.num_processes == 1  # others would wait for logs of as many replies
+        if not alone or self.loss_type != "dapo" or self.beta or self.entropy_coef or self.top_entropy_quantile < 1:
+            return inputs
+        teaching = inputs["advantages"].abs() > SAME
+        teaching[0] |= not teaching.any()
+        kept = {name: tensor[teaching] if tensor.dim() else tensor for name, tensor in inputs.items()}
+        start = kept["prompt_mask"].any(0).int().argmax()
+        end = kept["completion_mask"].any(0).sum()
+        columns = {"prompt_ids": slice(start, None), "prompt_mask": slice(start, None)}
+        columns |= {"completion_ids": slice(end), "completion_mask": slice(end)}
+        return kept | {name: kept[name][:, part] for name, part in columns.items()}
+
+    def _halve(self) -> None:
+        raise UsageError(
+            f"Out of memory at step {self.state.global_step + 1}: give a smaller per_device_train_batch_size with as "
+            "many more gradient_accumulation_steps, or a smaller max_completion_length."
+        )
+
+    def _write_rows(self, step: int) -> None:
+        path = self.checkpoints.folder / DIVERGED_ROWS
+        for number in range((step - 1) * self.questions_per_step, step * self.questions_per_step):
+            append_line(path, {"step": step, "row": number, "text": words_of(self.train_dataset[number])})
+
+    # Measuring
+
+    def _worth(self, rows: Sequence[dict], replies: Sequence[Reply]) -> torch.Tensor:
+        """(replies,) weighted sum of the rewards."""
+        each = torch.tensor([scorer.worth(rows, replies) for scorer in self.reward_funcs])  # (rewards, replies)
+        return self.reward_weights.to(each) @ each
+
+    def _sums(self, *numbers: float) -> list[float]:
+        """Sums over all processes."""
+        own = torch.tensor([numbers], dtype=torch.float32, device=self.args.device)
+        return self.accelerator.gather(own).sum(0).tolist()
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """The likeliest reply to every validation question: its reward, whether it is right, whether it ends."""
+        started, was_training = time.monotonic(), self.model.training
+        rows = list(self.eval_dataset.shard(self.accelerator.num_processes, self.accelerator.process_index))
+        self.model.eval()  # it also tells TRL where to log
+        asked = [row["messages"] for row in rows]
+        replies = generate_replies(self.chat, asked, max_new_tokens=self.max_completion_length, temperature=0)
+        right = [is_right(reply.text, row) for row, reply in zip(rows, replies, strict=True)]
+        stopped = [reply.stopped for reply in replies]
+        worth = self._worth(rows, replies) if rows else torch.zeros(0)
+        count, worth, right, stopped = self._sums(len(rows), worth.sum().item(), sum(right), sum(stopped))
+        metrics = {"eval_reward": worth / count, "eval_right": right / count, "eval_stopped": stopped / count}
+        metrics |= {"eval_questions": round(count), "eval_seconds": round(time.monotonic() - started, 2)}
+        self.log(dict(metrics))
+        self.model.train(was_training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def sample(self, rows: Sequence[dict]) -> list[Reply]:
+        """`num_generations` replies to each question, as training samples them, one question after the other."""
+        each, replies = max(1, self.args.per_device_train_batch_size // self.num_generations), []
+        for start in range(0, len(rows), each):
+            prompts = [row["prompt"] for row in rows[start : start + each] for _ in range(self.num_generations)]
+            ids, _ = self._generate_single_turn(prompts)
+            texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+            replies += as_replies(texts, ids, set(self.eos_token_ids))
+        return replies
+
+    def check_readiness(self) -> None:
+        """Samples replies to the first questions, and logs in how many groups they differ in reward.
+
+        It draws from a random state of its own, so that training is the same with and without it.
+
+        Raises:
+            UsageError: they differ in too few of them: there would be nothing to learn from.
+        """
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        rows = list(self.questions.take(min(self.args.readiness_questions, len(self.questions))))
+        rows = rows[rank::world] or rows[:1]
+        with self.meter.pause(), torch.random.fork_rng([self.args.device] if self.args.on_gpu else []):
+            torch.manual_seed(self.args.seed + rank)
+            replies = self.sample(rows)
+        rows = [row for row in rows for _ in range(self.num_generations)]
+        right = sum(is_right(reply.text, row) for row, reply in zip(rows, replies, strict=True))
+        groups = self._worth(rows, replies).view(-1, self.num_generations)  # (questions, generations)
+        spread = (groups.amax(1) - groups.amin(1) > SAME).sum().item()
+        questions, spread, worth, right = self._sums(len(groups), spread, groups.mean(1).sum().item(), right)
+        found = {"questions": round(questions), "spread": spread / questions, "reward": worth / questions}
+        found["right"] = right / questions / self.num_generations
+        if self.is_world_process_zero():
+            record = {"step": 0, "event": "readiness", "tokens": 0} | found
+            append_line(self.meter.path, record | self.meter.spent())
+            print(_told(found, self.num_generations), file=sys.stderr)  # noqa: T201
+        if found["spread"] < LEAST_SPREAD:
+            raise UsageError(_refusal(found))
+
+
+class _Readiness(TrainerCallback):
+    """Looks before the first step whether there is anything to learn; a run that goes on has looked before."""
+
+    def __init__(self, trainer: PolicyTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0 and args.readiness_questions:
+            self.trainer.check_readiness()
+
+
+def _told(found: dict[str, float], generations: int) -> str:
+    return (
+        f"readiness: {found['questions']} questions, {generations} replies each: {found['right']:.1%} right, mean "
+        f"reward {found['reward']:.2f}, in {found['spread']:.0%} of the groups replies differ in reward"
+    )
+
+
+def _refusal(found: dict[str, float]) -> str:
+    advice = "easier questions, more num_generations, a higher temperature, or more fine-tuning (recipes/sft.py) first"
+    if found["right"] >= KNOWN:
+        advice = "harder questions, for it knows these, or a higher temperature"
+    return (
+        f"Replies differ in reward in {found['spread']:.0%} of {found['questions']} groups, and the model would learn "
+        f"from those alone ({LEAST_SPREAD:.0%} are wanted; {found['right']:.1%} of the replies are right). Give "
+        f"{advice}; or --readiness_questions 0 to train all the same."
+    )
