@@ -45,8 +45,11 @@ class BaseText:
 
     def told(self) -> str:
         """What it is, in words."""
-        many = f"{self.tokens:,}" if self.of == self.tokens else f"{self.tokens:,} of {self.of:,}"
-        return f"{many if self.of else f'the first {self.tokens:,}'} tokens of {', '.join(self.where)}"
+        if self.of is None:
+            many = f"the first {self.tokens:,}"
+        else:
+            many = f"{self.tokens:,}" if self.of == self.tokens else f"{self.tokens:,} of {self.of:,}"
+        return f"{many} tokens of {', '.join(self.where)}"
 
 
 def runs_behind(model: str) -> Iterator[tuple[Path, dict]]:
