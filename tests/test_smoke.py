@@ -183,7 +183,7 @@ def test_gpt2_of_the_hub_becomes_a_chat_model_in_six_steps(gpt2, shared_data, tm
     assert (gpt2 / "model.safetensors").read_bytes() == before
     plain = [sys.executable, "-c", PLAIN, tmp_path / "dpo-smoke" / "model"]
     done = subprocess.run(plain, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.split("\n")[-2] == "50304 [50258, 50256] assistant False", done.stderr[-2000:]
+    assert done.stdout.split("\n")[-2] == "50304 [50259, 50256] assistant False", done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("story", ["demo", "first-words"])
@@ -308,7 +308,7 @@ class TestArgumentsOfChatStages:
 
     def test_sources_of_a_file_may_name_variables_which_must_be_set(self, stage, tmp_path, monkeypatch):
         config = tmp_path / "c.yaml"
-        config.write_text(f"sources: [messages=$CHATS/a.jsonl]\noutput_dir: {tmp_path / 'run'}\n")
+        config.write_text(f"model: x\nsources: [messages=$CHATS/a.jsonl]\noutput_dir: {tmp_path / 'run'}\n")
         monkeypatch.delenv("CHATS", raising=False)
         with pytest.raises(
             UsageError, match=r"c\.yaml: sources is 'messages=\$CHATS/a\.jsonl', but \$CHATS is not set"

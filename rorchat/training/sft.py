@@ -31,6 +31,7 @@ from rorchat.training.smoke import SmokeArguments, make_small
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 ROWS_PER_CALL = 1000  # conversations a call of the tokenizer
+TOKENS_AT_ONCE = 2048  # on a CPU, whose products are no faster for more: a larger micro-batch goes through in parts
 
 
 @dataclass
@@ -161,6 +162,8 @@ class ChatTrainer(StageTrainer, SFTTrainer):
                 for reply in generate_replies(chat, prompts, max_new_tokens=arguments.reply_tokens, temperature=0)
             ],
         )
+        if self.args.device.type == "cpu":
+            self.rows_that_fit = min(self.rows_that_fit, max(1, TOKENS_AT_ONCE // window))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
