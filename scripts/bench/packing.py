@@ -26,6 +26,10 @@ from rorchat.tokenizer import load_tokenizer
 
 WINDOWS = (256, 512, WINDOW)
 SECTION = "packing"
+HEADING = f"""\
+### {SECTION}: tokens / (rows x window)
+
+`python scripts/bench/packing.py DATA DATA/gpt2_tokenizer`. A small file alone cannot fill its last row."""
 
 
 def trl(lengths: Sequence[int], window: int) -> list[list[int]]:
@@ -98,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     for window in arguments.windows:
         found = conversations_in(arguments.data, tokenizer, window)
         tables.append(table({name: [sum(row) for row in rows] for name, rows in found}, window))
-    text = "\n\n".join(tables)
+    text = "\n\n".join([HEADING, *tables])
     print(text)
     if arguments.write:
         arguments.write.write_text(updated(arguments.write, {SECTION: text}), encoding="utf-8")
