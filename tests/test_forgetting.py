@@ -214,23 +214,23 @@ def test_stores_that_are_gone_or_anothers_are_of_no_use(moved, saved):
     assert text.where == [str(moved / "midtrain" / "tokens" / "chat-tinytown")]  # better than nothing
 
 
+class Numbered(ValidationRows):
+    def __getitem__(self, row: int) -> dict:
+        return super().__getitem__(row) | {"number": row}
+
+
 @pytest.mark.parametrize("most", [40, 200])
 def test_what_is_measured_is_capped_and_evenly_spaced(most, store, spec, tokenizer, monkeypatch):
     monkeypatch.setattr(forgetting, "MOST_TOKENS", most)
+    monkeypatch.setattr(forgetting, "ValidationRows", Numbered)
     text = base_text(str(store.folder), "gpt2", tokenizer, 16)
     assert text.of == store.tokens("validation") - 1 > 2 * most
     assert most - 15 <= text.tokens <= most + 15
     assert text.told() == f"{text.tokens:,} of {text.of:,} tokens of {store.folder}"
-    rows, every = (
-        [tuple(each[at]["input_ids"].tolist()) for at in range(len(each))]
-        for each in (text.rows, ValidationRows(store, 16))
-    )
-    assert text.tokens == sum(len(row) - 1 for row in rows)
-    at = []
-    for row in rows:  # of equal ones the next
-        at.append(every.index(row, at[-1] + 1 if at else 0))
-    gaps = np.diff([*at, len(every)])
-    assert rows[0] == every[0] and gaps.min() > 0 and np.ptp(gaps) <= 1
+    rows = [text.rows[at] for at in range(len(text.rows))]
+    assert text.tokens == sum(len(row["input_ids"]) - 1 for row in rows)
+    gaps = np.diff([*(row["number"] for row in rows), len(ValidationRows(store, 16))])
+    assert rows[0]["number"] == 0 and gaps.min() > 0 and np.ptp(gaps) <= 1
     text = base_text(spec, "gpt2", tokenizer, 16)
     assert (text.tokens, text.of, text.told()) == (most, None, f"the first {most} tokens of {spec}")
 

@@ -194,9 +194,10 @@ class TestFourBits:
         near(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tokenizer), learned)
         near(logits_of(load_checkpoint(str(tmp_path / "adapter"), tokenizer), tokenizer), learned)
 
-    def test_gradients_go_through_the_frozen_matrices_after_an_evaluation_too(self, base, tokenizer):
-        """bitsandbytes 0.50 cuts them off where the CPU has AVX512-BF16."""
-        model, _ = adapted(base, tokenizer, load_in_4bit=True)
+    def test_gradients_go_through_the_frozen_matrices_after_an_evaluation_too(self, tokenizer, tmp_path):
+        """bitsandbytes 0.50 cuts them off where the CPU has AVX512-BF16 and widths are multiples of 64."""
+        save_model(build_model("2x2x64", tokenizer, POSITIONS), tokenizer, tmp_path)
+        model, _ = adapted(tmp_path, tokenizer, load_in_4bit=True)
         fuse_head(model)
         gradients = []
         for _ in range(2):
@@ -355,6 +356,16 @@ def test_a_run_that_is_interrupted_goes_on_to_the_same_bits(bench, start, stage,
     assert len({sha256(each / "adapter" / "adapter_model.safetensors") for each in (out, whole)}) == 1
     assert equal(state_of(out, 6), state_of(whole, 6))
     assert log_of(out) == log_of(whole)
+
+
+def test_two_processes_train_one_adapter(bench, start):
+    out, flags = bench.fresh(), RUN | {"model": str(start), "max_steps": 2, "save_steps": 2}
+    done = bench.run(out, stage="sft", processes=2, **flags)
+    assert done.code == 0, done.said
+    assert verified_steps(out) == [2]
+    rows = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert all(bool(value.isfinite().all()) for value in rows.values())
+    assert max(float(value.abs().max()) for name, value in rows.items() if "lora_B" in name) > 1e-3  # at birth 0
 
 
 def test_a_checkpoint_is_an_adapter_that_is_verified_exported_and_talked_to(run, tokenizer, tmp_path):

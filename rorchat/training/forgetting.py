@@ -43,11 +43,10 @@ class BaseText:
 
     def told(self) -> str:
         """What it is, in words."""
-        many = f"{self.tokens:,}"
         if self.of is None:
-            many = f"the first {many}"
-        elif self.of > self.tokens:
-            many = f"{many} of {self.of:,}"
+            many = f"the first {self.tokens:,}"
+        else:
+            many = f"{self.tokens:,}" if self.of == self.tokens else f"{self.tokens:,} of {self.of:,}"
         return f"{many} tokens of {', '.join(self.where)}"
 
 
