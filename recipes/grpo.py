@@ -9,7 +9,7 @@ from rorchat.inference.engine import model_folder
 from rorchat.model import check_fit, load_checkpoint
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
-from rorchat.training.grpo import GrpoArguments, PolicyTrainer, read_questions, reply_length, require_chat_model
+from rorchat.training.grpo import GrpoArguments, PolicyTrainer, read_questions, reply_length
 from rorchat.training.run import Run
 
 
@@ -21,10 +21,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if run.finished:
         return run.already_finished()
 
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, must_chat=True)
     model = load_checkpoint(base, tokenizer, arguments.seed)
     check_fit(model, tokenizer)
-    require_chat_model(base, tokenizer)
     arguments.max_completion_length = reply_length(arguments, model.config.n_positions)
     train, validation, tallies = read_questions(arguments, tokenizer, model.config.n_positions)
     trainer = PolicyTrainer(model, arguments, tokenizer, train, validation)

@@ -406,7 +406,7 @@ def test_a_base_model_a_missing_model_and_a_place_that_is_none_are_one_line_each
     PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(base)
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=1)).save_pretrained(base)
     for words, code, said in (
-        ([base], 78, f"{base} is a base model: it has 300 embedding rows and none for the control tokens"),
+        ([base], 78, f"The model {str(base)!r} has no control tokens <|im_start|> and <|im_end|>: "),
         ([tmp_path / "none"], 65, f"No model folder {tmp_path / 'none'}."),
         ([planted["good"], "--before", tmp_path / "none"], 65, f"No model folder {tmp_path / 'none'}."),
         ([planted["good"], "--persona", tmp_path / "none"], 65, f"No persona file {tmp_path / 'none'}."),

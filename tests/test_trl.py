@@ -193,6 +193,7 @@ def test_what_trl_called_its_end_is_never_the_pad_here(theirs):
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|pad|>")
     assert len(set(tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)))) == 4
     assert len(tokenizer) % 64 == 0
+    load_tokenizer(str(theirs), must_chat=True)  # though the pad has no row yet
 
 
 def test_no_text_becomes_a_special_token_that_came_with_the_template_of_others(theirs):
@@ -229,8 +230,12 @@ def test_fine_tuning_begins_with_a_base_model_or_a_chat_model(model, request, da
 def test_what_needs_a_chat_model_refuses_one_that_was_never_taught(base, data, tmp_path):
     said = ("no control tokens <|im_start|> and <|im_end|>", "recipes/sft.py")
     refused(prefer(base, data, tmp_path / "out"), 78, *said)
-    refused(inside("rorchat", "chat", base), 78, *said)
-    refused(inside("dpo", "--sources", "tinytown=20", "--output_dir", tmp_path / "out"), 2, "No model", "--model runs/")
+    refused(inside("grpo", "--model", base, "--sources", "tinytown=20", "--output_dir", tmp_path / "out"), 78, *said)
+    for name in ("chat", "gate"):
+        refused(inside("rorchat", name, base), 78, *said)
+    for name in ("dpo", "grpo"):
+        done = inside(name, "--sources", "tinytown=20", "--output_dir", tmp_path / "out")
+        refused(done, 2, "No model", "--model runs/gpt2-chat")
 
 
 def test_tokens_that_were_added_as_words_are_made_special(base, tmp_path):

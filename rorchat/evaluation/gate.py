@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from rorchat.errors import DataError, DivergedError, MismatchError, RorchatError, did_you_mean
+from rorchat.errors import DataError, DivergedError, RorchatError, did_you_mean
 from rorchat.evaluation.behaviour import MEASURES, Behaviour, Measure, Value, measure_behaviour, short
-from rorchat.inference.engine import ChatModel, load_model, model_folder
+from rorchat.inference.engine import load_model
 from rorchat.persona import Persona
 
 THRESHOLDS = Path(__file__).with_name("behaviour.yaml")
@@ -125,22 +125,9 @@ def gate(model: str, persona: Persona, thresholds: dict[str, float], before: str
         DataError, RemoteError: nothing loadable is there.
         MismatchError: it is no chat model: its tokenizer has no control tokens.
     """
-    chats = [(name, _load_chat_model(name)) for name in (model, before) if name]
+    chats = [(name, load_model(name, must_chat=True)) for name in (model, before) if name]
     measured = [measure_behaviour(chat, name.rstrip("/"), persona) for name, chat in chats]
     return Verdict(measured[0], thresholds, *measured[1:])
-
-
-def _load_chat_model(name: str) -> ChatModel:
-    from transformers import AutoConfig
-
-    chat = load_model(name)
-    rows = AutoConfig.from_pretrained(model_folder(name)).vocab_size
-    if rows < len(chat.tokenizer):  # loading added rows for the control tokens, which nobody has trained
-        raise MismatchError(
-            f"{name} is a base model: it has {rows:,} embedding rows and none for the control tokens of a chat. "
-            "Fine-tune it first, with recipes/sft.py."
-        )
-    return chat
 
 
 def write_verdict(verdict: Verdict, path: Path) -> None:

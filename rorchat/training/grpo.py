@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, TrainerCallback
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from rorchat.chatml import encode_prompt
@@ -72,9 +72,7 @@ class GrpoArguments(DataArguments, OptimizationArguments, GRPOConfig):
         "cast_lm_head_to_fp32": "the head is tied to the embedding",
     }
 
-    model: str = field(
-        default="gpt2", metadata={"help": "The chat model to train: a run's folder, a folder or a Hub id."}
-    )
+    model: str = field(default="", metadata={"help": "The chat model to train: a run's folder, a folder or a Hub id."})
     rewards: list[str] = field(
         default_factory=lambda: ["answer", "stop", "length", "repetition"],
         metadata={"help": "answer, stop, length, repetition, format, or FILE.py:FUNCTION of yours."},
@@ -109,6 +107,8 @@ class GrpoArguments(DataArguments, OptimizationArguments, GRPOConfig):
 
     def __post_init__(self):
         self.check_data()
+        if not self.model:
+            raise UsageError("No model: give the chat model to train, as in --model runs/gpt2-chat")
         self.settle()
         self._check_groups()
         self._check_rewards()
@@ -161,17 +161,6 @@ class GrpoArguments(DataArguments, OptimizationArguments, GRPOConfig):
         """The sha256 of every file that has a reward of the user's: with another one it would be another run."""
         files = {name.rpartition(":")[0] for name in self.rewards if ":" in name}
         return {file: sha256_of(Path(file)) for file in sorted(files)}
-
-
-def require_chat_model(folder: str, tokenizer) -> None:
-    """Raises MismatchError where a model has no control tokens of its own, so that nobody taught it to reply."""
-    rows = AutoConfig.from_pretrained(folder).vocab_size
-    if rows < len(tokenizer):
-        raise MismatchError(
-            f"The model {folder!r} has no control tokens ({rows:,} rows of embeddings, the tokenizer needs "
-            f"{len(tokenizer):,}): it was never taught to reply, so that no reply could be rewarded. Teach it with "
-            "recipes/sft.py first."
-        )
 
 
 def read_questions(arguments: GrpoArguments, tokenizer, positions: int) -> tuple[Dataset, Dataset, list[Tally]]:
