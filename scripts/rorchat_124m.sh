@@ -25,7 +25,8 @@ export ULTRAFEEDBACK=${ULTRAFEEDBACK:-$DATA/ultrafeedback} HH_RLHF=${HH_RLHF:-$D
 
 smoke="" base=$OUT/pretrain
 if [ "$last" = --smoke ]; then
-    smoke=--smoke base=$GPT2 # pretraining in the small leaves a toy; chat begins with the checkpoint, as large as it is
+    # Small samples will do, of which more must be held out. What pretraining leaves is a toy: chat begins with GPT-2 itself.
+    smoke="--smoke --validation_share 0.1" base=$GPT2
 fi
 $launch recipes/pretrain.py --config $story/pretrain.yaml --model "$GPT2" --output_dir "$OUT/pretrain" $smoke
 $launch recipes/sft.py --config $story/sft.yaml --model "$base" --output_dir "$OUT/sft" $smoke

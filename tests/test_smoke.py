@@ -275,7 +275,7 @@ class TestArgumentsOfChatStages:
 
     def test_few_rows_are_read_and_enough_of_them_held_out(self, stage, tmp_path):
         found, real = (self.arguments(stage, tmp_path, smoke=smoke) for smoke in (True, False))
-        assert (found.rows_per_source, found.validation_share) == (ROWS_PER_SOURCE, 0.1)
+        assert (found.rows_per_source, found.validation_share, found.reply_tokens) == (ROWS_PER_SOURCE, 0.1, 16)
         assert (real.rows_per_source, real.validation_share, real.reply_tokens) == (None, 0.01, None)
         assert self.arguments(stage, tmp_path, "--validation_share", 0.3).validation_share == 0.3
 
@@ -300,7 +300,7 @@ class TestArgumentsOfChatStages:
         for said in (
             f"first {ROWS_PER_SOURCE} rows",
             "10%",
-            "2 rows for 32",
+            "steps of 2 rows for 32",
             "3 of them for num_train_epochs 1",
             "run-smoke",
         ):
