@@ -26,7 +26,7 @@ export ULTRAFEEDBACK=${ULTRAFEEDBACK:-$DATA/ultrafeedback} HH_RLHF=${HH_RLHF:-$D
 smoke="" base=$OUT/pretrain
 if [ "$last" = --smoke ]; then
     # Small samples will do, of which more must be held out. What pretraining leaves is a toy: chat begins with GPT-2 itself.
-    smoke="--smoke --validation_share 0.1" base=$GPT2
+    smoke="--smoke --validation_share 0.02" base=$GPT2
 fi
 $launch recipes/pretrain.py --config $story/pretrain.yaml --model "$GPT2" --output_dir "$OUT/pretrain" $smoke
 $launch recipes/sft.py --config $story/sft.yaml --model "$base" --output_dir "$OUT/sft" $smoke
