@@ -279,11 +279,6 @@ def test_the_hubs_gpt2_goes_through_sft_at_124m_within_six_gigabytes(shared_data
     assert (config["vocab_size"], config["n_layer"]) == (50_304, 12)
 
 
-def test_there_are_the_yaml_files_of_two_stories():
-    assert len(list((ROOT / "recipes" / "demo").glob("*.yaml"))) == 4
-    assert len(list((ROOT / "recipes" / "first-words").glob("*.yaml"))) == 3
-
-
 class TestBadInput:
     """Each is one line and the right exit code, without a traceback."""
 

@@ -49,7 +49,7 @@ def test_no_room_for_what_will_be_there_at_once_is_refused_before_the_first_step
 
     class Model:
         def parameters(self):
-            return [SimpleNamespace(numel=lambda: 1000)]
+            return [SimpleNamespace(numel=lambda: 1000, requires_grad=True)]
 
     arguments = SimpleNamespace(save_strategy="steps", eval_strategy=evaluations, save_steps=2, max_steps=2 * saves)
     trainer = SimpleNamespace(args=arguments, model=Model(), checkpoints=Checkpoints(tmp_path))
