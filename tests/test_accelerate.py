@@ -187,7 +187,7 @@ def test_two_machines_come_to_what_one_comes_to(words, alone, tmp_path):
 
 @pytest.mark.slow
 @needs_no_gpu
-@pytest.mark.parametrize(("name", "flags"), [("one_gpu", ()), ("one_process", ()), ("ddp", ("--num_processes", 2))])
+@pytest.mark.parametrize(("name", "flags"), [("one_gpu", ()), ("ddp", ("--num_processes", 2))])
 def test_the_files_for_gpus_run_on_cpus_where_there_are_none(name, flags, words, alone, tmp_path):
     succeeded(ended(launch(name, *small(words, tmp_path / "run"), flags=flags)))
     check_equal(results(tmp_path / "run"), alone)

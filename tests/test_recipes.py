@@ -218,12 +218,11 @@ PRETRAIN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_twenty_steps_are_the_same_in_one_pass_in_eight_and_on_two_processes(story, tmp_path, optimizer):
+def test_twenty_steps_are_the_same_in_one_pass_in_eight_and_on_two_processes(story, tmp_path):
     """Losses in float32 within 1e-5: the same samples, and gradients added up in another order."""
     flags = [
         *PRETRAIN, "--global_batch_tokens", 512, "--max_steps", 20, "--logging_steps", 1, "--eval_strategy", "no",
-        "--optimizer", optimizer, "--tokenizer", story / "tokenizer", "--token_store", tmp_path / "tokens",
+        "--optimizer", "muon", "--tokenizer", story / "tokenizer", "--token_store", tmp_path / "tokens",
     ]  # fmt: skip
     succeeded(recipe("pretrain", *flags, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "whole"))
     succeeded(recipe("pretrain", *flags, "--per_device_train_batch_size", 1, "--output_dir", tmp_path / "eight"))
@@ -236,24 +235,6 @@ def test_twenty_steps_are_the_same_in_one_pass_in_eight_and_on_two_processes(sto
     assert len(whole) == 20 and whole[0] - whole[19] > 0.1
     assert eight == pytest.approx(whole, rel=1e-5)
     assert two == pytest.approx(whole, rel=1e-5)
-
-
-def test_an_unfinished_run_goes_on_from_its_newest_whole_checkpoint_and_ends_the_same(story, tmp_path):
-    flags = [*PRETRAIN, "--tokenizer", story / "tokenizer", "--save_steps", 2, "--save_total_limit", 3]
-    succeeded(recipe("pretrain", *flags, "--output_dir", tmp_path / "whole"))
-    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    for path in (tmp_path / "broken" / "model", tmp_path / "broken" / "checkpoint-5"):
-        shutil.rmtree(path, ignore_errors=True)
-    (tmp_path / "broken" / "checkpoint-4" / "trainer_state.json").unlink()  # as if killed while saving it
-    record = json.loads((tmp_path / "broken" / "run.json").read_text())
-    record.pop("finished")
-    (tmp_path / "broken" / "run.json").write_text(json.dumps(record))
-    succeeded(recipe("pretrain", *flags, "--output_dir", tmp_path / "broken"))
-    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken")]
-    assert weights[0] == weights[1]
-    steps = [record["step"] for record in metrics_of(tmp_path / "broken") if "loss" in record]
-    assert steps == [1, 2, 3, 4, 5, 3, 4, 5]  # the file only grows; the line "resumed" takes the first 3 to 5 back
-    assert not list((tmp_path / "whole").rglob("training_args.bin"))
 
 
 @pytest.mark.slow

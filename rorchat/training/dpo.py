@@ -114,9 +114,9 @@ def read_pairs(arguments: DpoArguments, tokenizer, max_length: int) -> tuple[Dat
                 continue
             prompt_ids, chosen_ids = _split(better)
             held_out = in_validation("\n".join(turn["content"] for turn in row["prompt"]), arguments.validation_share)
-            kept[held_out].append(
-                {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": _split(worse)[1]}
-            )
+            sides = {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": _split(worse)[1]}
+            # a list of Python's ints takes up to nine times as much
+            kept[held_out].append({name: np.array(ids, np.int32) for name, ids in sides.items()})
         tallies.append(rows.tally)
     if not kept[True] or not kept[False]:
         raise DataError(

@@ -99,7 +99,7 @@ def test_interrupted_after_each_step(bench, wholes, workers):
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_each_optimizer(bench, wholes, optimizer):
     whole = wholes(optimizer=optimizer)
-    for step in range(STEPS - 1):
+    for step in range(0, STEPS - 1, 2):
         out = bench.fresh()
         flags = FLAGS | {"optimizer": optimizer}
         assert bench.run(out, {"signal": signal.SIGINT, "at": step, "where": "forward"}, **flags).code == 75
