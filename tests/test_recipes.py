@@ -124,6 +124,7 @@ def story(tmp_path_factory) -> Path:
 
 
 def test_every_stage_leaves_a_stock_folder_and_its_record(story):
+    assert not list(story.rglob("training_args.bin"))  # a pickle
     for stage in ("pretrain", "sft", "dpo"):
         run = story / stage
         files = {path.name for path in (run / "model").iterdir()}
