@@ -57,11 +57,11 @@ def kill_and_go_on(bench, at_four, whole_by_two, rank: int, number: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rank", "least", "every"), [(0, 40, 4), (1, 2, 1)])
+@pytest.mark.parametrize(("rank", "least", "every"), [(0, 40, 8), (1, 2, 1)])
 def test_a_kill_at_operations_of_a_save_ends_both_and_costs_one_interval(
     bench, at_four, whole_by_two, rank, least, every
 ):
-    """Every fourth one of the first process's ninety, which are those of one process alone; all take two minutes."""
+    """Every eighth one of the first process's ninety, which are those of one process alone; all take two minutes."""
     found = bench.folder / f"operations-{rank}.json"
     assert ranked(bench, bench.fresh(at_four), {"count": str(found), "during": DURING, "rank": rank}).code == 0
     operations = json.loads(found.read_text())
