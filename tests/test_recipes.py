@@ -225,8 +225,8 @@ def test_twenty_steps_are_the_same_in_one_pass_in_eight_and_on_two_processes(sto
         *PRETRAIN, "--global_batch_tokens", 512, "--max_steps", 20, "--logging_steps", 1, "--eval_strategy", "no",
         "--optimizer", "muon", "--tokenizer", story / "tokenizer", "--token_store", tmp_path / "tokens",
     ]  # fmt: skip
-    succeeded(recipe("pretrain", *flags, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "whole"))
-    succeeded(recipe("pretrain", *flags, "--per_device_train_batch_size", 1, "--output_dir", tmp_path / "eight"))
+    succeeded(inside("pretrain", *flags, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "whole"))
+    succeeded(inside("pretrain", *flags, "--per_device_train_batch_size", 1, "--output_dir", tmp_path / "eight"))
     two = [*flags, "--per_device_train_batch_size", 2, "--output_dir", tmp_path / "two"]
     succeeded(launch("pretrain", *two, processes=2))
     whole, eight, two = (
