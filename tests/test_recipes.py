@@ -89,7 +89,7 @@ def story(tmp_path_factory) -> Path:
     """tokenizer -> pretrain -> sft -> dpo on a little of Tinytown, with a model of 20 thousand parameters."""
     out = tmp_path_factory.mktemp("story")
     succeeded(
-        launch(
+        inside(
             "tokenizer",
             "--sources",
             "tinytown=200",
@@ -115,7 +115,7 @@ def story(tmp_path_factory) -> Path:
         )
     )  # fmt: skip
     succeeded(
-        launch(
+        inside(
             "dpo", "--sources", "tinytown=40", "--model", out / "sft", "--validation_share", 0.2, "--max_steps", 2,
             "--logging_steps", 1, "--output_dir", out / "dpo",
         )
