@@ -1,6 +1,7 @@
 """Packing loses nothing, fills rows, and changes neither loss nor gradient: no sequence sees another."""
 
 import copy
+import itertools
 from collections import Counter
 from itertools import islice
 
@@ -184,6 +185,26 @@ def test_a_model_made_ready_still_generates_and_reads_padded_batches(stock):
     plain = copy.deepcopy(stock)(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
     expected = F.cross_entropy(plain, batch["labels"][:, 1:].flatten(), ignore_index=IGNORED)
     assert torch.allclose(ready(**batch).loss, expected, atol=1e-5)
+
+
+def varlen_by_hand(query, key, value, query_bounds, key_bounds, *_, scale, window_size):
+    """What the kernel for sequences of various lengths is documented to do."""
+    parts, bounds = [], zip(query_bounds.tolist(), key_bounds.tolist(), strict=True)
+    for (start, key_start), (end, key_end) in itertools.pairwise(bounds):
+        rows, columns = end - start, key_end - key_start
+        mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+        qkv = (query[start:end], key[key_start:key_end], value[key_start:key_end])
+        part = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in qkv), attn_mask=mask, scale=scale)
+        parts.append(part.transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("trees", [[(7,), (1,), (20,)], [(7,), (12, 5, 9), (1,), (20, 3, 30)]])
+def test_the_kernel_for_various_lengths_is_told_which_keys_a_query_sees(trees, monkeypatch):
+    monkeypatch.setattr(attention_module, "varlen_attn", varlen_by_hand)
+    qkv = torch.randn(3, sum(map(sum, trees)), 2, 8, generator=torch.Generator().manual_seed(0))
+    found = attention_module._by_one_kernel(*qkv, trees, None)
+    assert torch.allclose(found, attention_module._one_by_one(*qkv, trees, 0.0, None), atol=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for sequences of various lengths needs a GPU")

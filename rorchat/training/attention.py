@@ -80,29 +80,37 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, trees: Sequence[Tree]
 
 
 def _by_one_kernel(query: Tensor, key: Tensor, value: Tensor, trees: Sequence[Tree], scaling) -> Tensor:
-    read, lengths = [], []  # which keys there are for the queries, and for how many queries
+    index, bounds, longest = _reading(tuple(trees), query.device)
+    if index is not None:
+        key, value = key[index], value[index]
+    # causal from the last key back, so that a branch sees its stem whole
+    return varlen_attn(query, key, value, *bounds, *longest, scale=scaling, window_size=(-1, 0))
+
+
+@functools.lru_cache(maxsize=1)  # every block of a micro-batch asks for the same
+def _reading(trees: tuple[Tree, ...], device: torch.device) -> tuple[Tensor | None, list[Tensor], list[int]]:
+    """Which keys stand ready for which queries.
+
+    Returns:
+        Where each key is found, None if in its own place, where a stem is read for several branches; the bounds of the
+        queries and of their keys; the most queries and keys of one call.
+    """
+    read, lengths = [], []
     start = 0
     for stem, *branches in trees:
         first = stem + (branches[0] if branches else 0)
-        read.append(torch.arange(start, start + first))
+        read.append(range(start, start + first))
         lengths.append(first)
         at = start + first
         for branch in branches[1:]:
-            read.append(torch.cat([torch.arange(start, start + stem), torch.arange(at, at + branch)]))
+            read.append((*range(start, start + stem), *range(at, at + branch)))
             lengths.append(branch)
             at += branch
         start = at
     seen = [len(keys) for keys in read]
-    if len(seen) > len(trees):
-        index = torch.cat(read).to(key.device)
-        key, value = key[index], value[index]
-
-    def bounds(sizes: list[int]) -> Tensor:
-        return torch.tensor([0, *sizes], device=query.device).cumsum(0).to(torch.int32)
-
-    return varlen_attn(  # causal from the last key back, so that a branch sees its stem whole
-        query, key, value, bounds(lengths), bounds(seen), max(lengths), max(seen), scale=scaling, window_size=(-1, 0)
-    )
+    bounds = [torch.tensor([0, *sizes]).cumsum(0, dtype=torch.int32).to(device) for sizes in (lengths, seen)]
+    index = None if seen == lengths else torch.tensor([at for keys in read for at in keys]).to(device)
+    return index, bounds, [max(lengths), max(seen)]
 
 
 AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
