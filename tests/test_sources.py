@@ -254,7 +254,7 @@ NOTHING_TO_READ = [
     ("empty.json", b"", "No row of .* can be used"),
     ("array.json", b"[]", "is empty: there is no row in it"),
     ("empty.txt.gz", gzip.compress(b"", mtime=0), "is empty: there is no row in it"),
-    ("numbers.jsonl", b"1\n2\n", "No row of .* can be used: 2 wrong type, first at"),
+    ("numbers.jsonl", b"1\n2\n", "No row of .* can be used: 2 wrong type, first at .*Mend them .*--rejects"),
     ("table.xml", b"a,b\n", r"cannot read \.xml; known are \.txt"),
     ("plain", b"a", "cannot read a file without suffix"),
 ]

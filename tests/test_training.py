@@ -1,6 +1,7 @@
 """Training: the fused loss is the stock loss, batches cut differently train alike, the optimizers do what they say."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from rorchat.training import loss as loss_module
 from rorchat.training.arguments import parse
 from rorchat.training.loss import fuse_gelu, fuse_head, head_loss
 from rorchat.training.optimizer import build_optimizer
-from rorchat.training.order import training_order
+from rorchat.training.order import steps_of, training_order
 from rorchat.training.pretrain import PretrainArguments
 from rorchat.training.sft import SftArguments
 
@@ -157,11 +158,23 @@ def test_an_optimizer_goes_on_from_its_state_as_if_never_stopped(model, name):
 def test_the_order_of_rows_shows_each_row_once_an_epoch_and_puts_like_lengths_together():
     lengths = np.random.default_rng(0).integers(5, 100, 400)
     order = training_order(lengths, rows=800, batch_size=8, seed=0)
-    assert np.bincount(order, minlength=400).tolist() == [2] * 400
     assert np.array_equal(order, training_order(lengths, 800, 8, 0))
     assert not np.array_equal(order, training_order(lengths, 800, 8, 1))
     spread = np.ptp(lengths[order].reshape(-1, 8), axis=1).mean()
     assert spread < 0.2 * np.ptp(lengths)
+
+
+@pytest.mark.parametrize("rows", [8, 9, 100])
+def test_no_batch_holds_a_row_twice_though_epochs_are_smaller_than_what_is_sorted(rows):
+    order = training_order(np.random.default_rng(0).integers(5, 100, rows), rows=8 * rows, batch_size=8, seed=0)
+    assert np.array_equal(np.sort(order.reshape(8, rows)), np.tile(np.arange(rows), (8, 1)))
+    assert all(len(set(batch)) == 8 for batch in order.reshape(-1, 8).tolist())
+
+
+@pytest.mark.parametrize(("rows", "epochs", "steps"), [(47, 1, 2), (64, 1, 2), (10, 1, 1), (47, 2, 3)])
+def test_the_steps_of_an_epoch_leave_no_row_out(rows, epochs, steps):
+    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "world_size": 1}
+    assert steps_of(SimpleNamespace(**sizes, max_steps=-1, num_train_epochs=epochs), rows) == steps
 
 
 BASE = ["--sources", "tinytown=10", "--output_dir", "x", "--block_size", "64", "--per_device_train_batch_size", "2"]

@@ -229,7 +229,10 @@ def require_rows(tally: Tally) -> None:
     if not tally.kept:
         rejects = sorted(tally.rejects.items(), key=lambda item: -item[1])
         said = "; ".join(f"{count:,} {reason}, first at {tally.places[reason][0]}" for reason, count in rejects)
-        raise DataError(f"No row of {tally.source} can be used: {said}.")
+        raise DataError(
+            f"No row of {tally.source} can be used: {said}. Mend them (`rorchat data check {tally.source} --rejects "
+            "FILE` writes them all), or give another source."
+        )
 
 
 @dataclass(frozen=True)

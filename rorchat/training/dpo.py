@@ -2,41 +2,91 @@
 
 Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) with an SFT term: without it the chosen replies
 lose probability too, and a small model begins to babble. Pairs are encoded here, as everywhere; TRL's preparation is
-skipped. The reference model's log-probabilities are computed once, so that no second model is held.
+skipped. The reference's log-probabilities are computed once and kept, so that no second model is held.
 """
 
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers.trainer_utils import IntervalStrategy
 from trl import DPOConfig, DPOTrainer
+from trl.models.utils import prepare_deepspeed
 
 from rorchat.chatml import IGNORED, EncodedConversation, encode_conversations
-from rorchat.errors import DataError, UsageError
+from rorchat.errors import DataError, UsageError, did_you_mean
 from rorchat.inference.engine import ChatModel, generate_replies
+from rorchat.model import is_adapter
 from rorchat.persona import load_persona
 from rorchat.sources import Reject, Tally, in_validation, load
+from rorchat.training import reference
 from rorchat.training.arguments import DataArguments
 from rorchat.training.callbacks import append_line
 from rorchat.training.lora import LoraArguments
 from rorchat.training.loss import fuse_gelu
 from rorchat.training.order import steps_of, training_order
 from rorchat.training.pairs import fuse_pairs
+from rorchat.training.processes import any_process, sharding
+from rorchat.training.resume import storage_failure
 from rorchat.training.smoke import SmokeArguments, make_small
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 NOT_FORMED = ("entropy", "logits/chosen", "logits/rejected")  # rorchat/training/pairs.py leaves them out
+CHOSEN_FELL = "chosen fell"  # how the event is called, and in run.json why training stopped
+PAIRS, TOKENS = "pairs", "chosen_tokens"  # how many are behind each of the numbers that TRL notes
+#: What TRL 1.16 would refuse after the model has been loaded, or in the first step, with a traceback.
+LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+#: The losses that have a meaning for every divergence: those of the difference between the two sides.
+OF_DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+LIMITS = {
+    "max_length": (lambda value: value is None or value > 0, "a positive number, or nothing for the positions"),
+    "chosen_drop": (lambda value: 0 <= value < math.inf, "nats a token, or 0 for never"),
+    "beta": (lambda value: 0 < value < math.inf, "a positive number"),
+    "label_smoothing": (lambda value: 0 <= value < 0.5, "a number from 0 to below 0.5"),
+    "ld_alpha": (lambda value: value is None or 0 <= value <= 1, "a number from 0 to 1"),
+    "f_alpha_divergence_coef": (math.isfinite, "a number"),
+    "discopop_tau": (lambda value: 0 < value < math.inf, "a positive number"),
+    "precompute_ref_batch_size": (lambda value: value is None or value > 0, "a positive number, or nothing"),
+}
+FIRST_MODEL = "the reference is the model that the run begins with"
+STOCK = "the model is a stock GPT-2"
 
 
 @dataclass
 class DpoArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArguments, DPOConfig):
     """Settings of `recipes/dpo.py`."""
+
+    DECIDED: ClassVar[dict[str, str]] = OptimizationArguments.DECIDED | {
+        "precompute_ref_log_probs": "the reference's log-probabilities are computed once; a second model, which TRL "
+        "would load for them, would be the base where the run begins with an adapter",
+        "sync_ref_model": FIRST_MODEL,
+        "ref_model_mixup_alpha": FIRST_MODEL,
+        "ref_model_sync_steps": FIRST_MODEL,
+        "use_weighting": "its weights are sums over the whole vocabulary, which are not formed here",
+        "label_smoothing_factor": "it is of tokens; `label_smoothing` is of preferences",
+        "truncation_mode": "a pair of which a side is longer than `max_length` is left out, and counted",
+        "padding_free": "padding is never computed",
+        "pad_to_multiple_of": "padding is never computed",
+        "pad_token": "the pad is the tokenizer's",
+        "dataset_num_proc": "pairs are encoded by rorchat, as everywhere",
+        "disable_dropout": "nothing is dropped out",
+        "model_init_kwargs": STOCK,
+        "trust_remote_code": STOCK,
+        "router_aux_loss_coef": STOCK,
+    }
 
     model: str = field(default="", metadata={"help": "The chat model to train: a run's folder, a folder or a Hub id."})
     # TRL's fields with other defaults
@@ -49,7 +99,6 @@ class DpoArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArg
         metadata={"help": "Stop when chosen replies have lost so many nats a token against the reference; 0: never."},
     )
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid", "sft"])
-    loss_weights: list[float] | None = field(default_factory=lambda: [1.0, 1.0])
     precompute_ref_log_probs: bool = True
     learning_rate: float = 1e-6
     weight_decay: float = 0.0
@@ -72,14 +121,52 @@ class DpoArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArg
             raise UsageError("No model: give the chat model to train, as in --model runs/gpt2-chat")
         self.check_lora()
         self.settle()
-        if self.max_length is not None and self.max_length < 1:
-            raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
-        if not 0 <= self.chosen_drop < math.inf:
-            raise UsageError(f"chosen_drop is {self.chosen_drop}: give nats a token, or 0 for never.")
+        self._check_limits()
+        self._check_loss()
+        if sharding(self) == "FSDP" and is_adapter(self.model):
+            raise UsageError(
+                f"{self.model} is an adapter, and under FSDP TRL loads the reference anew, without it. Give the merged "
+                "model, or launch with recipes/accelerate/ddp.yaml."
+            )
         super().__post_init__()
         self.check_devices()
         if self.smoke:
             make_small(self)
+
+    def _check_limits(self) -> None:
+        for name, (fits, allowed) in LIMITS.items():
+            if not fits(value := getattr(self, name)):
+                raise UsageError(f"{name} is {value}: give {allowed}.")
+        if self.chosen_drop and self.logging_strategy == IntervalStrategy.NO:
+            raise UsageError(
+                "chosen_drop is looked at with every line of the log, and logging_strategy is no: leave one of the two "
+                "out, or give --chosen_drop 0."
+            )
+
+    def _check_loss(self) -> None:
+        kinds = self.loss_type
+        for kind in kinds:
+            if kind not in LOSSES:
+                raise UsageError(f"No loss_type {kind!r}.{did_you_mean(kind, LOSSES)} Known: {', '.join(LOSSES)}.")
+        self.loss_weights = self.loss_weights or [1.0] * len(kinds)
+        if len(self.loss_weights) != len(kinds):
+            raise UsageError(
+                f"loss_weights has {len(self.loss_weights)} numbers for {len(kinds)} losses ({', '.join(kinds)}): give "
+                "one each, or leave it out for 1 each."
+            )
+        if not all(0 <= weight < math.inf for weight in self.loss_weights) or not any(self.loss_weights):
+            raise UsageError(f"loss_weights is {self.loss_weights}: give numbers from 0 on, not all of them 0.")
+        if "exo_pair" in kinds and not self.label_smoothing:
+            raise UsageError("loss_type exo_pair takes a logarithm of label_smoothing: give a positive one, as 1e-3.")
+        self._check_divergence()
+
+    def _check_divergence(self) -> None:
+        kind = self.f_divergence_type
+        if kind not in DIVERGENCES:
+            raise UsageError(f"f_divergence_type is {kind!r}: give one of {', '.join(DIVERGENCES)}.")
+        others = [loss for loss in self.loss_type if loss not in OF_DIFFERENCES]
+        if kind != "reverse_kl" and others:
+            raise UsageError(f"loss_type {others[0]} is of reverse_kl alone: leave f_divergence_type {kind} out.")
 
 
 def _split(encoded: EncodedConversation) -> tuple[list[int], list[int]]:
@@ -142,15 +229,17 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         )
         order = training_order(lengths, rows, micro, arguments.data_seed)
         read = np.cumsum([0, *lengths[order].reshape(arguments.max_steps, -1).sum(1)])
-        self._chosen_tokens = np.mean([len(ids) for ids in train["chosen_ids"]])
+        # mean tokens of a chosen reply, in the step and in validation
+        self._chosen_length = {"eval": np.mean([len(ids) for ids in validation["chosen_ids"]])}
         fuse_gelu(model)
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=train.select(order),
+            train_dataset=train,  # each pair once, for the reference's log-probabilities
             eval_dataset=validation,
             processing_class=tokenizer,
         )
+        self.train_dataset = self.train_dataset.select(order)
         fuse_pairs(model)
         chat = ChatModel(model, tokenizer)
         self.begin_stage(
@@ -163,9 +252,48 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
             ],
         )
 
-    def _precompute_ref_logps(self, *args):
+    # The reference
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """As TRL's (1.16), whose file has a random name: neither another process nor the next start would find it."""
         fuse_pairs(self.model)  # the constructor has just put TRL's head there
-        return super()._precompute_ref_logps(*args)
+        arguments, path = self.args, Path(self.args.output_dir) / reference.FILE.format(name)
+        settings = {
+            "weights": self._precompute_model_hash, "ld_alpha": self.ld_alpha, "rows": batch_size,
+            "processes": arguments.world_size, "device": arguments.device.type, "bf16": arguments.bf16,
+            "fp16": arguments.fp16,
+        }  # fmt: skip
+        key = reference.key_of(dataset, **settings)
+        found = reference.read(path, key)
+        missing = any_process(found is None)[0]
+        if missing:
+            found = self._of_reference(dataset, name, batch_size)
+        if self.is_world_process_zero():
+            failure = storage_failure(lambda: reference.keep(path, key, found)) if missing else None
+            how = "computed" if missing else f"read from {path}"
+            lost = f"; they could not be kept ({' '.join(str(failure).split())})" if failure else ""
+            print(f"reference: log-probabilities of {len(dataset):,} {name} pairs {how}{lost}", file=sys.stderr)  # noqa: T201
+        for side, values in zip(reference.SIDES, found, strict=True):
+            dataset = dataset.add_column(f"ref_{side}_logps", values.numpy())
+        return dataset
+
+    def _of_reference(self, dataset: Dataset, name: str, batch_size: int) -> torch.Tensor:
+        """(2, pairs) log-probabilities of the chosen and of the rejected replies, on every process."""
+        model = self.ref_model or self.model  # under FSDP the model is in shards only once it is trained
+        if self.ref_model is None and self.is_deepspeed_enabled:
+            self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
+            model = self._precompute_engine
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(dataset, batch_size, collate_fn=self.data_collator, num_workers=workers)
+        found = []
+        for batch in tqdm(
+            self.accelerator.prepare(loader), desc=f"reference, {name}", disable=bool(os.environ.get("TQDM_DISABLE"))
+        ):
+            sides = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))
+            found.append(torch.stack(sides).float().cpu())
+        return torch.cat(found, dim=1)
+
+    # Steps
 
     def divided(self, inputs, rows):
         # all chosen sides come before all rejected ones; the reference's log-probabilities are one a pair
@@ -177,27 +305,62 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
             found.append({name: tensor[sides if len(tensor) > pairs else of] for name, tensor in inputs.items()})
         return found
 
+    def _halve(self) -> None:
+        super()._halve()
+        self.forget_step()  # which is done again
+
     def _prepare_dataset(self, dataset, *args):
         return dataset  # rows come encoded
 
+    def get_batch_samples(self, *args, **kwargs):
+        found = super().get_batch_samples(*args, **kwargs)
+        counts = [_chosen(batch) for batch in found[0]]
+        pairs, tokens = self._sums(*(sum(column) for column in zip(*counts, strict=True))) if counts else (1, 0)
+        self._chosen_length["train"] = tokens / pairs
+        return found
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's, but that the SFT term weighs all chosen tokens of a step alike, however it is divided."""
+        mode = "train" if self.model.training else "eval"
+        pairs, tokens = _chosen(inputs)
+        # TRL takes the mean over the tokens of the rows given, and the Trainer the mean of those means
+        share = tokens / pairs / self._chosen_length[mode]
+        given = zip(self.loss_types, self.args.loss_weights, strict=True)
+        self.loss_weights = [weight * share if kind == "sft" else weight for kind, weight in given]
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        for name, count in zip((PAIRS, TOKENS), self._sums(pairs, tokens), strict=True):
+            self._metrics[mode][name].append(count)
+        return loss
+
+    def _sums(self, *counts: int) -> list[int]:
+        """Sums over all processes."""
+        own = torch.tensor([counts], device=self.args.device)
+        return self.accelerator.gather(own).sum(0).tolist()
+
+    # What is logged
+
     def log(self, logs, start_time=None):
-        for metrics in self._metrics.values():
-            for name in NOT_FORMED:
-                metrics.pop(name, None)
-        rewards = self._metrics["train"].get("rewards/chosen")
-        if rewards and "loss" in logs:
-            logs["chosen_change"] = float(np.mean(rewards)) / self.args.beta / self._chosen_tokens
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name in NOT_FORMED:
+            metrics.pop(name, None)
+        pairs, tokens = metrics.pop(PAIRS, []), metrics.pop(TOKENS, [])
+        for name, values in metrics.items():
+            if len(values) == len(pairs):  # one of each micro-batch, which TRL would weigh alike
+                weights = tokens if name == "mean_token_accuracy" else pairs
+                metrics[name] = [float(np.average(values, weights=weights))]
+        if "loss" in logs and pairs:
+            logs["chosen_change"] = metrics["rewards/chosen"][0] / self.args.beta * sum(pairs) / sum(tokens)
             self._stop_where_chosen_fall(logs["chosen_change"])
         super().log(logs, start_time)
 
     def _stop_where_chosen_fall(self, change: float) -> None:
         """Ends training when the model unlearns the replies that it should prefer: it would soon babble."""
-        if not self.args.chosen_drop or change >= -self.args.chosen_drop:
+        if not self.args.chosen_drop or not change < -self.args.chosen_drop:
             return
         self.control.should_training_stop = True
-        step = self.state.global_step
+        self.stopped, step = CHOSEN_FELL, self.state.global_step
         if self.is_world_process_zero():
-            append_line(self.meter.path, {"step": step, "event": "chosen fell", "chosen_change": change})
+            append_line(self.meter.path, {"step": step, "event": CHOSEN_FELL, "chosen_change": change})
             tqdm.write(
                 f"Stopped at step {step}: the chosen replies have lost {-change:.2f} nats a token against the "
                 f"reference, more than chosen_drop {self.args.chosen_drop:g}. Lower learning_rate, raise beta, or keep "
@@ -209,3 +372,9 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         metrics = DPOTrainer.evaluate(self, *args, **kwargs)  # a pair's loss, accuracy and margin, not a token's
         self._validated = self.state.global_step, metrics["eval_loss"]
         return metrics
+
+
+def _chosen(inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """(pairs, tokens of their chosen replies) of a batch as TRL's collator makes it."""
+    replies = inputs["completion_mask"].chunk(2)[0]
+    return len(replies), int(replies.sum())

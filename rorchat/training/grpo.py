@@ -6,6 +6,7 @@ and each is made likelier by as much as its reward is above the group's mean. Wh
 same there is nothing to learn, which is looked at before the first step. Prompts are encoded here, as everywhere.
 """
 
+import math
 import os
 import sys
 import time
@@ -219,7 +220,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         replies = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         self.questions_per_step = replies // arguments.num_generations
         if arguments.max_steps <= 0:
-            arguments.max_steps = max(1, round(len(train) * arguments.num_train_epochs / self.questions_per_step))
+            arguments.max_steps = max(1, math.ceil(len(train) * arguments.num_train_epochs / self.questions_per_step))
         # as if all were of one length: a step of questions of one kind would pull one way
         questions = arguments.max_steps * self.questions_per_step
         order = training_order([1] * len(train), questions, self.questions_per_step, arguments.data_seed)

@@ -150,7 +150,7 @@ class LearnedRows(NamedTuple):
         return self.frozen.index_copy(0, self.ids, self.rows.detach())
 
 
-def _learned_rows(model: nn.Module) -> LearnedRows | None:
+def learned_rows(model: nn.Module) -> LearnedRows | None:
     """Of a model in which PEFT trains rows of the tied embedding; None of any other."""
     adapter = getattr(model.get_input_embeddings(), "token_adapter", None)
     if adapter is None:
@@ -229,7 +229,7 @@ def fuse_head(model: nn.Module, compiled: bool = False, whole_rows: bool = False
         trees = None if sequence_lengths is None else _trees(sequence_lengths, labels.size(1))
         recompute = not compiled and labels.numel() * model.config.n_embd >= WORTHWHILE
         hidden, tied = hidden_states(model, base, args, kwargs, trees, recompute)
-        learned = _learned_rows(model)
+        learned = learned_rows(model)
         # asked for behind the model: where its weights are in shards, they are whole from now on
         weight = model.get_output_embeddings().weight if learned is None else learned.whole()
         loss = head_loss(hidden, weight, labels, whole_rows, tied, learned)
@@ -254,7 +254,7 @@ def hidden_states(
     """
     rows_are_whole = not args and kwargs.keys() == {"input_ids"}  # else there may be a mask
     tied = TiedGradient() if (rows_are_whole or trees) and _lookup_is_plain(model) else None
-    learned, embedded = _learned_rows(model), None
+    learned, embedded = learned_rows(model), None
     if tied is not None:
         embedded = _Lookup.apply(model.get_input_embeddings().weight, kwargs["input_ids"], tied)
     elif learned is not None and "input_ids" in kwargs:

@@ -14,15 +14,28 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from rorchat.chatml import IGNORED
 from rorchat.training.attention import Tree, keep_packed
-from rorchat.training.loss import LOGITS_AT_ONCE, TiedGradient, hidden_states
+from rorchat.training.loss import LOGITS_AT_ONCE, LearnedRows, TiedGradient, hidden_states, learned_rows
 from rorchat.training.recompute import WORTHWHILE
 
 
 class _LogProbabilities(torch.autograd.Function):
-    """log softmax(`hidden @ weight.T`) at `targets`, (N,), and whether the target is the likeliest token."""
+    """log softmax(`hidden @ weight.T`) at `targets`, (N,), and whether the target is the likeliest token.
+
+    Args:
+        rows: (K, D) the rows `row_ids` of a weight of which they alone learn.
+    """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, compute_dtype: torch.dtype, tied):
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        compute_dtype: torch.dtype,
+        tied,
+        rows: Tensor | None = None,
+        row_ids: Tensor | None = None,
+    ):
         head, found, likeliest = weight.to(compute_dtype), [], []
         sums = []
         for part, wanted in _slices(weight.size(0), hidden, targets):
@@ -31,7 +44,7 @@ class _LogProbabilities(torch.autograd.Function):
             found.append(logits.gather(1, wanted[:, None])[:, 0] - sums[-1])
             likeliest.append(logits.argmax(dim=-1) == wanted)
         ctx.save_for_backward(hidden, weight, targets, torch.cat(sums))
-        ctx.compute_dtype, ctx.tied = compute_dtype, tied
+        ctx.compute_dtype, ctx.tied, ctx.row_ids = compute_dtype, tied, row_ids
         likeliest = torch.cat(likeliest)
         ctx.mark_non_differentiable(likeliest)
         return torch.cat(found), likeliest
@@ -44,6 +57,9 @@ class _LogProbabilities(torch.autograd.Function):
         for_hidden, for_weight = ctx.needs_input_grad[:2]
         hidden_gradient = [hidden.new_zeros(0, hidden.size(1))]
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
+        rows_gradient = (
+            weight.new_zeros(len(ctx.row_ids), weight.size(1), dtype=torch.float32) if ctx.needs_input_grad[5] else None
+        )
         for part, wanted, total, outer in _slices(weight.size(0), hidden, targets, sums, gradient):
             part = part.to(ctx.compute_dtype)
             inner = (part @ head.T).float().sub_(total[:, None]).exp_()  # the softmax
@@ -55,9 +71,12 @@ class _LogProbabilities(torch.autograd.Function):
                 weight_gradient.addmm_(inner.T, part)
             elif for_weight:
                 weight_gradient += inner.T @ part
+            if rows_gradient is not None:
+                rows_gradient += inner[:, ctx.row_ids].T @ part
         if ctx.tied is not None:
             ctx.tied.gradient, weight_gradient = weight_gradient, None
-        return torch.cat(hidden_gradient) if for_hidden else None, weight_gradient, None, None, None
+        hidden_gradient = torch.cat(hidden_gradient) if for_hidden else None
+        return hidden_gradient, weight_gradient, None, None, None, rows_gradient, None
 
 
 def _slices(vocabulary: int, *tensors: Tensor):
@@ -67,7 +86,11 @@ def _slices(vocabulary: int, *tensors: Tensor):
 
 
 def log_probabilities(
-    hidden: Tensor, weight: Tensor, targets: Tensor, tied: TiedGradient | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    tied: TiedGradient | None = None,
+    learned: LearnedRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The log-probability of each target in nats, float32, and whether it is the likeliest token, both (N,).
 
@@ -76,12 +99,15 @@ def log_probabilities(
         weight: (V, D), the vocabulary head.
         targets: (N,) ids.
         tied: takes the weight's gradient, in place of the weight.
+        learned: the rows of the weight that get a gradient, where no other does.
     """
     device = hidden.device.type
     mixed = torch.is_autocast_enabled(device)  # which does not reach into a custom function
     compute_dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _LogProbabilities.apply(hidden, weight, targets, compute_dtype, tied)
+        return _LogProbabilities.apply(
+            hidden, weight, targets, compute_dtype, tied, *(learned[:2] if learned else (None, None))
+        )
 
 
 def fuse_pairs(model: nn.Module) -> None:
@@ -126,8 +152,9 @@ def _of_pairs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, label
     first = positions[:, 1] == prompts[:, None]
     last_of_prompt = place[:, 0].gather(1, prompts[:, None] - 1)  # (B, 1)
     source[:, 1] = torch.where(first, last_of_prompt, source[:, 1])
-    weight = model.get_output_embeddings().weight
-    found, likeliest = log_probabilities(hidden[0][source[asked]], weight, ids[asked], tied)
+    learned = learned_rows(model)
+    weight = model.get_output_embeddings().weight if learned is None else learned.whole()
+    found, likeliest = log_probabilities(hidden[0][source[asked]], weight, ids[asked], tied, learned)
     spread = [x.new_zeros(asked.shape).masked_scatter(asked, x) for x in (found, likeliest)]
     return tuple(x.transpose(0, 1).reshape(rows, length)[:, 1:] for x in spread)
 

@@ -271,6 +271,7 @@ class ResumableTrainer(Trainer):
             self._write_rows(step)
         self._tr_loss.copy_(self._summed_before)  # else a window of the log would be no number either
         self._globalstep_last_logged += 1
+        self.forget_step()
         self._mended = True
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row <= MOST_SKIPPED:
@@ -283,6 +284,14 @@ class ResumableTrainer(Trainer):
         if not self.args.fp16:  # there the scaler leaves the step out, and wants to see why
             self.model.zero_grad()
         return done
+
+    def forget_step(self) -> None:
+        """Takes back what TRL has noted since the step began, for the next line of the log."""
+        metrics = getattr(self, "_metrics", {}).get("train", {})
+        for name in [*metrics]:
+            del metrics[name][self._noted_before.get(name, 0) :]
+            if not metrics[name]:  # of which TRL would take the mean
+                del metrics[name]
 
     def _roll_back(self) -> Checkpoint | None:
         try:
@@ -391,6 +400,8 @@ class _State(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer._summed_before = self.trainer._tr_loss.clone()
+        noted = getattr(self.trainer, "_metrics", {}).get("train", {})
+        self.trainer._noted_before = {name: len(values) for name, values in noted.items()}
         self.trainer._mended = False
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -1,10 +1,12 @@
 """A run and its folder: begin, resume or find finished; train; save a stock model. The tail that every stage shares.
 
 config.yaml     what was set; itself a valid --config
-run.json        versions, device, what went in (with sha256), results; `finished` once the model is saved
+run.json        versions, device, what went in (with sha256), results; `finished` once the model is saved, and why it
+                `stopped` where that was before the last step
 metrics.jsonl   one line a log step, see docs/metrics.md; it only grows
 mixture.png     the share of every source from the first token to the last (pretraining)
 micro_batch.json  how many rows fit, where memory ran out once
+.reference_*.json  what the reference gives to every pair, see rorchat/training/reference.py
 samples.jsonl   what the model says to fixed prompts, before, in between and after
 checkpoint-N/   what a run goes on from, see rorchat/training/checkpoint.py; those that did not verify have another name
 adapter/        what was trained, where that is an adapter (LoRA)
@@ -302,6 +304,8 @@ class Run:
                 "some space; the same command goes on from the last checkpoint, if there is one."
             )
         found = {"device": str(model.device), "parameters": model.num_parameters(), "metrics": metrics}
+        if trainer.stopped:
+            found["stopped"] = trainer.stopped
         self._write({**details, **found, "finished": True})
 
     def _start(self, trainer) -> str | None:

@@ -201,6 +201,8 @@ class StageTrainer(DividingTrainer, ResumableTrainer):
     `begin_stage` gives it what the constructors of Transformers and TRL have no place for.
     """
 
+    stopped = ""  # why training ended before its last step, where it did so by itself
+
     def begin_stage(
         self,
         chat: ChatModel,

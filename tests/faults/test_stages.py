@@ -49,16 +49,33 @@ def test_a_step_that_is_no_number_is_skipped(bench, base, stage):
     assert (out / "diverged_rows.jsonl").is_file()
 
 
-@pytest.mark.parametrize(("stage", "fits", "near"), [("sft", 1, 1e-5), ("dpo", 2, 0.05)])
-def test_memory_that_runs_out_halves_the_micro_batch(bench, base, stage, fits, near):
-    """A pair is two rows. DPO's losses are means over a micro-batch, of pairs and of tokens: its halves weigh alike."""
+@pytest.mark.parametrize(("stage", "fits"), [("sft", 1), ("dpo", 2)])
+def test_memory_that_runs_out_halves_the_micro_batch(bench, base, stage, fits):
+    """A pair is two rows."""
     out, whole, flags = bench.fresh(), bench.fresh(), FLAGS | {"model": str(base), "logging_steps": 1}
     assert bench.run(whole, stage=stage, **flags).code == 0
     done = bench.run(out, {"fits": fits, "from": 3, "in": "backward"}, stage=stage, **flags)
     assert done.code == 0 and "Out of memory at step 3" in done.said, done.said
-    losses = [[line["loss"] for line in log_of(run) if "loss" in line] for run in (out, whole)]
+    lines = [[line for line in log_of(run) if "loss" in line] for run in (out, whole)]
+    losses, margins = ([[line.get(name, 0) for line in run] for run in lines] for name in ("loss", "rewards/margins"))
     assert losses[0][:2] == losses[1][:2]
-    assert losses[0] == pytest.approx(losses[1], rel=near)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert margins[0] == pytest.approx(margins[1], abs=1e-6)
+
+
+def test_preferences_are_learned_alike_on_two_processes(bench, base):
+    """The same pairs in each step, and every token of a step weighs the same."""
+    flags = FLAGS | {"model": str(base), "logging_steps": 1, "max_steps": 4}
+    found = []
+    for processes in (1, 2):
+        out = bench.fresh()
+        accumulated = 4 // processes
+        done = bench.run(out, stage="dpo", processes=processes, **flags | {"gradient_accumulation_steps": accumulated})
+        assert done.code == 0, done.said
+        lines = [line for line in log_of(out) if "loss" in line]
+        found.append([line[name] for line in lines for name in ("loss", "chosen_change", "grad_norm")])
+    assert len(found[0]) == 12
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
 
 
 @pytest.fixture
