@@ -6,6 +6,8 @@ and each is made likelier by as much as its reward is above the group's mean. Wh
 same there is nothing to learn, which is looked at before the first step. Prompts are encoded here, as everywhere.
 """
 
+import copy
+import math
 import os
 import sys
 import time
@@ -18,6 +20,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import add_fused_lm_head
 
 from rorchat.chatml import encode_prompt
 from rorchat.errors import DataError, MismatchError, UsageError
@@ -68,6 +71,7 @@ class GrpoArguments(DataArguments, OptimizationArguments, GRPOConfig):
         "log_completions": NO_TABLES,
         "log_completions_hub_repo": NO_TABLES,
         "sync_ref_model": "the reference is the model that the run began with",
+        "model_init_kwargs": "models are loaded by rorchat, in float32",
         "use_adaptive_entropy": "its state is no part of a checkpoint; give `entropy_coef`",
         "cast_lm_head_to_fp32": "the head is tied to the embedding",
     }
@@ -121,7 +125,9 @@ class GrpoArguments(DataArguments, OptimizationArguments, GRPOConfig):
                 raise UsageError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(known)}.")
         if self.max_completion_length is not None and self.max_completion_length < 2:
             raise UsageError(f"max_completion_length is {self.max_completion_length}: give 2 tokens or more.")
-        if not 0 < self.temperature < float("inf"):
+        if not 0 <= self.beta < math.inf:
+            raise UsageError(f"beta is {self.beta}: give a positive number, or 0 to compare with no reference.")
+        if not 0 < self.temperature < math.inf:
             raise UsageError(f"temperature is {self.temperature}: give a positive number, so that replies differ.")
         if self.readiness_questions < 0:
             raise UsageError(f"readiness_questions is {self.readiness_questions}: give 0 or a positive number.")
@@ -225,6 +231,9 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         order = training_order([1] * len(train), questions, self.questions_per_step, arguments.data_seed)
         stops = set(model.generation_config.eos_token_id)
         fuse_gelu(model)
+        reference, beta = copy.deepcopy(model) if arguments.beta else None, arguments.beta
+        # TRL 1.16 would load the reference from where the policy's config says that it lies: of an adapter, its base
+        arguments.beta = 0.0
         super().__init__(
             model=model,
             reward_funcs=[Scorer(name, arguments.max_completion_length, stops) for name in arguments.rewards],
@@ -233,6 +242,8 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
             eval_dataset=validation,
             processing_class=tokenizer,
         )
+        if reference:
+            self._hold_to(reference, beta)
         chat = ChatModel(model, tokenizer)
         self.questions = train
         self._tokens: dict[int, int] = {}  # read and written after so many steps
@@ -245,6 +256,13 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         self.add_callback(_Readiness(self))
 
     # What TRL would do otherwise
+
+    def _hold_to(self, reference, beta: float) -> None:
+        """The policy may not go far from a model that it is compared with, which learns nothing."""
+        self.args.beta = self.beta = beta
+        add_fused_lm_head(reference, temperature=self.temperature)
+        reference.eval().requires_grad_(False)
+        self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     def _tokenize_prompts(self, prompts: list[list[int]]):
         return prompts, None, {}  # they come encoded
