@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rorchat.chatml import IM_END
 from rorchat.errors import DataError, MismatchError, UsageError
-from rorchat.inference.engine import ChatModel
+from rorchat.inference.engine import ChatModel, Reply
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
 from rorchat.training.grpo import GrpoArguments, PolicyTrainer, read_questions, reply_length
@@ -163,6 +163,20 @@ def test_looking_whether_there_is_anything_to_learn_changes_nothing_of_what_is_l
         recipe([*words, "--model", base, "--readiness_questions", str(asked), "--output_dir", str(tmp_path / name)])
         weights.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+def test_questions_of_every_source_are_asked_first(chat, words, tmp_path, monkeypatch):
+    source = gsm8k(tmp_path, *(f"{n} plus 1?" for n in range(80)))
+    trainer, asked = trainer_of(chat, [*words, "--sources", source, "tinytown=80"]), []
+
+    def sample(rows):
+        asked.extend(rows)
+        return [Reply("a", True, 1), Reply("", True, 1)] * (len(rows) * trainer.num_generations // 2)
+
+    monkeypatch.setattr(trainer, "sample", sample)
+    trainer.check_readiness()
+    of_gsm8k = sum(row["topic"] == "number" for row in asked)
+    assert len({tuple(row["prompt"]) for row in asked}) == 32 and 8 < of_gsm8k < 24
 
 
 def one_line(words, capsys) -> tuple[int, str]:

@@ -245,7 +245,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         if reference:
             self._hold_to(reference, beta)
         chat = ChatModel(model, tokenizer)
-        self.questions = train
+        self.questions = train.shuffle(seed=arguments.data_seed)  # of every source some, where few are asked
         self._tokens: dict[int, int] = {}  # read and written after so many steps
         self.begin_stage(
             chat,
@@ -369,7 +369,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         return replies
 
     def check_readiness(self) -> None:
-        """Samples replies to the first questions, and logs in how many groups they differ in reward.
+        """Samples replies to some of the questions, and logs in how many groups they differ in reward.
 
         It draws from a random state of its own, so that training is the same with and without it.
 
