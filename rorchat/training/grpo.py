@@ -229,14 +229,14 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         # as if all were of one length: a step of questions of one kind would pull one way
         questions = arguments.max_steps * self.questions_per_step
         order = training_order([1] * len(train), questions, self.questions_per_step, arguments.data_seed)
-        stops = set(model.generation_config.eos_token_id)
+        stops, control = set(model.generation_config.eos_token_id), set(tokenizer.all_special_ids)
         fuse_gelu(model)
         reference, beta = copy.deepcopy(model) if arguments.beta else None, arguments.beta
         # TRL 1.16 would load the reference from where the policy's config says that it lies: of an adapter, its base
         arguments.beta = 0.0
         super().__init__(
             model=model,
-            reward_funcs=[Scorer(name, arguments.max_completion_length, stops) for name in arguments.rewards],
+            reward_funcs=[Scorer(name, arguments.max_completion_length, stops, control) for name in arguments.rewards],
             args=arguments,
             train_dataset=train.select(order),
             eval_dataset=validation,
