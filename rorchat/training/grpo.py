@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,6 +35,7 @@ from rorchat.training.loss import fuse_gelu
 from rorchat.training.order import training_order
 from rorchat.training.processes import sharding
 from rorchat.training.rewards import WEIGHTS, Scorer, as_replies, find_reward, is_right
+from rorchat.training.smoke import SmokeArguments, make_small
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 LEAST_SPREAD = 0.1  # share of groups in which replies must differ in reward
@@ -54,7 +56,7 @@ NO_TABLES = "rewards are in metrics.jsonl, replies to `sample_prompts` in sample
 
 
 @dataclass
-class GrpoArguments(DataArguments, OptimizationArguments, GRPOConfig):
+class GrpoArguments(DataArguments, SmokeArguments, OptimizationArguments, GRPOConfig):
     """Settings of `recipes/grpo.py`."""
 
     DECIDED: ClassVar[dict[str, str]] = OptimizationArguments.DECIDED | {
@@ -134,6 +136,8 @@ class GrpoArguments(DataArguments, OptimizationArguments, GRPOConfig):
         self.num_generations_eval, self.shuffle_dataset = 1, False
         super().__post_init__()
         self.check_devices()
+        if self.smoke:
+            make_small(self)
 
     def _check_groups(self) -> None:
         if self.num_generations < 2:
@@ -184,7 +188,7 @@ def read_questions(arguments: GrpoArguments, tokenizer, positions: int) -> tuple
     tallies = []
     for spec in arguments.sources:
         rows = load(spec, "question", seed=arguments.data_seed, persona=persona)
-        for row in rows:
+        for row in islice(rows, arguments.rows_per_source):
             reserve = arguments.max_completion_length
             encoded = encode_prompt(tokenizer, row["messages"], positions=positions, reserve=reserve)
             if encoded.notice():
@@ -251,7 +255,10 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
             chat,
             Path(arguments.output_dir),
             tokens_after=lambda step: self._tokens.get(step, self.state.num_input_tokens_seen),
-            speak=lambda prompts: [reply.text for reply in generate_replies(chat, prompts, temperature=0)],
+            speak=lambda prompts: [
+                reply.text
+                for reply in generate_replies(chat, prompts, max_new_tokens=arguments.reply_tokens, temperature=0)
+            ],
         )
         self.add_callback(_Readiness(self))
 
