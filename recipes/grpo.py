@@ -27,8 +27,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     arguments.max_completion_length = reply_length(arguments, model.config.n_positions)
     train, validation, tallies = read_questions(arguments, tokenizer, model.config.n_positions)
     trainer = PolicyTrainer(model, arguments, tokenizer, train, validation)
-    details = {"data": [tally.summary() for tally in tallies], "plan": {"rewards": arguments.reward_files}}
-    return run.train(trainer, details, told=tallies)
+    return run.train(trainer, {"data": [tally.summary() for tally in tallies]}, told=tallies)
 
 
 if __name__ == "__main__":

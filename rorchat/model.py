@@ -4,6 +4,7 @@ Nothing here is an architecture: `GPT2Config` and `GPT2LMHeadModel` are Transfor
 that every tool which reads GPT-2 can load.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -294,13 +295,32 @@ def _read_adapter(folder: Path) -> "tuple[LoraConfig, dict]":
         raise DataError(f"The base of the adapter {folder}, {base}, is not there: bring it back, or {where}.")
     if is_adapter(base):
         raise DataError(f"The base of the adapter {folder} is an adapter itself, {base}: merge that one first.")
-    weights = Path(base) / WEIGHTS
-    if said.get("sha256") and weights.is_file() and sha256_of(weights) != said["sha256"]:
+    if said.get("sha256") and weights_sha256(base) not in (said["sha256"], None):
         raise MismatchError(
-            f"The adapter {folder} was trained beside another model than {weights}: the sha256 differs. Bring that "
+            f"The adapter {folder} was trained beside another model than {base}: the sha256 differs. Bring that "
             f"model back, or {where}."
         )
     return config, said
+
+
+def weights_sha256(name_or_path: str) -> str | None:
+    """The sha256 of a model's weights, in a folder or from the Hub; of shards, that of theirs.
+
+    None where there are no weights to be had, which who loads them will say.
+    """
+    from transformers import utils
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    indices = (utils.SAFE_WEIGHTS_INDEX_NAME, utils.WEIGHTS_INDEX_NAME)
+    for name in (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME, utils.WEIGHTS_NAME, utils.WEIGHTS_INDEX_NAME):
+        try:
+            file = utils.cached_file(name_or_path, name)
+            files = get_checkpoint_shard_files(name_or_path, file)[0] if name in indices else [file]
+        except (OSError, ValueError):
+            continue
+        digests = [sha256_of(Path(each)) for each in files]
+        return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    return None
 
 
 def load_adapter(adapted: "PeftModel", folder: Path) -> None:

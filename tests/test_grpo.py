@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rorchat.chatml import IM_END
 from rorchat.errors import DataError, MismatchError, UsageError
-from rorchat.inference.engine import ChatModel
+from rorchat.inference.engine import ChatModel, Reply
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
 from rorchat.training.grpo import GrpoArguments, PolicyTrainer, read_questions, reply_length
@@ -116,6 +116,29 @@ def test_what_is_rewarded_becomes_likelier(chat, words, capsys):
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2, rewards
 
 
+def test_the_reference_is_the_model_as_it_was_given_wherever_its_config_says_that_it_lies(chat, words, base, capsys):
+    """An adapter is merged into its base, and has the base's name."""
+    model = copy.deepcopy(chat.model)
+    model.config._name_or_path = base
+    model.transformer.wte.weight.data.add_(torch.randn(32))
+    arguments = parse(GrpoArguments, [*words, "--beta", "0.1", "--warmup_steps", "0"])
+    train, validation, _ = read_questions(arguments, chat.tokenizer, chat.positions)
+    trainer = PolicyTrainer(model, arguments, chat.tokenizer, train, validation)
+    trainer.train()
+    first, second = [record["kl"] for record in trainer.state.log_history if "kl" in record]
+    assert abs(first) < 1e-6 < second
+
+
+def test_a_finished_run_whose_reward_has_changed_is_another_run(base, words, tmp_path, capsys):
+    words = [*words, "--model", base, "--max_steps", "1", "--readiness_questions", "0"]
+    metrics = recipe(words)
+    assert recipe(words) == metrics and "finished before" in capsys.readouterr().err
+    mine = tmp_path / "mine.py"
+    mine.write_text(mine.read_text() + "\n# as before\n")
+    code, line = one_line(words, capsys)
+    assert code == 78 and f"inputs.rewards.{mine}" in line
+
+
 def test_a_run_leaves_a_stock_model_and_logs_what_it_earned(base, words, tmp_path, capsys):
     metrics = recipe([*words, "--model", base])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
@@ -140,6 +163,20 @@ def test_looking_whether_there_is_anything_to_learn_changes_nothing_of_what_is_l
         recipe([*words, "--model", base, "--readiness_questions", str(asked), "--output_dir", str(tmp_path / name)])
         weights.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+def test_questions_of_every_source_are_asked_first(chat, words, tmp_path, monkeypatch):
+    source = gsm8k(tmp_path, *(f"{n} plus 1?" for n in range(80)))
+    trainer, asked = trainer_of(chat, [*words, "--sources", source, "tinytown=80"]), []
+
+    def sample(rows):
+        asked.extend(rows)
+        return [Reply("a", True, 1), Reply("", True, 1)] * (len(rows) * trainer.num_generations // 2)
+
+    monkeypatch.setattr(trainer, "sample", sample)
+    trainer.check_readiness()
+    of_gsm8k = sum(row["topic"] == "number" for row in asked)
+    assert len({tuple(row["prompt"]) for row in asked}) == 32 and 8 < of_gsm8k < 24
 
 
 def one_line(words, capsys) -> tuple[int, str]:
@@ -171,6 +208,7 @@ def test_a_reward_that_raises_is_one_line_that_names_it_and_the_row(base, words,
         (["--rewards", "stop", "stop"], "none twice"),
         (["--reward_weights", "1", "2"], "2 numbers for 1 rewards"),
         (["--temperature", "0"], "temperature is 0"),
+        (["--beta", "-1"], "beta is -1"),
         (["--max_completion_length", "1"], "max_completion_length is 1"),
         (["--num_iterations", "2"], "num_iterations cannot be set"),
         (["--steps_per_generation", "2"], "steps_per_generation cannot be set"),

@@ -119,7 +119,7 @@ def test_plain_trl_and_peft_train_the_rows_of_new_tokens_of_gpt2(tokenizer, tmp_
 def test_the_fused_loss_and_its_gradients_are_those_of_peft(base, tokenizer, checkpointing):
     model, _ = adapted(base, tokenizer)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "tokens_delta" in name:  # zeros, and the rows that it stands for
             torch.nn.init.normal_(parameter, std=0.1)
     plain, data = copy.deepcopy(model), batch(tokenizer)
     fuse_head(model)
@@ -266,6 +266,24 @@ class TestOfAnotherBase:
         save_model(model, tokenizer, tmp_path / "other")
         self.point(folder, str(tmp_path / "other"))
         self.refused(MismatchError, folder, tokenizer, "was trained beside another model", "sha256 differs")
+
+    @pytest.mark.parametrize("shard", ["5GB", "40KB"])
+    def test_other_weights_of_a_hub_id_are_told_too_and_of_any_shard(
+        self, base, tokenizer, tmp_path, monkeypatch, shard
+    ):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        cached, commit = tmp_path / "models--own--base", "0" * 40
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text(commit)
+        model = load_checkpoint(str(base), tokenizer)
+        model.save_pretrained(cached / "snapshots" / commit, max_shard_size=shard)
+        _, adapter = adapted("own/base", tokenizer)
+        adapter.save(tmp_path / "adapter", tokenizer)
+        load_checkpoint(str(tmp_path / "adapter"), tokenizer)
+        model.transformer.ln_f.bias.data += 1e-6
+        model.save_pretrained(cached / "snapshots" / commit, max_shard_size=shard)
+        assert len(list((cached / "snapshots" / commit).glob("*.safetensors"))) > (shard == "40KB")
+        self.refused(MismatchError, tmp_path / "adapter", tokenizer, "another model than own/base", "sha256 differs")
 
     @pytest.mark.parametrize("size", ["3x2x32", "1x2x32", "2x2x64"])
     def test_another_size_is_told_by_the_first_matrix_that_does_not_fit(self, folder, tokenizer, tmp_path, size):

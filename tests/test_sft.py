@@ -1,6 +1,7 @@
 """Fine-tuning as its users see it: what is trained, what is replayed, what is refused."""
 
 import runpy
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ from rorchat.chatml import END_OF_TEXT, IM_START
 from rorchat.errors import UsageError
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
+from rorchat.training.dpo import DpoArguments
+from rorchat.training.grpo import GrpoArguments
+from rorchat.training.pretrain import PretrainArguments
 from rorchat.training.sft import SftArguments, read_encoded
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +43,32 @@ def test_replayed_documents_have_their_share_of_the_tokens_and_are_no_conversati
     first = [int(row["input_ids"][0]) for row in train]
     assert first == [begins[0]] * len(plain) + [begins[1]] * (len(train) - len(plain))
     assert all((row["labels"][1:] != -100).all() for row in [*train][len(plain) :])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--loss_type", "dft"],
+        ["--label_smoothing_factor", "0.1"],
+        ["--chat_template_path", "other.jinja"],
+        ["--eos_token", "<|endoftext|>"],
+        ["--pad_token", "<|endoftext|>"],
+        ["--packing", "true"],
+        ["--eval_packing", "true"],
+        ["--packing_strategy", "wrapped"],
+        ["--completion_only_loss", "true"],
+        ["--shuffle_dataset", "true"],
+    ],
+)
+def test_settings_of_trl_that_would_do_nothing_or_harm_are_refused_with_the_reason(flags):
+    with pytest.raises(UsageError, match=f"^{flags[0][2:]} cannot be set: [a-z]"):
+        parse(SftArguments, [*FLAGS, *flags])
+
+
+def test_every_setting_that_is_refused_is_one():
+    stages = (PretrainArguments, SftArguments, DpoArguments, GrpoArguments)
+    known = {each.name for stage in stages for each in fields(stage)}
+    assert {name for stage in stages for name in stage.DECIDED} <= known
 
 
 def test_a_share_that_is_none_is_refused():

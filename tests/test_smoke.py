@@ -194,8 +194,9 @@ def test_the_chat_stages_of_the_small_stories_run_three_steps(story, chat, tmp_p
     record = smoke(story, tmp_path / "sft", "--model", tmp_path / "base", *sources, stage="sft")
     assert record["data"][0]["rows_in"] == ROWS_PER_SOURCE and record["metrics"]["steps"] == 3
     assert record["settings"]["optimizer"] == "muon"
-    record = smoke(story, tmp_path / "dpo", "--model", tmp_path / "sft", *sources, stage="dpo")
-    assert record["data"][0]["rows_in"] == ROWS_PER_SOURCE and record["metrics"]["steps"] == 3
+    for stage in {"demo": ("dpo", "grpo")}.get(story, ("dpo",)):
+        record = smoke(story, tmp_path / stage, "--model", tmp_path / "sft", *sources, stage=stage)
+        assert record["data"][0]["rows_in"] == ROWS_PER_SOURCE and record["metrics"]["steps"] == 3
 
 
 class TestArguments:

@@ -6,12 +6,14 @@ and each is made likelier by as much as its reward is above the group's mean. Wh
 same there is nothing to learn, which is looked at before the first step. Prompts are encoded here, as everywhere.
 """
 
+import copy
 import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,6 +21,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import add_fused_lm_head
 
 from rorchat.chatml import encode_prompt
 from rorchat.errors import DataError, MismatchError, UsageError
@@ -32,6 +35,7 @@ from rorchat.training.loss import fuse_gelu
 from rorchat.training.order import training_order
 from rorchat.training.processes import sharding
 from rorchat.training.rewards import WEIGHTS, Scorer, as_replies, find_reward, is_right
+from rorchat.training.smoke import SmokeArguments, make_small
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 LEAST_SPREAD = 0.1  # share of groups in which replies must differ in reward
@@ -52,7 +56,7 @@ NO_TABLES = "rewards are in metrics.jsonl, replies to `sample_prompts` in sample
 
 
 @dataclass
-class GrpoArguments(DataArguments, OptimizationArguments, GRPOConfig):
+class GrpoArguments(DataArguments, SmokeArguments, OptimizationArguments, GRPOConfig):
     """Settings of `recipes/grpo.py`."""
 
     DECIDED: ClassVar[dict[str, str]] = OptimizationArguments.DECIDED | {
@@ -69,6 +73,7 @@ class GrpoArguments(DataArguments, OptimizationArguments, GRPOConfig):
         "log_completions": NO_TABLES,
         "log_completions_hub_repo": NO_TABLES,
         "sync_ref_model": "the reference is the model that the run began with",
+        "model_init_kwargs": "models are loaded by rorchat, in float32",
         "use_adaptive_entropy": "its state is no part of a checkpoint; give `entropy_coef`",
         "cast_lm_head_to_fp32": "the head is tied to the embedding",
     }
@@ -122,13 +127,17 @@ class GrpoArguments(DataArguments, OptimizationArguments, GRPOConfig):
                 raise UsageError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(known)}.")
         if self.max_completion_length is not None and self.max_completion_length < 2:
             raise UsageError(f"max_completion_length is {self.max_completion_length}: give 2 tokens or more.")
-        if not 0 < self.temperature < float("inf"):
+        if not 0 <= self.beta < math.inf:
+            raise UsageError(f"beta is {self.beta}: give a positive number, or 0 to compare with no reference.")
+        if not 0 < self.temperature < math.inf:
             raise UsageError(f"temperature is {self.temperature}: give a positive number, so that replies differ.")
         if self.readiness_questions < 0:
             raise UsageError(f"readiness_questions is {self.readiness_questions}: give 0 or a positive number.")
         self.num_generations_eval, self.shuffle_dataset = 1, False
         super().__post_init__()
         self.check_devices()
+        if self.smoke:
+            make_small(self)
 
     def _check_groups(self) -> None:
         if self.num_generations < 2:
@@ -179,7 +188,7 @@ def read_questions(arguments: GrpoArguments, tokenizer, positions: int) -> tuple
     tallies = []
     for spec in arguments.sources:
         rows = load(spec, "question", seed=arguments.data_seed, persona=persona)
-        for row in rows:
+        for row in islice(rows, arguments.rows_per_source):
             reserve = arguments.max_completion_length
             encoded = encode_prompt(tokenizer, row["messages"], positions=positions, reserve=reserve)
             if encoded.notice():
@@ -224,28 +233,43 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         # as if all were of one length: a step of questions of one kind would pull one way
         questions = arguments.max_steps * self.questions_per_step
         order = training_order([1] * len(train), questions, self.questions_per_step, arguments.data_seed)
-        stops = set(model.generation_config.eos_token_id)
+        stops, control = set(model.generation_config.eos_token_id), set(tokenizer.all_special_ids)
         fuse_gelu(model)
+        reference, beta = copy.deepcopy(model) if arguments.beta else None, arguments.beta
+        # TRL 1.16 would load the reference from where the policy's config says that it lies: of an adapter, its base
+        arguments.beta = 0.0
         super().__init__(
             model=model,
-            reward_funcs=[Scorer(name, arguments.max_completion_length, stops) for name in arguments.rewards],
+            reward_funcs=[Scorer(name, arguments.max_completion_length, stops, control) for name in arguments.rewards],
             args=arguments,
             train_dataset=train.select(order),
             eval_dataset=validation,
             processing_class=tokenizer,
         )
+        if reference:
+            self._hold_to(reference, beta)
         chat = ChatModel(model, tokenizer)
-        self.questions = train
+        self.questions = train.shuffle(seed=arguments.data_seed)  # of every source some, where few are asked
         self._tokens: dict[int, int] = {}  # read and written after so many steps
         self.begin_stage(
             chat,
             Path(arguments.output_dir),
             tokens_after=lambda step: self._tokens.get(step, self.state.num_input_tokens_seen),
-            speak=lambda prompts: [reply.text for reply in generate_replies(chat, prompts, temperature=0)],
+            speak=lambda prompts: [
+                reply.text
+                for reply in generate_replies(chat, prompts, max_new_tokens=arguments.reply_tokens, temperature=0)
+            ],
         )
         self.add_callback(_Readiness(self))
 
     # What TRL would do otherwise
+
+    def _hold_to(self, reference, beta: float) -> None:
+        """The policy may not go far from a model that it is compared with, which learns nothing."""
+        self.args.beta = self.beta = beta
+        add_fused_lm_head(reference, temperature=self.temperature)
+        reference.eval().requires_grad_(False)
+        self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     def _tokenize_prompts(self, prompts: list[list[int]]):
         return prompts, None, {}  # they come encoded
@@ -352,7 +376,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         return replies
 
     def check_readiness(self) -> None:
-        """Samples replies to the first questions, and logs in how many groups they differ in reward.
+        """Samples replies to some of the questions, and logs in how many groups they differ in reward.
 
         It draws from a random state of its own, so that training is the same with and without it.
 

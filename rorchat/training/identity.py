@@ -63,7 +63,8 @@ def fingerprint(folder: str) -> dict[str, str]:
 
 
 def data_fingerprint(arguments) -> dict[str, object]:
-    """What a config's words alone do not fix: what sources are made of, the persona's sha256, what is mixed how."""
+    """What a config's words alone do not fix: what sources are made of, the persona's sha256, what is mixed how, and
+    the sha256 of files with a user's rewards."""
     persona = Path(arguments.persona) if arguments.persona else DEFAULT_PERSONA
     found = {
         "sources": {spec: _digest_of(spec) for spec in arguments.specs()},
@@ -71,6 +72,8 @@ def data_fingerprint(arguments) -> dict[str, object]:
     }
     if getattr(arguments, "replay", None):
         found["replay"] = _digest_of(arguments.replay)
+    if getattr(arguments, "reward_files", None):
+        found["rewards"] = arguments.reward_files
     if hasattr(arguments, "mixture_config"):
         found["mixture"] = arguments.mixture_config.resolved()  # config.yaml holds no more than the name of the file
     return found

@@ -22,12 +22,11 @@ from rorchat.errors import UsageError
 from rorchat.model import (
     ADAPTER_BASE,
     ADAPTER_WEIGHTS,
-    WEIGHTS,
     is_adapter,
     load_adapter,
     matrices,
+    weights_sha256,
 )
-from rorchat.tokens.store import sha256_of
 from rorchat.training.processes import sharding
 
 ALPHA = 2  # times the rank: what a layer adds is B A x twice, whatever the rank
@@ -87,11 +86,7 @@ class Adapter:
         if rank > model.config.n_embd:
             raise UsageError(f"lora_rank is {rank}, but the model is only {model.config.n_embd} wide: give less.")
         self.base = str(Path(base).resolve()) if Path(base).is_dir() else base
-        weights = Path(base) / WEIGHTS
-        self.about = {
-            "sha256": sha256_of(weights) if weights.is_file() else None,
-            "load_in_4bit": arguments.load_in_4bit,
-        }
+        self.about = {"sha256": weights_sha256(base), "load_in_4bit": arguments.load_in_4bit}
         control = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
         grown = range(GPT2Config.from_pretrained(base).vocab_size, len(tokenizer))  # rows that the base has not
         self.rows = sorted({*control, *grown})

@@ -31,7 +31,7 @@ class _HeadLoss(torch.autograd.Function):
 
     Args:
         trains: what `torch.is_grad_enabled()` says outside: in here it is always off.
-        rows: (K, D) the rows `row_ids` of a weight of which they alone learn.
+        rows: (K, D) what stands in for the rows `row_ids` of the weight, of which they alone learn.
     """
 
     @staticmethod
@@ -52,20 +52,26 @@ class _HeadLoss(torch.autograd.Function):
         rows_gradient = torch.zeros_like(rows, dtype=torch.float32) if trains and ctx.needs_input_grad[6] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         head = weight.to(compute_dtype)
+        own = None if rows is None else rows.to(compute_dtype)
         at_once = max(1, LOGITS_AT_ONCE // weight.size(0))
         for start in range(0, len(hidden), at_once):
             part = hidden[start : start + at_once].to(compute_dtype)
-            loss, gradient = _cross_entropy((part @ head.T).float(), labels[start : start + at_once])
+            loss, gradient = _cross_entropy(_logits(part, head, own, row_ids), labels[start : start + at_once])
             total += loss
             gradient = gradient.to(compute_dtype)
+            if own is not None:
+                of_own = gradient[:, row_ids]
+                gradient.index_fill_(1, row_ids, 0)
             if for_hidden:
                 hidden_gradient[start : start + at_once] = gradient @ head
+                if own is not None:
+                    hidden_gradient[start : start + at_once] += of_own @ own
             if for_weight and compute_dtype == torch.float32:
                 weight_gradient.addmm_(gradient.T, part)
             elif for_weight:
                 weight_gradient += gradient.T @ part
             if rows_gradient is not None:
-                rows_gradient += gradient[:, row_ids].T @ part
+                rows_gradient += of_own.T @ part
             del gradient  # else it lives until the next slice has been made
         ctx.gradients, ctx.tied = (hidden_gradient, weight_gradient, rows_gradient), tied
         return total
@@ -82,6 +88,14 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.tied is not None:
             ctx.tied.gradient, weight_gradient = weight_gradient, None
         return hidden_gradient, weight_gradient, None, None, None, None, rows_gradient, None
+
+
+def _logits(hidden: Tensor, head: Tensor, own: Tensor | None, row_ids: Tensor | None) -> Tensor:
+    """(N, V) in float32, of (N, D) hidden states and a head (V, D) that has other rows at some ids."""
+    logits = hidden @ head.T
+    if own is not None:
+        logits.index_copy_(1, row_ids, hidden @ own.T)
+    return logits.float()
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,10 +159,6 @@ class LearnedRows(NamedTuple):
         own = is_row.to(self.rows.dtype) @ self.rows
         return torch.where(is_row.any(-1, keepdim=True), own, nn.functional.embedding(ids, self.frozen))
 
-    def whole(self) -> Tensor:
-        """The weight (V, D) with these rows in it, without gradients."""
-        return self.frozen.index_copy(0, self.ids, self.rows.detach())
-
 
 def learned_rows(model: nn.Module) -> LearnedRows | None:
     """Of a model in which PEFT trains rows of the tied embedding; None of any other."""
@@ -177,7 +187,7 @@ def head_loss(
         labels: (B, T), not yet shifted; -100 where nothing is asked.
         whole_rows: every position has a label, which saves looking for them: a GPU waits for that.
         tied: takes the weight's gradient, in place of the weight.
-        learned: the rows of the weight that get a gradient, where no other does.
+        learned: rows that stand in for the weight's, and get a gradient where no other does.
     """
     labels = labels[:, 1:]
     asked = slice(None) if whole_rows else labels != IGNORED
@@ -231,7 +241,7 @@ def fuse_head(model: nn.Module, compiled: bool = False, whole_rows: bool = False
         hidden, tied = hidden_states(model, base, args, kwargs, trees, recompute)
         learned = learned_rows(model)
         # asked for behind the model: where its weights are in shards, they are whole from now on
-        weight = model.get_output_embeddings().weight if learned is None else learned.whole()
+        weight = model.get_output_embeddings().weight if learned is None else learned.frozen
         loss = head_loss(hidden, weight, labels, whole_rows, tied, learned)
         items = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=loss / items)

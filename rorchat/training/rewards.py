@@ -1,27 +1,33 @@
 """What a reply is worth: small pure functions `(reply, row) -> float`, and how a user's own one is found.
 
 A row is what the source gave (`messages`, `answer`, `alternatives`, `topic`) with what is known of the reply: `stopped`
-by itself and not by the limit, its `tokens` and the `limit`. An answer is worth up to 1; the others take away up to 1.
+by itself and not by the limit, its `tokens` with the one that ends it, the `limit`, and whether it `leaks`: control
+tokens are not in its text. An answer is worth up to 1; the others take away up to 1.
 """
 
+import functools
 import importlib.util
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import SupportsFloat
 
 from rorchat.chatml import CONTROL_TOKENS
 from rorchat.errors import DataError, UsageError, did_you_mean
 from rorchat.inference.engine import Reply
 from rorchat.sources.tinytown import Question, says
+from rorchat.tokens.store import sha256_of
 
 Reward = Callable[[str, dict], float]
 
 ANSWERED = 0.2  # what a wrong answer of the right kind is worth
 NGRAM = 4  # words
 ROW = ("messages", "answer", "alternatives", "topic", "place")  # what a reward is told of a question
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+#: A minus behind a digit is a dash or takes away; commas group three digits, or stand between numbers.
+_NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 _TURN = re.compile(r"^\s*(user|assistant|system)\s*(:|$)", re.IGNORECASE | re.MULTILINE)
 
 
@@ -77,9 +83,9 @@ def repetition(reply: str, row: dict) -> float:
 
 
 def format(reply: str, row: dict) -> float:  # noqa: A001
-    """-1 for a reply that is empty, spells out a control token or speaks for somebody else; 0 for any other."""
-    spoiled = not reply.strip() or any(token in reply for token in CONTROL_TOKENS) or _TURN.search(reply)
-    return -1.0 if spoiled else 0.0
+    """-1 for a reply that is empty, has or spells out a control token or speaks for somebody else; 0 for any other."""
+    leaks = row["leaks"] or any(token in reply for token in CONTROL_TOKENS)
+    return -1.0 if leaks or not reply.strip() or _TURN.search(reply) else 0.0
 
 
 REWARDS: dict[str, Reward] = {function.__name__: function for function in (answer, stop, length, repetition, format)}
@@ -101,20 +107,25 @@ def find_reward(name: str) -> Reward:
             f"No reward {name!r}.{did_you_mean(name, REWARDS)} Known: {', '.join(REWARDS)}, or a function "
             "(reply: str, row: dict) -> float of yours as my_rewards.py:my_function."
         )
-    found = getattr(_module(Path(path)), function, None)
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"No file {path} with a reward.")
+    found = getattr(_module(file.resolve(), sha256_of(file)), function, None)
     if not callable(found):
         raise UsageError(f"{path} has no function {function!r}, which the reward {name!r} asks for.")
     return found
 
 
-def _module(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise UsageError(f"No file {path} with a reward.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+@functools.cache
+def _module(path: Path, sha256: str) -> ModuleType:
+    """A file executed once, however many rewards are in it, and again when its content has changed."""
+    name = str(path)  # which no other module has
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look for themselves there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file does
+        del sys.modules[name]
         raise UsageError(f"{path} with a reward does not load: {_said(error)}.") from None
     return module
 
@@ -134,28 +145,43 @@ def scored(name: str, function: Reward, reply: str, row: dict) -> float:
         value = function(reply, row)
     except Exception as error:  # whatever a user's function does
         raise DataError(f"{where} raised {_said(error)}. Mend the function, or leave it out of `rewards`.") from None
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return float(value)
-    raise DataError(f"{where} is {value!r}, and no finite number. Mend the function, or leave it out of `rewards`.")
+    if math.isfinite(number := _number(value)):
+        return number
+    told = " ".join(repr(value).split())[:60]
+    raise DataError(f"{where} is {told}, and no finite number. Mend the function, or leave it out of `rewards`.")
+
+
+def _number(value: object) -> float:
+    """The number that Python, NumPy or torch holds; nan for what is none, or several."""
+    try:
+        return float(value) if isinstance(value, SupportsFloat) else math.nan
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return math.nan
 
 
 class Scorer:
-    """A reward for many replies, and as TRL calls it."""
+    """A reward for many replies, and as TRL calls it.
 
-    def __init__(self, name: str, limit: int, stops: set[int]):
-        self.__name__, self.function, self.limit, self.stops = name, find_reward(name), limit, stops
+    Args:
+        limit: the most tokens of a reply.
+        stops: the ids of which one ends a reply.
+        control: the ids that no text has.
+    """
+
+    def __init__(self, name: str, limit: int, stops: set[int], control: set[int]):
+        self.__name__, self.function, self.limit = name, find_reward(name), limit
+        self.stops, self.leaks = stops, control - stops
 
     def worth(self, rows: Sequence[dict], replies: Sequence[Reply]) -> list[float]:
         """What each reply is worth to its row."""
         return [
-            scored(
-                self.__name__,
-                self.function,
-                reply.text,
-                {**row, "stopped": reply.stopped, "tokens": reply.tokens, "limit": self.limit},
-            )
+            scored(self.__name__, self.function, reply.text, {**row, **self._about(reply)})
             for row, reply in zip(rows, replies, strict=True)
         ]
+
+    def _about(self, reply: Reply) -> dict:
+        leaks = not self.leaks.isdisjoint(reply.ids)
+        return {"stopped": reply.stopped, "tokens": len(reply.ids), "limit": self.limit, "leaks": leaks}
 
     def __call__(self, completions: list[str], completion_ids: list[list[int]], **columns) -> list[float]:
         rows = [dict(zip(ROW, values, strict=True)) for values in zip(*(columns[name] for name in ROW), strict=True)]
@@ -164,4 +190,7 @@ class Scorer:
 
 def as_replies(texts: Sequence[str], ids: Sequence[list[int]], stops: set[int]) -> list[Reply]:
     """Sampled replies, whose ids end with what stopped them."""
-    return [Reply(text, own[-1] in stops, len(own)) for text, own in zip(texts, ids, strict=True)]
+    return [
+        Reply(text, stopped := own[-1] in stops, len(own) - stopped, ids=tuple(own))
+        for text, own in zip(texts, ids, strict=True)
+    ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from datasets import Dataset
@@ -31,12 +32,35 @@ from rorchat.training.smoke import SmokeArguments, make_small
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
 ROWS_PER_CALL = 1000  # conversations a call of the tokenizer
+OWN_ROWS = "rows are encoded and packed by rorchat: no conversation sees another, and the loss is on replies"
+OWN_TOKENS = "the chat template and its control tokens are rorchat's: no text of a user becomes one of them"
 TOKENS_AT_ONCE = 2048  # on a CPU, whose products are no faster for more: a larger micro-batch goes through in parts
 
 
 @dataclass
 class SftArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArguments, SFTConfig):
     """Settings of `recipes/sft.py`."""
+
+    DECIDED: ClassVar[dict[str, str]] = OptimizationArguments.DECIDED | {
+        "packing": OWN_ROWS,
+        "packing_strategy": OWN_ROWS,
+        "eval_packing": OWN_ROWS,
+        "padding_free": OWN_ROWS,
+        "assistant_only_loss": OWN_ROWS,
+        "completion_only_loss": OWN_ROWS,
+        "dataset_text_field": OWN_ROWS,
+        "dataset_kwargs": OWN_ROWS,
+        "dataset_num_proc": OWN_ROWS,
+        "pad_to_multiple_of": OWN_ROWS,
+        "chat_template_path": OWN_TOKENS,
+        "eos_token": OWN_TOKENS,
+        "pad_token": OWN_TOKENS,
+        "loss_type": "the loss is the negative log-likelihood of the replies",
+        "label_smoothing_factor": "it needs the logits of a whole batch, which are never held",
+        "truncation_mode": "what is longer than `max_length` is cut behind a turn",
+        "shuffle_dataset": "the order of rows is the data's own, see `data_seed`",
+        "model_init_kwargs": "models are loaded by rorchat, in float32",
+    }
 
     model: str = field(default="gpt2", metadata={"help": "The model to teach: a run's folder, a folder or a Hub id."})
     replay: str | None = field(
@@ -70,11 +94,6 @@ class SftArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArg
             raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
         if not 0 <= self.replay_share < 1:
             raise UsageError(f"replay_share is {self.replay_share}: it must lie between 0 and 1.")
-        if self.packing or self.padding_free or self.assistant_only_loss:
-            raise UsageError(
-                "packing, padding_free and assistant_only_loss belong to TRL's preparation, which is not used: rows "
-                "are always packed, no conversation sees another, and the loss is on replies."
-            )
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
         self.check_devices()

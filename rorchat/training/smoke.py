@@ -1,8 +1,9 @@
 """`--smoke`: the same run in the small, to see it begin, step, evaluate, sample and end before a GPU is rented for it.
 
 Made smaller are the batch and the number of steps; in pretraining the model and its rows; in a chat stage, where model
-and window are what they are, what is read of each source, and the samples. All else is the run's own: sources, mixture
-and tokenizer, optimizer and schedule, precision, accumulation (up to a few micro-batches), evaluation, checkpoints.
+and window are what they are, what is read of each source, and what is sampled. All else is the run's own: sources,
+mixture and tokenizer, optimizer and schedule, precision, accumulation (up to a few micro-batches), evaluation and
+checkpoints.
 Pretraining prepares its sources whole; a store that the real run has prepared is read, never written.
 """
 
@@ -18,6 +19,7 @@ STEPS = 3
 SIZE = "2x4x64"  # large enough for heads of 16, small enough for a vocabulary of 65,536 on a CPU
 BLOCK_SIZE, ROWS, ACCUMULATED = 64, 2, 4  # at most
 CHAT_ROWS, CHAT_ACCUMULATED = 1, 2  # at most: the model may be large, and rows are whole windows
+REPLIES = 2  # at most, at a time: none is compared with itself
 ROWS_PER_SOURCE, HELD_OUT = 64, 0.1  # of so few a hundredth may be none
 REPLY_TOKENS = 16  # a model that has not learned to stop would fill a quarter of the window
 SUFFIX = "-smoke"
@@ -76,12 +78,23 @@ def _small_chat_stage(arguments) -> str:
     length = f"{steps:,}" if steps > 0 else f"num_train_epochs {arguments.num_train_epochs:g}"
     arguments.model = _made_in_the_small(arguments.model)
     arguments.validation_share = max(HELD_OUT, arguments.validation_share)
-    _smaller_batch(arguments, CHAT_ROWS, CHAT_ACCUMULATED)
+    samples = hasattr(arguments, "num_generations")
+    _smaller_batch(arguments, REPLIES if samples else CHAT_ROWS, CHAT_ACCUMULATED)
+    if samples:
+        _one_question_a_step(arguments)
     _fewer_steps(arguments)
     return (
         f"{arguments.model} on the first {ROWS_PER_SOURCE} rows of each source, {arguments.validation_share:.0%} of "
         f"them held out, steps of {_rows_a_step(arguments)} rows for {rows}, {arguments.max_steps} of them for {length}"
     )
+
+
+def _one_question_a_step(arguments) -> None:
+    """A step's replies, all to one question, are short; whether there is anything to learn is not looked at."""
+    arguments.num_generations = arguments.generation_batch_size = _rows_a_step(arguments)
+    arguments.steps_per_generation = arguments.gradient_accumulation_steps
+    arguments.max_completion_length = min(REPLY_TOKENS, arguments.max_completion_length or REPLY_TOKENS)
+    arguments.readiness_questions = 0
 
 
 def _made_in_the_small(model: str) -> str:
