@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rorchat.chatml import IM_END
 from rorchat.errors import DataError, MismatchError, UsageError
-from rorchat.inference.engine import ChatModel
+from rorchat.inference.engine import ChatModel, Reply
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
 from rorchat.training.grpo import GrpoArguments, PolicyTrainer, read_questions, reply_length
@@ -153,6 +153,28 @@ def test_where_nothing_differs_the_run_is_refused_with_advice(base, words, tmp_p
     mine = tmp_path / "mine.py"
     code, line = one_line([*words, "--model", base, "--rewards", f"{mine}:none"], capsys)
     assert code == 2 and "0% of 32 groups" in line and "easier questions" in line
+
+
+def test_where_answers_differ_and_none_is_right_the_run_is_refused(trainer, monkeypatch):
+    """A wrong answer of the right kind is worth something, so that the rewards of a model that knows nothing differ."""
+    trainer.args.rewards = ["answer"]
+    trainer.meter.path.parent.mkdir()
+
+    def ready(right_groups: int) -> None:
+        def sample(rows):
+            said = [["one", "no idea"]] * (len(rows) - right_groups) + [["one", "two"]] * right_groups
+            return [Reply(text, True, 1) for pair in said for text in pair * (trainer.num_generations // 2)]
+
+        monkeypatch.setattr(trainer, "sample", sample)
+        trainer.check_readiness()
+
+    monkeypatch.setattr("rorchat.training.grpo.is_right", lambda text, row: text == "two")
+    monkeypatch.setattr(trainer, "_worth", lambda rows, replies: torch.tensor([float(len(r.text)) for r in replies]))
+    with pytest.raises(UsageError, match=r"In 6% of 32 groups are some .* 3.1% of .* are right\).* Give easier"):
+        ready(2)
+    ready(4)
+    trainer.args.rewards = ["mine.py:letters"]
+    ready(0)  # for a reward of the user's own what is right says nothing
 
 
 def test_a_reward_that_raises_is_one_line_that_names_it_and_the_row(base, words, tmp_path, capsys):
