@@ -159,15 +159,10 @@ def test_a_run_that_goes_on_with_another_text_says_so_and_gives_no_difference(st
     out = tmp_path / "run"
     flags = {"model": story / "midtrain", "sources": ["tinytown=60"], "max_steps": 1, "save_strategy": "steps"}
     run("sft", out, save_steps=1, **flags)
-
-    def goes_on(**more) -> str:
-        record = json.loads((out / "run.json").read_text())
-        (out / "run.json").write_text(json.dumps(record | {"finished": False}))
-        return run("sft", out, save_steps=1, **flags, **more)
-
-    before = base_lines(out)[0]["base_loss"]
-    assert "another text" not in goes_on() and metrics_of(out)["base_loss_before"] == before
-    said = goes_on(base_text=spec)
+    assert metrics_of(out)["base_loss_before"] == base_lines(out)[0]["base_loss"]
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"finished": False}))
+    said = run("sft", out, save_steps=1, base_text=spec, **flags)
     store = story / "pretrain" / "tokens" / "tinytown"
     assert re.search(rf"the first start measured on [\d,]+ held-out tokens of {store}, which is another text", said)
     assert "base_loss" in metrics_of(out) and "base_loss_before" not in metrics_of(out)
