@@ -158,7 +158,6 @@ def test_where_nothing_differs_the_run_is_refused_with_advice(base, words, tmp_p
 def test_where_answers_differ_and_none_is_right_the_run_is_refused(trainer, monkeypatch):
     """A wrong answer of the right kind is worth something, so that the rewards of a model that knows nothing differ."""
     trainer.args.rewards = ["answer"]
-    trainer.meter.path.parent.mkdir()
 
     def ready(right_groups: int) -> None:
         def sample(rows):
