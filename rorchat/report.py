@@ -1,4 +1,4 @@
-"""Run folders -> curves.png and report.md: what was done, how it went, what came of it."""
+"""Run folders -> curves.png and report.md: what was done, how it went, what came of it, stage by stage."""
 
 import json
 import re
@@ -148,9 +148,70 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def score_table(columns: list[Scores]) -> str:
     """Scores side by side, a model a column."""
-    names = list(dict.fromkeys(name for column in columns for name in column.rows()))
-    rows = [[name, *(column.rows().get(name, "-") for column in columns)] for name in names]
-    return table(["", *(column.name for column in columns)], rows)
+    return _side_by_side([(column.name, column.rows()) for column in columns])
+
+
+def _side_by_side(columns: list[tuple[str, dict[str, str]]]) -> str:
+    names = list(dict.fromkeys(name for _, cells in columns for name in cells))
+    rows = [[name, *(cells.get(name, "-") for _, cells in columns)] for name in names]
+    return table(["", *(title for title, _ in columns)], rows)
+
+
+def stage_table(folder: Path) -> str:
+    """What was measured on the stages of a story, side by side: scores.json, behaviour.json and the forgetting meter.
+
+    Returns:
+        A Markdown table with a column a stage, behind models that are of no run here; empty where nothing was measured.
+    """
+    runs = {run.resolve(): run.name for run in find_runs(folder)}
+    scores = read_scores(folder / "scores.json") if (folder / "scores.json").is_file() else []
+    of_runs = {place: column for column in scores if (place := _place_of(column.folder)) in runs}
+    others = [column for column in scores if column not in of_runs.values()]
+    behaviour, losses = _behaviour_cells(folder / "behaviour.json"), _base_losses([*runs])
+    columns = [(column.name, column.rows()) for column in others]
+    for place, name in runs.items():
+        column = of_runs.get(place)
+        cells = (column.rows() if column else {}) | behaviour.get(place, {}) | losses.get(place, {})
+        if cells:
+            columns.append((column.name if column else name, cells))
+    return _side_by_side(columns) if columns else ""
+
+
+def _place_of(model: str) -> Path:
+    """The folder of the run that a model's folder stands for."""
+    folder = Path(model).resolve()
+    return folder.parent if folder.name == "model" else folder
+
+
+def _behaviour_cells(path: Path) -> dict[Path, dict[str, str]]:
+    """{run: {row: cell}} of what the gate judged, on its model and that of the stage before."""
+    if not path.is_file():
+        return {}
+    verdict, found = read_verdict(path), {}
+    for behaviour in filter(None, (verdict.before, verdict.model)):
+        values = {name: behaviour.measures[name].value for name in verdict.thresholds}
+        found[_place_of(behaviour.name)] = {
+            f"gate: {name.replace('_', ' ')}": "-" if value is None else f"{100 * value:.1f} %"
+            for name, value in values.items()
+        }
+    found[_place_of(verdict.model.name)]["gate"] = "FAIL" if verdict.failures() else "pass"
+    return found
+
+
+def _base_losses(runs: list[Path]) -> dict[Path, dict[str, str]]:
+    """{run: {row: cell}} of the loss on the base's text: after each stage, and of the model that a stage began with."""
+    records = [(run, record) for run in runs if "base_loss" in (record := read_run(run)).get("metrics") or {}]
+    texts = dict.fromkeys(record.get("base_text", "") for _, record in records)
+    found: dict[Path, dict[str, str]] = {}
+    for run, record in records:
+        text, metrics = record.get("base_text", ""), record["metrics"]
+        row = "base validation loss, nats/token" if "held-out" in text else "base loss, nats/token"
+        row += f", on {text}" if len(texts) > 1 else ""
+        began_with = record["settings"].get("model")
+        if began_with and "base_loss_before" in metrics:
+            found.setdefault(_place_of(began_with), {}).setdefault(row, f"{metrics['base_loss_before']:.3f}")
+        found.setdefault(run, {})[row] = f"{metrics['base_loss']:.3f}"
+    return found
 
 
 def run_table(runs: list[Path]) -> str:
@@ -180,7 +241,7 @@ def run_table(runs: list[Path]) -> str:
 
 
 def forgetting_table(runs: list[Path]) -> str:
-    """What each stage cost the base: its loss on what pretraining held out; empty where nobody has measured it."""
+    """What each stage cost the base: its loss on one text, before and after; empty where nobody has measured it."""
     rows = []
     for run in runs:
         record = read_run(run)
@@ -248,9 +309,10 @@ def write_report(folder: Path) -> tuple[Path, Path]:
     curves, report = folder / "curves.png", folder / "report.md"
     draw_curves(runs, curves)
     parts = [f"# {folder.name}", run_table(runs), "![curves](curves.png)"]
+    if stages := stage_table(folder):
+        parts += ["## Stages", stages]
     if (folder / "scores.json").is_file():
         columns = read_scores(folder / "scores.json")
-        parts += ["## Scores", score_table(columns)]
         parts += [
             "Answers are the likeliest words. A question is right if the reply has the answer and no other of its kind."
         ]
@@ -262,7 +324,8 @@ def write_report(folder: Path) -> tuple[Path, Path]:
     if (folder / "behaviour.json").is_file():
         parts += ["## Behaviour", behaviour_section(folder / "behaviour.json")]
     if forgetting := forgetting_table(runs):
-        parts += ["## What the base forgot", "Loss on text that its pretraining held out.", forgetting]
+        said = "The loss on the text that a line names, before that stage and after it."
+        parts += ["## What the base forgot", said, forgetting]
     parts += ["## Samples", samples_section(runs), "## Data", data_table(runs)]
     versions = read_run(runs[-1])["versions"]
     parts += [

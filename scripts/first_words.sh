@@ -25,5 +25,8 @@ $launch recipes/dpo.py --config recipes/first-words/dpo.yaml --model "$out/sft" 
 
 mkdir -p "$out/model"
 cp "$out"/dpo/model/* "$out/model/"
+rm -f "$out/behaviour.json" # an earlier model's
+# 70 where a measure fails: the report shows which
+rorchat gate "$out/dpo" --before "$out/sft" --out "$out/behaviour.json" || [ $? = 70 ]
 rorchat report "$out"
 printf 'Who are you?\nGive three tips for staying healthy.\n' | rorchat chat "$out/model"

@@ -7,7 +7,7 @@
 # DATA holds, in their original forms or as their Hub folders, by these names or with the variables below set to others:
 # pile, dailydialog, cornell_movie_dialogs, natural_questions, openbookqa, math_dataset, mbpp, ultrafeedback, hh_rlhf.
 # No tokenizer is trained: GPT-2's gets the control tokens. GPT2 may name a folder laid out like the Hub's gpt2. With a name
-# on the Hub the model is pushed to it in the end.
+# on the Hub the model is pushed to it in the end, if it behaves.
 set -euo pipefail
 DATA=$(realpath "${1:?usage: rorchat_124m.sh DATA OUT [--smoke | you/your-model]}")
 OUT=$(realpath -m "${2:?usage: rorchat_124m.sh DATA OUT [--smoke | you/your-model]}")
@@ -40,7 +40,14 @@ rorchat evaluate "pretrained=$OUT/pretrain" "sft=$OUT/sft" "dpo=$OUT/dpo" --text
     --out "$OUT/scores.json"
 mkdir -p "$OUT/model"
 cp "$OUT"/dpo/model/* "$OUT/model/"
+rm -f "$OUT/behaviour.json" # an earlier model's
+verdict=0
+rorchat gate "$OUT/dpo" --before "$OUT/sft" --out "$OUT/behaviour.json" || verdict=$?
 rorchat report "$OUT"
+# 70 where a measure fails: the report shows which, and nothing is pushed
+if [ "$verdict" != 0 ]; then
+    exit "$verdict"
+fi
 if [ "$last" ]; then
     rorchat push "$OUT/dpo" "$last"
 fi

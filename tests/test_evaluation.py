@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rorchat.chatml import IGNORED, encode_conversation
+from rorchat.chatml import END_OF_TEXT, IGNORED, IM_END, encode_conversation
 from rorchat.errors import DataError
 from rorchat.evaluation import compare, scores
 from rorchat.evaluation.compare import document_loss, held_out_documents
@@ -218,7 +218,8 @@ def test_a_model_that_knows_everything_scores_everything(chat, monkeypatch):
     persona = load_persona()
     known = {question.text: question.answer for question in questions()}
     known |= {probe.question: probe.expect[0] for probe in probes(persona)}
-    seen = answering(lambda prompt: Reply(f"It is {known[prompt]}.", True, 3), monkeypatch)
+    end = chat.tokenizer.convert_tokens_to_ids(IM_END)
+    seen = answering(lambda prompt: Reply(f"It is {known[prompt]}.", True, 3, ids=(7, end)), monkeypatch)
     found = score_chat(chat, "all", "folder", persona)
     asked = len(probes(persona))
     assert found.questions == Rate(200, 200)
@@ -238,11 +239,17 @@ def test_a_model_that_is_silent_scores_nothing(chat, monkeypatch):
 
 def test_each_kind_of_question_is_counted_apart(chat, monkeypatch):
     asked = [Question("sum", f"{n}?", str(n)) for n in range(10)] + [Question("fact", f"f{n}", "yes") for n in range(6)]
-    answering(lambda prompt: Reply("3" if prompt.endswith("?") else "yes", prompt == "3?", 1), monkeypatch)
+    im_end, end_of_text = chat.tokenizer.convert_tokens_to_ids([IM_END, END_OF_TEXT])
+    answering(
+        lambda prompt: Reply(
+            "3" if prompt.endswith("?") else "yes", True, 1, ids=(7, im_end if prompt == "3?" else end_of_text)
+        ),
+        monkeypatch,
+    )
     found = score_chat(chat, "some", "folder", load_persona(), asked)
     assert found.kinds == {"sum": Rate(1, 10), "fact": Rate(6, 6)}
     assert found.questions == Rate(7, 16)
-    assert found.stops.right == 1
+    assert found.stops.right == 1  # as the gate counts: a document's end closes no turn
     assert found.rows()["held-out questions"] == "43.8 % (7/16)"
     assert found.rows()["- sum"] == "10.0 % (1/10)"
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -30,14 +31,18 @@ FLAGS = {
 ROWS = {"block_size": 256, "global_batch_tokens": 512, "optimizer": "muon"}
 
 
-def run(stage: str, out: Path, **flags) -> str:
-    """A recipe's `main` in this process, without its end metrics: what it wrote to stderr."""
+def run(stage: str, out: Path, ends: int = 0, **flags) -> str:
+    """A recipe's `main` in this process, which ends with this code: what it wrote to stderr."""
     words = []
     for name, value in (FLAGS | flags | {"output_dir": out}).items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    said = io.StringIO()
+    said, code = io.StringIO(), 0
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        runpy.run_path(str(ROOT / "recipes" / f"{stage}.py"))["main"](words)
+        try:
+            runpy.run_path(str(ROOT / "recipes" / f"{stage}.py"))["main"](words)
+        except SystemExit as stopped:
+            code = stopped.code
+    assert code == ends, said.getvalue()
     return said.getvalue()
 
 
@@ -100,7 +105,7 @@ def test_it_is_the_loss_over_all_that_pretraining_held_out(story):
 def test_it_says_on_what_it_measures_and_the_report_shows_what_was_lost(story):
     said = json.loads((story / "said.json").read_text())
     tokens = metrics_of(story / "sft")["base_tokens"]
-    where = f"{tokens:,} tokens of {story / 'pretrain' / 'tokens' / 'tinytown'}"
+    where = f"{tokens:,} held-out tokens of {story / 'pretrain' / 'tokens' / 'tinytown'}"
     assert "forgetting" not in said["pretrain"]
     for stage in ("midtrain", "sft", "dpo"):
         assert f"forgetting is measured on {where}\n" in said[stage] and "warning" not in said[stage]
@@ -148,6 +153,43 @@ def test_a_midtraining_that_holds_out_less_than_its_base_is_warned(story, tmp_pa
     assert (
         "; warning: validation_share is 0.1, and 0.2 there: of what was held out there some may be trained on" in said
     )
+
+
+def test_a_run_that_goes_on_with_another_text_says_so_and_gives_no_difference(story, spec, tmp_path):
+    out = tmp_path / "run"
+    flags = {"model": story / "midtrain", "sources": ["tinytown=60"], "max_steps": 1, "save_strategy": "steps"}
+    run("sft", out, save_steps=1, **flags)
+    assert metrics_of(out)["base_loss_before"] == base_lines(out)[0]["base_loss"]
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"finished": False}))
+    said = run("sft", out, save_steps=1, base_text=spec, **flags)
+    store = story / "pretrain" / "tokens" / "tinytown"
+    assert re.search(rf"the first start measured on [\d,]+ held-out tokens of {store}, which is another text", said)
+    assert "base_loss" in metrics_of(out) and "base_loss_before" not in metrics_of(out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"validation_share": 0.1}, "validation_share 0.1, .* holds out 0.2: .* Give --validation_share 0.2"),
+        ({"base_text": "tinytown=100"}, "base_text tinytown=100 is what is trained on"),
+    ],
+)
+def test_documents_that_are_measured_on_are_not_replayed(flags, said, story, tmp_path):
+    flags = {"model": story / "midtrain", "sources": ["tinytown=60"], "replay": "tinytown=100"} | flags
+    assert re.search(said, run("sft", tmp_path / "run", ends=2, **flags))
+
+
+def test_what_read_documents_alone_is_no_chat_model(story, moved):
+    for stage in ("midtrain", "sft", "dpo"):  # midtraining had conversations
+        load_tokenizer(str(moved / stage / "model"), must_chat=True)
+    said = run("dpo", moved / "out", ends=78, model=moved / "pretrain", sources=["tinytown=40"])
+    assert "was pretrained on documents alone, as run.json says" in said
+    record = json.loads((moved / "midtrain" / "run.json").read_text())
+    record["data"] = [source for source in record["data"] if not source["source"].startswith("chat:")]
+    (moved / "midtrain" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(MismatchError, match="documents alone"):
+        load_tokenizer(str(moved / "midtrain" / "model"), must_chat=True)
 
 
 # Where the text comes from
@@ -226,7 +268,7 @@ def test_what_is_measured_is_capped_and_evenly_spaced(most, store, spec, tokeniz
     text = base_text(str(store.folder), "gpt2", tokenizer, 16)
     assert text.of == store.tokens("validation") - 1 > 2 * most
     assert most - 15 <= text.tokens <= most + 15
-    assert text.told() == f"{text.tokens:,} of {text.of:,} tokens of {store.folder}"
+    assert text.told() == f"{text.tokens:,} of {text.of:,} held-out tokens of {store.folder}"
     rows = [text.rows[at] for at in range(len(text.rows))]
     assert text.tokens == sum(len(row["input_ids"]) - 1 for row in rows)
     gaps = np.diff([*(row["number"] for row in rows), len(ValidationRows(store, 16))])
@@ -238,7 +280,7 @@ def test_what_is_measured_is_capped_and_evenly_spaced(most, store, spec, tokeniz
 def test_below_the_cap_all_of_it_is_measured_each_token_once(store, spec, tokenizer):
     text = base_text(str(store.folder), "gpt2", tokenizer, 16)
     assert text.tokens == text.of == store.tokens("validation") - 1
-    assert text.told() == f"{text.of:,} tokens of {store.folder}"
+    assert text.told() == f"{text.of:,} held-out tokens of {store.folder}"
     text = base_text(spec, "gpt2", tokenizer, 16)
     ids = [token for row in text.rows for token in row["input_ids"][:-1].tolist()]
     assert len(ids) == text.tokens == text.of

@@ -192,6 +192,27 @@ def test_where_nothing_differs_the_run_is_refused_with_advice(base, words, tmp_p
     assert code == 2 and "0% of 32 groups" in line and "easier questions" in line
 
 
+def test_where_answers_differ_and_none_is_right_the_run_is_refused(trainer, monkeypatch):
+    """A wrong answer of the right kind is worth something, so that the rewards of a model that knows nothing differ."""
+    trainer.args.rewards = ["answer"]
+
+    def ready(right_groups: int) -> None:
+        def sample(rows):
+            said = [["one", "no idea"]] * (len(rows) - right_groups) + [["one", "two"]] * right_groups
+            return [Reply(text, True, 1) for pair in said for text in pair * (trainer.num_generations // 2)]
+
+        monkeypatch.setattr(trainer, "sample", sample)
+        trainer.check_readiness()
+
+    monkeypatch.setattr("rorchat.training.grpo.is_right", lambda text, row: text == "two")
+    monkeypatch.setattr(trainer, "_worth", lambda rows, replies: torch.tensor([float(len(r.text)) for r in replies]))
+    with pytest.raises(UsageError, match=r"In 6% of 32 groups are some .* 3.1% of .* are right\).* Give easier"):
+        ready(2)
+    ready(4)
+    trainer.args.rewards = ["mine.py:letters"]
+    ready(0)  # for a reward of the user's own what is right says nothing
+
+
 def test_a_reward_that_raises_is_one_line_that_names_it_and_the_row(base, words, tmp_path, capsys):
     mine = f"{tmp_path / 'mine.py'}:broken"
     code, line = one_line([*words, "--model", base, "--rewards", mine, "--readiness_questions", "0"], capsys)

@@ -346,7 +346,8 @@ RUN = {
 def start(bench) -> Path:
     """A base with positions enough for what the town's people say."""
     out = bench.fresh()
-    done = bench.run(out, block_size=256, max_steps=2, global_batch_tokens=512)
+    sources = ["tinytown=60", "persona=60"]  # conversations too: what read documents alone is refused
+    done = bench.run(out, block_size=256, max_steps=2, global_batch_tokens=512, sources=sources)
     assert done.code == 0, done.said
     return out
 

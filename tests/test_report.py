@@ -10,7 +10,16 @@ from rorchat.errors import DataError
 from rorchat.evaluation.behaviour import MEASURES, Behaviour, Value
 from rorchat.evaluation.gate import Verdict, write_verdict
 from rorchat.evaluation.scores import Rate, Scores, write_scores
-from rorchat.report import find_runs, read_lines, read_run, samples_section, score_table, table, write_report
+from rorchat.report import (
+    find_runs,
+    read_lines,
+    read_run,
+    samples_section,
+    score_table,
+    stage_table,
+    table,
+    write_report,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -108,7 +117,7 @@ def test_the_scores_stand_side_by_side_with_the_exchanges_of_the_last_model(stor
     ]
     write_scores(columns, story / "scores.json")
     text = write_report(story)[0].read_text()
-    assert score_table(columns) in text
+    assert f"## Stages\n\n{score_table(columns)}\n" in text
     lines = text.splitlines()
     assert "|  | before | after |" in lines
     assert "| held-out questions | 0.5 % (1/200) | 75.0 % (150/200) |" in lines
@@ -193,6 +202,39 @@ def test_samples_show_the_first_and_the_last_words_of_every_prompt(tmp_path):
         "| p | p at 0 | p at 9 |",
         "| q | q at 0 | q at 9 |",
     ]
+
+
+def test_all_that_was_measured_on_a_stage_is_one_column(tmp_path):
+    """Whatever folder a model was named by; a stage's base loss is what the next one found before its first step."""
+    story, text = tmp_path / "story", "90 held-out tokens of runs/pretrain/tokens/town"
+    write_run(story / "pretrain", "pretrain", [])
+    for name, before, losses in (("sft", "pretrain", (0.5, 5.25)), ("dpo", "sft/model", (5.25, 6.125))):
+        metrics = dict(zip(("base_loss_before", "base_loss"), losses, strict=True)) | {"base_bits_per_byte": 1.0}
+        given = {"settings": {"model": str(story / before)}, "metrics": metrics, "base_text": text}
+        write_run(story / name, name, [], **given)
+    folders = {"untrained": "pretrain", "pretrained": "pretrain", "tuned": "sft/model"}
+    columns = [Scores(name, str(story / folder), Rate(len(name), 20)) for name, folder in folders.items()]
+    write_scores(columns, story / "scores.json")
+    judged = {"stop_rate": 0.9, "template_leaks": 0.0}
+    behaviours = [
+        Behaviour(str(story / name), 128, 0, {measure: Value(value, 10) for measure in MEASURES})
+        for name, value in (("dpo", 1.0), ("sft", 0.75))
+    ]
+    write_verdict(Verdict(behaviours[0], judged, behaviours[1]), story / "behaviour.json")
+    lines = stage_table(story).splitlines()
+    assert lines[0] == "|  | untrained | pretrained | tuned | dpo |"
+    assert lines[2] == "| held-out questions | 45.0 % (9/20) | 50.0 % (10/20) | 25.0 % (5/20) | - |"
+    assert lines[-4:] == [
+        "| base validation loss, nats/token | - | 0.500 | 5.250 | 6.125 |",
+        "| gate: stop rate | - | - | 75.0 % | 100.0 % |",
+        "| gate: template leaks | - | - | 75.0 % | 100.0 % |",
+        "| gate | - | - | - | FAIL |",
+    ]
+    record = json.loads((story / "dpo" / "run.json").read_text()) | {"base_text": "7 tokens of text=mine.txt"}
+    (story / "dpo" / "run.json").write_text(json.dumps(record))
+    lines = stage_table(story).splitlines()
+    assert f"| base validation loss, nats/token, on {text} | - | 0.500 | 5.250 | - |" in lines
+    assert "| base loss, nats/token, on 7 tokens of text=mine.txt | - | - | 5.250 | 6.125 |" in lines
 
 
 def test_a_verdict_of_the_gate_is_a_section_of_the_report(story):

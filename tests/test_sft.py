@@ -71,6 +71,10 @@ def test_every_setting_that_is_refused_is_one():
     assert {name for stage in stages for name in stage.DECIDED} <= known
 
 
+def test_a_share_of_none_is_no_replay():
+    assert parse(SftArguments, [*FLAGS, "--replay", "tinytown=200", "--replay_share", "0"]).replay is None
+
+
 def test_a_share_that_is_none_is_refused():
     with pytest.raises(UsageError, match="replay_share is 1.0: it must lie between 0 and 1"):
         parse(SftArguments, [*FLAGS, "--replay_share", "1"])

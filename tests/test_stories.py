@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,22 +73,21 @@ def test_every_yaml_fits_its_recipe(path, monkeypatch):
     }
 
 
-def said_by(script: str, folder: Path, *words: object) -> list[list[str]]:
-    """The commands of a script, in their order, none of which is run; its variables are set, too."""
+def said_by(script: Path, folder: Path, *words: object, verdict: int = 0) -> tuple[int, list[list[str]]]:
+    """(exit code, commands in their order) of a script; none is run, its variables are set, the gate ends as told."""
     log, commands = folder / "commands.txt", folder / "bin"
-    commands.mkdir()
+    log.unlink(missing_ok=True)
+    commands.mkdir(exist_ok=True)
     for name in ("accelerate", "rorchat"):
         (commands / name).write_text(
             f'#!/bin/sh\nprintf "%s\\t" {name} "$@" >> "{log}"\necho >> "{log}"\n[ "$1" != chat ] || cat > /dev/null\n'
+            f'[ "$1" != gate ] || exit {verdict}\n'
         )
         (commands / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
     environment |= dict.fromkeys(VARIABLES, "x")
-    done = subprocess.run(
-        ["bash", ROOT / "scripts" / script, *map(str, words)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return [line.split("\t")[:-1] for line in log.read_text().splitlines()]
+    done = subprocess.run(["bash", script, *map(str, words)], env=environment, capture_output=True, text=True)
+    return done.returncode, [line.split("\t")[:-1] for line in log.read_text().splitlines()]
 
 
 RORCHAT_124M = ["pretrain", "sft", "dpo"]
@@ -96,9 +96,9 @@ RORCHAT_124M = ["pretrain", "sft", "dpo"]
 @pytest.mark.parametrize(
     ("script", "more", "launched", "asked"),
     [
-        ("first_words.sh", [], RORCHAT_124M, ["evaluate", "report", "chat"]),
-        ("rorchat_124m.sh", [], RORCHAT_124M, ["evaluate", "report"]),
-        ("rorchat_124m.sh", ["me/mine"], RORCHAT_124M, ["evaluate", "report", "push"]),
+        ("first_words.sh", [], RORCHAT_124M, ["evaluate", "gate", "report", "chat"]),
+        ("rorchat_124m.sh", [], RORCHAT_124M, ["evaluate", "gate", "report"]),
+        ("rorchat_124m.sh", ["me/mine"], RORCHAT_124M, ["evaluate", "gate", "report", "push"]),
         ("rorchat_124m.sh", ["--smoke"], RORCHAT_124M, ["report"]),
     ],
 )
@@ -112,7 +112,8 @@ def test_every_command_of_a_script_is_one_that_there_is(script, more, launched, 
     monkeypatch.chdir(ROOT)
     for name in VARIABLES:
         monkeypatch.setenv(name, "x")
-    said = said_by(script, tmp_path, tmp_path, tmp_path / "out", *more)
+    code, said = said_by(ROOT / "scripts" / script, tmp_path, tmp_path, tmp_path / "out", *more)
+    assert code == 0
     recipes = [words for words in said if words[0] == "accelerate"]
     assert [Path(words[5]).stem for words in recipes] == launched
     for _, _, _, _, config, recipe, *flags in recipes:
@@ -124,6 +125,31 @@ def test_every_command_of_a_script_is_one_that_there_is(script, more, launched, 
     assert [words[1] for words in commands] == asked
     for _, name, *words in commands:
         typer.main.get_command(app).commands[name].make_context(name, words)  # refuses what it does not know
+
+
+@pytest.mark.parametrize("verdict", [70, 78])
+@pytest.mark.parametrize(
+    ("script", "words", "story"),
+    [
+        ("demo.sh", [], "runs/demo"),
+        ("first_words.sh", ["data", "out"], "out"),
+        ("rorchat_124m.sh", ["data", "out", "me/mine"], "out"),
+    ],
+)
+def test_a_verdict_is_this_models_and_what_is_none_ends_the_story(script, words, story, verdict, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    copy = shutil.copy(ROOT / "scripts" / script, tmp_path / "scripts")  # the demo writes beside its own folder
+    (tmp_path / "data").mkdir()
+    (tmp_path / story / "dpo" / "model").mkdir(parents=True)
+    (tmp_path / story / "dpo" / "model" / "config.json").write_text("{}")
+    (tmp_path / story / "behaviour.json").write_text("of an earlier model")
+    words = [word if "/" in word else tmp_path / word for word in words]
+    code, said = said_by(copy, tmp_path, *words, verdict=verdict)
+    asked = [command[1] for command in said if command[0] == "rorchat"]
+    goes_on = verdict == 70 and "me/mine" not in words
+    assert (code == 0) == goes_on and "push" not in asked
+    assert ("report" in asked) == (goes_on or "me/mine" in words)
+    assert not (tmp_path / story / "behaviour.json").exists()
 
 
 @pytest.mark.slow

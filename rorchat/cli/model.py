@@ -100,14 +100,15 @@ def gate(
 def report(folder: Annotated[Path, typer.Argument(help="A run's folder, or the folder of a story's runs.")]) -> None:
     """Write report.md and curves.png from what the runs logged."""
     from rorchat.evaluation.scores import read_scores
-    from rorchat.report import score_table, write_report
+    from rorchat.report import stage_table, write_report
 
     written, curves = write_report(folder)
     print(f"report  {written}\ncurves  {curves}")
+    if stages := stage_table(folder):
+        print("\n" + stages)
     scores = folder / "scores.json"
     if scores.is_file():
         columns = read_scores(scores)
-        print("\n" + score_table(columns))
         for question, answer in columns[-1].examples:
             print(f"\n  user: {question}\n  {columns[-1].name}: {answer}")
     if (folder / "model").is_dir():

@@ -232,7 +232,7 @@ class Measure:
 
 
 MEASURES = {
-    "stop_rate": Measure("stops by itself", "replies", True, lambda x: x.reply.ids[-1:] == (x.end_of_turn,)),
+    "stop_rate": Measure("stops by itself", "replies", True, lambda x: x.reply.closes(x.end_of_turn)),
     "template_leaks": Measure(
         "shows the template", "replies", False, lambda x: leaks_template(_words(x), x.said, x.control_ids)
     ),

@@ -1,7 +1,6 @@
 """Models side by side on the same questions and the same held-out text."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -15,7 +14,7 @@ from rorchat.persona import load_persona
 from rorchat.sources import load
 from rorchat.tokenizer import load_tokenizer, token_bytes, tokenizer_sha256
 from rorchat.tokens.batch import padded
-from rorchat.tokens.store import TokenStore
+from rorchat.tokens.store import TokenStore, store_folder
 
 UNTRAINED = "untrained"
 BATCH_TOKENS = 4096
@@ -63,9 +62,10 @@ def _randomized(chat: ChatModel) -> ChatModel:
 
 def held_out_documents(text: str, tokenizer) -> list[str]:
     """The validation documents of a token store, or all documents of a source."""
-    if not (Path(text) / "manifest.json").is_file():
+    folder = store_folder(text)
+    if not folder:
         return [row["text"] for row in load(text, "document")]
-    store = TokenStore(text)
+    store = TokenStore(folder)
     if store.manifest.tokenizer_sha256 != tokenizer_sha256(tokenizer):
         raise MismatchError(
             f"{text} holds tokens of another tokenizer than the first model's, so they cannot be turned into "

@@ -123,7 +123,7 @@ def gate(model: str, persona: Persona, thresholds: dict[str, float], before: str
 
     Raises:
         DataError, RemoteError: nothing loadable is there.
-        MismatchError: it is no chat model: its tokenizer has no control tokens.
+        MismatchError: it was never taught to chat.
     """
     chats = [(name, load_model(name, must_chat=True)) for name in (model, before) if name]
     measured = [measure_behaviour(chat, name.rstrip("/"), persona) for name, chat in chats]

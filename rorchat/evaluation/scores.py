@@ -5,6 +5,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from rorchat.chatml import IM_END
 from rorchat.inference.engine import ChatModel, Reply, generate_replies
 from rorchat.persona import Persona, probes
 from rorchat.sources.tinytown import Question, questions
@@ -29,7 +30,10 @@ class Rate:
 
 @dataclass
 class Scores:
-    """One column of the table. `loss` (nats per token) and `bits_per_byte` are of held-out text, where given."""
+    """One column of the table. `loss` (nats per token) and `bits_per_byte` are of held-out text, where given.
+
+    `stops` counts replies that close their turn, as the gate's `stop_rate` does.
+    """
 
     name: str
     folder: str
@@ -72,8 +76,9 @@ def score_chat(
         kinds[question.kind].add(right)
     for probe, reply in zip(persona_probes, replies[len(asked) :], strict=True):
         scores.persona.add(probe.passes(reply.text))
+    end_of_turn = chat.tokenizer.convert_tokens_to_ids(IM_END)
     for reply in replies:
-        scores.stops.add(reply.stopped)
+        scores.stops.add(reply.closes(end_of_turn))
     scores.kinds = dict(kinds)
     scores.examples = _examples(asked, prompts, replies)
     return scores

@@ -48,6 +48,10 @@ class Reply:
     notice: str = ""
     ids: tuple[int, ...] = ()
 
+    def closes(self, end_of_turn: int) -> bool:
+        """Whether it ends with `<|im_end|>`; one that ends with `<|endoftext|>` has stopped and left its turn open."""
+        return self.ids[-1:] == (end_of_turn,)
+
 
 def model_folder(path: str) -> str:
     """A model's folder: a run's own folder stands for the `model/` in it. A Hub id stays as it is.
@@ -68,7 +72,7 @@ def load_model(name_or_path: str, device: str | None = None, *, must_chat: bool 
 
     Args:
         device: "cuda", "cpu" ...; None takes a GPU where there is one.
-        must_chat: refuse a model that has no control tokens, such as the Hub's `gpt2`.
+        must_chat: refuse a model that was never taught to chat: the Hub's `gpt2`, or what was pretrained on documents.
 
     Raises:
         DataError, RemoteError: nothing loadable is there.

@@ -6,6 +6,7 @@ sequence of merges can spell one.
 """
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -27,6 +28,7 @@ from rorchat.chatml import (
 )
 from rorchat.errors import DataError, MismatchError, RemoteError, UsageError
 from rorchat.persona import Persona, load_persona
+from rorchat.sources import CHAT, available, kinds_of
 from rorchat.tokenizer.text import BoundedText
 
 # GPT-2's pattern but for numbers: each digit is a token, and never with the blank before it, so that a number is
@@ -101,11 +103,11 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, must_ch
     Args:
         persona: replaces the chat template's system message; None leaves it as it is.
         must_chat: for what only a chat model can do: refuse a tokenizer that comes without `<|im_start|>` and
-            `<|im_end|>`, whose model has never seen them.
+            `<|im_end|>`, and one of a model that has them but was pretrained on documents alone, by its run's record.
 
     Raises:
         DataError: nothing loadable is there, or what is there is not a byte-level BPE.
-        MismatchError: `must_chat`, and the control tokens are missing.
+        MismatchError: `must_chat`, and the model was never taught to chat.
         RemoteError: it is not on the Hub, or the Hub cannot be reached.
     """
     tokenizer = _load_any(name_or_path)
@@ -123,6 +125,11 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, must_ch
             f"The model {name_or_path!r} has no control tokens {IM_START} and {IM_END}: it was never taught to chat. "
             "Teach it first, with recipes/sft.py, or give a chat model."
         )
+    if must_chat and _saw_documents_alone(name_or_path):
+        raise MismatchError(
+            f"The model {name_or_path!r} was pretrained on documents alone, as run.json says: it was never taught to "
+            "chat. Teach it first, with recipes/sft.py, or give a chat model."
+        )
     found = _default_system_message(tokenizer)
     system = found if found is not None and persona is None else (persona or load_persona()).system
     foreign = tokenizer.chat_template is not None and (
@@ -134,6 +141,37 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, must_ch
     if foreign or persona is not None or tokenizer.chat_template is None or not _has_control_tokens(tokenizer):
         tokenizer = _add_chatml(tokenizer, system)
     return tokenizer
+
+
+def run_of(model: str) -> tuple[Path, dict] | None:
+    """(folder, run.json) of the run that a folder is, or of which it is the model or a checkpoint; None without one."""
+    folder = Path(model)
+    if folder.name == "model" or folder.name.startswith("checkpoint-"):
+        folder = folder.parent
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_whole = isinstance(record, dict) and all(isinstance(record.get(key), dict) for key in ("settings", "inputs"))
+    return (folder, record) if is_whole else None
+
+
+def _saw_documents_alone(model: str) -> bool:
+    """Whether records say that a model was made from random weights and no conversation; False where none says so."""
+    found = run_of(model)
+    if found is None or found[1].get("stage") != "pretrain" or not found[1].get("data"):
+        return False
+    _, record = found
+    began_with = record["settings"].get("model")
+    if any(_gives_conversations(source["source"]) for source in record["data"]):
+        return False
+    return not began_with or _saw_documents_alone(began_with)
+
+
+def _gives_conversations(spec: str) -> bool:
+    """Whether pretraining reads conversations of a source; shards that were made elsewhere are documents."""
+    name = spec.partition("=")[0]
+    return name.removeprefix(CHAT) in available() and "document" not in kinds_of(name)
 
 
 def _default_system_message(tokenizer) -> str | None:

@@ -136,6 +136,12 @@ class Manifest:
             ) from None
 
 
+def store_folder(spec: str) -> Path | None:
+    """The folder of the token store that a spec names, with or without `store=`; None where it names a source."""
+    folder = Path(spec.removeprefix("store="))
+    return folder if spec.startswith("store=") or (folder / "manifest.json").is_file() else None
+
+
 def write_synced(path: Path, text: str) -> None:
     """Writes a file under another name, waits until the disk has it, and renames it."""
     staged = path.with_name(f".{path.name}.unfinished")

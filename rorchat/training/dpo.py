@@ -103,17 +103,11 @@ class DpoArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArg
     learning_rate: float = 1e-6
     weight_decay: float = 0.0
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 a share of them."})
-    lr_scheduler_type: str = "warmup_stable_decay"
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
-    gradient_checkpointing: bool = False
-    bf16: bool | None = None
     logging_steps: float = 10
     eval_strategy: str = "no"
-    save_total_limit: int = 2
-    report_to: str = "none"
-    disable_tqdm: bool = True
 
     def __post_init__(self):
         self.check_data()

@@ -5,6 +5,7 @@ found by themselves: a run's record names the model that it began with, that mod
 pretraining, whose token stores hold them.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -16,12 +17,14 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import Trainer, TrainerCallback
 
 from rorchat.chatml import END_OF_TEXT, encode_text
-from rorchat.errors import RorchatError
+from rorchat.errors import RorchatError, UsageError
 from rorchat.evaluation.loss import Loss
 from rorchat.inference.engine import model_folder
 from rorchat.sources import load
+from rorchat.tokenizer import run_of
 from rorchat.tokens.mixture import ValidationRows, open_store
-from rorchat.tokens.store import TokenStore
+from rorchat.tokens.store import Manifest, TokenStore, store_folder
+from rorchat.training.callbacks import append_line
 from rorchat.training.identity import fingerprint
 from rorchat.training.run import TOKENS
 
@@ -47,31 +50,25 @@ class BaseText:
             many = f"the first {self.tokens:,}"
         else:
             many = f"{self.tokens:,}" if self.of == self.tokens else f"{self.tokens:,} of {self.of:,}"
-        return f"{many} tokens of {', '.join(self.where)}"
+        return f"{many} {'held-out ' if self.held_out else ''}tokens of {', '.join(self.where)}"
+
+    def sha256(self) -> str:
+        """Of the ids, row by row: by it two measurements are known to be of the same text, wherever it lies."""
+        digest = hashlib.sha256()
+        for at in range(len(self.rows)):
+            digest.update(self.rows[at]["input_ids"].numpy().astype("<i8").tobytes() + b"end")
+        return digest.hexdigest()
 
 
 def runs_behind(model: str) -> Iterator[tuple[Path, dict]]:
     """(folder, run.json) of the runs that led to a model, the last one first, as far back as they are on this disk."""
     seen: set[Path] = set()
-    found = _run_of(model)
+    found = run_of(model)
     while found and found[0].resolve() not in seen:
         yield found
         folder, record = found
         seen.add(folder.resolve())
         found = _run_before(folder, record)
-
-
-def _run_of(model: str) -> tuple[Path, dict] | None:
-    """The run that a folder is, or of which it is the model or a checkpoint."""
-    folder = Path(model)
-    if folder.name == "model" or folder.name.startswith("checkpoint-"):
-        folder = folder.parent
-    try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    is_whole = isinstance(record, dict) and all(isinstance(record.get(key), dict) for key in ("settings", "inputs"))
-    return (folder, record) if is_whole else None
 
 
 def _run_before(folder: Path, record: dict) -> tuple[Path, dict] | None:
@@ -81,7 +78,7 @@ def _run_before(folder: Path, record: dict) -> tuple[Path, dict] | None:
         return None
     for place in (Path(said), folder.parent / Path(said).name):
         if place.is_dir() and fingerprint(model_folder(str(place))) == record["inputs"].get("start"):
-            return _run_of(str(place))
+            return run_of(str(place))
     return None
 
 
@@ -114,8 +111,7 @@ def base_text(given: str | None, model: str, tokenizer, positions: int) -> BaseT
         UsageError, DataError, MismatchError: `given` cannot be read.
     """
     if given:
-        folder = given.removeprefix("store=")
-        if folder != given or (Path(folder) / "manifest.json").is_file():
+        if folder := store_folder(given):
             return _of_stores([open_store(folder, tokenizer)], positions)
         return _of_source(given, tokenizer, positions)
     for folder, record in reversed([*runs_behind(model)]):
@@ -157,29 +153,46 @@ def _of_source(spec: str, tokenizer, positions: int) -> BaseText:
 class Forgetting(TrainerCallback):
     """Measures the loss on the base's text and logs it: before the first step, and when `after` asks for it.
 
-    A run that goes on does not measure again what its first start has logged.
+    A run that goes on does not measure again what its first start has logged. Where it finds another text than that
+    one's, it says so and gives no difference.
     """
 
     def __init__(self, trainer, text: BaseText):
         self.trainer, self.text = trainer, text
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
-            self._measure()
+        if state.global_step:
+            before, _ = self._logged()
+            if state.is_world_process_zero and before and before["sha256"] != self.text.sha256():
+                print(  # noqa: T201
+                    f"forgetting: the first start measured on {before['text']}, which is another text: there will be "
+                    "no difference.",
+                    file=sys.stderr,
+                )
+            return
+        if state.is_world_process_zero:
+            meter = self.trainer.meter
+            named = {"text": self.text.told(), "sha256": self.text.sha256()}
+            append_line(meter.path, {"step": 0, "event": "base text", "tokens": 0} | named | meter.spent())
+        self._measure()
 
     def after(self) -> dict[str, float]:
-        """The loss now and before the first step, for run.json; without the latter where nobody has logged it."""
-        before = self._logged()
-        now = self._measure()
-        return now | {f"{name}_before": value for name, value in before.items() if name != "base_tokens"}
+        """The loss now and before the first step, for run.json; without the latter where it is not of this text."""
+        text, before = self._logged()
+        if text.get("sha256") != self.text.sha256():
+            before = {}
+        return self._measure() | {f"{name}_before": value for name, value in before.items()}
 
-    def _logged(self) -> dict[str, float]:
-        path = self.trainer.meter.path
+    def _logged(self) -> tuple[dict, dict[str, float]]:
+        """(text, loss on it) before the first step; both empty where nothing was measured then."""
+        path, text = self.trainer.meter.path, {}
         for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
             record = json.loads(line) if line else {}
-            if "base_loss" in record:
-                return {name: record[name] for name in ("base_loss", "base_bits_per_byte")}
-        return {}
+            if record.get("event") == "base text":
+                text = record
+            elif text and "base_loss" in record:
+                return text, {name: record[name] for name in ("base_loss", "base_bits_per_byte")}
+        return {}, {}
 
     def _measure(self) -> dict[str, float]:
         trainer = self.trainer
@@ -192,14 +205,37 @@ class Forgetting(TrainerCallback):
 
 
 def forgetting_of(trainer, arguments, positions: int) -> Forgetting | None:
-    """The meter of a stage that begins with a model; None, and a line that says so, where nothing can be measured."""
+    """The meter of a stage that begins with a model; None, and a line that says so, where nothing can be measured.
+
+    Raises:
+        UsageError: what it would be measured on is among what is replayed or mixed.
+    """
     model, given = getattr(arguments, "model", None), arguments.base_text
     if not model and not given:
         return None
     text = base_text(given, model, trainer.chat.tokenizer, positions)
+    if text:
+        _require_unseen(text, arguments)
     if trainer.is_world_process_zero():
         print(_told(text, model, arguments), file=sys.stderr)  # noqa: T201
     return Forgetting(trainer, text) if text else None
+
+
+def _require_unseen(text: BaseText, arguments) -> None:
+    """Raises UsageError where the documents that come are those that are measured on."""
+    replay = getattr(arguments, "replay", None)
+    mixed = arguments.specs() if hasattr(arguments, "mixture_config") else [replay]
+    if not text.held_out and set(mixed) & set(text.where):
+        raise UsageError(
+            f"base_text {text.where[0]} is what is trained on, and a source is measured whole: name other text, or a "
+            "token store, of which the held-out documents count."
+        )
+    if replay and not store_folder(replay) and arguments.validation_share < text.held_out:
+        raise UsageError(
+            f"replay {replay} is split by validation_share {arguments.validation_share}, and {', '.join(text.where)} "
+            f"holds out {text.held_out}: some of that would be trained on. Give --validation_share {text.held_out}, or "
+            "replay the token store."
+        )
 
 
 def _told(text: BaseText | None, model: str, arguments) -> str:
@@ -209,9 +245,20 @@ def _told(text: BaseText | None, model: str, arguments) -> str:
             "--base_text, a token store or a source."
         )
     said = f"forgetting is measured on {text.told()}"
-    if hasattr(arguments, "mixture_config") and arguments.validation_share < text.held_out:
+    share = _share_here(text, arguments)
+    if share is not None and share < text.held_out:
         said += (
-            f"; warning: validation_share is {arguments.validation_share}, and {text.held_out} there: of what was held "
-            "out there some may be trained on here"
+            f"; warning: validation_share is {share}, and {text.held_out} there: of what was held out there some may "
+            "be trained on here"
         )
     return said
+
+
+def _share_here(text: BaseText, arguments) -> float | None:
+    """The share that is held out of the documents that come here; None where none come, or those of the base."""
+    if hasattr(arguments, "mixture_config"):
+        return arguments.validation_share
+    folder = store_folder(getattr(arguments, "replay", None) or "")
+    if not folder or folder.resolve() in {Path(place).resolve() for place in text.where}:
+        return None
+    return Manifest.read(folder).validation_share

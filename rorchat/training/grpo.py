@@ -38,7 +38,7 @@ from rorchat.training.rewards import WEIGHTS, Scorer, as_replies, find_reward, i
 from rorchat.training.smoke import SmokeArguments, make_small
 from rorchat.training.trainer import OptimizationArguments, StageTrainer
 
-LEAST_SPREAD = 0.1  # share of groups in which replies must differ in reward
+LEAST_SPREAD = 0.1  # share of groups in which replies must differ in reward, and in being right
 SAME = 1e-6  # rewards that differ by less are the same
 KNOWN = 0.9  # share of right answers from which on questions are too easy rather than too hard
 #: Of what TRL 1.16 measures; the rest says nothing where every reply is learned from once, or is said elsewhere.
@@ -97,19 +97,13 @@ class GrpoArguments(DataArguments, SmokeArguments, OptimizationArguments, GRPOCo
     learning_rate: float = 1e-6
     weight_decay: float = 0.0
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 a share of them."})
-    lr_scheduler_type: str = "warmup_stable_decay"
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = field(
         default=64, metadata={"help": "Replies at a time; a step's must be a multiple of num_generations."}
     )
     per_device_eval_batch_size: int = 64
-    gradient_checkpointing: bool = False
-    bf16: bool | None = None
     logging_steps: float = 10
     eval_strategy: str = "no"
-    save_total_limit: int = 2
-    report_to: str = "none"
-    disable_tqdm: bool = True
 
     def __post_init__(self):
         self.check_data()
@@ -376,12 +370,15 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         return replies
 
     def check_readiness(self) -> None:
-        """Samples replies to some of the questions, and logs in how many groups they differ in reward.
+        """Samples replies to some of the questions, and logs in how many groups they differ in reward and in being
+        right.
 
         It draws from a random state of its own, so that training is the same with and without it.
 
         Raises:
-            UsageError: they differ in too few of them: there would be nothing to learn from.
+            UsageError: they differ in too few of them, so that there would be nothing to learn from; or with the reward
+                `answer` they differ, but in too few groups is one right and another wrong: what is learned would be
+                what a wrong answer is worth.
         """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = list(self.questions.take(min(self.args.readiness_questions, len(self.questions))))
@@ -390,17 +387,20 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
             torch.manual_seed(self.args.seed + rank)
             replies = self.sample(rows)
         rows = [row for row in rows for _ in range(self.num_generations)]
-        right = sum(is_right(reply.text, row) for row, reply in zip(rows, replies, strict=True))
+        right = torch.tensor([is_right(reply.text, row) for row, reply in zip(rows, replies, strict=True)])
+        right = right.view(-1, self.num_generations)
+        mixed = (right.any(1) & ~right.all(1)).sum().item()
         groups = self._worth(rows, replies).view(-1, self.num_generations)  # (questions, generations)
         spread = (groups.amax(1) - groups.amin(1) > SAME).sum().item()
-        questions, spread, worth, right = self._sums(len(groups), spread, groups.mean(1).sum().item(), right)
-        found = {"questions": round(questions), "spread": spread / questions, "reward": worth / questions}
-        found["right"] = right / questions / self.num_generations
+        sums = (len(groups), spread, mixed, groups.mean(1).sum().item(), right.float().mean(1).sum().item())
+        questions, *sums = self._sums(*sums)
+        found = {"questions": round(questions)}
+        found |= dict(zip(("spread", "mixed", "reward", "right"), (each / questions for each in sums), strict=True))
         if self.is_world_process_zero():
             record = {"step": 0, "event": "readiness", "tokens": 0} | found
             append_line(self.meter.path, record | self.meter.spent())
             print(_told(found, self.num_generations), file=sys.stderr)  # noqa: T201
-        if found["spread"] < LEAST_SPREAD:
+        if found["spread"] < LEAST_SPREAD or ("answer" in self.args.rewards and found["mixed"] < LEAST_SPREAD):
             raise UsageError(_refusal(found))
 
 
@@ -418,7 +418,8 @@ class _Readiness(TrainerCallback):
 def _told(found: dict[str, float], generations: int) -> str:
     return (
         f"readiness: {found['questions']} questions, {generations} replies each: {found['right']:.1%} right, mean "
-        f"reward {found['reward']:.2f}, in {found['spread']:.0%} of the groups replies differ in reward"
+        f"reward {found['reward']:.2f}; in {found['spread']:.0%} of the groups replies differ in reward, in "
+        f"{found['mixed']:.0%} some are right and others not"
     )
 
 
@@ -426,8 +427,11 @@ def _refusal(found: dict[str, float]) -> str:
     advice = "easier questions, more num_generations, a higher temperature, or more fine-tuning (recipes/sft.py) first"
     if found["right"] >= KNOWN:
         advice = "harder questions, for it knows these, or a higher temperature"
-    return (
-        f"Replies differ in reward in {found['spread']:.0%} of {found['questions']} groups, and the model would learn "
-        f"from those alone ({LEAST_SPREAD:.0%} are wanted; {found['right']:.1%} of the replies are right). Give "
-        f"{advice}; or --readiness_questions 0 to train all the same."
-    )
+    few = f"{LEAST_SPREAD:.0%} are wanted; {found['right']:.1%} of the replies are right"
+    if found["spread"] < LEAST_SPREAD:
+        said = f"Replies differ in reward in {found['spread']:.0%} of {found['questions']} groups, and the model would "
+        said += f"learn from those alone ({few})."
+    else:
+        said = f"In {found['mixed']:.0%} of {found['questions']} groups are some replies right and others not ({few}): "
+        said += "the model would learn what else is rewarded, such as a wrong answer of the right kind, and no answer."
+    return f"{said} Give {advice}; or --readiness_questions 0 to train all the same."

@@ -19,7 +19,7 @@ from rorchat.model import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rorchat.persona import DEFAULT_PERSONA
 from rorchat.sources import digest_of
 from rorchat.tokens.past import by_content, named_by_content
-from rorchat.tokens.store import Manifest, sha256_of
+from rorchat.tokens.store import Manifest, sha256_of, store_folder
 
 FINGERPRINTED = (
     "model.safetensors", "config.json", "tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja",
@@ -80,8 +80,8 @@ def data_fingerprint(arguments) -> dict[str, object]:
 
 
 def _digest_of(spec: str) -> str:
-    folder = Path(spec.removeprefix("store="))
-    if not spec.startswith("store=") and not (folder / "manifest.json").is_file():
+    folder = store_folder(spec)
+    if not folder:
         return digest_of(spec)
     try:
         return Manifest.read(folder).content_sha256()

@@ -74,17 +74,12 @@ class PretrainArguments(DataArguments, SmokeArguments, OptimizationArguments, Tr
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
     warmup_steps: float = field(default=0.02, metadata={"help": "Steps, or below 1 a share of them."})
-    lr_scheduler_type: str = "warmup_stable_decay"
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
-    bf16: bool | None = None
     dataloader_num_workers: int | None = field(default=None, metadata={"help": "Default: 2 on a GPU, else 0."})
     logging_steps: float = 20
     eval_strategy: str = "steps"
     eval_steps: float = field(default=0.25, metadata={"help": "Steps, or below 1 a share of them."})
-    save_total_limit: int = 2
-    report_to: str = "none"
-    disable_tqdm: bool = True
 
     def specs(self) -> list[str]:
         return [source.spec for source in self.mixture_config.sources.values()]

@@ -13,6 +13,7 @@ from rorchat.chatml import END_OF_TEXT, IGNORED, encode_text
 from rorchat.errors import DataError, UsageError
 from rorchat.sources import in_validation, load
 from rorchat.tokens.mixture import open_store
+from rorchat.tokens.store import store_folder
 
 DOCUMENTS_AT_ONCE = 200  # a call of the tokenizer
 
@@ -40,8 +41,7 @@ def replay_rows(
     for name, value in (("tokens", tokens), ("max_length", max_length)):
         if value < 2:
             raise UsageError(f"replay: {name} is {value}: a row needs at least 2 tokens.")
-    folder = source.removeprefix("store=")
-    if folder != source or (Path(folder) / "manifest.json").is_file():
+    if folder := store_folder(source):
         documents = _of_store(folder, tokenizer, seed)
     else:
         documents = _of_source(source, tokenizer, seed, validation_share)
@@ -66,7 +66,7 @@ def _rows_of(words: list[int], end_of_text: int, max_length: int) -> Iterator[li
         yield [end_of_text, *closed[start : start + max_length - 1]]
 
 
-def _of_store(folder: str, tokenizer, seed: int) -> Iterator[list[int]]:
+def _of_store(folder: Path, tokenizer, seed: int) -> Iterator[list[int]]:
     """The training documents of a store in random order, without their `<|endoftext|>`."""
     store = open_store(folder, tokenizer)
     if store.manifest.kind != "document":

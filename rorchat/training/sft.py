@@ -73,18 +73,12 @@ class SftArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArg
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 a share of them."})
-    lr_scheduler_type: str = "warmup_stable_decay"
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
-    gradient_checkpointing: bool = False
-    bf16: bool | None = None
     logging_steps: float = 20
     eval_strategy: str = "steps"
     eval_steps: float = field(default=0.25, metadata={"help": "Steps, or below 1 a share of them."})
-    save_total_limit: int = 2
-    report_to: str = "none"
-    disable_tqdm: bool = True
 
     def __post_init__(self):
         self.check_data()
@@ -94,6 +88,8 @@ class SftArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArg
             raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
         if not 0 <= self.replay_share < 1:
             raise UsageError(f"replay_share is {self.replay_share}: it must lie between 0 and 1.")
+        if not self.replay_share:
+            self.replay = None
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
         self.check_devices()

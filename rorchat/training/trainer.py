@@ -131,6 +131,14 @@ class OptimizationArguments:
         default=None, metadata={"help": "A folder (Drive) or Hub id that gets every checkpoint, and to go on from."}
     )
 
+    # fields of Transformers and TRL with other defaults: a stage's class names this one before theirs
+    lr_scheduler_type: str = COOLDOWN_SCHEDULE
+    gradient_checkpointing: bool = False
+    bf16: bool | None = None
+    save_total_limit: int = 2
+    report_to: str = "none"
+    disable_tqdm: bool = True
+
     @property
     def on_gpu(self) -> bool:
         """Whether training will be on a CUDA device; known before Transformers sets one up."""
