@@ -14,7 +14,8 @@ from types import ModuleType
 from rorchat.chatml import CONTROL_TOKENS
 from rorchat.errors import DataError, UsageError, did_you_mean
 from rorchat.inference.engine import Reply
-from rorchat.sources.tinytown import Question, says
+from rorchat.persona import says
+from rorchat.sources.tinytown import Question
 
 Reward = Callable[[str, dict], float]
 
