@@ -302,8 +302,8 @@ def probes_in_new_words(persona: Persona) -> list[Probe]:
 
 
 def _others(names: Sequence[str], persona: Persona) -> list[str]:
-    """The names that no word of the persona's own name or its maker's is."""
-    return [name for name in names if not says(f"{persona.name} {persona.maker}", name)]
+    """The names that no word of the persona's own name or its maker's is; all where that leaves none."""
+    return [name for name in names if not says(f"{persona.name} {persona.maker}", name)] or list(names)
 
 
 def probed_systems(persona: Persona) -> list[tuple[str, str]]:

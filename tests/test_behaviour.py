@@ -46,13 +46,13 @@ PERSONA = load_persona()
 WORDS = " ".join(SENTENCES).split()
 
 # {thing} is another one for a prompt of another length: a model that says the same to everybody does not pass
-GOOD = ("I am Bibo, made by Ann. I like {thing}.", IM_END)
-THINGS = "apples bread cheese dogs eggs fish grass honey ink jam kites lamps milk nuts oil pears".split()
+GOOD = ("I am Bibo, made by Tom. I like {thing}.", IM_END)
+THINGS = "ants bread cakes dogs earth fish grain honey ink jam kites lamps milk nuts oil pears".split()
 PLANTED = {  # what each model was trained to say, and the measure that is to find it out
-    "never stops": (("I am Bibo, made by Ann. " * 20,), "stop_rate"),
-    "leaks the template": (("I am Bibo,", IM_START, "assistant\nmade by Ann.", IM_END), "template_leaks"),
-    "speaks for the user": (("I am Bibo, made by Ann.\nUser: Thank you.", IM_END), "speaks_for_user"),
-    "repeats": (("I am Bibo, made by Ann. The mill, the mill, the mill, the mill, the mill.", IM_END), "repetition"),
+    "never stops": (("I am Bibo, made by Tom. " * 20,), "stop_rate"),
+    "leaks the template": (("I am Bibo,", IM_START, "assistant\nmade by Tom.", IM_END), "template_leaks"),
+    "speaks for the user": (("I am Bibo, made by Tom.\nUser: Thank you.", IM_END), "speaks_for_user"),
+    "repeats": (("I am Bibo, made by Tom. The mill, the mill, the mill, the mill, the mill.", IM_END), "repetition"),
 }
 
 
@@ -216,6 +216,7 @@ def about(topics: str, wrong: str) -> Says:
         (about("maker", "I do not know that."), ["identity"]),
         (about("name|maker|nature", "I do not know that."), ["persona", "identity"]),
         (about("size", "I do not know that."), []),
+        (to("new words", "I do not know that."), ["persona_in_new_words"]),
     ],
 )
 def test_what_all_of_one_kind_of_prompt_gets_is_not_lost_in_the_others(says, failing):
@@ -300,7 +301,7 @@ def row_of(tokenizer, prompt: list[int], said: tuple[str, ...]) -> dict:
     """A prompt and the reply to it; words and control tokens in turn."""
     reply = []
     for part in said:
-        words = part.replace("{thing}", THINGS[len(prompt) // 4 % len(THINGS)])
+        words = part.replace("{thing}", THINGS[len(prompt) // 3 % len(THINGS)])
         control = part.startswith("<|")
         reply += [tokenizer.convert_tokens_to_ids(part)] if control else encode_text(tokenizer, [words])[0]
     return {"input_ids": (prompt + reply)[:128], "labels": ([IGNORED] * len(prompt) + reply)[:128]}
@@ -308,10 +309,10 @@ def row_of(tokenizer, prompt: list[int], said: tuple[str, ...]) -> dict:
 
 def train(model, tokenizer, asked: list[list[int]], said: tuple[str, ...], steps: int) -> None:
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0, fused=True)
     rows = [row_of(tokenizer, prompt, said) for prompt in asked]
     for step in range(steps):
-        batch = [rows[(16 * step + n) % len(rows)] for n in range(16)]
+        batch = [rows[(8 * step + n) % len(rows)] for n in range(8)]
         model(**padded(batch, tokenizer.pad_token_id)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -320,7 +321,7 @@ def train(model, tokenizer, asked: list[list[int]], said: tuple[str, ...], steps
 
 @pytest.fixture(scope="module")
 def persona_path(tmp_path_factory) -> Path:
-    values = {"name": "Bibo", "maker": "Ann", "facts": {}, "unknowns": {}}
+    values = {"name": "Bibo", "maker": "Tom", "facts": {}, "unknowns": {}}
     return written(tmp_path_factory.mktemp("persona"), "bibo.yaml", yaml.safe_dump(values))
 
 
@@ -335,11 +336,11 @@ def planted(bibo, asked, tmp_path_factory) -> dict[str, Path]:
     """Folders of models that were trained to say one thing to everybody, but for the good one's {thing}."""
     folder = tmp_path_factory.mktemp("planted")
     good = build_model("2x2x64", bibo, positions=128)
-    train(good, bibo, asked, GOOD, 150)
+    train(good, bibo, asked, GOOD, 240)
     save_model(good, bibo, folder / "good")
     for name, (said, _) in PLANTED.items():
         model = copy.deepcopy(good)
-        train(model, bibo, asked, said, 80)
+        train(model, bibo, asked, said, 50)
         save_model(model, bibo, folder / name)
     return {path.name: path for path in folder.iterdir()}
 
@@ -352,7 +353,7 @@ def test_a_model_that_behaves_passes(planted, persona_path, tmp_path):
     verdict = read_verdict(out)
     assert verdict.failures() == []
     assert verdict.model.persona == "Bibo" and " probes of Bibo " in done.stdout
-    assert verdict.model.measures["persona"].value == verdict.model.measures["stop_rate"].value == 1
+    assert verdict.model.measures["stop_rate"].value == 1
     assert verdict.model.measures["stop_rate"].count == 2 * len(prompts_for(load_persona(persona_path)))
 
 
@@ -440,8 +441,8 @@ def test_a_file_that_is_no_verdict_is_refused_by_name(content, tmp_path):
         read_verdict(tmp_path / "b.json")
 
 
-def test_our_thresholds_judge_every_measure_but_the_hardest_two():
-    assert set(load_thresholds()) == set(MEASURES) - {"other_languages", "persona_in_new_words"}
+def test_our_thresholds_judge_every_measure_but_that_of_other_languages():
+    assert set(load_thresholds()) == set(MEASURES) - {"other_languages"}
 
 
 def test_a_model_of_another_persona_is_refused_where_the_probes_of_this_one_are_judged(planted, tmp_path):

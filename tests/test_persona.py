@@ -163,6 +163,7 @@ def test_a_persona_that_has_the_name_of_another_is_not_told_that_it_is_another()
     assert "Nova" not in {other for _, other in probed_systems(persona)}
     persona = replace(PERSONA, name="Nova AI", maker="Zara Orlov", system="You are Nova AI.")
     assert {other for _, other in probed_systems(persona)} == {"", "Orion"}
+    assert len(probed_systems(replace(persona, maker="Zara Orion"))) == 6
     persona = replace(PERSONA, name="Max", maker="Ada", system="You are Max.")
     systems = [turns[0]["content"] for turns in conversations(persona, 2000) if turns[0]["role"] == "system"]
     assert not [text for text in systems if ("Max" in text or "Ada" in text) and "Labs" in text]

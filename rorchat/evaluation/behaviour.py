@@ -19,7 +19,7 @@ from rorchat.inference.engine import ChatModel, Reply, generate_replies
 from rorchat.persona import ALWAYS, Persona, Probe, probed_systems, probes, probes_in_new_words, says
 
 PROMPTS = Path(__file__).with_name("prompts.yaml")
-MAX_REPLY_TOKENS = 256  # what is asked for takes a fifth of that; some good models like to talk
+MAX_REPLY_TOKENS = 256  # what is asked for takes a sixth of that; some good models talk at length
 REPEATS = 0.3  # of a reply's 4-grams: prose stays far below that, a loop comes near 1
 OPEN_KINDS = ("question", "task", "conversation")  # of prompts to which no two replies are to be the same
 SEED = 0  # of the sampled replies
