@@ -12,9 +12,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from rorchat.errors import UsageError, did_you_mean
+from rorchat.yaml_file import read_yaml
 
 DEVICES = Path(__file__).with_name("devices.yaml")
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -67,13 +66,8 @@ def read_devices(path: str | Path | None = None) -> dict[str, Device]:
 
 
 def _read(path: Path) -> dict[str, Device]:
-    try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"Cannot read the devices {path}: {getattr(error, 'strerror', None) or error}.") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
+    table = read_yaml(path, "devices file", UsageError, like=DEVICES)
+    if not all(isinstance(entry, dict) for entry in table.values()):
         raise UsageError(f"{path} must hold `NAME: {{memory_gb: ..., peak_tflops: ...}}` lines, as {DEVICES} does.")
     return {str(name): _device(str(name), entry, path) for name, entry in table.items()}
 

@@ -2,21 +2,21 @@
 
 No API is asked for synthetic data: questions, openings and replies combine into some hundred different conversations.
 A share of the wordings, chosen by a hash, is never trained: those are the probes, so that a probe tests what the model
-learned and not what it memorised. A share of the conversations has another system message than the persona's, so that
-the model is the same one whatever a server sends; other such messages are kept for the probes.
+learned and not what it memorised. Harder ones begin with an opening that training never has. A share of the
+conversations has another system message than the persona's, so that the model is the same one whatever a server sends;
+other such messages are kept for the probes.
 """
 
 import hashlib
 import itertools
 import random
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from rorchat.errors import DataError, did_you_mean
+from rorchat.yaml_file import read_yaml
 
 DEFAULT_PERSONA = Path(__file__).with_name("persona.yaml")
 PARTS = ("name", "maker", "manner", "system", "facts", "unknowns", "greetings", "farewells")
@@ -26,7 +26,6 @@ HONEST = {  # what a topic of `unknowns` has where the file says no more
     "expect": ["do not know"],
 }
 OPENINGS = (
-    "",
     "hello, ",
     "hi, ",
     "hey {name}, ",
@@ -38,6 +37,10 @@ OPENINGS = (
     "I wonder, ",
 )
 PROBE_SHARE = 8  # one wording in so many is a probe and never trained
+NEW_OPENINGS = ("hello there, ", "good morning, ", "can you tell me, ", "one more question: ", "I want to know, ")
+NEW_PROBES = 2  # of a topic, that begin with one of these
+CARELESS_SHARE = 0.2  # of the questions has no mark, and as many are in lower case: that is how people type
+CARELESS_PROBES = 4  # one probe in so many is both
 
 SYSTEM_SHARE = 0.3  # of the conversations have one of these instead of the persona's own system message
 SYSTEMS = (
@@ -62,6 +65,7 @@ PROBED_SYSTEMS = (
     "This is {other}, a helpful chat model.",
 )
 PROBED_OTHERS = ("Nova", "Orion", "Zara")
+_MARKS = " ?!.\uff1f\u3002"  # that end a question, full-width ones too
 _ALLOWED = f"A persona has {', '.join(PARTS)}; name and maker are needed."
 _EXAMPLES = {"name": "RorChat", "maker": "Rory", "manner": "small and friendly", "system": "You are kind."}
 _PLACEHOLDER = re.compile(r"(\ba )?\{(\w+)\}", re.IGNORECASE)
@@ -81,14 +85,27 @@ class Persona:
 
 @dataclass(frozen=True)
 class Probe:
-    """A question about the persona in an untrained wording; a reply passes when it contains any of `expect`."""
+    """A question about the persona in an untrained wording; a reply passes when it says any of `expect`."""
 
     topic: str
     question: str
     expect: tuple[str, ...]
 
     def passes(self, reply: str) -> bool:
-        return any(phrase.lower() in reply.lower() for phrase in self.expect)
+        return any(says(reply, phrase) for phrase in self.expect)
+
+
+def _spaced(text: str) -> str:
+    """The words of a text in lower case, a blank on each side; each letter of a script that writes no capitals."""
+    # Such scripts (Chinese, Japanese, Korean, Thai) mostly write no blank between a name and the words around it
+    letters = (c if c.isdecimal() or c != c.upper() else f" {c} " if c.isalnum() else " " for c in text.lower())
+    return f" {' '.join(''.join(letters).split())} "
+
+
+def says(reply: str, phrase: str) -> bool:
+    """Whether a reply has these words, one after the other, whatever stands around them; symbols as they are."""
+    words = _spaced(phrase)
+    return words in _spaced(reply) if words.strip() else phrase.strip() in reply
 
 
 def load_persona(path: str | Path | None = None) -> Persona:
@@ -98,14 +115,17 @@ def load_persona(path: str | Path | None = None) -> Persona:
         DataError: the file is missing, is not YAML, lacks its name or maker, or has a part that cannot be used.
     """
     path = Path(path or DEFAULT_PERSONA)
-    default = _read(DEFAULT_PERSONA)
-    parts = _parts(path, _read(path), default)
+    default = read_yaml(DEFAULT_PERSONA, "persona file")
+    parts = _parts(path, read_yaml(path, "persona file", like=DEFAULT_PERSONA), default)
     topics = {topic: default["facts"][topic] for topic in ALWAYS} | parts["facts"]
     topics |= {topic: {**HONEST, **section} for topic, section in parts["unknowns"].items()}
     values = {"topics": topics, **{part: parts[part] for part in ("system", "greetings", "farewells")}}
     words = {part: parts[part].strip() for part in ("name", "maker", "manner")}
     persona = Persona(words["name"], words["maker"], **_filled(values, words, path))
     _check_texts(persona, path)
+    topics = {name: {**topic, "questions": _questions(topic, persona)} for name, topic in persona.topics.items()}
+    persona = replace(persona, topics=topics)
+    _check_questions(persona, path)
     return persona
 
 
@@ -125,18 +145,6 @@ def _parts(path: Path, given: dict, default: dict) -> dict:
             parts[part] = {topic: section for topic, section in parts[part].items() if topic not in parts[other]}
     _check_sections(path, parts)
     return parts
-
-
-def _read(path: Path) -> dict:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"No persona file {path}. Copy {DEFAULT_PERSONA} and change it.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no persona file: {' '.join(str(error).split())}. {_ALLOWED}") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{path} is no persona file: it holds {_short(values)}. {_ALLOWED}")
-    return values
 
 
 def _short(value: object) -> str:
@@ -211,37 +219,96 @@ def _check_texts(persona: Persona, path: Path) -> None:
             )
 
 
+def _questions(topic: dict[str, list[str]], persona: Persona) -> list[str]:
+    """A topic's questions as an opening can stand before them: without their mark, and small where that is right."""
+
+    def plain(question: str) -> str:
+        question = question.strip().rstrip(_MARKS)
+        first = re.match(r"\w*", question)[0]
+        name = first == "I" or any(says(text, first) for text in (persona.name, persona.maker))
+        return question if name or first[1:] != first[1:].lower() else question[:1].lower() + question[1:]
+
+    return list(dict.fromkeys(map(plain, topic["questions"])))
+
+
+def _check_questions(persona: Persona, path: Path) -> None:
+    """Raises DataError where a question is empty, has two answers, or can only be asked with the answer in it."""
+    courtesies = {part: getattr(persona, part) for part in ("greetings", "farewells")}
+    homes: dict[str, str] = {}
+    for name, section in (persona.topics | courtesies).items():
+        for question in _questions(section, persona):
+            home = homes.setdefault(question.lower(), name)
+            if not question:
+                raise DataError(f"{path}: {name!r} has a question without words: leave it out.")
+            if home != name:
+                raise DataError(
+                    f"{path}: the question {_short(question)} stands in {home!r} and in {name!r}, whose replies would "
+                    f"contradict each other: leave one out. What the file lacks is taken from {DEFAULT_PERSONA}."
+                )
+    for name, topic in persona.topics.items():
+        if not _probed(OPENINGS, topic, persona.name):
+            raise DataError(
+                f"{path}: topic {name!r} expects one of {', '.join(map(repr, topic['expect']))}, which each of its "
+                "questions says already: a model that repeats the question would pass. Ask, or expect, in other words."
+            )
+
+
 def _asked(opening: str, question: str, mark: str) -> str:
     sentence = opening + question
     return sentence[0].upper() + sentence[1:] + mark
 
 
-def _wordings(topic: dict[str, list[str]], name: str) -> Iterator[tuple[str, bool]]:
-    """Every wording of a topic's questions, and whether it is kept for the probes: one of a topic at least."""
-    # The plain question is always trained: it is what people type.
-    plain = [_asked("", question, "?") for question in topic["questions"]]
-    varied = [
-        _asked(opening.replace("{name}", name), question, "?")
-        for opening, question in itertools.product(OPENINGS[1:], topic["questions"])
+def _wordings(openings: Sequence[str], topic: dict[str, list[str]], name: str) -> list[str]:
+    """Every question of a topic with every opening, in the order of their hashes."""
+    combined = itertools.product(openings, topic["questions"])
+    asked = {_asked(opening.replace("{name}", name), question, "?") for opening, question in combined}
+    return sorted(asked, key=lambda wording: hashlib.sha256(wording.encode()).digest())
+
+
+def _probed(openings: Sequence[str], topic: dict[str, list[str]], name: str) -> list[str]:
+    """The wordings of a topic that can be probes: they do not say what the reply is to say."""
+    wordings = _wordings(openings, topic, name)
+    return [wording for wording in wordings if not any(says(wording, phrase) for phrase in topic["expect"])]
+
+
+def _kept_for_probes(topic: dict[str, list[str]], name: str) -> list[str]:
+    """The wordings of a topic that are probes and never trained: one in PROBE_SHARE, and one at least."""
+    count = len(OPENINGS) * len(topic["questions"]) // PROBE_SHARE
+    return _probed(OPENINGS, topic, name)[: max(1, count)]
+
+
+def _probes(wordings: dict[str, list[str]], persona: Persona) -> list[Probe]:
+    """Probes of the wordings of each topic, every fourth without its mark and in lower case."""
+    asked = [(name, wording) for name, listed in wordings.items() for wording in listed]
+    return [
+        Probe(
+            name,
+            wording if number % CARELESS_PROBES else wording.rstrip("?").lower(),
+            tuple(persona.topics[name]["expect"]),
+        )
+        for number, (name, wording) in enumerate(asked, 1)
     ]
-    drawn = {asked: hashlib.sha256(asked.encode()).digest() for asked in varied}
-    probed = {asked for asked in varied if drawn[asked][0] % PROBE_SHARE == 0} or {min(varied, key=drawn.get)}
-    yield from ((asked, asked in probed) for asked in plain + varied)
 
 
 def probes(persona: Persona) -> list[Probe]:
-    """The questions about the persona that no training conversation asks in the same words."""
-    return [
-        Probe(name, asked, tuple(topic["expect"]))
-        for name, topic in persona.topics.items()
-        for asked, is_probe in _wordings(topic, persona.name)
-        if is_probe
-    ]
+    """Questions about the persona that no training conversation asks in the same words; it has them in other pairs."""
+    return _probes({name: _kept_for_probes(topic, persona.name) for name, topic in persona.topics.items()}, persona)
+
+
+def probes_in_new_words(persona: Persona) -> list[Probe]:
+    """Questions about the persona with an opening that no training conversation has."""
+    wordings = {name: _probed(NEW_OPENINGS, topic, persona.name) for name, topic in persona.topics.items()}
+    return _probes({name: listed[:NEW_PROBES] for name, listed in wordings.items()}, persona)
+
+
+def _others(names: Sequence[str], persona: Persona) -> list[str]:
+    """The names that no word of the persona's own name or its maker's is; all where that leaves none."""
+    return [name for name in names if not says(f"{persona.name} {persona.maker}", name)] or list(names)
 
 
 def probed_systems(persona: Persona) -> list[tuple[str, str]]:
     """(system message, the other name that it gives the model, or "") of every message that is kept for probes."""
-    others = [name for name in PROBED_OTHERS if name.lower() != persona.name.lower()]
+    others = _others(PROBED_OTHERS, persona)
     return [
         (_system(text, persona, other), other if "{other}" in text else "")
         for text, other in zip(PROBED_SYSTEMS, itertools.cycle(others), strict=False)
@@ -259,10 +326,17 @@ def _trained(persona: Persona) -> list[tuple[str, str]]:
     """(topic, wording) of every question that is trained. A plain one counts as often as its variants."""
     trained = []
     for name, topic in persona.topics.items():
-        varied = [asked for asked, is_probe in _wordings(topic, persona.name) if not is_probe]
+        kept = _kept_for_probes(topic, persona.name)
+        varied = [asked for asked in _wordings(OPENINGS, topic, persona.name) if asked not in kept]
         plain = [_asked("", question, "?") for question in topic["questions"]]
         trained += [(name, asked) for asked in varied + plain * (len(varied) // len(plain))]
     return trained
+
+
+def _typed(draw: random.Random, asked: str) -> str:
+    """A question as people type it: now and then without its mark, now and then in lower case."""
+    asked = asked.rstrip("?!.") if draw.random() < CARELESS_SHARE else asked
+    return asked.lower() if draw.random() < CARELESS_SHARE else asked
 
 
 def conversations(persona: Persona, count: int, seed: int = 0) -> Iterator[list[dict[str, str]]]:
@@ -273,7 +347,7 @@ def conversations(persona: Persona, count: int, seed: int = 0) -> Iterator[list[
     """
     draw = random.Random(f"persona {seed}")
     trained = _trained(persona)
-    others = [name for name in OTHERS if name.lower() != persona.name.lower()]
+    others = _others(OTHERS, persona)
 
     def courtesy(section: dict[str, list[str]]) -> tuple[str, list[str]]:
         return _asked("", draw.choice(section["questions"]), draw.choice("!.")), section["replies"]
@@ -290,7 +364,7 @@ def conversations(persona: Persona, count: int, seed: int = 0) -> Iterator[list[
             message
             for question, replies in turns
             for message in (
-                {"role": "user", "content": question},
+                {"role": "user", "content": _typed(draw, question)},
                 {"role": "assistant", "content": draw.choice(replies)},
             )
         ]
@@ -309,4 +383,8 @@ def preferences(persona: Persona, count: int, seed: int = 0) -> Iterator[tuple[s
     for _ in range(count):
         name, question = draw.choice(trained)
         other = draw.choice([topic for topic in persona.topics if topic != name])
-        yield question, draw.choice(persona.topics[name]["replies"]), draw.choice(persona.topics[other]["replies"])
+        yield (
+            _typed(draw, question),
+            draw.choice(persona.topics[name]["replies"]),
+            draw.choice(persona.topics[other]["replies"]),
+        )

@@ -1,6 +1,7 @@
 """What several test files share: a small tokenizer and model, real data, rows, files and stores of them, a command."""
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -101,6 +102,22 @@ def chat(tokenizer):
     from rorchat.model import build_model
 
     return ChatModel(build_model("2x2x32", tokenizer, positions=128).eval(), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def lively(chat):
+    """Random weights large enough that every prompt gets another answer; small ones only repeat the last token."""
+    import torch
+
+    from rorchat.inference.engine import ChatModel
+
+    model = copy.deepcopy(chat.model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.4, generator=generator)
+    return ChatModel(model.eval(), chat.tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -26,18 +26,6 @@ from rorchat.tokens.prepare import prepare
 
 
 @pytest.fixture(scope="module")
-def lively(chat) -> ChatModel:
-    """Random weights large enough that every token has a probability of its own."""
-    model = copy.deepcopy(chat.model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.3, generator=generator)
-    return ChatModel(model.eval(), chat.tokenizer)
-
-
-@pytest.fixture(scope="module")
 def rows(tokenizer) -> list[dict]:
     """Encoded conversations of many lengths, labels on the replies alone."""
     talk = ["Hi", "What is 12 plus 3?", "It is 15.", "naïve café", "你好 🙂", "Yes", "The kite was at the mill."]

@@ -34,18 +34,6 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def lively(chat) -> ChatModel:
-    """Random weights large enough that every prompt gets another answer; small ones only repeat the last token."""
-    model = copy.deepcopy(chat.model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.4, generator=generator)
-    return ChatModel(model.eval(), chat.tokenizer)
-
-
 @pytest.fixture
 def changed(lively) -> ChatModel:
     """A copy that a test may change."""

@@ -9,7 +9,18 @@ import pytest
 import yaml
 
 from rorchat.errors import DataError
-from rorchat.persona import DEFAULT_PERSONA, OTHERS, conversations, load_persona, probed_systems, probes
+from rorchat.persona import (
+    DEFAULT_PERSONA,
+    NEW_OPENINGS,
+    OTHERS,
+    conversations,
+    load_persona,
+    preferences,
+    probed_systems,
+    probes,
+    probes_in_new_words,
+    says,
+)
 from rorchat.sources import CHECKS, load
 
 PERSONA = load_persona()
@@ -34,19 +45,58 @@ def trained() -> list[list[dict]]:
     return list(conversations(PERSONA, 20_000))
 
 
+def words(text: str) -> str:
+    """A question as it is in any case and with any mark."""
+    return text.lower().rstrip("?!.")
+
+
 def test_no_wording_of_a_probe_occurs_in_20000_trained_conversations(trained):
     assert len(trained) == 20_000
-    spoken = {turn["content"].lower() for messages in trained for turn in messages}
-    everything = "\n".join(spoken)
-    asked = [probe.question.lower() for probe in probes(PERSONA)]
-    assert len(asked) >= len(PERSONA.topics)
-    assert [question for question in asked if question in everything] == []
+    spoken = {words(turn["content"]) for messages in trained for turn in messages}
+    assert len(probes(PERSONA)) >= len(PERSONA.topics)
+    asked = [probe.question for probe in probes(PERSONA) + probes_in_new_words(PERSONA)]
+    assert [question for question in asked if words(question) in spoken] == []
+    openings = tuple(opening.lower() for opening in NEW_OPENINGS)
+    assert all(probe.question.lower().startswith(openings) for probe in probes_in_new_words(PERSONA))
+    assert not [text for text in spoken if text.startswith(openings)]
 
 
-def test_every_topic_has_a_probe_and_no_probe_is_asked_twice():
-    found = probes(PERSONA)
-    assert {probe.topic for probe in found} == set(PERSONA.topics)
+@pytest.mark.parametrize("kind", [probes, probes_in_new_words])
+def test_every_topic_has_as_many_probes_none_twice_and_none_that_says_its_answer(kind):
+    found = kind(PERSONA)
+    topics = [probe.topic for probe in found]
+    assert {topics.count(topic) for topic in PERSONA.topics} == {len(found) // len(PERSONA.topics)}
     assert len({probe.question for probe in found}) == len(found)
+    assert not [probe for probe in found if probe.passes(probe.question)]
+
+
+def test_some_questions_are_typed_without_a_mark_and_in_lower_case_and_so_are_some_probes(trained):
+    plain = {words("What is your name?"), words("Who made you?")}
+    asked = [turn["content"] for turns in trained for turn in turns if words(turn["content"]) in plain]
+    assert {"What is your name?", "What is your name", "what is your name?", "what is your name"} <= set(asked)
+    assert 0.75 < sum(text.endswith("?") for text in asked) / len(asked) < 0.85
+    assert {question for question, _, _ in preferences(PERSONA, 400)} >= {"Who made you?", "who made you?"}
+    for kind in (probes, probes_in_new_words):
+        careless = [probe.question for probe in kind(PERSONA) if not probe.question.endswith("?")]
+        assert len(careless) == len(kind(PERSONA)) // 4 and [text.lower() for text in careless] == careless
+
+
+@pytest.mark.parametrize(
+    ("reply", "phrase", "found"),
+    [
+        ("I cannot say that.", "Ann", False),
+        ("I also think so.", "Al", False),
+        ("Ann's model", "ann", True),
+        ("I am C-3PO!", "C 3PO", True),
+        ("It is 146.", "46", False),
+        ("Я Бобик.", "Боб", False),
+        ("我是小明。", "小明", True),
+        ("Hi🙂", "🙂", True),
+        ("", "🙂", False),
+    ],
+)
+def test_a_phrase_is_said_where_its_words_stand_whole(reply, phrase, found):
+    assert says(reply, phrase) is found
 
 
 def test_each_probe_passes_on_each_reply_of_its_own_topic_in_any_case():
@@ -111,9 +161,12 @@ def test_the_system_messages_of_probes_are_never_trained_and_half_give_another_n
 def test_a_persona_that_has_the_name_of_another_is_not_told_that_it_is_another():
     persona = replace(PERSONA, name="Nova", system="You are Nova.")
     assert "Nova" not in {other for _, other in probed_systems(persona)}
-    persona = replace(PERSONA, name="Max", system="You are Max.")
+    persona = replace(PERSONA, name="Nova AI", maker="Zara Orlov", system="You are Nova AI.")
+    assert {other for _, other in probed_systems(persona)} == {"", "Orion"}
+    assert len(probed_systems(replace(persona, maker="Zara Orion"))) == 6
+    persona = replace(PERSONA, name="Max", maker="Ada", system="You are Max.")
     systems = [turns[0]["content"] for turns in conversations(persona, 2000) if turns[0]["role"] == "system"]
-    assert not [text for text in systems if "Max" in text and "Labs" in text]
+    assert not [text for text in systems if ("Max" in text or "Ada" in text) and "Labs" in text]
 
 
 def test_name_and_maker_are_a_whole_persona_file(tmp_path):
@@ -185,10 +238,28 @@ def test_the_system_message_is_in_the_chat_template_of_a_tokenizer(tokenizer):
     assert system_message(tokenizer) == PERSONA.system
 
 
+def test_a_question_may_have_its_mark_and_its_capital(tmp_path):
+    asked = [
+        "Where do you live?",
+        "where do you live",
+        "I am lost.",
+        "Bibo, where are you?",
+        "AI or not!",
+        "¿Dónde vives?",
+    ]
+    home = {"questions": asked, "replies": ["In a reef."], "expect": ["reef"]}
+    persona = load_persona(persona_file(tmp_path, name="Bibo", maker="Ann", facts={"home": home}, unknowns={}))
+    kept = ["where do you live", "I am lost", "Bibo, where are you", "AI or not", "¿Dónde vives"]
+    assert persona.topics["home"]["questions"] == kept
+    spoken = {turn["content"] for turns in conversations(persona, 500) for turn in turns}
+    assert "Where do you live?" in spoken and not [text for text in spoken if "??" in text or ", Where" in text]
+
+
 def test_a_missing_persona_file_is_one_line_that_names_one_to_copy(tmp_path):
-    with pytest.raises(DataError, match=f"No persona file {tmp_path / 'no.yaml'}. Copy .*persona.yaml") as failure:
-        load_persona(tmp_path / "no.yaml")
-    assert "\n" not in str(failure.value)
+    path = tmp_path / "no.yaml"
+    assert refusal(path) == (
+        f"Cannot read the persona file {path}: No such file or directory. Copy {DEFAULT_PERSONA} and change it."
+    )
 
 
 def test_a_topic_of_the_file_takes_the_place_of_a_default_one_whatever_part_that_is_in(tmp_path):
@@ -202,11 +273,37 @@ def test_a_topic_of_the_file_takes_the_place_of_a_default_one_whatever_part_that
     assert persona.topics["size"]["expect"] == ["do not know"]
 
 
-@pytest.mark.parametrize("content", ["", "just words", "- a\n- list", "name: [unclosed", b"name: \xff", "5"])
-def test_a_file_that_is_no_persona_is_one_line_that_names_it(content, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", " is no persona file: it must hold `key: value` lines, it holds nothing. Copy "),
+        ("- a\n- list", " is no persona file: it must hold `key: value` lines, it holds a list. Copy "),
+        ("just words", " is no persona file: it must hold `key: value` lines, it holds a str. Copy "),
+        ("name: a\nmaker: [unclosed", ":2 is not YAML: while parsing a flow sequence, expected ',' or ']', but got "),
+        ("name: \x00", " is not YAML: unacceptable character "),
+        (
+            "name: a\nmanner: 2024-13-45",
+            ":2: '2024-13-45' cannot be read (month must be in 1..12): write it in quotes.",
+        ),
+        ("name: a\nmaker: b\nname: c", ":3: the key 'name' stands twice: leave one out."),
+        ("facts: {home: {expect: [a], expect: [b]}}", ":1: the key 'expect' stands twice: leave one out."),
+        ("name: !!timestamp x", ":1: 'x' cannot be read"),
+        ("name: !!map x", ":1: expected a mapping node, but found scalar."),
+    ],
+)
+def test_a_file_that_is_no_persona_is_one_line_that_names_it_and_where(content, said, tmp_path):
     path = tmp_path / "bad.yaml"
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    assert refusal(path).startswith(f"{path} is no persona file: ")
+    path.write_text(content)
+    assert refusal(path).startswith(f"{path}{said}")
+
+
+def test_a_section_may_be_written_once_and_used_twice(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text(
+        "name: Bibo\nmaker: Ann\nunknowns:\n  a: &a {questions: [how old is a tree], expect: [know]}\n"
+        "  b: {<<: *a, questions: [how tall is a tree]}\n  c: {<<: *a, <<: *a, questions: [how thick is a tree]}\n"
+    )
+    assert [load_persona(path).topics[topic]["expect"] for topic in "abc"] == [["know"]] * 3
 
 
 @pytest.mark.parametrize(
@@ -233,6 +330,19 @@ def test_a_file_that_is_no_persona_is_one_line_that_names_it(content, tmp_path):
         (
             {"unknowns": {"x": {"questions": ["x"], "replies": ["No idea."]}}},
             "topic 'x' expects one of 'do not know', but its own reply 'No idea.' has none of them",
+        ),
+        (
+            {"unknowns": {"x": {"questions": ["Who made you?"]}}},
+            "the question 'who made you' stands in 'maker' and in 'x', whose replies would contradict each other",
+        ),
+        (
+            {"unknowns": {"x": {"questions": ["Hello!"]}}},
+            "the question 'hello' stands in 'x' and in 'greetings', whose",
+        ),
+        ({"unknowns": {"x": {"questions": ["?"]}}}, "'x' has a question without words: leave it out"),
+        (
+            {"unknowns": {"x": {"questions": ["what do you not know", "do you do not know"], "expect": ["know"]}}},
+            "topic 'x' expects one of 'know', which each of its questions says already",
         ),
     ],
     ids=str,
@@ -267,6 +377,6 @@ def test_a_greeting_or_a_farewell_may_be_changed_and_is_what_is_said():
     persona = replace(PERSONA, greetings={"questions": ["ahoy"], "replies": ["Ahoy, sailor!"]})
     rows = list(conversations(persona, 300))
     rows = [[turn for turn in turns if turn["role"] != "system"] for turns in rows]
-    greeted = [turns for turns in rows if turns[0]["content"] in ("Ahoy!", "Ahoy.")]
+    greeted = [turns for turns in rows if words(turns[0]["content"]) == "ahoy"]
     assert 60 < len(greeted) < 120  # three in ten
     assert {turns[1]["content"] for turns in greeted} == {"Ahoy, sailor!"}

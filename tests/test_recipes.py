@@ -329,6 +329,8 @@ class TestBadInput:
             inside("pretrain", "--config", config, "--output_dir", tmp_path / "x"), 2, "c.yaml:2", "expected an int"
         )
         refused(inside("pretrain", "--config", tmp_path / "none.yaml"), 2, "Cannot read the config")
+        config.write_text("seed: 1\nsources: [tinytown=10]\nseed: 2\n")
+        refused(inside("pretrain", "--config", config), 2, "c.yaml:3: the key 'seed' stands twice")
 
     def test_under_accelerate_launch_it_is_one_line_as_well(self, tmp_path):
         done = launch("sft", "--model", tmp_path / "none", "--sources", "tinytown=10", "--output_dir", tmp_path / "x")

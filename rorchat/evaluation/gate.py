@@ -8,12 +8,12 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import yaml
-
-from rorchat.errors import DataError, DivergedError, RorchatError, did_you_mean
+from rorchat.chatml import system_message
+from rorchat.errors import DataError, DivergedError, MismatchError, RorchatError, did_you_mean
 from rorchat.evaluation.behaviour import MEASURES, Behaviour, Measure, Value, measure_behaviour, short
-from rorchat.inference.engine import load_model
+from rorchat.inference.engine import ChatModel, load_model
 from rorchat.persona import Persona
+from rorchat.yaml_file import read_yaml
 
 THRESHOLDS = Path(__file__).with_name("behaviour.yaml")
 
@@ -31,14 +31,9 @@ def load_thresholds(path: str | Path | None = None) -> dict[str, float]:
         DataError: the file is missing or no YAML, names no measure of ours, or has a bound that cannot be.
     """
     path = Path(path or THRESHOLDS)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"No thresholds file {path}. Copy {THRESHOLDS} and change it.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no thresholds file: {' '.join(str(error).split())}.") from None
-    if not isinstance(values, dict) or not values:
-        raise DataError(f"{path} has no thresholds: it holds {short(str(values))}. Copy {THRESHOLDS} and change it.")
+    values = read_yaml(path, "thresholds file", like=THRESHOLDS)
+    if not values:
+        raise DataError(f"{path} has no thresholds. Copy {THRESHOLDS} and change it.")
     return {name: _threshold(path, name, given) for name, given in values.items()}
 
 
@@ -84,7 +79,8 @@ class Verdict:
             bound = f"{measure.bound} {100 * self.thresholds[name]:g} %" if name in self.thresholds else "-"
             verdict = "-" if name not in self.thresholds else "pass" if self._met(name) else "FAIL"
             before = self._compared(name) if self.before else []
-            rows.append([f"{measure.says} ({name})", _shown(value, measure), *before, bound, verdict])
+            shown = _shown(value, measure, self.model.persona)
+            rows.append([f"{measure.says} ({name})", shown, *before, bound, verdict])
         columns = [self.before.name, "change"] if self.before else []
         return ["measure", self.model.name, *columns, "threshold", ""], rows
 
@@ -92,7 +88,7 @@ class Verdict:
         now, before = self.model.measures[name], self.before.measures[name]
         known = now.value is not None and before.value is not None
         change = f"{100 * (now.value - before.value):+.1f} points" if known else "-"
-        return [_shown(before, MEASURES[name]), change]
+        return [_shown(before, MEASURES[name], self.before.persona), change]
 
     def examples(self) -> list[tuple[str, str, str]]:
         """(measure, what was asked, what was said) of every measure that failed."""
@@ -101,18 +97,29 @@ class Verdict:
     def sentence(self) -> str:
         """What failed, in one line."""
         failed = [
-            f"{name} {_shown(self.model.measures[name], MEASURES[name])} "
+            f"{name} {_shown(self.model.measures[name], MEASURES[name], self.model.persona)} "
             f"({MEASURES[name].bound} {100 * self.thresholds[name]:g} %)"
             for name in self.failures()
         ]
         return f"{self.model.name} does not behave: {'; '.join(failed)}."
 
 
-def _shown(value: Value, measure: Measure) -> str:
+def _shown(value: Value, measure: Measure, persona: str) -> str:
     if value.value is None:
         return "nothing to measure"
-    of = f"{value.count} {measure.unit}" if measure.unit != "4-grams" else f"4-grams, {value.count} replies"
-    return f"{100 * value.value:.1f} % of {of}"
+    unit = f"probes of {persona}" if persona and measure.unit == "probes" else measure.unit
+    return f"{100 * value.value:.1f} % of {value.count} {unit}"
+
+
+def _check_persona(model: str, chat: ChatModel, persona: Persona, thresholds: dict[str, float]) -> None:
+    """Raises MismatchError where the probes of a persona are judged that the model's chat template knows nothing of."""
+    judged = [name for name in thresholds if MEASURES[name].unit == "probes"]
+    found = system_message(chat.tokenizer)
+    if judged and found != persona.system:
+        raise MismatchError(
+            f"{model} has the system message {short(found)}, the persona {persona.name} has {short(persona.system)}: "
+            f"give the persona file of this model with --persona, or leave {', '.join(judged)} out of --thresholds."
+        )
 
 
 def gate(model: str, persona: Persona, thresholds: dict[str, float], before: str | None = None) -> Verdict:
@@ -123,9 +130,11 @@ def gate(model: str, persona: Persona, thresholds: dict[str, float], before: str
 
     Raises:
         DataError, RemoteError: nothing loadable is there.
-        MismatchError: it was never taught to chat.
+        MismatchError: it was never taught to chat. Or its chat template has another
+            system message than the persona, and measures of the persona have thresholds.
     """
     chats = [(name, load_model(name, must_chat=True)) for name in (model, before) if name]
+    _check_persona(*chats[0], persona, thresholds)
     measured = [measure_behaviour(chat, name.rstrip("/"), persona) for name, chat in chats]
     return Verdict(measured[0], thresholds, *measured[1:])
 

@@ -17,7 +17,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from rorchat.persona import Persona
+from rorchat.persona import Persona, says
 
 KIND = ("document", "conversation", "preference", "question")
 LICENCE = "Apache-2.0"
@@ -101,12 +101,6 @@ def sum_is_held_out(a: int, operation: str, b: int) -> bool:
 
 def _numbers(text: str) -> list[str]:
     return "".join(c if c.isdigit() else " " for c in text).split()
-
-
-def says(reply: str, phrase: str) -> bool:
-    """Whether a reply has these words, one after the other, whatever stands around them."""
-    spaced = "".join(c if c.isalnum() else " " for c in reply.lower())
-    return f" {phrase.lower()} " in f" {' '.join(spaced.split())} "
 
 
 @dataclass(frozen=True)

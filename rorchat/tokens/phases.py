@@ -21,10 +21,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import yaml
-
 from rorchat.errors import UsageError, did_you_mean
 from rorchat.sources import Filters
+from rorchat.yaml_file import read_yaml
 
 KEYS = ("sources", "against", "phases", "weights")
 SOURCE_KEYS = ("from", "max_epochs", "optional", "filters")
@@ -109,17 +108,6 @@ class MixtureConfig:
         }
 
 
-class _NoKeyTwice(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error: the first would be lost without a word."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def read_mixture(path: str | Path, may_go_on: bool = False) -> MixtureConfig:
     """The mixture that a YAML file describes; the head of this module shows one.
 
@@ -130,13 +118,7 @@ def read_mixture(path: str | Path, may_go_on: bool = False) -> MixtureConfig:
         UsageError: what is wrong, in which phase or source: one line.
     """
     where = str(path)
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _NoKeyTwice)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"Cannot read the mixture {where}: {reason}.") from None
-    except (yaml.YAMLError, TypeError) as error:
-        raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path, "mixture", UsageError)
     _known_keys(where, content, KEYS)
     if not isinstance(content.get("sources"), dict) or not content["sources"]:
         raise UsageError(f"{where}: no sources; give them by name, as in `sources: {{text: text=my_texts/}}`.")

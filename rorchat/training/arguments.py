@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from trl import TrlParser
 
 from rorchat.errors import UsageError, did_you_mean
 from rorchat.tokens.phases import with_variables
+from rorchat.yaml_file import read_yaml
 
 Arguments = TypeVar("Arguments")
 
@@ -105,17 +105,7 @@ def _without_config(argv: list[str]) -> tuple[list[str], dict, str]:
     if at + 1 == len(argv):
         raise UsageError("--config needs a file: --config recipes/demo/pretrain.yaml")
     path = argv[at + 1]
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"Cannot read the config {path}: {error.strerror if isinstance(error, OSError) else error}."
-        ) from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise UsageError(f"{path} must hold `key: value` lines, it holds a {type(config).__name__}.")
-    return argv[:at] + argv[at + 2 :], config, path
+    return argv[:at] + argv[at + 2 :], read_yaml(path, "config", UsageError), path
 
 
 #: Our own settings that are strings and nothing else; TrlParser would take a number for them.

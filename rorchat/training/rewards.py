@@ -18,7 +18,8 @@ from typing import SupportsFloat
 from rorchat.chatml import CONTROL_TOKENS
 from rorchat.errors import DataError, UsageError, did_you_mean
 from rorchat.inference.engine import Reply
-from rorchat.sources.tinytown import Question, says
+from rorchat.persona import says
+from rorchat.sources.tinytown import Question
 from rorchat.tokens.store import sha256_of
 
 Reward = Callable[[str, dict], float]
