@@ -56,7 +56,7 @@ class _HeadLoss(torch.autograd.Function):
         at_once = max(1, LOGITS_AT_ONCE // weight.size(0))
         for start in range(0, len(hidden), at_once):
             part = hidden[start : start + at_once].to(compute_dtype)
-            loss, gradient = _cross_entropy(_logits(part, head, own, row_ids), labels[start : start + at_once])
+            loss, gradient = _cross_entropy(logits_of(part, head, own, row_ids), labels[start : start + at_once])
             total += loss
             gradient = gradient.to(compute_dtype)
             if own is not None:
@@ -90,7 +90,7 @@ class _HeadLoss(torch.autograd.Function):
         return hidden_gradient, weight_gradient, None, None, None, None, rows_gradient, None
 
 
-def _logits(hidden: Tensor, head: Tensor, own: Tensor | None, row_ids: Tensor | None) -> Tensor:
+def logits_of(hidden: Tensor, head: Tensor, own: Tensor | None, row_ids: Tensor | None) -> Tensor:
     """(N, V) in float32, of (N, D) hidden states and a head (V, D) that has other rows at some ids."""
     logits = hidden @ head.T
     if own is not None:

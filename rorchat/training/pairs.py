@@ -14,7 +14,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from rorchat.chatml import IGNORED
 from rorchat.training.attention import Tree, keep_packed
-from rorchat.training.loss import LOGITS_AT_ONCE, LearnedRows, TiedGradient, hidden_states, learned_rows
+from rorchat.training.loss import LOGITS_AT_ONCE, LearnedRows, TiedGradient, hidden_states, learned_rows, logits_of
 from rorchat.training.recompute import WORTHWHILE
 
 
@@ -22,7 +22,7 @@ class _LogProbabilities(torch.autograd.Function):
     """log softmax(`hidden @ weight.T`) at `targets`, (N,), and whether the target is the likeliest token.
 
     Args:
-        rows: (K, D) the rows `row_ids` of a weight of which they alone learn.
+        rows: (K, D) what stands in for the rows `row_ids` of the weight, of which they alone learn.
     """
 
     @staticmethod
@@ -36,14 +36,14 @@ class _LogProbabilities(torch.autograd.Function):
         rows: Tensor | None = None,
         row_ids: Tensor | None = None,
     ):
-        head, found, likeliest = weight.to(compute_dtype), [], []
-        sums = []
+        head, found, likeliest, sums = weight.to(compute_dtype), [], [], []
+        own = None if rows is None else rows.to(compute_dtype)
         for part, wanted in _slices(weight.size(0), hidden, targets):
-            logits = (part.to(compute_dtype) @ head.T).float()
+            logits = logits_of(part.to(compute_dtype), head, own, row_ids)
             sums.append(logits.logsumexp(dim=-1))
             found.append(logits.gather(1, wanted[:, None])[:, 0] - sums[-1])
             likeliest.append(logits.argmax(dim=-1) == wanted)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(sums))
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(sums), rows)
         ctx.compute_dtype, ctx.tied, ctx.row_ids = compute_dtype, tied, row_ids
         likeliest = torch.cat(likeliest)
         ctx.mark_non_differentiable(likeliest)
@@ -52,27 +52,31 @@ class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor, _):
-        hidden, weight, targets, sums = ctx.saved_tensors
+        hidden, weight, targets, sums, rows = ctx.saved_tensors
         head = weight.to(ctx.compute_dtype)
+        own = None if rows is None else rows.to(ctx.compute_dtype)
         for_hidden, for_weight = ctx.needs_input_grad[:2]
         hidden_gradient = [hidden.new_zeros(0, hidden.size(1))]
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
-        rows_gradient = (
-            weight.new_zeros(len(ctx.row_ids), weight.size(1), dtype=torch.float32) if ctx.needs_input_grad[5] else None
-        )
+        rows_gradient = torch.zeros_like(rows, dtype=torch.float32) if ctx.needs_input_grad[5] else None
         for part, wanted, total, outer in _slices(weight.size(0), hidden, targets, sums, gradient):
             part = part.to(ctx.compute_dtype)
-            inner = (part @ head.T).float().sub_(total[:, None]).exp_()  # the softmax
+            inner = logits_of(part, head, own, ctx.row_ids).sub_(total[:, None]).exp_()  # the softmax
             inner.mul_(-outer[:, None]).scatter_add_(1, wanted[:, None], outer[:, None].float())
             inner = inner.to(ctx.compute_dtype)
+            if own is not None:
+                of_own = inner[:, ctx.row_ids]
+                inner.index_fill_(1, ctx.row_ids, 0)
             if for_hidden:
                 hidden_gradient.append((inner @ head).to(hidden.dtype))
+                if own is not None:
+                    hidden_gradient[-1] += of_own @ own
             if for_weight and ctx.compute_dtype == torch.float32:
                 weight_gradient.addmm_(inner.T, part)
             elif for_weight:
                 weight_gradient += inner.T @ part
             if rows_gradient is not None:
-                rows_gradient += inner[:, ctx.row_ids].T @ part
+                rows_gradient += of_own.T @ part
         if ctx.tied is not None:
             ctx.tied.gradient, weight_gradient = weight_gradient, None
         hidden_gradient = torch.cat(hidden_gradient) if for_hidden else None
@@ -99,7 +103,7 @@ def log_probabilities(
         weight: (V, D), the vocabulary head.
         targets: (N,) ids.
         tied: takes the weight's gradient, in place of the weight.
-        learned: the rows of the weight that get a gradient, where no other does.
+        learned: rows that stand in for the weight's, and get a gradient where no other does.
     """
     device = hidden.device.type
     mixed = torch.is_autocast_enabled(device)  # which does not reach into a custom function
@@ -153,7 +157,7 @@ def _of_pairs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, label
     last_of_prompt = place[:, 0].gather(1, prompts[:, None] - 1)  # (B, 1)
     source[:, 1] = torch.where(first, last_of_prompt, source[:, 1])
     learned = learned_rows(model)
-    weight = model.get_output_embeddings().weight if learned is None else learned.whole()
+    weight = model.get_output_embeddings().weight if learned is None else learned.frozen
     found, likeliest = log_probabilities(hidden[0][source[asked]], weight, ids[asked], tied, learned)
     spread = [x.new_zeros(asked.shape).masked_scatter(asked, x) for x in (found, likeliest)]
     return tuple(x.transpose(0, 1).reshape(rows, length)[:, 1:] for x in spread)
