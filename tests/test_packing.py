@@ -2,12 +2,13 @@
 
 import copy
 import itertools
+import sys
 from collections import Counter
-from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -19,6 +20,10 @@ from rorchat.training import attention as attention_module
 from rorchat.training.attention import packed_attention_forward
 from rorchat.training.loss import fuse_head
 from rorchat.training.pairs import fuse_pairs
+
+sys.path.insert(0, str(ROOT / "scripts" / "bench"))
+
+import lengths as chat_files  # noqa: E402
 
 WINDOW, VOCABULARY, PAD = 48, 199, 0
 
@@ -282,20 +287,12 @@ def test_a_prompt_is_read_once_and_padding_never(stock):
 # Real conversations
 
 
-CHAT_FILES = {
-    "alpaca/alpaca_5000.json": "alpaca", "alpaca/alpaca_en_demo.json": "alpaca", "code_alpaca": "code_alpaca",
-    "chat/axolotl_sharegpt_conversation.json": "messages", "chat/deita_subset_test_sft.parquet": "messages",
-    "chat/moss003_messages.jsonl": "messages", "chat/openai_sft.jsonl": "messages",
-    "chat/tulu3_oasst1_sft_sample.jsonl": "messages", "cornell_movie_dialogs": "cornell_movie_dialogs",
-    "dailydialog": "dailydialog", "gsm8k": "gsm8k", "math_dataset": "math_dataset", "mbpp": "mbpp",
-    "natural_questions": "natural_questions", "openbookqa": "openbookqa",
-}  # fmt: skip
+CHAT_FILES = chat_files.CHAT | {name: name for name in ("math_dataset", "mbpp", "natural_questions", "openbookqa")}
 
 
 @pytest.mark.parametrize("path", CHAT_FILES)
 def test_of_real_conversations_the_assistants_words_and_closings_are_learned(path, gpt2_tokenizer, shared_data):
-    loaded = islice(load(f"{CHAT_FILES[path]}={shared_data / path}", "conversation"), 300)
-    conversations = [row["messages"] for row in loaded]
+    conversations = [row["messages"] for row in load(f"{CHAT_FILES[path]}={shared_data / path}", "conversation")]
     encoded = encode_conversations(gpt2_tokenizer, conversations, 1024)
     wanted = Counter()
     for messages, each in zip(conversations, encoded, strict=True):
