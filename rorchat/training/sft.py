@@ -64,8 +64,6 @@ class SftArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArg
             raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
         if not 0 <= self.replay_share < 1:
             raise UsageError(f"replay_share is {self.replay_share}: it must lie between 0 and 1.")
-        if not self.replay_share:
-            self.replay = None
         if self.packing or self.padding_free or self.assistant_only_loss:
             raise UsageError(
                 "packing, padding_free and assistant_only_loss belong to TRL's preparation, which is not used: rows "
@@ -74,6 +72,8 @@ class SftArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArg
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
         self.check_devices()
+        if not self.replay_share:
+            self.replay = None
         if self.smoke:
             make_small(self)
 
