@@ -71,10 +71,6 @@ def test_every_setting_that_is_refused_is_one():
     assert {name for stage in stages for name in stage.DECIDED} <= known
 
 
-def test_a_share_of_none_is_no_replay():
-    assert parse(SftArguments, [*FLAGS, "--replay", "tinytown=200", "--replay_share", "0"]).replay is None
-
-
 def test_a_share_that_is_none_is_refused():
     with pytest.raises(UsageError, match="replay_share is 1.0: it must lie between 0 and 1"):
         parse(SftArguments, [*FLAGS, "--replay_share", "1"])
@@ -100,3 +96,7 @@ def test_a_run_with_other_documents_replayed_is_another_run(tokenizer, documents
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     assert stopped.value.code == 78 and "inputs.replay" in capsys.readouterr().err
+
+
+def test_a_share_of_none_is_no_replay():
+    assert parse(SftArguments, [*FLAGS, "--replay", "tinytown=200", "--replay_share", "0"]).replay is None

@@ -88,11 +88,11 @@ class SftArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArg
             raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
         if not 0 <= self.replay_share < 1:
             raise UsageError(f"replay_share is {self.replay_share}: it must lie between 0 and 1.")
-        if not self.replay_share:
-            self.replay = None
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
         self.check_devices()
+        if not self.replay_share:
+            self.replay = None
         if self.smoke:
             make_small(self)
 
