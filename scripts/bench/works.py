@@ -133,9 +133,9 @@ SIDES = {
     },
     "conversations": {
         "trl-default": "TRL's SFTTrainer, its defaults: bf16, gradient checkpointing, padding; GPT-2's dropout of 0.1",
-        "trl-packing": "the same with packing=True: best-fit rows, a batch flattened to one row, SDPA",
+        "trl-packing": "those defaults with packing=True: best-fit rows, a batch flattened to one row, SDPA",
         "trl-fp32": "TRL's SFTTrainer, fp32, no gradient checkpointing, dropout 0",
-        "trl-packing-fp32": "the same with packing=True",
+        "trl-packing-fp32": "trl-fp32 with packing=True",
         "rorchat": "rorchat as it comes",
     },
     "pairs": {
