@@ -6,13 +6,14 @@ launch="accelerate launch --quiet --config_file recipes/accelerate/one_process.y
 
 $launch recipes/tokenizer.py --config recipes/demo/tokenizer.yaml
 $launch recipes/pretrain.py  --config recipes/demo/pretrain.yaml
+$launch recipes/pretrain.py  --config recipes/demo/midtrain.yaml
 $launch recipes/sft.py       --config recipes/demo/sft.yaml
 $launch recipes/dpo.py       --config recipes/demo/dpo.yaml
 
 mkdir -p runs/demo/model
 cp runs/demo/dpo/model/* runs/demo/model/
 
-rorchat evaluate pretrained=runs/demo/pretrain sft=runs/demo/sft dpo=runs/demo/dpo \
+rorchat evaluate pretrained=runs/demo/pretrain midtrained=runs/demo/midtrain sft=runs/demo/sft dpo=runs/demo/dpo \
     --untrained --out runs/demo/scores.json > /dev/null
 rm -f runs/demo/behaviour.json # an earlier model's
 # 70 where a measure fails: the report shows which

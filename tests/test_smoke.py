@@ -189,9 +189,10 @@ def test_gpt2_of_the_hub_becomes_a_chat_model_in_six_steps(gpt2, shared_data, tm
 @pytest.mark.parametrize("story", ["demo", "first-words"])
 def test_the_chat_stages_of_the_small_stories_run_three_steps(story, chat, tmp_path):
     save_model(chat.model, chat.tokenizer, tmp_path / "base")
-    own = yaml.safe_load((ROOT / "recipes" / story / "sft.yaml").read_text()).get("sources")
-    sources = [] if own else ["--sources", "tinytown=500"]
-    record = smoke(story, tmp_path / "sft", "--model", tmp_path / "base", *sources, stage="sft")
+    own = yaml.safe_load((ROOT / "recipes" / story / "sft.yaml").read_text())
+    sources = [] if "sources" in own else ["--sources", "tinytown=500"]
+    replay = ["--replay", "tinytown=200"] if "replay" in own else []  # no pretraining has left a store here
+    record = smoke(story, tmp_path / "sft", "--model", tmp_path / "base", *sources, *replay, stage="sft")
     assert record["data"][0]["rows_in"] == ROWS_PER_SOURCE and record["metrics"]["steps"] == 3
     assert record["settings"]["optimizer"] == "muon"
     for stage in {"demo": ("dpo", "grpo")}.get(story, ("dpo",)):
