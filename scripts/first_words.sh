@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# First words: real data from a folder to a chat model of 10M parameters. Two CPU cores, under twenty minutes, no network.
+# First words: real data from a folder to a chat model of 10M parameters. Two CPU cores, some twenty minutes, no network.
 #
 #   bash scripts/first_words.sh DATA OUT
 #
