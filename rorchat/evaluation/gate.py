@@ -47,7 +47,7 @@ def _threshold(path: Path, name: object, given: object) -> float:
     if not good or not (math.isfinite(number) and 0 <= number <= 1):
         better = "more" if bound == "min" else "less"
         raise DataError(
-            f"{path}: {name} is {short(str(given))}: {better} of it is better, so give a share from 0 to 1 as "
+            f"{path}: {name} is {given!r:.80}: {better} of it is better, so give a share from 0 to 1 as "
             f"`{name}: {{{bound}: {0.9 if bound == 'min' else 0.1}}}`."
         )
     return float(number)
@@ -87,7 +87,7 @@ class Verdict:
     def _compared(self, name: str) -> list[str]:
         now, before = self.model.measures[name], self.before.measures[name]
         known = now.value is not None and before.value is not None
-        change = f"{100 * (now.value - before.value):+.1f} points" if known else "-"
+        change = f"{round(100 * (now.value - before.value), 1) + 0.0:+.1f} points" if known else "-"  # never -0.0
         return [_shown(before, MEASURES[name], self.before.persona), change]
 
     def examples(self) -> list[tuple[str, str, str]]:

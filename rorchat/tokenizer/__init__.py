@@ -144,9 +144,9 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, must_ch
 
 
 def run_of(model: str) -> tuple[Path, dict] | None:
-    """(folder, run.json) of the run that a folder is, or of which it is the model or a checkpoint; None without one."""
+    """(folder, run.json) of the run that a folder is, or of which it is the model, adapter or a checkpoint."""
     folder = Path(model)
-    if folder.name == "model" or folder.name.startswith("checkpoint-"):
+    if folder.name in ("model", "adapter") or folder.name.startswith("checkpoint-"):
         folder = folder.parent
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))

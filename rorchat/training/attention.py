@@ -146,6 +146,14 @@ def keep_packed(model: nn.Module) -> None:
             block.attn.forward = functools.partial(_by_trees, block.attn, block.attn.forward)
 
 
+def needs_no_mask(model: nn.Module) -> None:
+    """Keeps Transformers from looking for padding in every forward pass, to recommend a mask.
+
+    Batches are padded on the right (rorchat/tokens/batch.py), and a causal model never looks there.
+    """
+    model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
+
+
 def _by_trees(attention: nn.Module, stock_forward, *args, **kwargs):
     if "trees" not in kwargs:
         return stock_forward(*args, **kwargs)

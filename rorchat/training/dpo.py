@@ -96,7 +96,7 @@ class DpoArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArg
     beta: float = field(default=0.1, metadata={"help": "How strongly the model is held to the reference."})
     chosen_drop: float = field(
         default=0.5,
-        metadata={"help": "Stop when chosen replies have lost so many nats a token against the reference; 0: never."},
+        metadata={"help": "Stop where, by a line of the log, chosen replies have lost so many nats a token; 0: never."},
     )
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid", "sft"])
     precompute_ref_log_probs: bool = True
@@ -223,6 +223,8 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         )
         order = training_order(lengths, rows, micro, arguments.data_seed)
         read = np.cumsum([0, *lengths[order].reshape(arguments.max_steps, -1).sum(1)])
+        needed, order = np.unique(order, return_inverse=True)
+        train = train.select(needed)
         # mean tokens of a chosen reply, in the step and in validation
         self._chosen_length = {"eval": np.mean([len(ids) for ids in validation["chosen_ids"]])}
         fuse_gelu(model)

@@ -30,6 +30,7 @@ from rorchat.persona import load_persona
 from rorchat.sources import Reject, Tally, in_validation, load, words_of
 from rorchat.tokens.store import sha256_of
 from rorchat.training.arguments import DataArguments
+from rorchat.training.attention import needs_no_mask
 from rorchat.training.callbacks import DIVERGED_ROWS, append_line
 from rorchat.training.loss import fuse_gelu
 from rorchat.training.order import training_order
@@ -229,6 +230,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         order = training_order([1] * len(train), questions, self.questions_per_step, arguments.data_seed)
         stops, control = set(model.generation_config.eos_token_id), set(tokenizer.all_special_ids)
         fuse_gelu(model)
+        needs_no_mask(model)
         reference, beta = copy.deepcopy(model) if arguments.beta else None, arguments.beta
         # TRL 1.16 would load the reference from where the policy's config says that it lies: of an adapter, its base
         arguments.beta = 0.0
@@ -433,5 +435,7 @@ def _refusal(found: dict[str, float]) -> str:
         said += f"learn from those alone ({few})."
     else:
         said = f"In {found['mixed']:.0%} of {found['questions']} groups are some replies right and others not ({few}): "
-        said += "the model would learn what else is rewarded, such as a wrong answer of the right kind, and no answer."
+        said += (
+            "the model would learn what else is rewarded, such as a wrong answer of the right kind, and not the answer."
+        )
     return f"{said} Give {advice}; or --readiness_questions 0 to train all the same."

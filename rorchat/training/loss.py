@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import CausalLMOutput
 
 from rorchat.chatml import IGNORED
-from rorchat.training.attention import Tree, causal_attention, keep_packed, packed_attention
+from rorchat.training.attention import Tree, causal_attention, keep_packed, needs_no_mask, packed_attention
 from rorchat.training.recompute import WORTHWHILE, cheap_outputs_computed_again
 
 LOGITS_AT_ONCE = 2**25  # numbers, 134 MB in float32: slices are as large as that allows
@@ -247,9 +247,7 @@ def fuse_head(model: nn.Module, compiled: bool = False, whole_rows: bool = False
         return CausalLMOutput(loss=loss / items)
 
     model.forward = forward
-    # Batches are padded on the right, which needs no mask (rorchat/tokens/batch.py); Transformers looks for the padding
-    # in every forward pass to recommend one.
-    model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
+    needs_no_mask(model)
 
 
 def hidden_states(

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from trl.trainer.utils import FusedCausalLMOutput
 
 from rorchat.chatml import IGNORED
-from rorchat.training.attention import Tree, keep_packed
+from rorchat.training.attention import Tree, keep_packed, needs_no_mask
 from rorchat.training.loss import LOGITS_AT_ONCE, LearnedRows, TiedGradient, hidden_states, learned_rows, logits_of
 from rorchat.training.recompute import WORTHWHILE
 
@@ -122,6 +122,7 @@ def fuse_pairs(model: nn.Module) -> None:
     """
     stock_forward = type(model).forward.__get__(model)
     keep_packed(model)
+    needs_no_mask(model)
 
     @functools.wraps(stock_forward)
     def forward(*args, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs):

@@ -113,7 +113,8 @@ def find_reward(name: str) -> Reward:
         raise UsageError(f"No file {path} with a reward.")
     found = getattr(_module(file.resolve(), sha256_of(file)), function, None)
     if not callable(found):
-        raise UsageError(f"{path} has no function {function!r}, which the reward {name!r} asks for.")
+        has = f", but {type(found).__name__} of that name" if found is not None else ""
+        raise UsageError(f"{path} has no function {function!r}{has}, which the reward {name!r} asks for.")
     return found
 
 

@@ -39,6 +39,12 @@ TOKENS = "tokens"  # the folder of token stores in a run that names no other
 REMEDY = "Choose another place, or delete the folder."
 
 
+def _brief(value: object) -> str:
+    """A value of an identity as an error can name it: the table above has it whole."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
 class Run:
     """The folder of one run of one stage.
 
@@ -187,7 +193,7 @@ class Run:
         if (fatal or (found and tell)) and PartialState().is_main_process:
             print(*table(found), sep="\n", file=sys.stderr)  # noqa: T201
         if fatal:
-            said = "; ".join(f"{each.name} {each.before}, now {each.now}" for each in fatal)
+            said = "; ".join(f"{each.name} {_brief(each.before)}, now {_brief(each.now)}" for each in fatal)
             raise MismatchError(f"{where} holds another run: {said}. {self._way_out(fatal)}{REMEDY}")
         return found
 
