@@ -47,7 +47,7 @@ def _threshold(path: Path, name: object, given: object) -> float:
     if not good or not (math.isfinite(number) and 0 <= number <= 1):
         better = "more" if bound == "min" else "less"
         raise DataError(
-            f"{path}: {name} is {given!r:.80}: {better} of it is better, so give a share from 0 to 1 as "
+            f"{path}: {name} is {short(str(given))}: {better} of it is better, so give a share from 0 to 1 as "
             f"`{name}: {{{bound}: {0.9 if bound == 'min' else 0.1}}}`."
         )
     return float(number)
