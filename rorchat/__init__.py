@@ -19,7 +19,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 STAGES = (
     "errors",  # exit codes, and what a failure says
     "lock",  #           one process at a time for a folder
-    "yaml_file",  #           a YAML file -> its values
+    "yaml_file",  #      a YAML file -> its values
     "persona",  # RAW DATA  who the model is: system message, identity conversations, probes
     "sources",  # RAW DATA  one file = one dataset: raw row -> document, conversation or preference
     "chatml",  # CHAT      control tokens, template, conversation -> (input_ids, labels), context window
