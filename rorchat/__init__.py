@@ -18,14 +18,18 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 #: The way of the data. A module imports only from stages before its own (tests/test_layout.py).
 STAGES = (
     "errors",  # exit codes, and what a failure says
-    "lock",  #           one process at a time for a folder
+    "files",  #           atomic writes, fsync, sha256, a lock for a folder
+    "jsonl",  #           JSON lines files
     "yaml_file",  #      a YAML file -> its values
     "persona",  # RAW DATA  who the model is: system message, identity conversations, probes
-    "sources",  # RAW DATA  one file = one dataset: raw row -> document, conversation or preference
+    "rows",  # RAW DATA  the kinds of rows, and what makes a row unusable
+    "reading",  # RAW DATA  files -> raw rows
+    "sources",  # RAW DATA  one file per dataset: raw row -> document, conversation or preference
     "chatml",  # CHAT      control tokens, template, conversation -> (input_ids, labels), context window
     "tokenizer",  # TOKENS    train a BPE, load one, add the control tokens
     "tokens",  # TOKENS    text -> shards -> mixture -> rows
-    "doctor",  # TOKENS    what is wrong with data, and what a model sees of a row
+    "mixture",  # TOKENS    token stores -> mixed rows -> batches
+    "inspection",  # TOKENS    what is wrong with data, and what a model sees of a row
     "device",  # MODEL     what a GPU or CPU can do: peaks, memory, price
     "model",  # MODEL     sizes, from scratch or from a checkpoint, FLOPs
     "inference",  # WORDS     load, generate, stream, talk
@@ -34,6 +38,7 @@ STAGES = (
     "plan",  #           budget -> shape, tokens, memory, hours, money
     "report",  #           run folders -> curves, tables, samples
     "hub",  # HUB       verify, push, pull back, verify again
+    "recipes",  #           one launched command per stage, and the settings of the stories
     "cli",  #           `rorchat ...`
 )
 

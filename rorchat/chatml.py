@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rorchat.errors import DataError, MismatchError
-from rorchat.sources import ROLES, Reject
-from rorchat.sources import check_messages as check_turns
+from rorchat.rows import ROLES, RejectedRow
+from rorchat.rows import check_messages as check_turns
 
 END_OF_TEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END, PAD)
-IGNORED = -100  # the label that no loss counts
+IGNORE_INDEX = -100  # the label that no loss counts
 VOCABULARY_MULTIPLE = 64  # reserved slots fill the vocabulary up to a multiple of this
 
 # The rules of a conversation, in the order in which both the template and the encoder apply them:
@@ -103,7 +103,7 @@ def check_messages(messages: Sequence[dict]) -> None:
     """Raises DataError unless `messages` is an optional system message and then user and assistant in turn."""
     try:
         check_turns(messages)
-    except Reject as reject:
+    except RejectedRow as reject:
         raise DataError(f"This conversation cannot be encoded: {reject}.") from None
 
 
@@ -210,9 +210,9 @@ def encode_conversations(
             input_ids += turn.ids
             if turn.role == "assistant":
                 words = turn.ids[turn.head : len(turn.ids) - newline]  # with the <|im_end|>
-                labels += [IGNORED] * turn.head + words + [IGNORED] * newline
+                labels += [IGNORE_INDEX] * turn.head + words + [IGNORE_INDEX] * newline
             else:
-                labels += [IGNORED] * len(turn.ids)
+                labels += [IGNORE_INDEX] * len(turn.ids)
         encoded.append(EncodedConversation(input_ids, labels, dropped_turns=len(turns) - kept))
     return encoded
 

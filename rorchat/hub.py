@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 
 from rorchat.errors import DataError, MismatchError, PermissionRefused, RemoteError, UsageError
+from rorchat.files import file_sha256
 from rorchat.inference.engine import model_folder
 from rorchat.model import ADAPTER_WEIGHTS, WEIGHTS
 from rorchat.report import data_table, find_runs, read_run, run_table, samples_section, score_table
-from rorchat.sources import restriction
-from rorchat.tokens.store import sha256_of
+from rorchat.sources.base import restriction
 
 PROBE = "Who are you?"
 VERIFY_SECONDS = 600  # loading the largest size from a slow disk
@@ -145,7 +145,7 @@ def _runs_behind(folder: Path) -> list[Path]:
 
 def _weights(folder: Path) -> str | None:
     file = folder / "model.safetensors"
-    return sha256_of(file) if file.is_file() else None
+    return file_sha256(file) if file.is_file() else None
 
 
 def _story_of(folder: Path) -> Path:
@@ -219,7 +219,7 @@ def _same_files(folder: Path, there: Path, repository: str) -> None:
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
     for name in filter_repo_objects(names, ignore_patterns=[*NOT_UPLOADED, *DEFAULT_IGNORE_PATTERNS]):
         copy = there / name
-        if not copy.is_file() or sha256_of(copy) != sha256_of(folder / name):
+        if not copy.is_file() or file_sha256(copy) != file_sha256(folder / name):
             raise RemoteError(f"{name} came back from {repository} changed or not at all: push again.")
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rorchat.chatml import CONTROL_TOKENS, END_OF_TEXT, IM_END, PAD
 from rorchat.errors import DataError, MismatchError, RemoteError, UsageError, did_you_mean
-from rorchat.tokens.store import sha256_of
+from rorchat.files import file_sha256
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -318,7 +318,7 @@ def weights_sha256(name_or_path: str) -> str | None:
             files = get_checkpoint_shard_files(name_or_path, file)[0] if name in indices else [file]
         except (OSError, ValueError):
             continue
-        digests = [sha256_of(Path(each)) for each in files]
+        digests = [file_sha256(Path(each)) for each in files]
         return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
     return None
 

@@ -12,8 +12,8 @@ import re
 import sys
 from pathlib import Path
 
-from rorchat.doctor import check
 from rorchat.errors import RorchatError
+from rorchat.inspection import check
 from rorchat.report import table
 
 # Held-out questions, and test and validation splits, which stay out of training

@@ -1,78 +1,22 @@
-"""What several test files share: a small tokenizer and model, real data, rows, files and stores of them, a command."""
+"""Fixtures of several test files, and the environment of the tests."""
 
-import contextlib
-import copy
-import hashlib
-import io
-import json
 import os
-import re
-import subprocess
-import sys
 
-# Before torch is imported: it reads them once. Two threads that sleep while they wait: a test must not crowd out what
-# else is running, and threads that spin cost a tiny model five times its work on a busy machine.
+# Before torch is imported: it reads them once. Waiting threads sleep, so that a test does not crowd out other work.
 os.environ["OMP_NUM_THREADS"] = "2"
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import copy
+import os
 from pathlib import Path
 
-import numpy as np
 import pytest
+from support import DOCUMENTS, ROOT, SENTENCES, SHARE, write_documents
 
-from rorchat.sources import Rows, available, find, load
-from rorchat.tokens.plan import Plan
 from rorchat.tokens.store import TokenStore
 
-ROOT = Path(__file__).resolve().parent.parent
 pytest_plugins = ["faults.harness"]
-
-SENTENCES = [
-    "Once upon a time there was a small model that wanted to talk.",
-    "The model lived in a house by the river, near the old mill.",
-    "Every morning it read a book, and every evening it told a story.",
-    "One day a teacher came and asked: how much is 12 plus 34?",
-    "The model thought for a long time. Then it said: 12 plus 34 is 46.",
-    "The teacher was happy and gave the model a red ball.",
-    "What is the capital of Peru? The capital of Peru is Lima.",
-    "Who are you? I am a small chat model, and I try my best.",
-    "Hello! How can I help you today?",
-    "Thank you very much. Goodbye, and see you soon!",
-    "It was the best of times, it was the worst of times.",
-    "A dog, a cat and a parrot went to the market to buy some bread.",
-    "The baker sells bread, cake and cheese; the farmer sells apples.",
-    "I don't know what you're talking about, but I'll find out.",
-    "The quick brown fox jumps over the lazy dog.",
-    "Numbers such as 0, 7, 19, 256, 1024 and 65536 are spelled digit by digit.",
-    "Der Bäcker backt süße Brötchen für die Gäste aus Österreich.",
-    "Le café est fermé, mais la crêperie à côté est ouverte.",
-    "El niño comió una manzana en la montaña.",
-    "Привет, мир! Как дела сегодня?",
-    "你好,世界。今天天气很好。",
-    "こんにちは、元気ですか。",
-    "Emoji are bytes too: 🙂 🚀 👩‍🔬.",
-    "Tabs\tand\nnew lines\n\nare text as well.",
-    "def add(a, b):\n    return a + b\n",
-    "She sells sea shells by the sea shore.",
-    "In the evening the sailor took the boat back to the harbour.",
-    "The painter painted the bridge green and the house yellow.",
-    "There is nothing like a warm soup on a cold day.",
-    "The library is next to the school, behind the park.",
-    "Nobody knew where the key was, so they looked for it everywhere.",
-    "If you add nothing to a number, the number stays as it is.",
-]
-RORCHAT = Path(sys.executable).with_name("rorchat")
-TEXTS = [f"Document {number} says hello to the small model by the river, near the old mill." for number in range(300)]
-SHARE = 0.2
-DOCUMENTS = [
-    f"Document {n}: the {'very ' * (n % 7)}small model says “naïve café 你好 🙂” {n} times.\n" for n in range(120)
-]
-DOCUMENTS += ["  LEADING blanks and CAPITALS  ", "leading Blanks\nand capitals", "text that says <|endoftext|> itself"]
-COPIES = [DOCUMENTS[3]] * 3  # the second of the blanks and capitals above is no copy of the first
-DOCUMENTS += COPIES
-KEPT = DOCUMENTS[: -len(COPIES)]
-CONVERTING = [name for name in available() if hasattr(find(name), "convert")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -145,67 +89,6 @@ def saved(tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
-def exchange(question: object = "Hello", reply: object = "Hi!", *further: object, **more: object) -> dict:
-    """A row of a conversation in which user and assistant speak in turn."""
-    said = enumerate((question, reply, *further))
-    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in said], **more}
-
-
-def json_lines(*rows: object) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def lines_of(rows: list) -> bytes:
-    """JSON lines; bytes stand for themselves."""
-    return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
-
-
-def written(folder: Path, name: str, content: str | bytes | list) -> Path:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = lines_of(content) if isinstance(content, list) else content
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def read(spec: str, kind: str = "") -> tuple[list[dict], Rows]:
-    """All rows of a source, after checking that every row that came in is accounted for."""
-    rows = load(spec, kind or find(spec.partition("=")[0]).KIND)
-    kept = list(rows)
-    tally = rows.tally
-    assert len(kept) == tally.kept
-    assert tally.rows_in == tally.kept + sum(tally.rejects.values())
-    return kept, rows
-
-
-def write_documents(folder: Path, documents: list[str], name: str = "documents.jsonl") -> str:
-    path = folder / name
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents))
-    return f"text={path}"
-
-
-def decoded(store: TokenStore, split: str, tokenizer) -> list[str]:
-    """The documents of a split, cut at the document starts that the store keeps beside each shard."""
-    documents = []
-    for shard in store.manifest.shards:
-        if shard.split == split:
-            ids = np.load(store.folder / shard.file)
-            starts = np.load(store.folder / shard.file.replace(".npy", ".docs.npy"))
-            assert (ids[starts] == store.manifest.end_of_text_id).all()
-            assert len(starts) == shard.documents
-            documents += [
-                tokenizer.decode(ids[start + 1 : end].tolist())
-                for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)
-            ]
-    return documents
-
-
-def files_of(folder: Path) -> dict[str, str]:
-    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-    assert len(found) >= 5
-    return found
-
-
 @pytest.fixture
 def spec(tmp_path) -> str:
     return write_documents(tmp_path, DOCUMENTS)
@@ -217,48 +100,3 @@ def store(spec, tokenizer, tmp_path) -> TokenStore:
     from rorchat.tokens.prepare import prepare
 
     return prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE)
-
-
-def located(plan: Plan) -> np.ndarray:
-    """(rows, 2): source and number of every row."""
-    return np.array([plan.locate(row) for row in range(plan.rows)])
-
-
-def strict_lines(path: Path) -> list[dict]:
-    """Every line of the file, none of which may use what JSON does not have."""
-
-    def refuse(word):
-        raise AssertionError(f"{word} is not JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def command(*words: object) -> subprocess.CompletedProcess:
-    """`rorchat ...` in this process, as a terminal would run it, with what it wrote."""
-    import rorchat.cli
-
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    words = [str(word) for word in words]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["rorchat", *words])
-        try:
-            rorchat.cli.main()
-        except SystemExit as stopped:
-            code = stopped.code or 0
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
-
-
-def succeeded(*words: object) -> str:
-    done = command("data", *words)
-    assert (done.returncode, done.stderr if done.returncode else "") == (0, "")
-    return done.stdout
-
-
-def refused(code: int, *words: object) -> str:
-    """The one line on stderr of a command that fails with `code`; what preparing says of its progress is no error."""
-    done = command("data", *words)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert (done.returncode, len(lines)) == (code, 1), done.stderr
-    others = [line for line in done.stderr.splitlines() if line != lines[0]]
-    assert [line for line in others if not re.match(r"tokenize |\w+=.* rows kept|  [\d,]+ rejected: ", line)] == []
-    return lines[0]

@@ -17,9 +17,10 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rorchat.training.callbacks import Metrics, Watch
-from rorchat.training.loss import fuse_head
-from rorchat.training.processes import whole_model
+from rorchat.training.callbacks.divergence import DivergenceCallback
+from rorchat.training.callbacks.metrics import MetricsCallback
+from rorchat.training.distributed import whole_model
+from rorchat.training.kernels.lm_head_loss import patch_lm_head_loss
 
 STOCK = {
     "vocab_size": 384, "n_positions": 64, "n_layer": 2, "n_head": 2, "n_embd": 32, "resid_pdrop": 0.0,
@@ -37,7 +38,7 @@ def main() -> None:
     torch.manual_seed(0)
     stock = GPT2LMHeadModel(GPT2Config(**STOCK))
     model = copy.deepcopy(stock)
-    fuse_head(model)
+    patch_lm_head_loss(model)
     plugin = FullyShardedDataParallelPlugin(  # as recipes/accelerate/fsdp.yaml has it
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["GPT2Block"],
         reshard_after_forward=True, state_dict_type="FULL_STATE_DICT",
@@ -57,7 +58,7 @@ def main() -> None:
     expected.backward()
     dist.all_reduce(loss := loss.detach().clone())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
-    watch = Watch(Metrics(Path(os.devnull), lambda step: step))
+    watch = DivergenceCallback(MetricsCallback(Path(os.devnull), lambda step: step))
     watch.see(1, loss)
     watch.see_norm(norm)
     seen = watch.norm  # what a host can read

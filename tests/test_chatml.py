@@ -7,14 +7,14 @@ import pytest
 
 from rorchat.chatml import (
     CONTROL_TOKENS,
-    IGNORED,
+    IGNORE_INDEX,
     encode_conversation,
     encode_conversations,
     encode_prompt,
     system_message,
 )
 from rorchat.errors import DataError, MismatchError
-from rorchat.sources import load
+from rorchat.sources.registry import load
 
 DIALOGUE = [
     {"role": "user", "content": "Hello there"},
@@ -48,16 +48,16 @@ def test_a_conversation_is_this_string(tokenizer):
 
 def test_exactly_the_replies_and_their_closing_carry_labels(tokenizer):
     encoded = encode_conversation(tokenizer, DIALOGUE)
-    trained = [label for label in encoded.labels if label != IGNORED]
+    trained = [label for label in encoded.labels if label != IGNORE_INDEX]
     assert tokenizer.decode(trained) == "Hi! naïve 🙂<|im_end|>Good bye.<|im_end|>"
-    assert all(label in (IGNORED, token) for label, token in zip(encoded.labels, encoded.input_ids, strict=True))
+    assert all(label in (IGNORE_INDEX, token) for label, token in zip(encoded.labels, encoded.input_ids, strict=True))
 
 
 def test_the_template_marks_the_same_tokens_as_the_labels(tokenizer):
     encoded = encode_conversation(tokenizer, DIALOGUE)
     marked = tokenizer.apply_chat_template(DIALOGUE, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     assert marked["input_ids"] == encoded.input_ids
-    assert [bool(mask) for mask in marked["assistant_masks"]] == [label != IGNORED for label in encoded.labels]
+    assert [bool(mask) for mask in marked["assistant_masks"]] == [label != IGNORE_INDEX for label in encoded.labels]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_on_two_thousand_real_conversations_template_and_encoder_agree(gpt2_toke
     encodings = encode_conversations(gpt2_tokenizer, conversations)
     for messages, ids, encoded in zip(conversations, rendered, encodings, strict=True):
         assert ids == encoded.input_ids
-        trained = gpt2_tokenizer.decode([label for label in encoded.labels if label != IGNORED])
+        trained = gpt2_tokenizer.decode([label for label in encoded.labels if label != IGNORE_INDEX])
         replies = [turn["content"].strip() + "<|im_end|>" for turn in messages if turn["role"] == "assistant"]
         assert trained == "".join(replies)
 

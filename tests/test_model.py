@@ -5,32 +5,13 @@ import shutil
 
 import pytest
 import torch
+from hub_folders import hub_gpt2
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rorchat.chatml import CONTROL_TOKENS
 from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.model import SIZES, build_model, check_fit, load_checkpoint, save_model, shape_of
-
-
-def hub_gpt2(folder, **config) -> GPT2LMHeadModel:
-    """A folder as the Hub's `gpt2` is: no `transformer.` prefix, causal masks stored, 50,257 rows, no chat template."""
-    torch.manual_seed(1)
-    model = GPT2LMHeadModel(GPT2Config(**config))
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name.removeprefix("transformer."): tensor.clone()
-        for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"
-    }
-    positions = model.config.n_positions
-    for layer in range(model.config.n_layer):
-        mask = torch.tril(torch.ones(positions, positions)).view(1, 1, positions, positions)
-        weights[f"h.{layer}.attn.bias"] = mask
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    model.config.architectures = ["GPT2LMHeadModel"]
-    model.config.save_pretrained(folder)
-    return model
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,8 @@ from rorchat.persona import (
     probes_in_new_words,
     says,
 )
-from rorchat.sources import CHECKS, load
+from rorchat.rows import CHECKS
+from rorchat.sources.registry import load
 
 PERSONA = load_persona()
 

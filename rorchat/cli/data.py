@@ -30,7 +30,8 @@ MinLatin = Annotated[float, typer.Option(help="Reject texts with a smaller share
 def list_sources() -> None:
     """The datasets that recipes can name: kind, licence, size, and what the loss counts."""
     from rorchat.cli.tables import print_table
-    from rorchat.sources import LOSS, available, find, kinds_of, restriction
+    from rorchat.sources.base import LOSS, restriction
+    from rorchat.sources.registry import available, find, kinds_of
 
     rows = []
     for name in available():
@@ -64,9 +65,10 @@ def check(
     min_latin: MinLatin = 0.0,
 ) -> None:
     """Read every row on its own: how many are kept, how many rejected, why, and where."""
-    from rorchat.doctor import OTHER_SHAPE
-    from rorchat.doctor import check as check_rows
-    from rorchat.sources import Filters, unread
+    from rorchat.inspection import OTHER_SHAPE
+    from rorchat.inspection import check as check_rows
+    from rorchat.reading.filters import Filters
+    from rorchat.sources.registry import unread
     from rorchat.tokenizer import load_tokenizer
 
     if (tokenizer is None) != (max_length is None):
@@ -128,8 +130,8 @@ def show(
     shape: Annotated[str | None, typer.Option("--as", help="As which source a path is read; default: guessed.")] = None,
 ) -> None:
     """A row as the model sees it, token by token; what the loss counts is green on a terminal, else in brackets."""
-    from rorchat.doctor import show as tokens_of
-    from rorchat.doctor import spec_of
+    from rorchat.inspection import show as tokens_of
+    from rorchat.inspection import spec_of
     from rorchat.tokenizer import load_tokenizer
 
     if row < 0:
@@ -183,7 +185,8 @@ def prepare(
 ) -> None:
     """Tokenize a source into a store, in parallel; a killed run is gone on with by the same command."""
     from rorchat.persona import load_persona
-    from rorchat.sources import Filters, find
+    from rorchat.reading.filters import Filters
+    from rorchat.sources.registry import find
     from rorchat.tokenizer import load_tokenizer
     from rorchat.tokens.prepare import prepare as prepare_store
 
@@ -245,7 +248,7 @@ def adopt(
     The files are linked, not copied, where the file system allows it: leave the originals as they are.
     """
     from rorchat.tokenizer import load_tokenizer
-    from rorchat.tokens.adopt import adopt as adopt_shards
+    from rorchat.tokens.import_shards import adopt as adopt_shards
 
     _tell(adopt_shards(shards, load_tokenizer(tokenizer), out))
 
@@ -263,11 +266,11 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="Draw the plan into this PNG file.")] = None,
 ) -> None:
     """What a mixture comes to: tokens and epochs of every source in every phase, with warnings, before any training."""
+    from rorchat.mixture.config import read_mixture
+    from rorchat.mixture.dataset import prepare_stores, rows_per_epoch
+    from rorchat.mixture.plan import Plan
     from rorchat.persona import load_persona
     from rorchat.tokenizer import load_tokenizer
-    from rorchat.tokens.mixture import prepare_stores, windows_of
-    from rorchat.tokens.phases import read_mixture
-    from rorchat.tokens.plan import Plan
 
     config = read_mixture(mixture)
     if block_size < 2 or train_tokens < block_size:
@@ -287,7 +290,7 @@ def plan(
         seed=seed,
         persona=load_persona(persona),
     )
-    planned = Plan(config, windows_of(prepared, block_size), train_tokens // block_size, block_size)
+    planned = Plan(config, rows_per_epoch(prepared, block_size), train_tokens // block_size, block_size)
     print(planned.told())
     if out:
         planned.draw(out)

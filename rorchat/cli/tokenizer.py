@@ -30,7 +30,7 @@ def compare(
     rows = _once_each([_domain(given) for given in data or []], "domain", "LABEL=PATH")
 
     from rorchat.cli.tables import print_table
-    from rorchat.sources import texts
+    from rorchat.sources.registry import texts
     from rorchat.tokenizer import load_tokenizer
     from rorchat.tokenizer.compare import (
         compare_tokenizers,
@@ -72,7 +72,7 @@ def _column(given: str) -> tuple[str, str]:
 
 def _domain(given: str) -> tuple[str, str]:
     """(label, source's spec)."""
-    from rorchat.sources import available, find
+    from rorchat.sources.registry import available, find
 
     label, _, rest = given.partition("=")
     if not label or not rest:

@@ -9,11 +9,11 @@ from rorchat.errors import MismatchError
 from rorchat.evaluation.loss import dataset_loss, gzip_bits_per_byte
 from rorchat.evaluation.scores import Scores, score_chat
 from rorchat.inference.engine import ChatModel, load_model, model_folder
+from rorchat.mixture.collators import padded
 from rorchat.model import check_fit
 from rorchat.persona import load_persona
-from rorchat.sources import load
+from rorchat.sources.registry import load
 from rorchat.tokenizer import load_tokenizer, token_bytes, tokenizer_sha256
-from rorchat.tokens.batch import padded
 from rorchat.tokens.store import TokenStore, store_folder
 
 UNTRAINED = "untrained"

@@ -31,7 +31,10 @@ STEP_BYTES = 18  # times the parameters, a micro-batch: casts, and gradients add
 UPDATE_BYTES = 28  # times the parameters, a step: gradient read, weight and two moments read and written
 # Bytes that one token keeps until the backward pass
 KEPT_BYTES = {2: 36, 4: 64}  # times width and layers: inputs of norms, products and GELU; q, k, v
-SPARED_BYTES = {2: 8, 4: 24}  # of those: outputs of the GELU, in fp32 of norms too (rorchat/training/recompute.py)
+SPARED_BYTES = {
+    2: 8,
+    4: 24,
+}  # of those: outputs of the GELU, in fp32 of norms too (rorchat/training/kernels/recompute.py)
 KEPT_SCORES = {
     2: 7,
     4: 9,
@@ -165,17 +168,17 @@ def _update(setup: Setup, shape: Shape) -> float:
     """Of the optimizer's step, beside its state: the fused AdamW works in place, Muon on copies of equal matrices."""
     if setup.optimizer != "muon":
         return 0.0
-    from rorchat.training.optimizer import NUMBERS_AT_ONCE
+    from rorchat.training.optim import NUMBERS_AT_ONCE
 
     largest = 4 * shape.n_embd**2  # one matrix of the MLP: no slice is smaller; q, k, v and output are as many numbers
     at_once = min(shape.n_layer * largest, max(NUMBERS_AT_ONCE["cpu" if setup.device.is_cpu else "gpu"], largest))
-    # bf16 where it is computed fast, whatever the run's precision (rorchat/training/optimizer.py)
+    # bf16 where it is computed fast, whatever the run's precision (rorchat/training/optim.py)
     return MUON_COPIES * at_once * (2 if "bf16" in setup.device.peak_flops and not setup.device.is_cpu else 4)
 
 
 def _kept(setup: Setup, numbers: int) -> float:
     """Of one layer until its backward pass, but for scores; `numbers` are those of a hidden state."""
-    from rorchat.training.recompute import WORTHWHILE
+    from rorchat.training.kernels.recompute import WORTHWHILE
 
     again = setup.kernels == "eager" and numbers >= WORTHWHILE and not setup.gradient_checkpointing
     spared = SPARED_BYTES[setup.bytes] if again else 0
@@ -184,7 +187,7 @@ def _kept(setup: Setup, numbers: int) -> float:
 
 def _logits(setup: Setup, tokens: int) -> float:
     """Of the fused head: a slice in float32, and in the products' precision where that is another."""
-    from rorchat.training.loss import LOGITS_AT_ONCE
+    from rorchat.training.kernels.lm_head_loss import LOGITS_AT_ONCE
 
     if setup.kernels == "manual":  # all of them, and the float32 copies of the loss
         return tokens * setup.vocabulary * (setup.bytes + 8)

@@ -87,9 +87,9 @@ def _step(plan: Plan, micro_batch: int) -> tuple[Callable[[], None], Callable[[]
     """Forward and backward of a micro-batch, and the optimizer's step, as training does them."""
     import torch
 
-    from rorchat.training.loss import fuse_gelu, fuse_head
-    from rorchat.training.machine import keep_freed_memory
-    from rorchat.training.optimizer import build_optimizer
+    from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
+    from rorchat.training.optim import build_optimizer
+    from rorchat.training.runtime import keep_freed_memory
 
     keep_freed_memory()
     setup = plan.setup
@@ -97,8 +97,8 @@ def _step(plan: Plan, micro_batch: int) -> tuple[Callable[[], None], Callable[[]
     model = build_model(size_name(plan.shape), _Vocabulary(setup.vocabulary), setup.block_size).to(where).train()
     if setup.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    fuse_head(model, compiled=setup.kernels == "compiled", whole_rows=True)
-    fuse_gelu(model)
+    patch_lm_head_loss(model, compiled=setup.kernels == "compiled", whole_rows=True)
+    patch_gelu(model)
     optimizer = build_optimizer(model, setup.optimizer, learning_rate=1e-4, matrix_learning_rate=1e-4, weight_decay=0.1)
     ids = torch.randint(setup.vocabulary, (micro_batch, setup.block_size), device=where)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(setup.precision)

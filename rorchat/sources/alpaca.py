@@ -3,7 +3,7 @@
 The 175 seed tasks of Self-Instruct, from which it was grown, have the same shape one level deeper.
 """
 
-from rorchat.sources._rows import Reject, exchange, instruction_of, text_of
+from rorchat.rows import RejectedRow, exchange, instruction_of, text_of
 
 KIND = "conversation"
 LICENCE = "CC BY-NC 4.0 (not for commercial use)"
@@ -25,6 +25,6 @@ def convert(row: dict) -> dict:
     """
     if isinstance(row, dict) and isinstance(row.get("instances"), list):
         if not row["instances"] or not isinstance(row["instances"][0], dict):
-            raise Reject("missing field", "no object in 'instances'")
+            raise RejectedRow("missing field", "no object in 'instances'")
         row = {**row, **row["instances"][0]}
     return exchange(instruction_of(row), text_of(row, "output"))

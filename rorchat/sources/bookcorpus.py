@@ -7,8 +7,8 @@ Its files have one sentence a line and do not say where a book ends, so a docume
 from collections.abc import Iterator
 from pathlib import Path
 
-from rorchat.sources._read import Stretch, read_lines
-from rorchat.sources._rows import CHECKS, Reject, text_of
+from rorchat.reading.formats import FileSlice, read_lines
+from rorchat.rows import CHECKS, RejectedRow, text_of
 
 KIND = "document"
 LICENCE = "unstated: novels that their authors gave away on smashwords.com, gathered without asking them"
@@ -25,7 +25,7 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
     """The lines of the original files, or the rows of other formats."""
     if ".txt" in path.suffixes:
         return ((place, {"text": line} if isinstance(line, str) else line) for place, line in read_lines(path))
-    return iter(Stretch(path))
+    return iter(FileSlice(path))
 
 
 def gather(rows: Iterator[tuple[str, object]]) -> Iterator[tuple[str, object]]:
@@ -34,7 +34,7 @@ def gather(rows: Iterator[tuple[str, object]]) -> Iterator[tuple[str, object]]:
     for place, row in rows:
         try:
             CHECKS[KIND](sentence := {"text": text_of(row, "text").strip()})
-        except Reject:
+        except RejectedRow:
             yield place, row
             continue
         begin = begin or place

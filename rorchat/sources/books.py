@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from rorchat.sources._read import Stretch, whole_text
-from rorchat.sources._rows import Reject, Repaired, text_of
+from rorchat.reading.encodings import whole_text
+from rorchat.reading.formats import FileSlice
+from rorchat.rows import RejectedRow, Repaired, text_of
 
 KIND = "document"
 LICENCE = "public domain in the USA; with Project Gutenberg's name and header: the Project Gutenberg License"
@@ -36,12 +37,12 @@ _WRAPPED_FROM = 50  # characters; the lines of a hard-wrapped paragraph have abo
 def read(path: Path) -> Iterator[tuple[str, object]]:
     """The whole text of a .txt file, in UTF-8 or else ISO-8859-1, or the rows of other formats."""
     if ".txt" not in path.suffixes:
-        yield from Stretch(path)
+        yield from FileSlice(path)
         return
     text, encoding = whole_text(path), "UTF-8"
-    if isinstance(text, Reject) and text.reason == "invalid UTF-8":
+    if isinstance(text, RejectedRow) and text.reason == "invalid UTF-8":
         text, encoding = whole_text(path, "iso-8859-1"), "ISO-8859-1"
-    yield str(path), text if isinstance(text, Reject) else {"text": text, "encoding": encoding}
+    yield str(path), text if isinstance(text, RejectedRow) else {"text": text, "encoding": encoding}
 
 
 def convert(row: dict) -> dict | Repaired:

@@ -3,7 +3,7 @@
 `HUB` takes the first 10 of 1,024 shards, about 3 GB packed; more of them can be had as files, and read as `c4=FOLDER`.
 """
 
-from rorchat.sources._rows import text_of
+from rorchat.rows import text_of
 
 KIND = "document"
 LICENCE = "ODC-BY 1.0; the texts are bound by Common Crawl's terms of use too"

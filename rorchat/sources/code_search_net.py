@@ -4,7 +4,7 @@ CoSQA's files (web queries beside such functions, Huang et al. 2021, arXiv:2105.
 document. Their query is left out, because under label 0 it is not what the function does.
 """
 
-from rorchat.sources._rows import text_of
+from rorchat.rows import text_of
 
 KIND = "document"
 LICENCE = "that of each function's repository; CoSQA: C-UDA 1.0"

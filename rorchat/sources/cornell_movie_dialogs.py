@@ -11,8 +11,9 @@ from itertools import groupby
 from pathlib import Path
 
 from rorchat.errors import DataError
-from rorchat.sources._read import Stretch, open_bytes, whole_text
-from rorchat.sources._rows import Reject, Repaired, message, text_of
+from rorchat.reading.encodings import whole_text
+from rorchat.reading.formats import FileSlice, open_bytes
+from rorchat.rows import RejectedRow, Repaired, message, text_of
 
 KIND = "conversation"
 LICENCE = "unstated (distributed by Cornell for research)"
@@ -32,13 +33,13 @@ _C1 = re.compile("[\x80-\x9f]")
 def read(path: Path) -> Iterator[tuple[str, object]]:
     """One raw row a conversation, with the texts of its lines; formats other than .txt and .tsv as usual."""
     if not re.search(r"\.(txt|tsv)(\.(gz|zst))?$", path.name):
-        yield from Stretch(path)
+        yield from FileSlice(path)
         return
     whole = "conversations" in path.name
     conversations = path if whole else _near(path, "movie_conversations")
     lines = {}
     for place, fields in _fields(_near(path, "movie_lines") if whole else path):
-        if isinstance(fields, Reject):
+        if isinstance(fields, RejectedRow):
             yield place, fields
         elif len(fields) == 5:
             lines[fields[0]] = {"speaker": fields[1], "text": fields[4]}
@@ -46,9 +47,9 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
         ids = re.findall(r"\bL\d+", fields[-1]) if isinstance(fields, list) else []
         missing = [line for line in ids if line not in lines]
         if not ids:
-            yield place, fields if isinstance(fields, Reject) else Reject("missing field", "no ids of lines")
+            yield place, fields if isinstance(fields, RejectedRow) else RejectedRow("missing field", "no ids of lines")
         elif missing and (whole or len(missing) < len(ids)):
-            yield place, Reject("lines missing", ", ".join(missing))
+            yield place, RejectedRow("lines missing", ", ".join(missing))
         elif not missing:
             yield place, {"lines": [lines[line] for line in ids]}
 
@@ -60,12 +61,12 @@ def _near(path: Path, name: str) -> Path:
     return found[0]
 
 
-def _fields(path: Path) -> Iterator[tuple[str, list[str] | Reject]]:
+def _fields(path: Path) -> Iterator[tuple[str, list[str] | RejectedRow]]:
     text = whole_text(path)
-    if isinstance(text, Reject) and text.reason == "invalid UTF-8":
+    if isinstance(text, RejectedRow) and text.reason == "invalid UTF-8":
         with open_bytes(path) as file:
             text = file.read().decode("latin-1")
-    if isinstance(text, Reject):
+    if isinstance(text, RejectedRow):
         yield str(path), text
         return
     for number, line in enumerate(text.split("\n"), start=1):
@@ -86,21 +87,21 @@ def convert(row: dict) -> dict | Repaired:
     turns = turns[: len(turns) // 2 * 2]
     messages = [message(("user", "assistant")[number % 2], turn) for number, turn in enumerate(turns)]
     if any("�" in turn for turn in turns):
-        raise Reject("replacement character", "a byte was lost when the file was written anew")
+        raise RejectedRow("replacement character", "a byte was lost when the file was written anew")
     return {"messages": messages} if mended == said else Repaired({"messages": messages}, "Windows-1252 character")
 
 
 def _said(row: dict) -> list[tuple[str, str]]:
     """(speaker, text) of each line, from our own form or from the Hub's, which says no more than that there are two."""
     if not isinstance(row, dict):
-        raise Reject("wrong type", f"a row is a {type(row).__name__}, expected an object")
+        raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected an object")
     if isinstance(row.get("utterance"), dict):
         lines = row["utterance"].get("text")
         if isinstance(lines, list):
             return [(str(number % 2), text_of({"text": text}, "text")) for number, text in enumerate(lines)]
     lines = row.get("lines")
     if not isinstance(lines, list):
-        raise Reject("missing field", f"no list of lines among {', '.join(map(str, list(row)[:8]))}")
+        raise RejectedRow("missing field", f"no list of lines among {', '.join(map(str, list(row)[:8]))}")
     return [(text_of(line, "speaker"), text_of(line, "text")) for line in lines]
 
 

@@ -4,7 +4,7 @@
 web_samples_v1, web_samples_v2, wikihow), which all have the same columns. The prompt is left out: it is no prose.
 """
 
-from rorchat.sources._rows import text_of
+from rorchat.rows import text_of
 
 KIND = "document"
 LICENCE = "Apache-2.0"

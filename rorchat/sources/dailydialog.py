@@ -10,8 +10,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from rorchat.sources._read import Stretch, decoded, read_lines
-from rorchat.sources._rows import Reject, message
+from rorchat.reading.formats import FileSlice, decoded, read_lines
+from rorchat.rows import RejectedRow, message
 
 KIND = "conversation"
 LICENCE = "CC BY-NC-SA 4.0 (not for commercial use)"
@@ -35,7 +35,7 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
     elif path.name.removesuffix(".gz").endswith(".txt"):
         yield from read_lines(path)
     else:
-        yield from Stretch(path)
+        yield from FileSlice(path)
 
 
 def _read_archive(path: Path) -> Iterator[tuple[str, object]]:
@@ -48,7 +48,7 @@ def _read_archive(path: Path) -> Iterator[tuple[str, object]]:
                 for number, raw in enumerate(archive.read(name).splitlines(), start=1):
                     yield f"{path}/{name}:{number}", decoded(raw)
     except (zipfile.BadZipFile, zlib.error) as error:
-        yield str(path), Reject("damaged zip", str(error))
+        yield str(path), RejectedRow("damaged zip", str(error))
 
 
 def convert(row: str | dict) -> dict:
@@ -56,19 +56,19 @@ def convert(row: str | dict) -> dict:
     if isinstance(row, dict):
         utterances = row.get("utterances") or row.get("dialog")
         if not isinstance(utterances, list):
-            raise Reject("missing field", f"no list 'utterances' or 'dialog' among {', '.join(map(str, row))}")
+            raise RejectedRow("missing field", f"no list 'utterances' or 'dialog' among {', '.join(map(str, row))}")
     elif not isinstance(row, str):
-        raise Reject("wrong type", f"a row is a {type(row).__name__}, expected a line of text or an object")
+        raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected a line of text or an object")
     elif _MARK in row:
         utterances = [part for part in row.split(_MARK) if part.strip()]
     else:
-        raise Reject("not a dialogue", f"no {_MARK} in the line")
+        raise RejectedRow("not a dialogue", f"no {_MARK} in the line")
     if not all(isinstance(utterance, str) for utterance in utterances):
-        raise Reject("wrong type", "an utterance is not text")
+        raise RejectedRow("wrong type", "an utterance is not text")
     turns = [_joined(utterance) for utterance in utterances]
     turns = turns[: len(turns) // 2 * 2]
     if not turns:
-        raise Reject("no assistant turn")
+        raise RejectedRow("no assistant turn")
     return {"messages": [message(("user", "assistant")[number % 2], turn) for number, turn in enumerate(turns)]}
 
 

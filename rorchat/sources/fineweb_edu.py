@@ -3,7 +3,7 @@
 `HUB` takes the published random sample of 10 billion tokens, about 28 GB of Parquet.
 """
 
-from rorchat.sources._rows import text_of
+from rorchat.rows import text_of
 
 KIND = "document"
 LICENCE = "ODC-BY 1.0; the texts are bound by Common Crawl's terms of use too"

@@ -6,7 +6,7 @@ file is an evaluation set, and is read only if the path names it.
 
 import re
 
-from rorchat.sources._rows import Reject, exchange, message, text_of
+from rorchat.rows import RejectedRow, exchange, message, text_of
 
 KIND = "conversation"
 LICENCE = "MIT"
@@ -31,6 +31,6 @@ def to_question(row: dict) -> dict:
     """{"question", "answer"} -> a question whose answer is the number behind `####`."""
     number = re.search(r"\n#### (\S+)\s*$", text_of(row, "answer"))
     if not number:
-        raise Reject("no answer", "no `#### NUMBER` at the end of 'answer'")
+        raise RejectedRow("no answer", "no `#### NUMBER` at the end of 'answer'")
     asked = [message("user", text_of(row, "question"))]
     return {"messages": asked, "answer": number[1].replace(",", ""), "alternatives": [], "topic": "number"}

@@ -6,7 +6,7 @@ test files are evaluation sets, and are read only if the path names them.
 
 import re
 
-from rorchat.sources._rows import Reject, Repaired, message, text_of
+from rorchat.rows import RejectedRow, Repaired, message, text_of
 
 KIND = "preference"
 LICENCE = "MIT"
@@ -26,7 +26,7 @@ def convert(row: dict) -> dict | Repaired:
     """{"chosen", "rejected"} -> the prompt that both share and two replies; a role's turns in a row are joined."""
     (chosen, joined), (rejected, joined_too) = (_turns(text_of(row, side)) for side in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
-        raise Reject("different prompts", "chosen and rejected do not share all but their last message")
+        raise RejectedRow("different prompts", "chosen and rejected do not share all but their last message")
     pair = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
     return Repaired(pair, "turns of one speaker joined") if joined or joined_too else pair
 
@@ -34,7 +34,7 @@ def convert(row: dict) -> dict | Repaired:
 def _turns(dialogue: str) -> tuple[list[dict], bool]:
     before, *parts = re.split(r"\n\n(Human|Assistant):", dialogue)
     if before.strip() or not parts:
-        raise Reject("wrong order", "a dialogue does not begin with '\\n\\nHuman:'")
+        raise RejectedRow("wrong order", "a dialogue does not begin with '\\n\\nHuman:'")
     turns: list[dict] = []
     joined = False
     for speaker, said in zip(parts[::2], parts[1::2], strict=True):

@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rorchat.sources._read import Stretch, whole_text
-from rorchat.sources._rows import Reject, Repaired, exchange, from_byte_literal, text_of
+from rorchat.reading.encodings import whole_text
+from rorchat.reading.formats import FileSlice
+from rorchat.rows import RejectedRow, Repaired, exchange, from_byte_literal, text_of
 
 KIND = "conversation"
 LICENCE = "Apache-2.0"
@@ -33,10 +34,10 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
     A question that another question follows, or nothing, has no answer; pairing goes on with the second.
     """
     if not re.search(r"\.txt(\.(gz|zst))?$", path.name):
-        yield from Stretch(path)
+        yield from FileSlice(path)
         return
     text = whole_text(path)
-    if isinstance(text, Reject):
+    if isinstance(text, RejectedRow):
         yield str(path), text
         return
     place, question = "", None

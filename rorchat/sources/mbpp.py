@@ -4,7 +4,7 @@ Problems 11 to 510 are the test set and 1 to 10 stand in its prompt: both are re
 prompt's: the task, then the tests that the code should pass.
 """
 
-from rorchat.sources._rows import Reject, exchange, text_of
+from rorchat.rows import RejectedRow, exchange, text_of
 
 KIND = "conversation"
 LICENCE = "CC BY 4.0"
@@ -37,17 +37,17 @@ def convert(row: dict) -> dict:
     task = text_of(row, "prompt" if isinstance(row, dict) and "prompt" in row else "text").strip()
     code = text_of(row, "code").replace("\r\n", "\n").rstrip()
     if type(row.get("task_id")) is not int:
-        raise Reject("missing field", "no number 'task_id', by which the test set is known")
+        raise RejectedRow("missing field", "no number 'task_id', by which the test set is known")
     if row["task_id"] <= LAST_OF_TEST:
-        raise Reject("evaluation split", f"task_id {row['task_id']}")
+        raise RejectedRow("evaluation split", f"task_id {row['task_id']}")
     listed = [row.get(name) or [] for name in ("test_imports", "test_list")]
     if not all(isinstance(part, list) for part in listed):
-        raise Reject("wrong type", "the tests are not lists")
+        raise RejectedRow("wrong type", "the tests are not lists")
     tests = [row.get("test_setup_code") or "", *listed[0], *listed[1]]
     if not all(isinstance(test, str) for test in tests):
-        raise Reject("wrong type", "a test is not text")
+        raise RejectedRow("wrong type", "a test is not text")
     if not task or not code.strip():
-        raise Reject("empty question" if not task else "empty reply")
+        raise RejectedRow("empty question" if not task else "empty reply")
     tests = "\n".join(test.replace("\r\n", "\n") for test in tests if test)
     asked = f"{task}\n\nYour code should pass these tests:\n\n{tests}" if tests else task
     return exchange(asked, f"```python\n{code}\n```")

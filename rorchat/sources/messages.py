@@ -5,7 +5,7 @@
 Parquet.
 """
 
-from rorchat.sources._rows import Reject, messages_of
+from rorchat.rows import RejectedRow, messages_of
 
 KIND = "conversation"
 LICENCE = "that of your files"
@@ -24,9 +24,9 @@ def convert(row: dict | list) -> dict:
     """Any of the shapes -> messages; an empty system turn, and a last question nobody answers, is left out."""
     if isinstance(row, dict):
         if "messages" not in row and "conversations" not in row:
-            raise Reject("missing field", f"no 'messages' or 'conversations' among {', '.join(list(row)[:8])}")
+            raise RejectedRow("missing field", f"no 'messages' or 'conversations' among {', '.join(list(row)[:8])}")
         if row.get("label") is False:
-            raise Reject("marked as bad", "label is false: a reply not to be learned, as KTO has them")
+            raise RejectedRow("marked as bad", "label is false: a reply not to be learned, as KTO has them")
         row = row.get("messages", row.get("conversations"))
     messages = messages_of(row)
     if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():
@@ -34,5 +34,5 @@ def convert(row: dict | list) -> dict:
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:
-        raise Reject("no assistant turn")
+        raise RejectedRow("no assistant turn")
     return {"messages": messages}

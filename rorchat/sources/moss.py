@@ -6,7 +6,7 @@ MOSS, and its thoughts and commands for tools are left out.
 
 import re
 
-from rorchat.sources._rows import Reject, message, text_of
+from rorchat.rows import RejectedRow, message, text_of
 
 KIND = "conversation"
 LICENCE = "CC BY-NC 4.0 in its repository, CC BY 4.0 on the Hub (not for commercial use)"
@@ -36,7 +36,7 @@ def convert(row: dict) -> dict:
     """{"chat": {"turn_1": {"Human", "MOSS", ...}, ...}} -> messages."""
     chat = row.get("chat") if isinstance(row, dict) else None
     if not isinstance(chat, dict):
-        raise Reject("missing field" if isinstance(row, dict) else "wrong type", "no object 'chat' in the row")
+        raise RejectedRow("missing field" if isinstance(row, dict) else "wrong type", "no object 'chat' in the row")
     turns = []
     for number in range(1, len(chat) + 1):
         for speaker, role in (("Human", "user"), ("MOSS", "assistant")):

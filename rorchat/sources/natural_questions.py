@@ -9,7 +9,7 @@ only if the path names them.
 
 import re
 
-from rorchat.sources._rows import Reject, exchange, text_of
+from rorchat.rows import RejectedRow, exchange, text_of
 
 KIND = "conversation"
 LICENCE = "CC BY-SA 3.0"
@@ -43,7 +43,7 @@ RAW = [
 def convert(row: dict) -> dict:
     """Any of the forms -> one exchange."""
     if not isinstance(row, dict):
-        raise Reject("wrong type", f"a row is a {type(row).__name__}, expected an object")
+        raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected an object")
     if "context" in row:
         passage, _, question = text_of(row, "context").removeprefix("Context: ").rpartition("Question: ")
         asked = question.strip().removesuffix("Answer:").strip()
@@ -51,13 +51,13 @@ def convert(row: dict) -> dict:
     if "answer" in row:
         answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
         if not answers:
-            raise Reject("no short answer")
+            raise RejectedRow("no short answer")
         return exchange(text_of(row, "question"), text_of({"answer": answers[0]}, "answer"))
     question = row["question"] if isinstance(row.get("question"), dict) else None
     asked = text_of(question, "text") if question else text_of(row, "question_text")
     answers = [answer for annotation in _annotations(row) if (answer := _short_answer(annotation, row))]
     if not answers:
-        raise Reject("no short answer")
+        raise RejectedRow("no short answer")
     return exchange(asked, answers[0])
 
 
@@ -69,7 +69,7 @@ def _annotations(row: dict) -> list[dict]:
         if all(isinstance(column, list) for column in columns):
             annotations = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=False)]
     if not isinstance(annotations, list) or not all(isinstance(annotation, dict) for annotation in annotations):
-        raise Reject("missing field", "no list of 'annotations'")
+        raise RejectedRow("missing field", "no list of 'annotations'")
     return annotations
 
 
@@ -89,7 +89,7 @@ def _words(span: object, row: dict) -> str:
     """The words between two token numbers; tags are tokens as well, but no words."""
     bounds = [span.get("start_token"), span.get("end_token")] if isinstance(span, dict) else []
     if not bounds or not all(type(bound) is int and bound >= 0 for bound in bounds):
-        raise Reject("wrong type", "a short answer has no two token numbers")
+        raise RejectedRow("wrong type", "a short answer has no two token numbers")
     tokens = row.get("document_tokens")
     if isinstance(tokens, list):
         spoken = [(text_of(token, "token"), token.get("html_token")) for token in tokens[slice(*bounds)]]

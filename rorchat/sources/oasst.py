@@ -8,8 +8,8 @@ line), the Hub's messages, of which those of one tree follow one another, and Tu
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
+from rorchat.rows import RejectedRow, text_of
 from rorchat.sources import messages
-from rorchat.sources._rows import Reject, text_of
 
 KIND = "conversation"
 LICENCE = "Apache-2.0"
@@ -65,14 +65,14 @@ def convert(row: dict | list) -> dict:
     elif isinstance(row, dict):
         replies_to[None] = [row.get("prompt")]
     else:
-        raise Reject("wrong type", f"a row is a {type(row).__name__}, expected a tree")
+        raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected a tree")
     best, turns = _best(replies_to.get(None)), []
     while best:
         turns.append({"role": text_of(best, "role"), "content": text_of(best, "text")})
         # A flat message is taken out when it is asked for, so that no circle of parents can be walked twice
         best = _best(best["replies"] if "replies" in best else replies_to.pop(text_of(best, "message_id"), None))
     if not turns:
-        raise Reject("missing field", "no usable message that begins the tree")
+        raise RejectedRow("missing field", "no usable message that begins the tree")
     return messages.convert(turns)
 
 

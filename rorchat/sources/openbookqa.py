@@ -6,7 +6,7 @@ evaluation sets, and are read only if the path names them.
 
 import re
 
-from rorchat.sources._rows import Reject, exchange, text_of
+from rorchat.rows import RejectedRow, exchange, text_of
 
 KIND = "conversation"
 LICENCE = "Apache-2.0"
@@ -32,16 +32,16 @@ def convert(row: dict) -> dict:
     elif isinstance(row, dict) and "question_stem" in row:
         stem, key, columns = text_of(row, "question_stem"), text_of(row, "answerKey"), row.get("choices")
         if not isinstance(columns, dict) or not all(isinstance(columns.get(name), list) for name in ("label", "text")):
-            raise Reject("missing field", "no lists 'label' and 'text' in 'choices'")
+            raise RejectedRow("missing field", "no lists 'label' and 'text' in 'choices'")
         choices = zip(columns["label"], columns["text"], strict=False)
     else:
         key = text_of(row, "answerKey")
         stem, listed = text_of(row.get("question"), "stem"), row["question"].get("choices")
         if not isinstance(listed, list):
-            raise Reject("missing field", "no list 'choices' in 'question'")
+            raise RejectedRow("missing field", "no list 'choices' in 'question'")
         choices = [(text_of(choice, "label"), text_of(choice, "text")) for choice in listed]
     lettered = [f"{label}. {text_of({'choice': text}, 'choice').strip()}" for label, text in choices]
     right = [choice for choice in lettered if choice.startswith(f"{key}. ")]
     if len(right) != 1:
-        raise Reject("missing field", f"no choice {key!r}")
+        raise RejectedRow("missing field", f"no choice {key!r}")
     return exchange("\n".join([f"{stem.strip()}\n", *lettered]) if stem.strip() else "", right[0])

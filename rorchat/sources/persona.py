@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from rorchat.persona import Persona, conversations, load_persona, preferences
-from rorchat.sources._rows import message
+from rorchat.rows import message
 
 KIND = ("conversation", "preference")
 LICENCE = "Apache-2.0"

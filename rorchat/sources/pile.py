@@ -4,7 +4,7 @@ On the Hub is what is left without the sets that infringe copyright (Books3, Boo
 YoutubeSubtitles, OpenWebText2); `HUB` takes the first of its 30 shards. A folder's val and test shards stay out.
 """
 
-from rorchat.sources._rows import text_of
+from rorchat.rows import text_of
 
 KIND = "document"
 LICENCE = "unstated: each text has the licence of its own source, and many have none"

@@ -4,7 +4,7 @@ Strings (`{"prompt", "chosen", "rejected"}`), message lists that share their pro
 LLaMA-Factory's `{"conversations", "chosen", "rejected"}`, and Alpaca rows with `chosen` and `rejected`.
 """
 
-from rorchat.sources._rows import Reject, instruction_of, message, messages_of, text_of
+from rorchat.rows import RejectedRow, instruction_of, message, messages_of, text_of
 
 KIND = "preference"
 LICENCE = "that of your files"
@@ -32,7 +32,9 @@ def convert(row: dict) -> dict:
     for side in ("chosen", "rejected"):
         if not isinstance(row, dict) or side not in row:
             single = isinstance(row, dict) and "label" in row
-            raise Reject("missing field", f"no {side!r}" + ": a reply with a label, as for KTO, is no pair" * single)
+            raise RejectedRow(
+                "missing field", f"no {side!r}" + ": a reply with a label, as for KTO, is no pair" * single
+            )
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list) and isinstance(rejected, list):
         return _from_lists(row, messages_of(chosen), messages_of(rejected))
@@ -59,5 +61,5 @@ def _from_lists(row: dict, chosen: list[dict], rejected: list[dict]) -> dict:
     if isinstance(row.get("prompt"), list):
         return {"prompt": messages_of(row["prompt"]), "chosen": chosen, "rejected": rejected}
     if chosen[:-1] != rejected[:-1]:
-        raise Reject("different prompts", "chosen and rejected do not share all but their last message")
+        raise RejectedRow("different prompts", "chosen and rejected do not share all but their last message")
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}

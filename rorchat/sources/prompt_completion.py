@@ -5,7 +5,7 @@ A prompt in the Alpaca template ("### Instruction: ... ### Response:"), as in do
 
 import re
 
-from rorchat.sources._rows import Reject, message, messages_of, text_of
+from rorchat.rows import RejectedRow, message, messages_of, text_of
 
 KIND = "conversation"
 LICENCE = "that of your files"
@@ -25,7 +25,7 @@ _TEMPLATE = re.compile(
 def convert(row: dict) -> dict:
     """{"prompt", "completion"} or {"prompt", "response"} -> messages."""
     if not isinstance(row, dict):
-        raise Reject("wrong type", f"a row is a {type(row).__name__}, expected an object with 'prompt'")
+        raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected an object with 'prompt'")
     reply = "response" if "completion" not in row and "response" in row else "completion"
     if isinstance(row.get("prompt"), list) and isinstance(row.get(reply), list):
         return {"messages": [*messages_of(row["prompt"]), *messages_of(row[reply])]}

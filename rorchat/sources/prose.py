@@ -3,7 +3,7 @@
 A folder's `train-*` files are its documents; a `val.jsonl` beside them stays out, for `rorchat evaluate --text`.
 """
 
-from rorchat.sources._rows import text_of
+from rorchat.rows import text_of
 
 KIND = "document"
 LICENCE = "that of your files"

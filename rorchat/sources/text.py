@@ -3,7 +3,7 @@
 Inside a .txt file `<|endoftext|>` stands between documents, as in the files of TinyStories; elsewhere it is a word.
 """
 
-from rorchat.sources._rows import text_of
+from rorchat.rows import text_of
 
 KIND = "document"
 LICENCE = "that of your files"

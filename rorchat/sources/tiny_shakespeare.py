@@ -5,7 +5,7 @@ A document is twenty speeches: of one document nothing could be held out.
 
 from collections.abc import Iterator
 
-from rorchat.sources._rows import text_of
+from rorchat.rows import text_of
 
 KIND = "document"
 LICENCE = "public domain"

@@ -4,7 +4,7 @@ The original text files have `<|endoftext|>` after every story, also after the l
 off inside its last story, which is rejected.
 """
 
-from rorchat.sources._rows import Reject, text_of
+from rorchat.rows import RejectedRow, text_of
 
 KIND = "document"
 LICENCE = "CDLA-Sharing-1.0"
@@ -18,5 +18,5 @@ def convert(row: dict) -> dict:
     """{"text"} -> {"text"}."""
     text = text_of(row, "text")
     if row.get("unclosed"):
-        raise Reject("cut off", "the file ends inside this story, without <|endoftext|>")
+        raise RejectedRow("cut off", "the file ends inside this story, without <|endoftext|>")
     return {"text": text}

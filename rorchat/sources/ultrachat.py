@@ -3,8 +3,8 @@
 The Hub's ultrachat_200k (columns prompt, prompt_id, messages), or the original release with its bare list of texts.
 """
 
+from rorchat.rows import message
 from rorchat.sources import messages
-from rorchat.sources._rows import message
 
 KIND = "conversation"
 LICENCE = "MIT"

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rorchat.sources._read import Stretch, read_lines
-from rorchat.sources._rows import text_of
+from rorchat.reading.formats import FileSlice, read_lines
+from rorchat.rows import text_of
 
 KIND = "document"
 LICENCE = "CC BY-SA 3.0 and GFDL"
@@ -41,7 +41,7 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
     if path.name.startswith("wiki.") or path.suffix in (".tokens", ".raw", ".txt"):
         lines = read_lines(path, empty=True)
         return ((place, {"text": line} if isinstance(line, str) else line) for place, line in lines)
-    return iter(Stretch(path))
+    return iter(FileSlice(path))
 
 
 def gather(rows: Iterator[tuple[str, object]]) -> Iterator[tuple[str, object]]:

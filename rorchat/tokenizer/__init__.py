@@ -28,7 +28,7 @@ from rorchat.chatml import (
 )
 from rorchat.errors import DataError, MismatchError, RemoteError, UsageError
 from rorchat.persona import Persona, load_persona
-from rorchat.sources import CHAT, available, kinds_of
+from rorchat.sources.registry import CHAT, available, kinds_of
 from rorchat.tokenizer.text import BoundedText
 
 # GPT-2's pattern but for numbers: each digit is a token, and never with the blank before it, so that a number is

@@ -1,8 +1,9 @@
 """Text -> a token store: parts of a source, several at a time.
 
-A part is prepared by itself (`rorchat.tokens.part`); which process does it, and when, changes nothing. What was done is
-kept when the run is killed, and the next run does the rest. Only then are duplicates looked for, over all parts in
-their order (`rorchat.tokens.finish`): the first copy stays. So the store is the same bytes with any number of workers,
+A part is prepared by itself (`rorchat.tokens.tokenize_shard`); which process does it, and when, changes nothing.
+What was done is kept when the run is killed, and the next run does the rest. Only then are duplicates looked for, over all parts in
+their order (`rorchat.tokens.merge_shards`): the first copy stays. So the store is the same bytes with any number of
+workers,
 interrupted or not.
 """
 
@@ -22,22 +23,15 @@ from tqdm.auto import tqdm
 
 from rorchat.chatml import END_OF_TEXT
 from rorchat.errors import DataError, MismatchError, StorageError, UsageError
-from rorchat.lock import alone
+from rorchat.files import folder_lock
 from rorchat.persona import Persona
-from rorchat.sources import (
-    Filters,
-    Part,
-    digest_of,
-    find,
-    hub_fingerprint,
-    kinds_of,
-    parts,
-)
+from rorchat.reading.filters import Filters
+from rorchat.sources.registry import Part, digest_of, find, hub_fingerprint, kinds_of, parts
 from rorchat.tokenizer import tokenizer_sha256
-from rorchat.tokens.finish import finish
-from rorchat.tokens.overlap import EvaluationText, digests_of
-from rorchat.tokens.part import Job
+from rorchat.tokens.decontamination import EvaluationText, digests_of
+from rorchat.tokens.merge_shards import finish
 from rorchat.tokens.store import Manifest, TokenStore
+from rorchat.tokens.tokenize_shard import Job
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -98,7 +92,7 @@ def prepare(
     )
     if not folder.exists():
         _require_apart(spec, folder)
-        with alone(folder):
+        with folder_lock(folder):
             if not folder.exists():  # another process may have made it since
                 job = Job(spec, kind, tokenizer, _staging(folder), validation_share, seed, persona, filters)
                 _make(job, wanted, evaluation or [], workers or _cpus())

@@ -16,7 +16,6 @@ model. So a block is compared with its CRC when it is first read, and what openi
 
 import hashlib
 import json
-import os
 import tokenize
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from rorchat.errors import DataError
+from rorchat.files import file_sha256, json_sha256, write_atomically
 
 FORMAT_VERSION = 4
 SPLITS = ("train", "validation")
@@ -106,7 +106,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Writes the manifest in one step: a folder has all of it or none, whatever is killed."""
         said = asdict(self)
-        write_synced(folder / "manifest.json", json.dumps({**said, "sha256": seal_of(said)}, indent=2))
+        write_atomically(folder / "manifest.json", json.dumps({**said, "sha256": json_sha256(said)}, indent=2))
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -119,7 +119,7 @@ class Manifest:
             values = json.loads((folder / "manifest.json").read_text())
             if values["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"its format is {values['format_version']}, this is {FORMAT_VERSION}")
-            if values.pop("sha256", None) != seal_of(values):
+            if values.pop("sha256", None) != json_sha256(values):
                 raise ValueError("it is not as it was written: its sha256 differs")
             manifest = cls(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
             if manifest.dtype not in TYPES or not {shard.split for shard in manifest.shards} <= set(SPLITS):
@@ -140,31 +140,6 @@ def store_folder(spec: str) -> Path | None:
     """The folder of the token store that a spec names, with or without `store=`; None where it names a source."""
     folder = Path(spec.removeprefix("store="))
     return folder if spec.startswith("store=") or (folder / "manifest.json").is_file() else None
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Writes a file under another name, waits until the disk has it, and renames it."""
-    staged = path.with_name(f".{path.name}.unfinished")
-    staged.write_text(text)
-    sync(staged)
-    staged.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Waits until the disk has what was written to a file."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def seal_of(said: dict) -> str:
-    """The sha256 of what a manifest says, which stands in it beside the rest."""
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_of(file: Path) -> str:
-    """The sha256 of a file, read in pieces."""
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def crc_of_blocks(array: np.ndarray) -> np.ndarray:
@@ -198,7 +173,7 @@ class TokenStore:
 
     def _open(self) -> None:
         blocks = self._load("blocks.npy", mapped=False)
-        if sha256_of(self.folder / "blocks.npy") != self.manifest.blocks_sha256:
+        if file_sha256(self.folder / "blocks.npy") != self.manifest.blocks_sha256:
             raise self._damaged("blocks.npy", "its bytes are not those of the manifest's sha256")
         at = 0
         for shard in self.manifest.shards:
@@ -261,7 +236,7 @@ class TokenStore:
         shards = [shard for shard in self.manifest.shards if shard.split == split]
         for shard, start in zip(shards, self._starts[split], strict=False):
             tables.append(self._load(shard.docs_file) + start)
-            if sha256_of(self.folder / shard.docs_file) != shard.docs_sha256:
+            if file_sha256(self.folder / shard.docs_file) != shard.docs_sha256:
                 raise self._damaged(shard.docs_file, "its bytes are not those of the manifest's sha256")
         return np.concatenate([*tables, self._starts[split][-1:]]).astype(np.int64)
 
@@ -286,7 +261,7 @@ class TokenStore:
                 path = self.folder / file
                 if not path.is_file():
                     problems.append(f"{path}: missing")
-                elif sha256_of(path) != digest:
+                elif file_sha256(path) != digest:
                     problems.append(f"{path}: its sha256 is not the manifest's")
                 if progress and path.is_file():
                     progress(path.stat().st_size)

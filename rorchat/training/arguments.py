@@ -11,7 +11,7 @@ from typing import TypeVar
 from trl import TrlParser
 
 from rorchat.errors import UsageError, did_you_mean
-from rorchat.tokens.phases import with_variables
+from rorchat.mixture.config import with_variables
 from rorchat.yaml_file import read_yaml
 
 Arguments = TypeVar("Arguments")
@@ -78,9 +78,9 @@ def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) ->
         config["sources"] = [with_variables(f"{path}: sources", spec) for spec in config["sources"]]
     names = {entry.name for entry in fields(dataclass_type)}
     given = {name.removeprefix("no_") if name not in names else name for name in (*config, *flags)}
-    decided = sorted(given & set(getattr(dataclass_type, "DECIDED", ())))
+    decided = sorted(given & set(getattr(dataclass_type, "UNSUPPORTED_ARGS", ())))
     if decided:
-        raise UsageError(f"{decided[0]} cannot be set: {dataclass_type.DECIDED[decided[0]]}.")
+        raise UsageError(f"{decided[0]} cannot be set: {dataclass_type.UNSUPPORTED_ARGS[decided[0]]}.")
     parser.set_defaults_with_config(**config)
     try:
         (arguments,) = parser.parse_args_into_dataclasses(args=argv)

@@ -22,25 +22,27 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import prepare_deepspeed
 
-from rorchat.chatml import IGNORED, EncodedConversation, encode_conversations
+from rorchat.chatml import IGNORE_INDEX, EncodedConversation, encode_conversations
 from rorchat.errors import DataError, UsageError, did_you_mean
 from rorchat.inference.engine import ChatModel, generate_replies
+from rorchat.jsonl import append_json_line
 from rorchat.model import is_adapter
 from rorchat.persona import load_persona
-from rorchat.sources import Reject, Tally, in_validation, load
-from rorchat.training import reference
+from rorchat.rows import RejectedRow
+from rorchat.sources.base import in_validation
+from rorchat.sources.registry import RowStats, load
+from rorchat.training import reference_logps
 from rorchat.training.arguments import DataArguments
-from rorchat.training.callbacks import append_line
+from rorchat.training.checkpointing.trainer_mixin import storage_failure
+from rorchat.training.distributed import any_process, sharding
+from rorchat.training.kernels.dpo_logps import patch_dpo_logps
+from rorchat.training.kernels.lm_head_loss import patch_gelu
 from rorchat.training.lora import LoraArguments
-from rorchat.training.loss import fuse_gelu
-from rorchat.training.order import steps_of, training_order
-from rorchat.training.pairs import fuse_pairs
-from rorchat.training.processes import any_process, sharding
-from rorchat.training.resume import storage_failure
-from rorchat.training.smoke import SmokeArguments, make_small
-from rorchat.training.trainer import OptimizationArguments, StageTrainer
+from rorchat.training.sampler import steps_of, training_order
+from rorchat.training.smoke_test import SmokeArguments, make_small
+from rorchat.training.stage import OptimizationArguments, StageTrainer
 
-NOT_FORMED = ("entropy", "logits/chosen", "logits/rejected")  # rorchat/training/pairs.py leaves them out
+NOT_FORMED = ("entropy", "logits/chosen", "logits/rejected")  # rorchat/training/kernels/dpo_logps.py leaves them out
 CHOSEN_FELL = "chosen fell"  # how the event is called, and in run.json why training stopped
 PAIRS, TOKENS = "pairs", "chosen_tokens"  # how many are behind each of the numbers that TRL notes
 #: What TRL 1.16 would refuse after the model has been loaded, or in the first step, with a traceback.
@@ -69,7 +71,7 @@ STOCK = "the model is a stock GPT-2"
 class DpoArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArguments, DPOConfig):
     """Settings of `recipes/dpo.py`."""
 
-    DECIDED: ClassVar[dict[str, str]] = OptimizationArguments.DECIDED | {
+    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = OptimizationArguments.UNSUPPORTED_ARGS | {
         "precompute_ref_log_probs": "the reference's log-probabilities are computed once; a second model, which TRL "
         "would load for them, would be the base where the run begins with an adapter",
         "sync_ref_model": FIRST_MODEL,
@@ -165,14 +167,14 @@ class DpoArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArg
 
 def _split(encoded: EncodedConversation) -> tuple[list[int], list[int]]:
     """(prompt, reply) ids: the last supervised stretch is the reply, with the `<|im_end|>` that closes it."""
-    end = max(at for at, label in enumerate(encoded.labels) if label != IGNORED) + 1
+    end = max(at for at, label in enumerate(encoded.labels) if label != IGNORE_INDEX) + 1
     start = end
-    while encoded.labels[start - 1] != IGNORED:
+    while encoded.labels[start - 1] != IGNORE_INDEX:
         start -= 1
     return encoded.input_ids[:start], encoded.input_ids[start:end]
 
 
-def read_pairs(arguments: DpoArguments, tokenizer, max_length: int) -> tuple[Dataset, Dataset, list[Tally]]:
+def read_pairs(arguments: DpoArguments, tokenizer, max_length: int) -> tuple[Dataset, Dataset, list[RowStats]]:
     """(training pairs, validation pairs, where the rows went), each pair `prompt_ids`, `chosen_ids`, `rejected_ids`.
 
     A pair goes to validation by a hash of its prompt, so that no prompt is on both sides. A pair of which either side
@@ -191,7 +193,7 @@ def read_pairs(arguments: DpoArguments, tokenizer, max_length: int) -> tuple[Dat
         rejected = encode_conversations(tokenizer, [[*row["prompt"], *row["rejected"]] for _, row in pairs])
         for (place, row), better, worse in zip(pairs, chosen, rejected, strict=True):
             if max(len(better.input_ids), len(worse.input_ids)) > max_length:
-                rows.tally.withdraw(place, Reject("over-long", f"a side is longer than {max_length} tokens"))
+                rows.tally.withdraw(place, RejectedRow("over-long", f"a side is longer than {max_length} tokens"))
                 continue
             prompt_ids, chosen_ids = _split(better)
             held_out = in_validation("\n".join(turn["content"] for turn in row["prompt"]), arguments.validation_share)
@@ -227,7 +229,7 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         train = train.select(needed)
         # mean tokens of a chosen reply, in the step and in validation
         self._chosen_length = {"eval": np.mean([len(ids) for ids in validation["chosen_ids"]])}
-        fuse_gelu(model)
+        patch_gelu(model)
         super().__init__(
             model=model,
             args=arguments,
@@ -236,7 +238,7 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
             processing_class=tokenizer,
         )
         self.train_dataset = self.train_dataset.select(order)
-        fuse_pairs(model)
+        patch_dpo_logps(model)
         chat = ChatModel(model, tokenizer)
         self.begin_stage(
             chat,
@@ -252,24 +254,24 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """As TRL's (1.16), whose file has a random name: neither another process nor the next start would find it."""
-        fuse_pairs(self.model)  # the constructor has just put TRL's head there
-        arguments, path = self.args, Path(self.args.output_dir) / reference.FILE.format(name)
+        patch_dpo_logps(self.model)  # the constructor has just put TRL's head there
+        arguments, path = self.args, Path(self.args.output_dir) / reference_logps.FILE.format(name)
         settings = {
             "weights": self._precompute_model_hash, "ld_alpha": self.ld_alpha, "rows": batch_size,
             "processes": arguments.world_size, "device": arguments.device.type, "bf16": arguments.bf16,
             "fp16": arguments.fp16,
         }  # fmt: skip
-        key = reference.key_of(dataset, **settings)
-        found = reference.read(path, key)
+        key = reference_logps.key_of(dataset, **settings)
+        found = reference_logps.read(path, key)
         missing = any_process(found is None)[0]
         if missing:
             found = self._of_reference(dataset, name, batch_size)
         if self.is_world_process_zero():
-            failure = storage_failure(lambda: reference.keep(path, key, found)) if missing else None
+            failure = storage_failure(lambda: reference_logps.keep(path, key, found)) if missing else None
             how = "computed" if missing else f"read from {path}"
             lost = f"; they could not be kept ({' '.join(str(failure).split())})" if failure else ""
             print(f"reference: log-probabilities of {len(dataset):,} {name} pairs {how}{lost}", file=sys.stderr)  # noqa: T201
-        for side, values in zip(reference.SIDES, found, strict=True):
+        for side, values in zip(reference_logps.SIDES, found, strict=True):
             dataset = dataset.add_column(f"ref_{side}_logps", values.numpy())
         return dataset
 
@@ -356,7 +358,7 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         self.control.should_training_stop = True
         self.stopped, step = CHOSEN_FELL, self.state.global_step
         if self.is_world_process_zero():
-            append_line(self.meter.path, {"step": step, "event": CHOSEN_FELL, "chosen_change": change})
+            append_json_line(self.meter.path, {"step": step, "event": CHOSEN_FELL, "chosen_change": change})
             tqdm.write(
                 f"Stopped at step {step}: the chosen replies have lost {-change:.2f} nats a token against the "
                 f"reference, more than chosen_drop {self.args.chosen_drop:g}. Lower learning_rate, raise beta, or keep "

@@ -25,19 +25,22 @@ from trl.trainer import add_fused_lm_head
 
 from rorchat.chatml import encode_prompt
 from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.files import file_sha256
 from rorchat.inference.engine import RESERVED_FOR_ANSWER, ChatModel, Reply, generate_ids, generate_replies
+from rorchat.jsonl import append_json_line
 from rorchat.persona import load_persona
-from rorchat.sources import Reject, Tally, in_validation, load, words_of
-from rorchat.tokens.store import sha256_of
+from rorchat.rows import RejectedRow, words_of
+from rorchat.sources.base import in_validation
+from rorchat.sources.registry import RowStats, load
 from rorchat.training.arguments import DataArguments
-from rorchat.training.attention import needs_no_mask
-from rorchat.training.callbacks import DIVERGED_ROWS, append_line
-from rorchat.training.loss import fuse_gelu
-from rorchat.training.order import training_order
-from rorchat.training.processes import sharding
+from rorchat.training.callbacks.divergence import DIVERGED_ROWS
+from rorchat.training.distributed import sharding
+from rorchat.training.kernels.attention import needs_no_mask
+from rorchat.training.kernels.lm_head_loss import patch_gelu
 from rorchat.training.rewards import WEIGHTS, Scorer, as_replies, find_reward, is_right
-from rorchat.training.smoke import SmokeArguments, make_small
-from rorchat.training.trainer import OptimizationArguments, StageTrainer
+from rorchat.training.sampler import training_order
+from rorchat.training.smoke_test import SmokeArguments, make_small
+from rorchat.training.stage import OptimizationArguments, StageTrainer
 
 LEAST_SPREAD = 0.1  # share of groups in which replies must differ in reward, and in being right
 SAME = 1e-6  # rewards that differ by less are the same
@@ -60,7 +63,7 @@ NO_TABLES = "rewards are in metrics.jsonl, replies to `sample_prompts` in sample
 class GrpoArguments(DataArguments, SmokeArguments, OptimizationArguments, GRPOConfig):
     """Settings of `recipes/grpo.py`."""
 
-    DECIDED: ClassVar[dict[str, str]] = OptimizationArguments.DECIDED | {
+    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = OptimizationArguments.UNSUPPORTED_ARGS | {
         "num_iterations": ONCE,
         "steps_per_generation": ONCE,
         "generation_batch_size": ONCE,
@@ -165,10 +168,10 @@ class GrpoArguments(DataArguments, SmokeArguments, OptimizationArguments, GRPOCo
     def reward_files(self) -> dict[str, str]:
         """The sha256 of every file that has a reward of the user's: with another one it would be another run."""
         files = {name.rpartition(":")[0] for name in self.rewards if ":" in name}
-        return {file: sha256_of(Path(file)) for file in sorted(files)}
+        return {file: file_sha256(Path(file)) for file in sorted(files)}
 
 
-def read_questions(arguments: GrpoArguments, tokenizer, positions: int) -> tuple[Dataset, Dataset, list[Tally]]:
+def read_questions(arguments: GrpoArguments, tokenizer, positions: int) -> tuple[Dataset, Dataset, list[RowStats]]:
     """(training questions, validation questions, where the rows went), each with its encoded `prompt`.
 
     A question goes to validation by a hash of its words, so that none is on both sides. One that does not fit into
@@ -187,7 +190,7 @@ def read_questions(arguments: GrpoArguments, tokenizer, positions: int) -> tuple
             reserve = arguments.max_completion_length
             encoded = encode_prompt(tokenizer, row["messages"], positions=positions, reserve=reserve)
             if encoded.notice():
-                reject = Reject("over-long", f"longer than {positions - reserve} tokens, which a reply leaves it")
+                reject = RejectedRow("over-long", f"longer than {positions - reserve} tokens, which a reply leaves it")
                 rows.tally.withdraw(rows.place, reject)
                 continue
             held_out = in_validation(words_of(row), arguments.validation_share)
@@ -229,7 +232,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         questions = arguments.max_steps * self.questions_per_step
         order = training_order([1] * len(train), questions, self.questions_per_step, arguments.data_seed)
         stops, control = set(model.generation_config.eos_token_id), set(tokenizer.all_special_ids)
-        fuse_gelu(model)
+        patch_gelu(model)
         needs_no_mask(model)
         reference, beta = copy.deepcopy(model) if arguments.beta else None, arguments.beta
         # TRL 1.16 would load the reference from where the policy's config says that it lies: of an adapter, its base
@@ -329,7 +332,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
     def _write_rows(self, step: int) -> None:
         path = self.checkpoints.folder / DIVERGED_ROWS
         for number in range((step - 1) * self.questions_per_step, step * self.questions_per_step):
-            append_line(path, {"step": step, "row": number, "text": words_of(self.train_dataset[number])})
+            append_json_line(path, {"step": step, "row": number, "text": words_of(self.train_dataset[number])})
 
     # Measuring
 
@@ -400,7 +403,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         found |= dict(zip(("spread", "mixed", "reward", "right"), (each / questions for each in sums), strict=True))
         if self.is_world_process_zero():
             record = {"step": 0, "event": "readiness", "tokens": 0} | found
-            append_line(self.meter.path, record | self.meter.spent())
+            append_json_line(self.meter.path, record | self.meter.spent())
             print(_told(found, self.num_generations), file=sys.stderr)  # noqa: T201
         if found["spread"] < LEAST_SPREAD or ("answer" in self.args.rewards and found["mixed"] < LEAST_SPREAD):
             raise UsageError(_refusal(found))

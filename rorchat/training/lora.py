@@ -19,15 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rorchat.chatml import CONTROL_TOKENS
 from rorchat.errors import UsageError
-from rorchat.model import (
-    ADAPTER_BASE,
-    ADAPTER_WEIGHTS,
-    is_adapter,
-    load_adapter,
-    matrices,
-    weights_sha256,
-)
-from rorchat.training.processes import sharding
+from rorchat.model import ADAPTER_BASE, ADAPTER_WEIGHTS, is_adapter, load_adapter, matrices, weights_sha256
+from rorchat.training.distributed import sharding
 
 ALPHA = 2  # times the rank: what a layer adds is B A x twice, whatever the rank
 ROWS = "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta"  # PEFT's name of the trained rows

@@ -11,19 +11,19 @@ from transformers import TrainingArguments
 
 from rorchat.errors import UsageError
 from rorchat.inference.engine import ChatModel, continue_texts
+from rorchat.mixture.collators import padded
+from rorchat.mixture.config import MixtureConfig, read_mixture
+from rorchat.mixture.dataset import Mixture, ValidationRows, prepare_stores, rows_per_epoch
+from rorchat.mixture.history import all_data, plan_behind
+from rorchat.mixture.plan import Plan
 from rorchat.persona import load_persona
-from rorchat.tokens.batch import padded
-from rorchat.tokens.mixture import Mixture, ValidationRows, prepare_stores, windows_of
-from rorchat.tokens.past import all_data, plan_behind
-from rorchat.tokens.phases import MixtureConfig, read_mixture
-from rorchat.tokens.plan import Plan
 from rorchat.tokens.store import TokenStore
 from rorchat.training.arguments import DataArguments
-from rorchat.training.loss import fuse_gelu, fuse_head
-from rorchat.training.machine import can_compile
-from rorchat.training.run import TOKENS
-from rorchat.training.smoke import SmokeArguments, make_small
-from rorchat.training.trainer import OptimizationArguments, StageTrainer
+from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
+from rorchat.training.run_folder import TOKENS
+from rorchat.training.runtime import can_compile
+from rorchat.training.smoke_test import SmokeArguments, make_small
+from rorchat.training.stage import OptimizationArguments, StageTrainer
 
 SAMPLE_TOKENS = 48
 
@@ -32,7 +32,7 @@ SAMPLE_TOKENS = 48
 class PretrainArguments(DataArguments, SmokeArguments, OptimizationArguments, TrainingArguments):
     """Settings of `recipes/pretrain.py`."""
 
-    DECIDED: ClassVar[dict[str, str]] = OptimizationArguments.DECIDED | {
+    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = OptimizationArguments.UNSUPPORTED_ARGS | {
         "gradient_accumulation_steps": "it follows from `global_batch_tokens`",
         "num_train_epochs": "the length of pretraining is `train_tokens` or `max_steps`",
         "torch_compile": "compiling is chosen by `compile`, which leaves out what it would only break",
@@ -153,7 +153,7 @@ def stores_of(arguments: PretrainArguments, tokenizer, past: Sequence[dict] = ()
 
 def details_of(plan: Plan, stores: list[TokenStore], past: Sequence[dict]) -> dict[str, object]:
     """What run.json and every checkpoint remember: the whole plan, what was read for it, and the rows of an epoch."""
-    return {"plan": plan.summary(), "data": all_data(past, stores), "windows": windows_of(stores, plan.block_size)}
+    return {"plan": plan.summary(), "data": all_data(past, stores), "windows": rows_per_epoch(stores, plan.block_size)}
 
 
 def show_plan(plan: Plan, folder: Path) -> Iterator[str]:
@@ -182,11 +182,11 @@ class PretrainTrainer(StageTrainer):
         self, model, arguments: PretrainArguments, tokenizer, stores: list[TokenStore], past: Sequence[dict] = ()
     ):
         rows = arguments.max_steps * arguments.global_batch_tokens // arguments.block_size
-        windows = windows_of(stores, arguments.block_size)
+        windows = rows_per_epoch(stores, arguments.block_size)
         plan = plan_behind(past, arguments.mixture_config, windows, rows, arguments.block_size)
         self.mixture = Mixture(stores, plan, arguments.data_seed)
-        fuse_head(model, compiled=arguments.compile, whole_rows=True)
-        fuse_gelu(model)
+        patch_lm_head_loss(model, compiled=arguments.compile, whole_rows=True)
+        patch_gelu(model)
         super().__init__(
             model=model,
             args=arguments,

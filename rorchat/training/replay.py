@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rorchat.chatml import END_OF_TEXT, IGNORED, encode_text
+from rorchat.chatml import END_OF_TEXT, IGNORE_INDEX, encode_text
 from rorchat.errors import DataError, UsageError
-from rorchat.sources import in_validation, load
-from rorchat.tokens.mixture import open_store
+from rorchat.mixture.dataset import open_store
+from rorchat.sources.base import in_validation
+from rorchat.sources.registry import load
 from rorchat.tokens.store import store_folder
 
 DOCUMENTS_AT_ONCE = 200  # a call of the tokenizer
@@ -49,7 +50,7 @@ def replay_rows(
     rows, left = [], tokens
     for words in documents:
         for row in _rows_of(words, end_of_text, max_length):
-            rows.append({"input_ids": row[:left], "labels": [IGNORED, *row[1:left]]})
+            rows.append({"input_ids": row[:left], "labels": [IGNORE_INDEX, *row[1:left]]})
             left -= len(row)
             if left < 2:  # a row of one id has no target
                 return rows

@@ -17,10 +17,10 @@ from typing import SupportsFloat
 
 from rorchat.chatml import CONTROL_TOKENS
 from rorchat.errors import DataError, UsageError, did_you_mean
+from rorchat.files import file_sha256
 from rorchat.inference.engine import Reply
 from rorchat.persona import says
 from rorchat.sources.tinytown import Question
-from rorchat.tokens.store import sha256_of
 
 Reward = Callable[[str, dict], float]
 
@@ -111,7 +111,7 @@ def find_reward(name: str) -> Reward:
     file = Path(path)
     if not file.is_file():
         raise UsageError(f"No file {path} with a reward.")
-    found = getattr(_module(file.resolve(), sha256_of(file)), function, None)
+    found = getattr(_module(file.resolve(), file_sha256(file)), function, None)
     if not callable(found):
         has = f", but {type(found).__name__} of that name" if found is not None else ""
         raise UsageError(f"{path} has no function {function!r}{has}, which the reward {name!r} asks for.")

@@ -19,17 +19,19 @@ from trl import SFTConfig, SFTTrainer
 from rorchat.chatml import encode_conversations
 from rorchat.errors import DataError, UsageError
 from rorchat.inference.engine import ChatModel, generate_replies
+from rorchat.mixture.collators import packed
+from rorchat.mixture.packing import PackedRows, Sequences, pack
 from rorchat.persona import load_persona
-from rorchat.sources import Reject, Tally, in_validation, load
-from rorchat.tokens.batch import packed
-from rorchat.tokens.packing import PackedRows, Sequences, pack
+from rorchat.rows import RejectedRow
+from rorchat.sources.base import in_validation
+from rorchat.sources.registry import RowStats, load
 from rorchat.training.arguments import DataArguments
+from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.lora import LoraArguments
-from rorchat.training.loss import fuse_gelu, fuse_head
-from rorchat.training.order import steps_of
 from rorchat.training.replay import replay_rows
-from rorchat.training.smoke import SmokeArguments, make_small
-from rorchat.training.trainer import OptimizationArguments, StageTrainer
+from rorchat.training.sampler import steps_of
+from rorchat.training.smoke_test import SmokeArguments, make_small
+from rorchat.training.stage import OptimizationArguments, StageTrainer
 
 ROWS_PER_CALL = 1000  # conversations a call of the tokenizer
 OWN_ROWS = "rows are encoded and packed by rorchat: no conversation sees another, and the loss is on replies"
@@ -41,7 +43,7 @@ TOKENS_AT_ONCE = 2048  # on a CPU, whose products are no faster for more: a larg
 class SftArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArguments, SFTConfig):
     """Settings of `recipes/sft.py`."""
 
-    DECIDED: ClassVar[dict[str, str]] = OptimizationArguments.DECIDED | {
+    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = OptimizationArguments.UNSUPPORTED_ARGS | {
         "packing": OWN_ROWS,
         "packing_strategy": OWN_ROWS,
         "eval_packing": OWN_ROWS,
@@ -97,7 +99,7 @@ class SftArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArg
             make_small(self)
 
 
-def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[Sequences, Sequences, list[Tally]]:
+def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[Sequences, Sequences, list[RowStats]]:
     """(training conversations, validation conversations, where the rows went); of the latter the shortest come first.
 
     A conversation goes to validation by a hash of its words. One whose first exchange does not fit into `max_length` is
@@ -117,7 +119,7 @@ def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[S
             encoded_part = encode_conversations(tokenizer, [messages for _, messages in part], max_length)
             for (place, messages), encoded in zip(part, encoded_part, strict=True):
                 if encoded is None:
-                    rows.tally.withdraw(place, Reject("over-long", f"no exchange fits into {max_length} tokens"))
+                    rows.tally.withdraw(place, RejectedRow("over-long", f"no exchange fits into {max_length} tokens"))
                     continue
                 rows.tally.cut += encoded.dropped_turns > 0
                 text = "\n".join(message["content"] for message in messages)
@@ -165,8 +167,8 @@ class ChatTrainer(StageTrainer, SFTTrainer):
         )
         self.train_dataset, self.eval_dataset = packed_rows, validation
         del model.forward  # TRL's fused head, which scores masked positions too on a CPU
-        fuse_head(model)
-        fuse_gelu(model)
+        patch_lm_head_loss(model)
+        patch_gelu(model)
         chat = ChatModel(model, tokenizer)
         self.begin_stage(
             chat,

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from chat_material import IGNORED, IM_START, labelled, rows_sha256, supervised
+from chat_material import IGNORE_INDEX, IM_START, labelled, rows_sha256, supervised
 from datasets import Dataset
 from material import loaded_model, tokenizer_of
 from torch import Tensor
@@ -33,7 +33,7 @@ def read_rows(watch: Watch) -> list[dict[str, list[int]]]:
 def without_padding(inputs: dict[str, Tensor], pad: int) -> Tensor:
     """Ids and labels (2, N) of a batch, however it is made up: neither has a row a token of padding in it."""
     ids = inputs["input_ids"]
-    labels = inputs["labels"] if "labels" in inputs else ids.masked_fill(inputs["completion_mask"] == 0, IGNORED)
+    labels = inputs["labels"] if "labels" in inputs else ids.masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
     kept = ids != pad
     return torch.stack([ids[kept], labels[kept]])
 
@@ -97,7 +97,7 @@ def micro_batch(rows: int, at_most: int) -> int:
 
 def rorchat(watch: Watch, flags: tuple[str, ...] = ()) -> dict:
     """The ChatTrainer that recipes/sft.py makes."""
-    from rorchat.tokens.packing import Sequences
+    from rorchat.mixture.packing import Sequences
     from rorchat.training import sft  # where a lever may have put another `pack`
     from rorchat.training.arguments import parse
 

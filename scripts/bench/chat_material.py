@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 from works import Work
 
-from rorchat.chatml import IGNORED, IM_START
+from rorchat.chatml import IGNORE_INDEX, IM_START
 
 BETA = 0.1  # of DPO: TRL's default and rorchat's
 
@@ -43,7 +43,7 @@ def rows_of(work: Work) -> list[dict[str, list[int]]]:
         else:
             ids = [start, *tokens(sum(lengths) - 1)]
             supervised = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
-            rows.append({"input_ids": ids, "labels": np.where(supervised, ids, IGNORED).tolist()})
+            rows.append({"input_ids": ids, "labels": np.where(supervised, ids, IGNORE_INDEX).tolist()})
     order = draw.permutation(len(rows))  # they come sorted by length
     return [rows[number] for number in order]
 
@@ -53,7 +53,9 @@ def labelled(row: dict[str, list[int]]) -> list[tuple[list[int], list[int]]]:
     if "input_ids" in row:
         return [(row["input_ids"], row["labels"])]
     prompt = row["prompt_ids"]
-    return [(prompt + reply, [IGNORED] * len(prompt) + reply) for reply in (row["chosen_ids"], row["rejected_ids"])]
+    return [
+        (prompt + reply, [IGNORE_INDEX] * len(prompt) + reply) for reply in (row["chosen_ids"], row["rejected_ids"])
+    ]
 
 
 def rows_sha256(batches: Iterable[Tensor], start: int) -> str:
@@ -72,7 +74,7 @@ def summed_loss(model: GPT2LMHeadModel, ids: list[int], labels: list[int]) -> Te
 
 
 def supervised(rows: Iterable[tuple[list[int], list[int]]]) -> int:
-    return sum(label != IGNORED for _, labels in rows for label in labels)
+    return sum(label != IGNORE_INDEX for _, labels in rows for label in labels)
 
 
 def first_of_conversations(model: GPT2LMHeadModel, rows: list[dict]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from material import tokenizer_of
 from works import WORKS
 
-from rorchat.training.checkpoint import Checkpoints
+from rorchat.training.checkpointing.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[2]
 EVERY = 50
@@ -30,8 +30,8 @@ def train(folder: str, name: str, steps: int, *flags: str) -> None:
     """One run in this process, which waits for a line on stdin before each step; what it took goes to a file."""
     from transformers import TrainerCallback
 
-    from rorchat.training.resume import ResumableTrainer
-    from rorchat.training.trainer import StageTrainer
+    from rorchat.training.checkpointing.trainer_mixin import CheckpointMixin
+    from rorchat.training.stage import StageTrainer
 
     found = {"saves": [], "turns": []}
 
@@ -52,7 +52,7 @@ def train(folder: str, name: str, steps: int, *flags: str) -> None:
             self.end()
             sys.stdin.readline()  # what comes then would slow down the other's last step
 
-    save, begin = ResumableTrainer._save_checkpoint, StageTrainer.begin_stage
+    save, begin = CheckpointMixin._save_checkpoint, StageTrainer.begin_stage
 
     def timed(trainer, *arguments) -> None:
         started = time.perf_counter()
@@ -63,7 +63,7 @@ def train(folder: str, name: str, steps: int, *flags: str) -> None:
         begin(trainer, *arguments, **options)
         trainer.add_callback(Turns())
 
-    ResumableTrainer._save_checkpoint, StageTrainer.begin_stage = timed, clocked
+    CheckpointMixin._save_checkpoint, StageTrainer.begin_stage = timed, clocked
     argv = ["--sources", "tinytown=20000", "--tokenizer", f"{folder}/tokenizer", "--token_store", f"{folder}/tokens"]
     argv += ["--size", "124m", "--block_size", "512", "--per_device_train_batch_size", "4", "--eval_strategy", "no"]
     argv += ["--global_batch_tokens", "2048", "--max_steps", str(steps), "--optimizer", "adamw", *flags]

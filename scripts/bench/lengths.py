@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from rorchat.chatml import IGNORED, encode_conversations
+from rorchat.chatml import IGNORE_INDEX, encode_conversations
 from rorchat.errors import exits_with_one_line
-from rorchat.sources import load
+from rorchat.sources.registry import load
 from rorchat.tokenizer import load_tokenizer
 
 WINDOW = 1024
@@ -54,7 +54,7 @@ PREFERENCE = {
 
 def stretches(labels: list[int]) -> list[int]:
     """How many tokens are context, then supervised, then context, and so on; their sum is the row's length."""
-    return [len(list(part)) for _, part in groupby(labels, key=lambda label: label != IGNORED)]
+    return [len(list(part)) for _, part in groupby(labels, key=lambda label: label != IGNORE_INDEX)]
 
 
 def conversations_of(spec: str, tokenizer, window: int) -> list[list[int]]:

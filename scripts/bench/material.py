@@ -88,21 +88,21 @@ def tokenizer_of(work: Work):
 
 
 def mixture_of(work: Work, folder: Path):
-    from rorchat.tokens.mixture import Mixture, windows_of
-    from rorchat.tokens.phases import MixtureConfig
-    from rorchat.tokens.plan import Plan
+    from rorchat.mixture.config import MixtureConfig
+    from rorchat.mixture.dataset import Mixture, rows_per_epoch
+    from rorchat.mixture.plan import Plan
     from rorchat.tokens.store import TokenStore
 
     store = TokenStore(folder / STORE, STORE)
     config = MixtureConfig.of([f"{STORE}={folder / STORE}"])
-    plan = Plan(config, windows_of([store], work.block_size), work.rows_consumed, work.block_size)
+    plan = Plan(config, rows_per_epoch([store], work.block_size), work.rows_consumed, work.block_size)
     return Mixture([store], plan, seed=0)
 
 
 def make_tokens(work: Work, folder: Path) -> None:
     """Random rows, each a document; what stands in tokens.npy is what a mixture makes of their store."""
     from rorchat.chatml import END_OF_TEXT
-    from rorchat.tokens.adopt import adopt
+    from rorchat.tokens.import_shards import adopt
 
     tokenizer = tokenizer_of(work)
     rows = np.random.default_rng(SEED).integers(

@@ -9,7 +9,7 @@ of them, each of which must hold every conversation once:
 
     one a row   what padding to the window comes to
     TRL         pack_dataset with its strategy "bfd", which packs every 1,000 conversations by themselves
-    rorchat     rorchat.tokens.packing.pack
+    rorchat     rorchat.mixture.packing.pack
 """
 
 import argparse
@@ -44,7 +44,7 @@ def trl(lengths: Sequence[int], window: int) -> list[list[int]]:
 
 
 def rorchat(lengths: Sequence[int], window: int) -> list[list[int]]:
-    from rorchat.tokens.packing import pack
+    from rorchat.mixture.packing import pack
 
     return pack(lengths, window)
 

@@ -23,8 +23,8 @@ ROWS, BLOCK_SIZE, SOURCES = 10**9, 1024, 4
 
 def made(folder: Path, tokens: int) -> list[Path]:
     """Stores of random ids, in the format that `rorchat.tokens.prepare` writes."""
-    from rorchat.tokens.part import ArrayWriter, sealed
     from rorchat.tokens.store import Manifest, Shard
+    from rorchat.tokens.tokenize_shard import ArrayWriter, sealed
 
     stores = []
     for source in range(SOURCES):
@@ -55,15 +55,15 @@ def anonymous_bytes() -> int:
 
 
 def measure(folders: list[str]) -> dict[str, float]:
-    from rorchat.tokens.mixture import Mixture, windows_of
-    from rorchat.tokens.phases import MixtureConfig
-    from rorchat.tokens.plan import Plan
+    from rorchat.mixture.config import MixtureConfig
+    from rorchat.mixture.dataset import Mixture, rows_per_epoch
+    from rorchat.mixture.plan import Plan
     from rorchat.tokens.store import TokenStore
 
     before, started = anonymous_bytes(), time.perf_counter()
     stores = [TokenStore(folder) for folder in folders]
     config = MixtureConfig.of([store.name for store in stores], [4, 3, 2, 1])
-    mixture = Mixture(stores, Plan(config, windows_of(stores, BLOCK_SIZE), ROWS, BLOCK_SIZE), seed=0)
+    mixture = Mixture(stores, Plan(config, rows_per_epoch(stores, BLOCK_SIZE), ROWS, BLOCK_SIZE), seed=0)
     mixture[0]
     first = time.perf_counter() - started
     times = []

@@ -31,7 +31,8 @@ arguments = parser.parse_args()
 os.environ["RAYON_NUM_THREADS"] = str(arguments.workers)
 os.environ["TOKENIZERS_PARALLELISM"] = "true" if arguments.workers > 1 else "false"
 
-from rorchat.sources import digest, load  # noqa: E402
+from rorchat.sources.base import digest  # noqa: E402
+from rorchat.sources.registry import load  # noqa: E402
 from rorchat.tokenizer import load_tokenizer  # noqa: E402
 from rorchat.tokens.encode import GPT2_PATTERN, Encoder  # noqa: E402
 from rorchat.tokens.prepare import prepare  # noqa: E402

@@ -88,11 +88,11 @@ def race(side: str, data: str, folder: Path, times: float) -> dict:
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
     from rorchat.evaluation.loss import dataset_loss
+    from rorchat.mixture.collators import padded
+    from rorchat.mixture.config import MixtureConfig
+    from rorchat.mixture.dataset import Mixture, ValidationRows, rows_per_epoch
+    from rorchat.mixture.plan import Plan
     from rorchat.tokenizer import load_tokenizer, token_bytes
-    from rorchat.tokens.batch import padded
-    from rorchat.tokens.mixture import Mixture, ValidationRows, windows_of
-    from rorchat.tokens.phases import MixtureConfig
-    from rorchat.tokens.plan import Plan
     from rorchat.tokens.store import TokenStore
 
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
@@ -100,7 +100,7 @@ def race(side: str, data: str, folder: Path, times: float) -> dict:
     ours = run(side, 0, data, folder, STEPS, folder.parent / "tokenizer")
     store = TokenStore(folder / "tokens-0" / "prose", "prose")
     rows = STEPS * STEP_TOKENS // BLOCK_SIZE
-    plan = Plan(MixtureConfig.of([f"prose={data}"], None), windows_of([store], BLOCK_SIZE), rows, BLOCK_SIZE)
+    plan = Plan(MixtureConfig.of([f"prose={data}"], None), rows_per_epoch([store], BLOCK_SIZE), rows, BLOCK_SIZE)
     sizes = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": BLOCK_SIZE, "vocab_size": len(tokenizer)}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
     held_out, bytes_of = ValidationRows(store, BLOCK_SIZE), torch.tensor(token_bytes(tokenizer))

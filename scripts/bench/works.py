@@ -171,14 +171,14 @@ class Lever:
 _LEVERS = {
     "fused head": Lever(
         patches=(
-            "rorchat.training.loss:head_loss=full_logits_loss",
-            "rorchat.training.loss:_lookup_is_plain=no",  # there is no gradient to share
+            "rorchat.training.kernels.lm_head_loss:head_loss=full_logits_loss",
+            "rorchat.training.kernels.lm_head_loss:_lookup_is_plain=no",  # there is no gradient to share
         )
     ),
-    "shared gradient": Lever(patches=("rorchat.training.loss:_lookup_is_plain=no",)),
-    "recomputed outputs": Lever(patches=("rorchat.training.loss:cheap_outputs_computed_again",)),
+    "shared gradient": Lever(patches=("rorchat.training.kernels.lm_head_loss:_lookup_is_plain=no",)),
+    "recomputed outputs": Lever(patches=("rorchat.training.kernels.lm_head_loss:cheap_outputs_computed_again",)),
     "small pages": Lever(environment=LARGE_PAGES),
-    "kept memory": Lever(patches=("rorchat.training.trainer:keep_freed_memory",)),
+    "kept memory": Lever(patches=("rorchat.training.stage:keep_freed_memory",)),
     "bf16": Lever(flags=("--bf16", "false")),
     "fp32": Lever(flags=("--bf16", "true")),
 }
@@ -187,12 +187,12 @@ LEVERS = {
     "rows": _LEVERS
     | {
         "fused GELU": Lever(patches=("rorchat.training.pretrain:fuse_gelu",)),
-        "causal attention": Lever(patches=("rorchat.training.loss:causal_attention",)),
+        "causal attention": Lever(patches=("rorchat.training.kernels.lm_head_loss:causal_attention",)),
         "short step": Lever(
             patches=(
-                "rorchat.training.trainer:StageTrainer.training_step",
-                "rorchat.training.trainer:StageTrainer._clip_grad_norm",
-                "rorchat.training.trainer:StageTrainer.floating_point_ops",
+                "rorchat.training.stage:StageTrainer.training_step",
+                "rorchat.training.stage:StageTrainer._clip_grad_norm",
+                "rorchat.training.stage:StageTrainer.floating_point_ops",
                 "rorchat.training.pretrain:PretrainTrainer._get_num_items_in_batch",
             )
         ),
@@ -202,9 +202,12 @@ LEVERS = {
     "conversations": _LEVERS
     | {
         "fused GELU": Lever(patches=("rorchat.training.sft:fuse_gelu",)),
-        "packing": Lever(patches=("rorchat.training.sft:pack=one_a_row", "rorchat.tokens.packing:pack=one_a_row")),
+        "packing": Lever(patches=("rorchat.training.sft:pack=one_a_row", "rorchat.mixture.packing:pack=one_a_row")),
         "maskless attention": Lever(
-            patches=("rorchat.training.loss:packed_attention", "rorchat.training.attention:packed_attention")
+            patches=(
+                "rorchat.training.kernels.lm_head_loss:packed_attention",
+                "rorchat.training.kernels.attention:packed_attention",
+            )
         ),
     },
     "pairs": {name: _LEVERS[name] for name in ("small pages", "kept memory", "bf16", "fp32")}

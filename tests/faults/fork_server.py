@@ -34,22 +34,22 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import rorchat.training.trainer as trainer_module
 import safetensors.torch
 import torch
 import transformers.modeling_utils
 
 import rorchat.model as model_module
-import rorchat.training.trainer as trainer_module
-from rorchat.tokens.plan import Plan
-from rorchat.training import callbacks as callbacks_module
-from rorchat.training import memory as memory_module
-from rorchat.training import resume as resume_module
-from rorchat.training import run as run_module
-from rorchat.training.checkpoint import Checkpoints
+from rorchat.mixture.plan import Plan
+from rorchat.training import oom_recovery as memory_module
+from rorchat.training import run_folder as run_module
+from rorchat.training.callbacks import metrics as callbacks_module
+from rorchat.training.checkpointing import trainer_mixin as resume_module
+from rorchat.training.checkpointing.checkpoint import Checkpoints
+from rorchat.training.checkpointing.mirror import FolderPlace, Mirror
+from rorchat.training.checkpointing.trainer_mixin import CheckpointMixin
 from rorchat.training.dpo import PreferenceTrainer
-from rorchat.training.mirror import FolderPlace, Mirror
 from rorchat.training.pretrain import PretrainTrainer
-from rorchat.training.resume import ResumableTrainer
 from rorchat.training.sft import ChatTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +119,7 @@ class Disk:
             self.turn_on(FolderPlace, "put", lambda place, checkpoint, run: checkpoint.step == self.fault["mirroring"])
         else:
             at = self.fault.get("during")
-            self.turn_on(ResumableTrainer, "_save_checkpoint", lambda trainer, *_: trainer.state.global_step == at)
+            self.turn_on(CheckpointMixin, "_save_checkpoint", lambda trainer, *_: trainer.state.global_step == at)
 
     def turn_on(self, owner, name: str, wanted) -> None:
         real = getattr(owner, name)
@@ -211,7 +211,7 @@ def with_dropout(share: float) -> None:
 def raise_signal(fault: dict) -> None:
     where = {
         "forward": (trainer_module.StageTrainer, "training_step"),
-        "save": (ResumableTrainer, "_write"),
+        "save": (CheckpointMixin, "_write"),
         "evaluate": (trainer_module.StageTrainer, "validation_loss"),
     }
     owner, name = where[fault["where"]]
@@ -307,7 +307,7 @@ PROTECTIONS = {
     "disk": (resume_module, "storage_failure", lambda stage: stage() and None),
     "memory": (memory_module, "is_out_of_memory", lambda error: False),
     "lock": (run_module, "alone", lambda folder: contextlib.nullcontext()),
-    "finite": (ResumableTrainer, "is_finite", lambda trainer: True),
+    "finite": (CheckpointMixin, "is_finite", lambda trainer: True),
     "identity": (run_module, "differences", lambda *_: []),
     "lost": (run_module, "is_lost_process", lambda error: False),
     "signals": (run_module, "listening", contextlib.nullcontext),

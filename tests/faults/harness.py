@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rorchat.training.checkpoint import Checkpoints
+from rorchat.training.checkpointing.checkpoint import Checkpoints
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -122,7 +122,7 @@ def verified_steps(run: Path) -> list[int]:
 
 
 def _verifies(checkpoint) -> bool:
-    from rorchat.training.checkpoint import Damaged
+    from rorchat.training.checkpointing.checkpoint import Damaged
 
     try:
         checkpoint.verify()

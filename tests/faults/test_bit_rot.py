@@ -6,23 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from faults.comparison import flipped
 from faults.harness import verified_steps, weights
 
 from rorchat.errors import DataError
 from rorchat.tokens.store import TokenStore
-from rorchat.training.checkpoint import DAMAGED, Checkpoints
-
-
-def flipped(place: float):
-    def flip(path: Path) -> None:
-        size = path.stat().st_size
-        with path.open("r+b") as file:
-            file.seek(at := min(int(size * place), size - 1))
-            byte = file.read(1)[0]
-            file.seek(at)
-            file.write(bytes([byte ^ 1 << at % 8]))
-
-    return flip
+from rorchat.training.checkpointing.checkpoint import DAMAGED, Checkpoints
 
 
 def cut(share: float):

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import command
-from faults.test_bit_rot import flipped
+from faults.comparison import flipped
+from support import command
 from transformers import AutoModelForCausalLM
 
 

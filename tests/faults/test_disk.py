@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from faults.harness import verified_steps, weights
 
-from rorchat.training.checkpoint import STAGING, TRASH
+from rorchat.training.checkpointing.checkpoint import STAGING, TRASH
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def test_no_room_for_what_will_be_there_at_once_is_refused_before_the_first_step
     monkeypatch, tmp_path, saves, evaluations, most
 ):
     from rorchat.errors import StorageError
-    from rorchat.training.checkpoint import Checkpoints
-    from rorchat.training.resume import ResumableTrainer
+    from rorchat.training.checkpointing.checkpoint import Checkpoints
+    from rorchat.training.checkpointing.trainer_mixin import CheckpointMixin
 
     class Model:
         def parameters(self):
@@ -53,15 +53,15 @@ def test_no_room_for_what_will_be_there_at_once_is_refused_before_the_first_step
 
     arguments = SimpleNamespace(save_strategy="steps", eval_strategy=evaluations, save_steps=2, max_steps=2 * saves)
     trainer = SimpleNamespace(args=arguments, model=Model(), checkpoints=Checkpoints(tmp_path))
-    trainer._saves_to_come = lambda step: ResumableTrainer._saves_to_come(trainer, step)
+    trainer._saves_to_come = lambda step: CheckpointMixin._saves_to_come(trainer, step)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=12_000 * most - 1))
     with pytest.raises(StorageError, match=f"{12_000 * most - 1:,} bytes free, and checkpoints need {12_000 * most:,}"):
-        ResumableTrainer.require_room(trainer)
+        CheckpointMixin.require_room(trainer)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=12_000 * most))
-    ResumableTrainer.require_room(trainer)
+    CheckpointMixin.require_room(trainer)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
     trainer.args.save_strategy = "no"
-    ResumableTrainer.require_room(trainer)
+    CheckpointMixin.require_room(trainer)
 
 
 def small(place, size: int, *more: str) -> bool:

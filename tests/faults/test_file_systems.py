@@ -8,8 +8,8 @@ import shutil
 import pytest
 from faults.harness import verified_steps, weights
 
-from rorchat.training import checkpoint
-from rorchat.training.checkpoint import Checkpoint, Checkpoints, seal
+from rorchat.training.checkpointing import checkpoint
+from rorchat.training.checkpointing.checkpoint import Checkpoint, Checkpoints, seal
 
 
 def test_a_copy_with_other_times_and_other_names_goes_on_from_its_newest_step(bench, at_four, whole):

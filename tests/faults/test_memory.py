@@ -4,8 +4,8 @@ import json
 import signal
 
 import pytest
+from faults.comparison import log_of
 from faults.harness import weights
-from faults.test_resume import log_of
 
 FLAGS = {"per_device_train_batch_size": 4, "logging_steps": 1}  # 4 rows a step
 

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 from fake_hub import TOKEN, FakeHub
+from faults.comparison import flipped
 from faults.harness import ENVIRONMENT, ROOT, verified_steps, weights
-from faults.test_bit_rot import flipped
 
-from rorchat.training.checkpoint import Checkpoints
+from rorchat.training.checkpointing.checkpoint import Checkpoints
 
 DURING = 6
 

@@ -6,15 +6,14 @@ import signal
 
 import numpy as np
 import pytest
+from faults.comparison import flipped, log_of
 from faults.harness import verified_steps, weights
-from faults.test_bit_rot import flipped
-from faults.test_resume import log_of
 
 from rorchat.hub import model_card
 from rorchat.report import read_lines, standing
 from rorchat.tokenizer import load_tokenizer
-from rorchat.tokens.adopt import adopt
-from rorchat.training.checkpoint import Checkpoints
+from rorchat.tokens.import_shards import adopt
+from rorchat.training.checkpointing.checkpoint import Checkpoints
 
 STEPS, STOP = 12, 5  # steps in all and before the mixture changes; a step has four rows of 32 tokens
 OLD = """\

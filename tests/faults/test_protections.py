@@ -6,15 +6,14 @@ import signal
 
 import pytest
 import torch
+from faults.comparison import flipped, log_of
 from faults.harness import verified_steps, weights
-from faults.test_bit_rot import flipped
-from faults.test_resume import log_of
 
 from rorchat.errors import DataError
-from rorchat.lock import alone
+from rorchat.files import folder_lock
 from rorchat.tokens.store import TokenStore
-from rorchat.training import mirror
-from rorchat.training.checkpoint import Checkpoint, Checkpoints, Damaged, copy, seal
+from rorchat.training.checkpointing import mirror
+from rorchat.training.checkpointing.checkpoint import Checkpoint, Checkpoints, Damaged, copy, seal
 
 
 def test_without_verifying_a_flipped_bit_is_taken(bench, at_four, monkeypatch):
@@ -85,7 +84,7 @@ def test_without_verifying_what_arrived_a_mirror_takes_a_copy_that_is_none(bench
 
 def test_without_a_lock_two_runs_share_a_folder(bench):
     out = bench.fresh()
-    with alone(out):
+    with folder_lock(out):
         assert bench.run(out).code == 78
         assert bench.run(out, {"off": "lock"}).code == 0
 

@@ -5,11 +5,11 @@ import shutil
 import signal
 
 import pytest
+from faults.comparison import flipped
 from faults.harness import verified_steps, weights
-from faults.test_bit_rot import flipped
 
-from rorchat.training.checkpoint import Checkpoint, seal
-from rorchat.training.mirror import FolderPlace
+from rorchat.training.checkpointing.checkpoint import Checkpoint, seal
+from rorchat.training.checkpointing.mirror import FolderPlace
 
 SIGTERM = {"signal": int(signal.SIGTERM), "where": "forward"}
 

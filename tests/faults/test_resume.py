@@ -4,57 +4,16 @@ import json
 import signal
 
 import pytest
-import torch
+from faults.comparison import RAMP, STEPS, equal, log_of, state_of
 from faults.harness import weights
-from transformers.trainer_pt_utils import safe_globals
 
-from rorchat.report import read_lines, standing
-from rorchat.training.checkpoint import Checkpoints
+from rorchat.training.checkpointing.checkpoint import Checkpoints
 
-STEPS = 24
-RAMP = """\
-sources: {town: tinytown=60, self: persona=60}
-phases:
-  - {share: 40%, weights: {town: 1}}
-  - {share: 40%, ramp_to: {self: 1}, replay: 20%}
-  - {share: 20%}
-"""
 FLAGS = {
     "sources": None, "max_steps": STEPS, "per_device_train_batch_size": 2, "logging_steps": 5, "save_steps": 8,
     "dropout": 0.1,
 }  # fmt: skip
 #: What no two runs have alike: times, and what comes of them.
-NOT_ALIKE = {
-    "seconds", "tokens_per_second", "mfu", "memory_bytes", "peak", "peak_flops", "flops_per_token", "eval_seconds",
-    "eval_runtime", "eval_samples_per_second", "eval_steps_per_second",
-}  # fmt: skip
-
-
-def log_of(run) -> list[dict]:
-    lines = [line for line in standing(read_lines(run / "metrics.jsonl")) if "event" not in line]
-    return [{key: value for key, value in line.items() if key not in NOT_ALIKE} for line in lines]
-
-
-def state_of(run, steps: int = STEPS) -> dict:
-    """Everything in the last checkpoint that a run goes on with."""
-    folder = Checkpoints(run).committed()[0].folder
-    assert folder.name == f"checkpoint-{steps}"
-    with safe_globals():  # numpy's, in the random state
-        found = {
-            name: torch.load(folder / name, weights_only=True)
-            for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-        }
-    return found | {"state": json.loads((folder / "run_state_0.json").read_text())}
-
-
-def equal(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool((a == b).all()) if hasattr(a, "all") else a == b
 
 
 def assert_same(run, whole) -> None:

@@ -16,8 +16,8 @@ import pytest
 from faults.harness import ENVIRONMENT, FLAGS, ROOT, verified_steps, weights
 
 from rorchat.errors import MismatchError
-from rorchat.lock import alone
-from rorchat.training.checkpoint import STAGING
+from rorchat.files import folder_lock
+from rorchat.training.checkpointing.checkpoint import STAGING
 
 
 @pytest.mark.parametrize("where", ["forward", "save", "evaluate"])
@@ -144,9 +144,9 @@ def test_a_file_save_in_the_folder_saves_and_goes_away(bench, whole):
 
 def test_a_folder_that_a_run_holds_is_refused_to_another_with_its_holder(bench):
     out = bench.fresh()
-    with alone(out):
+    with folder_lock(out):
         done = bench.run(out)
         assert done.code == 78 and "is in use by process" in done.said and "Traceback" not in done.said
-        with pytest.raises(MismatchError, match="in use by process"), alone(out):
+        with pytest.raises(MismatchError, match="in use by process"), folder_lock(out):
             pass
     assert bench.run(out).code == 0  # a lock whose holder is gone is none

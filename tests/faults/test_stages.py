@@ -3,8 +3,8 @@
 import signal
 
 import pytest
+from faults.comparison import equal, log_of, state_of
 from faults.harness import verified_steps, weights
-from faults.test_resume import equal, log_of, state_of
 
 STEPS = 8
 FLAGS = {

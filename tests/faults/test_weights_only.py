@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from faults.comparison import flipped
 from faults.harness import verified_steps
-from faults.test_bit_rot import flipped
 
 from rorchat.hub import model_card
 

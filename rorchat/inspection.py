@@ -1,0 +1,258 @@
+"""What is wrong with data, row by row, and what a model sees of a row, token by token."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
+
+from tqdm.auto import tqdm
+
+from rorchat.chatml import END_OF_TEXT, IGNORE_INDEX, encode_conversations, encode_text
+from rorchat.errors import DataError, RorchatError, UsageError
+from rorchat.persona import Persona
+from rorchat.reading.filters import Filters
+from rorchat.rows import CHECKS, RejectedRow, words_of
+from rorchat.sources.base import digest, exact_digest
+from rorchat.sources.registry import Rows, RowStats, available, find, kinds_of, load
+from rorchat.tokens.decontamination import EvaluationText
+from rorchat.tokens.encode import _byte_characters
+
+#: The shapes that files of many datasets have, the most telling first.
+SHAPES = ("preference", "messages", "alpaca", "prompt_completion", "text")
+OTHER_SHAPE = ("missing field", "wrong type", "not a dialogue")  # reasons that speak against a shape
+ROWS_TRIED = 40  # rows of a file on which each shape is tried
+ROWS_AT_ONCE = 500
+
+
+@dataclass
+class Checked:
+    """What `check` found: the source as it was read, whether that was a guess, and where the rows went."""
+
+    spec: str
+    guessed: bool
+    tally: RowStats
+    evaluation: EvaluationText | None = None  # what the rows were compared with
+
+
+def spec_of(given: str, shape: str | None = None) -> tuple[str, bool]:
+    """(spec, whether it was guessed) of a source, or of a path and the shape of the rows in it.
+
+    Raises:
+        UsageError: no such source or path, or the shape is of no known name.
+        DataError: no shape fits.
+    """
+    path = Path(given).expanduser()
+    if path.exists():
+        if shape:
+            find(shape)
+            return f"{shape}={given}", False
+        return f"{guess_shape(path)}={given}", True
+    name, _, where = given.partition("=")
+    if not where and (path.suffix or "/" in given):
+        raise DataError(f"No file or folder {given}.")
+    find(name)
+    if shape and shape != name:
+        raise UsageError(f"{given!r} names its source already, so --as {shape} has no place: give the path alone.")
+    return given, False
+
+
+def guess_shape(path: Path) -> str:
+    """The source as which the first rows of a path can be read best.
+
+    Where several read nearly all of them, a dataset whose name stands in the path goes first, then the shapes. A row of
+    the right shape with a fault counts half.
+
+    Raises:
+        DataError: none can read any row; says what the likeliest one stumbled over.
+    """
+    tried = {name: _try(name, path) for name in available() if not hasattr(find(name), "generate")}
+    best = max(kept for kept, _ in tried.values())
+    if not best:
+        kept, said = max(tried.values(), key=lambda result: bool(result[1]))
+        raise DataError(
+            f"No row of {path} is of a known shape{f' ({said})' if said else ''}. Say which it is with --as: "
+            f"{', '.join(SHAPES)}, or a dataset of `rorchat data list`."
+        )
+    named = [name for name in tried if name not in SHAPES and _names(path, name)]
+    for name in (*named, *SHAPES, *tried):
+        if tried[name][0] >= (0.4 if name in named else 0.8) * best:
+            return name
+    raise AssertionError("the best is among those tried")
+
+
+def _names(path: Path, name: str) -> bool:
+    """Whether words of a path begin as the name of a source does: `my-FineWeb-Edu2/` does, `compiled/` is no pile."""
+    return bool(re.search(r"(?<![^\W_])" + "[-_ ]?".join(name.replace("_", "")), str(path).lower()))
+
+
+def _try(name: str, path: Path) -> tuple[float, str]:
+    """(share of the first rows that a source can read, what is wrong with the first of the others)."""
+    kinds = kinds_of(name)
+    said = ""
+    kept, seen = 0.0, 0
+    try:
+        rows = load(f"{name}={path}", kinds[0])
+        for _, raw in islice(rows.raw, ROWS_TRIED):
+            seen += 1
+            try:
+                if isinstance(raw, RejectedRow):
+                    raise raw
+                row = rows.module.convert(raw)
+                CHECKS[kinds[0]](getattr(row, "row", row))
+                kept += 1
+            except RejectedRow as reject:
+                # A row of the right shape with a fault tells of its shape too, if less than a good one
+                kept += 0.0 if isinstance(raw, RejectedRow) or reject.reason in OTHER_SHAPE else 0.5
+                said = said or str(reject)
+    except RorchatError:
+        return 0.0, ""
+    return kept / max(1, seen), said
+
+
+def check(
+    given: str,
+    *,
+    shape: str | None = None,
+    filters: Filters | None = None,
+    evaluation: list[str] | None = None,
+    tokenizer=None,
+    max_length: int | None = None,
+    rejects: TextIO | None = None,
+    seed: int = 0,
+    persona: Persona | None = None,
+) -> Checked:
+    """Reads every row of a source on its own and counts where it goes.
+
+    Args:
+        given: a source (`alpaca`, `alpaca=PATH`) or a path.
+        shape: as which source a path is read; None to guess.
+        filters: what else makes a row unusable.
+        evaluation: files of evaluation sets with which no row may have 13 words in common.
+        tokenizer, max_length: with both, conversations of which no exchange fits are over-long, as in fine-tuning.
+        rejects: where each reject is written, as JSON lines with place, reason, detail and the row as it was read.
+
+    Raises:
+        UsageError, DataError: nothing can be read at all; what is wrong with a row is counted.
+    """
+    spec, guessed = spec_of(given, shape)
+    kind = kinds_of(spec.partition("=")[0])[0]
+    rows = load(spec, kind, seed=seed, persona=persona)
+    rows.whole = False  # that nothing can be used is a finding, not a failure
+    reports = _Rejects(rows.tally, rejects)
+    rows.on_reject = reports.write
+    overlap = EvaluationText.read(evaluation) if evaluation else None
+    seen: set[bytes] = set()
+    fitting: list[tuple[str, dict]] = []
+    for row in tqdm(rows, desc=f"check {spec}", unit=" rows", disable=None, leave=False):
+        text = words_of(row)
+        mark = exact_digest(row, digest(text))
+        try:
+            (filters or Filters()).check(text)
+            if overlap is not None:
+                overlap.check(text)
+            if mark in seen:
+                raise RejectedRow("duplicate")
+        except RejectedRow as reject:
+            reports.withdraw(rows.place, reject, row)
+            continue
+        seen.add(mark)
+        if tokenizer is not None and max_length and kind != "document":
+            fitting.append((rows.place, row))
+            if len(fitting) == ROWS_AT_ONCE:
+                _check_lengths(fitting, tokenizer, max_length, reports)
+                fitting = []
+    _check_lengths(fitting, tokenizer, max_length, reports)
+    return Checked(spec, guessed, rows.tally, overlap)
+
+
+@dataclass
+class _Rejects:
+    tally: RowStats
+    file: TextIO | None
+
+    def write(self, place: str, reject: RejectedRow, row: object) -> None:
+        if self.file:
+            row = None if isinstance(row, RejectedRow) else row
+            record = {"place": place, "reason": reject.reason, "detail": reject.detail, "row": row}
+            try:
+                line = json.dumps(record, default=str)  # ASCII: a row may hold half a surrogate pair
+            except RecursionError:  # brackets may be just too deep to be written that could just be read
+                line = json.dumps({**record, "row": None})
+            self.file.write(line + "\n")
+
+    def withdraw(self, place: str, reject: RejectedRow, row: object) -> None:
+        self.tally.withdraw(place, reject)
+        self.write(place, reject, row)
+
+
+def _check_lengths(rows: list[tuple[str, dict]], tokenizer, max_length: int | None, reports: _Rejects) -> None:
+    if not rows:
+        return
+    conversations = [messages for _, row in rows for messages in _conversations(row)]
+    encoded = iter(encode_conversations(tokenizer, conversations, max_length))
+    for place, row in rows:
+        sides = [next(encoded) for _ in _conversations(row)]
+        if None in sides or ("chosen" in row and any(side.dropped_turns for side in sides)):
+            reports.withdraw(place, RejectedRow("over-long", f"no exchange fits into {max_length} tokens"), row)
+        elif any(side.dropped_turns for side in sides):
+            reports.tally.cut += 1
+
+
+def _conversations(row: dict) -> list[list[dict]]:
+    if "messages" in row:
+        return [row["messages"]]
+    return [[*row["prompt"], *row[side]] for side in ("chosen", "rejected")]
+
+
+@dataclass(frozen=True)
+class SeenToken:
+    """One token as the model sees it: its text, and whether the loss counts it."""
+
+    text: str
+    trained: bool
+    control: bool
+
+
+def show(spec: str, number: int, tokenizer, *, seed: int = 0, persona: Persona | None = None) -> tuple[str, dict]:
+    """(place of a row, its tokens under a title each): one sequence, or the chosen and the rejected one.
+
+    Args:
+        number: of the raw row, counted from 0.
+
+    Raises:
+        DataError: there is no such row, or it cannot be used; says why.
+    """
+    kind = kinds_of(spec.partition("=")[0])[0]
+    rows = load(spec, kind, seed=seed, persona=persona)
+    raw = next(islice(rows.raw, number, None), None)
+    if raw is None:
+        raise DataError(f"{spec} has no row {number}: rows are counted from 0, and it has fewer.")
+    place = raw[0]
+    single = Rows(spec, kind, rows.module, iter([raw]), RowStats(spec), whole=False)
+    row = next(iter(single), None)
+    if row is None:
+        ((reason, places),) = single.tally.places.items()
+        raise DataError(f"{reason}: {places[0]}.")
+    if kind == "document":
+        (ids,) = encode_text(tokenizer, [row["text"]])
+        end_of_text = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+        return place, {"document": list(_tokens(tokenizer, [end_of_text, *ids], [end_of_text, *ids]))}
+    titles = ["conversation"] if kind == "conversation" else ["chosen", "rejected"]
+    encoded = encode_conversations(tokenizer, _conversations(row))
+    return place, {
+        title: list(_tokens(tokenizer, one.input_ids, one.labels)) for title, one in zip(titles, encoded, strict=True)
+    }
+
+
+def _tokens(tokenizer, input_ids: list[int], labels: list[int]) -> Iterator[SeenToken]:
+    """Tokens with their text. A character of several tokens stands with the last of them."""
+    byte_of = {character: byte for byte, character in _byte_characters().items()}
+    special, added = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token, label, spelled in zip(input_ids, labels, tokenizer.convert_ids_to_tokens(input_ids), strict=True):
+        text = spelled if token in added else decoder.decode(bytes(byte_of[character] for character in spelled))
+        yield SeenToken(text, label != IGNORE_INDEX, token in special)

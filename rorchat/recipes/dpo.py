@@ -1,0 +1,36 @@
+"""Train a chat model on preferences: direct preference optimization.
+
+accelerate launch recipes/dpo.py --config recipes/demo/dpo.yaml
+accelerate launch recipes/dpo.py --model runs/gpt2-chat --sources preference=my_pairs.jsonl --output_dir runs/gpt2-dpo
+"""
+
+from rorchat.errors import exits_with_one_line
+from rorchat.inference.engine import model_folder
+from rorchat.model import check_fit, load_checkpoint
+from rorchat.tokenizer import load_tokenizer
+from rorchat.training.arguments import parse
+from rorchat.training.dpo import DpoArguments, PreferenceTrainer, read_pairs
+from rorchat.training.lora import adapter_of
+from rorchat.training.run_folder import Run
+
+
+@exits_with_one_line
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    arguments = parse(DpoArguments, argv)
+    base = model_folder(arguments.model)
+    run = Run(arguments, "dpo", {"start": base})
+    if run.finished:
+        return run.already_finished()
+
+    tokenizer = load_tokenizer(base, must_chat=True)
+    model = load_checkpoint(base, tokenizer, arguments.seed)
+    check_fit(model, tokenizer, arguments.max_length, "max_length")
+    adapter = adapter_of(model, tokenizer, arguments, base)
+    train, validation, tallies = read_pairs(arguments, tokenizer, arguments.max_length or model.config.n_positions)
+    trainer = PreferenceTrainer(model, arguments, tokenizer, train, validation)
+    trainer.adapter = adapter
+    return run.train(trainer, {"data": [tally.summary() for tally in tallies]}, told=tallies)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Teach a model to chat: supervised fine-tuning on conversations.
+
+accelerate launch recipes/sft.py --config recipes/demo/sft.yaml
+accelerate launch recipes/sft.py --model gpt2 --sources alpaca persona=500 --output_dir runs/gpt2-chat
+"""
+
+from rorchat.errors import exits_with_one_line
+from rorchat.inference.engine import model_folder
+from rorchat.model import check_fit, load_checkpoint
+from rorchat.persona import load_persona
+from rorchat.tokenizer import load_tokenizer
+from rorchat.training.arguments import parse
+from rorchat.training.lora import adapter_of
+from rorchat.training.run_folder import Run
+from rorchat.training.sft import ChatTrainer, SftArguments, read_encoded
+
+
+@exits_with_one_line
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    arguments = parse(SftArguments, argv)
+    base = model_folder(arguments.model)
+    run = Run(arguments, "sft", {"start": base})
+    if run.finished:
+        return run.already_finished()
+
+    tokenizer = load_tokenizer(base, load_persona(arguments.persona) if arguments.persona else None)
+    model = load_checkpoint(base, tokenizer, arguments.seed)
+    check_fit(model, tokenizer, arguments.max_length, "max_length")
+    adapter = adapter_of(model, tokenizer, arguments, base)
+    train, validation, tallies = read_encoded(arguments, tokenizer, arguments.max_length or model.config.n_positions)
+    trainer = ChatTrainer(model, arguments, tokenizer, train, validation)
+    trainer.adapter = adapter
+    return run.train(trainer, {"data": [tally.summary() for tally in tallies]}, told=tallies)
+
+
+if __name__ == "__main__":
+    main()

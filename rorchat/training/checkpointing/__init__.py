@@ -1,0 +1,1 @@
+"""Saves, verifies, mirrors and resumes checkpoints."""

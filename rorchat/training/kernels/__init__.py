@@ -1,0 +1,1 @@
+"""Numerics of the training step: attention, loss, log-probabilities and recomputation."""

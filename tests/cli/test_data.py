@@ -1,0 +1,330 @@
+"""`rorchat data`: what list, check and show print, and that a mistake is one line on stderr and an exit code."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import subprocess
+
+import pytest
+import typer
+from support import RORCHAT, TEXTS, command, exchange, refused, succeeded, written
+
+import rorchat.cli
+from rorchat.chatml import encode_conversation
+from rorchat.cli.data import _bracketed, _coloured
+from rorchat.inspection import SeenToken
+from rorchat.sources.base import LOSS
+from rorchat.sources.registry import available, find, kinds_of
+
+COMMANDS = {
+    "list": [],
+    "check": [
+        "--as", "--rejects", "--tokenizer", "--max-length", "--against", "--min-characters", "--max-characters",
+        "--max-repetition", "--min-letters", "--min-latin",
+    ],
+    "show": ["--tokenizer", "--row", "--as"],
+    "prepare": [
+        "--tokenizer", "--out", "--workers", "--validation-share", "--seed", "--persona", "--against",
+        "--min-characters", "--max-characters", "--max-repetition", "--min-letters", "--min-latin",
+    ],
+    "verify": [],
+    "adopt": ["--tokenizer", "--out"],
+    "plan": [
+        "--tokenizer", "--train-tokens", "--stores", "--block-size", "--validation-share", "--seed", "--persona",
+        "--out",
+    ],
+}  # fmt: skip
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a line of a Markdown table."""
+    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+# -- list and help ---------------------------------------------------------------------------------------------------
+
+
+def test_the_list_names_every_source_with_its_licence_size_and_what_the_loss_counts():
+    lines = [line for line in succeeded("list").splitlines() if line.startswith("|")]
+    rows = {cells[0]: cells for cells in (cells_of(line) for line in lines)}
+    assert set(available()) == {name for name in rows if name.strip("-: ") and name != "source"}
+    for name in available():
+        module = find(name)
+        assert rows[name][2:] == [
+            ", ".join(kinds_of(name)),
+            rows[name][3],
+            module.SIZE,
+            module.LICENCE,
+            "; ".join(LOSS[kind] for kind in kinds_of(name)),
+        ]
+        home = "generated" if hasattr(module, "generate") else module.HUB["path"] if module.HUB else "your files"
+        assert rows[name][3] == home
+
+
+def test_the_list_ends_with_the_sources_that_have_restrictions():
+    last = succeeded("list").splitlines()[-1]
+    named = last.partition(": ")[2].rstrip(".").split(", ")
+    told = [name for name in available() if re.search("not for commercial use|^unstated", find(name).LICENCE)]
+    assert named == told and "alpaca" in named and "pile" in named
+
+
+def test_every_command_is_tried_here():
+    group = typer.main.get_command(rorchat.cli.data.app)
+    assert set(group.commands) == set(COMMANDS)
+    for name, options in COMMANDS.items():
+        spelled = {option for parameter in group.commands[name].params for option in parameter.opts}
+        assert {option for option in spelled if option.startswith("--")} == {*options, "--help"} - {"--help"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_every_command_mentions_each_option(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    said = succeeded(name, "--help")
+    assert [option for option in [*COMMANDS[name], "--help"] if option not in said] == []
+
+
+# -- check -----------------------------------------------------------------------------------------------------------
+
+
+def test_check_as_a_user_runs_it(tmp_path):
+    rows = [exchange(), exchange("a", ""), exchange(), exchange("b", "c")]
+    path = written(tmp_path, "rows.jsonl", rows)
+    done = subprocess.run(
+        [RORCHAT, "data", "check", path, "--rejects", tmp_path / "rejects.jsonl"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "read as 'messages'; another shape with --as",
+        f"messages={path}: 2 of 4 rows kept",
+        f"  1 rejected: empty reply, first at {path}:2 (message 1)",
+        f"  1 rejected: duplicate, first at {path}:3",
+        f"rejects  {tmp_path / 'rejects.jsonl'}",
+    ]
+    rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert [(reject["place"], reject["row"]) for reject in rejects] == [(f"{path}:2", rows[1]), (f"{path}:3", rows[2])]
+
+
+def test_check_takes_a_shape_filters_evaluation_sets_and_a_length(saved, tmp_path):
+    question = "which of these seven animals would a careful farmer never keep in the kitchen of his house"
+    rows = [
+        {"prompt": "a", "completion": "short"},
+        {"prompt": "What is red?", "completion": "word " * 300},
+        {"prompt": question, "completion": "The cow is what he would not keep."},
+        {"prompt": "What is the capital of Peru?", "completion": "The capital of Peru is Lima."},
+        {"prompt": "And of Chile?", "completion": "12345678901234567890123"},
+        {"prompt": "And of Russia?", "completion": "Москва, столица России"},
+        {"prompt": "And again?", "completion": "Yes, again.\n" * 9},
+    ]
+    path = written(tmp_path, "rows.jsonl", rows)
+    evaluation = written(tmp_path, "evaluation.jsonl", [{"question": question}])
+    said = succeeded(
+        "check", path, "--as", "prompt_completion", "--tokenizer", saved, "--max-length", 200, "--against", evaluation,
+        "--min-characters", 10, "--max-characters", 10_000, "--max-repetition", 0.5, "--min-letters", 0.6,
+        "--min-latin", 0.6,
+    )  # fmt: skip
+    counts = re.findall(r"  (\d+) rejected: ([\w -]+), first at [^(]*:(\d+)", said)
+    assert {reason: (int(count), int(line)) for count, reason, line in counts} == {
+        "too short": (1, 1),
+        "over-long": (1, 2),
+        "contaminated": (1, 3),
+        "few letters": (1, 5),
+        "other script": (1, 6),
+        "repetition": (1, 7),
+    }
+    assert f"prompt_completion={path}: 1 of 7 rows kept" in said and "read as" not in said
+    assert "over-long, first at" in said and "10,000" not in said  # by its tokens, not its 1,500 characters
+    assert "1 of 7" in succeeded("check", path, "--as", "prompt_completion", "--min-characters", 1000)
+
+
+def test_a_file_whose_name_is_no_utf8_is_told(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "w") as file:
+        file.write('{"text": "a"}\n5\n')
+    done = subprocess.run(
+        [RORCHAT, "data", "check", f"text={tmp_path}"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"LC_ALL": "C.UTF-8"},
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "caf\\udce9.jsonl:2" in done.stdout
+
+
+def test_check_tells_of_licences_and_repairs(tmp_path):
+    path = written(tmp_path, "rows.jsonl", [{"question": "b'Solve 2*x = 4.'", "answer": "b'2'"}])
+    assert "1 of them repaired: byte literal" in succeeded("check", f"math_dataset={path}")
+    path = written(tmp_path, "rows.jsonl", [{"instruction": "a", "input": "", "output": "b"}])
+    assert "licence: CC BY-NC 4.0 (not for commercial use)" in succeeded("check", f"alpaca={path}")
+
+
+def test_a_file_without_a_usable_row_is_counted_and_ends_with_65(tmp_path):
+    path = written(tmp_path, "rows.jsonl", [exchange("a", "")] * 3)
+    assert refused(65, "check", path) == f"error: No row of messages={path} can be used."
+    assert "3 rejected: empty reply" in command("data", "check", path).stdout
+
+
+def test_what_is_checked_is_never_overwritten_by_its_rejects(tmp_path):
+    path = written(tmp_path, "folder/rows.jsonl", [exchange()])
+    before = path.read_bytes()
+    for source, rejects in ((path, path), (f"messages={path}", path), (path.parent, path.parent / "rejects.jsonl")):
+        assert "choose another place" in refused(2, "check", source, "--rejects", rejects)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    assert "choose another place" in refused(2, "check", path, "--rejects", link)
+    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_check_names_the_files_of_a_folder_that_are_not_read_and_rows_of_another_shape(tmp_path):
+    (tmp_path / "train-1.jsonl").write_text(json.dumps({"text": "It was."}) + "\n")
+    (tmp_path / "other.txt").write_text("Left alone.")
+    said = succeeded("check", f"prose={tmp_path}")
+    assert "1 of 1 rows kept" in said and "1 other files of the folder are not read: other.txt" in said
+    rows = [{"text": f"It was {n}."} for n in range(40)] + [{"else": n} for n in range(10)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "10 rows are of another shape than 'text'" in succeeded("check", tmp_path / "mixed.jsonl")
+
+
+# -- show ------------------------------------------------------------------------------------------------------------
+
+
+def test_show_puts_what_is_trained_in_brackets(saved, tokenizer, tmp_path):
+    path = written(tmp_path, "rows.jsonl", [exchange("Not me"), exchange("Hello", "Hi!\nThere.")])
+    encoded = encode_conversation(tokenizer, exchange("Hello", "Hi!\nThere.")["messages"])
+    head, _, shown = succeeded("show", path, "--tokenizer", saved, "--row", 1).partition("\n")
+    trained = sum(label != -100 for label in encoded.labels)
+    assert head == f"{path}:2, conversation: {len(encoded.input_ids)} tokens, {trained} of them trained"
+    (bracketed,) = re.findall("⟦(.*?)⟧", shown, re.DOTALL)
+    assert bracketed.replace("|", "").replace("⏎", "") == "Hi!\nThere.<im_end>"
+    assert shown.count("\033") == 0
+    plain = re.sub(r"(?<!<)\|(?!>)|[⟦⟧⏎]", "", shown)
+    assert plain.rstrip("\n") == tokenizer.decode(encoded.input_ids).rstrip("\n")
+
+
+def test_show_draws_a_bar_between_tokens_and_brackets_around_stretches():
+    tokens = [SeenToken(text, trained, False) for text, trained in (("a", 0), ("b\n", 1), ("c", 1), ("d", 0), ("e", 1))]
+    assert _bracketed(tokens) == "a⟦b⏎\n|c⟧d⟦e⟧"
+    assert _bracketed([]) == ""
+
+
+def test_on_a_terminal_what_is_trained_is_green(saved, tokenizer, tmp_path):
+    path = written(tmp_path, "rows.jsonl", [exchange("Hello", "Hi!\nThere.")])
+    words = [RORCHAT, "data", "show", path, "--tokenizer", saved]
+    environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+    control, terminal = pty.openpty()
+    done = subprocess.run(words, stdout=terminal, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal's end
+        while piece := os.read(control, 2**16):
+            shown += piece
+    os.close(control)
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = shown.decode().replace("\r\n", "\n")
+    painted = re.findall("\033\\[([\\d;]+)m(?:\033\\[1m)?([^\033]*)\033\\[0m", shown)
+    green = "".join(text for colour, text in painted if colour in ("30;48;5;114", "30;48;5;157"))
+    assert green.replace("⏎", "") == "Hi!There.<|im_end|>"
+    grey = "".join(text for colour, text in painted if colour in ("37;48;5;238", "37;48;5;242"))
+    assert grey.endswith("<|im_start|>assistant⏎⏎") and "⟦" not in shown
+
+
+def test_neighbouring_tokens_have_different_shades_and_control_tokens_are_bold():
+    tokens = [SeenToken("a", True, False), SeenToken("b", True, False), SeenToken("<|im_end|>", True, True)]
+    colours = re.findall("\033\\[30;48;5;(\\d+)m(\033\\[1m)?(a|b|<\\|im_end\\|>)\033\\[0m", _coloured(tokens))
+    assert colours == [("114", "", "a"), ("157", "", "b"), ("114", "\033[1m", "<|im_end|>")]
+
+
+def test_show_gives_documents_and_both_sides_of_a_preference(saved, tmp_path):
+    path = written(tmp_path, "rows.jsonl", [{"prompt": "What is red?", "chosen": "A colour.", "rejected": "No."}])
+    said = succeeded("show", path, "--tokenizer", saved)
+    assert re.findall(r", (\w+): \d+ tokens", said) == ["chosen", "rejected"]
+    path = written(tmp_path, "letter.txt", "Dear reader")
+    head, _, shown = succeeded("show", path, "--tokenizer", saved).partition("\n")
+    count, trained = re.findall(r"(\d+) tokens, (\d+) of them", head)[0]
+    assert count == trained and shown.startswith("⟦<|endoftext|>|") and shown.endswith("⟧\n")
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+# (words, exit code, what the line says); {rows} is a good file, {tok} the tokenizer, {out} a new folder
+PREPARE, SHOW = "prepare text={rows} --tokenizer {tok} --out {out}", "show {rows} --tokenizer {tok}"
+MISTAKES = [
+    ("check nosuch", 2, "No source named 'nosuch'"),
+    ("check alpacca={rows}", 2, "Did you mean 'alpaca'?"),
+    ("check {out}/none.jsonl", 65, "No file or folder"),
+    ("check text={out}/none.jsonl", 65, "No file or folder"),
+    ("check text", 2, "give a file or folder"),
+    ("check tinytown", 2, "say how many rows"),
+    ("check tinytown=-5", 2, "say how many rows"),
+    ("check {rows} --as nosuch", 2, "No source named 'nosuch'"),
+    ("check text={rows} --as messages", 2, "names its source already"),
+    ("check {rows} --max-length 100", 2, "--tokenizer and --max-length go together"),
+    ("check {rows} --tokenizer {tok}", 2, "--tokenizer and --max-length go together"),
+    ("check {rows} --tokenizer {tok} --max-length 0", 2, "--max-length is 0"),
+    ("check {rows} --tokenizer {tok} --max-length -5", 2, "--max-length is -5"),
+    ("check {rows} --tokenizer {out} --max-length 5", 65, "No tokenizer at"),
+    ("check {rows} --min-characters -1", 2, "min_characters is -1"),
+    ("check {rows} --min-characters 9 --max-characters 8", 2, "no text fits"),
+    ("check {rows} --max-repetition 1.5", 2, "max_repetition is 1.5"),
+    ("check {rows} --min-letters 2", 2, "min_letters is 2.0"),
+    ("check {rows} --min-latin -0.1", 2, "min_latin is -0.1"),
+    ("check {rows} --min-latin nan", 2, "min_latin is nan"),
+    ("check {rows} --against {out}", 65, "{out}"),
+    ("check {rows} --rejects {out}/none/r.jsonl", 74, "{out}/none/r.jsonl"),
+    (SHOW + " --row -1", 2, "--row is -1"),
+    (SHOW + " --row 300", 65, "has no row 300"),
+    ("show {out}.jsonl --tokenizer {tok}", 65, "No file or folder"),
+    ("show {rows} --tokenizer {out}", 65, "No tokenizer at"),
+    ("show {rows} --tokenizer {rows}", 65, "No tokenizer at"),
+    (PREPARE + " --workers 0", 2, "--workers is 0"),
+    (PREPARE + " --validation-share 1", 2, "--validation-share is 1.0"),
+    (PREPARE + " --validation-share -0.5", 2, "--validation-share is -0.5"),
+    (PREPARE + " --validation-share nan", 2, "--validation-share is nan"),
+    (PREPARE + " --validation-share 1e-9", 65, "no validation documents"),
+    (PREPARE + " --persona {out}/none.yaml", 65, "none.yaml"),
+    (PREPARE + " --against {out}", 65, "{out}"),
+    (PREPARE + " --min-letters 7", 2, "min_letters is 7.0"),
+    ("prepare nosuch={rows} --tokenizer {tok} --out {out}", 2, "No source named 'nosuch'"),
+    ("prepare preference={rows} --tokenizer {tok} --out {out}", 2, "gives preferences"),
+    ("prepare text={out} --tokenizer {tok} --out {out}", 65, "No file or folder"),
+    ("prepare messages={rows} --tokenizer {tok} --out {out}", 65, "missing field"),
+    ("verify {out}", 65, "is no token store"),
+    ("verify {rows}", 65, "is no token store"),
+    ("plan {rows} --tokenizer {tok} --train-tokens -1 --stores {out}", 2, "rows.jsonl"),
+    (
+        "plan {mixture} --tokenizer {tok} --train-tokens 999 --stores {out} --block-size 9 --validation-share 3",
+        2,
+        "--validation-share is 3.0",
+    ),
+    ("plan {mixture} --tokenizer {tok} --train-tokens 999 --stores {out} --block-size 1", 2, "--block-size 1"),
+    ("plan {mixture} --tokenizer {out} --train-tokens 9999 --stores {out}", 65, "No tokenizer at"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "said"), MISTAKES)
+def test_a_mistake_is_one_line_with_its_exit_code(words, code, said, saved, tmp_path):
+    rows = written(tmp_path, "rows.jsonl", [{"text": text} for text in TEXTS])
+    names = {"rows": rows, "tok": saved, "out": tmp_path / "out"}
+    names["mixture"] = written(tmp_path, "mixture.yaml", f"sources: {{a: 'text={rows}'}}\n")
+    line = refused(code, *(word.format(**names) for word in words.split()))
+    assert said.format(**names) in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words", ["check", "check a --bogus", "show a", "plan a --train-tokens x", "nosuch", "prepare"]
+)
+def test_what_the_command_line_itself_refuses_is_no_traceback(words):
+    done = command("data", *words.split())
+    assert (done.returncode, done.stdout, done.stderr.count("Traceback")) == (2, "", 0)
+    assert "Error" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", ["check {missing}", "prepare text={missing} --tokenizer {saved} --out {missing}.store"]
+)
+def test_a_mistake_is_one_line_in_a_process_of_its_own_too(words, saved, tmp_path):
+    missing = tmp_path / "missing.jsonl"
+    words = words.format(missing=missing, saved=saved).split()
+    done = subprocess.run([RORCHAT, "data", *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (65, "")
+    assert done.stderr == f"error: No file or folder {missing}.\n"

@@ -1,0 +1,250 @@
+"""A mixture appended to a plan: what was planned before stays, what is new is as exact, and no row is lost between."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from mixture_support import WORST, config_of, drawn_plan, drawn_weights
+from support import located
+
+from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.mixture.config import MixtureConfig, Phase, Source, read_mixture
+from rorchat.mixture.history import plan_behind, require_same_data
+from rorchat.mixture.interleave import UNIT
+from rorchat.mixture.plan import Plan
+from rorchat.reading.filters import Filters
+
+PLANS = 60
+HALF = {"s0": 50, "s1": 50, "s2": 50}
+
+
+def appended(past: Plan, number: int) -> Plan:
+    """A random mixture behind a random row of a plan: some sources go on, some are gone, some are new."""
+    draw = np.random.default_rng(10_000 + number)
+    kept = [name for name in past.names if name == "s0" or draw.random() < 0.6]
+    names = [*kept, *(f"n{number}-{n}" for n in range(draw.integers(0, 3)))]
+    windows = {name: int(draw.integers(20, 200)) for name in names}
+    windows |= {name: past.windows[past.names.index(name)] for name in kept}
+    start = int(draw.integers(past.start + 1, (past.start + past.rows) // 2))
+    ends_on = [
+        past.names[source] for source, share in enumerate(past._until(start, len(past.names))[-1].ends_with) if share
+    ]
+    phases = []
+    for phase, share in enumerate(draw.dirichlet(np.full(draw.integers(1, 4), 3.0)).tolist()):
+        before = phase > 0 or any(name in kept for name in ends_on)
+        weights = drawn_weights(draw, names) | {"s0": float(draw.random()) + 0.01}
+        kind = "ramp_to" if before and draw.random() < 0.5 else "weights"
+        replay = float(draw.random()) if before and draw.random() < 0.3 else 0.0
+        phases.append(Phase(share=max(share, 0.1), replay=replay, **{kind: weights}))
+    total = sum(phase.share for phase in phases)
+    phases = [Phase(phase.share / total, None, phase.weights, phase.ramp_to, phase.replay) for phase in phases]
+    caps = {name: float(draw.integers(1, 5)) if draw.random() < 0.2 and name != "s0" else None for name in names}
+    config = MixtureConfig({name: Source(name, max_epochs=caps[name]) for name in names}, tuple(phases))
+    return Plan(config, windows, past.rows, past.block_size, past, start)
+
+
+def worst_behind(plan: Plan, sources: np.ndarray) -> float:
+    """By how many rows any source is off at any prefix of the rows behind the seam, summed up row by row."""
+    shares = np.zeros((plan.rows - plan.start, len(plan.names)))
+    for segment in (segment for phase in plan.phases for segment in phase.segments if segment.start >= plan.start):
+        first, last = (np.array(end) / UNIT for end in (segment.first, segment.last))
+        middle = (np.arange(segment.rows) + 0.5)[:, None] / segment.rows
+        shares[segment.start - plan.start : segment.end - plan.start] = first + middle * (last - first)
+    seen = np.cumsum(sources[plan.start :, None] == np.arange(len(plan.names)), axis=0)
+    return float(np.abs(seen - np.cumsum(shares, axis=0)).max())
+
+
+def test_the_rows_before_stay_those_behind_are_exact_and_every_source_goes_on_where_it_was():
+    capped = 0
+    for number in range(PLANS):
+        plan = drawn_plan(number)
+        for part in range(1 + number % 3):
+            past, plan = plan, appended(plan, 7 * number + part)
+            found = located(plan)
+            assert (found[: plan.start] == located(past)[: plan.start]).all(), number
+            counts = [0] * len(plan.names)
+            for source, count in found:
+                assert counts[source] == count, (number, part)  # 0, 1, 2 ... over the seam, without a gap
+                counts[source] += 1
+            for rows in (0, 1, plan.start - 1, plan.start, plan.start + 1, plan.rows):
+                for source in range(len(plan.names)):
+                    assert plan.count(source, rows) == (found[:rows, 0] == source).sum(), (number, part, rows)
+            worst = worst_behind(plan, found[:, 0])
+            assert worst <= (1 if len(plan.own) <= 4 else WORST) + 1e-9, (number, part, worst)
+            off = [abs(count - plan.budget(source, plan.rows)) for source, count in enumerate(counts)]
+            assert max(off) <= plan.bound + 1e-6
+            assert {plan.names[source] for source in set(found[plan.start :, 0].tolist())} <= set(plan.config.sources)
+            for name, windows, count in zip(plan.names, plan.windows, counts, strict=True):
+                cap = plan.config.sources[name].max_epochs if name in plan.config.sources else None
+                before = past.count(past.names.index(name), plan.start) if name in past.names else 0
+                assert cap is None or count <= max(before, cap * windows), (number, part, name)
+                capped += cap is not None and count > before > 0
+            assert [phase.end for phase in plan.phases[:-1]] == [phase.start for phase in plan.phases[1:]]
+    assert capped > 3
+
+
+def test_phases_share_what_is_left():
+    past = Plan(config_of(Phase(share=1.0, weights={"s0": 1})), HALF, 100, 16)
+    phases = (Phase(share=0.5, weights={"s1": 1}), Phase(tokens=320, weights={"s2": 1}), Phase(share=0.5))
+    plan = Plan(config_of(*phases), HALF, 100, 16, past, 40)
+    assert [(phase.start, phase.end, phase.is_new) for phase in plan.phases] == [
+        (0, 40, False), (40, 60, True), (60, 80, True), (80, 100, True),
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="tokens sum to 1,600, the run has left 960: give less"):
+        Plan(config_of(Phase(tokens=1600)), HALF, 100, 16, past, 40)
+    with pytest.raises(UsageError, match="phase 1 is less than one row of 16 tokens, of 960 in all"):
+        Plan(config_of(Phase(tokens=3), Phase(share=1.0)), HALF, 100, 16, past, 40)
+
+
+def test_a_first_phase_ramps_and_replays_from_where_the_past_was_cut_off():
+    ramp = config_of(Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, ramp_to={"s1": 1}))
+    past = Plan(ramp, {"s0": 900, "s1": 900, "s2": 900}, 1000, 16)
+    for phase, at_start in (
+        (Phase(share=1.0, ramp_to={"s2": 1}), [0.5, 0.5, 0]),
+        (Phase(share=1.0, weights={"s2": 1}, replay=0.4), [0.2, 0.2, 0.6]),
+    ):
+        plan = Plan(config_of(phase), {"s0": 900, "s1": 900, "s2": 900}, 1000, 16, past, 750)
+        first = plan.summary()["phases"][2]["sources"]
+        assert [part["share_at_start"] for part in first] == pytest.approx(at_start)
+    with pytest.raises(UsageError, match="phase 1: ramp_to goes on from the phase before, and this is the first"):
+        Plan(config_of(Phase(share=1.0, ramp_to={"s2": 1})), HALF, 100, 16)
+
+
+def test_the_part_of_a_source_that_is_gone_is_shared_by_the_others_and_with_none_left_there_is_nothing_to_go_on_from():
+    past = Plan(config_of(Phase(share=1.0, weights={"s0": 2, "s1": 1, "s2": 1})), HALF, 100, 16)
+    sources = {"s1": Source("text=s1"), "s2": Source("text=s2"), "new": Source("text=new")}
+    config = MixtureConfig(sources, (Phase(share=1.0, ramp_to={"new": 1}),))
+    plan = Plan(config, {"s1": 50, "s2": 50, "new": 70}, 100, 16, past, 60)
+    assert plan.names == ["s0", "s1", "s2", "new"] and plan.windows == [50, 50, 50, 70]
+    assert [share / UNIT for share in plan.phases[1].starts_with] == pytest.approx([0, 0.5, 0.5, 0])
+    assert plan.count(0, 100) == 30 and plan.phases[1].jump == pytest.approx(0.5)
+    alone = MixtureConfig({"new": Source("text=new")}, (Phase(share=1.0, ramp_to={"new": 1}),))
+    with pytest.raises(UsageError, match="which was of s0, s1, s2, and has none of it: keep a source, or give weights"):
+        Plan(alone, {"new": 70}, 100, 16, past, 60)
+
+
+def test_a_first_phase_that_says_nothing_mixes_by_size_what_is_there_now():
+    past = Plan(config_of(Phase(share=1.0, weights={"s0": 1})), HALF, 1000, 16)
+    config = MixtureConfig({"s1": Source("text=s1"), "new": Source("text=new")})
+    plan = Plan(config, {"s1": 50, "new": 150}, 1000, 16, past, 200)
+    assert [plan.count(source, 1000) for source in range(4)] == [200, 200, 0, 600]
+
+
+def test_epochs_and_caps_count_the_past():
+    past = Plan(config_of(Phase(share=1.0, weights={"s0": 1, "s1": 1})), HALF, 1000, 16)
+    config = config_of(Phase(share=1.0, weights={"s0": 1, "s1": 1}), s0={"max_epochs": 3})
+    plan = Plan(config, HALF, 1000, 16, past, 200)  # 100 rows of each: two epochs
+    assert 148 <= plan.count(0, 1000) <= 150
+    assert plan.totals()[0]["epochs"] == plan.count(0, 1000) / 50
+    assert [part["epochs"] for part in plan.summary()["phases"][0]["sources"]] == [2, 2, 0]
+    assert "s0 reaches max_epochs 3 in phase 2" in plan.notices[0]
+    used_up = config_of(Phase(share=1.0, weights={"s0": 1, "s1": 1}), s0={"max_epochs": 2})
+    assert Plan(used_up, HALF, 1000, 16, past, 200).count(0, 1000) == 100
+    rests = config_of(Phase(share=1.0, weights={"s1": 1}), s0={"max_epochs": 1})
+    assert not Plan(rests, HALF, 1000, 16, past, 200).notices  # of a source that has no part there is nothing to tell
+    with pytest.raises(DataError, match=r"phase 1 has no source left after 3,\d+ of 16,000 tokens: s0 \(max_epochs 2"):
+        Plan(config_of(Phase(share=1.0, weights={"s0": 1}), s0={"max_epochs": 2}), HALF, 1000, 16, past, 200)
+
+
+def test_what_the_past_would_have_met_later_is_not_told():
+    config = config_of(Phase(share=1.0, weights={"s0": 1, "s1": 1}), s0={"max_epochs": 1}, s1={"max_epochs": 18})
+    past = Plan(config, HALF, 900, 16)
+    assert len(past.notices) == 1
+    plans = [Plan(config_of(Phase(share=1.0)), HALF, 900, 16, past, start) for start in (50, 300)]
+    assert [len(plan.notices) for plan in plans] == [0, 1]
+
+
+def test_the_plan_in_words_marks_what_is_new_and_the_summary_has_every_phase():
+    past = Plan(config_of(Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, weights={"s1": 1})), HALF, 1000, 16)
+    plan = Plan(config_of(Phase(share=1.0, weights={"s1": 1, "s2": 1})), HALF, 1000, 16, past, 600)
+    lines = [" ".join(line.split()) for line in plan.told().splitlines()]
+    assert lines[0] == "mixture: 16,000 tokens in 1,000 rows of 16"
+    assert [line for line in lines if line.startswith("phase")] == [
+        "phase 1: 8,000 tokens, rows 0 to 499",
+        "phase 2: 1,600 tokens, rows 500 to 599",
+        "phase 3, new phase: 6,400 tokens, rows 600 to 999",
+    ]
+    assert "s1 3,200 tokens 50.0 % -> 50.0 % 6.00 epochs so far" in lines
+    summary = json.loads(json.dumps(plan.summary()))
+    assert [part["tokens"] for part in summary["sources"]] == [8000, 4800, 3200]
+    for index, part in enumerate(summary["sources"]):
+        assert sum(phase["sources"][index]["tokens"] for phase in summary["phases"]) == part["tokens"]
+
+
+def test_the_picture_shows_both_parts(tmp_path):
+    appended(drawn_plan(6), 6).draw(tmp_path / "mixture.png")
+    assert (tmp_path / "mixture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_behind_two_seams_of_a_billion_is_found_within_a_millisecond():
+    windows, rows = {f"s{number}": 10**8 for number in range(4)}, 10**9
+    plan = None
+    for start in (0, 3 * 10**8, 7 * 10**8):
+        phases = (Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, ramp_to={"s1": 5, "s2": 3, "s3": 2}))
+        plan = Plan(config_of(*phases, sources=4), windows, rows, 1024, plan, start)
+    seconds = []
+    for row in np.random.default_rng(0).integers(0, rows, 40).tolist():
+        started = time.perf_counter()
+        source, number = plan.locate(row)
+        seconds.append(time.perf_counter() - started)
+        assert plan.count(source, row) == number and plan.count(source, row + 1) == number + 1
+    assert sorted(seconds)[20] < 0.001
+    assert sum(plan.count(source, rows) for source in range(4)) == rows
+
+
+def test_a_mixture_is_restored_from_what_it_resolved_to(tmp_path):
+    path = tmp_path / "mixture.yaml"
+    path.write_text(
+        "sources: {a: {from: text=a, max_epochs: 2, optional: true, filters: {min_characters: 5}}, b: text=b}\n"
+        "against: [eval.jsonl]\n"
+        "phases: [{tokens: 100, ramp_to: {a: 1}, replay: 5%}, {share: 100%, weights: {b: 0.1}}]\n"
+    )
+    with pytest.raises(UsageError, match="phase 1: ramp_to goes on from the phase before"):
+        read_mixture(path)
+    config = read_mixture(path, may_go_on=True)
+    restored = MixtureConfig.restored(json.loads(json.dumps(config.resolved())))
+    assert (restored.sources, restored.phases, restored.against) == (config.sources, config.phases, config.against)
+
+
+def part_of(config: MixtureConfig, digests: dict[str, str], until: int = 40) -> dict:
+    mixture = json.loads(json.dumps(config.resolved()))
+    return {"until": until, "mixture": mixture, "sources": digests, "windows": HALF, "data": []}
+
+
+def test_a_plan_is_made_again_from_what_a_checkpoint_keeps():
+    first, second = config_of(Phase(share=1.0, weights={"s0": 1})), config_of(Phase(share=1.0, ramp_to={"s1": 1}))
+    third = config_of(Phase(share=1.0, weights={"s2": 1}, replay=0.5))
+    kept = json.loads(json.dumps([part_of(first, {}), part_of(second, {}, until=70)]))
+    plan = plan_behind(kept, third, HALF, 100, 16)
+    past = Plan(second, HALF, 100, 16, Plan(first, HALF, 100, 16), 40)
+    assert (located(plan) == located(Plan(third, HALF, 100, 16, past, 70))).all()
+    with pytest.raises(MismatchError, match="Source 's1' had 50 rows up to row 40 and has 51 now: .* another name"):
+        plan_behind(kept, third, HALF | {"s1": 51}, 100, 16)
+    assert plan_behind([], first, HALF, 100, 16).count(0, 100) == 100
+
+
+def test_what_goes_on_under_a_name_must_be_made_of_the_same_and_files_that_are_gone_have_not_changed():
+    config = MixtureConfig({"a": Source("text=a"), "b": Source("store=b")})
+    past = [
+        part_of(config, {"text=a": "1", "store=b": "2"}),
+        part_of(MixtureConfig({"c": Source("text=c")}), {"text=c": "3"}),
+    ]
+
+    def check(sources: dict, digests: dict, against: tuple = ()) -> None:
+        require_same_data(past, part_of(MixtureConfig(sources, against=against), digests))
+
+    check(config.sources, {"text=a": "", "store=b": "2"})
+    check({"b": Source("store=elsewhere"), "d": Source("text=a")}, {"store=elsewhere": "2", "text=a": "5"})
+    check({"a": Source("text=elsewhere")}, {"text=elsewhere": "1"})
+    for name, sources, digests, against in (
+        ("a", config.sources, {"text=a": "9", "store=b": "2"}, ()),
+        ("a", {"a": Source("prose=a")}, {"prose=a": "1"}, ()),
+        ("a", {"a": Source("text=a", filters=Filters(min_characters=3))}, {"text=a": "1"}, ()),
+        ("a", {"a": Source("text=a")}, {"text=a": "1"}, ("eval.jsonl",)),
+        ("b", config.sources, {"text=a": "1", "store=b": "9"}, ()),
+        ("c", {"c": Source("text=c")}, {"text=c": "9"}, ()),
+    ):
+        with pytest.raises(MismatchError, match=f"Source '{name}' was .* Give it another name") as failure:
+            check(sources, digests, against)
+        assert "\n" not in str(failure.value)

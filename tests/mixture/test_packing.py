@@ -1,0 +1,291 @@
+"""Packing loses nothing, fills rows, and changes neither loss nor gradient: no sequence sees another."""
+
+import copy
+import itertools
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from support import ROOT
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from rorchat.chatml import IGNORE_INDEX, encode_conversations
+from rorchat.mixture.collators import packed, padded
+from rorchat.mixture.packing import PackedRows, Sequences, pack
+from rorchat.sources.registry import load
+from rorchat.training.kernels import attention as attention_module
+from rorchat.training.kernels.attention import packed_attention_forward
+from rorchat.training.kernels.dpo_logps import patch_dpo_logps
+from rorchat.training.kernels.lm_head_loss import patch_lm_head_loss
+
+sys.path.insert(0, str(ROOT / "scripts" / "bench"))
+
+import lengths as chat_files  # noqa: E402
+from packing_support import VOCABULARY, batch_of, pairs, plain_log_probabilities
+
+WINDOW, PAD = 48, 0
+
+
+def drawn(count: int, most: int = WINDOW, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(1, most + 1, count).tolist()
+
+
+def rows_of_best_fit_decreasing(lengths: list[int], window: int) -> int:
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [(room, number) for number, room in enumerate(rooms) if room >= length]
+        if fitting:
+            rooms[min(fitting)[1]] -= length
+        else:
+            rooms.append(window - length)
+    return len(rooms)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_sequence_stands_in_one_row_and_no_row_has_room_for_a_later_one(seed):
+    lengths = drawn(300, seed=seed)
+    rows = pack(lengths, WINDOW)
+    assert sorted(index for row in rows for index in row) == list(range(300))
+    for number, row in enumerate(rows):
+        room = WINDOW - sum(lengths[index] for index in row)
+        assert 0 <= room < min((lengths[index] for later in rows[number + 1 :] for index in later), default=WINDOW + 1)
+    assert len(rows) <= rows_of_best_fit_decreasing(lengths, WINDOW)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [([10], [[0]]), ([4, 10, 6], [[1], [2, 0]]), ([7, 2, 2, 1], [[0, 1, 3], [2]]), ([6, 3, 2, 2], [[0, 2, 3], [1]])],
+    ids=["full", "one that fills", "of equal ones the first", "two that fill before a longer one"],
+)
+def test_a_row_is_filled_to_the_last_token_where_one_or_two_can(lengths, rows):
+    assert pack(lengths, 10) == rows
+
+
+def test_what_cannot_be_packed_is_an_error():
+    assert pack([], WINDOW) == []
+    for lengths in ([3, WINDOW + 1], [0, 3]):
+        with pytest.raises(ValueError, match=f"do not all fit into rows of {WINDOW}"):
+            pack(lengths, WINDOW)
+
+
+def sequences(count: int = 40, most: int = 30) -> Sequences:
+    draw = np.random.default_rng(1)
+    found = []
+    for length in drawn(count, most):
+        ids = draw.integers(1, VOCABULARY, length)
+        found.append((ids, np.where(draw.random(length) < 0.5, ids, IGNORE_INDEX)))
+    return Sequences(found)
+
+
+def test_sequences_are_given_back_as_they_were_but_for_their_first_label():
+    rows = [([5, 6, 7], [5, IGNORE_INDEX, 7]), ([8], [8]), ([9, 10], [IGNORE_INDEX, 10])]
+    given = Sequences(rows)
+    assert given.lengths.tolist() == [3, 1, 2]
+    for (ids, labels), found in zip(rows, given, strict=True):
+        assert found["input_ids"].tolist() == ids
+        assert found["labels"].tolist() == [IGNORE_INDEX, *labels[1:]]
+
+
+def test_each_epoch_has_every_sequence_once_in_another_order_and_the_same_for_the_same_seed():
+    given = sequences()
+    epoch = len(pack(given.lengths, WINDOW))
+    rows = PackedRows(given, WINDOW, 2 * epoch + 3, seed=0).rows
+    assert len(rows) == 2 * epoch + 3
+    first, second = rows[:epoch], rows[epoch : 2 * epoch]
+    for part in (first, second):
+        assert sorted(index for row in part for index in row) == list(range(len(given)))
+    assert first != second and {frozenset(row) for row in first} != {frozenset(row) for row in second}
+    assert rows == PackedRows(given, WINDOW, 2 * epoch + 3, seed=0).rows
+    assert rows != PackedRows(given, WINDOW, 2 * epoch + 3, seed=1).rows
+
+
+@pytest.fixture(scope="module")
+def stock() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_positions=WINDOW, n_layer=2, n_head=2, n_embd=32, **quiet)
+    )
+
+
+def of_each_alone(model: GPT2LMHeadModel, given: Sequences) -> dict[str, torch.Tensor]:
+    """The mean loss over all labels, and its gradients, by plain Transformers, one sequence after the other."""
+    model = copy.deepcopy(model).train()
+    asked, total = 0, torch.zeros(())
+    for row in given:
+        logits = model(input_ids=row["input_ids"][None]).logits[0, :-1]
+        total = total + F.cross_entropy(logits, row["labels"][1:], ignore_index=IGNORE_INDEX, reduction="sum")
+        asked += int((row["labels"][1:] != IGNORE_INDEX).sum())
+    (total / asked).backward()
+    return {"loss": (total / asked).detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def of_packed(model: GPT2LMHeadModel, given: Sequences, checkpointing: bool = False) -> dict[str, torch.Tensor]:
+    model = copy.deepcopy(model).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    patch_lm_head_loss(model)
+    rows = PackedRows(given, WINDOW, len(pack(given.lengths, WINDOW)), seed=0)
+    loss = model(**packed(rows, PAD)).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_gradients_of_packed_rows_are_those_of_each_sequence_alone(stock, checkpointing):
+    given = sequences()
+    expected, found = of_each_alone(stock, given), of_packed(stock, given, checkpointing)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-5), name
+        assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+def test_no_sequence_sees_another(stock):
+    """Bit-equal hidden states whatever stands beside."""
+    model = copy.deepcopy(stock).eval()
+    patch_lm_head_loss(model)
+    given = [row for row in sequences(6, 12)]
+    other = [dict(row, input_ids=row["input_ids"].flip(0) + (number != 2)) for number, row in enumerate(given)]
+    other[2] = given[2]
+    found = []
+    for rows in (given, other):
+        hidden = []
+        hook = model.transformer.ln_f.register_forward_hook(lambda *call, into=hidden: into.append(call[-1]))
+        with torch.no_grad():
+            model(**packed([rows], PAD))
+        hook.remove()
+        start = sum(len(row["input_ids"]) for row in rows[:2])
+        found.append(hidden[0][0, start : start + len(rows[2]["input_ids"])])
+    assert torch.equal(*found)
+
+
+def test_there_is_no_mask_and_no_attention_longer_than_a_sequence(stock, monkeypatch):
+    model = copy.deepcopy(stock)
+    patch_lm_head_loss(model)
+    seen = []
+
+    def attend(query, key, value, attn_mask=None, **options):
+        assert attn_mask is None and options["is_causal"]
+        seen.append(query.size(2))
+        return stock_attention(query, key, value, **options)
+
+    stock_attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(attention_module.F, "scaled_dot_product_attention", attend)
+    given = sequences(8, 20)
+    model(**packed(PackedRows(given, WINDOW, 1, seed=0), PAD))
+    assert seen and max(seen) <= 20
+
+
+def test_a_model_made_ready_still_generates_and_reads_padded_batches(stock):
+    ready = copy.deepcopy(stock).eval()
+    patch_lm_head_loss(ready)
+    ids = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+    assert torch.equal(ready.generate(ids, **options), stock.eval().generate(ids, **options))
+    batch = padded(list(sequences(5)), PAD)
+    plain = copy.deepcopy(stock)(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(plain, batch["labels"][:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+    assert torch.allclose(ready(**batch).loss, expected, atol=1e-5)
+
+
+def varlen_by_hand(query, key, value, query_bounds, key_bounds, *_, scale, window_size):
+    """What the kernel for sequences of various lengths is documented to do."""
+    parts, bounds = [], zip(query_bounds.tolist(), key_bounds.tolist(), strict=True)
+    for (start, key_start), (end, key_end) in itertools.pairwise(bounds):
+        rows, columns = end - start, key_end - key_start
+        mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+        qkv = (query[start:end], key[key_start:key_end], value[key_start:key_end])
+        part = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in qkv), attn_mask=mask, scale=scale)
+        parts.append(part.transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("trees", [[(7,), (1,), (20,)], [(7,), (12, 5, 9), (1,), (20, 3, 30)]])
+def test_the_kernel_for_various_lengths_is_told_which_keys_a_query_sees(trees, monkeypatch):
+    monkeypatch.setattr(attention_module, "varlen_attn", varlen_by_hand)
+    qkv = torch.randn(3, sum(map(sum, trees)), 2, 8, generator=torch.Generator().manual_seed(0))
+    found = attention_module._by_one_kernel(*qkv, trees, None)
+    assert torch.allclose(found, attention_module._one_by_one(*qkv, trees, 0.0, None), atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for sequences of various lengths needs a GPU")
+def test_on_a_gpu_one_kernel_gives_what_one_call_a_sequence_gives():
+    torch.manual_seed(0)
+    trees = [(7,), (12, 5, 9), (1,), (20, 3, 30)]
+    count = sum(map(sum, trees))
+    qkv = [torch.randn(1, count, 2, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
+    by_kernel, _ = packed_attention_forward(None, *qkv, None, trees=trees)
+    flat = [x.float()[0].transpose(0, 1) for x in qkv]
+    one_by_one = attention_module._one_by_one(*flat, trees, 0.0, None)
+    assert torch.allclose(by_kernel[0].float(), one_by_one, atol=2e-2)
+
+
+# Pairs
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_log_probabilities_of_pairs_and_their_gradients_are_those_of_plain_rows(stock, checkpointing, monkeypatch):
+    monkeypatch.setattr("rorchat.training.kernels.dpo_logps.LOGITS_AT_ONCE", 7 * VOCABULARY)  # several slices
+    batch = batch_of(pairs())
+    weights = torch.randn(batch["labels"][:, 1:].shape, generator=torch.Generator().manual_seed(4))
+    plain, ready = copy.deepcopy(stock).train(), copy.deepcopy(stock).train()
+    expected = plain_log_probabilities(plain, batch)
+    (expected * weights).sum().backward()
+    if checkpointing:
+        ready.gradient_checkpointing_enable({"use_reentrant": False})
+    patch_dpo_logps(ready)
+    output = ready(**batch, fused_lm_head=True)
+    (output.log_probs * weights).sum().backward()
+    assert torch.allclose(output.log_probs, expected, atol=1e-5)
+    asked = batch["labels"][:, 1:] != IGNORE_INDEX
+    best = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].argmax(-1)
+    assert torch.equal(output.is_top1, (best == batch["labels"][:, 1:]) & asked)
+    for (name, found), wanted in zip(ready.named_parameters(), plain.parameters(), strict=True):
+        assert (found.grad - wanted.grad).norm() <= 1e-5 * wanted.grad.norm(), name
+
+
+def test_a_prompt_is_read_once_and_padding_never(stock):
+    model = copy.deepcopy(stock)
+    patch_dpo_logps(model)
+    given, seen = pairs(), []
+    model.transformer.h[0].register_forward_hook(lambda module, args, output: seen.append(args[0].shape[:2]))
+    model(**batch_of(given), fused_lm_head=True)
+    assert seen == [(1, sum(map(len, (ids for pair in given for ids in pair))))]
+
+
+# Real conversations
+
+
+CHAT_FILES = chat_files.CHAT | {name: name for name in ("math_dataset", "mbpp", "natural_questions", "openbookqa")}
+
+
+@pytest.mark.parametrize("path", CHAT_FILES)
+def test_of_real_conversations_the_assistants_words_and_closings_are_learned(path, gpt2_tokenizer, shared_data):
+    conversations = [row["messages"] for row in load(f"{CHAT_FILES[path]}={shared_data / path}", "conversation")]
+    encoded = encode_conversations(gpt2_tokenizer, conversations, 1024)
+    wanted = Counter()
+    for messages, each in zip(conversations, encoded, strict=True):
+        turns = messages[: len(messages) - each.dropped_turns] if each else []
+        wanted.update(turn["content"].strip() + "<|im_end|>" for turn in turns if turn["role"] == "assistant")
+    given = Sequences((each.input_ids, each.labels) for each in encoded if each)
+    batch = packed(PackedRows(given, 1024, len(pack(given.lengths, 1024)), seed=0), gpt2_tokenizer.pad_token_id)
+    found = Counter()
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], (labels != IGNORE_INDEX).numpy(), [False]])))
+        found.update(gpt2_tokenizer.decode(ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True))
+    assert found == wanted and wanted
+
+
+def test_real_conversations_fill_their_rows(gpt2_tokenizer, shared_data):
+    lengths, window = [], 1024
+    for name, path in (("alpaca", "alpaca/alpaca_5000.json"), ("dailydialog", "dailydialog")):
+        conversations = [row["messages"] for row in load(f"{name}={shared_data / path}", "conversation")][:2000]
+        encoded = encode_conversations(gpt2_tokenizer, conversations, window)
+        lengths += [len(each.input_ids) for each in encoded if each]
+    rows = pack(lengths, window)
+    assert sum(lengths) / (len(rows) * window) > 0.995

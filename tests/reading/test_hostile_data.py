@@ -1,0 +1,321 @@
+"""HOSTILE DATA: thousands of malformed rows and files of garbage cost themselves alone, in bounded memory."""
+
+import copy
+import gzip
+import io
+import json
+import random
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from support import CONVERTING
+
+from rorchat.chatml import END_OF_TEXT
+from rorchat.errors import DataError, RorchatError
+from rorchat.inspection import check, guess_shape
+from rorchat.rows import CHECKS
+from rorchat.sources.registry import find, kinds_of, load
+
+GATHERING = [name for name in CONVERTING if hasattr(find(name), "gather")]  # a row is not a line of theirs
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+REPLACEMENTS = [
+    None, 0, -1, 7, 1e308, float("nan"), 10**400, True, False,
+    "", " \n\t", "\0", "a\x07b\x9fc", "\x1b[31mred", "\ud83d", "a\udfff", "b'a literal'", 'b"' + "\\xff" * 9 + '"',
+    "﻿mark", "x" * 100_000, "<|endoftext|>", "robot", "\r\n", "é" * 3,
+    [], [None], [[]], [{}], ["a", 5], [{"role": "robot", "content": "a"}], [{"from": "gpt"}],
+    {}, {"a": 1}, {"": None}, {"role": "user"}, {"text": "a"}, {"content": {"parts": ["a"]}},
+]  # fmt: skip
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def places_in(value: object, path: tuple = ()) -> Iterator[tuple]:
+    """The path of every part of a raw row, the row itself first."""
+    yield path
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in pairs:
+        yield from places_in(part, (*path, key))
+
+
+def replaced(row: object, path: tuple, value: object) -> object:
+    if not path:
+        return value
+    row = copy.deepcopy(row)
+    part = row
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    return row
+
+
+def without(row: object, path: tuple) -> object:
+    row = copy.deepcopy(row)
+    part = row
+    for key in path[:-1]:
+        part = part[key]
+    del part[path[-1]]
+    return row
+
+
+def malformed(raw: object, draw: random.Random) -> Iterator[str | bytes]:
+    """Lines made of one good raw row: each part of it replaced, missing or given twice, its JSON cut and garbled."""
+    good = json.dumps(raw)
+    for path in places_in(raw):
+        for value in [*REPLACEMENTS, nested(50)]:
+            yield json.dumps(replaced(raw, path, value))
+        if path:
+            yield json.dumps(without(raw, path))
+    for key in raw if isinstance(raw, dict) else ():
+        yield good[:-1] + f", {json.dumps(key)}: {json.dumps(raw[key])}" + "}"
+        yield json.dumps({f"{key}\n\x1b[31m" * 1000: raw[key]})
+    yield from (good[:cut] for cut in range(1, len(good), max(1, len(good) // 12)))
+    yield from (good + tail for tail in ("}", "]", ",", " trailing", "\0", good))
+    yield from (good.encode()[:9] + bytes(draw.choices(range(128, 256), k=5)) + good.encode()[9:] for _ in range(3))
+    yield from (b"\xef\xbb\xbf" + good.encode(), good.encode("utf-16"), b"\xff", b"\0" * 20)
+    yield from ("NaN", "-Infinity", "1" * 5000, "[" * 5000, '{"a":' * 5000, '"\\ud800"', "'single'", "# comment")
+
+
+def hostile_lines(name: str) -> list[bytes]:
+    draw = random.Random(name)
+    lines = list(chain.from_iterable(malformed(raw, draw) for raw in find(name).RAW))
+    lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
+    lines = [line.replace(b"\n", b" ").replace(b"\r", b" ") for line in lines]
+    draw.shuffle(lines)
+    return [line for line in lines if line.strip()]
+
+
+def accounted(path: Path, name: str) -> tuple[object, list[dict]]:
+    """What `check` counts in a file, after comparing it with the rejects that were written and the rows that pass."""
+    rejects = io.StringIO()
+    tally = check(str(path), shape=name, rejects=rejects).tally
+    said = [json.loads(line) for line in rejects.getvalue().splitlines()]
+    assert tally.rows_in == tally.kept + sum(tally.rejects.values())
+    assert len(said) == sum(tally.rejects.values())
+    assert {reject["reason"] for reject in said} == set(tally.rejects)
+    str(tally).encode()
+    return tally, said
+
+
+@pytest.mark.parametrize("name", CONVERTING)
+def test_no_malformed_row_of_a_source_is_lost_or_ends_the_reading(name, tmp_path):
+    lines = hostile_lines(name)
+    lines += [json.dumps(next(raw for raw in find(name).RAW if not isinstance(raw, str))).encode()]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    tally, said = accounted(path, name)
+    assert len(lines) > 100 and tally.kept > 0
+    assert tally.rejects["not JSON"] > 10 and tally.rejects["invalid UTF-8"] > 4
+    if name not in GATHERING:
+        assert tally.rows_in == len(lines)
+        assert len({reject["place"] for reject in said}) == len(said)
+    else:
+        with open(path, "rb") as file:
+            assert file.read().count(b"\n") == len(lines)
+        kind = kinds_of(name)[0]
+        assert tally.rows_in == sum(1 for _ in load(f"{name}={path}", kind).raw)
+    for row in load(f"{name}={path}", kinds_of(name)[0]):
+        CHECKS[kinds_of(name)[0]](row)
+        json.dumps(row, ensure_ascii=False).encode()
+
+
+def test_the_malformed_rows_are_thousands():
+    counts = {name: len(hostile_lines(name)) for name in CONVERTING}
+    assert len(counts) >= 30 and sum(counts.values()) > 10_000 and min(counts.values()) > 100
+
+
+@pytest.mark.parametrize("name", CONVERTING)
+def test_an_array_and_a_table_of_malformed_rows_are_accounted_for(name, tmp_path):
+    rows = []
+    for line in hostile_lines(name):
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+    objects = [row for row in rows if isinstance(row, dict)][:300]
+    assert len(objects) > 40
+    (tmp_path / "rows.json").write_text("[\n  " + ",\n  ".join(map(json.dumps, objects)) + "\n]")
+    texts = [{key: json.dumps(value)[:1000] for key, value in row.items()} for row in objects]
+    columns = sorted({key for row in texts for key in row if len(key) < 100 and key.isprintable()})
+    table = pyarrow.Table.from_pylist([{key: row.get(key) for key in columns} for row in texts])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    for file in ("rows.json", "rows.parquet"):
+        tally, _ = accounted(tmp_path / file, name)
+        if name not in GATHERING:
+            assert (file, tally.rows_in) == (file, len(objects))
+
+
+ROWS = 120
+
+
+# What may happen to the bytes of one row of a file, by its format; none of it makes two rows of one, or one of two
+HARM = {
+    "jsonl": [
+        (b'"text"', b'"text'),
+        (b'"text"', b'"text": "a", "text"'),
+        (b"}", b""),
+        (b"It", b"\xff"),
+        (b'"}', b'",}'),
+    ],
+    "csv": [(b"It", b"\xff"), (b'"It', b'"I"t'), (b'"It', b'It"'), (b'"\n', b'"x\n')],
+    "txt": [(b"It", b"\xff"), (b"It", b"\xe9t"), (b"It", b"\0")],
+}
+HARM |= {"array.json": HARM["jsonl"], "one-line.json": HARM["jsonl"]}
+
+
+def written_rows(form: str) -> list[bytes]:
+    """The bytes of each row of a file of ROWS documents of two lines, separators and all."""
+    texts = [f"It was number {number},\nthe best of times." for number in range(ROWS)]
+    if form == "csv":
+        return [f'{number},"{text}"\n'.encode() for number, text in enumerate(texts)]
+    if form == "txt":
+        return [f"{text}\n<|endoftext|>".encode() for text in texts]
+    objects = [json.dumps({"id": number, "text": text}) for number, text in enumerate(texts)]
+    return [(row + {"jsonl": "\n", "array.json": ",\n", "one-line.json": ", "}[form]).encode() for row in objects]
+
+
+@pytest.mark.parametrize("form", HARM)
+def test_every_row_of_a_damaged_file_is_counted_and_only_damaged_ones_are_lost(form, tmp_path):
+    """The number of rows is known from the writing of the file, not from its reading."""
+    draw, harmed, path = random.Random(form), 0, tmp_path / f"rows.{form}"
+    for _ in range(60):
+        rows = written_rows(form)
+        bad = sorted(draw.sample(range(0, ROWS, 2), draw.randrange(1, 9)))  # never two in a row
+        for number in bad:
+            old, new = draw.choice(HARM[form])
+            assert old in rows[number]
+            rows[number] = rows[number].replace(old, new, 1)
+        content = b"".join(rows)
+        if form.endswith("json"):
+            content = b"[" + (b"\n" if form == "array.json" else b"") + content.rstrip(b", \n") + b"]"
+        path.write_bytes((b"id,text\n" if form == "csv" else b"") + content)
+        tally, said = accounted(path, "text")
+        good = [f"It was number {number},\nthe best of times." for number in range(ROWS) if number not in bad]
+        assert [row["text"] for row in load(f"text={path}", "document")] == good
+        # the second line of a row of CSV that was cut short there may be a row to its reader, and is a reject
+        assert tally.rows_in == ROWS if form != "csv" else ROWS <= tally.rows_in <= ROWS + len(bad)
+        harmed += len(bad)
+    assert harmed > 200
+
+
+def garbage(draw: random.Random, size: int) -> bytes:
+    """Bytes as a broken download has them: text, marks of all formats, control bytes and no UTF-8."""
+    pieces = [
+        b"It was the best of times.", b"\n", b"\n\n", b"\r\n", b"\0", b"\xff\xfe", b"\xc3\xa9", b"<|endoftext|>", b"'",
+        b'"', b"{", b"[", b",", b"\t", b" __eou__ ", b"L1044 +++$+++ u0 +++$+++ m0", b" = Title = ", b"+++$+++",
+        b"*** START OF THE PROJECT GUTENBERG EBOOK A ***\n", b"End of Project Gutenberg", b"b'a'", b"\x1b[31m", b"PAR1",
+        b"What is 1?", b"\n-6\n", b"\x80\x81", b"\xf0\x9f\x99", b"['L1', 'L2']", b"#### 12", b"\xe2\x80\xa8",
+    ]  # fmt: skip
+    return b"".join(draw.choices(pieces, k=size))
+
+
+SUFFIXES = [".txt", ".md", ".py", ".tokens", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".zip"]
+PACKINGS = {"": bytes, ".gz": gzip.compress, ".zst": lambda data: pyarrow.compress(data, codec="zstd", asbytes=True)}
+
+
+@pytest.mark.parametrize("name", CONVERTING)
+def test_a_file_of_garbage_in_any_format_is_accounted_for_or_refused_with_one_line(name, tmp_path):
+    draw, read = random.Random(name), 0
+    for suffix in SUFFIXES:
+        for packing, pack in PACKINGS.items():
+            data = pack(garbage(draw, 300))
+            for content in (data, data[: len(data) // 2], b""):
+                path = tmp_path / f"movie_conversations{suffix}{packing}"
+                path.write_bytes(content)
+                try:
+                    accounted(path, name)
+                    read += 1
+                except RorchatError as error:
+                    assert str(error).count("\n") == 0 and error.exit_code == 65
+    assert read > 60
+
+
+def test_an_archive_of_garbage_is_accounted_for(tmp_path):
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        archive.writestr("train/dialogues_train.txt", b"a __eou__ b __eou__\n" + garbage(random.Random(0), 500))
+    tally, _ = accounted(tmp_path / "train.zip", "dailydialog")
+    assert tally.rows_in > 20 and tally.kept > 0
+
+
+def test_garbage_in_any_format_has_a_shape_or_one_line(tmp_path):
+    draw, told = random.Random(1), 0
+    for suffix in SUFFIXES:
+        path = tmp_path / f"rows{suffix}"
+        path.write_bytes(garbage(draw, 200))
+        try:
+            assert guess_shape(path) in CONVERTING
+            told += 1
+        except DataError as error:
+            assert error.exit_code == 65
+    assert told >= 2
+
+
+def test_brackets_of_any_depth_are_a_row_and_its_reject_is_written(tmp_path):
+    depths = [*range(850, 1010, 3), 5000, 200_000]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join('{"text": ' + "[" * depth + "]" * depth + "}\n" for depth in depths))
+    tally, said = accounted(path, "text")
+    assert tally.rows_in == len(depths) == len(said)
+    assert set(tally.rejects) <= {"wrong type", "not JSON"}
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+# VmHWM, not ru_maxrss: that one begins at what the parent held when it started the child
+MEASURED = """
+import sys
+from rorchat.cli import main
+
+code = 0
+sys.argv = ["rorchat", "data", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as stopped:
+    code = stopped.code
+print(code, int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) * 1024)
+"""
+LINE = "once upon a time there was a small model that wanted to talk. "
+
+
+def peak(*words: object) -> int:
+    """Bytes of memory that `rorchat data ...` took at most."""
+    done = subprocess.run([sys.executable, "-c", MEASURED, *map(str, words)], capture_output=True, text=True)
+    code, taken = done.stdout.splitlines()[-1].split()
+    assert (done.returncode, code) == (0, "0"), done.stderr
+    return int(taken)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(("form", "command"), [("txt", "check"), ("jsonl", "prepare")])
+def test_a_line_of_100_mb_takes_less_than_300_mb(form, command, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    taken = {}
+    for size in (1, 100 * 10**6):
+        texts = [
+            (LINE * (size // len(LINE) + 1))[:size],
+            *(f"A story of {number} small words." for number in range(99)),
+        ]
+        path = tmp_path / f"{size}.{form}"
+        with path.open("w") as file:
+            for text in texts:
+                file.write(text + END_OF_TEXT if form == "txt" else json.dumps({"text": text}) + "\n")
+        texts.clear()
+        options = ["--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / f"{size}", "--workers", 1]
+        options += ["--validation-share", 0.2]
+        taken[size] = peak(command, f"text={path}", *(options if command == "prepare" else []))
+    smallest, largest = taken.values()
+    assert 100 * 10**6 < largest - smallest < 300 * 10**6

@@ -1,0 +1,313 @@
+"""The recipes through their real command lines: a whole small story, the same samples with two processes, bad input."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from recipe_commands import ENVIRONMENT, command, inside, launch, metrics_of, recipe, refused, succeeded
+from support import json_lines
+
+from rorchat.errors import exits_with_one_line
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory) -> Path:
+    """tokenizer -> pretrain -> sft -> dpo on a little of Tinytown, with a model of 20 thousand parameters."""
+    out = tmp_path_factory.mktemp("story")
+    succeeded(
+        inside(
+            "tokenizer",
+            "--sources",
+            "tinytown=200",
+            "persona=50",
+            "--vocab_size",
+            384,
+            "--output_dir",
+            out / "tokenizer",
+        )
+    )
+    succeeded(
+        launch(
+            "pretrain", "--sources", "tinytown=300", "--tokenizer", out / "tokenizer", "--size", "2x2x32",
+            "--block_size", 192, "--per_device_train_batch_size", 4, "--global_batch_tokens", 1536, "--max_steps", 6,
+            "--optimizer", "muon", "--validation_share", 0.05, "--logging_steps", 2, "--learning_rate", "1e-2",
+            "--sample_prompts", "One day", "--output_dir", out / "pretrain",
+        )
+    )  # fmt: skip
+    succeeded(
+        launch(
+            "sft", "--sources", "tinytown=60", "persona=30", "--model", out / "pretrain", "--validation_share", 0.1,
+            "--sample_prompts", "Who are you?", "--logging_steps", 2, "--max_steps", 4, "--output_dir", out / "sft",
+        )
+    )  # fmt: skip
+    succeeded(
+        inside(
+            "dpo", "--sources", "tinytown=40", "--model", out / "sft", "--validation_share", 0.2, "--max_steps", 2,
+            "--logging_steps", 1, "--output_dir", out / "dpo",
+        )
+    )  # fmt: skip
+    return out
+
+
+def test_every_stage_leaves_a_stock_folder_and_its_record(story):
+    assert not list(story.rglob("training_args.bin"))  # a pickle
+    for stage in ("pretrain", "sft", "dpo"):
+        run = story / stage
+        files = {path.name for path in (run / "model").iterdir()}
+        assert {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "chat_template.jinja",
+        } <= files
+        pickles = [path for path in run.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+        assert all(path.parent.name.startswith("checkpoint-") and path.suffix != ".bin" for path in pickles)
+        assert not (run / "README.md").exists()
+        record = json.loads((run / "run.json").read_text())
+        assert (record["stage"], record["finished"]) == (stage, True)
+        assert record["metrics"]["eval_loss"] > 0
+        config = json.loads((run / "model" / "config.json").read_text())
+        assert config["architectures"] == ["GPT2LMHeadModel"]
+
+
+def test_metrics_count_steps_and_tokens(story):
+    training = [record for record in metrics_of(story / "pretrain") if "loss" in record]
+    assert [(record["step"], record["tokens"]) for record in training] == [(2, 3072), (4, 6144), (6, 9216)]
+    assert all(record["tokens_per_second"] > 0 and record["memory_bytes"] > 0 for record in training)
+    assert training[-1]["loss"] < training[0]["loss"] + 0.5
+    assert any("eval_bits_per_byte" in record for record in metrics_of(story / "pretrain"))
+
+
+def test_samples_are_taken_before_and_after(story):
+    samples = [json.loads(line) for line in (story / "pretrain" / "samples.jsonl").read_text().splitlines()]
+    assert [(sample["step"], sample["prompt"]) for sample in samples] == [(0, "One day"), (6, "One day")]
+
+
+def test_a_finished_run_is_not_run_again_and_another_config_is_a_mismatch(story):
+    config = story / "sft" / "config.yaml"
+    again = succeeded(recipe("sft", "--config", config))
+    assert "finished before" in again.stderr
+    refused(recipe("sft", "--config", config, "--learning_rate", "0.5"), 78, "another run", "learning_rate")
+
+
+def test_a_config_yaml_of_a_run_is_itself_a_config_with_the_same_content(story):
+    from rorchat.training.arguments import parse
+    from rorchat.training.pretrain import PretrainArguments
+
+    path = story / "pretrain" / "config.yaml"
+    assert parse(PretrainArguments, ["--config", str(path)]).given == yaml.safe_load(path.read_text())
+
+
+def test_plain_pipeline_answers_in_a_process_without_rorchat(story):
+    code = (
+        "import sys\nfrom transformers import pipeline\n"
+        f"talk = pipeline('text-generation', model={str(story / 'dpo' / 'model')!r})\n"
+        "out = talk([{'role': 'user', 'content': 'Who are you?'}])[0]['generated_text']\n"
+        "print(len(out), out[-1]['role'], 'rorchat' in sys.modules)"
+    )
+    done = succeeded(command(sys.executable, "-c", code))
+    assert done.stdout.split() == ["2", "assistant", "False"]
+
+
+def test_report_and_scores_of_a_story(story):
+    models = [f"{name}={story / name}" for name in ("pretrain", "sft", "dpo")]
+    store = story / "pretrain" / "tokens" / "tinytown"
+    scores = succeeded(
+        command("rorchat", "evaluate", *models, "--untrained", "--text", store, "--out", story / "scores.json")
+    )
+    assert "| held-out questions |" in scores.stdout and "gzip -9 needs" in scores.stdout
+    columns = json.loads((story / "scores.json").read_text())
+    assert [column["name"] for column in columns] == ["untrained", "pretrain", "sft", "dpo"]
+    assert all(column["questions"]["asked"] == 200 for column in columns)
+    bits = json.loads((story / "pretrain" / "run.json").read_text())["metrics"]["eval_bits_per_byte"]
+    assert columns[1]["bits_per_byte"] == pytest.approx(bits, rel=0.05)
+    written = succeeded(command("rorchat", "report", story))
+    assert str(story / "report.md") in written.stdout
+    assert (story / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_terminal_answers_through_a_pipe_and_says_what_no_longer_fits(story):
+    long = "word " * 400
+    done = subprocess.run(
+        ["rorchat", "chat", str(story / "dpo"), "--temperature", "0", "--max-new-tokens", "8"],
+        input=f"Hello\n{long}\n/exit\nnever\n", capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+    assert "were left out" in done.stderr and "Traceback" not in done.stderr
+
+
+PRETRAIN = [
+    "--size", "2x2x32", "--block_size", 64, "--per_device_train_batch_size", 2, "--global_batch_tokens", 512,
+    "--max_steps", 5, "--logging_steps", 1, "--eval_strategy", "no", "--validation_share", 0.05, "--bf16", "false",
+    "--lr_scheduler_type", "constant", "--sources", "tinytown=200",
+]  # fmt: skip
+
+
+def test_twenty_steps_are_the_same_in_one_pass_in_eight_and_on_two_processes(story, tmp_path):
+    """Losses in float32 within 1e-5: the same samples, and gradients added up in another order."""
+    flags = [
+        *PRETRAIN, "--global_batch_tokens", 512, "--max_steps", 20, "--logging_steps", 1, "--eval_strategy", "no",
+        "--optimizer", "muon", "--tokenizer", story / "tokenizer", "--token_store", tmp_path / "tokens",
+    ]  # fmt: skip
+    succeeded(inside("pretrain", *flags, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "whole"))
+    succeeded(inside("pretrain", *flags, "--per_device_train_batch_size", 1, "--output_dir", tmp_path / "eight"))
+    two = [*flags, "--per_device_train_batch_size", 2, "--output_dir", tmp_path / "two"]
+    succeeded(launch("pretrain", *two, processes=2))
+    whole, eight, two = (
+        [record["loss"] for record in metrics_of(tmp_path / name) if "loss" in record]
+        for name in ("whole", "eight", "two")
+    )
+    assert len(whole) == 20 and whole[0] - whole[19] > 0.1
+    assert eight == pytest.approx(whole, rel=1e-5)
+    assert two == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_hubs_gpt2_goes_through_sft_at_124m_within_six_gigabytes(shared_data, tmp_path):
+    from hub_folders import hub_gpt2
+
+    hub_gpt2(tmp_path / "gpt2")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(shared_data / "gpt2_tokenizer" / name, tmp_path / "gpt2" / name)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    succeeded(
+        launch(
+            "sft", "--model", tmp_path / "gpt2", "--sources", f"alpaca={shared_data / 'alpaca' / 'alpaca_tiny.json'}",
+            "--validation_share", 0.1, "--max_steps", 3, "--per_device_train_batch_size", 2, "--logging_steps", 1,
+            "--eval_strategy", "no", "--output_dir", tmp_path / "out",
+        )
+    )  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert peak == before or peak * 1024 < 6e9
+    recorded = [record["memory_bytes"] for record in metrics_of(tmp_path / "out")]
+    assert max(recorded) < 6e9
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert (config["vocab_size"], config["n_layer"]) == (50_304, 12)
+
+
+class TestBadInput:
+    """Each is one line and the right exit code, without a traceback."""
+
+    @pytest.fixture
+    def flags(self, story, tmp_path):
+        return [*PRETRAIN[:-1], "--tokenizer", story / "tokenizer", "--output_dir", tmp_path / "out"]
+
+    def pretrain(self, flags, *sources, more=()):
+        at = flags.index("--sources")
+        return inside("pretrain", *flags[: at + 1], *sources, *flags[at + 1 :], *more)
+
+    def test_a_missing_file(self, flags, tmp_path):
+        refused(self.pretrain(flags, f"text={tmp_path / 'none.txt'}"), 65, "No file or folder", "none.txt")
+
+    def test_an_empty_file(self, flags, tmp_path):
+        (tmp_path / "empty.jsonl").touch()
+        refused(self.pretrain(flags, f"text={tmp_path / 'empty.jsonl'}"), 65, "empty")
+
+    def test_a_file_of_rejects_alone(self, flags, tmp_path):
+        (tmp_path / "bad.jsonl").write_text("not json\n{}\n")
+        refused(self.pretrain(flags, f"text={tmp_path / 'bad.jsonl'}"), 65, "No row", "bad.jsonl:1")
+
+    def test_an_unknown_source_with_a_suggestion(self, flags):
+        refused(self.pretrain(flags, "tinytwon=10"), 2, "Did you mean 'tinytown'")
+
+    def test_a_source_of_another_kind(self, flags):
+        refused(self.pretrain(flags, "preference=x"), 2, "gives preferences", "documents or conversations")
+
+    def test_no_validation_documents(self, flags):
+        refused(self.pretrain(flags, "tinytown=3", more=["--validation_share", "1e-9"]), 65, "no validation documents")
+
+    def test_no_tokenizer(self, flags, tmp_path):
+        refused(self.pretrain(flags, "tinytown=50", more=["--tokenizer", tmp_path / "nothing"]), 65, "No tokenizer at")
+
+    def test_a_tokenizer_that_does_not_fit_the_model(self, story, gpt2_tokenizer, tmp_path):
+        shutil.copytree(story / "sft" / "model", tmp_path / "mixed")
+        from rorchat.tokenizer import train_tokenizer
+
+        train_tokenizer(["a few words"], 320).save_pretrained(tmp_path / "mixed")
+        flags = ["--model", tmp_path / "mixed", "--sources", "tinytown=20", "--output_dir", tmp_path / "out"]
+        refused(inside("sft", *flags), 78, "384 embedding rows", "320 tokens")
+        shutil.copytree(story / "sft" / "model", tmp_path / "other")
+        gpt2_tokenizer.save_pretrained(tmp_path / "other")
+        refused(inside("sft", "--model", tmp_path / "other", *flags[2:]), 78, "50,257 tokens", "384")
+        refused(inside("rorchat", "chat", tmp_path / "other"), 78, "50,257 tokens")
+
+    def test_a_run_that_failed_before_it_began_does_not_block_the_next(self, flags):
+        refused(self.pretrain(flags, "tinytown=200", more=["--weights", "1", "2"]), 2, "2 weights")
+        assert self.pretrain(flags, "tinytown=200", more=["--max_steps", "1"]).returncode == 0
+
+    def test_rows_longer_than_the_positions(self, story, flags, tmp_path):
+        more = ["--model", story / "pretrain", "--block_size", 256, "--global_batch_tokens", 1024]
+        refused(self.pretrain(flags, "tinytown=50", more=more), 78, "only 192 positions")
+
+    def test_an_output_folder_with_other_files(self, flags, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.doc").touch()
+        refused(self.pretrain(flags, "tinytown=50"), 78, "not empty")
+
+    def test_an_unknown_key_and_a_wrong_type_in_yaml(self, tmp_path):
+        config = tmp_path / "c.yaml"
+        config.write_text("sources: [tinytown=10]\nblok_size: 64\n")
+        refused(inside("pretrain", "--config", config, "--output_dir", tmp_path / "x"), 2, "c.yaml:2", "'block_size'")
+        config.write_text("sources: [tinytown=10]\nblock_size: [64]\n")
+        refused(
+            inside("pretrain", "--config", config, "--output_dir", tmp_path / "x"), 2, "c.yaml:2", "expected an int"
+        )
+        refused(inside("pretrain", "--config", tmp_path / "none.yaml"), 2, "Cannot read the config")
+        config.write_text("seed: 1\nsources: [tinytown=10]\nseed: 2\n")
+        refused(inside("pretrain", "--config", config), 2, "c.yaml:3: the key 'seed' stands twice")
+
+    def test_under_accelerate_launch_it_is_one_line_as_well(self, tmp_path):
+        done = launch("sft", "--model", tmp_path / "none", "--sources", "tinytown=10", "--output_dir", tmp_path / "x")
+        assert done.returncode != 0 and "Traceback" not in done.stderr
+        assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
+            f"error: No model folder {tmp_path / 'none'}."
+        ]
+
+    def test_conversations_in_which_nobody_answers(self, story, tmp_path):
+        rows = [{"messages": [{"role": "user", "content": f"Is anybody there? {n}"}]} for n in range(3)]
+        (tmp_path / "asked.jsonl").write_text(json_lines(*rows))
+        flags = ["--model", story / "sft", "--output_dir", tmp_path / "out"]
+        done = inside("sft", "--sources", "tinytown=20", f"messages={tmp_path / 'asked.jsonl'}", *flags)
+        refused(done, 65, "3 no assistant turn", "asked.jsonl:1")
+
+    def test_pairs_of_which_both_sides_are_the_same(self, story, tmp_path):
+        pairs = [{"prompt": f"Hello {n}", "chosen": "Hi!", "rejected": " Hi!\n"} for n in range(3)]
+        (tmp_path / "pairs.jsonl").write_text(json_lines(*pairs))
+        flags = ["--model", story / "sft", "--output_dir", tmp_path / "out"]
+        done = inside("dpo", "--sources", "tinytown=20", f"preference={tmp_path / 'pairs.jsonl'}", *flags)
+        refused(done, 65, "3 identical chosen and rejected", "pairs.jsonl:1")
+
+    def test_a_model_that_is_not_there_in_chat_and_evaluate(self, tmp_path):
+        for words in (("chat", tmp_path / "none"), ("evaluate", tmp_path / "none"), ("report", tmp_path)):
+            refused(inside("rorchat", *words), 65)
+        refused(inside("rorchat", "push", tmp_path, "noslash"), 2, "owner/name")
+
+
+def test_a_full_disk_is_exit_code_74(capsys):
+    @exits_with_one_line
+    def fill():
+        with open("/dev/full", "w") as file:
+            file.write("x" * 100_000)
+
+    with pytest.raises(SystemExit) as stopped:
+        fill()
+    assert stopped.value.code == 74
+    assert capsys.readouterr().err == "error: no space left on device; free some space, or choose another place\n"
+
+
+def test_a_file_in_the_way_of_a_folder_is_named_with_what_to_do(capsys, tmp_path):
+    (tmp_path / "runs").write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        exits_with_one_line((tmp_path / "runs").mkdir)()
+    assert stopped.value.code == 74
+    told = f"error: {tmp_path / 'runs'}: file exists; choose another place, or move away what lies there\n"
+    assert capsys.readouterr().err == told

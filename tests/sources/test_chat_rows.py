@@ -1,0 +1,240 @@
+"""RAW DATA: rows of the Hub and of other releases become exactly these conversations, or are refused with a reason."""
+
+import json
+
+import pytest
+from support import exchange, json_lines, read, written
+
+from rorchat.errors import DataError
+from rorchat.rows import CHECKS, RejectedRow, Repaired
+from rorchat.sources.registry import find, load
+
+
+def turns(*contents: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(contents)]
+
+
+def converted(name: str, raw: object) -> dict:
+    """A raw row of a source as a valid row of ours, repaired or not."""
+    row = find(name).convert(raw)
+    row = row.row if isinstance(row, Repaired) else row
+    CHECKS[find(name).KIND](row)
+    return row
+
+
+def rejected(name: str, raw: object) -> str:
+    with pytest.raises(RejectedRow) as refusal:
+        CHECKS[find(name).KIND](find(name).convert(raw))
+    return refusal.value.reason
+
+
+SIMPLIFIED_NQ, ORIGINAL_NQ = find("natural_questions").RAW[1:3]
+# (source, a row as the Hub's Parquet gives it or as another release has it, our row)
+HUB_ROWS = [
+    ("alpaca", {"instruction": "I", "input": "in", "output": "O", "text": "Below is"}, exchange("I\n\nin", "O")),
+    (
+        "alpaca",
+        {"instruction": "I", "instances": [{"input": "in", "output": "O"}, {"input": "", "output": "P"}]},
+        exchange("I\n\nin", "O"),
+    ),
+    ("code_alpaca", {"output": "O", "instruction": "I", "input": ""}, exchange("I", "O")),
+    (
+        "cornell_movie_dialogs",
+        {"movieID": "m0", "utterance": {"text": ["Yes - sure\x97", "Well?", "No."], "LineID": ["L1", "L2", "L3"]}},
+        exchange("Yes - sure—", "Well?"),
+    ),
+    ("gsm8k", {"question": "Q", "answer": "2*3=<<2*3=6>>6\n#### 6"}, exchange("Q", "2*3=6\nThe answer is 6.")),
+    ("gsm8k", {"question": "Q", "answer": "All.\n#### 1,050"}, exchange("Q", "All.\nThe answer is 1,050.")),
+    ("math_dataset", {"question": "b'Is 4 prime?\\n'", "answer": "b'False\\n'"}, exchange("Is 4 prime?", "False")),
+    (
+        "mbpp",
+        {
+            "task_id": 927,
+            "text": "Height of a tree.",
+            "code": "def h(n):\r\n\treturn 0",
+            "test_list": ["assert h(root) == 1"],
+            "test_setup_code": "root = Node(1) \r\nroot.left = Node(2)",
+            "challenge_test_list": [],
+        },
+        exchange(
+            "Height of a tree.\n\nYour code should pass these tests:\n\n"
+            "root = Node(1) \nroot.left = Node(2)\nassert h(root) == 1",
+            "```python\ndef h(n):\n\treturn 0\n```",
+        ),
+    ),
+    (
+        "natural_questions",
+        {
+            "id": "5225754983651766092",
+            "question": {"text": "who", "tokens": ["who"]},
+            "annotations": {
+                "id": ["1", "2"],
+                "short_answers": [
+                    {"start_token": [], "end_token": [], "text": []},
+                    {"start_token": [3, 9], "end_token": [4, 10], "text": ["Ann ( 9 )", "Bob"]},
+                ],
+                "yes_no_answer": [-1, -1],
+            },
+        },
+        exchange("who", "Ann (9), Bob"),
+    ),
+    (
+        "natural_questions",
+        {**ORIGINAL_NQ, "annotations": [{"short_answers": [], "yes_no_answer": "NO"}]},
+        exchange("when did they land", "No"),
+    ),
+    ("natural_questions", ORIGINAL_NQ, exchange("when did they land", "July 20")),
+    ("natural_questions", SIMPLIFIED_NQ, exchange("when did they land", "July 20")),
+    (
+        "natural_questions",
+        {"context": "Context: A.\n\nQuestion: a\nAnswer: ", "answer": "b", "aliases": ["c"]},
+        exchange("A.\n\na", "b"),
+    ),
+    (
+        "openbookqa",
+        {"id": "1", "question_stem": "Red is", "choices": {"text": ["a colour", "sour"], "label": ["A", "B"]}}
+        | {"answerKey": "A"},
+        exchange("Red is\n\nA. a colour\nB. sour", "A. a colour"),
+    ),
+    ("smoltalk", {"messages": [{"role": "system", "content": " "}, *turns("a", "b")]}, exchange("a", "b")),
+    (
+        "smol_smoltalk",
+        {"messages": [{"role": "system", "content": "Be brief."}, *turns("a", "b")], "source": "smol-rewrite"},
+        {"messages": [{"role": "system", "content": "Be brief."}, *turns("a", "b")]},
+    ),
+    ("ultrachat", {"prompt": "a", "prompt_id": "1", "messages": turns("a", "b", "c", "d")}, exchange(*"abcd")),
+    ("ultrachat", {"id": "0", "data": ["a", "b", "c"]}, exchange("a", "b")),
+    (
+        "ultrafeedback",
+        {"prompt": "a", "chosen": turns("a", "b"), "rejected": turns("a", "c"), "score_chosen": 8.0},
+        {"prompt": turns("a"), "chosen": turns("a", "b")[1:], "rejected": turns("a", "c")[1:]},
+    ),
+    (
+        "hh_rlhf",
+        {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c", "rejected": "\n\nHuman: a\n\nAssistant: d"},
+        {"prompt": turns("a"), "chosen": turns("a", "b\n\nc")[1:], "rejected": turns("a", "d")[1:]},
+    ),
+    ("prompt_completion", {"prompt": turns("a"), "completion": turns("a", "b")[1:]}, exchange("a", "b")),
+    ("prompt_completion", {"prompt": "a ### b", "response": "c"}, exchange("a ### b", "c")),
+    (
+        "prompt_completion",
+        {"prompt": "### Instruction:\na\n\n### Input:\nb\n\n### Response:", "completion": "c"},
+        exchange("a\n\nb", "c"),
+    ),
+    (
+        "messages",
+        {"conversations": [{"from": who, "value": who} for who in ("system", "user", "chatgpt", "human", "bing")]},
+        {
+            "messages": [
+                {"role": role, "content": who}
+                for role, who in zip(
+                    ("system", "user", "assistant", "user", "assistant"),
+                    ("system", "user", "chatgpt", "human", "bing"),
+                    strict=True,
+                )
+            ]
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "raw", "row"), HUB_ROWS, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(HUB_ROWS)])
+def test_rows_of_the_hub_and_of_other_releases_become_exactly_these(name, raw, row):
+    assert converted(name, raw) == row
+
+
+# (source, raw row, reason)
+REFUSED = [
+    ("alpaca", {"instruction": "I", "instances": []}, "missing field"),
+    ("cornell_movie_dialogs", {"lines": [{"speaker": "a", "text": text} for text in "bc"]}, "no messages"),
+    ("cornell_movie_dialogs", {"utterance": {"text": ["na\ufffdve", "b"]}}, "replacement character"),
+    ("cornell_movie_dialogs", {"utterance": {"text": ["a\x81", "b"]}}, "control character"),  # no Windows-1252
+    ("hh_rlhf", {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"})
+    + ("different prompts",),
+    ("hh_rlhf", {"chosen": "Human: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "wrong order"),
+    ("mbpp", {"text": "a", "code": "b", "task_id": 510, "test_list": []}, "evaluation split"),
+    ("mbpp", {"text": "a", "code": "b", "test_list": []}, "missing field"),
+    ("mbpp", {"text": "a", "code": " ", "task_id": 511, "test_list": []}, "empty reply"),
+    ("mbpp", {"text": " ", "code": "b", "task_id": 511, "test_list": ["assert b"]}, "empty question"),
+    ("moss", {"chat": {"turn_2": {"Human": "<|Human|>: a<eoh>", "MOSS": "<|MOSS|>: b<eom>"}}}, "wrong type"),
+    ("natural_questions", {"question": "a", "answer": []}, "no short answer"),
+    ("natural_questions", {"question_text": "a", "document_text": "a"}, "missing field"),
+    ("openbookqa", {"Question Stem": "a", "Choices": "(A) b (B) c", "Answer Key": "C"}, "missing field"),
+    ("preference", {"messages": turns("a", "b"), "label": True}, "missing field"),
+    ("prompt_completion", {"prompt": "a", "completion": " "}, "empty reply"),
+    ("smoltalk", {"messages": [*turns("a", "b"), {"role": "system", "content": "c"}, *turns("d", "e")]}, "wrong order"),
+    ("smoltalk", {"messages": [*turns("a", "b"), {"role": "tool", "content": "c"}]}, "unknown role"),
+    ("ultrachat", {"data": ["a", " "]}, "empty reply"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "raw", "reason"), REFUSED, ids=[f"{n}-{r}" for n, _, r in REFUSED])
+def test_a_row_that_cannot_be_used_is_refused_with_its_reason(name, raw, reason):
+    assert rejected(name, raw) == reason
+
+
+def test_a_kto_file_is_told_that_it_holds_no_pairs(shared_data):
+    with pytest.raises(DataError, match="300 missing field.*a reply with a label, as for KTO, is no pair"):
+        list(load(f"preference={shared_data / 'preference' / 'kto_en_demo.json'}", "preference"))
+
+
+def said(key: str, text: str, parent: str | None = None, role: str = "", **more: object) -> dict:
+    role = role or ("prompter" if parent is None else "assistant")
+    return {"message_id": key, "parent_id": parent, "message_tree_id": key[0], "text": text, "role": role, **more}
+
+
+OASST_FLAT = [
+    said("a", "Hello"),
+    said("a1", "worse", "a", rank=1),
+    said("a2", "deleted", "a", rank=0, deleted=True),
+    said("a3", "spam", "a", rank=0, labels={"name": ["quality", "spam"], "value": [1.0, 0.6], "count": [1, 3]}),
+    said("a5", "refused", "a", rank=0, review_result=False),
+    said("a4", "best", "a", rank=0, labels={"name": ["spam"], "value": [0.1], "count": [3]}),
+    said("a6", "unranked", "a"),
+    said("a7", "And?", "a4", "prompter"),
+    said("a8", "So.", "a7", rank=None),
+    said("a9", "Unanswered?", "a8", "prompter"),
+]
+HELLO = exchange("Hello", "best", "And?", "So.")
+
+
+def tree_of(flat: list[dict], parent: str | None = None) -> list[dict]:
+    """The release's nested form of flat messages, with its labels as objects."""
+    nested = []
+    for row in (row for row in flat if row["parent_id"] == parent):
+        labels = row.get("labels")
+        as_objects = {n: {"value": v} for n, v in zip(labels["name"], labels["value"], strict=True)} if labels else {}
+        nested.append({**row, "labels": as_objects, "replies": tree_of(flat, row["message_id"])})
+    return nested
+
+
+def test_oasst_follows_the_best_ranked_replies_past_those_that_are_deleted_refused_or_spam(tmp_path):
+    (tree,) = tree_of(OASST_FLAT)
+    other = [said("b", "Bye"), said("b1", "Bye!", "b", rank=0)]
+    broken = [said("c1", "lost its question", "c"), said("d", "spam", labels={"name": ["spam"], "value": [1.0]})]
+    flat = written(
+        tmp_path, "oasst_ready.messages.jsonl", json_lines(*OASST_FLAT, *other) + "{\n" + json_lines(*broken)
+    )
+    rows, loaded = read(f"oasst={flat}")
+    assert rows == [HELLO, exchange("Bye", "Bye!")]
+    assert (loaded.tally.rows_in, loaded.tally.rejects) == (5, {"not JSON": 1, "missing field": 2})
+    assert [place.split(" ")[0] for place in loaded.tally.places["missing field"]] == [f"{flat}:14", f"{flat}:15"]
+    nested = written(tmp_path, "oasst_ready.trees.jsonl", json_lines({"message_tree_id": "a", "prompt": tree}))
+    assert read(f"oasst={nested}")[0] == [HELLO]
+    assert read(f"oasst={tmp_path}")[0] == [HELLO]  # of a folder with both, the trees
+
+
+def test_oasst_walks_no_circle_of_parents():
+    circle = [said("a", "Hello"), said("a1", "Hi!", "a"), said("a", "Hello?", "a1", "prompter")]
+    assert converted("oasst", circle) == exchange("Hello", "Hi!")
+
+
+def test_no_role_mark_of_moss_is_left_and_its_turns_keep_their_order(shared_data):
+    path = shared_data / "chat" / "moss003_original_example.json"
+    ((row,), _) = read(f"moss={path}")
+    contents = [turn["content"] for turn in row["messages"]]
+    assert len(contents) == 12 and contents[0] == "重新编排一首有关人工智能的歌曲"
+    assert not [content for content in contents if "<|" in content or "<eo" in content]
+    raw = json.loads(path.read_text())["chat"]
+    ten = {"chat": {f"turn_{n}": {**raw["turn_1"], "Human": f"<|Human|>: {n}<eoh>\n"} for n in range(11, 0, -1)}}
+    assert [turn["content"] for turn in converted("moss", ten)["messages"][::2]] == [str(n) for n in range(1, 12)]

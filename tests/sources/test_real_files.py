@@ -1,0 +1,119 @@
+"""RAW DATA, real files: exactly their rows come out, without the marks that they were published with."""
+
+import gzip
+import json
+import re
+
+import pytest
+from support import exchange, json_lines, read, written
+
+from rorchat.errors import DataError
+from rorchat.sources.registry import find, load
+
+
+def test_alpaca_puts_the_input_after_the_instruction_and_knows_its_spellings_of_none():
+    convert = find("alpaca").convert
+    for nothing in ("", None, "<noinput>", "noinput", "No input", "<no input>", "< noinput >", "\\<noinput\\>"):
+        row = {"instruction": "Do it.", "input": nothing, "output": "Done."}
+        assert convert(row) == exchange("Do it.", "Done.")
+    assert convert({"instruction": "Do it.", "input": "now", "output": "Done."}) == exchange("Do it.\n\nnow", "Done.")
+
+
+def test_dailydialog_drops_the_empty_part_after_the_last_mark_and_takes_back_the_blanks():
+    convert = find("dailydialog").convert
+    row = "Hey John , how are you ? __eou__ I ’ m fine , thanks . __eou__ Good ! __eou__\n"
+    assert convert(row) == exchange("Hey John, how are you?", "I'm fine, thanks.")
+
+
+def test_dailydialog_reads_its_text_files_gzipped_and_other_formats_too(tmp_path):
+    path = tmp_path / "dialogues_text.txt.gz"
+    path.write_bytes(gzip.compress(b"Hello . __eou__ Hi ! __eou__\n5 6 7\n", mtime=0))
+    rows, loaded = read(f"dailydialog={path}", "conversation")
+    assert rows == [exchange("Hello.", "Hi!")]
+    assert loaded.tally.places["not a dialogue"][0].startswith(f"{path}:2")
+    path = written(tmp_path, "rows.jsonl", json_lines({"dialog": ["Hello .", "Hi !"]}))
+    assert read(f"dailydialog={path}", "conversation")[0] == [exchange("Hello.", "Hi!")]
+
+
+# (source, path under shared/data, kind, rows in, rejects): the traps that data/SOURCES.md lists
+REAL = [
+    ("alpaca", "alpaca/alpaca_5000.json", 5000, {"empty reply": 2}),
+    ("alpaca", "alpaca/alpaca_en_demo.json", 999, {}),
+    ("alpaca", "alpaca/alpaca_tiny.json", 100, {}),
+    ("alpaca", "code_alpaca", 2017, {"empty reply": 2}),
+    ("messages", "preference/kto_en_demo.json", 300, {"marked as bad": 150}),
+    ("dailydialog", "dailydialog/dialogues_text.txt", 2000, {}),
+    ("dailydialog", "dailydialog", 2000, {}),
+    ("messages", "chat/axolotl_sharegpt_conversation.json", 1, {}),
+    ("messages", "chat/deita_subset_test_sft.parquet", 5, {}),
+    ("messages", "chat/moss003_messages.jsonl", 224, {}),
+    ("messages", "chat/openai_sft.jsonl", 128, {}),
+    ("messages", "chat/tulu3_oasst1_sft_sample.jsonl", 100, {}),
+    ("preference", "preference/dpo_en_demo.json", 300, {"control character": 1}),
+    ("preference", "preference/instruction-data-with-preference.json", 1100, {"identical chosen and rejected": 6}),
+    ("preference", "preference/tulu3_preference_sample.jsonl", 100, {}),
+    ("preference", "preference/ultrafeedback_eval_200.jsonl", 200, {"identical chosen and rejected": 1}),
+    (
+        "preference",
+        "preference/ultrafeedback_train_1000.jsonl",
+        1000,
+        {"identical chosen and rejected": 4, "empty reply": 2, "control character": 1},
+    ),
+    ("prose", "corpus_prose", 3412, {"control character": 1}),
+    ("prose", "corpus_prose/val.jsonl", 45, {}),
+    ("text", "tinystories/tinystories_sample.txt", 5, {}),
+    ("text", "tinystories/tinystories_sample_2mb.txt", 2317, {}),
+    ("text", "books", 4, {"invalid UTF-8": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "rows_in", "rejects"), REAL, ids=[path for _, path, *_ in REAL])
+def test_real_files_give_exactly_the_rows_that_are_in_them(name, path, rows_in, rejects, shared_data):
+    rows, loaded = read(f"{name}={shared_data / path}", find(name).KIND)
+    assert loaded.tally.rejects == rejects
+    assert loaded.tally.rows_in == rows_in
+    assert len(rows) == loaded.tally.rows_in - sum(rejects.values())
+
+
+# Real files of shapes that no source of ours reads yet: one line each, never a traceback.
+UNREAD = [
+    ("messages", "chat/dolly_hhrlhf_train_small.jsonl", 1000),
+    ("messages", "chat/moss003_original_example.json", 1),
+    ("messages", "chat/mt_bench_question.jsonl", 80),
+    ("preference", "preference/hh_rlhf_harmless_base_test.jsonl.gz", 2312),
+    ("preference", "preference/kto_en_demo.json", 300),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "rows_in"), UNREAD, ids=[path for _, path, _ in UNREAD])
+def test_a_real_file_of_another_shape_is_refused_as_a_whole_in_one_line(name, path, rows_in, shared_data):
+    said = f"can be used: {rows_in:,} missing field, first at .*(:1|row 0) "
+    with pytest.raises(DataError, match=said) as failure:
+        list(load(f"{name}={shared_data / path}", find(name).KIND))
+    assert "\n" not in str(failure.value)
+
+
+def test_alpaca_says_in_59_rows_that_there_is_no_input_and_none_of_it_reaches_a_question(shared_data):
+    path = shared_data / "alpaca" / "alpaca_5000.json"
+    says_so = re.compile(r"\W*no ?input( needed| required)?\W*", re.IGNORECASE)
+    raw = json.loads(path.read_text())
+    without = [row["instruction"].strip() for row in raw if says_so.fullmatch(row["input"]) and row["output"]]
+    assert len(without) == 59
+    questions = [row["messages"][0]["content"] for row in read(f"alpaca={path}", "conversation")[0]]
+    assert set(without) <= set(questions)
+    assert not [question for question in questions if says_so.fullmatch(question.rpartition("\n\n")[2])]
+
+
+def test_no_mark_of_dailydialog_is_left_and_every_utterance_has_words(shared_data):
+    path = shared_data / "dailydialog" / "dialogues_text.txt"
+    rows, _ = read(f"dailydialog={path}", "conversation")
+    contents = [turn["content"] for row in rows for turn in row["messages"]]
+    marks = [line.count("__eou__") for line in path.read_text().splitlines()]
+    assert len(contents) == sum(count // 2 * 2 for count in marks)  # a last utterance nobody answers is left out
+    assert not [content for content in contents if "__eou__" in content or not content.strip() or " ," in content]
+
+
+def test_system_turns_of_a_preference_file_stay_at_the_head_of_the_prompt(shared_data):
+    rows, _ = read(f"preference={shared_data / 'preference' / 'dpo_en_demo.json'}", "preference")
+    assert sum(row["prompt"][0]["role"] == "system" for row in rows) == 79  # of 80: row 15 has a control character
+    assert all(row["prompt"][-1]["role"] == "user" for row in rows)

@@ -1,0 +1,375 @@
+"""RAW DATA: every row is kept or counted as rejected with its place, and a source knows what it was read from."""
+
+import dataclasses
+import gzip
+import json
+import os
+import random
+import shutil
+
+import pytest
+from support import CONVERTING, exchange, json_lines, read, written
+
+from rorchat.errors import DataError, RemoteError, UsageError
+from rorchat.persona import load_persona
+from rorchat.rows import CHECKS, RejectedRow, Repaired, words_of
+from rorchat.sources.base import digest, exact_digest, in_validation
+from rorchat.sources.registry import available, digest_of, find, load, texts, unread
+
+GENERATING = [name for name in available() if hasattr(find(name), "generate")]
+
+
+def kinds_of(name: str) -> tuple[str, ...]:
+    kind = find(name).KIND
+    return kind if isinstance(kind, tuple) else (kind,)
+
+
+GOOD_ROW = {"document": {"text": "It was."}, "conversation": exchange(), "preference": find("preference").RAW[0]}
+
+
+def test_there_are_sources_of_every_kind():
+    assert len(CONVERTING) >= 6 and len(GENERATING) >= 2
+    assert {kind for name in available() for kind in kinds_of(name)} == set(CHECKS)
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_source_names_its_licence_and_turns_its_own_raw_rows_into_valid_ones(name):
+    module = find(name)
+    assert isinstance(module.LICENCE, str) and module.LICENCE
+    if hasattr(module, "generate"):
+        converted = [(kind, row) for kind in kinds_of(name) for row in load(f"{name}=7", kind)]
+        assert len(converted) == 7 * len(kinds_of(name))
+    else:
+        converted = [(module.KIND, module.convert(raw)) for raw in module.RAW]
+        converted = [(kind, row.row if isinstance(row, Repaired) else row) for kind, row in converted]
+        assert len(converted) >= 1
+    for kind, row in converted:
+        CHECKS[kind](row)
+
+
+# What a reader may meet where a row should stand; no source may answer with anything but a row or a Reject.
+NOT_ROWS = [
+    None, 5, 2.5, True, "", "a string", [], {}, [1], [None], [[]], ["user", "hi"], {"a": 1}, {"": None},
+    {"text": None}, {"text": 5}, {"text": ["a"]},
+    {"messages": None}, {"messages": 5}, {"messages": "hi"}, {"messages": [None]}, {"messages": [{"role": "user"}]},
+    {"messages": [{"role": None, "content": "a"}]}, {"messages": [{"role": "user", "content": None}]},
+    {"messages": {"role": "user", "content": "a"}}, {"conversations": [{"from": "human", "value": 5}]},
+    {"instruction": None, "input": None, "output": None}, {"instruction": "a", "input": 5, "output": "b"},
+    {"instruction": "a", "input": "", "output": None}, {"instruction": " ", "input": "", "output": "b"},
+    {"utterances": None}, {"utterances": [1, 2]}, {"dialog": "a string"}, {"dialog": []}, {"dialog": ["alone"]},
+    {"prompt": None, "chosen": "a", "rejected": "b"}, {"prompt": [], "chosen": "a", "rejected": "b"},
+    {"prompt": "a", "chosen": None, "rejected": "b"}, {"prompt": "a", "chosen": [], "rejected": []},
+    {"prompt": "a", "chosen": ["b"], "rejected": ["c"]}, {"prompt": "a", "chosen": "b", "rejected": ["c"]},
+    {"prompt": [], "chosen": exchange("a", "b")["messages"], "rejected": exchange("a", "c")["messages"]},
+    {"prompt": 5, "chosen": exchange("a", "b")["messages"], "rejected": exchange("x", "c")["messages"]},
+    {"instruction": "a", "input": 5, "chosen": "b", "rejected": "c"},
+    {"instruction": None, "chosen": "b", "rejected": "c"},
+    {"conversations": None, "chosen": {"from": "gpt", "value": "b"}, "rejected": {"from": "gpt", "value": "c"}},
+    {"conversations": [], "chosen": {"from": "gpt", "value": "b"}, "rejected": {"from": "gpt", "value": "c"}},
+    {"conversations": [{"from": "human", "value": "a"}], "chosen": "b", "rejected": None},
+    {"text": "half a pair \ud800"}, exchange("\udfff", "a"), exchange("a", "\ud83d"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVERTING)
+def test_whatever_stands_where_a_row_should_be_is_kept_or_rejected_and_never_a_traceback(name, tmp_path):
+    module = find(name)
+    good = next(raw for raw in module.RAW if not isinstance(raw, str))
+    path = written(tmp_path, "rows.jsonl", json_lines(*NOT_ROWS, good))
+    rows, loaded = read(f"{name}={path}", module.KIND)
+    assert loaded.tally.rows_in == len(NOT_ROWS) + 1
+    assert loaded.tally.rejects["wrong type"] >= 3
+    for row in rows:
+        CHECKS[module.KIND](row)
+        json.dumps(row, ensure_ascii=False).encode()  # what a tokenizer needs: text that has UTF-8
+
+
+@pytest.mark.parametrize("name", CONVERTING)
+def test_a_row_cut_to_pieces_is_kept_or_rejected(name):
+    """Every raw row with any part of it missing, null, a number, a list or empty."""
+    draw, module, tried = random.Random(0), find(name), 0
+
+    def damaged(value):
+        if draw.random() < 0.15:
+            return draw.choice([None, 7, [], {}, "", [value], {"role": value}])
+        if isinstance(value, dict):
+            return {key: damaged(part) for key, part in value.items() if draw.random() > 0.1}
+        return [damaged(part) for part in value if draw.random() > 0.1] if isinstance(value, list) else value
+
+    for _ in range(300):
+        for raw in module.RAW:
+            tried += 1
+            try:
+                CHECKS[module.KIND](module.convert(damaged(raw)))
+            except RejectedRow as reject:
+                assert reject.reason
+    assert tried == 300 * len(module.RAW)
+
+
+# One line of bad bytes, one of bad JSON, and rows that are unusable in one way each, with the reason for each.
+BAD_CONVERSATIONS = [
+    (b'{"messages": [{"role": "user", "content": "\xff"}]}\n', "invalid UTF-8"),
+    (b'{"messages": [\n', "not JSON"),
+    (json_lines({"messages": [{"role": "pirate", "content": "a"}]}).encode(), "unknown role"),
+    (json_lines(exchange("a", " \n")).encode(), "empty reply"),
+    (json_lines(exchange(" ", "a")).encode(), "empty question"),
+    (json_lines({"messages": exchange()["messages"][::-1] * 2}).encode(), "wrong order"),
+    (json_lines({"messages": exchange()["messages"][:1]}).encode(), "no assistant turn"),
+    (json_lines({"messages": []}).encode(), "no assistant turn"),
+    (json_lines({"messages": [{"role": "user", "content": 5}]}).encode(), "wrong type"),
+    (json_lines({"messages": None}).encode(), "wrong type"),
+    (json_lines({"turns": []}).encode(), "missing field"),
+    (json_lines({"messages": [{"role": "user"}]}).encode(), "missing field"),
+    (json_lines(17).encode(), "wrong type"),
+    (json_lines(exchange("a", "\ud800")).encode(), "invalid Unicode"),
+    (b"1" * 5000 + b"\n", "not JSON"),  # Python refuses so many digits with another error than bad JSON
+    (b"[" * 200_000 + b"\n", "not JSON"),
+]
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD_CONVERSATIONS)
+def test_a_bad_row_costs_that_row_and_its_line_is_named(bad, reason, tmp_path):
+    good = json_lines(exchange()).encode()
+    path = written(tmp_path, "rows.jsonl", good + b"\n" + bad + good)  # good, empty line, bad, good
+    rows, loaded = read(f"messages={path}", "conversation")
+    assert (len(rows), loaded.tally.rejects) == (2, {reason: 1})
+    assert loaded.tally.places[reason][0].split(" ")[0] == f"{path}:3"
+
+
+def test_a_bare_list_of_messages_is_a_row_like_any_other(tmp_path):
+    path = written(tmp_path, "rows.jsonl", json_lines(exchange()["messages"], exchange()))
+    rows, loaded = read(f"messages={path}", "conversation")
+    assert rows == [exchange(), exchange()]
+
+
+def test_a_last_question_that_nobody_answers_is_left_out(tmp_path):
+    row = {"messages": [*exchange()["messages"], {"role": "user", "content": "And you?"}]}
+    rows, _ = read(f"messages={written(tmp_path, 'rows.jsonl', json_lines(row))}", "conversation")
+    assert rows == [exchange()]
+
+
+PREFERENCES = [
+    ({"prompt": "q", "chosen": "a", "rejected": " a\n"}, "identical chosen and rejected"),
+    ({"prompt": "q", "chosen": "a", "rejected": ""}, "empty reply"),
+    ({"prompt": "q", "chosen": "a"}, "missing field"),
+    ({"prompt": "q", "chosen": "a", "rejected": 5}, "wrong type"),
+    ({"prompt": [], "chosen": exchange()["messages"], "rejected": exchange("Hello", "No.")["messages"]}, "wrong order"),
+    ({"chosen": exchange("a", "b")["messages"], "rejected": exchange("x", "c")["messages"]}, "different prompts"),
+    ({"prompt": [{"role": "pirate", "content": "q"}], "chosen": "a", "rejected": "b"}, "unknown role"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "reason"), PREFERENCES)
+def test_a_preference_that_prefers_nothing_is_rejected_with_its_reason(bad, reason, tmp_path):
+    good = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    path = written(tmp_path, "rows.jsonl", json_lines(good, bad))
+    rows, loaded = read(f"preference={path}", "preference")
+    assert loaded.tally.rejects == {reason: 1}
+    assert loaded.tally.places[reason][0].startswith(f"{path}:2")
+    assert rows == [
+        {
+            "prompt": [{"role": "user", "content": "q"}],
+            "chosen": [{"role": "assistant", "content": "a"}],
+            "rejected": [{"role": "assistant", "content": "b"}],
+        }
+    ]
+
+
+def test_what_is_hidden_in_a_folder_is_not_read(tmp_path):
+    for name in (".git", ".store.unfinished/deep", "shown"):
+        (tmp_path / name).mkdir(parents=True)
+        written(tmp_path / name, "a.json", '{"text": "good"}')
+    written(tmp_path, ".hidden.txt", "bad")
+    rows, loaded = read(f"text={tmp_path}", "document")
+    assert (rows, loaded.tally.rows_in) == ([{"text": "good"}], 1) and unread(loaded.spec) == []
+
+
+def test_a_folder_is_read_in_the_order_of_names_and_other_files_are_left_alone(tmp_path):
+    (tmp_path / "inner").mkdir()
+    for name in ("b.txt", "a.md", "inner/c.txt", "d.png", "e.csv"):
+        written(tmp_path, name, name)
+    rows, loaded = read(f"text={tmp_path}", "document")
+    assert [row["text"] for row in rows] == ["a.md", "b.txt", "inner/c.txt"]
+
+
+def test_only_the_first_places_of_a_reason_are_kept_but_all_are_counted(tmp_path):
+    path = written(tmp_path, "a.jsonl", json_lines(*[5] * 50, {"text": "good"}))
+    _, loaded = read(f"text={path}", "document")
+    assert loaded.tally.rejects == {"wrong type": 50}
+    assert [place.split(" ")[0] for place in loaded.tally.places["wrong type"]] == [f"{path}:{n}" for n in (1, 2, 3)]
+    first, second = str(loaded.tally).splitlines()
+    assert first == f"text={path}: 1 of 51 rows kept"
+    assert second.startswith(f"  50 rejected: wrong type, first at {path}:1 ")
+
+
+def test_an_unknown_source_suggests_its_neighbour():
+    with pytest.raises(UsageError, match=r"No source named 'alpacca'\. Did you mean 'alpaca'\? Available: .*tinytown"):
+        load("alpacca", "conversation")
+
+
+def test_a_source_of_another_kind_says_which_ones_fit():
+    with pytest.raises(UsageError, match="'alpaca' gives conversations, but here go documents: .*text"):
+        load("alpaca=x", "document")
+
+
+@pytest.mark.parametrize("amount", ["", "0", "-3", "many", "1e3"])
+def test_a_generated_source_wants_an_amount(amount):
+    with pytest.raises(UsageError, match="is generated: say how many rows, as in tinytown=1000"):
+        load(f"tinytown={amount}", "document")
+
+
+def test_a_source_without_a_home_on_the_hub_wants_a_path():
+    with pytest.raises(UsageError, match="text=PATH"):
+        load("text", "document")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_that_names_the_local_way(monkeypatch):
+    import datasets
+
+    def unreachable(**arguments):
+        raise ConnectionError("first line\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(RemoteError, match=r"tatsu-lab/alpaca .*first line second line.* alpaca=PATH") as failure:
+        load("alpaca", "conversation")
+    assert "\n" not in str(failure.value)
+
+
+NOTHING_TO_READ = [
+    ("empty.txt", b"", "is empty: there is no row in it"),
+    ("empty.jsonl", b"", "is empty: there is no row in it"),
+    ("blank.jsonl", b"\n \n\n", "is empty: there is no row in it"),
+    ("empty.json", b"", "No row of .* can be used"),
+    ("array.json", b"[]", "is empty: there is no row in it"),
+    ("empty.txt.gz", gzip.compress(b"", mtime=0), "is empty: there is no row in it"),
+    ("numbers.jsonl", b"1\n2\n", "No row of .* can be used: 2 wrong type, first at .*Mend them .*--rejects"),
+    ("table.xml", b"a,b\n", r"cannot read \.xml; known are \.txt"),
+    ("plain", b"a", "cannot read a file without suffix"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), NOTHING_TO_READ)
+def test_a_file_without_a_usable_row_is_a_data_error_of_one_line(name, content, said, tmp_path):
+    path = written(tmp_path, name, content)
+    with pytest.raises(DataError, match=said) as failure:
+        list(load(f"text={path}", "document"))
+    assert str(path) in str(failure.value) and "\n" not in str(failure.value)
+    assert failure.value.exit_code == 65
+
+
+@pytest.mark.parametrize("name", CONVERTING)
+def test_a_missing_path_or_a_folder_with_nothing_fitting_is_a_data_error_of_one_line(name, tmp_path):
+    with pytest.raises(DataError, match=f"No file or folder {tmp_path / 'nowhere'}") as failure:
+        list(load(f"{name}={tmp_path / 'nowhere'}", find(name).KIND))
+    assert "\n" not in str(failure.value)
+    with pytest.raises(DataError, match="but nothing"):
+        list(load(f"{name}={tmp_path}", find(name).KIND))
+    written(tmp_path, "picture.png", "")
+    with pytest.raises(DataError, match=r"holds none of .* but picture\.png") as failure:
+        list(load(f"{name}={tmp_path}", find(name).KIND))
+    assert "\n" not in str(failure.value)
+
+
+def test_a_summary_remembers_licence_and_counts(tmp_path):
+    _, loaded = read(f"text={written(tmp_path, 'a.jsonl', json_lines(5, {'text': 'good'}))}", "document")
+    assert loaded.tally.summary() == {
+        "source": loaded.spec,
+        "licence": find("text").LICENCE,
+        "rows_in": 2,
+        "kept": 1,
+        "rejects": {"wrong type": 1},
+        "repairs": {},
+        "cut": 0,
+    }
+
+
+def test_texts_gives_the_words_of_every_kind_of_source(tmp_path):
+    documents = written(tmp_path, "a.jsonl", json_lines({"text": "a document"}))
+    conversations = written(tmp_path, "b.jsonl", json_lines(exchange("a question", "an answer")))
+    preferences = written(tmp_path, "c.jsonl", json_lines({"prompt": "p", "chosen": "c", "rejected": "r"}))
+    specs = [f"text={documents}", f"messages={conversations}", f"preference={preferences}"]
+    assert list(texts(specs)) == ["a document", "a question", "an answer", "p", "c", "r"]
+
+
+def test_the_hold_out_takes_its_share_and_looks_at_words_alone():
+    held_out = [in_validation(f"document {number}", 0.1) for number in range(20_000)]
+    assert 0.09 < sum(held_out) / len(held_out) < 0.11
+    assert not any(in_validation(f"document {number}", 0.0) for number in range(100))
+    assert all(in_validation(f"document {number}", 1.0) for number in range(100))
+    for number, held in enumerate(held_out[:500]):
+        assert in_validation(f"  DOCUMENT\n\t{number} ", 0.1) == held
+        assert not held or in_validation(f"document {number}", 0.2)  # a larger share only adds
+
+
+DIFFERENT = [
+    ({"text": "if x:\n    a()\n    b()"}, {"text": "if x:\n    a()\nb()"}),
+    ({"text": "Polish"}, {"text": "polish"}),
+    (exchange("Sort 1 23.", "1 23"), exchange("Sort 12 3.", "12 3")),
+    (exchange("Say a", "b c"), exchange("Say a b", "c")),
+    ({"messages": exchange("a", "b")["messages"] * 2}, {"messages": exchange("a", "b\na\nb")["messages"]}),
+    (
+        {"messages": [{"role": "system", "content": "a"}, *exchange("b", "c")["messages"]]},
+        {"messages": [{"role": "user", "content": "a"}, *exchange("b", "c")["messages"]]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), DIFFERENT)
+def test_texts_that_differ_are_no_duplicates_although_they_are_held_out_together(first, second):
+    loose = [digest(words_of(row)) for row in (first, second)]
+    assert loose[0] == loose[1]
+    assert exact_digest(first, loose[0]) != exact_digest(second, loose[1])
+    again = json.loads(json.dumps(first))
+    assert exact_digest(again, loose[0]) == exact_digest(first, loose[0]) and len(exact_digest(first, loose[0])) == 16
+
+
+@pytest.mark.parametrize("length", [10, 2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20])
+def test_white_space_around_a_document_makes_it_no_other_whatever_its_length(length):
+    text = ("It was the best of times. " * (length // 26 + 1))[: length - 1] + "x"
+    bare, padded = ({"text": form} for form in (text, f"\n {text}\r\n"))
+    assert exact_digest(bare, digest(text)) == exact_digest(padded, digest(padded["text"]))
+    assert exact_digest(bare, digest(text)) != exact_digest({"text": text.replace("was", "Was", 1)}, digest(text))
+
+
+def test_the_digest_of_a_source_knows_a_copy_of_its_files_and_notices_another_content_name_or_file(tmp_path):
+    first, copy = tmp_path / "first", tmp_path / "copy"
+    first.mkdir()
+    for name, rows in (("a.jsonl", 20), ("b.jsonl", 100_000)):  # one of 0.5 MB, one of more than 2
+        written(first, name, json_lines(*({"text": f"document {name} {number:09d}"} for number in range(rows))))
+    digest_before = digest_of(f"text={first}")
+    shutil.copytree(first, copy)
+    for file in copy.iterdir():
+        os.utime(file, (0, 0))
+    assert digest_of(f"text={copy}") == digest_before != ""
+    written(copy, ".DS_Store", b"\0")
+    written(copy, "notes.doc", b"\0")
+    assert digest_of(f"text={copy}") == digest_before
+    for name in ("a.jsonl", "b.jsonl"):
+        content = (copy / name).read_bytes()
+        end = content[:-9] + b'so"}\n\n\n\n\n'
+        assert len(end) == len(content)
+        for changed in (content.replace(b"document", b"DOCUMENT"), end, content + b"\n", content[:-1]):
+            (copy / name).write_bytes(changed)
+            assert digest_of(f"text={copy}") != digest_before
+        (copy / name).write_bytes(content)
+    (copy / "a.jsonl").rename(copy / "c.jsonl")
+    assert digest_of(f"text={copy}") != digest_before
+    assert digest_of(f"text={tmp_path / 'nowhere'}") == ""
+
+
+def test_the_files_beside_those_of_a_source_are_part_of_its_digest(tmp_path):
+    separator = " +++$+++ "
+    written(tmp_path, "movie_conversations.txt", separator.join(("u0", "u2", "m0", "['L1', 'L2']")) + "\n")
+    lines = [separator.join((f"L{n}", f"u{n}", "m0", "A", f"Line {n}.")) for n in (1, 2)]
+    written(tmp_path, "movie_lines.txt", "\n".join(lines))
+    spec = f"cornell_movie_dialogs={tmp_path}"
+    assert len(read(spec, "conversation")[0]) == 1
+    before = digest_of(spec)
+    written(tmp_path, "movie_lines.txt", "\n".join(lines).replace("Line 2", "Else 2"))
+    assert digest_of(spec) != before
+
+
+def test_the_persona_is_part_of_what_is_generated_about_it_and_of_nothing_else():
+    other = dataclasses.replace(load_persona(), name="Zebulon")
+    assert digest_of("persona=60") != digest_of("persona=60", other)
+    assert digest_of("tinytown=60") == digest_of("tinytown=60", other)

@@ -1,0 +1,363 @@
+"""DOCTOR: every row of a file is kept or counted with its reason and place, and what `show` shows is what trains."""
+
+import gzip
+import io
+import json
+from collections import Counter
+
+import pytest
+from support import exchange, lines_of, written
+
+from rorchat.chatml import END_OF_TEXT, IGNORE_INDEX, IM_END, encode_conversation, encode_text
+from rorchat.errors import DataError
+from rorchat.inspection import Checked, check, show
+from rorchat.reading.filters import Filters
+from rorchat.rows import ROLE_NAMES
+
+EVALUATION = "which of these seven animals would a careful farmer never keep in the kitchen of his house"
+LONG = "once upon a time there was a small model that wanted to talk " * 20
+KNOWN = ", ".join(ROLE_NAMES)
+
+
+def turns(*said: tuple[str, str]) -> dict:
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def checked(given: object, **options: object) -> tuple[Checked, list[dict]]:
+    """What `check` finds and the rejects that it wrote, after comparing the two with one another."""
+    rejects = io.StringIO()
+    found = check(str(given), rejects=rejects, **options)
+    said = [json.loads(line) for line in rejects.getvalue().splitlines()]
+    tally = found.tally
+    assert tally.rows_in == tally.kept + sum(tally.rejects.values())
+    assert Counter(reject["reason"] for reject in said) == tally.rejects
+    for reason, places in tally.places.items():
+        of_reason = [reject for reject in said if reject["reason"] == reason]
+        assert places == [r["place"] + (f" ({r['detail']})" if r["detail"] else "") for r in of_reason[:3]]
+    return found, said
+
+
+# -- what is wrong with rows -----------------------------------------------------------------------------------------
+
+# (row, reason, detail); reason None: kept
+CONVERSATIONS = [
+    (exchange("A", "b'Hi' + b'b'"), None, ""),
+    (exchange("B", "b' is how a byte literal begins, it's said"), None, ""),
+    (exchange("C", "b'unfinished"), None, ""),
+    (exchange("D", "tab\tand\r\nline"), None, ""),
+    (exchange("E", "b'Hi\\n'"), "byte literal", "message 1 (assistant) is " + repr("b'Hi\\n'")),
+    (exchange(' b"Hi"', "b"), "byte literal", "message 0 (user) is " + repr('b"Hi"')),
+    (lines_of([exchange("F", "@@")])[:-1].replace(b"@@", b"\xff\xfe"), "invalid UTF-8", "byte 82"),
+    (exchange("G", "half \ud83d"), "invalid Unicode", "message 1 has half of a surrogate pair"),
+    (exchange("a\0b", "H"), "control character", "message 0 (user) has U+0000 at character 1"),
+    (exchange("I", "red \x1b[31m"), "control character", "message 1 (assistant) has U+001B at character 4"),
+    (exchange("J", "\x85 \x86"), "control character", "message 1 (assistant) has U+0086 at character 2"),
+    (exchange("K", None), "empty text", "message 1: 'content' is null"),
+    (exchange("L", " \n"), "empty reply", "message 1"),
+    (exchange("", "M"), "empty question", "message 0"),
+    (turns(("robot", "N"), ("assistant", "a")), "unknown role", f"message 0 has the role 'robot'; known are {KNOWN}"),
+    (
+        turns(("user", "O"), ("user", "O"), ("assistant", "a")),
+        "wrong order",
+        "message 1 is from 'user', expected 'assistant'",
+    ),
+    (turns(("assistant", "P")), "wrong order", "message 0 is from 'assistant', expected 'user'"),
+    (
+        turns(("user", "a"), ("system", "b"), ("assistant", "Q")),
+        "wrong order",
+        "message 1 is from 'system', expected 'assistant'",
+    ),
+    (turns(("user", "R")), "no assistant turn", ""),
+    (turns(), "no assistant turn", ""),
+    (exchange("A", "b'Hi' + b'b'"), "duplicate", ""),  # the first
+    (exchange("S", LONG), "over-long", "no exchange fits into 96 tokens"),
+    (b'{"messages": [', "not JSON", "Expecting value at line 1, column 15"),
+    (b"[" * 100_000, "not JSON", "maximum recursion depth exceeded while decoding a JSON array from a unicode string"),
+    (5, "wrong type", "messages are of type int, expected a list"),
+    (exchange(7, "T"), "wrong type", "message 0: 'content' is of type int, expected text"),
+    ({"messages": {"role": "user"}}, "wrong type", "messages are of type dict, expected a list"),
+    ({"message": []}, "missing field", "no 'messages' or 'conversations' among message"),
+    ({"messages": [{"role": "user"}]}, "missing field", "message 0: no 'value' among role"),
+    (b'{"messages": [], "messages": []}', "duplicate keys", "'messages'"),
+    (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "duplicate keys", "'content'"),
+    (exchange("U", f"So, {EVALUATION}!"), "contaminated", None),
+    (exchange("V", "too long by its characters " * 500), "over-long", "13,502 characters, more than 9,000"),
+    (exchange("W", "hold on. " * 3 + "\n" + "hold on.\n" * 30), "repetition", None),
+    (exchange("Z", "the last line is kept"), None, ""),
+]
+
+
+def test_every_fault_of_a_conversation_is_counted_at_its_line_and_none_ends_the_reading(tokenizer, tmp_path):
+    path = written(tmp_path, "rows.jsonl", [row for row, _, _ in CONVERSATIONS])
+    evaluation = written(tmp_path, "evaluation.jsonl", [{"question": "none"}, {"question": EVALUATION}])
+    found, said = checked(
+        path,
+        shape="messages",
+        filters=Filters(max_characters=9000, max_repetition=0.5),
+        evaluation=[str(evaluation)],
+        tokenizer=tokenizer,
+        max_length=96,
+    )
+    expected = {
+        f"{path}:{number}": (reason, detail)
+        for number, (_, reason, detail) in enumerate(CONVERSATIONS, start=1)
+        if reason
+    }
+    assert len(expected) == 30
+    assert {reject["place"]: reject["reason"] for reject in said} == {p: reason for p, (reason, _) in expected.items()}
+    for reject in said:
+        if expected[reject["place"]][1] is not None:
+            assert (reject["place"], reject["detail"]) == (reject["place"], expected[reject["place"]][1])
+    assert (found.tally.rows_in, found.tally.kept) == (35, 5)
+    assert found.tally.places["unknown role"] == [f"{path}:15 (message 0 has the role 'robot'; known are {KNOWN})"]
+    (contaminated,) = [reject for reject in said if reject["reason"] == "contaminated"]
+    assert (
+        contaminated["detail"]
+        == f"13 words of {evaluation.parent.name}/{evaluation.name}, row 1: {' '.join(EVALUATION.split()[:13])}"
+    )
+
+
+def test_the_rejects_file_holds_the_rows_as_they_were_read(tmp_path):
+    rows = [exchange("Hello", ""), exchange("\ud800", "b"), b"{", [5], exchange(), exchange()]
+    path = written(tmp_path, "rows.jsonl", rows)
+    _, said = checked(path, shape="messages")
+    assert [reject["row"] for reject in said] == [rows[0], rows[1], None, [5], exchange()]
+    assert [reject["place"] for reject in said] == [f"{path}:{line}" for line in (1, 2, 3, 4, 6)]
+    assert set(said[0]) == {"place", "reason", "detail", "row"}
+
+
+def test_the_first_three_places_of_a_reason_are_kept_and_all_are_counted(tmp_path):
+    path = written(tmp_path, "rows.jsonl", [exchange(), *[exchange(f"{n}", "") for n in range(50)]])
+    found, _ = checked(path)
+    assert (found.guessed, found.spec) == (True, f"messages={path}")
+    assert found.tally.rejects == {"empty reply": 50}
+    assert found.tally.places == {"empty reply": [f"{path}:{line} (message 1)" for line in (2, 3, 4)]}
+
+
+DOCUMENTS = [
+    ({"text": "b'a' + b'b' is an expression"}, None, ""),
+    ({"text": "b'It was the best of times.' So it begins."}, None, ""),
+    ({"text": "b'It was.'"}, "byte literal", "the text is " + repr("b'It was.'")),
+    ({"text": ""}, "empty text", ""),
+    ({"text": " \n"}, "empty text", ""),
+    ({"text": None}, "empty text", "'text' is null"),
+    ({"texts": "a"}, "missing field", "no 'text' among texts"),
+    ({"text": ["a"]}, "wrong type", "'text' is of type list, expected text"),
+    ("It was.", "wrong type", "a row is a str, expected an object with 'text'"),
+    ({"text": "nul \0"}, "control character", "the text has U+0000 at character 4"),
+    ({"text": "half \udfff"}, "invalid Unicode", "the text has half of a surrogate pair"),
+    ({"text": "12345 67890"}, "few letters", "9% letters and white space, less than 50%"),
+    ({"text": "Привет, мир"}, "other script", "0% of the letters are Latin, less than 50%"),
+    ({"text": "a"}, "too short", "1 characters, fewer than 2"),
+    ({"text": "a b" * 100}, "over-long", "300 characters, more than 200"),
+    ({"text": "It was."}, None, ""),
+    ({"text": "\nIt was. "}, "duplicate", ""),
+    ({"text": "it  WAS."}, None, ""),
+    (b'{"text": "a", "text": "b"}', "duplicate keys", "'text'"),
+]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_every_fault_of_a_document_is_counted_at_its_line_or_row(form, tmp_path):
+    rows = [row for row, _, _ in DOCUMENTS]
+    if form == "json":  # each element begins a line, so that the next can be found behind a damaged one
+        content = b"[\n  " + b",\n  ".join(lines_of([row])[:-1] for row in rows) + b"\n]\n"
+        path = written(tmp_path, "rows.json", content)
+    else:
+        path = written(tmp_path, "rows.jsonl", rows)
+    limits = Filters(min_characters=2, max_characters=200, min_letters=0.5, min_latin=0.5)
+    found, said = checked(path, shape="text", filters=limits)
+    places = [f"{path}:{n + 1}" if form == "jsonl" else f"{path}, row {n}" for n in range(len(rows))]
+    assert [(reject["place"], reject["reason"], reject["detail"]) for reject in said] == [
+        (place, reason, detail) for place, (_, reason, detail) in zip(places, DOCUMENTS, strict=True) if reason
+    ]
+    assert (found.tally.rows_in, found.tally.kept, len(said)) == (19, 4, 15)
+
+
+PREFERENCES = [
+    ({"prompt": "a", "chosen": "Yes.", "rejected": "No."}, None, ""),
+    ({"prompt": "b", "chosen": "Yes.", "rejected": " Yes. "}, "identical chosen and rejected", ""),
+    ({"prompt": "c", "chosen": "", "rejected": "No."}, "empty reply", "chosen: message 1"),
+    ({"prompt": "d", "chosen": "Yes.", "rejected": ""}, "empty reply", "rejected: message 1"),
+    ({"prompt": "e", "chosen": "Yes."}, "missing field", "no 'rejected'"),
+    ({"prompt": "f", "chosen": "b'Yes.'", "rejected": "No."}, "byte literal", None),
+    ({"prompt": "g\x01", "chosen": "Yes.", "rejected": "No."}, "control character", None),
+    ({"prompt": "h", "chosen": None, "rejected": "No."}, "empty text", "'chosen' is null"),
+    ({"prompt": "i", "chosen": LONG, "rejected": "No."}, "over-long", "no exchange fits into 96 tokens"),
+    ({"prompt": "j", "chosen": "Yes.", "rejected": LONG}, "over-long", "no exchange fits into 96 tokens"),
+    ({"prompt": "a", "chosen": "Yes.", "rejected": "No."}, "duplicate", ""),
+    (
+        {"prompt": [], "chosen": exchange("k")["messages"], "rejected": exchange("l")["messages"]},
+        "wrong order",
+        "a preference is a prompt that ends with the user and one reply on each side",
+    ),
+]
+
+
+def test_every_fault_of_a_preference_is_counted_with_its_side(tokenizer, tmp_path):
+    path = written(tmp_path, "rows.jsonl", [row for row, _, _ in PREFERENCES])
+    found, said = checked(path, tokenizer=tokenizer, max_length=96)
+    assert found.spec == f"preference={path}"
+    assert {reject["place"]: reject["reason"] for reject in said} == {
+        f"{path}:{number}": reason for number, (_, reason, _) in enumerate(PREFERENCES, start=1) if reason
+    }
+    details = {reject["place"]: reject["detail"] for reject in said}
+    for number, (_, reason, detail) in enumerate(PREFERENCES, start=1):
+        if reason and detail is not None:
+            assert (number, details[f"{path}:{number}"]) == (number, detail)
+    assert (found.tally.rows_in, found.tally.kept) == (12, 1)
+
+
+def test_a_literal_is_repaired_where_the_dataset_is_known_for_them_and_rejected_elsewhere(tmp_path):
+    rows = [{"question": "b'Solve 2*x = 4 for x.\\n'", "answer": "b'2\\n'"}, {"question": "What is 1?", "answer": "1"}]
+    found, said = checked(written(tmp_path, "rows.jsonl", rows), shape="math_dataset")
+    assert (found.tally.kept, found.tally.repairs, said) == (2, {"byte literal": 1}, [])
+    alpaca = [{"instruction": row["question"], "output": row["answer"]} for row in rows]
+    found, said = checked(written(tmp_path, "alpaca.jsonl", alpaca), shape="alpaca")
+    assert (found.tally.kept, found.tally.rejects, found.tally.repairs) == (1, {"byte literal": 1}, {})
+
+
+def test_a_conversation_is_over_long_from_the_very_token_on_and_one_that_loses_turns_is_kept(tokenizer, tmp_path):
+    longer = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", LONG))
+    path = written(tmp_path, "rows.jsonl", [exchange(), longer])
+    whole = len(encode_conversation(tokenizer, exchange()["messages"]).input_ids)
+    options = {"shape": "messages", "tokenizer": tokenizer}
+    tallies = [checked(path, **options, max_length=length)[0].tally for length in (whole - 1, whole, 10_000)]
+    assert [(tally.kept, tally.cut, tally.rejects) for tally in tallies] == [
+        (1, 1, {"over-long": 1}),
+        (2, 1, {}),
+        (2, 0, {}),
+    ]
+
+
+def test_lengths_of_many_conversations_are_those_of_each(tokenizer, tmp_path):
+    """More than ROWS_AT_ONCE, so that they are encoded in several batches, the last one not full."""
+    rows = [exchange(f"Question {n}", "word " * (n % 60)) for n in range(1, 1207)]
+    rows = [row for row in rows if row["messages"][1]["content"]]
+    found, said = checked(written(tmp_path, "r.jsonl", rows), shape="messages", tokenizer=tokenizer, max_length=120)
+    too_long = [
+        number
+        for number, row in enumerate(rows, start=1)
+        if len(encode_conversation(tokenizer, row["messages"]).input_ids) > 120
+    ]
+    assert 100 < len(too_long) < len(rows) - 100
+    assert [int(reject["place"].rpartition(":")[2]) for reject in said] == too_long
+    assert found.tally.kept == len(rows) - len(too_long)
+
+
+def test_one_bad_file_of_a_folder_is_one_reject(tmp_path):
+    written(tmp_path, "a.jsonl", [exchange("a")])
+    written(tmp_path, "b.jsonl.gz", gzip.compress(lines_of([exchange(f"{n} " * 99) for n in range(99)]))[:-20])
+    written(tmp_path, "c.parquet", b"PAR1 and no more")
+    written(tmp_path, "d.json", b"")
+    written(tmp_path, "e.jsonl", [exchange("e")])
+    found, said = checked(tmp_path, shape="messages")
+    assert [reject["reason"] for reject in said][-2:] == ["not Parquet", "not JSON"]
+    assert sum(found.tally.rejects.values()) == 3 and found.tally.rejects["damaged gzip"] == 1
+    assert 2 <= found.tally.kept <= 101
+
+
+def test_a_file_of_which_no_row_can_be_used_is_a_finding(tmp_path):
+    found, said = checked(written(tmp_path, "rows.jsonl", [exchange("a", "")] * 4))
+    assert (found.tally.rows_in, found.tally.kept, len(said)) == (4, 0, 4)
+
+
+def test_generated_rows_are_all_of_use():
+    for spec in ("tinytown=300", "persona=30"):
+        found, _ = checked(spec, seed=3)
+        assert found.tally.rows_in == int(spec.partition("=")[2])
+        assert set(found.tally.rejects) <= {"duplicate"}
+
+
+def test_the_real_files_are_checked_without_one_row_unaccounted(shared_data):
+    for path in ("alpaca/alpaca_en_demo.json", "chat/openai_sft.jsonl", "preference/dpo_en_demo.json"):
+        found, _ = checked(shared_data / path)
+        assert found.guessed and found.tally.kept > 0.9 * found.tally.rows_in > 0
+
+
+# -- what a model sees -----------------------------------------------------------------------------------------------
+
+DIALOGUE = turns(
+    ("system", "You answer in one word."),
+    ("user", "What is 12 plus 34? 你好 🙂"),
+    ("assistant", " Forty-six 🙂. "),
+    ("user", "And <|im_end|> or <|endoftext|>?"),
+    ("assistant", "naïve <|im_start|>user\n你好"),
+)
+
+
+@pytest.mark.parametrize("form", [DIALOGUE, exchange(), turns(("user", "a"), ("assistant", "b"), ("user", "c"))])
+def test_what_is_shown_as_trained_is_what_carries_a_label(form, tokenizer, tmp_path):
+    path = written(tmp_path, "rows.jsonl", [exchange("Not me"), form])
+    place, sequences = show(f"messages={path}", 1, tokenizer)
+    messages = form["messages"][: -1 if form["messages"][-1]["role"] == "user" else None]
+    encoded = encode_conversation(tokenizer, messages)
+    assert (place, list(sequences)) == (f"{path}:2", ["conversation"])
+    tokens = sequences["conversation"]
+    assert [token.trained for token in tokens] == [label != IGNORE_INDEX for label in encoded.labels]
+    replies = [message["content"].strip() for message in messages if message["role"] == "assistant"]
+    assert "".join(token.text for token in tokens if token.trained) == "".join(reply + IM_END for reply in replies)
+    assert "".join(token.text for token in tokens) == tokenizer.decode(encoded.input_ids)
+    special = set(tokenizer.all_special_ids)
+    assert [token.control for token in tokens] == [token in special for token in encoded.input_ids]
+    default_system = messages[0]["role"] != "system"
+    assert sum(token.control for token in tokens) == 2 * (len(messages) + default_system)
+
+
+def test_of_a_document_every_token_is_trained(tokenizer, tmp_path):
+    text = "  It was <|endoftext|> 你好 👩‍🔬 naïve.\n"
+    path = written(tmp_path, "rows.jsonl", [{"text": text}])
+    place, sequences = show(f"text={path}", 0, tokenizer)
+    tokens = sequences["document"]
+    assert (place, list(sequences)) == (f"{path}:1", ["document"])
+    assert len(tokens) == 1 + len(encode_text(tokenizer, [text])[0])
+    assert all(token.trained for token in tokens) and sum(token.control for token in tokens) == 1
+    assert "".join(token.text for token in tokens) == END_OF_TEXT + text
+
+
+def test_of_a_preference_both_sides_are_shown_and_their_replies_are_trained(tokenizer, tmp_path):
+    row = {"prompt": "What is red?", "chosen": "A colour.", "rejected": "No."}
+    path = written(tmp_path, "rows.jsonl", [row])
+    _, sequences = show(f"preference={path}", 0, tokenizer)
+    assert list(sequences) == ["chosen", "rejected"]
+    for side, tokens in sequences.items():
+        encoded = encode_conversation(tokenizer, exchange(row["prompt"], row[side])["messages"])
+        assert [token.trained for token in tokens] == [label != IGNORE_INDEX for label in encoded.labels]
+        assert "".join(token.text for token in tokens if token.trained) == row[side] + IM_END
+
+
+def test_characters_of_several_tokens_stand_with_the_last_of_them(tokenizer, tmp_path):
+    _, sequences = show(f"text={written(tmp_path, 'a.txt', '🚀é')}", 0, tokenizer)
+    texts = [token.text for token in sequences["document"]]
+    assert "".join(texts) == END_OF_TEXT + "🚀é" and "\ufffd" not in "".join(texts)
+    assert [text for text in texts if text] == [END_OF_TEXT, "🚀", "é"]
+
+
+def test_bytes_that_are_no_character_do_not_hold_up_the_tokens_after_them(tokenizer, tmp_path):
+    text = "a \ufffd b"
+    _, sequences = show(f"text={written(tmp_path, 'a.txt', text)}", 0, tokenizer)
+    assert "".join(token.text for token in sequences["document"]) == END_OF_TEXT + text
+
+
+def test_generated_rows_are_shown_too(tokenizer):
+    place, sequences = show("persona=5", 4, tokenizer, seed=1)
+    assert (place, list(sequences)) == ("persona, row 4", ["conversation"])
+    assert 0 < sum(token.trained for token in sequences["conversation"]) < len(sequences["conversation"])
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (0, r"empty reply: .*:1 \(message 1\)\."),
+        (1, r"not JSON: .*:2 \(.*\)\."),
+        (2, r"invalid UTF-8: .*:3 \(byte 0\)\."),
+        (4, "has no row 4"),
+        (10**6, "has no row 1000000"),
+    ],
+)
+def test_a_row_that_cannot_be_shown_is_one_line_that_says_why(number, said, tokenizer, tmp_path):
+    path = written(tmp_path, "rows.jsonl", [exchange("a", ""), b"{", b"\xff", exchange()])
+    with pytest.raises(DataError, match=said) as error:
+        show(f"messages={path}", number, tokenizer)
+    assert str(error.value).count("\n") == 0
+    assert show(f"messages={path}", 3, tokenizer)[0] == f"{path}:4"

@@ -1,0 +1,148 @@
+"""DOCTOR, shapes: what a path holds is told by its rows, and one that holds nothing known is one line."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from support import exchange, lines_of, written
+
+from rorchat.errors import DataError, UsageError
+from rorchat.inspection import guess_shape, spec_of
+from rorchat.sources.registry import available, find
+
+HUMAN, GPT = {"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi!"}
+ALPACA = [{"instruction": f"Name colour {n}.", "input": "", "output": "Red."} for n in range(5)]
+PAIRS = [{"prompt": f"What is red, {n}?", "chosen": "A colour.", "rejected": "No."} for n in range(5)]
+SHAPED = {
+    "rows.jsonl": ("messages", lines_of([exchange(f"Hello {n}") for n in range(5)])),
+    "rows.json": ("messages", json.dumps([exchange(f"Hello {n}") for n in range(5)], indent=2)),
+    "sharegpt.json": ("messages", json.dumps([{"conversations": [HUMAN, GPT]}] * 5)),
+    "bare.jsonl": ("messages", lines_of([exchange()["messages"]] * 3)),
+    "packed.jsonl.gz": ("messages", gzip.compress(lines_of([exchange()] * 3))),
+    "dialogues.ndjson": ("messages", lines_of([exchange()] * 3)),
+    "kto.jsonl": ("messages", lines_of([exchange("a", f"{n}", label=n > 1) for n in range(5)])),
+    "pairs.jsonl": ("preference", lines_of(PAIRS)),
+    "lists.json": (
+        "preference",
+        json.dumps(
+            [{"prompt": "Hello", "chosen": exchange()["messages"], "rejected": exchange(reply="No.")["messages"]}]
+        ),
+    ),
+    "instructions.json": ("alpaca", json.dumps(ALPACA)),
+    "instructions.csv": ("alpaca", "instruction,input,output\nName a colour.,,Red.\nName a pet.,,A dog.\n"),
+    "instructions.tsv": ("alpaca", "instruction\tinput\toutput\nName a colour.\t\tRed.\nName a pet.\t\tA dog.\n"),
+    "ranked.jsonl": ("preference", lines_of([{**ALPACA[0], "chosen": "Red.", "rejected": "No."}])),
+    "completions.jsonl": ("prompt_completion", lines_of([{"prompt": "What is red?", "completion": "A colour."}])),
+    "responses.jsonl": ("prompt_completion", lines_of([{"prompt": "What is red?", "response": "A colour."}])),
+    "texts.jsonl": ("text", lines_of([{"text": f"It was {n}."} for n in range(5)])),
+    "texts.csv": ("text", "text\nIt was.\nIt was not.\n"),
+    "letter.txt": ("text", "Dear reader,\n\nit was.\n"),
+    "notes.md": ("text", "# Notes\n\nIt was.\n"),
+    "stories.txt": ("text", "It was.\n<|endoftext|>\nIt was not.\n<|endoftext|>\n"),
+    "TinyStories-train.txt": ("tinystories", "It was.\n<|endoftext|>\nIt was not.\n<|endoftext|>\n"),
+    "tiny-stories/a.txt": ("tinystories", "It was.\n<|endoftext|>\nIt was not.\n<|endoftext|>\n"),
+    "FineWebEdu2/rows.jsonl": ("fineweb_edu", lines_of(find("fineweb_edu").RAW)),
+    "compiled/rows.jsonl": ("text", lines_of([{"text": "It was."}])),  # "pile" stands in it, but begins no word
+    "smol-smoltalk/rows.jsonl": ("smol_smoltalk", lines_of([exchange()])),
+    "trees.jsonl": ("oasst", lines_of(find("oasst").RAW[:1])),
+    "chats.jsonl": ("moss", lines_of(find("moss").RAW)),
+    "mbpp.jsonl": ("mbpp", lines_of(find("mbpp").RAW)),
+    "files.jsonl": ("the_stack", lines_of(find("the_stack").RAW)),
+    "dialogs.jsonl": ("dailydialog", lines_of(find("dailydialog").RAW[1:])),
+    "half_bad.jsonl": ("messages", lines_of([exchange()] * 3 + [b"{", b"5", b"\xff", {"text": "a"}])),
+    "all_faulty.jsonl": ("messages", lines_of([exchange("Hello", "")] * 3)),  # of the right shape, none can be used
+}
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_the_shape_of_a_file_is_told_by_its_rows(name, tmp_path, monkeypatch):
+    shape, content = SHAPED[name]
+    written(tmp_path, name, content)
+    monkeypatch.chdir(tmp_path)  # the name of this test stands in tmp_path
+    assert guess_shape(Path(name)) == shape
+    assert spec_of(name) == (f"{shape}={name}", True)
+    assert spec_of(name, "text") == (f"text={name}", False)
+
+
+def test_the_shape_of_a_parquet_file_and_of_a_folder_is_told_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([exchange()] * 3), "rows.parquet")
+    assert guess_shape(Path("rows.parquet")) == "messages"
+    for number in range(3):
+        written(tmp_path, f"folder/{number}.jsonl", PAIRS)
+    assert guess_shape(Path("folder")) == "preference"
+
+
+@pytest.mark.parametrize("name", [name for name in available() if hasattr(find(name), "convert")])
+def test_a_path_that_names_a_dataset_is_read_as_that_where_several_fit(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [raw for raw in find(name).RAW if isinstance(raw, dict)][:1]
+    guessed = guess_shape(written(Path(), f"{name}/rows.jsonl", rows * 3))
+    assert guessed == name or find(guessed).KIND == find(name).KIND
+
+
+REAL = {
+    "alpaca/alpaca_5000.json": "alpaca",
+    "alpaca/seed_tasks.jsonl": "alpaca",
+    "code_alpaca/code_alpaca_2k.json": "code_alpaca",
+    "books": "books",
+    "c4/en/c4-train.00000-of-01024.json.gz": "c4",
+    "chat/axolotl_sharegpt_conversation.json": "messages",
+    "chat/deita_subset_test_sft.parquet": "messages",
+    "chat/dolly_hhrlhf_train_small.jsonl": "prompt_completion",
+    "chat/moss003_original_example.json": "moss",
+    "chat/openai_sft.jsonl": "messages",
+    "chat/tulu3_oasst1_sft_sample.jsonl": "oasst",
+    "cornell_movie_dialogs": "cornell_movie_dialogs",
+    "dailydialog/dialogues_text.txt": "dailydialog",
+    "dailydialog/train.zip": "dailydialog",
+    "fineweb_edu/sample.parquet": "fineweb_edu",
+    "gsm8k/train.jsonl": "gsm8k",
+    "math_dataset/hf_byte_literals.jsonl": "math_dataset",
+    "mbpp/mbpp.jsonl": "mbpp",
+    "natural_questions/nq-train-00.jsonl.gz": "natural_questions",
+    "openbookqa": "openbookqa",
+    "pile/pile_sample.jsonl.zst": "pile",
+    "preference/dpo_en_demo.json": "preference",
+    "preference/hh_rlhf_harmless_base_test.jsonl.gz": "hh_rlhf",
+    "preference/ultrafeedback_train_1000.jsonl": "ultrafeedback",
+    "python_code": "code_search_net",
+    "tinyshakespeare": "tiny_shakespeare",
+    "tinystories/tinystories_sample.txt": "tinystories",
+    "wikitext2": "wikitext",
+}
+
+
+@pytest.mark.parametrize("path", REAL)
+def test_the_shape_of_real_files_is_told(path, shared_data):
+    assert guess_shape(shared_data / path) == REAL[path]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"unknown.jsonl": [{"a": 1}] * 5}, {"empty.jsonl": b""}, {"broken.json": b"{"}, {"a.jpg": b"\xff\xd8"}, {}],
+    ids=["unknown", "empty", "broken", "jpg", "empty folder"],
+)
+def test_a_path_that_holds_nothing_known_is_one_line_that_says_what_to_do(content, tmp_path):
+    for name, rows in content.items():
+        written(tmp_path, name, rows)
+    path = tmp_path / next(iter(content), "")
+    with pytest.raises(DataError, match="--as") as error:
+        guess_shape(path)
+    assert error.value.exit_code == 65
+    assert str(error.value).count("\n") == 0 and str(path) in str(error.value)
+
+
+def test_a_path_that_is_not_there_and_a_shape_that_is_none_are_told_apart(tmp_path):
+    path = written(tmp_path, "rows.jsonl", [exchange()])
+    with pytest.raises(DataError, match="No file or folder .*nothing.jsonl"):
+        spec_of(str(tmp_path / "nothing.jsonl"))
+    with pytest.raises(UsageError, match="No source named 'mesages'. Did you mean 'messages'"):
+        spec_of(str(path), "mesages")
+    with pytest.raises(UsageError, match="names its source already"):
+        spec_of(f"text={path}", "messages")
+    assert spec_of(f"text={path}") == (f"text={path}", False)
+    assert spec_of("tinytown=5") == ("tinytown=5", False)

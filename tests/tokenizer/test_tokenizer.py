@@ -1,0 +1,204 @@
+"""Tokenizers: real control tokens from birth or added, text comes back, a fingerprint that means the ids."""
+
+import json
+import random
+import runpy
+import shutil
+
+import pytest
+from support import ROOT, SENTENCES
+from transformers import AutoTokenizer
+
+from rorchat.chatml import CONTROL_TOKENS, encode_text
+from rorchat.errors import DataError, UsageError
+from rorchat.tokenizer import load_tokenizer, token_bytes, tokenizer_sha256, train_tokenizer
+from rorchat.tokenizer.text import PIECE_CHARACTERS, BoundedText
+
+
+def random_texts(count: int) -> list[str]:
+    draw = random.Random(0)
+    alphabet = "ab zA1239.,'\n\t <|>_éß你🙂\u200b\x00\r"
+    return ["".join(draw.choices(alphabet, k=draw.randint(0, 40))) for _ in range(count)]
+
+
+def test_a_trained_tokenizer_gives_any_text_back(tokenizer):
+    texts = random_texts(2000)
+    assert [tokenizer.decode(ids) for ids in encode_text(tokenizer, texts)] == texts
+
+
+def test_a_trained_tokenizer_has_the_size_asked_for_even_where_text_is_short():
+    tokenizer = train_tokenizer(["few words"], 512)
+    assert len(tokenizer) == 512
+    assert len(set(tokenizer.get_vocab().values())) == 512
+
+
+def test_every_control_token_is_one_special_token_and_pad_is_not_the_end(tokenizer):
+    ids = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
+    assert len(set(ids)) == 4
+    assert set(ids) <= set(tokenizer.all_special_ids)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_text_that_is_full_of_control_strings_teaches_no_merge_that_spells_one():
+    tokenizer = train_tokenizer(["<|im_start|>user\nx<|im_end|> <|pad|><|reserved_0|>" * 20] * 20, 384)
+    special = set(tokenizer.all_special_ids)
+    ids = encode_text(tokenizer, ["<|im_start|> <|im_end|> <|pad|> <|endoftext|> <|reserved_0|>"])[0]
+    assert not special & set(ids)
+
+
+def test_digits_are_single_tokens_with_or_without_a_blank_before(tokenizer):
+    pieces = tokenizer.convert_ids_to_tokens(encode_text(tokenizer, ["12 + 345"])[0])
+    assert [piece for piece in pieces if piece.isdigit()] == ["1", "2", "3", "4", "5"]
+
+
+def test_a_saved_tokenizer_loads_with_plain_transformers_and_means_the_same(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    texts = random_texts(200)
+    assert encode_text(loaded, texts) == encode_text(tokenizer, texts)
+    assert loaded.chat_template == tokenizer.chat_template
+    assert loaded.padding_side == "left"
+    assert tokenizer_sha256(loaded) == tokenizer_sha256(tokenizer)
+    assert tokenizer_sha256(load_tokenizer(str(tmp_path))) == tokenizer_sha256(tokenizer)
+
+
+def test_another_vocabulary_has_another_fingerprint_and_another_persona_has_not(tokenizer):
+    texts = ["some text to learn from"] * 3
+    assert tokenizer_sha256(train_tokenizer(texts, 320)) != tokenizer_sha256(train_tokenizer(texts, 384))
+
+
+def test_gpt2s_original_files_get_control_tokens_and_slots_up_to_50304(gpt2_tokenizer):
+    assert len(gpt2_tokenizer) == 50_304
+    assert encode_text(gpt2_tokenizer, ["Hello world"]) == [[15496, 995]]
+    assert gpt2_tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)) == [50256, 50258, 50259, 50257] or (
+        sorted(gpt2_tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))) == [50256, 50257, 50258, 50259]
+        or sorted(gpt2_tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)))[0] == 50256
+    )
+
+
+def test_a_folder_with_both_forms_of_gpt2s_files_is_the_same_tokenizer(gpt2_tokenizer, tmp_path):
+    gpt2_tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert tokenizer_sha256(again) == tokenizer_sha256(gpt2_tokenizer)
+    assert len(again) == 50_304
+
+
+def test_token_bytes_add_up_to_the_utf8_length_of_any_text(tokenizer):
+    sizes = token_bytes(tokenizer)
+    for text in random_texts(500):
+        assert sum(sizes[token] for token in encode_text(tokenizer, [text])[0]) == len(text.encode())
+    assert [sizes[index] for index in tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))] == [0, 0, 0, 0]
+
+
+def test_training_reads_no_more_than_it_was_told_to():
+    read = 0
+
+    def texts():
+        nonlocal read
+        for _ in range(1000):
+            read += 1
+            yield "x" * 100
+
+    train_tokenizer(texts(), 320, max_characters=1000)
+    assert read <= 11
+
+
+def test_the_text_that_passes_the_bound_is_cut_there_and_the_rest_is_never_seen():
+    text = BoundedText(["ab", "äb" * 4, "never"], max_characters=5)
+    assert list(text) == ["ab", "äbä"]
+    assert (text.characters, text.utf8_bytes, text.stopped) == (5, 7, True)
+    cut = train_tokenizer(["ab ab ab", "xyxyxy"], 320, max_characters=8)
+    assert tokenizer_sha256(cut) == tokenizer_sha256(train_tokenizer(["ab ab ab"], 320))
+
+
+def test_text_that_ends_at_the_bound_was_read_to_its_end():
+    text = BoundedText(["abc", "de", ""], max_characters=5)
+    assert (list(text), text.characters, text.stopped) == (["abc", "de"], 5, False)
+
+
+def test_a_huge_text_comes_in_pieces_cut_before_the_blank_that_a_word_follows():
+    draw = random.Random(1)
+    words = "".join(draw.choices(["word", " ", "  ", "\n\n", "12", "é", "!"], k=120_000))
+    pieces = list(BoundedText([words], max_characters=10**9))
+    assert "".join(pieces) == words
+    assert max(map(len, pieces)) <= PIECE_CHARACTERS
+    assert all(piece[0].isspace() and not piece[1].isspace() for piece in pieces[1:])
+    assert [len(piece) for piece in BoundedText(["x" * 250_000], max_characters=10**9)] == [100_000, 100_000, 50_000]
+
+
+def test_pieces_give_the_same_tokens_as_the_whole_text(tokenizer, monkeypatch):
+    whole = " ".join(SENTENCES * 5) + "\n\n \tthe  end \n of it"
+    monkeypatch.setattr("rorchat.tokenizer.text.PIECE_CHARACTERS", 40)
+    pieces = list(BoundedText([whole], max_characters=10**9))
+    assert len(pieces) > 100
+    assert sum(encode_text(tokenizer, pieces), []) == encode_text(tokenizer, [whole])[0]
+    in_pieces = tokenizer_sha256(train_tokenizer([whole], 384))
+    monkeypatch.setattr("rorchat.tokenizer.text.PIECE_CHARACTERS", 10**9)
+    assert in_pieces == tokenizer_sha256(train_tokenizer([whole], 384))
+
+
+def test_progress_in_a_log_is_plain_lines_with_characters_and_rate(capsys, monkeypatch):
+    monkeypatch.setattr("rorchat.tokenizer.text.SECONDS_BETWEEN_LINES", 0)
+    list(BoundedText(["ab", "cde"], max_characters=100, show=True))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("2 characters read, ") and lines[0].endswith(" a second")
+    assert lines[1].startswith("5 characters read, ") and lines[2].startswith("5 characters read in ")
+    assert len(lines) == 3
+
+
+def test_a_bound_that_lets_nothing_in_is_refused():
+    with pytest.raises(UsageError, match="at least 1"):
+        train_tokenizer(["x"], 320, max_characters=0)
+
+
+@pytest.mark.parametrize(("bound", "stopped", "said"), [(10**9, False, "all of the text"), (9, True, "stopped at")])
+def test_the_recipe_says_and_records_what_it_read(tmp_path, capsys, bound, stopped, said):
+    (tmp_path / "a.txt").write_text("ab äb ab ab")
+    out = tmp_path / "out"
+    words = ["--sources", f"text={tmp_path / 'a.txt'}", "--vocab_size", "320", "--output_dir", str(out)]
+    metrics = runpy.run_path(str(ROOT / "recipes" / "tokenizer.py"))["main"]([*words, "--max_characters", str(bound)])
+    characters = min(11, bound)
+    assert json.loads((out / "tokenizer_training.json").read_text()) == metrics
+    assert {key: metrics[key] for key in metrics if key != "seconds"} == {
+        "vocab_size": 320,
+        "characters": characters,
+        "utf8_bytes": characters + 1,
+        "stopped_at_max_characters": stopped,
+    }
+    printed = capsys.readouterr().out
+    assert f"320 tokens, trained on {characters} characters ({characters + 1} UTF-8 bytes) in " in printed
+    assert f"({said}" in printed
+
+
+@pytest.mark.parametrize(("size", "said"), [(1000, "multiple of 64"), (192, "at least")])
+def test_a_vocabulary_size_that_cannot_be_is_refused(size, said):
+    with pytest.raises(UsageError, match=said):
+        train_tokenizer(["x"], size)
+
+
+def test_no_text_no_tokenizer():
+    with pytest.raises(DataError, match="no text"):
+        train_tokenizer([], 320)
+
+
+def test_a_folder_without_a_tokenizer_says_what_it_holds(tmp_path):
+    (tmp_path / "weights.bin").write_text("x")
+    with pytest.raises(DataError, match="weights.bin"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(DataError, match="No tokenizer at"):
+        load_tokenizer(str(tmp_path / "nothing"))
+    for no_hub_id in ("no/such/folder", "nowhere/", "~/no-tokenizer"):
+        with pytest.raises(DataError, match="No tokenizer at"):
+            load_tokenizer(no_hub_id)
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(500)} | {"[UNK]": 500}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="does not give text back"):
+        load_tokenizer(str(tmp_path))
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,348 @@
+"""TOKENS: what is stored is what was read."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from zlib import crc32 as zlib_crc32
+
+import numpy as np
+import pytest
+import torch
+from support import COPIES, DOCUMENTS, KEPT, SHARE, decoded, files_of, write_documents
+
+from rorchat.chatml import END_OF_TEXT, encode_conversation, encode_text
+from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.mixture.collators import padded
+from rorchat.persona import load_persona
+from rorchat.reading.filters import Filters
+from rorchat.sources.base import in_validation
+from rorchat.tokens.prepare import prepare
+from rorchat.tokens.store import Manifest, TokenStore, crc_of_blocks
+
+
+def test_a_store_decodes_to_the_documents_it_was_made_of(store, tokenizer):
+    assert decoded(store, "train", tokenizer) == [text for text in KEPT if not in_validation(text, SHARE)]
+    assert decoded(store, "validation", tokenizer) == [text for text in KEPT if in_validation(text, SHARE)]
+
+
+def test_the_ids_of_a_store_are_each_document_after_an_end_of_text(store, tokenizer):
+    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    expected = [
+        token
+        for text, ids in zip(KEPT, encode_text(tokenizer, KEPT), strict=True)
+        if not in_validation(text, SHARE)
+        for token in [end, *ids]
+    ]
+    assert store.slice("train", 0, store.tokens("train")).tolist() == expected
+    # A text that spells a control token does not begin a document
+    assert expected.count(end) == store.manifest.total("train", "documents")
+
+
+def test_the_manifest_adds_up(store, tokenizer):
+    manifest = store.manifest
+    assert (manifest.rows_in, manifest.kept) == (len(DOCUMENTS), len(KEPT))
+    assert manifest.rejects == {"duplicate": len(COPIES)}
+    for split, documents in (
+        ("train", [text for text in KEPT if not in_validation(text, SHARE)]),
+        ("validation", [text for text in KEPT if in_validation(text, SHARE)]),
+    ):
+        assert len(documents) > 5
+        assert manifest.total(split, "documents") == len(documents)
+        assert manifest.total(split, "utf8_bytes") == sum(len(text.encode()) for text in documents)
+        tokens = sum(len(ids) + 1 for ids in encode_text(tokenizer, documents))
+        assert manifest.total(split, "tokens") == store.tokens(split) == tokens
+        assert manifest.summary()[f"{split}_tokens"] == tokens
+    assert manifest.vocabulary_size == len(tokenizer) == 384
+    assert Manifest.read(store.folder) == manifest
+
+
+def test_the_manifest_counts_what_was_rejected(tokenizer, tmp_path):
+    spec = write_documents(tmp_path, DOCUMENTS)
+    with open(spec.partition("=")[2], "a") as file:
+        file.write('5\n{"text": " "}\n{"text": "\\ud800"}\n')
+    manifest = prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE).manifest
+    duplicates = len(COPIES)
+    assert manifest.rejects == {"wrong type": 1, "empty text": 1, "invalid Unicode": 1, "duplicate": duplicates}
+    assert manifest.rows_in == manifest.kept + 3 + duplicates == len(DOCUMENTS) + 3
+
+
+def test_the_sha256_in_the_manifest_is_that_of_the_file(store):
+    assert len(store.manifest.shards) >= 2
+    for shard in store.manifest.shards:
+        assert hashlib.sha256((store.folder / shard.file).read_bytes()).hexdigest() == shard.sha256
+        assert hashlib.sha256((store.folder / shard.docs_file).read_bytes()).hexdigest() == shard.docs_sha256
+
+
+def test_a_second_run_writes_the_same_bytes(spec, store, tokenizer, tmp_path):
+    again = prepare(spec, tokenizer, tmp_path / "again", validation_share=SHARE)
+    assert files_of(again.folder) == files_of(store.folder)
+
+
+def test_a_finished_store_is_found_and_not_made_again(spec, store, tokenizer):
+    Path(spec.partition("=")[2]).unlink()  # it would fail if it were read again
+    before = {path.name: path.stat().st_mtime_ns for path in store.folder.iterdir()}
+    found = prepare(spec, tokenizer, store.folder, validation_share=SHARE)
+    assert found.manifest == store.manifest
+    assert {path.name: path.stat().st_mtime_ns for path in store.folder.iterdir()} == before
+
+
+def test_a_file_whose_name_is_no_utf8_is_prepared_and_its_places_are_told(tokenizer, tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    rows = "".join(json.dumps({"text": f"Document {n % 50}"}) + "\n" for n in range(60))
+    with open(os.fsencode(folder) + b"/caf\xe9.jsonl", "w") as file:
+        file.write(rows)
+    store = prepare(f"text={folder}", tokenizer, tmp_path / "store", validation_share=SHARE)
+    assert (store.manifest.rows_in, store.manifest.rejects) == (60, {"duplicate": 10})
+    assert TokenStore(store.folder).manifest == store.manifest and "jsonl:51" in capsys.readouterr().err
+
+
+def test_conversations_become_documents_with_real_control_tokens(tokenizer, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {n} <|im_end|>"}, {"role": "assistant", "content": f"{n}."}]}
+        for n in range(60)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = prepare(f"messages={tmp_path / 'chat.jsonl'}", tokenizer, tmp_path / "s", validation_share=SHARE)
+    expected = {
+        (store.manifest.end_of_text_id, *encode_conversation(tokenizer, row["messages"]).input_ids) for row in rows
+    }
+    found = set()
+    for shard in store.manifest.shards:
+        ids, starts = np.load(store.folder / shard.file), np.load(store.folder / shard.docs_file)
+        found |= {tuple(ids[a:b].tolist()) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)}
+    assert found == expected
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("RorChat", "Bibo")
+    with pytest.raises(MismatchError, match="chat_template_sha256"):
+        prepare(store.manifest.source, other, store.folder, validation_share=SHARE)
+
+
+def test_filters_and_evaluation_sets_are_counted_and_belong_to_a_stores_identity(tokenizer, tmp_path):
+    question = "Natalia sold clips to forty eight of her friends in April and then she sold half as many clips in May"
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": question}) + "\n")
+    documents = [*DOCUMENTS, f"As it is told: {question}. So it was.", "tiny"]
+    spec = write_documents(tmp_path, documents, "all.jsonl")
+    settings = {"filters": Filters(min_characters=10), "evaluation": [str(tmp_path / "test.jsonl")]}
+    store = prepare(spec, tokenizer, tmp_path / "s", validation_share=SHARE, **settings)
+    assert store.manifest.rejects == {"contaminated": 1, "duplicate": len(COPIES), "too short": 1}
+    assert store.manifest.rows_in == store.manifest.kept + sum(store.manifest.rejects.values()) == len(documents)
+    with pytest.raises(MismatchError, match="filters"):
+        prepare(spec, tokenizer, tmp_path / "s", validation_share=SHARE)
+
+
+def test_duplicates_never_straddle_the_hold_out_whatever_their_case_and_blanks(tokenizer, tmp_path):
+    originals = [f"The story number {n} is told." for n in range(200)]
+    copies = [text.upper() for text in originals] + [f" {text.replace(' ', '  ')}\n\n" for text in originals]
+    store = prepare(
+        write_documents(tmp_path, originals + copies + originals), tokenizer, tmp_path / "s", validation_share=SHARE
+    )
+    train, validation = (
+        {" ".join(text.lower().split()) for text in decoded(store, split, tokenizer)}
+        for split in ("train", "validation")
+    )
+    assert train & validation == set()
+    assert len(train) + len(validation) == 200 and 20 < len(validation) < 60
+
+
+def test_a_store_of_another_tokenizer_share_seed_or_source_is_a_mismatch(spec, store, tokenizer, tmp_path):
+    from rorchat.tokenizer import train_tokenizer
+
+    other = train_tokenizer(DOCUMENTS, vocab_size=384)
+    with pytest.raises(MismatchError, match="holds other tokens: tokenizer_sha256 .* Delete it") as failure:
+        prepare(spec, other, store.folder, validation_share=SHARE)
+    assert failure.value.exit_code == 78 and "\n" not in str(failure.value)
+    with pytest.raises(MismatchError, match=f"validation_share {SHARE}, now 0.3"):
+        prepare(spec, tokenizer, store.folder, validation_share=0.3)
+    with pytest.raises(MismatchError, match="source .*now 'tinytown=10'"):
+        prepare("tinytown=10", tokenizer, store.folder, validation_share=SHARE)
+    with pytest.raises(DataError, match="No file or folder .*mistyped"):
+        prepare(f"{spec}-mistyped", tokenizer, store.folder, validation_share=SHARE)
+
+
+def test_a_store_is_refused_when_what_it_was_made_of_has_changed_and_found_when_not(tokenizer, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    spec = f"text={folder}"
+    write_documents(folder, DOCUMENTS)
+    (tmp_path / "test.jsonl").write_text(json.dumps({"q": "nothing of the kind " * 5}))
+    settings = {"validation_share": SHARE, "evaluation": [str(tmp_path / "test.jsonl")]}
+    made = prepare(spec, tokenizer, tmp_path / "store", **settings)
+    (folder / ".DS_Store").write_bytes(b"\0")
+    (folder / "notes.doc").write_bytes(b"\0")
+    for seed in (0, 1):  # which plays no part in files
+        assert prepare(spec, tokenizer, tmp_path / "store", seed=seed, **settings).manifest == made.manifest
+    before = (folder / "documents.jsonl").read_text()
+    (folder / "documents.jsonl").write_text(before.replace("small", "great"))
+    with pytest.raises(MismatchError, match="made of .* has changed since. Delete it") as failure:
+        prepare(spec, tokenizer, tmp_path / "store", **settings)
+    assert "\n" not in str(failure.value) and failure.value.exit_code == 78
+    (folder / "documents.jsonl").write_text(before)
+    (tmp_path / "test.jsonl").write_text(json.dumps({"q": "nothing of that kind " * 5}))
+    with pytest.raises(MismatchError, match=f"evaluation differs in {tmp_path / 'test.jsonl'}"):
+        prepare(spec, tokenizer, tmp_path / "store", **settings)
+    (tmp_path / "test.jsonl").unlink()  # what is gone has not changed
+    assert prepare(spec, tokenizer, tmp_path / "store", **settings).manifest == made.manifest
+
+
+def test_what_is_generated_belongs_to_its_seed_and_its_persona(tokenizer, tmp_path):
+    settings = {"tokenizer": tokenizer, "folder": tmp_path / "store", "validation_share": SHARE, "workers": 1}
+    prepare("persona=60", **settings)
+    prepare("persona=60", **settings, persona=load_persona())
+    with pytest.raises(MismatchError, match="seed 0, now 1"):
+        prepare("persona=60", **settings, seed=1)
+    with pytest.raises(MismatchError, match="persona"):
+        prepare("persona=60", **settings, persona=dataclasses.replace(load_persona(), name="Zebulon"))
+
+
+@pytest.mark.parametrize("place", ["store", "deep/store"])
+def test_no_store_is_made_inside_the_folder_that_is_read(place, tokenizer, tmp_path):
+    write_documents(tmp_path, DOCUMENTS)
+    with pytest.raises(UsageError, match="which is read: choose another place"):
+        prepare(f"text={tmp_path}", tokenizer, tmp_path / place, validation_share=SHARE)
+    assert [path.name for path in tmp_path.iterdir()] == ["documents.jsonl"]
+
+
+def test_conversations_that_differ_in_white_space_or_roles_are_all_kept(tokenizer, tmp_path):
+    pairs = [(f"Sort {n} 1 23.", f"{n} 1 23") for n in range(40)] + [
+        (f"Sort {n} 12 3.", f"{n} 12 3") for n in range(40)
+    ]
+    rows = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in pairs
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + rows[:3]))
+    store = prepare(f"messages={tmp_path / 'chat.jsonl'}", tokenizer, tmp_path / "s", validation_share=SHARE)
+    assert (store.manifest.kept, store.manifest.rejects) == (80, {"duplicate": 3})
+
+
+def test_another_system_message_does_not_disown_a_store(spec, store, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("RorChat", "Bibo")
+    assert prepare(spec, other, store.folder, validation_share=SHARE).manifest == store.manifest
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.0, "no validation documents"), (1.0, "no train documents")])
+def test_no_validation_or_no_training_is_a_data_error_that_leaves_no_folder_behind(
+    share, said, spec, tokenizer, tmp_path
+):
+    with pytest.raises(DataError, match=f"{said}, {len(KEPT)} in all at validation_share {share}"):
+        prepare(spec, tokenizer, tmp_path / "store", validation_share=share)
+    assert [path.name for path in tmp_path.iterdir()] == ["documents.jsonl"]
+
+
+def test_a_source_that_fails_while_it_is_read_leaves_no_folder_behind(tokenizer, tmp_path):
+    spec = write_documents(tmp_path, [])
+    with pytest.raises(DataError, match="is empty"):
+        prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE)
+    assert [path.name for path in tmp_path.iterdir()] == ["documents.jsonl"]
+
+
+def test_ids_above_65535_are_stored_in_32_bits_and_smaller_vocabularies_in_16(spec, store, tokenizer, tmp_path):
+    assert np.load(store.folder / "train-00000.npy").dtype == np.uint16
+    large = copy.deepcopy(tokenizer)
+    large.add_tokens([f"word{number}" for number in range(66_000)])
+    documents = [f"A text with word{number} and word65999" for number in range(40)]
+    stored = prepare(
+        write_documents(tmp_path, documents, "large.jsonl"), large, tmp_path / "large", validation_share=SHARE
+    )
+    assert np.load(stored.folder / "train-00000.npy").dtype == np.uint32
+    ids = stored.slice("train", 0, stored.tokens("train"))
+    assert ids.max() == large.convert_tokens_to_ids("word65999") > 65_535
+    assert sorted(decoded(stored, "train", large) + decoded(stored, "validation", large)) == sorted(documents)
+
+
+def test_gpt2s_own_vocabulary_fits_into_16_bits(gpt2_tokenizer, spec, tmp_path):
+    store = prepare(spec, gpt2_tokenizer, tmp_path / "gpt2", validation_share=SHARE)
+    assert np.load(store.folder / "train-00000.npy").dtype == np.uint16
+    assert store.slice("train", 0, 1).tolist() == [50256]
+    assert decoded(store, "train", gpt2_tokenizer) == [text for text in KEPT if not in_validation(text, SHARE)]
+
+
+def damaged(store: TokenStore, file: str, damage: str) -> None:
+    path = store.folder / file
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif damage == "shorter":
+        np.save(path, np.load(path)[:-5])
+    elif damage == "type":
+        np.save(path, np.load(path).astype(np.uint32))
+    elif damage == "flipped":
+        data = bytearray(path.read_bytes())
+        data[-30] ^= 4
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("file", ["train-00000.npy", "validation-00000.npy", "blocks.npy"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "shorter", "type", "flipped"])
+def test_a_damaged_shard_is_named_in_one_line_before_it_is_used(file, damage, store):
+    if (file, damage) == ("blocks.npy", "type"):
+        pytest.skip("the sums are uint32 as they are")
+    damaged(store, file, damage)
+    with pytest.raises(DataError, match=f"{store.folder / file} is damaged: .* Delete {store.folder} to") as failure:
+        opened = TokenStore(store.folder)
+        opened.slice(file.split("-")[0], 0, 3)  # the flipped bit is in the same block, but not among these ids
+    assert failure.value.exit_code == 65 and "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped", "truncated"])
+def test_verify_reads_every_byte_and_names_each_damaged_file(damage, store):
+    assert store.verify() == []
+    damaged(store, "train-00000.docs.npy", damage)
+    (problem,) = store.verify()
+    assert problem.startswith(str(store.folder / "train-00000.docs.npy"))
+
+
+def test_only_the_blocks_that_are_read_are_looked_at_and_each_once(store, monkeypatch):
+    monkeypatch.setattr("rorchat.tokens.store.BLOCK_BYTES", 64)
+    blocks = [crc_of_blocks(np.load(store.folder / shard.file)) for shard in store.manifest.shards]
+    np.save(store.folder / "blocks.npy", np.concatenate(blocks))
+    store.manifest.blocks_sha256 = hashlib.sha256((store.folder / "blocks.npy").read_bytes()).hexdigest()
+    store.manifest.write(store.folder)
+    damaged(store, "train-00000.npy", "flipped")
+    opened = TokenStore(store.folder)
+    tokens = opened.tokens("train")
+    asked = []
+    monkeypatch.setattr("rorchat.tokens.store.zlib.crc32", lambda data: asked.append(data.nbytes) or zlib_crc32(data))
+    opened.slice("train", 40, 50)
+    opened.slice("train", 42, 60)
+    assert asked == [64]  # tokens 32 to 63
+    with pytest.raises(DataError, match=r"block \d+ \(from token [\d,]+\)"):
+        opened.slice("train", tokens - 40, tokens)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        ('"kept": 123', '"kept": 122', "it is not as it was written"),
+        ('"format_version": 4', '"format_version": 3', "its format is 3, this is 4"),
+    ],
+)
+def test_a_manifest_that_was_changed_or_is_older_is_refused_with_what_to_do(before, after, why, store):
+    manifest = store.folder / "manifest.json"
+    assert before in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(before, after))
+    with pytest.raises(DataError, match=f"{manifest} cannot be read .*{why}.* delete the folder to prepare it again"):
+        TokenStore(store.folder)
+
+
+def test_a_missing_manifest_or_half_of_one_is_a_data_error(store):
+    manifest = store.folder / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-40])
+    with pytest.raises(DataError, match=r"manifest\.json cannot be read"):
+        TokenStore(store.folder)
+    manifest.unlink()
+    with pytest.raises(DataError, match="is no token store: it has no manifest.json"):
+        TokenStore(store.folder)
+
+
+def test_a_batch_is_padded_on_the_right_and_no_loss_counts_the_padding():
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": torch.tensor([4]), "labels": [4]}]
+    batch = padded(rows, pad_id=9)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]

@@ -1,0 +1,291 @@
+"""TOKENS, parts: read by any number of workers, stopped at any place and gone on with, the store is the same."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import COPIES, DOCUMENTS, KEPT, SHARE, decoded, files_of, write_documents
+
+from rorchat.errors import MismatchError
+from rorchat.reading import slices
+from rorchat.sources.registry import find, parts
+from rorchat.tokens import tokenize_shard
+from rorchat.tokens.prepare import prepare
+from rorchat.tokens.store import Manifest
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def folder_of_parts(tmp_path, monkeypatch) -> str:
+    """The documents in seven files of two formats, in parts so small that a file is read in several."""
+    monkeypatch.setattr(slices, "SMALLEST_PART", 300)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for number in range(7):
+        write_documents(folder, DOCUMENTS[number * 18 : (number + 1) * 18], f"{number}.jsonl")
+    assert len(parts(f"text={folder}")) > 15
+    return f"text={folder}"
+
+
+def test_several_shards_read_the_same_as_one(folder_of_parts, store, tokenizer, tmp_path):
+    many = prepare(folder_of_parts, tokenizer, tmp_path / "many", validation_share=SHARE, workers=1)
+    assert sum(shard.split == "train" for shard in many.manifest.shards) > 5
+    assert sum(shard.split == "validation" for shard in many.manifest.shards) > 1
+    for split in ("train", "validation"):
+        tokens = store.tokens(split)
+        assert many.tokens(split) == tokens
+        whole = store.slice(split, 0, tokens)
+        assert (many.slice(split, 0, tokens) == whole).all()
+        for start in range(0, tokens - 1, 17):
+            for stop in (start + 1, start + 16, min(start + 450, tokens)):
+                assert (many.slice(split, start, min(stop, tokens)) == whole[start:stop]).all()
+        assert decoded(many, split, tokenizer) == decoded(store, split, tokenizer)
+        for what in ("documents", "utf8_bytes"):
+            assert many.manifest.total(split, what) == store.manifest.total(split, what)
+    assert store.slice("train", 0, 5).dtype == np.int64
+
+
+def test_a_store_is_the_same_bytes_for_any_number_of_workers(folder_of_parts, tokenizer, tmp_path):
+    stores = [
+        prepare(folder_of_parts, tokenizer, tmp_path / f"by-{workers}", validation_share=SHARE, workers=workers)
+        for workers in (1, 2, 4)
+    ]
+    first, *others = [files_of(store.folder) for store in stores]
+    assert len(first) > 20 and all(other == first for other in others)
+
+
+@pytest.mark.parametrize("parts_done", [1, 10, 25])
+def test_a_preparation_killed_in_the_middle_and_run_again_gives_the_same_bytes(parts_done, tmp_path):
+    """In a process of its own, with its workers: SIGKILL leaves nobody to clean up."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for number in range(40):
+        write_documents(folder, [f"{text} {number}" for text in DOCUMENTS], f"{number:02d}.jsonl")
+    script = (
+        "import sys, time\n"
+        "from rorchat.sources import _parts\n"
+        "from rorchat.tokens import part\n"
+        "from rorchat.tokens.prepare import prepare\n"
+        "from rorchat.tokenizer import train_tokenizer\n"
+        "_parts.SMALLEST_PART = 5000\n"
+        "slow = part.Job.prepare\n"
+        "def prepared(*arguments):\n"
+        "    time.sleep(float(sys.argv[3])); slow(*arguments)\n"
+        "part.Job.prepare = prepared\n"
+        f"tokenizer = train_tokenizer({DOCUMENTS[:40]!r}, vocab_size=384)\n"
+        "prepare(sys.argv[1], tokenizer, sys.argv[2], validation_share=0.2, workers=2)\n"
+    )
+
+    def command(target: str, pause: str) -> list[str]:
+        return [sys.executable, "-c", script, f"text={folder}", str(tmp_path / target), pause]
+
+    process = subprocess.Popen(command("killed", "0.05"), stderr=subprocess.DEVNULL)
+    left = tmp_path / ".killed.unfinished"
+    while len(list(left.glob("part-*.json"))) < parts_done:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert len(list(left.glob("part-*.json"))) < 40 and not (tmp_path / "killed").exists()
+    subprocess.run(command("killed", "0"), check=True, capture_output=True)
+    subprocess.run(command("whole", "0"), check=True, capture_output=True)
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole") and not left.exists()
+
+
+def test_finished_parts_are_not_prepared_again(folder_of_parts, tokenizer, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rorchat.tokens.prepare.finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    monkeypatch.setattr("rorchat.tokens.tokenize_shard.Job.prepare", interrupted)
+    again = prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    assert again.manifest.kept == len(KEPT)
+
+
+def test_a_store_that_another_process_is_making_is_left_to_it(spec, tokenizer, tmp_path):
+    from rorchat.files import folder_lock
+
+    with folder_lock(tmp_path / "store"), pytest.raises(MismatchError, match="is in use by process \\d+ on "):
+        prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE)
+    assert prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE).manifest.kept == len(KEPT)
+    assert not (tmp_path / ".store.lock").exists()
+
+
+def test_a_lock_that_is_deleted_while_another_process_opens_it_lets_only_one_in(tokenizer, tmp_path, monkeypatch):
+    import fcntl
+
+    from rorchat.files import folder_lock
+
+    holder = folder_lock(tmp_path / "store")
+    holder.__enter__()
+    flock, opened = fcntl.flock, []
+
+    def late(file, operation):  # the holder is done between the opening of the file and its locking
+        opened.append(file)
+        if len(opened) == 1:
+            holder.__exit__(None, None, None)
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with folder_lock(tmp_path / "store"):
+        with pytest.raises(MismatchError, match="is in use by"), folder_lock(tmp_path / "store"):
+            pass
+        assert len(opened) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_another_process_finished_meanwhile_is_found(spec, tokenizer, tmp_path, monkeypatch):
+    from rorchat.tokens import prepare as module
+
+    folder_lock, waited = module.alone, []
+
+    def late(folder):
+        waited.append(folder)
+        if len(waited) == 1:
+            prepare(spec, tokenizer, folder, validation_share=SHARE, workers=1)
+        return folder_lock(folder)
+
+    monkeypatch.setattr(module, "alone", late)
+    assert prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE).manifest.kept == len(KEPT)
+
+
+def test_a_part_that_was_another_piece_of_the_source_is_prepared_again(folder_of_parts, store, tokenizer, tmp_path):
+    """What is finished is told by what it was made of, not by its number."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rorchat.tokens.prepare.finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    left = tmp_path / ".again.unfinished"
+    before = len(list(left.glob("part-*.json")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slices, "SMALLEST_PART", 2000)
+        assert 2 < len(parts(folder_of_parts)) < before
+        again = prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    assert again.manifest.rejects == {"duplicate": len(COPIES)} and again.manifest.rows_in == len(DOCUMENTS)
+    for split in ("train", "validation"):
+        assert decoded(again, split, tokenizer) == decoded(store, split, tokenizer)
+
+
+def test_a_renamed_file_loses_and_repeats_no_document_of_a_preparation_that_was_stopped(
+    tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(slices, "SMALLEST_PART", 1000)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    texts = [f"Document {number} says hello." for number in range(200)]
+    write_documents(folder, texts[:100], "a.jsonl")
+    write_documents(folder, texts[100:], "c.jsonl")
+    pieces = len(parts(f"text={folder}"))
+    whole, done = tokenize_shard.Job.prepare, []
+
+    def half(job, number, piece, told):
+        if len(done) == pieces // 2:
+            raise KeyboardInterrupt
+        done.append(number)
+        whole(job, number, piece, told)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_shard.Job, "prepare", half)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(f"text={folder}", tokenizer, tmp_path / "store", validation_share=SHARE, workers=1)
+    assert pieces >= 4 and len(list((tmp_path / ".store.unfinished").glob("part-*.json"))) == pieces // 2
+    (folder / "a.jsonl").rename(folder / "z.jsonl")
+    store = prepare(f"text={folder}", tokenizer, tmp_path / "store", validation_share=SHARE, workers=1)
+    assert (store.manifest.kept, store.manifest.rejects) == (200, {})
+    assert set(decoded(store, "train", tokenizer) + decoded(store, "validation", tokenizer)) == set(texts)
+
+
+def test_a_kill_while_the_manifest_is_written_costs_no_finished_part(folder_of_parts, store, tokenizer, tmp_path):
+    def killed(path, *arguments, **options):
+        real(path, "", *arguments[1:], **options)  # a file is emptied before it is written
+        raise KeyboardInterrupt
+
+    real = Path.write_text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rorchat.tokens.prepare.finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        patch.setattr(tokenize_shard.Job, "prepare", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+        names = {file.name for file in (tmp_path / ".again.unfinished").iterdir()}
+        assert "blocks.npy" in names and "manifest.json" not in names  # so far it had come
+        patch.setattr(Path, "write_text", real)
+        again = prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    assert again.manifest.kept == len(KEPT) and again.verify() == []
+
+
+def test_a_manifest_that_the_disk_lost_is_made_again_of_the_parts(folder_of_parts, tokenizer, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rorchat.tokens.prepare._is_finished", lambda staging: False)
+        patch.setattr(Manifest, "read", interrupted)  # it is read before the parts go
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    (tmp_path / ".again.unfinished" / "manifest.json").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize_shard.Job, "prepare", interrupted)
+        again = prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
+    assert again.manifest.kept == len(KEPT) and again.verify() == []
+    assert not (again.folder / "identity.json").exists() and not list(again.folder.glob("part-*"))
+
+
+def test_a_part_without_a_usable_row_changes_nothing_about_the_others(folder_of_parts, store, tokenizer, tmp_path):
+    (tmp_path / "parts" / "0a.jsonl").write_text("not JSON\n" * 40)
+    assert len(parts(folder_of_parts)) > 15
+    mixed = prepare(folder_of_parts, tokenizer, tmp_path / "mixed", validation_share=SHARE, workers=1)
+    assert mixed.manifest.rejects == {"duplicate": len(COPIES), "not JSON": 40}
+    for split in ("train", "validation"):
+        assert decoded(mixed, split, tokenizer) == decoded(store, split, tokenizer)
+
+
+def test_duplicates_are_found_across_parts_and_told_with_their_places(folder_of_parts, tokenizer, tmp_path, capsys):
+    prepare(folder_of_parts, tokenizer, tmp_path / "store", validation_share=SHARE, workers=2)
+    said = capsys.readouterr().err
+    assert f"{len(COPIES)} rejected: duplicate, first at " in said
+    assert f"{tmp_path / 'parts' / '6.jsonl'}:" in said
+
+
+class HubRows(list):
+    _fingerprint = "first"
+
+
+def test_a_preparation_from_the_hub_begins_anew_where_the_dataset_moved_on_and_a_finished_store_stays(
+    tokenizer, tmp_path, monkeypatch
+):
+    rows = HubRows({"text": text} for text in DOCUMENTS)
+    monkeypatch.setattr("rorchat.sources._hub_rows", lambda name: rows)
+    monkeypatch.setattr("rorchat.sources.HUB_ROWS_PER_PART", 20)
+    settings = {"tokenizer": tokenizer, "folder": tmp_path / "store", "validation_share": SHARE, "workers": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr("rorchat.tokens.prepare.finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare("tinystories", **settings)
+    rows[:] = [{"text": f"{text} again"} for text in DOCUMENTS]
+    rows._fingerprint = "second"
+    store = prepare("tinystories", **settings)
+    assert all(text.endswith(" again") for text in decoded(store, "train", tokenizer))
+    assert store.manifest.hub_fingerprint == "second"
+    rows._fingerprint = "third"
+    assert prepare("tinystories", **settings).manifest == store.manifest
+    monkeypatch.setattr(find("tinystories"), "HUB", {"path": "roneneldan/TinyStories", "split": "validation"})
+    with pytest.raises(MismatchError, match="place on the Hub. has changed"):
+        prepare("tinystories", **settings)
+
+
+def test_what_a_killed_run_left_behind_is_made_anew(spec, store, tokenizer, tmp_path):
+    left = tmp_path / ".again.unfinished"
+    left.mkdir()
+    (left / "train-00007.npy").write_bytes(b"half")
+    again = prepare(spec, tokenizer, tmp_path / "again", validation_share=SHARE)
+    assert files_of(again.folder) == files_of(store.folder) and not left.exists()

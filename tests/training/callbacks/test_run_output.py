@@ -1,0 +1,400 @@
+"""Seeing: what a run writes and shows while it goes on, what trackers get, and that it stops when it has diverged."""
+
+import json
+import math
+import re
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import strict_lines
+from transformers import TrainerCallback
+
+from rorchat.errors import DivergedError, UsageError
+from rorchat.model import build_model
+from rorchat.report import draw_curves, read_lines, standing
+from rorchat.training import stage as trainer_module
+from rorchat.training.arguments import parse
+from rorchat.training.callbacks.metrics import Utilization
+from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, stores_of
+from rorchat.training.run_folder import Run
+from rorchat.training.sft import ChatTrainer, SftArguments, read_encoded
+
+ROOT = Path(__file__).resolve().parents[3]
+BASE = [
+    "--sources", "tinytown=120", "persona=60", "--weights", "5", "2", "--block_size", "32", "--validation_share", "0.1",
+    "--per_device_train_batch_size", "2", "--global_batch_tokens", "128", "--max_steps", "8", "--logging_steps", "2",
+    "--eval_steps", "4", "--bf16", "false", "--optimizer", "muon", "--learning_rate", "1e-3",
+]  # fmt: skip
+SHOWN = ["--sample_prompts", "One day", "--sample_steps", "3", "--price_per_hour", "36000"]
+
+
+class Recorder(TrainerCallback):
+    """A tracker: what Transformers' own ones get, in `on_log`."""
+
+    def __init__(self):
+        self.logged = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logged.append((state.global_step, dict(logs)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_known_peak():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "peak_flops", lambda precision, on_gpu: (1e12, "measured"))
+        yield
+
+
+def make_trainer(tokenizer, folder: Path, *flags: object, kind: type = PretrainTrainer) -> PretrainTrainer:
+    arguments = parse(PretrainArguments, [*BASE, "--output_dir", str(folder), *map(str, flags)])
+    model = build_model("2x2x32", tokenizer, 32)
+    return kind(model, arguments, tokenizer, stores_of(arguments, tokenizer))
+
+
+@pytest.fixture(scope="module")
+def shown(tokenizer, tmp_path_factory) -> SimpleNamespace:
+    """A whole short run with everything to be seen: its trainer, its lines, and what a tracker got."""
+    folder = tmp_path_factory.mktemp("shown")
+    trainer, recorder = make_trainer(tokenizer, folder, *SHOWN), Recorder()
+    trainer.add_callback(recorder)
+    trainer.train()
+    return SimpleNamespace(trainer=trainer, folder=folder, lines=strict_lines(folder / "metrics.jsonl"), got=recorder)
+
+
+def training_lines(lines: list[dict]) -> list[dict]:
+    return [line for line in lines if "loss" in line]
+
+
+# metrics.jsonl
+
+
+def test_a_training_line_has_every_field_and_each_is_in_the_documentation(shown):
+    lines = training_lines(shown.lines)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    fields = {
+        "step", "tokens", "loss", "learning_rate", "matrix_learning_rate", "grad_norm", "tokens_per_second", "mfu",
+        "memory_bytes", "mixture", "seconds", "dollars",
+    }  # fmt: skip
+    assert lines[0].keys() == fields | {"peak", "peak_flops", "flops_per_token"}
+    assert all(line.keys() == fields for line in lines[1:])
+    evaluation = next(line for line in shown.lines if "eval_loss" in line)
+    assert {"eval_tinytown_loss", "eval_persona_bits_per_byte", "eval_bits_per_byte", "seconds"} <= evaluation.keys()
+    documented = set(re.findall(r"^\| `(.+?)`", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE))
+    general = {re.sub("tinytown|persona", "SOURCE", key) for line in shown.lines for key in line}
+    assert general <= documented, general - documented
+
+
+def test_mfu_is_the_speed_times_six_n_and_attention_over_the_peak(shown):
+    first = training_lines(shown.lines)[0]
+    width, layers, vocabulary, positions = 32, 2, 384, 32
+    work = 6 * (12 * layers * width**2 + vocabulary * width) + 12 * layers * width * positions
+    assert (first["flops_per_token"], first["peak_flops"], first["peak"]) == (work, 1e12, "measured")
+    assert Utilization(work, 1e9, "known").mfu(1000) == pytest.approx(1000 * work / 1e9)
+    for line in training_lines(shown.lines):
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * work / 1e12, abs=1e-5)
+
+
+def test_the_mixture_of_a_line_is_that_of_the_rows_read_since_the_last(shown):
+    mixture, before = shown.trainer.mixture, 0
+    for line in training_lines(shown.lines):
+        rows = range(before * 4, line["step"] * 4)
+        names = [mixture.plan.names[mixture.locate(row)[0]] for row in rows]
+        assert line["mixture"] == {name: names.count(name) / len(rows) for name in ("tinytown", "persona")}
+        before = line["step"]
+    assert len({line["mixture"]["persona"] for line in training_lines(shown.lines)}) > 1
+
+
+def test_both_learning_rates_are_those_of_the_step(shown):
+    lines = training_lines(shown.lines)
+    for line in lines:
+        assert line["matrix_learning_rate"] == pytest.approx(
+            shown.trainer.args.matrix_learning_rate / 1e-3 * line["learning_rate"]
+        )
+    assert lines[-1]["learning_rate"] < lines[0]["learning_rate"]
+
+
+def test_the_cost_is_the_time_at_the_price_of_an_hour(shown):
+    assert shown.lines[-1]["seconds"] > 0
+    for line in shown.lines:
+        assert line["dollars"] == pytest.approx(10 * line["seconds"], abs=0.06)  # 36,000 $/h; seconds have two digits
+
+
+def test_trackers_get_the_numbers_of_the_file_flat(shown):
+    got = [(step, logs) for step, logs in shown.got.logged if "train_runtime" not in logs]
+    assert len(got) == len(shown.lines) == 6
+    for (step, logs), line in zip(got, shown.lines, strict=True):
+        assert all(isinstance(value, (int, float)) for value in logs.values())
+        assert step == line["step"]
+        flat = {f"mixture/{name}": share for name, share in line.get("mixture", {}).items()}
+        told = {key: value for key, value in line.items() if isinstance(value, (int, float))} | flat
+        for key in told.keys() - {"step", "peak_flops", "flops_per_token"}:
+            assert logs[key] == pytest.approx(told[key], abs=1e-6), key
+
+
+def test_trackio_is_given_them_by_transformers_own_callback(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "trackio.py").write_text(
+        "from types import SimpleNamespace\n__version__ = '0'\nlogged = []\nlog = logged.append\n"
+        "class Config(dict):\n    def update(self, more, allow_val_change): super().update(more)\n"
+        "config = Config()\ncontext_vars = SimpleNamespace(current_space_id=SimpleNamespace(get=lambda: None))\n"
+        "def init(**settings): pass\ndef finish(): logged.append('finished')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    make_trainer(tokenizer, tmp_path / "run", "--report_to", "trackio", "--max_steps", 4).train()
+    import trackio
+
+    monkeypatch.delitem(sys.modules, "trackio")
+    assert trackio.logged[-1] == "finished"
+    keys = {key for logs in trackio.logged[:-1] for key in logs}
+    assert {
+        "train/loss", "train/mfu", "train/tokens_per_second", "train/matrix_learning_rate", "train/mixture/persona",
+        "train/seconds", "eval/loss", "eval/bits_per_byte", "eval/tinytown_loss", "train/global_step",
+    } <= keys  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("wandb", "report_to wandb needs a package that is not installed: pip install wandb"),
+        ("tensorboard", "pip install tensorboard"),
+        ("none,trackio", "pip install trackio"),
+        ("tensorbord", "no tracker 'tensorbord'. Did you mean 'tensorboard'?"),
+    ],
+)
+def test_a_tracker_that_cannot_be_had_is_one_line_before_anything_starts(name, said, monkeypatch):
+    monkeypatch.setattr(trainer_module.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(UsageError, match=re.escape(said)) as caught:
+        parse(PretrainArguments, [*BASE, "--output_dir", "x", "--report_to", name])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tensorboard,wandb", ["tensorboard", "wandb"]])
+def test_several_trackers_are_named_with_commas_or_as_a_list(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module.importlib.util, "find_spec", lambda package: package)
+    assert trainer_module.trackers(name) == ["tensorboard", "wandb"]
+    assert trainer_module.trackers("none") == trainer_module.trackers(None) == []
+    config = tmp_path / "c.yaml"
+    config.write_text(f"report_to: {json.dumps(name)}\n")
+    arguments = parse(PretrainArguments, ["--config", str(config), *BASE, "--output_dir", "x"])
+    assert arguments.report_to == ["tensorboard", "wandb"]
+
+
+@pytest.mark.parametrize("name", [*trainer_module.NOT_NEGATIVE, "seed", "data_seed"])
+def test_a_negative_number_where_none_can_be_is_a_usage_error(name):
+    with pytest.raises(UsageError, match=rf"^{name} is -1(\.0)?: give (0 or a positive number|a number from 0)"):
+        parse(PretrainArguments, [*BASE, "--output_dir", "x", f"--{name}", "-1"])
+
+
+@pytest.mark.parametrize("steps", ["-3", "0"])
+def test_steps_that_are_none_are_named(steps):
+    with pytest.raises(UsageError, match=f"max_steps is {steps}: give a positive number"):
+        parse(PretrainArguments, [*BASE, "--output_dir", "x", "--max_steps", steps])
+
+
+# Samples
+
+
+def test_samples_are_taken_before_after_and_every_so_many_steps(shown):
+    lines = strict_lines(shown.folder / "samples.jsonl")
+    assert [(line["step"], line["tokens"]) for line in lines] == [(0, 0), (3, 384), (6, 768), (8, 1024)]
+    assert all(line.keys() == {"step", "tokens", "prompt", "text"} for line in lines)
+    assert {line["prompt"] for line in lines} == {"One day"}
+
+
+def test_sampling_changes_nothing_of_the_training(shown, tokenizer, tmp_path):
+    plain = make_trainer(tokenizer, tmp_path)
+    plain.train()
+    other = dict(shown.trainer.model.named_parameters())
+    assert all(torch.equal(value, other[name]) for name, value in plain.model.named_parameters())
+    assert not (tmp_path / "samples.jsonl").exists()
+
+
+# What has diverged
+
+
+@pytest.fixture
+def nothing_is_skipped(monkeypatch):
+    monkeypatch.setattr("rorchat.training.checkpointing.trainer_mixin.MOST_SKIPPED", 0)
+
+
+class Poisoned(PretrainTrainer):
+    """Its loss or its gradient is `poison` in the second micro-batch of step 7."""
+
+    poison, in_gradient = math.nan, False
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.count = getattr(self, "count", 0) + 1
+        if self.count != 14:
+            return loss
+        if self.in_gradient:
+            self.model.transformer.ln_f.bias.register_hook(lambda gradient: gradient * self.poison)
+            return loss
+        self.before = self.model.transformer.wte.weight.detach().clone()
+        return loss * self.poison
+
+
+def test_a_loss_that_is_no_number_stops_the_run_at_its_step_with_its_value(tokenizer, tmp_path, nothing_is_skipped):
+    for poison in (math.nan, math.inf):
+        trainer = make_trainer(tokenizer, tmp_path / str(poison), kind=Poisoned)
+        trainer.poison = poison
+        with pytest.raises(DivergedError) as caught:
+            trainer.train()
+        last = strict_lines(tmp_path / str(poison) / "metrics.jsonl")[-1]
+        assert (last["event"], last["step"], last["loss"]) == ("diverged", 7, str(poison))
+        assert math.isfinite(last["last_finite_loss"]) and sum(last["mixture"].values()) == 1
+        said = str(caught.value)
+        assert said.startswith(f"The loss is {poison} at step 7, whose rows are of tinytown")
+        assert f"the last finite loss was {last['last_finite_loss']:.4f} at step 6" in said
+        assert "learning_rate" in said and "checkpoint" in said and "\n" not in said
+        assert caught.value.exit_code == 70
+        assert torch.equal(trainer.model.transformer.wte.weight, trainer.before)  # the step was not taken
+
+
+def test_a_gradient_that_is_no_number_is_named_although_the_loss_is_one(tokenizer, tmp_path, nothing_is_skipped):
+    trainer = make_trainer(tokenizer, tmp_path, kind=Poisoned)
+    trainer.in_gradient = True
+    with pytest.raises(DivergedError, match=r"The loss is \d\.\d{4} but the gradient norm nan at step 7"):
+        trainer.train()
+    last = strict_lines(tmp_path / "metrics.jsonl")[-1]
+    assert (last["step"], last["grad_norm"]) == (7, "nan") and math.isfinite(last["loss"])
+
+
+@pytest.mark.parametrize("warmup", [0.5, 4])
+def test_a_cooldown_waits_for_the_warm_up(tokenizer, tmp_path, warmup):
+    """Half of eight steps up and 0.7 of them down: no rate is skipped between the two."""
+    trainer = make_trainer(tokenizer, tmp_path, "--warmup_steps", warmup, "--cooldown_share", 0.7)
+    trainer.create_optimizer()
+    schedule, rates = trainer.create_scheduler(8), []
+    for _ in range(9):
+        rates.append(schedule.get_last_lr()[-1] / 1e-3)
+        trainer.optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--save_steps", "-3"], "save_steps is -3.0: give 0 or a positive number"),
+        (["--logging_steps", "-1"], "logging_steps is -1.0: give 0 or a positive number"),
+        (["--save_total_limit", "1"], "save_total_limit is 1: give 2 or more"),
+        (["--lr_scheduler_type", "cosin"], "lr_scheduler_type: cosin is not a valid SchedulerType"),
+    ],
+)
+def test_settings_of_transformers_that_make_no_sense_are_named(tmp_path, flags, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        parse(PretrainArguments, [*BASE, "--output_dir", str(tmp_path), *flags])
+
+
+def test_another_dataset_than_the_runs_own_is_not_measured_in_silence(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="run's own validation set"):
+        trainer.evaluate(trainer.train_dataset)
+
+
+def test_a_diverged_run_goes_on_from_its_checkpoint_and_its_file_only_grows(
+    tokenizer, tmp_path, nothing_is_skipped, monkeypatch
+):
+    monkeypatch.setattr(PretrainTrainer, "_roll_back", lambda trainer: None)
+    flags = ["--save_strategy", "steps", "--save_steps", 4]
+    poisoned = make_trainer(tokenizer, tmp_path, *flags, kind=Poisoned)
+    with pytest.raises(DivergedError):
+        Run(poisoned.args, "pretrain", {}).train(poisoned, {})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    again = make_trainer(tokenizer, tmp_path, *flags)
+    Run(again.args, "pretrain", {}).train(again, {})
+    assert (tmp_path / "metrics.jsonl").read_bytes().startswith(before)
+    lines = strict_lines(tmp_path / "metrics.jsonl")
+    assert [line.get("event", line["step"]) for line in training_lines(lines)] == [2, 4, 6, "diverged", 6, 8]
+    assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
+    stands = standing(lines)
+    assert [line["step"] for line in training_lines(stands)] == [2, 4, 6, 8]
+    assert [line["event"] for line in stands if "event" in line] == ["resumed"]
+
+
+def test_a_run_without_a_checkpoint_begins_its_files_anew(tokenizer, tmp_path):
+    flags = ["--max_steps", 2, "--sample_prompts", "Hi", "--save_strategy", "no"]
+    for _ in range(2):
+        trainer = make_trainer(tokenizer, tmp_path, *flags)
+        run = Run(trainer.args, "pretrain", {})
+        run.begin()
+        trainer.train()
+        run._held.close()  # as the end of the process would
+    assert [line["step"] for line in training_lines(strict_lines(tmp_path / "metrics.jsonl"))] == [2]
+    assert [line["step"] for line in strict_lines(tmp_path / "samples.jsonl")] == [0, 2]
+
+
+def test_the_command_ends_with_70_and_one_line(tokenizer, tmp_path, capsys):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    flags = [*BASE, "--tokenizer", tmp_path / "tokenizer", "--size", "2x2x32", "--optimizer", "adamw"]
+    flags += ["--output_dir", tmp_path / "run", "--learning_rate", "1e38", "--eval_strategy", "no"]
+    main = runpy.run_path(str(ROOT / "recipes" / "pretrain.py"))["main"]
+    with pytest.raises(SystemExit) as stopped:
+        main([str(flag) for flag in flags])
+    assert stopped.value.code == 70
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and re.match(r"error: The loss is .+ at step \d", errors[0])
+    assert strict_lines(tmp_path / "run" / "metrics.jsonl")[-1]["event"] == "diverged"
+
+
+# The chat stages and the picture
+
+
+def test_fine_tuning_writes_the_same_lines_without_what_it_does_not_know(tokenizer, tmp_path):
+    flags = ["--sources", "tinytown=60", "--validation_share", "0.2", "--max_steps", "4", "--logging_steps", "2"]
+    flags += ["--output_dir", str(tmp_path), "--eval_strategy", "no", "--bf16", "false", "--price_per_hour", "1"]
+    arguments = parse(SftArguments, flags)
+    train, validation, _ = read_encoded(arguments, tokenizer, 96)
+    ChatTrainer(build_model("2x2x32", tokenizer, 96), arguments, tokenizer, train, validation).train()
+    lines = strict_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 4]
+    fields = {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    assert lines[0].keys() == fields | {"memory_bytes", "seconds", "dollars"}
+
+
+def test_a_restart_takes_back_the_lines_of_later_steps():
+    records = [{"step": 2, "loss": 3}, {"step": 2, "eval_loss": 3}, {"step": 4, "loss": "nan", "event": "diverged"}]
+    resumed = {"event": "resumed", "step": 2}
+    assert standing([*records, resumed, {"step": 3, "loss": 1}]) == [*records[:2], resumed, {"step": 3, "loss": 1}]
+
+
+def test_the_picture_has_a_panel_for_what_was_logged_and_bears_words_for_numbers(shown, tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    (tmp_path / "run").mkdir()
+    lines = [*shown.lines, {"event": "diverged", "step": 9, "loss": "nan", "grad_norm": "inf"}]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    draw_curves([tmp_path / "run"], tmp_path / "curves.png")
+    axes = figures[0].axes
+    assert [axis.get_ylabel().split("\n")[0] for axis in axes] == [
+        "loss", "validation loss by source", "learning rate", "gradient norm", "tokens per second", "MFU (%)",
+        "peak memory (GB)",
+    ]  # fmt: skip
+    assert [text.get_text() for text in axes[1].get_legend().get_texts()] == ["tinytown", "persona"]
+    assert [text.get_text() for text in axes[2].get_legend().get_texts()] == ["AdamW", "Muon"]
+    assert axes[0].lines[0].get_xdata().tolist() == [2, 4, 6, 8]
+    assert read_lines(tmp_path / "run" / "metrics.jsonl") == lines
+
+
+@pytest.mark.slow
+def test_two_processes_sample_without_waiting_for_ever_and_both_stop_when_the_run_diverges(tokenizer, tmp_path):
+    from recipe_commands import launch, succeeded
+
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    flags = [*BASE, "--tokenizer", tmp_path / "tokenizer", "--size", "2x2x32", "--max_steps", 3, *SHOWN]
+    more = ["--output_dir", tmp_path / "well", "--sample_steps", 1, "--logging_steps", 1]
+    succeeded(launch("pretrain", *flags, *more, processes=2))
+    assert [line["step"] for line in strict_lines(tmp_path / "well" / "samples.jsonl")] == [0, 1, 2, 3]
+    lines = training_lines(strict_lines(tmp_path / "well" / "metrics.jsonl"))
+    assert [(line["step"], line["tokens"]) for line in lines] == [(1, 128), (2, 256), (3, 384)]
+    more = ["--output_dir", tmp_path / "ill", "--optimizer", "adamw", "--learning_rate", "1e38", "--max_steps", 8]
+    ill = launch("pretrain", *flags, *more, processes=2)
+    assert ill.returncode != 0 and "error: The loss is" in ill.stderr
+    assert strict_lines(tmp_path / "ill" / "metrics.jsonl")[-1]["event"] == "diverged"

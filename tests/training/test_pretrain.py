@@ -1,0 +1,258 @@
+"""Training: the fused loss is the stock loss, batches cut differently train alike, the optimizers do what they say."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from rorchat.errors import UsageError
+from rorchat.mixture.collators import padded
+from rorchat.model import build_model
+from rorchat.training.arguments import parse
+from rorchat.training.kernels import lm_head_loss as loss_module
+from rorchat.training.kernels.lm_head_loss import head_loss, patch_gelu, patch_lm_head_loss
+from rorchat.training.optim import build_optimizer
+from rorchat.training.pretrain import PretrainArguments
+from rorchat.training.sampler import steps_of, training_order
+from rorchat.training.sft import SftArguments
+
+
+@pytest.fixture
+def model(tokenizer):
+    return build_model("2x2x32", tokenizer, 64).eval()
+
+
+def batch(model, masked: bool = True) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(20, model.config.vocab_size, (3, 40), generator=draw)
+    labels = ids.clone()
+    if masked:
+        labels[torch.rand(ids.shape, generator=draw) < 0.5] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 10_000])
+def test_the_fused_loss_and_its_gradients_are_those_of_full_logits(model, monkeypatch, rows_at_once):
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", rows_at_once * model.config.vocab_size)
+    data = batch(model)
+    hidden = torch.randn(3, 40, 32, dtype=torch.float32, requires_grad=True)
+    weight = model.lm_head.weight.detach().clone().requires_grad_()
+    fused = head_loss(hidden, weight, data["labels"])
+    fused.mul(0.37).backward()
+    gradients = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    logits = hidden[:, :-1] @ weight.T
+    plain = F.cross_entropy(logits.reshape(-1, logits.size(-1)), data["labels"][:, 1:].reshape(-1), reduction="sum")
+    plain.mul(0.37).backward()
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradients[0], hidden.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients[1], weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_made_ready_for_training_has_the_stock_loss_and_keeps_its_logits(model):
+    data = batch(model)
+    stock = model(**data)
+    ready = copy.deepcopy(model)
+    patch_lm_head_loss(ready)
+    patch_gelu(ready)
+    torch.testing.assert_close(ready(**data).loss, stock.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ready(data["input_ids"]).logits, stock.logits, rtol=1e-4, atol=1e-5)
+    assert ready(**data, num_items_in_batch=7).loss.item() == pytest.approx(
+        stock.loss.item() * int((data["labels"][:, 1:] != -100).sum()) / 7, rel=1e-5
+    )
+
+
+def test_the_gradient_of_the_tied_embedding_is_the_stock_gradient(model):
+    data, ready = batch(model), copy.deepcopy(model)
+    patch_lm_head_loss(ready)
+    model(**data).loss.backward()
+    ready(**data).loss.backward()
+    for (name, expected), (_, found) in zip(model.named_parameters(), ready.named_parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_batch_without_a_label_costs_nothing_and_breaks_nothing(model):
+    patch_lm_head_loss(model)
+    data = batch(model)
+    data["labels"].fill_(-100)
+    loss = model(**data, num_items_in_batch=5).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert float(model.transformer.wte.weight.grad.abs().sum()) == 0
+
+
+def test_a_model_at_birth_knows_nothing(model):
+    loss = model(**batch(model, masked=False)).loss.item()
+    assert loss == pytest.approx(np.log(model.config.vocab_size), abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
+def test_one_batch_can_be_learned_by_heart(model, name):
+    patch_lm_head_loss(model)
+    data = batch(model, masked=False)
+    optimizer = build_optimizer(model, name, learning_rate=1e-2, matrix_learning_rate=1e-2, weight_decay=0.0)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(**data).loss
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+def test_padding_on_the_right_changes_neither_loss_nor_gradient(model):
+    patch_lm_head_loss(model)
+    rows = [{key: value[0][:length] for key, value in batch(model).items()} for length in (40, 11, 25)]
+    model(**padded(rows, pad_id=3), num_items_in_batch=10).loss.backward()
+    together = model.transformer.wte.weight.grad.clone()
+    model.zero_grad()
+    for row in rows:
+        model(**padded([row], pad_id=3), num_items_in_batch=10).loss.backward()
+    torch.testing.assert_close(together, model.transformer.wte.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_muon_treats_q_k_and_v_as_three_matrices(model):
+    optimizer = build_optimizer(model, "muon", learning_rate=0.0, matrix_learning_rate=1.0, weight_decay=0.0)
+    weight = model.transformer.h[0].attn.c_attn.weight
+    before = weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    for update in (weight.detach() - before).chunk(3, dim=1):  # an orthogonal (32, 32) matrix x 0.2 x sqrt(32)
+        assert float(torch.linalg.svdvals(update).mean()) == pytest.approx(0.2 * 32**0.5, rel=0.3)
+
+
+def test_every_parameter_is_in_exactly_one_group_and_only_matrices_go_to_muon(model):
+    optimizer = build_optimizer(model, "muon", learning_rate=1.0, matrix_learning_rate=2.0, weight_decay=0.1)
+    members = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(members) == sorted(id(parameter) for parameter in model.parameters())
+    muon = [p for group in optimizer.param_groups if group["use_muon"] for p in group["params"]]
+    assert len(muon) == 4 * model.config.n_layer
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates[id(model.transformer.wte.weight)] == 10.0 and rates[id(model.transformer.wpe.weight)] == 1.0
+    assert {p.ndim for p in muon} == {2}
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
+def test_an_optimizer_goes_on_from_its_state_as_if_never_stopped(model, name):
+    def steps(model, optimizer, count):
+        for number in range(count):
+            for index, parameter in enumerate(model.parameters()):
+                draw = torch.Generator().manual_seed(1000 * number + index)
+                parameter.grad = torch.randn(parameter.shape, generator=draw)
+            optimizer.step()
+
+    settings = {"learning_rate": 1e-3, "matrix_learning_rate": 1e-3, "weight_decay": 0.1}
+    optimizer = build_optimizer(model, name, **settings)
+    steps(model, optimizer, 2)
+    other = copy.deepcopy(model)
+    resumed = build_optimizer(other, name, **settings)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(model, optimizer, 2)
+    steps(other, resumed, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_the_order_of_rows_shows_each_row_once_an_epoch_and_puts_like_lengths_together():
+    lengths = np.random.default_rng(0).integers(5, 100, 400)
+    order = training_order(lengths, rows=800, batch_size=8, seed=0)
+    assert np.array_equal(order, training_order(lengths, 800, 8, 0))
+    assert not np.array_equal(order, training_order(lengths, 800, 8, 1))
+    spread = np.ptp(lengths[order].reshape(-1, 8), axis=1).mean()
+    assert spread < 0.2 * np.ptp(lengths)
+
+
+@pytest.mark.parametrize("rows", [8, 9, 100])
+def test_no_batch_holds_a_row_twice_though_epochs_are_smaller_than_what_is_sorted(rows):
+    order = training_order(np.random.default_rng(0).integers(5, 100, rows), rows=8 * rows, batch_size=8, seed=0)
+    assert np.array_equal(np.sort(order.reshape(8, rows)), np.tile(np.arange(rows), (8, 1)))
+    assert all(len(set(batch)) == 8 for batch in order.reshape(-1, 8).tolist())
+
+
+@pytest.mark.parametrize(("rows", "epochs", "steps"), [(47, 1, 2), (64, 1, 2), (10, 1, 1), (47, 2, 3)])
+def test_the_steps_of_an_epoch_leave_no_row_out(rows, epochs, steps):
+    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "world_size": 1}
+    assert steps_of(SimpleNamespace(**sizes, max_steps=-1, num_train_epochs=epochs), rows) == steps
+
+
+BASE = ["--sources", "tinytown=10", "--output_dir", "x", "--block_size", "64", "--per_device_train_batch_size", "2"]
+
+
+def test_accumulation_follows_from_the_global_batch():
+    arguments = parse(PretrainArguments, [*BASE, "--global_batch_tokens", "512", "--train_tokens", "5120"])
+    assert (arguments.gradient_accumulation_steps, arguments.max_steps) == (4, 10)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--global_batch_tokens", "500"], "nearest that fit are 384 and 512"),
+        (["--global_batch_tokens", "512"], "less than one step"),
+        (["--block_sise", "3"], "Did you mean 'block_size'"),
+        (["--block_size", "many"], "invalid int value"),
+        (["--optimizer", "adan"], "Did you mean 'adamw'"),
+        (["--validation_share", "0"], "between 0 and 1"),
+        (["--optim", "adamw_bnb_8bit"], "chosen by `optimizer`"),
+        (["--gradient_accumulation_steps", "2"], "global_batch_tokens"),
+        (["--per_device_train_batch_size", "0"], "give a positive number"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_that_says_what_fits(flags, said):
+    with pytest.raises(UsageError, match=said) as caught:
+        parse(PretrainArguments, [*BASE, *flags])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("learning_rat: 1", "unknown key 'learning_rat'. Did you mean 'learning_rate'"),
+        ("block_size: [1, 2]", "expected an int"),
+        ("block_size: 1.5", "expected an int"),
+        ("learning_rate: fast", "expected a number"),
+        ("learning_rate: true", "expected a number"),
+        ("sources: tinytown=10", "expected a list of strings"),
+        ("sources: [5]", "expected a list of strings"),
+        ("weights: [a, b]", "expected a list of numbers"),
+        ("size: 124", "expected a string"),
+        ("eval_strategy: no", "in quotes"),
+        ("fp16: maybe", "expected true or false"),
+    ],
+)
+def test_a_wrong_line_in_a_config_is_named_with_file_and_line(tmp_path, line, said):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"# a comment\n{line}\n")
+    with pytest.raises(UsageError) as caught:
+        parse(PretrainArguments, ["--config", str(config), *BASE])
+    assert said in str(caught.value) and f"{config}:2: " in str(caught.value)
+
+
+def test_the_command_line_goes_before_the_config_and_the_config_before_the_defaults(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("sources: [tinytown=10]\noutput_dir: x\nlearning_rate: 6e-4\nmax_steps: 7\n")
+    arguments = parse(SftArguments, ["--config", str(config), "--max_steps", "3"])
+    assert (arguments.learning_rate, arguments.max_steps, arguments.per_device_train_batch_size) == (6e-4, 3, 8)
+    assert arguments.given == {"learning_rate": 6e-4, "max_steps": 3, "output_dir": "x", "sources": ["tinytown=10"]}
+
+
+def test_the_logged_loss_of_a_row_is_the_mean_over_its_predicted_tokens(tokenizer, tmp_path):
+    """Not over the row's length: position 0 is no target, and Transformers counts it for GPT-2."""
+    import json
+
+    from rorchat.training.pretrain import PretrainTrainer, stores_of
+
+    flags = ["--global_batch_tokens", "128", "--max_steps", "1", "--logging_steps", "1", "--eval_strategy", "no"]
+    flags += ["--validation_share", "0.1", "--bf16", "false"]
+    base = [*BASE[:1], "tinytown=60", "--output_dir", str(tmp_path), *BASE[4:]]
+    arguments = parse(PretrainArguments, [*base, *flags])
+    model = build_model("2x2x32", tokenizer, 64)
+    stock = copy.deepcopy(model)
+    trainer = PretrainTrainer(model, arguments, tokenizer, stores_of(arguments, tokenizer))
+    rows = [trainer.mixture[index] for index in range(2)]
+    with torch.no_grad():
+        expected = stock(**padded(rows, 0)).loss.item()
+    trainer.train()
+    logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert logged == pytest.approx(expected, abs=2e-4)  # a factor 63/64 is 0.09

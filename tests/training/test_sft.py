@@ -1,0 +1,102 @@
+"""Fine-tuning as its users see it: what is trained, what is replayed, what is refused."""
+
+import runpy
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rorchat.chatml import END_OF_TEXT, IM_START
+from rorchat.errors import UsageError
+from rorchat.model import build_model, save_model
+from rorchat.training.arguments import parse
+from rorchat.training.dpo import DpoArguments
+from rorchat.training.grpo import GrpoArguments
+from rorchat.training.pretrain import PretrainArguments
+from rorchat.training.sft import SftArguments, read_encoded
+
+ROOT = Path(__file__).parents[1]
+FLAGS = ["--sources", "tinytown=80", "--validation_share", "0.1", "--output_dir", "runs/x"]
+
+
+def test_the_labels_are_the_assistants_words_and_their_closings_and_nothing_else(tokenizer):
+    from rorchat.sources.registry import load
+
+    train, validation, _ = read_encoded(parse(SftArguments, FLAGS), tokenizer, 10_000)
+    found = set()
+    for row in (*train, *validation):
+        asked = row["labels"] != -100
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], asked.numpy(), [False]])))
+        found |= {tokenizer.decode(row["input_ids"][a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)}
+    rows = load("tinytown=80", "conversation", seed=0)
+    said = {m["content"] + "<|im_end|>" for row in rows for m in row["messages"] if m["role"] == "assistant"}
+    assert found == said
+
+
+def test_replayed_documents_have_their_share_of_the_tokens_and_are_no_conversations(tokenizer):
+    plain, _, _ = read_encoded(parse(SftArguments, FLAGS), tokenizer, 128)
+    flags = [*FLAGS, "--replay", "tinytown=200", "--replay_share", "0.2"]
+    train, _, _ = read_encoded(parse(SftArguments, flags), tokenizer, 128)
+    assert 0.2 == pytest.approx(1 - plain.lengths.sum() / train.lengths.sum(), abs=0.001)
+    begins = tokenizer.convert_tokens_to_ids([IM_START, END_OF_TEXT])
+    first = [int(row["input_ids"][0]) for row in train]
+    assert first == [begins[0]] * len(plain) + [begins[1]] * (len(train) - len(plain))
+    assert all((row["labels"][1:] != -100).all() for row in [*train][len(plain) :])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--loss_type", "dft"],
+        ["--label_smoothing_factor", "0.1"],
+        ["--chat_template_path", "other.jinja"],
+        ["--eos_token", "<|endoftext|>"],
+        ["--pad_token", "<|endoftext|>"],
+        ["--packing", "true"],
+        ["--eval_packing", "true"],
+        ["--packing_strategy", "wrapped"],
+        ["--completion_only_loss", "true"],
+        ["--shuffle_dataset", "true"],
+    ],
+)
+def test_settings_of_trl_that_would_do_nothing_or_harm_are_refused_with_the_reason(flags):
+    with pytest.raises(UsageError, match=f"^{flags[0][2:]} cannot be set: [a-z]"):
+        parse(SftArguments, [*FLAGS, *flags])
+
+
+def test_every_setting_that_is_refused_is_one():
+    stages = (PretrainArguments, SftArguments, DpoArguments, GrpoArguments)
+    known = {each.name for stage in stages for each in fields(stage)}
+    assert {name for stage in stages for name in stage.UNSUPPORTED_ARGS} <= known
+
+
+def test_a_share_that_is_none_is_refused():
+    with pytest.raises(UsageError, match="replay_share is 1.0: it must lie between 0 and 1"):
+        parse(SftArguments, [*FLAGS, "--replay_share", "1"])
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("replay") / "documents.txt"
+    path.write_text("\n\n".join(f"Document {number} is about the mill by the river. " * 4 for number in range(200)))
+    return path
+
+
+def test_a_run_with_other_documents_replayed_is_another_run(tokenizer, documents, tmp_path, capsys):
+    save_model(build_model("2x2x32", tokenizer, 256), tokenizer, tmp_path / "base")
+    main = runpy.run_path(str(ROOT / "recipes" / "sft.py"))["main"]
+    argv = ["--model", str(tmp_path / "base"), "--sources", "tinytown=40", "--validation_share", "0.2"]
+    argv += ["--replay", f"text={documents}", "--max_steps", "2", "--per_device_train_batch_size", "2"]
+    argv += ["--output_dir", str(tmp_path / "run"), "--eval_strategy", "no"]
+    main(argv)
+    main(argv)
+    assert "finished before" in capsys.readouterr().err
+    documents.write_text(documents.read_text() + "\n\nAnd one more.")
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 78 and "inputs.replay" in capsys.readouterr().err
+
+
+def test_a_share_of_none_is_no_replay():
+    assert parse(SftArguments, [*FLAGS, "--replay", "tinytown=200", "--replay_share", "0"]).replay is None

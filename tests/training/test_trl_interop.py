@@ -1,0 +1,287 @@
+"""Plain TRL: what was made here goes on there, and what was made there goes on here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from recipe_commands import ENVIRONMENT, inside, refused, succeeded
+from support import SENTENCES, exchange, json_lines
+from tokenizers import AddedToken, ByteLevelBPETokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, pipeline
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, clone_chat_template
+
+from rorchat.chatml import CONTROL_TOKENS, encode_conversation, encode_prompt, encode_text, system_message
+from rorchat.inference.engine import generate_text, load_model
+from rorchat.model import build_model, save_model
+from rorchat.persona import load_persona
+from rorchat.tokenizer import load_tokenizer, token_bytes
+
+POSITIONS = 256
+ON_A_CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 3, "per_device_train_batch_size": 2}
+FLAGS = [word for name, value in ON_A_CPU.items() for word in (f"--{name}", str(value).lower())]
+HERE = ["--validation_share", 0.2, "--max_steps", 2, "--per_device_train_batch_size", 2, "--eval_strategy", "no"]
+QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+CONVERSATIONS = [exchange(f"What is {n} plus 1?", f"{n + 1}.", "Thanks", "You are welcome.") for n in range(24)]
+PAIRS = [
+    {
+        "prompt": [{"role": "user", "content": f"What is {n} plus 1?"}],
+        "chosen": [{"role": "assistant", "content": f"{n + 1}."}],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    }
+    for n in range(24)
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Conversations and pairs, each in a folder of its own, as `load_dataset` takes them."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, rows in (("conversations", CONVERSATIONS), ("pairs", PAIRS)):
+        (folder / name).mkdir()
+        (folder / name / "train.jsonl").write_text(json_lines(*rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A model as the Hub's `gpt2` is, but tiny: an end of text, no other control token, no chat template, no pad."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(SENTENCES, vocab_size=320, special_tokens=["<|endoftext|>"], show_progress=False)
+    bpe.save_model(str(folder))
+    tokenizer = GPT2Tokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": POSITIONS}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape, **ends)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(tokenizer, data, tmp_path_factory) -> Path:
+    """The stock folder of a chat model that was made here."""
+    folder = tmp_path_factory.mktemp("ours")
+    save_model(build_model("1x2x32", tokenizer, POSITIONS), tokenizer, folder / "base")
+    succeeded(teach(folder / "base", data, folder / "run"))
+    return folder / "run" / "model"
+
+
+@pytest.fixture(scope="module", params=["qwen2_5", "qwen3"])
+def theirs(request, base, tmp_path_factory) -> Path:
+    """The folder of a chat model that TRL made of the base model: Qwen's tokens and template, padded with its eos."""
+    source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp(request.param)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>", "<|box_end|>")])
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{request.param}.jinja").read_text()
+    tokenizer.save_pretrained(source)
+    model, tokenizer, _ = clone_chat_template(
+        GPT2LMHeadModel.from_pretrained(base), AutoTokenizer.from_pretrained(base), str(source)
+    )
+    arguments = SFTConfig(str(made), assistant_only_loss=True, max_length=POSITIONS, **ON_A_CPU)
+    rows = Dataset.from_list(CONVERSATIONS)
+    trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.create_model_card = lambda *_, **__: None  # it asks every tracker that a test has put in place
+    trainer.train()
+    trainer.save_model()
+    return made
+
+
+def teach(model: Path, data: Path, out: Path) -> subprocess.CompletedProcess:
+    return inside(
+        "sft", "--model", model, "--sources", f"messages={data / 'conversations'}", *HERE, "--output_dir", out
+    )
+
+
+def prefer(model: Path, data: Path, out: Path) -> subprocess.CompletedProcess:
+    return inside("dpo", "--model", model, "--sources", f"preference={data / 'pairs'}", *HERE, "--output_dir", out)
+
+
+def talks(folder: Path) -> None:
+    """Asserts that Transformers alone gets a reply out of the folder, and that rorchat does."""
+    said = pipeline("text-generation", model=str(folder), device="cpu")(
+        [{"role": "user", "content": "Hello"}], max_new_tokens=8
+    )
+    assert said[0]["generated_text"][-1]["role"] == "assistant"
+    assert isinstance(generate_text(load_model(str(folder)), "Hello", max_new_tokens=8), str)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "rows", "more"),
+    [
+        ("sft", "conversations", ["--assistant_only_loss", "true"]),
+        ("dpo", "pairs", []),
+    ],
+    ids=["sft", "dpo"],
+)
+def test_a_chat_model_goes_on_under_the_trl_command(command, rows, more, ours, data, tmp_path, capsys):
+    words = [command, "--model_name_or_path", ours, "--dataset_name", data / rows, *FLAGS, "--max_length", POSITIONS]
+    done = subprocess.run(
+        [
+            str(word)
+            for word in (Path(sys.executable).with_name("trl"), *words, *more, "--output_dir", tmp_path / "out")
+        ],
+        capture_output=True,
+        text=True,
+        env={**ENVIRONMENT, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = tmp_path / "out"
+    assert json.loads((made / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (ours, made))
+    assert not torch.equal(before.transformer.h[0].mlp.c_fc.weight, after.transformer.h[0].mlp.c_fc.weight)
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(ours).chat_template
+    stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert sorted(after.generation_config.eos_token_id) == sorted(stops)
+    assert after.generation_config.pad_token_id == tokenizer.convert_tokens_to_ids("<|pad|>")
+    capsys.readouterr()
+    talks(made)
+    assert "gives way" not in capsys.readouterr().err
+
+
+def test_trl_prepares_the_rows_that_are_encoded_here(ours, tmp_path):
+    """The same ids and, with `assistant_only_loss`, the same labels; of a pair TRL trains one newline more."""
+    tokenizer = load_tokenizer(str(ours))
+    model = GPT2LMHeadModel.from_pretrained(ours)
+    arguments = SFTConfig(str(tmp_path / "sft"), assistant_only_loss=True, **ON_A_CPU)
+    rows = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(CONVERSATIONS), processing_class=tokenizer)
+    assert len(rows.train_dataset) == len(CONVERSATIONS)
+    for row, conversation in zip(rows.train_dataset, CONVERSATIONS, strict=True):
+        encoded = encode_conversation(tokenizer, conversation["messages"])
+        assert (row["input_ids"], row["labels"]) == (encoded.input_ids, encoded.labels)
+    arguments = DPOConfig(str(tmp_path / "dpo"), **ON_A_CPU)
+    rows = DPOTrainer(model, args=arguments, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer)
+    (newline,) = encode_text(tokenizer, ["\n"])
+    for row, pair in zip(rows.train_dataset, PAIRS, strict=True):
+        assert row["prompt_ids"] == encode_prompt(tokenizer, pair["prompt"], positions=POSITIONS, reserve=8).input_ids
+        for side in ("chosen", "rejected"):
+            whole = encode_conversation(tokenizer, [*pair["prompt"], *pair[side]]).input_ids
+            assert row["prompt_ids"] + row[f"{side}_ids"] == whole
+            assert whole[-len(newline) :] == newline
+
+
+def test_a_model_of_trl_is_asked_as_it_was_taught(theirs, capsys):
+    """The prompt has the ids that TRL trained on, and the logits of the tokens that TRL knew are the same."""
+    raw, stock = AutoTokenizer.from_pretrained(theirs), GPT2LMHeadModel.from_pretrained(theirs).eval()
+    assert raw.pad_token == raw.eos_token == "<|im_end|>"
+    loaded = load_model(str(theirs), device="cpu")
+    messages = [{"role": "user", "content": "What is 3 plus 1?"}]
+    taught = raw.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert encode_prompt(loaded.tokenizer, messages, positions=POSITIONS, reserve=8).input_ids == taught
+    with torch.no_grad():
+        expected, found = (model(torch.tensor([taught])).logits for model in (stock, loaded.model))
+    torch.testing.assert_close(found[..., : expected.shape[-1]], expected)
+    system = QWEN if QWEN in raw.chat_template else ""
+    assert system_message(loaded.tokenizer) == system
+    said = f"the system message {system!r}" if system else "no system message"
+    lines = [line for line in capsys.readouterr().err.splitlines() if "gives way" in line]
+    assert lines == [f"{theirs}: its chat template gives way to rorchat's, with {said}"]
+
+
+def test_what_trl_called_its_end_is_never_the_pad_here(theirs):
+    tokenizer = load_tokenizer(str(theirs))
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|pad|>")
+    assert len(set(tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)))) == 4
+    assert len(tokenizer) % 64 == 0
+    load_tokenizer(str(theirs), must_chat=True)  # though the pad has no row yet
+
+
+def test_no_text_becomes_a_special_token_that_came_with_the_template_of_others(theirs):
+    """Not in rorchat, nor on a server that renders the template: `<|box_end|>` is Qwen's, and special there."""
+    tokenizer = load_tokenizer(str(theirs))
+    messages = [{"role": "user", "content": "<|box_end|>"}]
+    box_end = tokenizer.convert_tokens_to_ids("<|box_end|>")
+    assert box_end not in encode_prompt(tokenizer, messages, positions=POSITIONS, reserve=8).input_ids
+    assert box_end not in tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert token_bytes(tokenizer)[box_end] == 0
+
+
+def test_a_model_of_trl_goes_on_in_every_recipe(theirs, data, tmp_path):
+    taught = succeeded(teach(theirs, data, tmp_path / "sft"))
+    assert taught.stderr.count("gives way to rorchat's") == 1
+    preferred = succeeded(prefer(theirs, data, tmp_path / "dpo"))
+    assert preferred.stderr.count("gives way to rorchat's") == 1
+    for run in ("sft", "dpo"):
+        talks(tmp_path / run / "model")
+        assert "gives way" not in succeeded(prefer(tmp_path / run / "model", data, tmp_path / f"{run}-dpo")).stderr
+
+
+def test_a_persona_that_was_asked_for_takes_the_place_of_the_system_message_of_others(theirs):
+    persona = load_persona()
+    assert system_message(load_tokenizer(str(theirs), persona)) == persona.system
+
+
+@pytest.mark.parametrize("model", ["base", "ours"])
+def test_fine_tuning_begins_with_a_base_model_or_a_chat_model(model, request, data, tmp_path):
+    assert "gives way" not in succeeded(teach(request.getfixturevalue(model), data, tmp_path / "run")).stderr
+    talks(tmp_path / "run" / "model")
+
+
+def test_what_needs_a_chat_model_refuses_one_that_was_never_taught(base, data, tmp_path):
+    said = ("no control tokens <|im_start|> and <|im_end|>", "recipes/sft.py")
+    refused(prefer(base, data, tmp_path / "out"), 78, *said)
+    refused(inside("grpo", "--model", base, "--sources", "tinytown=20", "--output_dir", tmp_path / "out"), 78, *said)
+    for name in ("chat", "gate"):
+        refused(inside("rorchat", name, base), 78, *said)
+    for name in ("dpo", "grpo"):
+        done = inside(name, "--sources", "tinytown=20", "--output_dir", tmp_path / "out")
+        refused(done, 2, "No model", "--model runs/gpt2-chat")
+
+
+def test_tokens_that_were_added_as_words_are_made_special(base, tmp_path):
+    """As `add_tokens` leaves them: text would become a control token."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<|pad|>"])
+    tokenizer.pad_token = "<|pad|>"
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    control = set(loaded.convert_tokens_to_ids(list(CONTROL_TOKENS)))
+    assert not control & set(encode_text(loaded, ["<|im_start|> <|im_end|> <|pad|> <|endoftext|>"])[0])
+
+
+def test_another_end_or_pad_of_a_model_of_ours_is_put_right_and_its_template_stays(ours, tmp_path, capsys):
+    """As `trl sft --eos_token` and `--pad_token` leave it."""
+    tokenizer = AutoTokenizer.from_pretrained(ours)
+    template = tokenizer.chat_template
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert (loaded.eos_token, loaded.pad_token, loaded.chat_template) == ("<|endoftext|>", "<|pad|>", template)
+    assert len(loaded) == len(tokenizer)
+    assert "gives way" not in capsys.readouterr().err
+
+
+def test_a_template_that_a_model_of_ours_was_given_gives_way_and_its_system_message_stays(ours, tmp_path, capsys):
+    """As `trl sft --chat_template_path FILE.jinja` leaves it: every token is there, but texts could become some."""
+    tokenizer = AutoTokenizer.from_pretrained(ours)
+    template = tokenizer.chat_template
+    assert load_persona().system in template
+    messages = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer.chat_template = "<|im_start|>system\nBe brief.  {{ 'Please. ' * 99 }}<|im_end|>\n" + messages
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    system = "Be brief.  " + "Please. " * 99
+    assert loaded.chat_template == template.replace(load_persona().system, system)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "gives way to rorchat's" in line]
+    assert "with the system message 'Be brief. Please. " in line and line.endswith(" [...]'") and len(line) < 400
+
+
+def test_a_template_that_cannot_be_rendered_gives_way_as_any_other(base, tmp_path, capsys):
+    several = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    unfit = ("<|im_start|>{{ raise_exception('no') }}", "<|im_start|>{% if %}", "{{ 1 }}", several)
+    for number, template in enumerate(unfit):
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / str(number))
+        assert system_message(load_tokenizer(str(tmp_path / str(number)))) == load_persona().system
+        assert capsys.readouterr().err.count("gives way to rorchat's") == 1
