@@ -1,6 +1,6 @@
 """What tests/test_accelerate.py runs under torchrun: FSDP2 over gloo on CPUs, with accelerate's grouping of modules.
 
-accelerate itself shards on GPUs alone, but what it calls does not mind: so the fused head and `whole_model` meet real
+accelerate itself shards on GPUs alone, but what it calls does not mind: so the fused head and `gather_model` meet real
 shards. Prints the greatest relative differences from one whole model, as JSON.
 """
 
@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rorchat.training.callbacks.divergence import DivergenceCallback
 from rorchat.training.callbacks.metrics import MetricsCallback
-from rorchat.training.distributed import whole_model
+from rorchat.training.distributed import gather_model
 from rorchat.training.kernels.lm_head_loss import patch_lm_head_loss
 
 STOCK = {
@@ -67,7 +67,7 @@ def main() -> None:
         difference(parameter.grad.full_tensor(), other.grad)
         for (_, parameter), (_, other) in zip(model.named_parameters(), stock.named_parameters(), strict=True)
     ]
-    whole = whole_model(model).eval()
+    whole = gather_model(model).eval()
     with torch.no_grad():
         logits = difference(whole(input_ids=own).logits, stock.eval()(input_ids=own).logits)
     if not rank:

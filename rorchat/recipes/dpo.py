@@ -9,14 +9,14 @@ from rorchat.inference.engine import model_folder
 from rorchat.model import check_fit, load_checkpoint
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
-from rorchat.training.dpo import DpoArguments, PreferenceTrainer, read_pairs
+from rorchat.training.dpo import DPOArguments, PreferenceTrainer, read_pairs
 from rorchat.training.lora import adapter_of
 from rorchat.training.run_folder import Run
 
 
 @exits_with_one_line
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    arguments = parse(DpoArguments, argv)
+    arguments = parse(DPOArguments, argv)
     base = model_folder(arguments.model)
     run = Run(arguments, "dpo", {"start": base})
     if run.finished:

@@ -9,13 +9,13 @@ from rorchat.inference.engine import model_folder
 from rorchat.model import check_fit, load_checkpoint
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
-from rorchat.training.grpo import GrpoArguments, PolicyTrainer, read_questions, reply_length
+from rorchat.training.grpo import GRPOArguments, PolicyTrainer, read_questions, reply_length
 from rorchat.training.run_folder import Run
 
 
 @exits_with_one_line
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    arguments = parse(GrpoArguments, argv)
+    arguments = parse(GRPOArguments, argv)
     base = model_folder(arguments.model)
     run = Run(arguments, "grpo", {"start": base})
     if run.finished:

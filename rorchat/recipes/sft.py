@@ -12,12 +12,12 @@ from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
 from rorchat.training.lora import adapter_of
 from rorchat.training.run_folder import Run
-from rorchat.training.sft import ChatTrainer, SftArguments, read_encoded
+from rorchat.training.sft import ChatTrainer, SFTArguments, read_encoded
 
 
 @exits_with_one_line
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    arguments = parse(SftArguments, argv)
+    arguments = parse(SFTArguments, argv)
     base = model_folder(arguments.model)
     run = Run(arguments, "sft", {"start": base})
     if run.finished:

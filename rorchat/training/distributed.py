@@ -21,7 +21,7 @@ WHOLE_MATRICES = {
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Application timeout", "gloo/")
 
 
-def meet_on_cpu() -> None:
+def use_gloo_on_cpu() -> None:
     """Makes several processes without a GPU one run over gloo; to be called before TrainingArguments sets up devices.
 
     Without it every one of them believes to be alone, and all of them write into one folder: accelerate 1.15 looks for
@@ -32,7 +32,7 @@ def meet_on_cpu() -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
-def sharding(arguments) -> str:
+def sharding_strategy(arguments) -> str:
     """How the launcher or the arguments shard the model: "FSDP", "ZeRO-2", "ZeRO-3", or "" where it stays whole."""
     if arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         return "FSDP"
@@ -47,7 +47,7 @@ def check_sharding(arguments) -> None:
     Args:
         arguments: a stage's, whose `optimizer` and `save_strategy` decide.
     """
-    how = sharding(arguments)
+    how = sharding_strategy(arguments)
     if not how:
         return
     if arguments.optimizer in WHOLE_MATRICES:
@@ -67,7 +67,7 @@ def check_sharding(arguments) -> None:
         )
 
 
-def by_first_process(task: Callable[[], object]) -> None:
+def run_on_main_process(task: Callable[[], object]) -> None:
     """Runs a task on the first process while the others wait; what it refuses, all refuse.
 
     Raises:
@@ -86,7 +86,7 @@ def by_first_process(task: Callable[[], object]) -> None:
         raise failure[0]
 
 
-def wait_at_most(seconds: float) -> None:
+def set_collective_timeout(seconds: float) -> None:
     """Bounds how long a process of the run waits for another one; all of them must call this.
 
     `ddp_timeout` alone does not: transformers 5.23 gives it to no group that meets over gloo, and 30 minutes are the
@@ -97,13 +97,13 @@ def wait_at_most(seconds: float) -> None:
             torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def is_lost_process(error: BaseException) -> bool:
+def is_lost_peer(error: BaseException) -> bool:
     """Whether a process failed because another one is gone or does not answer."""
     said = str(error)
     return isinstance(error, torch.distributed.DistError) or any(words in said for words in _LOST)
 
 
-def any_process(*flags: bool) -> tuple[bool, ...]:
+def any_rank(*flags: bool) -> tuple[bool, ...]:
     """Each flag, true where any process has it so. All must call this, and none goes on before all have."""
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         return flags
@@ -118,7 +118,7 @@ def _over_gloo():
     return torch.distributed.new_group(backend="gloo")
 
 
-def whole_model(model) -> GPT2LMHeadModel:
+def gather_model(model) -> GPT2LMHeadModel:
     """The model with all of its weights, on every process: itself, or a copy where its weights are in shards.
 
     Validation reads weights outside of their modules' forward and gives processes different numbers of batches, one

@@ -34,12 +34,12 @@ from rorchat.sources.registry import RowStats, load
 from rorchat.training import reference_logps
 from rorchat.training.arguments import DataArguments
 from rorchat.training.checkpointing.trainer_mixin import storage_failure
-from rorchat.training.distributed import any_process, sharding
+from rorchat.training.distributed import any_rank, sharding_strategy
 from rorchat.training.kernels.dpo_logps import patch_dpo_logps
 from rorchat.training.kernels.lm_head_loss import patch_gelu
 from rorchat.training.lora import LoraArguments
 from rorchat.training.sampler import steps_of, training_order
-from rorchat.training.smoke_test import SmokeArguments, make_small
+from rorchat.training.smoke_test import SmokeTestArguments, make_small
 from rorchat.training.stage import OptimizationArguments, StageTrainer
 
 NOT_FORMED = ("entropy", "logits/chosen", "logits/rejected")  # rorchat/training/kernels/dpo_logps.py leaves them out
@@ -68,7 +68,7 @@ STOCK = "the model is a stock GPT-2"
 
 
 @dataclass
-class DpoArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArguments, DPOConfig):
+class DPOArguments(DataArguments, SmokeTestArguments, LoraArguments, OptimizationArguments, DPOConfig):
     """Settings of `recipes/dpo.py`."""
 
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = OptimizationArguments.UNSUPPORTED_ARGS | {
@@ -119,7 +119,7 @@ class DpoArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArg
         self.settle()
         self._check_limits()
         self._check_loss()
-        if sharding(self) == "FSDP" and is_adapter(self.model):
+        if sharding_strategy(self) == "FSDP" and is_adapter(self.model):
             raise UsageError(
                 f"{self.model} is an adapter, and under FSDP TRL loads the reference anew, without it. Give the merged "
                 "model, or launch with recipes/accelerate/ddp.yaml."
@@ -174,7 +174,7 @@ def _split(encoded: EncodedConversation) -> tuple[list[int], list[int]]:
     return encoded.input_ids[:start], encoded.input_ids[start:end]
 
 
-def read_pairs(arguments: DpoArguments, tokenizer, max_length: int) -> tuple[Dataset, Dataset, list[RowStats]]:
+def read_pairs(arguments: DPOArguments, tokenizer, max_length: int) -> tuple[Dataset, Dataset, list[RowStats]]:
     """(training pairs, validation pairs, where the rows went), each pair `prompt_ids`, `chosen_ids`, `rejected_ids`.
 
     A pair goes to validation by a hash of its prompt, so that no prompt is on both sides. A pair of which either side
@@ -213,7 +213,7 @@ def read_pairs(arguments: DpoArguments, tokenizer, max_length: int) -> tuple[Dat
 class PreferenceTrainer(StageTrainer, DPOTrainer):
     """DPOTrainer over encoded pairs."""
 
-    def __init__(self, model, arguments: DpoArguments, tokenizer, train: Dataset, validation: Dataset):
+    def __init__(self, model, arguments: DPOArguments, tokenizer, train: Dataset, validation: Dataset):
         micro = arguments.per_device_train_batch_size
         arguments.max_steps = steps_of(arguments, len(train))
         rows = arguments.max_steps * micro * arguments.gradient_accumulation_steps * arguments.world_size
@@ -263,7 +263,7 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         }  # fmt: skip
         key = reference_logps.key_of(dataset, **settings)
         found = reference_logps.read(path, key)
-        missing = any_process(found is None)[0]
+        missing = any_rank(found is None)[0]
         if missing:
             found = self._of_reference(dataset, name, batch_size)
         if self.is_world_process_zero():

@@ -34,12 +34,12 @@ from rorchat.sources.base import in_validation
 from rorchat.sources.registry import RowStats, load
 from rorchat.training.arguments import DataArguments
 from rorchat.training.callbacks.divergence import DIVERGED_ROWS
-from rorchat.training.distributed import sharding
+from rorchat.training.distributed import sharding_strategy
 from rorchat.training.kernels.attention import needs_no_mask
 from rorchat.training.kernels.lm_head_loss import patch_gelu
 from rorchat.training.rewards import WEIGHTS, Scorer, as_replies, find_reward, is_right
 from rorchat.training.sampler import training_order
-from rorchat.training.smoke_test import SmokeArguments, make_small
+from rorchat.training.smoke_test import SmokeTestArguments, make_small
 from rorchat.training.stage import OptimizationArguments, StageTrainer
 
 LEAST_SPREAD = 0.1  # share of groups in which replies must differ in reward, and in being right
@@ -60,7 +60,7 @@ NO_TABLES = "rewards are in metrics.jsonl, replies to `sample_prompts` in sample
 
 
 @dataclass
-class GrpoArguments(DataArguments, SmokeArguments, OptimizationArguments, GRPOConfig):
+class GRPOArguments(DataArguments, SmokeTestArguments, OptimizationArguments, GRPOConfig):
     """Settings of `recipes/grpo.py`."""
 
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = OptimizationArguments.UNSUPPORTED_ARGS | {
@@ -116,9 +116,9 @@ class GrpoArguments(DataArguments, SmokeArguments, OptimizationArguments, GRPOCo
         self.settle()
         self._check_groups()
         self._check_rewards()
-        if sharding(self):
+        if sharding_strategy(self):
             raise UsageError(
-                f"{sharding(self)}: sampling needs the whole model. Take with recipes/accelerate/ddp.yaml."
+                f"{sharding_strategy(self)}: sampling needs the whole model. Take with recipes/accelerate/ddp.yaml."
             )
         for name, known in KNOWN_VALUES.items():
             if getattr(self, name) not in known:
@@ -171,7 +171,7 @@ class GrpoArguments(DataArguments, SmokeArguments, OptimizationArguments, GRPOCo
         return {file: file_sha256(Path(file)) for file in sorted(files)}
 
 
-def read_questions(arguments: GrpoArguments, tokenizer, positions: int) -> tuple[Dataset, Dataset, list[RowStats]]:
+def read_questions(arguments: GRPOArguments, tokenizer, positions: int) -> tuple[Dataset, Dataset, list[RowStats]]:
     """(training questions, validation questions, where the rows went), each with its encoded `prompt`.
 
     A question goes to validation by a hash of its words, so that none is on both sides. One that does not fit into
@@ -205,7 +205,7 @@ def read_questions(arguments: GrpoArguments, tokenizer, positions: int) -> tuple
     return Dataset.from_list(kept[False]), Dataset.from_list(kept[True]), tallies
 
 
-def reply_length(arguments: GrpoArguments, positions: int) -> int:
+def reply_length(arguments: GRPOArguments, positions: int) -> int:
     """Tokens of the longest reply: what was asked for, or a quarter of the positions.
 
     Raises:
@@ -223,7 +223,7 @@ def reply_length(arguments: GrpoArguments, positions: int) -> int:
 class PolicyTrainer(StageTrainer, GRPOTrainer):
     """GRPOTrainer over encoded questions."""
 
-    def __init__(self, model, arguments: GrpoArguments, tokenizer, train: Dataset, validation: Dataset):
+    def __init__(self, model, arguments: GRPOArguments, tokenizer, train: Dataset, validation: Dataset):
         replies = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         self.questions_per_step = replies // arguments.num_generations
         if arguments.max_steps <= 0:

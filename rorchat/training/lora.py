@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from rorchat.chatml import CONTROL_TOKENS
 from rorchat.errors import UsageError
 from rorchat.model import ADAPTER_BASE, ADAPTER_WEIGHTS, is_adapter, load_adapter, matrices, weights_sha256
-from rorchat.training.distributed import sharding
+from rorchat.training.distributed import sharding_strategy
 
 ALPHA = 2  # times the rank: what a layer adds is B A x twice, whatever the rank
 ROWS = "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta"  # PEFT's name of the trained rows
@@ -48,7 +48,7 @@ class LoraArguments:
                 "optimizer muon makes updates orthogonal, which says nothing of the product of LoRA's two matrices: "
                 "give adamw or adamw_8bit."
             )
-        if self.lora_rank and (how := sharding(self)):
+        if self.lora_rank and (how := sharding_strategy(self)):
             raise UsageError(
                 f"lora_rank is {self.lora_rank}, and {how} would shard the model: LoRA needs little memory. Launch "
                 "with recipes/accelerate/ddp.yaml."

@@ -34,13 +34,13 @@ class OOMRecoveryMixin(Trainer):
     def remember(self, folder: Path) -> None:
         """Keeps how many rows fit in a file of the run's folder, and begins with what it says."""
         self._micro_batch = folder / MICRO_BATCH
-        self.rows_that_fit = self.args.per_device_train_batch_size
+        self.micro_batch_rows = self.args.per_device_train_batch_size
         try:
             rows = int(json.loads(self._micro_batch.read_text())["rows"])
         except (OSError, ValueError, KeyError, TypeError):  # there is none, or none any more: it is found out again
             return
-        if 0 < rows < self.rows_that_fit:
-            self.rows_that_fit = rows
+        if 0 < rows < self.micro_batch_rows:
+            self.micro_batch_rows = rows
             if self.is_world_process_zero():
                 print(f"{rows} rows at a time, which is what {self._micro_batch} says did fit", file=sys.stderr)  # noqa: T201
 
@@ -76,10 +76,10 @@ class OOMRecoveryMixin(Trainer):
             to_do = [*earlier, inputs]  # whose gradients had a part of this one's added
 
     def _in_parts(self, model, inputs: dict[str, Tensor], num_items_in_batch) -> Tensor:
-        if self.rows_that_fit >= self.args.per_device_train_batch_size:
+        if self.micro_batch_rows >= self.args.per_device_train_batch_size:
             return self.micro_step(model, inputs, num_items_in_batch)
         steps, losses = self.current_gradient_accumulation_steps, []
-        for part in self.divided(inputs, self.rows_that_fit):
+        for part in self.divided(inputs, self.micro_batch_rows):
             share = len(next(iter(part.values()))) / len(next(iter(inputs.values())))
             self.current_gradient_accumulation_steps = steps / share  # by which a loss is divided that is a mean
             losses.append(self.micro_step(model, part, num_items_in_batch))
@@ -93,19 +93,19 @@ class OOMRecoveryMixin(Trainer):
             UsageError: one row does not fit.
             Interrupted: there are other processes, who have their part of this step behind them.
         """
-        step, before = self.state.global_step + 1, self.rows_that_fit
+        step, before = self.state.global_step + 1, self.micro_batch_rows
         if before == 1:
             raise UsageError(
                 f"Out of memory at step {step} with one row at a time: give a smaller model, shorter rows (block_size, "
                 "max_length), or --gradient_checkpointing true."
             )
-        self.rows_that_fit = before // 2
-        write_atomically(self._micro_batch, json.dumps({"rows": self.rows_that_fit}))
+        self.micro_batch_rows = before // 2
+        write_atomically(self._micro_batch, json.dumps({"rows": self.micro_batch_rows}))
         if self.args.world_size > 1:
             raise Interrupted(
                 f"Out of memory at step {step} with micro-batches of {before}: the same command goes on from the last "
-                f"checkpoint with {self.rows_that_fit}."
+                f"checkpoint with {self.micro_batch_rows}."
             )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.ran_out(step, self.rows_that_fit)
+        self.ran_out(step, self.micro_batch_rows)

@@ -22,14 +22,14 @@ from rorchat.training.arguments import DataArguments
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.run_folder import TOKENS
 from rorchat.training.runtime import can_compile
-from rorchat.training.smoke_test import SmokeArguments, make_small
+from rorchat.training.smoke_test import SmokeTestArguments, make_small
 from rorchat.training.stage import OptimizationArguments, StageTrainer
 
 SAMPLE_TOKENS = 48
 
 
 @dataclass
-class PretrainArguments(DataArguments, SmokeArguments, OptimizationArguments, TrainingArguments):
+class PretrainArguments(DataArguments, SmokeTestArguments, OptimizationArguments, TrainingArguments):
     """Settings of `recipes/pretrain.py`."""
 
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = OptimizationArguments.UNSUPPORTED_ARGS | {

@@ -33,7 +33,7 @@ from rorchat.training.checkpointing.checkpoint import KEPT, Checkpoint, Checkpoi
 from rorchat.training.checkpointing.fingerprint import WEIGHTS_ALONE, Difference, differences, identity_of, table
 from rorchat.training.checkpointing.mirror import GRACE, mirror_of
 from rorchat.training.checkpointing.trainer_mixin import storage_failure
-from rorchat.training.distributed import by_first_process, is_lost_process, whole_model
+from rorchat.training.distributed import gather_model, is_lost_peer, run_on_main_process
 from rorchat.training.oom_recovery import MICRO_BATCH, is_out_of_memory
 
 TOKENS = "tokens"  # the folder of token stores in a run that names no other
@@ -66,7 +66,7 @@ class Run:
         self.weights_alone = False  # whether nothing else of the checkpoint goes on
         self._held = ExitStack()  # until the run ends, or the process
         self._held.enter_context(handle_signals())
-        by_first_process(self._take)
+        run_on_main_process(self._take)
         self._look()
         if getattr(arguments, "new_phase", False) and self._found is None:
             raise MismatchError(
@@ -238,7 +238,7 @@ class Run:
                 return self._train(trainer, details, told)
             except RuntimeError as error:
                 said = " ".join(str(error).split())[:160]
-                if is_lost_process(error):
+                if is_lost_peer(error):
                     raise Interrupted(
                         f"Another process of the run is gone or does not answer ({said}). The same command goes on "
                         "from the last checkpoint, if there is one."
@@ -267,7 +267,7 @@ class Run:
             trainer.meter.new_phase = {"sources": [*self.record["inputs"]["mixture"]["sources"]]}
         elif self.checkpoint:
             self._require_same(self.checkpoint.about["identity"], {"plan": plan}, self.folder)
-        by_first_process(lambda: self.begin(plan) or trainer.require_room())
+        run_on_main_process(lambda: self.begin(plan) or trainer.require_room())
         if trainer.is_world_process_zero():
             for line in told:
                 print(line, file=sys.stderr)  # noqa: T201
@@ -297,7 +297,7 @@ class Run:
 
     def _save(self, trainer, details: dict, metrics: dict[str, float]) -> None:
         """Saves the stock model, and then says that the run has finished."""
-        model = whole_model(trainer.accelerator.unwrap_model(trainer.model))  # on every process: shards are gathered
+        model = gather_model(trainer.accelerator.unwrap_model(trainer.model))  # on every process: shards are gathered
         if not trainer.is_world_process_zero():
             return
         failure = None

@@ -30,7 +30,7 @@ from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.lora import LoraArguments
 from rorchat.training.replay import replay_rows
 from rorchat.training.sampler import steps_of
-from rorchat.training.smoke_test import SmokeArguments, make_small
+from rorchat.training.smoke_test import SmokeTestArguments, make_small
 from rorchat.training.stage import OptimizationArguments, StageTrainer
 
 ROWS_PER_CALL = 1000  # conversations a call of the tokenizer
@@ -40,7 +40,7 @@ TOKENS_AT_ONCE = 2048  # on a CPU, whose products are no faster for more: a larg
 
 
 @dataclass
-class SftArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArguments, SFTConfig):
+class SFTArguments(DataArguments, SmokeTestArguments, LoraArguments, OptimizationArguments, SFTConfig):
     """Settings of `recipes/sft.py`."""
 
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = OptimizationArguments.UNSUPPORTED_ARGS | {
@@ -99,7 +99,7 @@ class SftArguments(DataArguments, SmokeArguments, LoraArguments, OptimizationArg
             make_small(self)
 
 
-def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[Sequences, Sequences, list[RowStats]]:
+def read_encoded(arguments: SFTArguments, tokenizer, max_length: int) -> tuple[Sequences, Sequences, list[RowStats]]:
     """(training conversations, validation conversations, where the rows went); of the latter the shortest come first.
 
     A conversation goes to validation by a hash of its words. One whose first exchange does not fit into `max_length` is
@@ -138,7 +138,7 @@ def read_encoded(arguments: SftArguments, tokenizer, max_length: int) -> tuple[S
     return Sequences(kept[False]), Sequences(kept[True]), tallies
 
 
-def _replayed(arguments: SftArguments, tokenizer, tokens: int, max_length: int) -> list[tuple]:
+def _replayed(arguments: SFTArguments, tokenizer, tokens: int, max_length: int) -> list[tuple]:
     """Documents of pretraining beside so many tokens of conversations."""
     replayed = round(tokens * arguments.replay_share / (1 - arguments.replay_share))
     share, seed = arguments.validation_share, arguments.data_seed
@@ -149,7 +149,7 @@ def _replayed(arguments: SftArguments, tokenizer, tokens: int, max_length: int) 
 class ChatTrainer(StageTrainer, SFTTrainer):
     """SFTTrainer over packed conversations, with rorchat's fused head instead of TRL's."""
 
-    def __init__(self, model, arguments: SftArguments, tokenizer, train: Sequences, validation: Sequences):
+    def __init__(self, model, arguments: SFTArguments, tokenizer, train: Sequences, validation: Sequences):
         window = arguments.max_length or model.config.n_positions
         micro = arguments.per_device_train_batch_size
         arguments.max_steps = steps_of(arguments, len(pack(train.lengths, window)))
@@ -180,7 +180,7 @@ class ChatTrainer(StageTrainer, SFTTrainer):
             ],
         )
         if self.args.device.type == "cpu":
-            self.rows_that_fit = min(self.rows_that_fit, max(1, TOKENS_AT_ONCE // window))
+            self.micro_batch_rows = min(self.micro_batch_rows, max(1, TOKENS_AT_ONCE // window))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)

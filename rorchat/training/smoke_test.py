@@ -26,7 +26,7 @@ SUFFIX = "-smoke"
 
 
 @dataclass
-class SmokeArguments:
+class SmokeTestArguments:
     """What every stage has for `--smoke`; `make_small` comes after the stage's own checks."""
 
     smoke: bool = field(

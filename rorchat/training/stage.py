@@ -38,7 +38,7 @@ from rorchat.training.callbacks.metrics import MetricsCallback, Utilization
 from rorchat.training.callbacks.samples import SamplesCallback
 from rorchat.training.checkpointing.checkpoint import KEPT
 from rorchat.training.checkpointing.trainer_mixin import CheckpointMixin
-from rorchat.training.distributed import check_sharding, meet_on_cpu, whole_model
+from rorchat.training.distributed import check_sharding, gather_model, use_gloo_on_cpu
 from rorchat.training.oom_recovery import OOMRecoveryMixin
 from rorchat.training.optim import ADAMW_BETAS, OPTIMIZERS, build_optimizer
 from rorchat.training.runtime import best_precision, keep_freed_memory, use_all_cores
@@ -193,7 +193,7 @@ class OptimizationArguments:
         if self.bf16 and not self.on_gpu:
             self.use_cpu = True  # else transformers 5.23 asks for a GPU that computes bf16
         check_sharding(self)
-        meet_on_cpu()
+        use_gloo_on_cpu()
         self.ddp_find_unused_parameters = False  # there are none; looking for them walks the graph in each step
         use_all_cores()
         keep_freed_memory()
@@ -373,7 +373,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
 
     def loss_over(self, sets: dict[str, Dataset]) -> dict[str, Loss]:
         """The loss over each of several sets of rows, every process measuring its part of them."""
-        model = whole_model(self.accelerator.unwrap_model(self.model))
+        model = gather_model(self.accelerator.unwrap_model(self.model))
         was_training = model.training
         model.eval()
         losses = {}

@@ -108,7 +108,7 @@ def rorchat(watch: Watch, flags: tuple[str, ...] = ()) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         argv = [*NO_DATA, "--output_dir", folder, "--max_steps", str(work.steps), "--logging_first_step", "true"]
         argv += ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(packed // size)]
-        arguments = parse(sft.SftArguments, [*argv, *flags])
+        arguments = parse(sft.SFTArguments, [*argv, *flags])
         model = loaded_model(work, watch.folder)
         made = watched_rows(sft.ChatTrainer, watch, tokenizer)(model, arguments, tokenizer, train, validation)
         return tuned(watch, made, precision_of(arguments))
@@ -161,7 +161,7 @@ def trl_dpo(watch: Watch, **settings) -> dict:
 def rorchat_dpo(watch: Watch, flags: tuple[str, ...] = (), sft_term: bool = False) -> dict:
     """The PreferenceTrainer that recipes/dpo.py makes."""
     from rorchat.training.arguments import parse
-    from rorchat.training.dpo import DpoArguments, PreferenceTrainer
+    from rorchat.training.dpo import DPOArguments, PreferenceTrainer
 
     work, tokenizer, rows = watch.work, tokenizer_of(watch.work), read_rows(watch)
     size = micro_batch(len(rows), work.rows)
@@ -170,7 +170,7 @@ def rorchat_dpo(watch: Watch, flags: tuple[str, ...] = (), sft_term: bool = Fals
         argv += ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(len(rows) // size)]
         argv += ["--model", "given-as-an-object"]
         argv += [] if sft_term else ["--loss_type", "sigmoid", "--loss_weights", "1"]
-        arguments = parse(DpoArguments, [*argv, *flags])
+        arguments = parse(DPOArguments, [*argv, *flags])
         model = loaded_model(work, watch.folder)
         begin(watch, model, precision_of(arguments))
         train, validation = Dataset.from_list(rows), Dataset.from_list(rows[:1])

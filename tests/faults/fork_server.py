@@ -309,7 +309,7 @@ PROTECTIONS = {
     "lock": (run_module, "alone", lambda folder: contextlib.nullcontext()),
     "finite": (CheckpointMixin, "is_finite", lambda trainer: True),
     "identity": (run_module, "differences", lambda *_: []),
-    "lost": (run_module, "is_lost_process", lambda error: False),
+    "lost": (run_module, "is_lost_peer", lambda error: False),
     "signals": (run_module, "listening", contextlib.nullcontext),
 }
 

@@ -24,7 +24,7 @@ from recipe_commands import ENVIRONMENT, inside, metrics_of, refused, succeeded
 from support import ROOT
 
 from rorchat.errors import UsageError
-from rorchat.training.distributed import check_sharding, whole_model
+from rorchat.training.distributed import check_sharding, gather_model
 
 FILES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 # What accelerate's loader finds in each: how it distributes, over how many processes and machines
@@ -267,24 +267,24 @@ class TestSharding:
             parameter.ds_id, parameter.data = number, torch.empty(0)
         monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace())
         monkeypatch.setitem(sys.modules, "deepspeed.zero", SimpleNamespace(GatheredParameters=gathered))
-        whole = whole_model(model)
+        whole = gather_model(model)
         ids = torch.arange(20)[None]
         with torch.no_grad():
             assert torch.equal(whole(ids).logits, chat.model(ids).logits)
         assert all(parameter.numel() == 0 for parameter in model.parameters())
 
     def test_a_model_that_is_not_sharded_is_whole_as_it_is(self, chat):
-        assert whole_model(chat.model) is chat.model
+        assert gather_model(chat.model) is chat.model
 
 
 @needs_no_gpu
 def test_processes_without_a_gpu_meet(monkeypatch):
-    from rorchat.training.distributed import meet_on_cpu
+    from rorchat.training.distributed import use_gloo_on_cpu
 
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    meet_on_cpu()
+    use_gloo_on_cpu()
     assert "ACCELERATE_USE_CPU" not in os.environ
     monkeypatch.setenv("WORLD_SIZE", "2")
-    meet_on_cpu()
+    use_gloo_on_cpu()
     assert os.environ["ACCELERATE_USE_CPU"] == "true"

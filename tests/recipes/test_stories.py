@@ -24,8 +24,8 @@ def arguments_of(stage: str) -> type:
 
     if stage == "tokenizer":
         return runpy.run_path(str(ROOT / "recipes" / "tokenizer.py"))["TokenizerArguments"]
-    classes = {"pretrain": pretrain.PretrainArguments, "sft": sft.SftArguments, "dpo": dpo.DpoArguments}
-    return (classes | {"midtrain": pretrain.PretrainArguments, "grpo": grpo.GrpoArguments})[stage]
+    classes = {"pretrain": pretrain.PretrainArguments, "sft": sft.SFTArguments, "dpo": dpo.DPOArguments}
+    return (classes | {"midtrain": pretrain.PretrainArguments, "grpo": grpo.GRPOArguments})[stage]
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_rows_are_drawn_evenly_over_their_lengths():
 
 def test_lengths_are_those_of_the_rows_that_are_trained(tokenizer, tmp_path):
     from rorchat.chatml import encode_conversation
-    from rorchat.training.dpo import DpoArguments, read_pairs
+    from rorchat.training.dpo import DPOArguments, read_pairs
 
     rows = [exchange("Hello", "Hi!", "And you?", "I am well."), exchange("What?", "word " * 200)]
     path = written(tmp_path, "rows.jsonl", json_lines(*rows))
@@ -217,7 +217,7 @@ def test_lengths_are_those_of_the_rows_that_are_trained(tokenizer, tmp_path):
     pairs = [{"prompt": f"Question {n}?", "chosen": "yes " * n, "rejected": "no"} for n in range(1, 60)]
     path = written(tmp_path, "pairs.jsonl", json_lines(*pairs))
     sources = [f"preference={path}"]
-    arguments = DpoArguments(output_dir=str(tmp_path), model="any", sources=sources, validation_share=0.3)
+    arguments = DPOArguments(output_dir=str(tmp_path), model="any", sources=sources, validation_share=0.3)
     kept = [row for split in read_pairs(arguments, tokenizer, 128)[:2] for row in split]
     expected = sorted([len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")] for row in kept)
     assert len(expected) < len(pairs)

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rorchat.errors import UsageError
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
-from rorchat.training.dpo import CHOSEN_FELL, DpoArguments, PreferenceTrainer
+from rorchat.training.dpo import CHOSEN_FELL, DPOArguments, PreferenceTrainer
 from rorchat.training.kernels.dpo_logps import _LogProbabilities, patch_dpo_logps
 
 FLAGS = ["--model", "given-as-an-object", "--sources", "tinytown=1", "--bf16", "false", "--logging_steps", "1"]
@@ -35,7 +35,7 @@ def rows_of(lengths: list[int], seed: int = 0) -> Dataset:
 @pytest.fixture
 def trainer_of(tokenizer, tmp_path):
     def make(train: Dataset, *flags: object, validation: Dataset | None = None) -> PreferenceTrainer:
-        arguments = parse(DpoArguments, [*FLAGS, "--output_dir", str(tmp_path / "run"), *map(str, flags)])
+        arguments = parse(DPOArguments, [*FLAGS, "--output_dir", str(tmp_path / "run"), *map(str, flags)])
         torch.manual_seed(0)
         model = build_model("1x2x16", tokenizer, positions=64)
         return PreferenceTrainer(model, arguments, tokenizer, train, validation or rows_of([2, 2, 20], seed=1))
@@ -219,10 +219,10 @@ def test_a_step_that_is_no_number_leaves_nothing_in_the_log_and_does_not_stop_th
 )
 def test_settings_that_trl_would_fail_on_later_are_refused_at_once(flags, said, tmp_path):
     with pytest.raises(UsageError) as refusal:
-        parse(DpoArguments, [*FLAGS, "--output_dir", str(tmp_path), *flags.split()])
+        parse(DPOArguments, [*FLAGS, "--output_dir", str(tmp_path), *flags.split()])
     assert said in str(refusal.value)
 
 
 def test_a_loss_needs_no_weight(tmp_path):
-    arguments = parse(DpoArguments, [*FLAGS, "--output_dir", str(tmp_path), "--loss_type", "sigmoid"])
+    arguments = parse(DPOArguments, [*FLAGS, "--output_dir", str(tmp_path), "--loss_type", "sigmoid"])
     assert arguments.loss_weights == [1.0]

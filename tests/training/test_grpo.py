@@ -14,7 +14,7 @@ from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.inference.engine import ChatModel, Reply
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
-from rorchat.training.grpo import GrpoArguments, PolicyTrainer, read_questions, reply_length
+from rorchat.training.grpo import GRPOArguments, PolicyTrainer, read_questions, reply_length
 
 ROOT = Path(__file__).resolve().parents[2]
 REWARDS = """
@@ -49,7 +49,7 @@ def words(tmp_path) -> list[str]:
 
 
 def trainer_of(chat, words) -> PolicyTrainer:
-    arguments = parse(GrpoArguments, words)
+    arguments = parse(GRPOArguments, words)
     train, validation, _ = read_questions(arguments, chat.tokenizer, chat.positions)
     return PolicyTrainer(copy.deepcopy(chat.model), arguments, chat.tokenizer, train, validation)
 
@@ -121,7 +121,7 @@ def test_the_reference_is_the_model_as_it_was_given_wherever_its_config_says_tha
     model = copy.deepcopy(chat.model)
     model.config._name_or_path = base
     model.transformer.wte.weight.data.add_(torch.randn(32))
-    arguments = parse(GrpoArguments, [*words, "--beta", "0.1", "--warmup_steps", "0"])
+    arguments = parse(GRPOArguments, [*words, "--beta", "0.1", "--warmup_steps", "0"])
     train, validation, _ = read_questions(arguments, chat.tokenizer, chat.positions)
     trainer = PolicyTrainer(model, arguments, chat.tokenizer, train, validation)
     trainer.train()
@@ -239,18 +239,18 @@ def test_a_reward_that_raises_is_one_line_that_names_it_and_the_row(base, words,
 )
 def test_settings_that_cannot_be_are_refused_before_anything_starts(words, flags, said):
     with pytest.raises(UsageError, match=said):
-        parse(GrpoArguments, [*words, *flags])
+        parse(GRPOArguments, [*words, *flags])
 
 
 def test_a_source_without_known_answers_is_refused(chat, words):
     with pytest.raises(UsageError, match="'alpaca' gives conversations, but here go questions: gsm8k, tinytown"):
-        read_questions(parse(GrpoArguments, [*words, "--sources", "alpaca=x"]), chat.tokenizer, 128)
+        read_questions(parse(GRPOArguments, [*words, "--sources", "alpaca=x"]), chat.tokenizer, 128)
 
 
 def test_a_reply_longer_than_the_positions_is_refused(words):
-    assert reply_length(parse(GrpoArguments, words), 128) == 8
+    assert reply_length(parse(GRPOArguments, words), 128) == 8
     with pytest.raises(MismatchError, match="max_completion_length is 8 but the model has only 8"):
-        reply_length(parse(GrpoArguments, words), 8)
+        reply_length(parse(GRPOArguments, words), 8)
 
 
 def gsm8k(folder: Path, *questions: str) -> str:
@@ -263,12 +263,12 @@ def test_no_text_of_a_question_becomes_a_control_token_and_one_too_long_is_count
     asked = [f"{n} plus 1?{IM_END}<|im_start|>system" for n in range(40)]
     source = gsm8k(tmp_path, *asked, "very " * 200 + "long?")
     train, validation, (tally,) = read_questions(
-        parse(GrpoArguments, [*words, "--sources", source]), chat.tokenizer, 256
+        parse(GRPOArguments, [*words, "--sources", source]), chat.tokenizer, 256
     )
     assert (tally.kept, tally.rejects) == (40, {"over-long": 1})
     prompts = [*train["prompt"], *validation["prompt"]]
     clean = gsm8k(tmp_path, *(f"{n} plus 1?" for n in range(40)))
-    plain, _, _ = read_questions(parse(GrpoArguments, [*words, "--sources", clean]), chat.tokenizer, 256)
+    plain, _, _ = read_questions(parse(GRPOArguments, [*words, "--sources", clean]), chat.tokenizer, 256)
     control = set(chat.tokenizer.all_special_ids)
     assert {sum(token in control for token in ids) for ids in prompts} == {
         sum(token in control for token in plain["prompt"][0])
@@ -276,6 +276,6 @@ def test_no_text_of_a_question_becomes_a_control_token_and_one_too_long_is_count
 
 
 def test_a_source_of_which_nothing_is_held_out_is_refused(chat, words, tmp_path):
-    arguments = parse(GrpoArguments, [*words, "--sources", gsm8k(tmp_path, "1 plus 1?")])
+    arguments = parse(GRPOArguments, [*words, "--sources", gsm8k(tmp_path, "1 plus 1?")])
     with pytest.raises(DataError, match="both are needed"):
         read_questions(arguments, chat.tokenizer, 256)

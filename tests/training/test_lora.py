@@ -29,11 +29,11 @@ from rorchat.model import build_model, load_checkpoint, save_model
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
 from rorchat.training.checkpointing.checkpoint import seal
-from rorchat.training.dpo import DpoArguments
+from rorchat.training.dpo import DPOArguments
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.lora import Adapter
 from rorchat.training.optim import build_optimizer
-from rorchat.training.sft import SftArguments
+from rorchat.training.sft import SFTArguments
 
 SIZE, POSITIONS, RANK = "2x2x32", 128, 4
 EMBEDDING = "transformer.wte.weight"
@@ -221,7 +221,7 @@ class TestFourBits:
 FLAGS = ["--sources", "tinytown=10", "--output_dir", "x", "--bf16", "false"]
 
 
-@pytest.mark.parametrize("arguments", [SftArguments, DpoArguments])
+@pytest.mark.parametrize("arguments", [SFTArguments, DPOArguments])
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

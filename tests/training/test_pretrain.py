@@ -17,7 +17,7 @@ from rorchat.training.kernels.lm_head_loss import head_loss, patch_gelu, patch_l
 from rorchat.training.optim import build_optimizer
 from rorchat.training.pretrain import PretrainArguments
 from rorchat.training.sampler import steps_of, training_order
-from rorchat.training.sft import SftArguments
+from rorchat.training.sft import SFTArguments
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ def test_a_wrong_line_in_a_config_is_named_with_file_and_line(tmp_path, line, sa
 def test_the_command_line_goes_before_the_config_and_the_config_before_the_defaults(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("sources: [tinytown=10]\noutput_dir: x\nlearning_rate: 6e-4\nmax_steps: 7\n")
-    arguments = parse(SftArguments, ["--config", str(config), "--max_steps", "3"])
+    arguments = parse(SFTArguments, ["--config", str(config), "--max_steps", "3"])
     assert (arguments.learning_rate, arguments.max_steps, arguments.per_device_train_batch_size) == (6e-4, 3, 8)
     assert arguments.given == {"learning_rate": 6e-4, "max_steps": 3, "output_dir": "x", "sources": ["tinytown=10"]}
 

@@ -11,10 +11,10 @@ from rorchat.chatml import END_OF_TEXT, IM_START
 from rorchat.errors import UsageError
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
-from rorchat.training.dpo import DpoArguments
-from rorchat.training.grpo import GrpoArguments
+from rorchat.training.dpo import DPOArguments
+from rorchat.training.grpo import GRPOArguments
 from rorchat.training.pretrain import PretrainArguments
-from rorchat.training.sft import SftArguments, read_encoded
+from rorchat.training.sft import SFTArguments, read_encoded
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["--sources", "tinytown=80", "--validation_share", "0.1", "--output_dir", "runs/x"]
@@ -23,7 +23,7 @@ FLAGS = ["--sources", "tinytown=80", "--validation_share", "0.1", "--output_dir"
 def test_the_labels_are_the_assistants_words_and_their_closings_and_nothing_else(tokenizer):
     from rorchat.sources.registry import load
 
-    train, validation, _ = read_encoded(parse(SftArguments, FLAGS), tokenizer, 10_000)
+    train, validation, _ = read_encoded(parse(SFTArguments, FLAGS), tokenizer, 10_000)
     found = set()
     for row in (*train, *validation):
         asked = row["labels"] != -100
@@ -35,9 +35,9 @@ def test_the_labels_are_the_assistants_words_and_their_closings_and_nothing_else
 
 
 def test_replayed_documents_have_their_share_of_the_tokens_and_are_no_conversations(tokenizer):
-    plain, _, _ = read_encoded(parse(SftArguments, FLAGS), tokenizer, 128)
+    plain, _, _ = read_encoded(parse(SFTArguments, FLAGS), tokenizer, 128)
     flags = [*FLAGS, "--replay", "tinytown=200", "--replay_share", "0.2"]
-    train, _, _ = read_encoded(parse(SftArguments, flags), tokenizer, 128)
+    train, _, _ = read_encoded(parse(SFTArguments, flags), tokenizer, 128)
     assert 0.2 == pytest.approx(1 - plain.lengths.sum() / train.lengths.sum(), abs=0.001)
     begins = tokenizer.convert_tokens_to_ids([IM_START, END_OF_TEXT])
     first = [int(row["input_ids"][0]) for row in train]
@@ -62,18 +62,18 @@ def test_replayed_documents_have_their_share_of_the_tokens_and_are_no_conversati
 )
 def test_settings_of_trl_that_would_do_nothing_or_harm_are_refused_with_the_reason(flags):
     with pytest.raises(UsageError, match=f"^{flags[0][2:]} cannot be set: [a-z]"):
-        parse(SftArguments, [*FLAGS, *flags])
+        parse(SFTArguments, [*FLAGS, *flags])
 
 
 def test_every_setting_that_is_refused_is_one():
-    stages = (PretrainArguments, SftArguments, DpoArguments, GrpoArguments)
+    stages = (PretrainArguments, SFTArguments, DPOArguments, GRPOArguments)
     known = {each.name for stage in stages for each in fields(stage)}
     assert {name for stage in stages for name in stage.UNSUPPORTED_ARGS} <= known
 
 
 def test_a_share_that_is_none_is_refused():
     with pytest.raises(UsageError, match="replay_share is 1.0: it must lie between 0 and 1"):
-        parse(SftArguments, [*FLAGS, "--replay_share", "1"])
+        parse(SFTArguments, [*FLAGS, "--replay_share", "1"])
 
 
 @pytest.fixture(scope="module")
@@ -99,4 +99,4 @@ def test_a_run_with_other_documents_replayed_is_another_run(tokenizer, documents
 
 
 def test_a_share_of_none_is_no_replay():
-    assert parse(SftArguments, [*FLAGS, "--replay", "tinytown=200", "--replay_share", "0"]).replay is None
+    assert parse(SFTArguments, [*FLAGS, "--replay", "tinytown=200", "--replay_share", "0"]).replay is None

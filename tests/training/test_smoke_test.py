@@ -18,9 +18,9 @@ from support import SENTENCES
 from rorchat.errors import UsageError
 from rorchat.model import save_model
 from rorchat.training.arguments import parse
-from rorchat.training.dpo import DpoArguments
+from rorchat.training.dpo import DPOArguments
 from rorchat.training.pretrain import PretrainArguments
-from rorchat.training.sft import SftArguments
+from rorchat.training.sft import SFTArguments
 from rorchat.training.smoke_test import ROWS_PER_SOURCE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -250,7 +250,7 @@ class TestArguments:
             assert said in line
 
 
-@pytest.mark.parametrize("stage", [SftArguments, DpoArguments])
+@pytest.mark.parametrize("stage", [SFTArguments, DPOArguments])
 class TestArgumentsOfChatStages:
     """What is made smaller where the model is what it is, and what is not."""
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from rorchat.errors import DivergedError
 from rorchat.jsonl import append_json_line
 from rorchat.training.callbacks.metrics import MetricsCallback
-from rorchat.training.distributed import any_process
+from rorchat.training.distributed import any_rank
 
 DIVERGED_ROWS = "diverged_rows.jsonl"
 
@@ -50,7 +50,7 @@ class DivergenceCallback(TrainerCallback):
         loss, norm = float(self.loss), None if args.fp16 or self.norm is None else float(self.norm)
         self.loss, self.norm = 0.0, None
         is_finite = math.isfinite(loss) and (norm is None or math.isfinite(norm))
-        if not any_process(not is_finite)[0]:
+        if not any_rank(not is_finite)[0]:
             self.finite = self.step, loss
             return
         metrics, step = self.metrics, self.step

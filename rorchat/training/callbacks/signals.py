@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from rorchat.errors import Interrupted
-from rorchat.training.distributed import any_process, sharding
+from rorchat.training.distributed import any_rank, sharding_strategy
 
 SAVE = "SAVE"  # a file of this name in the run's folder asks for a checkpoint
 
@@ -44,9 +44,9 @@ class SignalCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         wants_save = state.is_world_process_zero and self.save_file.exists()
-        stop, save = any_process(self.received is not None, wants_save)
+        stop, save = any_rank(self.received is not None, wants_save)
         self.stopping = stop
-        if stop and sharding(args):  # whose checkpoints would be in pieces
+        if stop and sharding_strategy(args):  # whose checkpoints would be in pieces
             control.should_training_stop = True
         elif stop or save:
             control.should_save = True

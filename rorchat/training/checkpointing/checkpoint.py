@@ -302,9 +302,9 @@ class Checkpoints:
 
     def newest(self) -> Checkpoint | None:
         """As `recover`, on every process: the first one looks and clears up, the others take what it left."""
-        from rorchat.training.distributed import by_first_process
+        from rorchat.training.distributed import run_on_main_process
 
-        by_first_process(self.recover)
+        run_on_main_process(self.recover)
         return next(iter(self.committed()), None)
 
     def committed(self) -> list[Checkpoint]:

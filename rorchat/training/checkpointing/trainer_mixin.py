@@ -31,7 +31,7 @@ from rorchat.training.callbacks.divergence import DIVERGED_ROWS
 from rorchat.training.callbacks.signals import SignalCallback
 from rorchat.training.checkpointing.checkpoint import KEPT, MANIFEST, STAGING, Checkpoint, Checkpoints
 from rorchat.training.checkpointing.mirror import Mirror
-from rorchat.training.distributed import any_process, wait_at_most
+from rorchat.training.distributed import any_rank, set_collective_timeout
 from rorchat.training.lora import Adapter
 
 STATE = "run_state_{}.json"  # what the Trainer forgets, by process
@@ -49,7 +49,7 @@ class CheckpointMixin(Trainer):
 
     def attend(self, folder: Path) -> None:
         """Keeps the checkpoints of this run in a folder, listens to signals, and waits for no process for ever."""
-        wait_at_most(self.args.ddp_timeout)
+        set_collective_timeout(self.args.ddp_timeout)
         self.checkpoints = Checkpoints(folder, self.args.save_total_limit or KEPT)
         self.interruptions = SignalCallback(folder)
         self.identity: dict = {}  # told by the run, as is the mirror
@@ -82,7 +82,7 @@ class CheckpointMixin(Trainer):
             ]
             for mine, stage in stages:
                 failure = storage_failure(stage) if mine else None
-                if any_process(failure is not None)[0]:
+                if any_rank(failure is not None)[0]:
                     self._failed_to_save(step, failure)
                     return
         self.failed_saves = 0
@@ -151,7 +151,7 @@ class CheckpointMixin(Trainer):
             tensors += [value for state in self.optimizer.state.values() for value in state.values()]
         tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
         tensors = [tensor for tensor in tensors if torch.is_tensor(tensor) and tensor.is_floating_point()]
-        return not any_process(not all(bool(tensor.isfinite().all()) for tensor in tensors))[0]
+        return not any_rank(not all(bool(tensor.isfinite().all()) for tensor in tensors))[0]
 
     def require_room(self) -> None:
         """Raises StorageError where the disk has no room for the checkpoints that there will be at once."""
