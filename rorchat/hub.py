@@ -15,7 +15,7 @@ from rorchat.files import file_sha256
 from rorchat.inference.engine import model_folder
 from rorchat.model import ADAPTER_WEIGHTS, WEIGHTS
 from rorchat.report import data_table, find_runs, read_run, run_table, samples_section, score_table
-from rorchat.sources.base import restriction
+from rorchat.sources.base import licence_restriction
 
 PROBE = "Who are you?"
 VERIFY_SECONDS = 600  # loading the largest size from a slow disk
@@ -108,10 +108,10 @@ def model_card(folder: Path, repository: str) -> str:
     parts += ["## Data", data_table(runs, public=True)]
     restricted = sorted(
         {
-            (restriction(source["licence"]), f"{source['source'].partition('=')[0]} ({source['licence']})")
+            (licence_restriction(source["licence"]), f"{source['source'].partition('=')[0]} ({source['licence']})")
             for run in runs
             for source in read_run(run).get("data", [])
-            if restriction(source["licence"])
+            if licence_restriction(source["licence"])
         }
     )
     for said in dict.fromkeys(said for said, _ in restricted):

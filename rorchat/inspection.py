@@ -15,9 +15,9 @@ from rorchat.chatml import END_OF_TEXT, IGNORE_INDEX, encode_conversations, enco
 from rorchat.errors import DataError, RorchatError, UsageError
 from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
-from rorchat.rows import CHECKS, RejectedRow, words_of
-from rorchat.sources.base import digest, exact_digest
-from rorchat.sources.registry import Rows, RowStats, available, find, kinds_of, load
+from rorchat.rows import CHECKS, RejectedRow, row_text
+from rorchat.sources.base import exact_digest, text_digest
+from rorchat.sources.registry import RowStats, SourceRows, find_source, list_sources, load_rows, source_kinds
 from rorchat.tokens.decontamination import EvaluationText
 from rorchat.tokens.encode import _byte_characters
 
@@ -34,7 +34,7 @@ class Checked:
 
     spec: str
     guessed: bool
-    tally: RowStats
+    stats: RowStats
     evaluation: EvaluationText | None = None  # what the rows were compared with
 
 
@@ -48,13 +48,13 @@ def spec_of(given: str, shape: str | None = None) -> tuple[str, bool]:
     path = Path(given).expanduser()
     if path.exists():
         if shape:
-            find(shape)
+            find_source(shape)
             return f"{shape}={given}", False
         return f"{guess_shape(path)}={given}", True
     name, _, where = given.partition("=")
     if not where and (path.suffix or "/" in given):
         raise DataError(f"No file or folder {given}.")
-    find(name)
+    find_source(name)
     if shape and shape != name:
         raise UsageError(f"{given!r} names its source already, so --as {shape} has no place: give the path alone.")
     return given, False
@@ -69,7 +69,7 @@ def guess_shape(path: Path) -> str:
     Raises:
         DataError: none can read any row; says what the likeliest one stumbled over.
     """
-    tried = {name: _try(name, path) for name in available() if not hasattr(find(name), "generate")}
+    tried = {name: _try(name, path) for name in list_sources() if not hasattr(find_source(name), "generate")}
     best = max(kept for kept, _ in tried.values())
     if not best:
         kept, said = max(tried.values(), key=lambda result: bool(result[1]))
@@ -91,11 +91,11 @@ def _names(path: Path, name: str) -> bool:
 
 def _try(name: str, path: Path) -> tuple[float, str]:
     """(share of the first rows that a source can read, what is wrong with the first of the others)."""
-    kinds = kinds_of(name)
+    kinds = source_kinds(name)
     said = ""
     kept, seen = 0.0, 0
     try:
-        rows = load(f"{name}={path}", kinds[0])
+        rows = load_rows(f"{name}={path}", kinds[0])
         for _, raw in islice(rows.raw, ROWS_TRIED):
             seen += 1
             try:
@@ -139,17 +139,17 @@ def check(
         UsageError, DataError: nothing can be read at all; what is wrong with a row is counted.
     """
     spec, guessed = spec_of(given, shape)
-    kind = kinds_of(spec.partition("=")[0])[0]
-    rows = load(spec, kind, seed=seed, persona=persona)
+    kind = source_kinds(spec.partition("=")[0])[0]
+    rows = load_rows(spec, kind, seed=seed, persona=persona)
     rows.whole = False  # that nothing can be used is a finding, not a failure
-    reports = _Rejects(rows.tally, rejects)
+    reports = _Rejects(rows.stats, rejects)
     rows.on_reject = reports.write
     overlap = EvaluationText.read(evaluation) if evaluation else None
     seen: set[bytes] = set()
     fitting: list[tuple[str, dict]] = []
     for row in tqdm(rows, desc=f"check {spec}", unit=" rows", disable=None, leave=False):
-        text = words_of(row)
-        mark = exact_digest(row, digest(text))
+        text = row_text(row)
+        mark = exact_digest(row, text_digest(text))
         try:
             (filters or Filters()).check(text)
             if overlap is not None:
@@ -166,12 +166,12 @@ def check(
                 _check_lengths(fitting, tokenizer, max_length, reports)
                 fitting = []
     _check_lengths(fitting, tokenizer, max_length, reports)
-    return Checked(spec, guessed, rows.tally, overlap)
+    return Checked(spec, guessed, rows.stats, overlap)
 
 
 @dataclass
 class _Rejects:
-    tally: RowStats
+    stats: RowStats
     file: TextIO | None
 
     def write(self, place: str, reject: RejectedRow, row: object) -> None:
@@ -185,7 +185,7 @@ class _Rejects:
             self.file.write(line + "\n")
 
     def withdraw(self, place: str, reject: RejectedRow, row: object) -> None:
-        self.tally.withdraw(place, reject)
+        self.stats.withdraw(place, reject)
         self.write(place, reject, row)
 
 
@@ -199,7 +199,7 @@ def _check_lengths(rows: list[tuple[str, dict]], tokenizer, max_length: int | No
         if None in sides or ("chosen" in row and any(side.dropped_turns for side in sides)):
             reports.withdraw(place, RejectedRow("over-long", f"no exchange fits into {max_length} tokens"), row)
         elif any(side.dropped_turns for side in sides):
-            reports.tally.cut += 1
+            reports.stats.cut += 1
 
 
 def _conversations(row: dict) -> list[list[dict]]:
@@ -226,16 +226,16 @@ def show(spec: str, number: int, tokenizer, *, seed: int = 0, persona: Persona |
     Raises:
         DataError: there is no such row, or it cannot be used; says why.
     """
-    kind = kinds_of(spec.partition("=")[0])[0]
-    rows = load(spec, kind, seed=seed, persona=persona)
+    kind = source_kinds(spec.partition("=")[0])[0]
+    rows = load_rows(spec, kind, seed=seed, persona=persona)
     raw = next(islice(rows.raw, number, None), None)
     if raw is None:
         raise DataError(f"{spec} has no row {number}: rows are counted from 0, and it has fewer.")
     place = raw[0]
-    single = Rows(spec, kind, rows.module, iter([raw]), RowStats(spec), whole=False)
+    single = SourceRows(spec, kind, rows.module, iter([raw]), RowStats(spec), whole=False)
     row = next(iter(single), None)
     if row is None:
-        ((reason, places),) = single.tally.places.items()
+        ((reason, places),) = single.stats.places.items()
         raise DataError(f"{reason}: {places[0]}.")
     if kind == "document":
         (ids,) = encode_text(tokenizer, [row["text"]])

@@ -45,14 +45,14 @@ def _one_line(text: str) -> str:
 
 
 @dataclass
-class Repaired:
+class RepairedRow:
     """What a source's `convert` returns for a row that it had to mend: the row, and what was done, which is counted."""
 
     row: dict
     repair: str
 
 
-def text_of(row: object, key: str) -> str:
+def get_text(row: object, key: str) -> str:
     """`row[key]`, which must be a string.
 
     Raises:
@@ -78,15 +78,15 @@ def exchange(question: str, answer: str) -> dict:
     return {"messages": [message("user", question), message("assistant", answer)]}
 
 
-def instruction_of(row: dict) -> str:
+def get_instruction(row: dict) -> str:
     """The question of an Alpaca row: its instruction and, after an empty line, its input.
 
     Raises:
         Reject: there is no instruction.
     """
-    instruction = text_of(row, "instruction").strip()
+    instruction = get_text(row, "instruction").strip()
     # 59 of 5,000 Alpaca rows say so where others leave it empty: "<noinput>", "No input.", "[noinput]", ...
-    given = text_of(row, "input").strip() if row.get("input") is not None else ""
+    given = get_text(row, "input").strip() if row.get("input") is not None else ""
     if "".join(filter(str.isalpha, given)).lower() in ("noinput", "noinputneeded", "noinputrequired"):
         given = ""
     if not instruction:
@@ -94,7 +94,7 @@ def instruction_of(row: dict) -> str:
     return f"{instruction}\n\n{given}" if given else instruction
 
 
-def messages_of(turns: object) -> list[dict[str, str]]:
+def normalize_messages(turns: object) -> list[dict[str, str]]:
     """Messages from `[{"role", "content"}]` or ShareGPT's `[{"from", "value"}]`.
 
     Raises:
@@ -105,8 +105,8 @@ def messages_of(turns: object) -> list[dict[str, str]]:
     messages = []
     for number, turn in enumerate(turns):
         try:
-            role = text_of(turn, "role" if isinstance(turn, dict) and "role" in turn else "from")
-            content = text_of(turn, "content" if "content" in turn else "value")
+            role = get_text(turn, "role" if isinstance(turn, dict) and "role" in turn else "from")
+            content = get_text(turn, "content" if "content" in turn else "value")
         except RejectedRow as reject:
             raise RejectedRow(reject.reason, f"message {number}: {reject.detail}") from None
         if role.lower() not in ROLE_NAMES:
@@ -117,7 +117,7 @@ def messages_of(turns: object) -> list[dict[str, str]]:
     return messages
 
 
-def from_byte_literal(text: str) -> str | None:
+def decode_byte_literal(text: str) -> str | None:
     """What a Python byte literal such as `b'Solve 2*x = 4.\\n'` spells, decoded as UTF-8; None if `text` is none.
 
     Only a text that is one literal from end to end counts: `b'a' + b'b'` is an expression, and stays as it is.
@@ -139,7 +139,7 @@ def check_text(text: str, where: str) -> None:
     """
     for start in range(0, len(text), _PIECE):  # so that a text of 100 MB is not copied whole
         _check_characters(text[start : start + _PIECE] if len(text) > _PIECE else text, where, start)
-    if text[:200].lstrip()[:2] in ("b'", 'b"') and from_byte_literal(text) is not None:
+    if text[:200].lstrip()[:2] in ("b'", 'b"') and decode_byte_literal(text) is not None:
         raise RejectedRow("byte literal", f"{where} is {text.strip()[:40]!r}")
 
 
@@ -224,7 +224,7 @@ CHECKS = {
 }
 
 
-def words_of(row: dict) -> str:
+def row_text(row: dict) -> str:
     """All text of a row of any kind: what a hash of it is taken of, and what filters look at."""
     if "text" in row:
         return row["text"]

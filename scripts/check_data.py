@@ -45,7 +45,7 @@ def row_of(root: Path, name: str) -> tuple[list[str], bool]:
         found = check(str(root / name))
     except RorchatError as error:
         return [name, "-", "-", "-", str(error).replace(f"{root}/", "")], False
-    tally = found.tally
+    tally = found.stats
     reasons = [
         f"{count:,} {reason}, first at {tally.places[reason][0]}"
         for reason, count in sorted(tally.rejects.items(), key=lambda item: -item[1])

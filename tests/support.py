@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rorchat.mixture.plan import Plan
-from rorchat.sources.registry import Rows, available, find, load
+from rorchat.sources.registry import SourceRows, find_source, list_sources, load_rows
 from rorchat.tokens.store import TokenStore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +81,7 @@ DOCUMENTS += COPIES
 KEPT = DOCUMENTS[: -len(COPIES)]
 
 
-CONVERTING = [name for name in available() if hasattr(find(name), "convert")]
+CONVERTING = [name for name in list_sources() if hasattr(find_source(name), "convert")]
 
 
 def exchange(question: object = "Hello", reply: object = "Hi!", *further: object, **more: object) -> dict:
@@ -107,11 +107,11 @@ def written(folder: Path, name: str, content: str | bytes | list) -> Path:
     return path
 
 
-def read(spec: str, kind: str = "") -> tuple[list[dict], Rows]:
+def read(spec: str, kind: str = "") -> tuple[list[dict], SourceRows]:
     """All rows of a source, after checking that every row that came in is accounted for."""
-    rows = load(spec, kind or find(spec.partition("=")[0]).KIND)
+    rows = load_rows(spec, kind or find_source(spec.partition("=")[0]).KIND)
     kept = list(rows)
-    tally = rows.tally
+    tally = rows.stats
     assert len(kept) == tally.kept
     assert tally.rows_in == tally.kept + sum(tally.rejects.values())
     return kept, rows

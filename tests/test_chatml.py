@@ -14,7 +14,7 @@ from rorchat.chatml import (
     system_message,
 )
 from rorchat.errors import DataError, MismatchError
-from rorchat.sources.registry import load
+from rorchat.sources.registry import load_rows
 
 DIALOGUE = [
     {"role": "user", "content": "Hello there"},
@@ -99,7 +99,7 @@ def test_on_two_thousand_real_conversations_template_and_encoder_agree(gpt2_toke
     conversations = []
     for spec, count in sources.items():
         name, path = spec.split("=")
-        rows = [row["messages"] for row in load(f"{name}={shared_data / path}", "conversation")][:count]
+        rows = [row["messages"] for row in load_rows(f"{name}={shared_data / path}", "conversation")][:count]
         assert len(rows) >= 0.9 * count, spec
         conversations += rows
     assert len(conversations) >= 2000

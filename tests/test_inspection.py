@@ -28,7 +28,7 @@ def checked(given: object, **options: object) -> tuple[Checked, list[dict]]:
     rejects = io.StringIO()
     found = check(str(given), rejects=rejects, **options)
     said = [json.loads(line) for line in rejects.getvalue().splitlines()]
-    tally = found.tally
+    tally = found.stats
     assert tally.rows_in == tally.kept + sum(tally.rejects.values())
     assert Counter(reject["reason"] for reject in said) == tally.rejects
     for reason, places in tally.places.items():
@@ -108,8 +108,8 @@ def test_every_fault_of_a_conversation_is_counted_at_its_line_and_none_ends_the_
     for reject in said:
         if expected[reject["place"]][1] is not None:
             assert (reject["place"], reject["detail"]) == (reject["place"], expected[reject["place"]][1])
-    assert (found.tally.rows_in, found.tally.kept) == (35, 5)
-    assert found.tally.places["unknown role"] == [f"{path}:15 (message 0 has the role 'robot'; known are {KNOWN})"]
+    assert (found.stats.rows_in, found.stats.kept) == (35, 5)
+    assert found.stats.places["unknown role"] == [f"{path}:15 (message 0 has the role 'robot'; known are {KNOWN})"]
     (contaminated,) = [reject for reject in said if reject["reason"] == "contaminated"]
     assert (
         contaminated["detail"]
@@ -130,8 +130,8 @@ def test_the_first_three_places_of_a_reason_are_kept_and_all_are_counted(tmp_pat
     path = written(tmp_path, "rows.jsonl", [exchange(), *[exchange(f"{n}", "") for n in range(50)]])
     found, _ = checked(path)
     assert (found.guessed, found.spec) == (True, f"messages={path}")
-    assert found.tally.rejects == {"empty reply": 50}
-    assert found.tally.places == {"empty reply": [f"{path}:{line} (message 1)" for line in (2, 3, 4)]}
+    assert found.stats.rejects == {"empty reply": 50}
+    assert found.stats.places == {"empty reply": [f"{path}:{line} (message 1)" for line in (2, 3, 4)]}
 
 
 DOCUMENTS = [
@@ -171,7 +171,7 @@ def test_every_fault_of_a_document_is_counted_at_its_line_or_row(form, tmp_path)
     assert [(reject["place"], reject["reason"], reject["detail"]) for reject in said] == [
         (place, reason, detail) for place, (_, reason, detail) in zip(places, DOCUMENTS, strict=True) if reason
     ]
-    assert (found.tally.rows_in, found.tally.kept, len(said)) == (19, 4, 15)
+    assert (found.stats.rows_in, found.stats.kept, len(said)) == (19, 4, 15)
 
 
 PREFERENCES = [
@@ -205,16 +205,16 @@ def test_every_fault_of_a_preference_is_counted_with_its_side(tokenizer, tmp_pat
     for number, (_, reason, detail) in enumerate(PREFERENCES, start=1):
         if reason and detail is not None:
             assert (number, details[f"{path}:{number}"]) == (number, detail)
-    assert (found.tally.rows_in, found.tally.kept) == (12, 1)
+    assert (found.stats.rows_in, found.stats.kept) == (12, 1)
 
 
 def test_a_literal_is_repaired_where_the_dataset_is_known_for_them_and_rejected_elsewhere(tmp_path):
     rows = [{"question": "b'Solve 2*x = 4 for x.\\n'", "answer": "b'2\\n'"}, {"question": "What is 1?", "answer": "1"}]
     found, said = checked(written(tmp_path, "rows.jsonl", rows), shape="math_dataset")
-    assert (found.tally.kept, found.tally.repairs, said) == (2, {"byte literal": 1}, [])
+    assert (found.stats.kept, found.stats.repairs, said) == (2, {"byte literal": 1}, [])
     alpaca = [{"instruction": row["question"], "output": row["answer"]} for row in rows]
     found, said = checked(written(tmp_path, "alpaca.jsonl", alpaca), shape="alpaca")
-    assert (found.tally.kept, found.tally.rejects, found.tally.repairs) == (1, {"byte literal": 1}, {})
+    assert (found.stats.kept, found.stats.rejects, found.stats.repairs) == (1, {"byte literal": 1}, {})
 
 
 def test_a_conversation_is_over_long_from_the_very_token_on_and_one_that_loses_turns_is_kept(tokenizer, tmp_path):
@@ -222,7 +222,7 @@ def test_a_conversation_is_over_long_from_the_very_token_on_and_one_that_loses_t
     path = written(tmp_path, "rows.jsonl", [exchange(), longer])
     whole = len(encode_conversation(tokenizer, exchange()["messages"]).input_ids)
     options = {"shape": "messages", "tokenizer": tokenizer}
-    tallies = [checked(path, **options, max_length=length)[0].tally for length in (whole - 1, whole, 10_000)]
+    tallies = [checked(path, **options, max_length=length)[0].stats for length in (whole - 1, whole, 10_000)]
     assert [(tally.kept, tally.cut, tally.rejects) for tally in tallies] == [
         (1, 1, {"over-long": 1}),
         (2, 1, {}),
@@ -242,7 +242,7 @@ def test_lengths_of_many_conversations_are_those_of_each(tokenizer, tmp_path):
     ]
     assert 100 < len(too_long) < len(rows) - 100
     assert [int(reject["place"].rpartition(":")[2]) for reject in said] == too_long
-    assert found.tally.kept == len(rows) - len(too_long)
+    assert found.stats.kept == len(rows) - len(too_long)
 
 
 def test_one_bad_file_of_a_folder_is_one_reject(tmp_path):
@@ -253,26 +253,26 @@ def test_one_bad_file_of_a_folder_is_one_reject(tmp_path):
     written(tmp_path, "e.jsonl", [exchange("e")])
     found, said = checked(tmp_path, shape="messages")
     assert [reject["reason"] for reject in said][-2:] == ["not Parquet", "not JSON"]
-    assert sum(found.tally.rejects.values()) == 3 and found.tally.rejects["damaged gzip"] == 1
-    assert 2 <= found.tally.kept <= 101
+    assert sum(found.stats.rejects.values()) == 3 and found.stats.rejects["damaged gzip"] == 1
+    assert 2 <= found.stats.kept <= 101
 
 
 def test_a_file_of_which_no_row_can_be_used_is_a_finding(tmp_path):
     found, said = checked(written(tmp_path, "rows.jsonl", [exchange("a", "")] * 4))
-    assert (found.tally.rows_in, found.tally.kept, len(said)) == (4, 0, 4)
+    assert (found.stats.rows_in, found.stats.kept, len(said)) == (4, 0, 4)
 
 
 def test_generated_rows_are_all_of_use():
     for spec in ("tinytown=300", "persona=30"):
         found, _ = checked(spec, seed=3)
-        assert found.tally.rows_in == int(spec.partition("=")[2])
-        assert set(found.tally.rejects) <= {"duplicate"}
+        assert found.stats.rows_in == int(spec.partition("=")[2])
+        assert set(found.stats.rejects) <= {"duplicate"}
 
 
 def test_the_real_files_are_checked_without_one_row_unaccounted(shared_data):
     for path in ("alpaca/alpaca_en_demo.json", "chat/openai_sft.jsonl", "preference/dpo_en_demo.json"):
         found, _ = checked(shared_data / path)
-        assert found.guessed and found.tally.kept > 0.9 * found.tally.rows_in > 0
+        assert found.guessed and found.stats.kept > 0.9 * found.stats.rows_in > 0
 
 
 # -- what a model sees -----------------------------------------------------------------------------------------------

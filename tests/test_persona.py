@@ -22,7 +22,7 @@ from rorchat.persona import (
     says,
 )
 from rorchat.rows import CHECKS
-from rorchat.sources.registry import load
+from rorchat.sources.registry import load_rows
 
 PERSONA = load_persona()
 
@@ -222,11 +222,11 @@ def test_a_file_may_say_its_name_in_its_own_words_and_leave_everything_else_out(
 
 
 def test_the_source_tells_of_the_persona_it_is_given_and_of_the_default_one_without(tmp_path):
-    assert [row["messages"] for row in load("persona=50", "conversation")] == list(conversations(PERSONA, 50))
+    assert [row["messages"] for row in load_rows("persona=50", "conversation")] == list(conversations(PERSONA, 50))
     values = yaml.safe_load(re.sub("RorChat", "Bibo", DEFAULT_PERSONA.read_text()))
     path = tmp_path / "bibo.yaml"
     path.write_text(yaml.safe_dump(values))
-    rows = list(load("persona=2000", "conversation", persona=load_persona(path)))
+    rows = list(load_rows("persona=2000", "conversation", persona=load_persona(path)))
     spoken = " ".join(turn["content"] for row in rows for turn in row["messages"])
     assert (spoken.count("Bibo") > 100, spoken.count("RorChat")) == (True, 0)
     asked = [probe.question for probe in probes(load_persona(path))]

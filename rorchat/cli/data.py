@@ -30,19 +30,19 @@ MinLatin = Annotated[float, typer.Option(help="Reject texts with a smaller share
 def list_sources() -> None:
     """The datasets that recipes can name: kind, licence, size, and what the loss counts."""
     from rorchat.cli.tables import print_table
-    from rorchat.sources.base import LOSS, restriction
-    from rorchat.sources.registry import available, find, kinds_of
+    from rorchat.sources.base import LOSS_BY_KIND, licence_restriction
+    from rorchat.sources.registry import find_source, list_sources, source_kinds
 
     rows = []
-    for name in available():
-        module = find(name)
+    for name in list_sources():
+        module = find_source(name)
         home = getattr(module, "HUB", None)
         where = "generated" if hasattr(module, "generate") else home["path"] if home else "your files"
-        loss = "; ".join(LOSS[kind] for kind in kinds_of(name))
+        loss = "; ".join(LOSS_BY_KIND[kind] for kind in source_kinds(name))
         title = module.__doc__.splitlines()[0].split(":")[0].rstrip(".")
-        rows.append([name, title, ", ".join(kinds_of(name)), where, module.SIZE, module.LICENCE, loss])
+        rows.append([name, title, ", ".join(source_kinds(name)), where, module.SIZE, module.LICENCE, loss])
     print_table(["source", "what it is", "gives", "from", "size", "licence", "the loss counts"], rows)
-    restricted = [name for name in available() if restriction(find(name).LICENCE)]
+    restricted = [name for name in list_sources() if licence_restriction(find_source(name).LICENCE)]
     print(f"\nNot for commercial use, or of unstated licence: {', '.join(restricted)}.")
 
 
@@ -68,7 +68,7 @@ def check(
     from rorchat.inspection import OTHER_SHAPE
     from rorchat.inspection import check as check_rows
     from rorchat.reading.filters import Filters
-    from rorchat.sources.registry import unread
+    from rorchat.sources.registry import unread_files
     from rorchat.tokenizer import load_tokenizer
 
     if (tokenizer is None) != (max_length is None):
@@ -97,14 +97,14 @@ def check(
         print(f"read as {name!r}; another shape with --as")
     if found.evaluation:
         print(found.evaluation.told())
-    print(found.tally)
-    _tell_unread(unread(found.spec))
-    strange = sum(count for reason, count in found.tally.rejects.items() if reason in OTHER_SHAPE)
-    if found.guessed and strange > found.tally.rows_in / 10:
+    print(found.stats)
+    _tell_unread(unread_files(found.spec))
+    strange = sum(count for reason, count in found.stats.rejects.items() if reason in OTHER_SHAPE)
+    if found.guessed and strange > found.stats.rows_in / 10:
         print(f"{strange:,} rows are of another shape than {name!r}: check the files one by one")
     if rejects:
         print(f"rejects  {rejects}")
-    if not found.tally.kept:
+    if not found.stats.kept:
         raise DataError(f"No row of {found.spec} can be used.")
 
 
@@ -186,11 +186,11 @@ def prepare(
     """Tokenize a source into a store, in parallel; a killed run is gone on with by the same command."""
     from rorchat.persona import load_persona
     from rorchat.reading.filters import Filters
-    from rorchat.sources.registry import find
+    from rorchat.sources.registry import find_source
     from rorchat.tokenizer import load_tokenizer
     from rorchat.tokens.prepare import prepare as prepare_store
 
-    find(source.partition("=")[0])  # before the tokenizer, which may come from afar
+    find_source(source.partition("=")[0])  # before the tokenizer, which may come from afar
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}: give a positive number.")
     _require_share(validation_share)

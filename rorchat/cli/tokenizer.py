@@ -30,7 +30,7 @@ def compare(
     rows = _once_each([_domain(given) for given in data or []], "domain", "LABEL=PATH")
 
     from rorchat.cli.tables import print_table
-    from rorchat.sources.registry import texts
+    from rorchat.sources.registry import iterate_texts
     from rorchat.tokenizer import load_tokenizer
     from rorchat.tokenizer.compare import (
         compare_tokenizers,
@@ -42,7 +42,7 @@ def compare(
     )
 
     loaded = {name: load_tokenizer(place) for name, place in columns.items()}
-    domains = [read_domain(label, texts([spec]), max_characters) for label, spec in rows.items()]
+    domains = [read_domain(label, iterate_texts([spec]), max_characters) for label, spec in rows.items()]
     comparison = compare_tokenizers(loaded, domains or embedded_domains(max_characters))
     print_table(*comparison_rows(comparison))
     print("", *comparison_notes(comparison), sep="\n")
@@ -72,14 +72,14 @@ def _column(given: str) -> tuple[str, str]:
 
 def _domain(given: str) -> tuple[str, str]:
     """(label, source's spec)."""
-    from rorchat.sources.registry import available, find
+    from rorchat.sources.registry import find_source, list_sources
 
     label, _, rest = given.partition("=")
     if not label or not rest:
         raise UsageError(f"--data {given!r} is no domain: give LABEL=PATH, or LABEL=SOURCE=PATH with a named source.")
     source, sign, _ = rest.partition("=")
-    if source in available():
+    if source in list_sources():
         return label, rest
     if sign and source.isidentifier():
-        find(source)  # names the nearest
+        find_source(source)  # names the nearest
     return label, f"text={rest}"

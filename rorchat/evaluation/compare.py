@@ -12,7 +12,7 @@ from rorchat.inference.engine import ChatModel, load_model, model_folder
 from rorchat.mixture.collators import padded
 from rorchat.model import check_fit
 from rorchat.persona import load_persona
-from rorchat.sources.registry import load
+from rorchat.sources.registry import load_rows
 from rorchat.tokenizer import load_tokenizer, token_bytes, tokenizer_sha256
 from rorchat.tokens.store import TokenStore, store_folder
 
@@ -64,7 +64,7 @@ def held_out_documents(text: str, tokenizer) -> list[str]:
     """The validation documents of a token store, or all documents of a source."""
     folder = store_folder(text)
     if not folder:
-        return [row["text"] for row in load(text, "document")]
+        return [row["text"] for row in load_rows(text, "document")]
     store = TokenStore(folder)
     if store.manifest.tokenizer_sha256 != tokenizer_sha256(tokenizer):
         raise MismatchError(

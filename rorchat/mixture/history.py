@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from rorchat.errors import MismatchError
 from rorchat.mixture.config import MixtureConfig
 from rorchat.mixture.plan import Plan
-from rorchat.sources.registry import find
+from rorchat.sources.registry import find_source
 from rorchat.tokens.store import TokenStore
 
 
@@ -27,7 +27,7 @@ def closed(identity: dict, until: int) -> dict[str, object]:
 def without_place(spec: str) -> str:
     """A source's spec; of one that is read from files its kind alone, for they may lie elsewhere tomorrow."""
     kind, _, where = spec.partition("=")
-    is_local = bool(where) and (kind == "store" or not hasattr(find(kind), "generate"))
+    is_local = bool(where) and (kind == "store" or not hasattr(find_source(kind), "generate"))
     return kind if is_local else spec
 
 

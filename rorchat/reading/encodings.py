@@ -15,7 +15,7 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 BAD_BYTE = re.compile("[\udc80-\udcff]")
 
 
-def suffix_of(path: Path) -> str:
+def content_suffix(path: Path) -> str:
     """The suffix that says what is in a file, whatever packs it: ".json" of "a.json.gz"."""
     return (Path(path.stem).suffix if path.suffix in PACKED else path.suffix).lower()
 
@@ -31,14 +31,14 @@ def open_bytes(path: Path):
     return path.open("rb")
 
 
-def damaged(path: Path, error: Exception) -> RejectedRow:
+def damaged_archive(path: Path, error: Exception) -> RejectedRow:
     """The reject that stands for what a damaged archive hides; any other failure of reading is raised again."""
     if path.suffix not in PACKED:
         raise error  # a disk that fails is not a bad row
     return RejectedRow(f"damaged {PACKED[path.suffix]}", f"{error}; the rest of the file is lost")
 
 
-def decoded(
+def decode(
     raw: bytes | bytearray, encoding: str = "utf-8-sig", first_byte: int = 0, errors: str = "strict"
 ) -> str | RejectedRow:
     try:
@@ -47,10 +47,10 @@ def decoded(
         return RejectedRow("invalid UTF-8", f"byte {first_byte + error.start}")
 
 
-def whole_text(path: Path, encoding: str = "utf-8-sig", errors: str = "strict") -> str | RejectedRow:
+def read_text(path: Path, encoding: str = "utf-8-sig", errors: str = "strict") -> str | RejectedRow:
     """All text of a file, or why there is none. `errors` as of `bytes.decode`."""
     try:
         with open_bytes(path) as file:
-            return decoded(file.read(), encoding, errors=errors)
+            return decode(file.read(), encoding, errors=errors)
     except DAMAGED as error:
-        return damaged(path, error)
+        return damaged_archive(path, error)

@@ -16,11 +16,11 @@ from rorchat.reading.encodings import (
     BAD_BYTE,
     DAMAGED,
     LONGEST_LINE,
-    damaged,
-    decoded,
+    content_suffix,
+    damaged_archive,
+    decode,
     open_bytes,
-    suffix_of,
-    whole_text,
+    read_text,
 )
 from rorchat.reading.tables import read_csv, read_parquet
 from rorchat.rows import RejectedRow
@@ -48,7 +48,7 @@ class FileSlice:
 
     def __iter__(self) -> Iterator[Row]:
         """(place, raw row) of each row. A text gives {"text"}; a row that cannot be read comes as a `Reject`."""
-        reader = READERS.get(suffix_of(self.path))
+        reader = READERS.get(content_suffix(self.path))
         if reader is None:
             raise DataError(f"{self.path}: cannot read this kind of file; known are {', '.join(READERS)}.")
         return reader(self)
@@ -61,7 +61,7 @@ def _between_separators(stretch: FileSlice) -> Iterator[tuple[bytes | bytearray,
     Only a .txt holds several: in the source code and the notes of others `<|endoftext|>` is a word.
     """
     separator = DOCUMENT_SEPARATOR.encode()
-    several = suffix_of(stretch.path) == ".txt"
+    several = content_suffix(stretch.path) == ".txt"
     held = bytearray()
     with open_bytes(stretch.path) as file:
         if stretch.start:  # a packed file is one stretch, and cannot seek
@@ -89,7 +89,7 @@ def _read_text(stretch: FileSlice) -> Iterator[Row]:
     try:
         for document, closed in _between_separators(stretch):
             size, newlines = len(document), document.count(b"\n")
-            text = decoded(document, "utf-8-sig" if byte == 0 else "utf-8", first_byte=byte)
+            text = decode(document, "utf-8-sig" if byte == 0 else "utf-8", first_byte=byte)
             if isinstance(document, bytearray):
                 document.clear()  # a book of 100 MB need not be held twice
             if isinstance(text, RejectedRow):
@@ -103,7 +103,7 @@ def _read_text(stretch: FileSlice) -> Iterator[Row]:
                 yield f"{path}:{line + blank}", row if closed or not byte else {**row, "unclosed": True}
             line, byte = line + newlines, byte + size + len(DOCUMENT_SEPARATOR)
     except DAMAGED as error:
-        yield f"{path}:{line}", damaged(path, error)
+        yield f"{path}:{line}", damaged_archive(path, error)
 
 
 def read_lines(
@@ -119,7 +119,7 @@ def read_lines(
             while (stretch.stop is None or file.tell() < stretch.stop) and (raw := file.readline(LONGEST_LINE)):
                 number += 1
                 whole = len(raw) < LONGEST_LINE or raw.endswith(b"\n")
-                line = decoded(raw, encoding)
+                line = decode(raw, encoding)
                 del raw  # while a long line is parsed it need not be held as bytes too
                 if not whole:
                     line = RejectedRow("over-long", f"a line of more than {LONGEST_LINE:,} bytes")
@@ -132,7 +132,7 @@ def read_lines(
                 while lines:
                     yield f"{path}:{number}", lines.pop()  # what is given is not held here as well
     except DAMAGED as error:
-        yield f"{path}:{number + 1}", damaged(path, error)
+        yield f"{path}:{number + 1}", damaged_archive(path, error)
 
 
 class _DuplicateKey(ValueError):
@@ -189,10 +189,10 @@ def _read_json(stretch: FileSlice) -> Iterator[Row]:
     if _is_json_lines(path):
         yield from _read_json_lines(FileSlice(path))
         return
-    text = whole_text(path)
+    text = read_text(path)
     bad = text if isinstance(text, RejectedRow) else None
     if bad and bad.reason == "invalid UTF-8":  # of one row, as a rule: the others are good
-        text = whole_text(path, errors="surrogateescape")
+        text = read_text(path, errors="surrogateescape")
     if isinstance(text, RejectedRow):
         yield str(path), text
     elif text.lstrip().startswith("["):

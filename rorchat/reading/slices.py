@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rorchat.errors import DataError
-from rorchat.reading.encodings import PACKED, suffix_of
+from rorchat.reading.encodings import PACKED, content_suffix
 from rorchat.reading.formats import DOCUMENT_SEPARATOR, READERS, FileSlice
 
 PARTS = 64  # a source is read in about so many parts, within these bounds of bytes on disk
@@ -17,7 +17,7 @@ _BLOCK = 2**20  # bytes
 SAMPLES, SAMPLE_BYTES = 16, 2**16  # of a file, to tell it from another
 
 
-def parts_of(files: list[Path], *, divide: bool) -> list[tuple[FileSlice, ...]]:
+def split_files(files: list[Path], *, divide: bool) -> list[tuple[FileSlice, ...]]:
     """Files in parts that can be read apart, in their order: files, groups of small ones, pieces of large ones.
 
     Where the parts begin depends on the files alone. `divide` says whether a file may be read in pieces.
@@ -108,7 +108,7 @@ def _past_separator(text: BinaryIO, before: bytes) -> int:
     return newlines
 
 
-def files_of(path: Path, patterns: tuple[str, ...], *, any_suffix: bool = False) -> list[Path]:
+def find_files(path: Path, patterns: tuple[str, ...], *, any_suffix: bool = False) -> list[Path]:
     """A file, or the files of a folder that fit one of `patterns`, in the order of names.
 
     What is hidden, as `.git/` or a store that is being made, is nobody's data.
@@ -121,7 +121,7 @@ def files_of(path: Path, patterns: tuple[str, ...], *, any_suffix: bool = False)
         DataError: there is no such path, it cannot be read, or nothing in the folder fits.
     """
     if path.is_file():
-        if not any_suffix and suffix_of(path) not in READERS:
+        if not any_suffix and content_suffix(path) not in READERS:
             raise DataError(
                 f"{path}: cannot read {path.suffix or 'a file without suffix'}; "
                 f"known are {', '.join(READERS)}, also with {' or '.join(PACKED)}."
@@ -135,7 +135,7 @@ def files_of(path: Path, patterns: tuple[str, ...], *, any_suffix: bool = False)
                 file
                 for form in (pattern, *(pattern + packed for packed in PACKED))
                 for file in path.glob(form)
-                if file.is_file() and not hidden(file, path) and (any_suffix or suffix_of(file) in READERS)
+                if file.is_file() and not is_hidden(file, path) and (any_suffix or content_suffix(file) in READERS)
             }
         )
         if found:
@@ -144,12 +144,12 @@ def files_of(path: Path, patterns: tuple[str, ...], *, any_suffix: bool = False)
     raise DataError(f"{path} holds none of {', '.join(patterns)} but {', '.join(there[:8]) or 'nothing'}.")
 
 
-def hidden(file: Path, folder: Path) -> bool:
+def is_hidden(file: Path, folder: Path) -> bool:
     """Whether a file in a folder, or a folder between the two, has a name that begins with a dot."""
     return any(name.startswith(".") for name in file.relative_to(folder).parts)
 
 
-def digest_of_files(files: Iterable[Path], root: Path) -> str:
+def files_digest(files: Iterable[Path], root: Path) -> str:
     """sha256 of the names of files below `root`, their sizes and samples of their bytes.
 
     It is asked for at every start of a run, over corpora that take minutes to read, so of a file of more than a

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rorchat.reading.encodings import BAD_BYTE, DAMAGED, LONGEST_LINE, damaged, open_bytes, suffix_of
+from rorchat.reading.encodings import BAD_BYTE, DAMAGED, LONGEST_LINE, content_suffix, damaged_archive, open_bytes
 from rorchat.rows import RejectedRow
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def read_csv(stretch: FileSlice) -> Iterator[Row]:
     with open_bytes(path) as raw:
         lines = _Lines(io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=""))
         try:
-            yield from _csv_rows(path, lines, "\t" if suffix_of(path) == ".tsv" else ",")
+            yield from _csv_rows(path, lines, "\t" if content_suffix(path) == ".tsv" else ",")
         except DAMAGED as error:
-            yield f"{path}:{lines.number + len(lines.row) + 1}", damaged(path, error)
+            yield f"{path}:{lines.number + len(lines.row) + 1}", damaged_archive(path, error)
 
 
 def _csv_rows(path: Path, lines: _Lines, delimiter: str) -> Iterator[Row]:

@@ -14,7 +14,7 @@ import yaml
 
 from rorchat.errors import MismatchError, UsageError, exits_with_one_line
 from rorchat.persona import load_persona
-from rorchat.sources.registry import texts
+from rorchat.sources.registry import iterate_texts
 from rorchat.tokenizer import train_tokenizer
 from rorchat.tokenizer.text import BoundedText
 from rorchat.training.arguments import DataArguments, parse
@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return {}
     started = time.monotonic()
     persona = load_persona(arguments.persona)
-    text = BoundedText(texts(arguments.sources, arguments.data_seed, persona), arguments.max_characters, show=True)
+    text = BoundedText(
+        iterate_texts(arguments.sources, arguments.data_seed, persona), arguments.max_characters, show=True
+    )
     tokenizer = train_tokenizer(text, arguments.vocab_size, persona)
     tokenizer.save_pretrained(folder)
     metrics = {

@@ -3,7 +3,7 @@
 The 175 seed tasks of Self-Instruct, from which it was grown, have the same shape one level deeper.
 """
 
-from rorchat.rows import RejectedRow, exchange, instruction_of, text_of
+from rorchat.rows import RejectedRow, exchange, get_instruction, get_text
 
 KIND = "conversation"
 LICENCE = "CC BY-NC 4.0 (not for commercial use)"
@@ -27,4 +27,4 @@ def convert(row: dict) -> dict:
         if not row["instances"] or not isinstance(row["instances"][0], dict):
             raise RejectedRow("missing field", "no object in 'instances'")
         row = {**row, **row["instances"][0]}
-    return exchange(instruction_of(row), text_of(row, "output"))
+    return exchange(get_instruction(row), get_text(row, "output"))

@@ -4,7 +4,7 @@ import hashlib
 import zlib
 
 # What the loss of training counts, by the kind of rows
-LOSS = {
+LOSS_BY_KIND = {
     "document": "every token",
     "conversation": "replies and their <|im_end|>",
     "preference": "chosen over rejected",
@@ -12,7 +12,7 @@ LOSS = {
 }
 
 
-def restriction(licence: str) -> str:
+def licence_restriction(licence: str) -> str:
     """What a licence keeps its user from, in a few words; empty where nothing needs saying."""
     if "not for commercial use" in licence:
         return "not for commercial use"
@@ -24,7 +24,7 @@ _BLANKS = b" \t\n\r\v\f"
 _PIECE = 2**20  # characters; so that a book of 100 MB is not copied whole
 
 
-def digest(text: str) -> bytes:
+def text_digest(text: str) -> bytes:
     """32 bytes that tell a text from any other, but not from itself in other case or with other white space.
 
     So the hold-out is decided: what may be a copy falls on the same side.
@@ -58,14 +58,14 @@ def exact_digest(row: dict, digest_of_text: bytes) -> bytes:
     return digest_of_text[:12] + crc.to_bytes(4)
 
 
-def held_out(digest_of_text: bytes, share: float) -> bool:
+def is_validation_digest(digest_of_text: bytes, share: float) -> bool:
     """Whether the text of a digest is held out from training."""
     return int.from_bytes(digest_of_text[:8]) < share * 2**64
 
 
-def in_validation(text: str, share: float) -> bool:
+def is_validation_text(text: str, share: float) -> bool:
     """Whether a text is held out from training: decided by a hash of its characters, before anything is mixed.
 
     Exact duplicates, and those that differ in case or white space alone, always fall on the same side.
     """
-    return held_out(digest(text), share)
+    return is_validation_digest(text_digest(text), share)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rorchat.reading.formats import FileSlice, read_lines
-from rorchat.rows import CHECKS, RejectedRow, text_of
+from rorchat.rows import CHECKS, RejectedRow, get_text
 
 KIND = "document"
 LICENCE = "unstated: novels that their authors gave away on smashwords.com, gathered without asking them"
@@ -33,7 +33,7 @@ def gather(rows: Iterator[tuple[str, object]]) -> Iterator[tuple[str, object]]:
     sentences, begin = [], ""
     for place, row in rows:
         try:
-            CHECKS[KIND](sentence := {"text": text_of(row, "text").strip()})
+            CHECKS[KIND](sentence := {"text": get_text(row, "text").strip()})
         except RejectedRow:
             yield place, row
             continue
@@ -48,4 +48,4 @@ def gather(rows: Iterator[tuple[str, object]]) -> Iterator[tuple[str, object]]:
 
 def convert(row: dict) -> dict:
     """{"text"} -> {"text"}."""
-    return {"text": text_of(row, "text")}
+    return {"text": get_text(row, "text")}

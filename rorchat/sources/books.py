@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from rorchat.reading.encodings import whole_text
+from rorchat.reading.encodings import read_text
 from rorchat.reading.formats import FileSlice
-from rorchat.rows import RejectedRow, Repaired, text_of
+from rorchat.rows import RejectedRow, RepairedRow, get_text
 
 KIND = "document"
 LICENCE = "public domain in the USA; with Project Gutenberg's name and header: the Project Gutenberg License"
@@ -39,15 +39,15 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
     if ".txt" not in path.suffixes:
         yield from FileSlice(path)
         return
-    text, encoding = whole_text(path), "UTF-8"
+    text, encoding = read_text(path), "UTF-8"
     if isinstance(text, RejectedRow) and text.reason == "invalid UTF-8":
-        text, encoding = whole_text(path, "iso-8859-1"), "ISO-8859-1"
+        text, encoding = read_text(path, "iso-8859-1"), "ISO-8859-1"
     yield str(path), text if isinstance(text, RejectedRow) else {"text": text, "encoding": encoding}
 
 
-def convert(row: dict) -> dict | Repaired:
+def convert(row: dict) -> dict | RepairedRow:
     """A book in one string, "text" or the Hub's "TEXT" -> its own words, a paragraph a line, empty lines between."""
-    text = text_of(row, "TEXT" if isinstance(row, dict) and "TEXT" in row else "text")
+    text = get_text(row, "TEXT" if isinstance(row, dict) and "TEXT" in row else "text")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     start = _START.search(text)
     text = text[start.end() :] if start else text
@@ -56,7 +56,7 @@ def convert(row: dict) -> dict | Repaired:
     text = text[credit.end() :] if (credit := _CREDITS.match(text)) else text
     blocks = (_unwrapped(block) for block in re.split(r"\n(?:[ \t]*\n)+", text.strip("\n")))
     book = {"text": "\n\n".join(block for block in blocks if block)}
-    return Repaired(book, "ISO-8859-1 text") if row.get("encoding") == "ISO-8859-1" else book
+    return RepairedRow(book, "ISO-8859-1 text") if row.get("encoding") == "ISO-8859-1" else book
 
 
 def _unwrapped(block: str) -> str:

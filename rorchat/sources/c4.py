@@ -3,7 +3,7 @@
 `HUB` takes the first 10 of 1,024 shards, about 3 GB packed; more of them can be had as files, and read as `c4=FOLDER`.
 """
 
-from rorchat.rows import text_of
+from rorchat.rows import get_text
 
 KIND = "document"
 LICENCE = "ODC-BY 1.0; the texts are bound by Common Crawl's terms of use too"
@@ -21,4 +21,4 @@ RAW = [
 
 def convert(row: dict) -> dict:
     """{"text", "url", "timestamp"} -> {"text"}."""
-    return {"text": text_of(row, "text")}
+    return {"text": get_text(row, "text")}

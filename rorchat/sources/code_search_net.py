@@ -4,7 +4,7 @@ CoSQA's files (web queries beside such functions, Huang et al. 2021, arXiv:2105.
 document. Their query is left out, because under label 0 it is not what the function does.
 """
 
-from rorchat.rows import text_of
+from rorchat.rows import get_text
 
 KIND = "document"
 LICENCE = "that of each function's repository; CoSQA: C-UDA 1.0"
@@ -41,4 +41,4 @@ _COLUMNS = ("original_string", "whole_func_string", "code")  # the release's, th
 def convert(row: dict) -> dict:
     """A function of any of the three forms -> {"text"}."""
     column = next((name for name in _COLUMNS if isinstance(row, dict) and name in row), _COLUMNS[0])
-    return {"text": text_of(row, column)}
+    return {"text": get_text(row, column)}

@@ -11,9 +11,9 @@ from itertools import groupby
 from pathlib import Path
 
 from rorchat.errors import DataError
-from rorchat.reading.encodings import whole_text
+from rorchat.reading.encodings import read_text
 from rorchat.reading.formats import FileSlice, open_bytes
-from rorchat.rows import RejectedRow, Repaired, message, text_of
+from rorchat.rows import RejectedRow, RepairedRow, get_text, message
 
 KIND = "conversation"
 LICENCE = "unstated (distributed by Cornell for research)"
@@ -62,7 +62,7 @@ def _near(path: Path, name: str) -> Path:
 
 
 def _fields(path: Path) -> Iterator[tuple[str, list[str] | RejectedRow]]:
-    text = whole_text(path)
+    text = read_text(path)
     if isinstance(text, RejectedRow) and text.reason == "invalid UTF-8":
         with open_bytes(path) as file:
             text = file.read().decode("latin-1")
@@ -77,7 +77,7 @@ def _fields(path: Path) -> Iterator[tuple[str, list[str] | RejectedRow]]:
             yield f"{path}:{number}", _FIELD_END.split(line, 4)
 
 
-def convert(row: dict) -> dict | Repaired:
+def convert(row: dict) -> dict | RepairedRow:
     """Lines -> messages: what one speaker says in a row is one message; a last one nobody answers is left out."""
     said = _said(row)
     mended = [(speaker, _from_windows(text)) for speaker, text in said]
@@ -88,7 +88,7 @@ def convert(row: dict) -> dict | Repaired:
     messages = [message(("user", "assistant")[number % 2], turn) for number, turn in enumerate(turns)]
     if any("�" in turn for turn in turns):
         raise RejectedRow("replacement character", "a byte was lost when the file was written anew")
-    return {"messages": messages} if mended == said else Repaired({"messages": messages}, "Windows-1252 character")
+    return {"messages": messages} if mended == said else RepairedRow({"messages": messages}, "Windows-1252 character")
 
 
 def _said(row: dict) -> list[tuple[str, str]]:
@@ -98,11 +98,11 @@ def _said(row: dict) -> list[tuple[str, str]]:
     if isinstance(row.get("utterance"), dict):
         lines = row["utterance"].get("text")
         if isinstance(lines, list):
-            return [(str(number % 2), text_of({"text": text}, "text")) for number, text in enumerate(lines)]
+            return [(str(number % 2), get_text({"text": text}, "text")) for number, text in enumerate(lines)]
     lines = row.get("lines")
     if not isinstance(lines, list):
         raise RejectedRow("missing field", f"no list of lines among {', '.join(map(str, list(row)[:8]))}")
-    return [(text_of(line, "speaker"), text_of(line, "text")) for line in lines]
+    return [(get_text(line, "speaker"), get_text(line, "text")) for line in lines]
 
 
 def _from_windows(text: str) -> str:

@@ -4,7 +4,7 @@
 web_samples_v1, web_samples_v2, wikihow), which all have the same columns. The prompt is left out: it is no prose.
 """
 
-from rorchat.rows import text_of
+from rorchat.rows import get_text
 
 KIND = "document"
 LICENCE = "Apache-2.0"
@@ -25,4 +25,4 @@ RAW = [
 
 def convert(row: dict) -> dict:
     """{"prompt", "text", ...} -> {"text"}, without the blank that the generator puts first."""
-    return {"text": text_of(row, "text").strip()}
+    return {"text": get_text(row, "text").strip()}

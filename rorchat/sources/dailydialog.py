@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from rorchat.reading.formats import FileSlice, decoded, read_lines
+from rorchat.reading.formats import FileSlice, decode, read_lines
 from rorchat.rows import RejectedRow, message
 
 KIND = "conversation"
@@ -46,7 +46,7 @@ def _read_archive(path: Path) -> Iterator[tuple[str, object]]:
             ]
             for name in names:
                 for number, raw in enumerate(archive.read(name).splitlines(), start=1):
-                    yield f"{path}/{name}:{number}", decoded(raw)
+                    yield f"{path}/{name}:{number}", decode(raw)
     except (zipfile.BadZipFile, zlib.error) as error:
         yield str(path), RejectedRow("damaged zip", str(error))
 

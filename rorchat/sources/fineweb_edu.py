@@ -3,7 +3,7 @@
 `HUB` takes the published random sample of 10 billion tokens, about 28 GB of Parquet.
 """
 
-from rorchat.rows import text_of
+from rorchat.rows import get_text
 
 KIND = "document"
 LICENCE = "ODC-BY 1.0; the texts are bound by Common Crawl's terms of use too"
@@ -27,4 +27,4 @@ RAW = [
 
 def convert(row: dict) -> dict:
     """{"text", "score", ...} -> {"text"}."""
-    return {"text": text_of(row, "text")}
+    return {"text": get_text(row, "text")}

@@ -6,7 +6,7 @@ file is an evaluation set, and is read only if the path names it.
 
 import re
 
-from rorchat.rows import RejectedRow, exchange, message, text_of
+from rorchat.rows import RejectedRow, exchange, get_text, message
 
 KIND = "conversation"
 LICENCE = "MIT"
@@ -23,14 +23,14 @@ RAW = [
 
 def convert(row: dict) -> dict:
     """{"question", "answer"} -> one exchange."""
-    answer = re.sub(r"<<[^<>]*>>", "", text_of(row, "answer"))
-    return exchange(text_of(row, "question"), re.sub(r"\n#### (\S+)\s*$", r"\nThe answer is \1.", answer))
+    answer = re.sub(r"<<[^<>]*>>", "", get_text(row, "answer"))
+    return exchange(get_text(row, "question"), re.sub(r"\n#### (\S+)\s*$", r"\nThe answer is \1.", answer))
 
 
 def to_question(row: dict) -> dict:
     """{"question", "answer"} -> a question whose answer is the number behind `####`."""
-    number = re.search(r"\n#### (\S+)\s*$", text_of(row, "answer"))
+    number = re.search(r"\n#### (\S+)\s*$", get_text(row, "answer"))
     if not number:
         raise RejectedRow("no answer", "no `#### NUMBER` at the end of 'answer'")
-    asked = [message("user", text_of(row, "question"))]
+    asked = [message("user", get_text(row, "question"))]
     return {"messages": asked, "answer": number[1].replace(",", ""), "alternatives": [], "topic": "number"}

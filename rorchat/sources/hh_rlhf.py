@@ -6,7 +6,7 @@ test files are evaluation sets, and are read only if the path names them.
 
 import re
 
-from rorchat.rows import RejectedRow, Repaired, message, text_of
+from rorchat.rows import RejectedRow, RepairedRow, get_text, message
 
 KIND = "preference"
 LICENCE = "MIT"
@@ -22,13 +22,13 @@ RAW = [
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
-def convert(row: dict) -> dict | Repaired:
+def convert(row: dict) -> dict | RepairedRow:
     """{"chosen", "rejected"} -> the prompt that both share and two replies; a role's turns in a row are joined."""
-    (chosen, joined), (rejected, joined_too) = (_turns(text_of(row, side)) for side in ("chosen", "rejected"))
+    (chosen, joined), (rejected, joined_too) = (_turns(get_text(row, side)) for side in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise RejectedRow("different prompts", "chosen and rejected do not share all but their last message")
     pair = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-    return Repaired(pair, "turns of one speaker joined") if joined or joined_too else pair
+    return RepairedRow(pair, "turns of one speaker joined") if joined or joined_too else pair
 
 
 def _turns(dialogue: str) -> tuple[list[dict], bool]:

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rorchat.reading.encodings import whole_text
+from rorchat.reading.encodings import read_text
 from rorchat.reading.formats import FileSlice
-from rorchat.rows import RejectedRow, Repaired, exchange, from_byte_literal, text_of
+from rorchat.rows import RejectedRow, RepairedRow, decode_byte_literal, exchange, get_text
 
 KIND = "conversation"
 LICENCE = "Apache-2.0"
@@ -36,7 +36,7 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
     if not re.search(r"\.txt(\.(gz|zst))?$", path.name):
         yield from FileSlice(path)
         return
-    text = whole_text(path)
+    text = read_text(path)
     if isinstance(text, RejectedRow):
         yield str(path), text
         return
@@ -54,10 +54,10 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
         yield place, {"question": question, "answer": ""}
 
 
-def convert(row: dict) -> dict | Repaired:
+def convert(row: dict) -> dict | RepairedRow:
     """{"question", "answer"} -> one exchange, out of the byte literals if they are some."""
-    said = [text_of(row, "question").strip(), text_of(row, "answer").strip()]
-    decoded = [from_byte_literal(text) for text in said]
+    said = [get_text(row, "question").strip(), get_text(row, "answer").strip()]
+    decoded = [decode_byte_literal(text) for text in said]
     if decoded == [None, None]:
         return exchange(*said)
-    return Repaired(exchange(*((d or s).strip() for d, s in zip(decoded, said, strict=True))), "byte literal")
+    return RepairedRow(exchange(*((d or s).strip() for d, s in zip(decoded, said, strict=True))), "byte literal")

@@ -4,7 +4,7 @@ Problems 11 to 510 are the test set and 1 to 10 stand in its prompt: both are re
 prompt's: the task, then the tests that the code should pass.
 """
 
-from rorchat.rows import RejectedRow, exchange, text_of
+from rorchat.rows import RejectedRow, exchange, get_text
 
 KIND = "conversation"
 LICENCE = "CC BY 4.0"
@@ -34,8 +34,8 @@ LAST_OF_TEST = 510  # task_id
 
 def convert(row: dict) -> dict:
     """{"text" or "prompt", "code", "task_id", "test_list"} -> the task with its tests, and the code in a fence."""
-    task = text_of(row, "prompt" if isinstance(row, dict) and "prompt" in row else "text").strip()
-    code = text_of(row, "code").replace("\r\n", "\n").rstrip()
+    task = get_text(row, "prompt" if isinstance(row, dict) and "prompt" in row else "text").strip()
+    code = get_text(row, "code").replace("\r\n", "\n").rstrip()
     if type(row.get("task_id")) is not int:
         raise RejectedRow("missing field", "no number 'task_id', by which the test set is known")
     if row["task_id"] <= LAST_OF_TEST:

@@ -5,7 +5,7 @@
 Parquet.
 """
 
-from rorchat.rows import RejectedRow, messages_of
+from rorchat.rows import RejectedRow, normalize_messages
 
 KIND = "conversation"
 LICENCE = "that of your files"
@@ -28,7 +28,7 @@ def convert(row: dict | list) -> dict:
         if row.get("label") is False:
             raise RejectedRow("marked as bad", "label is false: a reply not to be learned, as KTO has them")
         row = row.get("messages", row.get("conversations"))
-    messages = messages_of(row)
+    messages = normalize_messages(row)
     if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():
         messages = messages[1:]
     while messages and messages[-1]["role"] != "assistant":

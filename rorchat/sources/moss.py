@@ -6,7 +6,7 @@ MOSS, and its thoughts and commands for tools are left out.
 
 import re
 
-from rorchat.rows import RejectedRow, message, text_of
+from rorchat.rows import RejectedRow, get_text, message
 
 KIND = "conversation"
 LICENCE = "CC BY-NC 4.0 in its repository, CC BY 4.0 on the Hub (not for commercial use)"
@@ -40,5 +40,5 @@ def convert(row: dict) -> dict:
     turns = []
     for number in range(1, len(chat) + 1):
         for speaker, role in (("Human", "user"), ("MOSS", "assistant")):
-            turns.append(message(role, _MARKS.sub("", text_of(chat.get(f"turn_{number}"), speaker))))
+            turns.append(message(role, _MARKS.sub("", get_text(chat.get(f"turn_{number}"), speaker))))
     return {"messages": turns}

@@ -9,7 +9,7 @@ only if the path names them.
 
 import re
 
-from rorchat.rows import RejectedRow, exchange, text_of
+from rorchat.rows import RejectedRow, exchange, get_text
 
 KIND = "conversation"
 LICENCE = "CC BY-SA 3.0"
@@ -45,16 +45,16 @@ def convert(row: dict) -> dict:
     if not isinstance(row, dict):
         raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected an object")
     if "context" in row:
-        passage, _, question = text_of(row, "context").removeprefix("Context: ").rpartition("Question: ")
+        passage, _, question = get_text(row, "context").removeprefix("Context: ").rpartition("Question: ")
         asked = question.strip().removesuffix("Answer:").strip()
-        return exchange(f"{passage.strip()}\n\n{asked}" if asked else "", text_of(row, "answer"))
+        return exchange(f"{passage.strip()}\n\n{asked}" if asked else "", get_text(row, "answer"))
     if "answer" in row:
         answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
         if not answers:
             raise RejectedRow("no short answer")
-        return exchange(text_of(row, "question"), text_of({"answer": answers[0]}, "answer"))
+        return exchange(get_text(row, "question"), get_text({"answer": answers[0]}, "answer"))
     question = row["question"] if isinstance(row.get("question"), dict) else None
-    asked = text_of(question, "text") if question else text_of(row, "question_text")
+    asked = get_text(question, "text") if question else get_text(row, "question_text")
     answers = [answer for annotation in _annotations(row) if (answer := _short_answer(annotation, row))]
     if not answers:
         raise RejectedRow("no short answer")
@@ -92,10 +92,10 @@ def _words(span: object, row: dict) -> str:
         raise RejectedRow("wrong type", "a short answer has no two token numbers")
     tokens = row.get("document_tokens")
     if isinstance(tokens, list):
-        spoken = [(text_of(token, "token"), token.get("html_token")) for token in tokens[slice(*bounds)]]
+        spoken = [(get_text(token, "token"), token.get("html_token")) for token in tokens[slice(*bounds)]]
         words = [token for token, is_tag in spoken if not is_tag]
     else:
-        spoken = text_of(row, "document_text").split(" ")[slice(*bounds)]
+        spoken = get_text(row, "document_text").split(" ")[slice(*bounds)]
         words = [token for token in spoken if not (token.startswith("<") and token.endswith(">"))]
     return " ".join(words)
 

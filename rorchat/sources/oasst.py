@@ -8,7 +8,7 @@ line), the Hub's messages, of which those of one tree follow one another, and Tu
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
-from rorchat.rows import RejectedRow, text_of
+from rorchat.rows import RejectedRow, get_text
 from rorchat.sources import messages
 
 KIND = "conversation"
@@ -60,7 +60,9 @@ def convert(row: dict | list) -> dict:
     replies_to: dict[str | None, list] = {}
     if isinstance(row, list):
         for reply in row:
-            parent = None if isinstance(reply, dict) and reply.get("parent_id") is None else text_of(reply, "parent_id")
+            parent = (
+                None if isinstance(reply, dict) and reply.get("parent_id") is None else get_text(reply, "parent_id")
+            )
             replies_to.setdefault(parent, []).append(reply)
     elif isinstance(row, dict):
         replies_to[None] = [row.get("prompt")]
@@ -68,9 +70,9 @@ def convert(row: dict | list) -> dict:
         raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected a tree")
     best, turns = _best(replies_to.get(None)), []
     while best:
-        turns.append({"role": text_of(best, "role"), "content": text_of(best, "text")})
+        turns.append({"role": get_text(best, "role"), "content": get_text(best, "text")})
         # A flat message is taken out when it is asked for, so that no circle of parents can be walked twice
-        best = _best(best["replies"] if "replies" in best else replies_to.pop(text_of(best, "message_id"), None))
+        best = _best(best["replies"] if "replies" in best else replies_to.pop(get_text(best, "message_id"), None))
     if not turns:
         raise RejectedRow("missing field", "no usable message that begins the tree")
     return messages.convert(turns)

@@ -6,7 +6,7 @@ evaluation sets, and are read only if the path names them.
 
 import re
 
-from rorchat.rows import RejectedRow, exchange, text_of
+from rorchat.rows import RejectedRow, exchange, get_text
 
 KIND = "conversation"
 LICENCE = "Apache-2.0"
@@ -27,20 +27,20 @@ RAW = [
 def convert(row: dict) -> dict:
     """Any of the three forms (JSON lines, Hub, TSV) -> one exchange."""
     if isinstance(row, dict) and "Question Stem" in row:
-        stem, key = text_of(row, "Question Stem"), text_of(row, "Answer Key")
-        choices = re.findall(r"\(([A-Z])\) (.*?)(?= \([A-Z]\) |$)", text_of(row, "Choices"))
+        stem, key = get_text(row, "Question Stem"), get_text(row, "Answer Key")
+        choices = re.findall(r"\(([A-Z])\) (.*?)(?= \([A-Z]\) |$)", get_text(row, "Choices"))
     elif isinstance(row, dict) and "question_stem" in row:
-        stem, key, columns = text_of(row, "question_stem"), text_of(row, "answerKey"), row.get("choices")
+        stem, key, columns = get_text(row, "question_stem"), get_text(row, "answerKey"), row.get("choices")
         if not isinstance(columns, dict) or not all(isinstance(columns.get(name), list) for name in ("label", "text")):
             raise RejectedRow("missing field", "no lists 'label' and 'text' in 'choices'")
         choices = zip(columns["label"], columns["text"], strict=False)
     else:
-        key = text_of(row, "answerKey")
-        stem, listed = text_of(row.get("question"), "stem"), row["question"].get("choices")
+        key = get_text(row, "answerKey")
+        stem, listed = get_text(row.get("question"), "stem"), row["question"].get("choices")
         if not isinstance(listed, list):
             raise RejectedRow("missing field", "no list 'choices' in 'question'")
-        choices = [(text_of(choice, "label"), text_of(choice, "text")) for choice in listed]
-    lettered = [f"{label}. {text_of({'choice': text}, 'choice').strip()}" for label, text in choices]
+        choices = [(get_text(choice, "label"), get_text(choice, "text")) for choice in listed]
+    lettered = [f"{label}. {get_text({'choice': text}, 'choice').strip()}" for label, text in choices]
     right = [choice for choice in lettered if choice.startswith(f"{key}. ")]
     if len(right) != 1:
         raise RejectedRow("missing field", f"no choice {key!r}")

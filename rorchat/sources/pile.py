@@ -4,7 +4,7 @@ On the Hub is what is left without the sets that infringe copyright (Books3, Boo
 YoutubeSubtitles, OpenWebText2); `HUB` takes the first of its 30 shards. A folder's val and test shards stay out.
 """
 
-from rorchat.rows import text_of
+from rorchat.rows import get_text
 
 KIND = "document"
 LICENCE = "unstated: each text has the licence of its own source, and many have none"
@@ -16,4 +16,4 @@ RAW = [{"text": "It is done, and submitted.", "meta": {"pile_set_name": "Pile-CC
 
 def convert(row: dict) -> dict:
     """{"text", "meta"} -> {"text"}."""
-    return {"text": text_of(row, "text")}
+    return {"text": get_text(row, "text")}

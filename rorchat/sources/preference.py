@@ -4,7 +4,7 @@ Strings (`{"prompt", "chosen", "rejected"}`), message lists that share their pro
 LLaMA-Factory's `{"conversations", "chosen", "rejected"}`, and Alpaca rows with `chosen` and `rejected`.
 """
 
-from rorchat.rows import RejectedRow, instruction_of, message, messages_of, text_of
+from rorchat.rows import RejectedRow, get_instruction, get_text, message, normalize_messages
 
 KIND = "preference"
 LICENCE = "that of your files"
@@ -37,29 +37,29 @@ def convert(row: dict) -> dict:
             )
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list) and isinstance(rejected, list):
-        return _from_lists(row, messages_of(chosen), messages_of(rejected))
+        return _from_lists(row, normalize_messages(chosen), normalize_messages(rejected))
     if "conversations" in row:
         return {
-            "prompt": messages_of(row["conversations"]),
-            "chosen": messages_of([chosen]),
-            "rejected": messages_of([rejected]),
+            "prompt": normalize_messages(row["conversations"]),
+            "chosen": normalize_messages([chosen]),
+            "rejected": normalize_messages([rejected]),
         }
     if "instruction" in row:
-        prompt = [message("user", instruction_of(row))]
+        prompt = [message("user", get_instruction(row))]
     elif isinstance(row.get("prompt"), list):
-        prompt = messages_of(row["prompt"])
+        prompt = normalize_messages(row["prompt"])
     else:
-        prompt = [message("user", text_of(row, "prompt"))]
+        prompt = [message("user", get_text(row, "prompt"))]
     return {
         "prompt": prompt,
-        "chosen": [message("assistant", text_of(row, "chosen"))],
-        "rejected": [message("assistant", text_of(row, "rejected"))],
+        "chosen": [message("assistant", get_text(row, "chosen"))],
+        "rejected": [message("assistant", get_text(row, "rejected"))],
     }
 
 
 def _from_lists(row: dict, chosen: list[dict], rejected: list[dict]) -> dict:
     if isinstance(row.get("prompt"), list):
-        return {"prompt": messages_of(row["prompt"]), "chosen": chosen, "rejected": rejected}
+        return {"prompt": normalize_messages(row["prompt"]), "chosen": chosen, "rejected": rejected}
     if chosen[:-1] != rejected[:-1]:
         raise RejectedRow("different prompts", "chosen and rejected do not share all but their last message")
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}

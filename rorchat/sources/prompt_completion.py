@@ -5,7 +5,7 @@ A prompt in the Alpaca template ("### Instruction: ... ### Response:"), as in do
 
 import re
 
-from rorchat.rows import RejectedRow, message, messages_of, text_of
+from rorchat.rows import RejectedRow, get_text, message, normalize_messages
 
 KIND = "conversation"
 LICENCE = "that of your files"
@@ -28,8 +28,8 @@ def convert(row: dict) -> dict:
         raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected an object with 'prompt'")
     reply = "response" if "completion" not in row and "response" in row else "completion"
     if isinstance(row.get("prompt"), list) and isinstance(row.get(reply), list):
-        return {"messages": [*messages_of(row["prompt"]), *messages_of(row[reply])]}
-    prompt = text_of(row, "prompt")
+        return {"messages": [*normalize_messages(row["prompt"]), *normalize_messages(row[reply])]}
+    prompt = get_text(row, "prompt")
     if template := _TEMPLATE.fullmatch(prompt):
         prompt = "\n\n".join(part.strip() for part in template.groups() if part)
-    return {"messages": [message("user", prompt.strip()), message("assistant", text_of(row, reply).strip())]}
+    return {"messages": [message("user", prompt.strip()), message("assistant", get_text(row, reply).strip())]}

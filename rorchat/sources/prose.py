@@ -3,7 +3,7 @@
 A folder's `train-*` files are its documents; a `val.jsonl` beside them stays out, for `rorchat evaluate --text`.
 """
 
-from rorchat.rows import text_of
+from rorchat.rows import get_text
 
 KIND = "document"
 LICENCE = "that of your files"
@@ -15,4 +15,4 @@ RAW = [{"text": "CHAPTER 1\n\nIt was the best of times.", "source": "a book", "l
 
 def convert(row: dict) -> dict:
     """{"text", ...} -> {"text"}."""
-    return {"text": text_of(row, "text")}
+    return {"text": get_text(row, "text")}

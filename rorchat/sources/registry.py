@@ -15,22 +15,22 @@ from rorchat import sources
 from rorchat.errors import DataError, RemoteError, UsageError, did_you_mean
 from rorchat.persona import Persona, load_persona
 from rorchat.reading.formats import FileSlice
-from rorchat.reading.slices import digest_of_files, files_of, hidden, parts_of
-from rorchat.rows import CHECKS, RejectedRow, Repaired
-from rorchat.sources.base import restriction
+from rorchat.reading.slices import files_digest, find_files, is_hidden, split_files
+from rorchat.rows import CHECKS, RejectedRow, RepairedRow
+from rorchat.sources.base import licence_restriction
 
-CHAT = "chat:"  # before a source's name: its conversations
+CHAT_PREFIX = "chat:"  # before a source's name: its conversations
 PLACES_KEPT = 3  # how many places of each reject reason are shown
 HUB_ROWS_PER_PART = 20_000
 
 
-def available() -> list[str]:
+def list_sources() -> list[str]:
     """The names of all sources, which are the names of the files here."""
     modules = {module.name for module in pkgutil.iter_modules(sources.__path__)}
     return sorted(modules - {"base", "registry"})
 
 
-def find(name: str) -> ModuleType:
+def find_source(name: str) -> ModuleType:
     """The module of a source.
 
     Args:
@@ -39,20 +39,20 @@ def find(name: str) -> ModuleType:
     Raises:
         UsageError: there is no such source, naming the nearest; or conversations are wanted, and it has none.
     """
-    wanted, name = name, name.removeprefix(CHAT)
-    if name not in available():
+    wanted, name = name, name.removeprefix(CHAT_PREFIX)
+    if name not in list_sources():
         if "/" in name:
             raise UsageError(
                 f"{name!r} is a path, and a source is wanted: text={name}, or another of `rorchat data list`."
             )
         raise UsageError(
-            f"No source named {name!r}.{did_you_mean(name, available())} Available: {', '.join(available())}. "
+            f"No source named {name!r}.{did_you_mean(name, list_sources())} Available: {', '.join(list_sources())}. "
             "To add one, see docs/add_a_dataset.md."
         )
     module = importlib.import_module(f"rorchat.sources.{name}")
     if wanted != name and "conversation" not in _kinds(module):
         gives = " and ".join(f"{kind}s" for kind in _kinds(module))
-        raise UsageError(f"Source {name!r} gives {gives} and no conversations: leave {CHAT} out.")
+        raise UsageError(f"Source {name!r} gives {gives} and no conversations: leave {CHAT_PREFIX} out.")
     return module
 
 
@@ -61,10 +61,10 @@ def _kinds(module: ModuleType) -> tuple[str, ...]:
     return (*kinds, "question") if hasattr(module, "to_question") else kinds
 
 
-def kinds_of(name: str) -> tuple[str, ...]:
+def source_kinds(name: str) -> tuple[str, ...]:
     """The kinds of rows that a source gives; behind CHAT it gives conversations alone."""
-    kinds = _kinds(find(name))
-    return ("conversation",) if name.startswith(CHAT) else kinds
+    kinds = _kinds(find_source(name))
+    return ("conversation",) if name.startswith(CHAT_PREFIX) else kinds
 
 
 @dataclass
@@ -101,7 +101,7 @@ class RowStats:
 
     @property
     def licence(self) -> str:
-        return find(self.source.partition("=")[0]).LICENCE
+        return find_source(self.source.partition("=")[0]).LICENCE
 
     def summary(self) -> dict:
         """What a run remembers of a source."""
@@ -117,7 +117,7 @@ class RowStats:
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.kept:,} of {self.rows_in:,} rows kept"]
-        if restriction(self.licence):
+        if licence_restriction(self.licence):
             lines.append(f"  licence: {self.licence}")
         if self.cut:
             lines.append(f"  {self.cut:,} of them lost their last turns: they are longer than the window")
@@ -133,7 +133,7 @@ def _printable(text: str) -> str:
 
 
 @dataclass
-class Rows:
+class SourceRows:
     """The usable rows of a source or of a part of one, checked one by one; `tally` counts while they are read.
 
     `place` is that of the row given last.
@@ -143,7 +143,7 @@ class Rows:
     kind: str
     module: ModuleType
     raw: Iterator[tuple[str, object]]
-    tally: RowStats
+    stats: RowStats
     whole: bool = True  # a source without a usable row is an error, a part of one is not
     on_reject: Callable[[str, RejectedRow, object], None] | None = (
         None  # hears of the place, the reason and the raw row
@@ -152,37 +152,37 @@ class Rows:
 
     def __iter__(self) -> Iterator[dict]:
         for place, raw in self.raw:
-            self.tally.rows_in += 1
+            self.stats.rows_in += 1
             try:
                 row = self._checked(raw)
             except RejectedRow as reject:
-                self.tally.reject(place, reject)
+                self.stats.reject(place, reject)
                 if self.on_reject:
                     self.on_reject(place, reject, raw)
                 continue
-            self.tally.kept += 1
+            self.stats.kept += 1
             self.place = place
             yield row
         if self.whole:
-            require_rows(self.tally)
+            require_kept_rows(self.stats)
 
     def _checked(self, raw: object) -> dict:
         if isinstance(raw, RejectedRow):
             raise raw
         row = raw if hasattr(self.module, "generate") else self._converted(raw)
         repair = ""
-        if isinstance(row, Repaired):
+        if isinstance(row, RepairedRow):
             row, repair = row.row, row.repair
         CHECKS[self.kind](row)
         if repair:
-            self.tally.repairs[repair] = self.tally.repairs.get(repair, 0) + 1
+            self.stats.repairs[repair] = self.stats.repairs.get(repair, 0) + 1
         return row
 
-    def _converted(self, raw: object) -> dict | Repaired:
+    def _converted(self, raw: object) -> dict | RepairedRow:
         return self.module.to_question(raw) if self.kind == "question" else self.module.convert(raw)
 
 
-def require_rows(tally: RowStats) -> None:
+def require_kept_rows(tally: RowStats) -> None:
     """Raises DataError where no row of a source could be used."""
     if not tally.rows_in:
         raise DataError(f"{tally.source} is empty: there is no row in it.")
@@ -196,7 +196,7 @@ def require_rows(tally: RowStats) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
+class SourcePart:
     """A piece of a source that is read by itself: stretches of local files, or a range of the rows of the Hub's."""
 
     stretches: tuple[FileSlice, ...] = ()
@@ -207,7 +207,9 @@ class Part:
         return [[str(s.path), s.start, s.stop, s.bytes] for s in self.stretches] or list(self.rows or ())
 
 
-def load(spec: str, kind: str, *, seed: int = 0, persona: Persona | None = None, part: Part | None = None) -> Rows:
+def load_rows(
+    spec: str, kind: str, *, seed: int = 0, persona: Persona | None = None, part: SourcePart | None = None
+) -> SourceRows:
     """The rows of one source, read lazily.
 
     Args:
@@ -223,10 +225,10 @@ def load(spec: str, kind: str, *, seed: int = 0, persona: Persona | None = None,
         RemoteError: the Hub cannot be reached.
     """
     name, _, where = spec.partition("=")
-    module = find(name)
-    if kind not in kinds_of(name):
-        fitting = [other for other in available() if kind in kinds_of(other)]
-        gives = " and ".join(f"{k}s" for k in kinds_of(name))
+    module = find_source(name)
+    if kind not in source_kinds(name):
+        fitting = [other for other in list_sources() if kind in source_kinds(other)]
+        gives = " and ".join(f"{k}s" for k in source_kinds(name))
         raise UsageError(f"Source {name!r} gives {gives}, but here go {kind}s: {', '.join(fitting)}.")
     if hasattr(module, "generate"):
         raw = _generated(module, name, kind, where, seed, persona)
@@ -235,10 +237,10 @@ def load(spec: str, kind: str, *, seed: int = 0, persona: Persona | None = None,
         read = getattr(module, "read", None)
         raw = _gathered(module, (read(stretch.path) if read else stretch for stretch in stretches))
     else:
-        rows = _hub_rows(name)
+        rows = load_hub_rows(name)
         start, stop = part.rows if part else (0, len(rows))
         raw = _gathered(module, [((f"{module.HUB['path']}, row {n}", rows[n]) for n in range(start, stop))])
-    return Rows(spec, kind, module, raw, RowStats(spec), whole=part is None)
+    return SourceRows(spec, kind, module, raw, RowStats(spec), whole=part is None)
 
 
 def _gathered(module: ModuleType, files: Iterable[Iterable[tuple[str, object]]]) -> Iterator[tuple[str, object]]:
@@ -250,29 +252,29 @@ def _gathered(module: ModuleType, files: Iterable[Iterable[tuple[str, object]]])
 
 
 def _files(module: ModuleType, where: str) -> list[Path]:
-    return files_of(Path(where).expanduser(), module.FILES, any_suffix=hasattr(module, "read"))
+    return find_files(Path(where).expanduser(), module.FILES, any_suffix=hasattr(module, "read"))
 
 
-def parts(spec: str) -> list[Part]:
+def source_parts(spec: str) -> list[SourcePart]:
     """A source in parts that several processes can read, in the order of its rows; their bounds depend on the data.
 
     A generated source is one part, and so is one whose rows belong together (`gather`), on the Hub or, unless it begins
     anew with every file, in local files. So a source has the same rows in parts as in one piece.
     """
     name, _, where = spec.partition("=")
-    module = find(name)
+    module = find_source(name)
     if hasattr(module, "generate"):
-        return [Part()]
+        return [SourcePart()]
     gathered = hasattr(module, "gather")
     if where:
         files = _files(module, where)
         if gathered and not getattr(module, "RESTARTS_PER_FILE", False):
-            return [Part(tuple(FileSlice(file, bytes=file.stat().st_size) for file in files))]
+            return [SourcePart(tuple(FileSlice(file, bytes=file.stat().st_size) for file in files))]
         divide = not gathered and not hasattr(module, "read")
-        return [Part(stretches) for stretches in parts_of(files, divide=divide)]
-    rows = len(_hub_rows(name))
+        return [SourcePart(stretches) for stretches in split_files(files, divide=divide)]
+    rows = len(load_hub_rows(name))
     step = rows if gathered else HUB_ROWS_PER_PART
-    return [Part(rows=(start, min(start + step, rows))) for start in range(0, rows, max(1, step))]
+    return [SourcePart(rows=(start, min(start + step, rows))) for start in range(0, rows, max(1, step))]
 
 
 def _generated(module: ModuleType, name: str, kind: str, amount: str, seed: int, persona: Persona | None):
@@ -285,8 +287,8 @@ def _generated(module: ModuleType, name: str, kind: str, amount: str, seed: int,
 
 
 @lru_cache(maxsize=4)
-def _hub_rows(name: str):
-    module = find(name)
+def load_hub_rows(name: str):
+    module = find_source(name)
     if module.HUB is None:
         raise UsageError(f"{name} has no home on the Hub: give a file or folder, as in {name}=PATH.")
     import datasets
@@ -300,25 +302,25 @@ def _hub_rows(name: str):
         ) from error
 
 
-def unread(spec: str) -> list[str]:
+def unread_files(spec: str) -> list[str]:
     """The files of a local folder that a source leaves alone: FILES picks the best form of a dataset and no second."""
     name, _, where = spec.partition("=")
     folder = Path(where).expanduser()
-    if hasattr(find(name), "generate") or not where or not folder.is_dir():
+    if hasattr(find_source(name), "generate") or not where or not folder.is_dir():
         return []
-    read = set(_files(find(name), where))
-    there = (file for file in folder.rglob("*") if file.is_file() and not hidden(file, folder))
+    read = set(_files(find_source(name), where))
+    there = (file for file in folder.rglob("*") if file.is_file() and not is_hidden(file, folder))
     return sorted(_printable(str(file.relative_to(folder))) for file in there if file not in read)
 
 
-def digest_of(spec: str, persona: Persona | None = None) -> str:
+def source_digest(spec: str, persona: Persona | None = None) -> str:
     """What a source is made of, as a sha256: its local files (`digest_of_files`), or what it takes from the Hub.
 
     Empty where local files are gone: what was made of them is still theirs. A generated source is its spec and seed,
     and the persona where that has a say.
     """
     name, _, where = spec.partition("=")
-    module = find(name)
+    module = find_source(name)
     if hasattr(module, "generate"):
         about = asdict(persona or load_persona()) if getattr(module, "ABOUT_PERSONA", False) else None
         return _sha256_of(about)
@@ -335,7 +337,7 @@ def digest_of(spec: str, persona: Persona | None = None) -> str:
         for file in folder.glob(pattern)
     }
     path = Path(where).expanduser()
-    return digest_of_files(sorted({*files, *beside}), path if path.is_dir() else path.parent)
+    return files_digest(sorted({*files, *beside}), path if path.is_dir() else path.parent)
 
 
 def _sha256_of(value: object) -> str:
@@ -348,17 +350,17 @@ def hub_fingerprint(spec: str) -> str:
     Of the repository's commit, the configuration and the split.
     """
     name, _, where = spec.partition("=")
-    return "" if where or hasattr(find(name), "generate") else _hub_rows(name)._fingerprint
+    return "" if where or hasattr(find_source(name), "generate") else load_hub_rows(name)._fingerprint
 
 
-def texts(specs: list[str], seed: int = 0, persona: Persona | None = None) -> Iterator[str]:
+def iterate_texts(specs: list[str], seed: int = 0, persona: Persona | None = None) -> Iterator[str]:
     """All text of some sources of any kind, for training a tokenizer: documents, or the contents of messages.
 
     What will be held out for validation is among it: where the split falls is decided when tokens are prepared.
     """
     for spec in specs:
-        kind = kinds_of(spec.partition("=")[0])[0]
-        for row in load(spec, kind, seed=seed, persona=persona):
+        kind = source_kinds(spec.partition("=")[0])[0]
+        for row in load_rows(spec, kind, seed=seed, persona=persona):
             if kind == "document":
                 yield row["text"]
             else:

@@ -3,7 +3,7 @@
 Inside a .txt file `<|endoftext|>` stands between documents, as in the files of TinyStories; elsewhere it is a word.
 """
 
-from rorchat.rows import text_of
+from rorchat.rows import get_text
 
 KIND = "document"
 LICENCE = "that of your files"
@@ -15,4 +15,4 @@ RAW = [{"text": "Once upon a time there was a small model."}]
 
 def convert(row: dict) -> dict:
     """{"text", ...} -> {"text"}."""
-    return {"text": text_of(row, "text")}
+    return {"text": get_text(row, "text")}

@@ -4,7 +4,7 @@ Gated on the Hub: accept its terms of use there and log in first (`hf auth login
 the deduplicated set; a file is a document, and its licences stand in the column `max_stars_repo_licenses`.
 """
 
-from rorchat.rows import text_of
+from rorchat.rows import get_text
 
 KIND = "document"
 LICENCE = "that of each file, all permissive; on the Hub's terms of use, which bind who passes it on"
@@ -24,4 +24,4 @@ RAW = [
 
 def convert(row: dict) -> dict:
     """{"content", ...} -> {"text"}."""
-    return {"text": text_of(row, "content")}
+    return {"text": get_text(row, "content")}

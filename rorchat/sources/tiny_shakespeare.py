@@ -5,7 +5,7 @@ A document is twenty speeches: of one document nothing could be held out.
 
 from collections.abc import Iterator
 
-from rorchat.rows import text_of
+from rorchat.rows import get_text
 
 KIND = "document"
 LICENCE = "public domain"
@@ -31,4 +31,4 @@ def gather(rows: Iterator[tuple[str, object]]) -> Iterator[tuple[str, object]]:
 
 def convert(row: dict) -> dict:
     """{"text"} -> {"text"}."""
-    return {"text": text_of(row, "text")}
+    return {"text": get_text(row, "text")}

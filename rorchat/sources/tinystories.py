@@ -4,7 +4,7 @@ The original text files have `<|endoftext|>` after every story, also after the l
 off inside its last story, which is rejected.
 """
 
-from rorchat.rows import RejectedRow, text_of
+from rorchat.rows import RejectedRow, get_text
 
 KIND = "document"
 LICENCE = "CDLA-Sharing-1.0"
@@ -16,7 +16,7 @@ RAW = [{"text": "One day, a little girl named Lily found a needle in her room."}
 
 def convert(row: dict) -> dict:
     """{"text"} -> {"text"}."""
-    text = text_of(row, "text")
+    text = get_text(row, "text")
     if row.get("unclosed"):
         raise RejectedRow("cut off", "the file ends inside this story, without <|endoftext|>")
     return {"text": text}

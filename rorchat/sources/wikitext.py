@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rorchat.reading.formats import FileSlice, read_lines
-from rorchat.rows import text_of
+from rorchat.rows import get_text
 
 KIND = "document"
 LICENCE = "CC BY-SA 3.0 and GFDL"
@@ -78,7 +78,7 @@ def _lines(row: object) -> list[str] | None:
 
 def convert(row: dict) -> dict:
     """An article -> its headings and paragraphs with an empty line between, in ordinary spelling."""
-    paragraphs = [re.sub(r"^(= )+(.*?)( =)+$", r"\2", line.strip()) for line in text_of(row, "text").splitlines()]
+    paragraphs = [re.sub(r"^(= )+(.*?)( =)+$", r"\2", line.strip()) for line in get_text(row, "text").splitlines()]
     text = "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
     for pattern, joined in _JOINS:
         text = re.sub(pattern, joined, text, flags=re.MULTILINE)

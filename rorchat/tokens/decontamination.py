@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 
 from rorchat.errors import DataError, UsageError
-from rorchat.reading.encodings import LONGEST_LINE, suffix_of, whole_text
+from rorchat.reading.encodings import LONGEST_LINE, content_suffix, read_text
 from rorchat.reading.formats import READERS, FileSlice
-from rorchat.reading.slices import digest_of_files, files_of, hidden
+from rorchat.reading.slices import files_digest, find_files, is_hidden
 from rorchat.rows import RejectedRow
-from rorchat.sources.registry import available, digest_of, kinds_of, load
+from rorchat.sources.registry import list_sources, load_rows, source_digest, source_kinds
 
 N = 13
 _BETWEEN = -1  # stands between two strings, and for a word that no evaluation set has
@@ -243,21 +243,21 @@ class EvaluationSet:
         if self.is_source:
             return [], []
         if not path.is_dir():
-            return ([path] if path.suffix == ".arrow" and path.is_file() else files_of(path, ("**/*",))), []
-        there = sorted(file for file in path.rglob("*") if file.is_file() and not hidden(file, path))
-        return [f for f in there if suffix_of(f) in _READ], [f for f in there if suffix_of(f) not in _READ]
+            return ([path] if path.suffix == ".arrow" and path.is_file() else find_files(path, ("**/*",))), []
+        there = sorted(file for file in path.rglob("*") if file.is_file() and not is_hidden(file, path))
+        return [f for f in there if content_suffix(f) in _READ], [f for f in there if content_suffix(f) not in _READ]
 
     @property
     def is_source(self) -> bool:
-        return self.given.partition("=")[0] in available() and not Path(self.given).expanduser().exists()
+        return self.given.partition("=")[0] in list_sources() and not Path(self.given).expanduser().exists()
 
     def files(self) -> Iterator[tuple[str, Iterable[object]]]:
         """(name, rows) of every file, or of a source."""
         if self.is_source:
-            yield self.given, _readable(load(self.given, kinds_of(self.given.partition("=")[0])[0]).raw)
+            yield self.given, _readable(load_rows(self.given, source_kinds(self.given.partition("=")[0])[0]).raw)
             return
         read, others = self.paths()
-        unknown = [str(file) for file in others if suffix_of(file) not in _COMPANIONS]
+        unknown = [str(file) for file in others if content_suffix(file) not in _COMPANIONS]
         if unknown:
             more = f", nor that of {len(unknown) - 1} other files" if unknown[1:] else ""
             raise DataError(
@@ -286,21 +286,21 @@ class EvaluationSet:
 
 
 def digests_of(evaluation: list[str]) -> dict[str, str]:
-    """What each evaluation set is made of, as `rorchat.sources.digest_of` says it of a source; "" if it is gone."""
+    """The digest of each evaluation set, as `registry.source_digest` computes it; "" if its files are missing."""
     return {given: _digest_of(EvaluationSet(given)) for given in sorted(evaluation)}
 
 
 def _digest_of(one: EvaluationSet) -> str:
     if one.is_source:
-        return digest_of(one.given)
+        return source_digest(one.given)
     path = Path(one.given).expanduser()
     if not path.exists():
         return ""
-    return digest_of_files(one.paths()[0], path if path.is_dir() else path.parent)
+    return files_digest(one.paths()[0], path if path.is_dir() else path.parent)
 
 
 def _rows_of(file: Path) -> Iterator[object]:
-    kind = suffix_of(file)
+    kind = content_suffix(file)
     return _table(file) if kind in _TABLES else _arrow(file) if kind == ".arrow" else _readable(FileSlice(file))
 
 
@@ -312,12 +312,12 @@ def _readable(rows: Iterable[tuple[str, object]]) -> Iterator[object]:
 
 
 def _table(file: Path) -> Iterator[list[str]]:
-    text = whole_text(file)
+    text = read_text(file)
     if isinstance(text, RejectedRow):
         raise DataError(f"The evaluation text of {file} cannot be read: {text}.")
     csv.field_size_limit(LONGEST_LINE)
     try:
-        yield from csv.reader(io.StringIO(text, newline=""), delimiter="\t" if suffix_of(file) == ".tsv" else ",")
+        yield from csv.reader(io.StringIO(text, newline=""), delimiter="\t" if content_suffix(file) == ".tsv" else ",")
     except csv.Error as error:
         raise DataError(f"The evaluation text of {file} cannot be read: {error}.") from None
 

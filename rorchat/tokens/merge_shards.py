@@ -8,7 +8,7 @@ import numpy as np
 from rorchat.errors import DataError
 from rorchat.files import fsync_file
 from rorchat.rows import RejectedRow
-from rorchat.sources.registry import RowStats, require_rows
+from rorchat.sources.registry import RowStats, require_kept_rows
 from rorchat.tokens.store import SPLITS, Manifest, Shard
 from rorchat.tokens.tokenize_shard import ArrayWriter, link, sealed
 
@@ -36,7 +36,7 @@ def finish(staging: Path, manifest: Manifest, count: int) -> RowStats:
             for document in dropped:
                 tally.withdraw(places[document], RejectedRow("duplicate"))
         tables[number]["keep"] = keep
-    require_rows(tally)
+    require_kept_rows(tally)
     blocks = []
     for split in SPLITS:
         for number, table in enumerate(tables):

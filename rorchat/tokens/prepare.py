@@ -26,7 +26,7 @@ from rorchat.errors import DataError, MismatchError, StorageError, UsageError
 from rorchat.files import folder_lock
 from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
-from rorchat.sources.registry import Part, digest_of, find, hub_fingerprint, kinds_of, parts
+from rorchat.sources.registry import SourcePart, find_source, hub_fingerprint, source_digest, source_kinds, source_parts
 from rorchat.tokenizer import tokenizer_sha256
 from rorchat.tokens.decontamination import EvaluationText, digests_of
 from rorchat.tokens.merge_shards import finish
@@ -55,7 +55,7 @@ def prepare(
     first is kept. A store is written under another name and renamed when complete: what has a manifest is whole.
 
     Args:
-        spec: as for `rorchat.sources.load`.
+        spec: as for `rorchat.sources.registry.load_rows`.
         folder: where the store is or will be; two sources never share one.
         validation_share: of documents, in [0, 1).
         kind: "document" or "conversation", which is written as the chat template has it, control tokens and all;
@@ -72,13 +72,13 @@ def prepare(
         StorageError: a worker was killed.
     """
     folder = Path(folder)
-    kind = kind or next((kind for kind in kinds_of(spec.partition("=")[0]) if kind != "preference"), None)
+    kind = kind or next((kind for kind in source_kinds(spec.partition("=")[0]) if kind != "preference"), None)
     if kind not in ("document", "conversation"):
         raise UsageError(f"{spec} gives preferences: a model is pretrained on documents or conversations.")
-    filters, generated = filters or Filters(), hasattr(find(spec.partition("=")[0]), "generate")
+    filters, generated = filters or Filters(), hasattr(find_source(spec.partition("=")[0]), "generate")
     wanted = Manifest(
         source=spec,
-        licence=find(spec.partition("=")[0]).LICENCE,
+        licence=find_source(spec.partition("=")[0]).LICENCE,
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         vocabulary_size=len(tokenizer),
         end_of_text_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
@@ -87,7 +87,7 @@ def prepare(
         kind=kind,
         chat_template_sha256=template_sha256(tokenizer) if kind == "conversation" else "",
         filters=filters.describe(),
-        source_sha256=digest_of(spec, persona),
+        source_sha256=source_digest(spec, persona),
         evaluation=digests_of(evaluation or []),
     )
     if not folder.exists():
@@ -105,7 +105,7 @@ def _make(job: Job, wanted: Manifest, evaluation: list[str], workers: int) -> No
     """Makes the files of a store in the job's folder, or what is missing of them."""
     wanted.hub_fingerprint = hub_fingerprint(job.spec)
     _go_on_or_begin(job.folder, wanted)
-    pieces = parts(job.spec)
+    pieces = source_parts(job.spec)
     if not _is_finished(job.folder):
         if evaluation:
             job.evaluation = EvaluationText.read(evaluation)
@@ -155,7 +155,7 @@ def _found(folder: Path, wanted: Manifest) -> TokenStore:
     here["evaluation"] = {name: sha or there["evaluation"].get(name, "") for name, sha in here["evaluation"].items()}
     differing = [_difference(key, there[key], here[key]) for key in here if there[key] != here[key]]
     if there["source"] != here["source"]:
-        parts(wanted.source)  # a place with nothing to read is told as that
+        source_parts(wanted.source)  # a place with nothing to read is told as that
     if differing:
         raise MismatchError(f"{folder} holds other tokens: {'; '.join(differing)}. Delete it or choose another folder.")
     return store
@@ -210,12 +210,12 @@ def _tell(documents: int, utf8_bytes: int, tokens: int) -> None:
             _counters[at] += count
 
 
-def _work(number: int, part: Part) -> int:
+def _work(number: int, part: SourcePart) -> int:
     _job.prepare(number, part, _tell)
     return number
 
 
-def _prepare_parts(job: Job, pieces: list[Part], workers: int) -> None:
+def _prepare_parts(job: Job, pieces: list[SourcePart], workers: int) -> None:
     """Prepares every part that is not done yet, and shows how far it is."""
     done = {number for number, part in enumerate(pieces) if _is_done(job.folder / f"part-{number:05d}.json", part)}
     todo = [number for number in range(len(pieces)) if number not in done]
@@ -258,7 +258,7 @@ def _prepare_parts(job: Job, pieces: list[Part], workers: int) -> None:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _is_done(record: Path, part: Part) -> bool:
+def _is_done(record: Path, part: SourcePart) -> bool:
     """Whether a part was prepared: this one, and not another that had its number."""
     return record.is_file() and json.loads(record.read_text())["part"] == part.record()
 
@@ -266,7 +266,7 @@ def _is_done(record: Path, part: Part) -> bool:
 class _Progress:
     """Documents, bytes and tokens done, their rates and the time left: a bar on a terminal, lines in a log."""
 
-    def __init__(self, job: Job, pieces: list[Part], done: set[int]):
+    def __init__(self, job: Job, pieces: list[SourcePart], done: set[int]):
         self.job, self.title = job, f"tokenize {job.spec}"
         self.sizes = [_size_of(part) for part in pieces]
         self.text_bytes = {number: self._text_bytes(number) for number in done}
@@ -317,7 +317,7 @@ class _Progress:
         )
 
 
-def _size_of(part: Part) -> int:
+def _size_of(part: SourcePart) -> int:
     if part.rows:
         return part.rows[1] - part.rows[0]
     return sum(stretch.bytes for stretch in part.stretches)

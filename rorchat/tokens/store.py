@@ -66,7 +66,7 @@ class Manifest:
     kind: str = "document"
     chat_template_sha256: str = ""  # of stores of conversations, which are written as the template has it
     filters: dict[str, object] = field(default_factory=dict)
-    source_sha256: str = ""  # what the source is made of: `rorchat.sources.digest_of`
+    source_sha256: str = ""  # what the source is made of: `rorchat.sources.registry.source_digest`
     evaluation: dict[str, str] = field(default_factory=dict)  # of each evaluation set the same
     hub_fingerprint: str = ""  # which state of a dataset of the Hub this is
     rows_in: int = 0

@@ -19,9 +19,9 @@ from rorchat.chatml import encode_conversations
 from rorchat.files import file_sha256, fsync_file, write_atomically
 from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
-from rorchat.rows import RejectedRow, words_of
-from rorchat.sources.base import digest, exact_digest, held_out
-from rorchat.sources.registry import Part, Rows, RowStats, load
+from rorchat.rows import RejectedRow, row_text
+from rorchat.sources.base import exact_digest, is_validation_digest, text_digest
+from rorchat.sources.registry import RowStats, SourcePart, SourceRows, load_rows
 from rorchat.tokens.decontamination import EvaluationText
 from rorchat.tokens.encode import Encoder, TooLong
 from rorchat.tokens.store import SPLITS, crc_of_blocks
@@ -46,7 +46,7 @@ class Job:
     def __post_init__(self):
         self.encoder = Encoder(self.tokenizer)
 
-    def prepare(self, number: int, part: Part, told: Callable[[int, int, int], None]) -> None:
+    def prepare(self, number: int, part: SourcePart, told: Callable[[int, int, int], None]) -> None:
         """Writes the arrays of a part. `told` hears of documents, bytes and tokens as they are done."""
         name = f"part-{number:05d}"
         tally = RowStats(self.spec)
@@ -54,11 +54,15 @@ class Job:
         table: dict[str, list] = {"split": [], "tokens": [], "bytes": [], "digest": []}
         # A file's name may be no UTF-8, and stands in the places
         with open(self.folder / f"{name}.places.txt", "w", encoding="utf-8", errors="surrogateescape") as places:
-            for batch in _batches(load(self.spec, self.kind, seed=self.seed, persona=self.persona, part=part), tally):
+            for batch in _batches(
+                load_rows(self.spec, self.kind, seed=self.seed, persona=self.persona, part=part), tally
+            ):
                 documents = self._kept(batch, tally)
                 ids, lengths = self._encoded(documents, tally)
                 documents = [document for document in documents if document is not None]
-                splits = np.array([held_out(mark, self.validation_share) for _, _, _, mark in documents], dtype=bool)
+                splits = np.array(
+                    [is_validation_digest(mark, self.validation_share) for _, _, _, mark in documents], dtype=bool
+                )
                 if splits.any():
                     for held, length, end in zip(splits, lengths, np.cumsum(lengths), strict=True):
                         arrays["validation" if held else "train"].write(ids[end - length : end])
@@ -87,7 +91,7 @@ class Job:
         """(place, row, text, digest) of the rows that pass the filters."""
         documents = []
         for place, row in batch:
-            text = words_of(row)
+            text = row_text(row)
             try:
                 self.filters.check(text)
                 if self.evaluation is not None:
@@ -95,7 +99,7 @@ class Job:
             except RejectedRow as reject:
                 tally.withdraw(place, reject)
                 continue
-            documents.append((place, row, text, digest(text)))
+            documents.append((place, row, text, text_digest(text)))
         return documents
 
     def _encoded(self, documents: list, tally: RowStats) -> tuple[np.ndarray, np.ndarray]:
@@ -132,13 +136,13 @@ def _joined(encoded: list, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([np.empty(0, dtype=dtype), *flat]), np.array([len(ids) for ids in flat], dtype=np.int64)
 
 
-def _batches(rows: Rows, tally: RowStats) -> Iterator[list[tuple[str, dict]]]:
+def _batches(rows: SourceRows, tally: RowStats) -> Iterator[list[tuple[str, dict]]]:
     """Rows with their places, about CHARACTERS_AT_ONCE together; what the rows count is counted into `tally`."""
-    rows.tally = tally
+    rows.stats = tally
     batch, size = [], 0
     for row in rows:
         batch.append((rows.place, row))
-        size += len(words_of(row))
+        size += len(row_text(row))
         if size >= CHARACTERS_AT_ONCE:
             yield batch
             batch, size = [], 0

@@ -22,7 +22,7 @@ from rorchat.evaluation.loss import Loss
 from rorchat.inference.engine import model_folder
 from rorchat.jsonl import append_json_line
 from rorchat.mixture.dataset import ValidationRows, open_store
-from rorchat.sources.registry import load
+from rorchat.sources.registry import load_rows
 from rorchat.tokenizer import run_of
 from rorchat.tokens.store import Manifest, TokenStore, store_folder
 from rorchat.training.checkpointing.fingerprint import fingerprint
@@ -140,7 +140,7 @@ def _of_source(spec: str, tokenizer, positions: int) -> BaseText:
     """Rows of the first MOST_TOKENS of a source's documents."""
     end_of_text = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     ids: list[int] = []
-    for row in load(spec, "document"):
+    for row in load_rows(spec, "document"):
         ids += [end_of_text, *encode_text(tokenizer, [row["text"]])[0]]
         if len(ids) > MOST_TOKENS:
             break

@@ -29,8 +29,8 @@ from rorchat.jsonl import append_json_line
 from rorchat.model import is_adapter
 from rorchat.persona import load_persona
 from rorchat.rows import RejectedRow
-from rorchat.sources.base import in_validation
-from rorchat.sources.registry import RowStats, load
+from rorchat.sources.base import is_validation_text
+from rorchat.sources.registry import RowStats, load_rows
 from rorchat.training import reference_logps
 from rorchat.training.arguments import DataArguments
 from rorchat.training.checkpointing.trainer_mixin import storage_failure
@@ -187,20 +187,22 @@ def read_pairs(arguments: DPOArguments, tokenizer, max_length: int) -> tuple[Dat
     kept: dict[bool, list[dict]] = {True: [], False: []}
     tallies = []
     for spec in arguments.sources:
-        rows = load(spec, "preference", seed=arguments.data_seed, persona=persona)
+        rows = load_rows(spec, "preference", seed=arguments.data_seed, persona=persona)
         pairs = [(rows.place, row) for row in islice(rows, arguments.rows_per_source)]
         chosen = encode_conversations(tokenizer, [[*row["prompt"], *row["chosen"]] for _, row in pairs])
         rejected = encode_conversations(tokenizer, [[*row["prompt"], *row["rejected"]] for _, row in pairs])
         for (place, row), better, worse in zip(pairs, chosen, rejected, strict=True):
             if max(len(better.input_ids), len(worse.input_ids)) > max_length:
-                rows.tally.withdraw(place, RejectedRow("over-long", f"a side is longer than {max_length} tokens"))
+                rows.stats.withdraw(place, RejectedRow("over-long", f"a side is longer than {max_length} tokens"))
                 continue
             prompt_ids, chosen_ids = _split(better)
-            held_out = in_validation("\n".join(turn["content"] for turn in row["prompt"]), arguments.validation_share)
+            held_out = is_validation_text(
+                "\n".join(turn["content"] for turn in row["prompt"]), arguments.validation_share
+            )
             sides = {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": _split(worse)[1]}
             # a list of Python's ints takes up to nine times as much
             kept[held_out].append({name: np.array(ids, np.int32) for name, ids in sides.items()})
-        tallies.append(rows.tally)
+        tallies.append(rows.stats)
     if not kept[True] or not kept[False]:
         raise DataError(
             f"{len(kept[False])} pairs to train on and {len(kept[True])} held out for validation, at validation_share "

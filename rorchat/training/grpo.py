@@ -29,9 +29,9 @@ from rorchat.files import file_sha256
 from rorchat.inference.engine import RESERVED_FOR_ANSWER, ChatModel, Reply, generate_ids, generate_replies
 from rorchat.jsonl import append_json_line
 from rorchat.persona import load_persona
-from rorchat.rows import RejectedRow, words_of
-from rorchat.sources.base import in_validation
-from rorchat.sources.registry import RowStats, load
+from rorchat.rows import RejectedRow, row_text
+from rorchat.sources.base import is_validation_text
+from rorchat.sources.registry import RowStats, load_rows
 from rorchat.training.arguments import DataArguments
 from rorchat.training.callbacks.divergence import DIVERGED_ROWS
 from rorchat.training.distributed import sharding_strategy
@@ -185,17 +185,17 @@ def read_questions(arguments: GRPOArguments, tokenizer, positions: int) -> tuple
     kept: dict[bool, list[dict]] = {True: [], False: []}
     tallies = []
     for spec in arguments.sources:
-        rows = load(spec, "question", seed=arguments.data_seed, persona=persona)
+        rows = load_rows(spec, "question", seed=arguments.data_seed, persona=persona)
         for row in islice(rows, arguments.rows_per_source):
             reserve = arguments.max_completion_length
             encoded = encode_prompt(tokenizer, row["messages"], positions=positions, reserve=reserve)
             if encoded.notice():
                 reject = RejectedRow("over-long", f"longer than {positions - reserve} tokens, which a reply leaves it")
-                rows.tally.withdraw(rows.place, reject)
+                rows.stats.withdraw(rows.place, reject)
                 continue
-            held_out = in_validation(words_of(row), arguments.validation_share)
+            held_out = is_validation_text(row_text(row), arguments.validation_share)
             kept[held_out].append({**row, "prompt": encoded.input_ids, "place": rows.place})
-        tallies.append(rows.tally)
+        tallies.append(rows.stats)
     if not kept[True] or not kept[False]:
         raise DataError(
             f"{len(kept[False])} questions to train on and {len(kept[True])} held out for validation, at "
@@ -332,7 +332,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
     def _write_rows(self, step: int) -> None:
         path = self.checkpoints.folder / DIVERGED_ROWS
         for number in range((step - 1) * self.questions_per_step, step * self.questions_per_step):
-            append_json_line(path, {"step": step, "row": number, "text": words_of(self.train_dataset[number])})
+            append_json_line(path, {"step": step, "row": number, "text": row_text(self.train_dataset[number])})
 
     # Measuring
 

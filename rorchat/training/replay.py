@@ -12,8 +12,8 @@ import numpy as np
 from rorchat.chatml import END_OF_TEXT, IGNORE_INDEX, encode_text
 from rorchat.errors import DataError, UsageError
 from rorchat.mixture.dataset import open_store
-from rorchat.sources.base import in_validation
-from rorchat.sources.registry import load
+from rorchat.sources.base import is_validation_text
+from rorchat.sources.registry import load_rows
 from rorchat.tokens.store import store_folder
 
 DOCUMENTS_AT_ONCE = 200  # a call of the tokenizer
@@ -80,8 +80,8 @@ def _of_store(folder: Path, tokenizer, seed: int) -> Iterator[list[int]]:
 def _of_source(spec: str, tokenizer, seed: int, validation_share: float) -> Iterator[list[int]]:
     """The training documents of a source in its own order."""
     texts: list[str] = []
-    for row in load(spec, "document", seed=seed):
-        if in_validation(row["text"], validation_share):
+    for row in load_rows(spec, "document", seed=seed):
+        if is_validation_text(row["text"], validation_share):
             continue
         texts.append(row["text"])
         if len(texts) == DOCUMENTS_AT_ONCE:

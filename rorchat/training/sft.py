@@ -23,8 +23,8 @@ from rorchat.mixture.collators import packed
 from rorchat.mixture.packing import PackedRows, Sequences, pack
 from rorchat.persona import load_persona
 from rorchat.rows import RejectedRow
-from rorchat.sources.base import in_validation
-from rorchat.sources.registry import RowStats, load
+from rorchat.sources.base import is_validation_text
+from rorchat.sources.registry import RowStats, load_rows
 from rorchat.training.arguments import DataArguments
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.lora import LoraArguments
@@ -112,20 +112,20 @@ def read_encoded(arguments: SFTArguments, tokenizer, max_length: int) -> tuple[S
     kept: dict[bool, list[tuple]] = {True: [], False: []}
     tallies = []
     for spec in arguments.sources:
-        rows = load(spec, "conversation", seed=arguments.data_seed, persona=persona)
+        rows = load_rows(spec, "conversation", seed=arguments.data_seed, persona=persona)
         conversations = [(rows.place, row["messages"]) for row in islice(rows, arguments.rows_per_source)]
         for start in range(0, len(conversations), ROWS_PER_CALL):
             part = conversations[start : start + ROWS_PER_CALL]
             encoded_part = encode_conversations(tokenizer, [messages for _, messages in part], max_length)
             for (place, messages), encoded in zip(part, encoded_part, strict=True):
                 if encoded is None:
-                    rows.tally.withdraw(place, RejectedRow("over-long", f"no exchange fits into {max_length} tokens"))
+                    rows.stats.withdraw(place, RejectedRow("over-long", f"no exchange fits into {max_length} tokens"))
                     continue
-                rows.tally.cut += encoded.dropped_turns > 0
+                rows.stats.cut += encoded.dropped_turns > 0
                 text = "\n".join(message["content"] for message in messages)
-                held_out = in_validation(text, arguments.validation_share)
+                held_out = is_validation_text(text, arguments.validation_share)
                 kept[held_out].append((np.array(encoded.input_ids, np.int32), np.array(encoded.labels, np.int32)))
-        tallies.append(rows.tally)
+        tallies.append(rows.stats)
     if not kept[True] or not kept[False]:
         raise DataError(
             f"{len(kept[False])} conversations to train on and {len(kept[True])} held out for validation, at "

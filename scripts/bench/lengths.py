@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rorchat.chatml import IGNORE_INDEX, encode_conversations
 from rorchat.errors import exits_with_one_line
-from rorchat.sources.registry import load
+from rorchat.sources.registry import load_rows
 from rorchat.tokenizer import load_tokenizer
 
 WINDOW = 1024
@@ -59,13 +59,13 @@ def stretches(labels: list[int]) -> list[int]:
 
 def conversations_of(spec: str, tokenizer, window: int) -> list[list[int]]:
     """The stretches of every conversation of a source that has an exchange in the window."""
-    encoded = encode_conversations(tokenizer, [row["messages"] for row in load(spec, "conversation")], window)
+    encoded = encode_conversations(tokenizer, [row["messages"] for row in load_rows(spec, "conversation")], window)
     return [stretches(row.labels) for row in encoded if row is not None]
 
 
 def pairs_of(spec: str, tokenizer, window: int) -> list[list[int]]:
     """[prompt, chosen, rejected] tokens of every pair of a source of which both sides fit into the window."""
-    rows = list(load(spec, "preference"))
+    rows = list(load_rows(spec, "preference"))
     sides = [
         encode_conversations(tokenizer, [[*row["prompt"], *row[side]] for row in rows])
         for side in ("chosen", "rejected")

@@ -31,8 +31,8 @@ arguments = parser.parse_args()
 os.environ["RAYON_NUM_THREADS"] = str(arguments.workers)
 os.environ["TOKENIZERS_PARALLELISM"] = "true" if arguments.workers > 1 else "false"
 
-from rorchat.sources.base import digest  # noqa: E402
-from rorchat.sources.registry import load  # noqa: E402
+from rorchat.sources.base import text_digest  # noqa: E402
+from rorchat.sources.registry import load_rows  # noqa: E402
 from rorchat.tokenizer import load_tokenizer  # noqa: E402
 from rorchat.tokens.encode import GPT2_PATTERN, Encoder  # noqa: E402
 from rorchat.tokens.prepare import prepare  # noqa: E402
@@ -41,8 +41,8 @@ from rorchat.tokens.prepare import prepare  # noqa: E402
 def texts_of(source: str) -> list[str]:
     """The texts without duplicates, as the store has them."""
     seen, texts = set(), []
-    for row in load(source, "document"):
-        mark = digest(row["text"])
+    for row in load_rows(source, "document"):
+        mark = text_digest(row["text"])
         if mark not in seen:
             seen.add(mark)
             texts.append(row["text"])

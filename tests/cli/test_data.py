@@ -15,8 +15,8 @@ import rorchat.cli
 from rorchat.chatml import encode_conversation
 from rorchat.cli.data import _bracketed, _coloured
 from rorchat.inspection import SeenToken
-from rorchat.sources.base import LOSS
-from rorchat.sources.registry import available, find, kinds_of
+from rorchat.sources.base import LOSS_BY_KIND
+from rorchat.sources.registry import find_source, list_sources, source_kinds
 
 COMMANDS = {
     "list": [],
@@ -49,15 +49,15 @@ def cells_of(line: str) -> list[str]:
 def test_the_list_names_every_source_with_its_licence_size_and_what_the_loss_counts():
     lines = [line for line in succeeded("list").splitlines() if line.startswith("|")]
     rows = {cells[0]: cells for cells in (cells_of(line) for line in lines)}
-    assert set(available()) == {name for name in rows if name.strip("-: ") and name != "source"}
-    for name in available():
-        module = find(name)
+    assert set(list_sources()) == {name for name in rows if name.strip("-: ") and name != "source"}
+    for name in list_sources():
+        module = find_source(name)
         assert rows[name][2:] == [
-            ", ".join(kinds_of(name)),
+            ", ".join(source_kinds(name)),
             rows[name][3],
             module.SIZE,
             module.LICENCE,
-            "; ".join(LOSS[kind] for kind in kinds_of(name)),
+            "; ".join(LOSS_BY_KIND[kind] for kind in source_kinds(name)),
         ]
         home = "generated" if hasattr(module, "generate") else module.HUB["path"] if module.HUB else "your files"
         assert rows[name][3] == home
@@ -66,7 +66,7 @@ def test_the_list_names_every_source_with_its_licence_size_and_what_the_loss_cou
 def test_the_list_ends_with_the_sources_that_have_restrictions():
     last = succeeded("list").splitlines()[-1]
     named = last.partition(": ")[2].rstrip(".").split(", ")
-    told = [name for name in available() if re.search("not for commercial use|^unstated", find(name).LICENCE)]
+    told = [name for name in list_sources() if re.search("not for commercial use|^unstated", find_source(name).LICENCE)]
     assert named == told and "alpaca" in named and "pile" in named
 
 

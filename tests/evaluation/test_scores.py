@@ -19,7 +19,7 @@ from rorchat.inference.engine import ChatModel, Reply
 from rorchat.mixture.collators import padded
 from rorchat.model import save_model
 from rorchat.persona import load_persona, probes
-from rorchat.sources.registry import load
+from rorchat.sources.registry import load_rows
 from rorchat.sources.tinytown import Question, questions
 from rorchat.tokenizer import token_bytes
 from rorchat.tokens.prepare import prepare
@@ -179,7 +179,7 @@ def test_long_documents_are_read_in_windows_that_predict_every_token_once(lively
 
 def test_the_held_out_documents_of_a_store_are_its_validation_texts(tokenizer, tmp_path):
     store = prepare("tinytown=200", tokenizer, tmp_path / "store", validation_share=0.2)
-    texts = [row["text"] for row in load("tinytown=200", "document")]
+    texts = [row["text"] for row in load_rows("tinytown=200", "document")]
     found = held_out_documents(str(store.folder), tokenizer)
     assert len(found) == store.manifest.total("validation", "documents") > 20
     assert set(found) <= set(texts)

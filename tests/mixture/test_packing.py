@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rorchat.chatml import IGNORE_INDEX, encode_conversations
 from rorchat.mixture.collators import packed, padded
 from rorchat.mixture.packing import PackedRows, Sequences, pack
-from rorchat.sources.registry import load
+from rorchat.sources.registry import load_rows
 from rorchat.training.kernels import attention as attention_module
 from rorchat.training.kernels.attention import packed_attention_forward
 from rorchat.training.kernels.dpo_logps import patch_dpo_logps
@@ -266,7 +266,7 @@ CHAT_FILES = chat_files.CHAT | {name: name for name in ("math_dataset", "mbpp", 
 
 @pytest.mark.parametrize("path", CHAT_FILES)
 def test_of_real_conversations_the_assistants_words_and_closings_are_learned(path, gpt2_tokenizer, shared_data):
-    conversations = [row["messages"] for row in load(f"{CHAT_FILES[path]}={shared_data / path}", "conversation")]
+    conversations = [row["messages"] for row in load_rows(f"{CHAT_FILES[path]}={shared_data / path}", "conversation")]
     encoded = encode_conversations(gpt2_tokenizer, conversations, 1024)
     wanted = Counter()
     for messages, each in zip(conversations, encoded, strict=True):
@@ -284,7 +284,7 @@ def test_of_real_conversations_the_assistants_words_and_closings_are_learned(pat
 def test_real_conversations_fill_their_rows(gpt2_tokenizer, shared_data):
     lengths, window = [], 1024
     for name, path in (("alpaca", "alpaca/alpaca_5000.json"), ("dailydialog", "dailydialog")):
-        conversations = [row["messages"] for row in load(f"{name}={shared_data / path}", "conversation")][:2000]
+        conversations = [row["messages"] for row in load_rows(f"{name}={shared_data / path}", "conversation")][:2000]
         encoded = encode_conversations(gpt2_tokenizer, conversations, window)
         lengths += [len(each.input_ids) for each in encoded if each]
     rows = pack(lengths, window)

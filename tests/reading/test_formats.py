@@ -10,7 +10,7 @@ import pytest
 from support import CONVERTING, exchange, json_lines, read, written
 
 from rorchat.reading import slices
-from rorchat.sources.registry import Rows, find, load, parts
+from rorchat.sources.registry import SourceRows, find_source, load_rows, source_parts
 
 
 @pytest.mark.parametrize("name", [name for name in CONVERTING if name not in ("dailydialog", "bookcorpus")])
@@ -18,7 +18,7 @@ from rorchat.sources.registry import Rows, find, load, parts
     "form", ["jsonl", "jsonl.gz", "json", "json.gz", "parquet", "lines.json", "ndjson", "object.json"]
 )
 def test_the_same_rows_come_out_of_every_format(name, form, tmp_path):
-    module = find(name)
+    module = find_source(name)
     raw = [row for row in module.RAW if isinstance(row, dict)][:1] * (1 if form == "object.json" else 3)
     path = tmp_path / f"rows.{form}"
     if form == "parquet":
@@ -41,7 +41,7 @@ def test_one_object_over_many_lines_is_one_row_although_some_of_its_lines_are_js
     row = {**exchange(), "tags": ["chat", "short"]}
     path = written(tmp_path, "row.json", json.dumps(row, indent=2))
     rows, loaded = read(f"messages={path}", "conversation")
-    assert (rows, loaded.tally.rows_in) == ([exchange()], 1)
+    assert (rows, loaded.stats.rows_in) == ([exchange()], 1)
 
 
 def test_a_damaged_json_array_gives_the_rows_before_the_damage_and_one_reject(tmp_path):
@@ -49,8 +49,8 @@ def test_a_damaged_json_array_gives_the_rows_before_the_damage_and_one_reject(tm
     written(tmp_path, "a.json", text[: text.rindex("assistant") - 2])
     written(tmp_path, "b.json", json.dumps([exchange()]))
     rows, loaded = read(f"messages={tmp_path}", "conversation")
-    assert (len(rows), loaded.tally.rejects) == (2, {"not JSON": 1})
-    (place,) = loaded.tally.places["not JSON"]
+    assert (len(rows), loaded.stats.rejects) == (2, {"not JSON": 1})
+    (place,) = loaded.stats.places["not JSON"]
     assert (
         place.startswith(f"{tmp_path / 'a.json'}, row 1 (")
         and f"line {text[: text.rindex('assistant')].count(chr(10)) + 1}," in place
@@ -83,9 +83,9 @@ def test_a_damaged_element_of_an_array_costs_itself_alone(damage, between, tmp_p
     path = written(tmp_path, "rows.json", damaged_array(damage, between))
     rows, loaded = read(f"text={path}", "document")
     reason = "duplicate keys" if damage == "duplicate keys" else "not JSON"
-    assert (loaded.tally.rows_in, loaded.tally.rejects) == (1000, {reason: 1})
+    assert (loaded.stats.rows_in, loaded.stats.rejects) == (1000, {reason: 1})
     assert [row["text"] for row in rows] == [f"row {number}" for number in range(1000) if number != 10]
-    assert loaded.tally.places[reason][0].startswith(f"{path}, row 10 (")
+    assert loaded.stats.places[reason][0].startswith(f"{path}, row 10 (")
 
 
 def test_no_nested_object_is_taken_for_the_next_element_of_an_array_on_one_line(tmp_path):
@@ -93,18 +93,18 @@ def test_no_nested_object_is_taken_for_the_next_element_of_an_array_on_one_line(
     rows[7] = rows[7].replace('{"messages"', '{"messages":, "messages"')
     path = written(tmp_path, "rows.json", f"[{', '.join(rows)}]")
     kept, loaded = read(f"messages={path}", "conversation")
-    assert (len(kept), loaded.tally.rows_in, loaded.tally.rejects) == (49, 50, {"not JSON": 1})
+    assert (len(kept), loaded.stats.rows_in, loaded.stats.rejects) == (49, 50, {"not JSON": 1})
 
 
 def test_where_nobody_knows_how_to_go_on_the_reject_says_that_the_rest_is_lost(tmp_path):
     path = written(tmp_path, "rows.json", '[["a"], [7, ], ["b"]]')
     _, loaded = read_all(f"text={path}")
-    assert loaded.tally.rejects == {"wrong type": 1, "not JSON": 1}
-    assert loaded.tally.places["not JSON"][0].endswith("; the rest of the file is lost)")
+    assert loaded.stats.rejects == {"wrong type": 1, "not JSON": 1}
+    assert loaded.stats.places["not JSON"][0].endswith("; the rest of the file is lost)")
 
 
-def read_all(spec: str) -> tuple[list[dict], Rows]:
-    rows = load(spec, "document")
+def read_all(spec: str) -> tuple[list[dict], SourceRows]:
+    rows = load_rows(spec, "document")
     rows.whole = False
     return list(rows), rows
 
@@ -132,7 +132,7 @@ def test_a_byte_that_is_no_utf8_costs_its_row_in_every_format(name, bad, tmp_pat
     content = re.sub(rb"row %d\b" % bad, b"row \xff", content.encode())
     path = written(tmp_path, name, gzip.compress(content, mtime=0) if name.endswith("gz") else content)
     rows, loaded = read(f"text={path}", "document")
-    assert (loaded.tally.rows_in, loaded.tally.rejects) == (1000, {"invalid UTF-8": 1})
+    assert (loaded.stats.rows_in, loaded.stats.rejects) == (1000, {"invalid UTF-8": 1})
     assert [row["text"] for row in rows] == [f"row {number}" for number in range(1000) if number != bad]
 
 
@@ -143,28 +143,28 @@ def test_a_quotation_mark_that_nothing_closes_costs_its_row_of_a_table(bad, tmp_
         lines[number] = f'{number},"row'
     path = written(tmp_path, "rows.csv", "id,text\n" + "\n".join(lines) + "\n")
     _, loaded = read_all(f"text={path}")
-    assert loaded.tally.rejects.keys() == {"not CSV"} and loaded.tally.kept >= 1000 - 2 * len(bad)
+    assert loaded.stats.rejects.keys() == {"not CSV"} and loaded.stats.kept >= 1000 - 2 * len(bad)
     lines = [f"row {number}" for number in range(1000)]
     for number in bad:
         lines[number] = f'"row {number}'
     path = written(tmp_path, "plain.csv", "text\n" + "\n".join(lines) + "\n")
     rows, loaded = read_all(f"text={path}")
     if len(bad) == 1:
-        assert (loaded.tally.rows_in, loaded.tally.rejects) == (1000, {"not CSV": 1})
-        assert loaded.tally.places["not CSV"][0].startswith(f"{path}:{bad[0] + 2} (")
+        assert (loaded.stats.rows_in, loaded.stats.rejects) == (1000, {"not CSV": 1})
+        assert loaded.stats.places["not CSV"][0].startswith(f"{path}:{bad[0] + 2} (")
     else:
-        assert loaded.tally.rows_in == 1000 and loaded.tally.rejects == {"not CSV": 3}
+        assert loaded.stats.rows_in == 1000 and loaded.stats.rejects == {"not CSV": 3}
 
 
 def test_a_header_that_names_a_column_twice_rejects_its_rows_and_columns_without_a_name_do_not(tmp_path):
     twice = written(tmp_path, "twice.csv", "text,text\na,b\nc,d\n")
     _, loaded = read_all(f"text={twice}")
-    assert (loaded.tally.rows_in, loaded.tally.rejects) == (2, {"duplicate keys": 2})
+    assert (loaded.stats.rows_in, loaded.stats.rejects) == (2, {"duplicate keys": 2})
     blank = written(tmp_path, "blank.csv", "text,,\na,b,c\n")
     assert read(f"text={blank}", "document")[0] == [{"text": "a"}]
     latin = written(tmp_path, "latin.csv", b"text,na\xefve\na,b\n")
     _, loaded = read_all(f"text={latin}")
-    assert loaded.tally.places == {
+    assert loaded.stats.places == {
         "invalid UTF-8": [f"{tmp_path / 'latin.csv'}:1 (in the header; the rest of the file is lost)"]
     }
 
@@ -173,7 +173,7 @@ def test_a_table_is_read_row_by_row_and_not_held(tmp_path):
     path = written(tmp_path, "rows.csv", "text\n" + "".join(f"{'a story ' * 100}{n}\n" for n in range(10_000)))
     assert path.stat().st_size > 8_000_000
     tracemalloc.start()
-    rows = load(f"text={path}", "document")
+    rows = load_rows(f"text={path}", "document")
     assert sum(1 for _ in rows) == 10_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -196,12 +196,12 @@ def test_a_value_of_parquet_that_cannot_be_had_costs_its_row_or_nothing_where_no
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     rows, loaded = read(f"text={tmp_path / 'a.parquet'}", "document")
     assert rows == [{"text": "good"}, {"text": "fine"}]
-    assert loaded.tally.places == {"invalid UTF-8": [f"{tmp_path / 'a.parquet'}, row 1 (in 'text')"]}
+    assert loaded.stats.places == {"invalid UTF-8": [f"{tmp_path / 'a.parquet'}, row 1 (in 'text')"]}
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", "c"], "date": dates}), tmp_path / "b.parquet")
     assert len(read(f"text={tmp_path / 'b.parquet'}", "document")[0]) == 3
     pyarrow.parquet.write_table(pyarrow.table({"text": dates}), tmp_path / "c.parquet")
     _, loaded = read_all(f"text={tmp_path / 'c.parquet'}")
-    assert loaded.tally.rejects == {"wrong type": 2, "missing field": 1}
+    assert loaded.stats.rejects == {"wrong type": 2, "missing field": 1}
 
 
 def test_a_damaged_row_group_costs_its_rows_alone_and_says_how_many(tmp_path):
@@ -217,9 +217,9 @@ def test_a_damaged_row_group_costs_its_rows_alone_and_says_how_many(tmp_path):
     content[place : place + 40] = b"\xff" * 40
     path.write_bytes(content)
     rows, loaded = read(f"text={path}", "document")
-    assert len(rows) == 900 and loaded.tally.rejects == {"not Parquet": 1}
-    assert loaded.tally.places["not Parquet"][0].startswith(f"{path}, row 300 (")
-    assert loaded.tally.places["not Parquet"][0].endswith("; rows 300 to 399 are lost)")
+    assert len(rows) == 900 and loaded.stats.rejects == {"not Parquet": 1}
+    assert loaded.stats.places["not Parquet"][0].startswith(f"{path}, row 300 (")
+    assert loaded.stats.places["not Parquet"][0].endswith("; rows 300 to 399 are lost)")
 
 
 def test_a_large_parquet_file_with_a_damaged_end_has_one_part_that_is_one_reject(tmp_path, monkeypatch):
@@ -233,9 +233,9 @@ def test_a_large_parquet_file_with_a_damaged_end_has_one_part_that_is_one_reject
     length = int.from_bytes(content[-8:-4], "little")
     content[-8 - length : -8 - length + 200] = b"\xff" * 200
     path.write_bytes(content)
-    (part,) = parts(f"text={path}")
-    loaded = load(f"text={path}", "document", part=part)
-    assert list(loaded) == [] and loaded.tally.rejects == {"not Parquet": 1}
+    (part,) = source_parts(f"text={path}")
+    loaded = load_rows(f"text={path}", "document", part=part)
+    assert list(loaded) == [] and loaded.stats.rejects == {"not Parquet": 1}
 
 
 @pytest.mark.parametrize("name", CONVERTING)
@@ -243,7 +243,7 @@ def test_a_source_in_parts_gives_the_rows_that_it_gives_in_one_piece(name, tmp_p
     import pyarrow
     import pyarrow.parquet
 
-    module = find(name)
+    module = find_source(name)
     monkeypatch.setattr(slices, "SMALLEST_PART", 300)
     monkeypatch.setattr(module, "FILES", ("*.parquet",))
     raw = next(row for row in module.RAW if isinstance(row, dict))
@@ -253,9 +253,9 @@ def test_a_source_in_parts_gives_the_rows_that_it_gives_in_one_piece(name, tmp_p
             rows = [{"text": line} for line in ["words", "", " = A title = ", "", *["words"] * 9] * 9]
         table = pyarrow.Table.from_pylist(rows)
         pyarrow.parquet.write_table(table, tmp_path / f"{number}.parquet", row_group_size=50)
-    whole = list(load(f"{name}={tmp_path}", module.KIND).raw)
-    pieces = parts(f"{name}={tmp_path}")
-    divided = [row for part in pieces for row in load(f"{name}={tmp_path}", module.KIND, part=part).raw]
+    whole = list(load_rows(f"{name}={tmp_path}", module.KIND).raw)
+    pieces = source_parts(f"{name}={tmp_path}")
+    divided = [row for part in pieces for row in load_rows(f"{name}={tmp_path}", module.KIND, part=part).raw]
     assert divided == whole and len(whole) >= 6
     assert len(pieces) == 1 if name in ("wikitext", "oasst") else len(pieces) >= 3
 
@@ -265,7 +265,7 @@ def test_a_damaged_parquet_file_is_one_reject_beside_the_good_ones(tmp_path):
     written(tmp_path, "b.jsonl", json_lines({"text": "good"}))
     rows, loaded = read(f"text={tmp_path}", "document")
     assert rows == [{"text": "good"}]
-    assert loaded.tally.rejects == {"not Parquet": 1}
+    assert loaded.stats.rejects == {"not Parquet": 1}
 
 
 @pytest.mark.parametrize("form", ["txt", "jsonl", "json"])
@@ -276,7 +276,7 @@ def test_a_gzip_file_that_was_cut_short_is_counted_and_not_a_traceback(form, tmp
     written(tmp_path, f"a.{form}.gz", whole[: len(whole) // 2])
     written(tmp_path, "b.txt", "good")
     rows, loaded = read(f"text={tmp_path}", "document")
-    assert loaded.tally.rejects == {"damaged gzip": 1}
+    assert loaded.stats.rejects == {"damaged gzip": 1}
     assert rows[-1] == {"text": "good"}
     assert (len(rows) > 500) == (form == "jsonl")  # lines before the damage are good
 
@@ -284,7 +284,7 @@ def test_a_gzip_file_that_was_cut_short_is_counted_and_not_a_traceback(form, tmp
 def test_documents_of_a_text_file_stand_between_separators_and_know_their_lines(tmp_path):
     text = "one\ntwo\n<|endoftext|>\n\nthree\n<|endoftext|>\n \n<|endoftext|>four\n<|endoftext|>\n"
     path = written(tmp_path, "a.txt", text)
-    loaded = load(f"text={path}", "document")
+    loaded = load_rows(f"text={path}", "document")
     assert list(loaded.raw) == [
         (f"{path}:1", {"text": "one\ntwo"}),
         (f"{path}:5", {"text": "three"}),
@@ -293,7 +293,7 @@ def test_documents_of_a_text_file_stand_between_separators_and_know_their_lines(
     ]
     rows, loaded = read(f"text={path}", "document")
     assert [row["text"] for row in rows] == ["one\ntwo", "three", "four"]
-    assert loaded.tally.rejects == {"empty text": 1}
+    assert loaded.stats.rejects == {"empty text": 1}
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_text(tmp_path):
@@ -307,7 +307,7 @@ def test_a_text_that_is_not_utf8_is_rejected_with_its_first_bad_byte(tmp_path):
     written(tmp_path, "b.txt", "Gr\u00fc\u00dfe")
     rows, loaded = read(f"text={tmp_path}", "document")
     assert rows == [{"text": "Grüße"}]
-    assert loaded.tally.places == {"invalid UTF-8": [f"{tmp_path / 'a.txt'} (byte 2)"]}
+    assert loaded.stats.places == {"invalid UTF-8": [f"{tmp_path / 'a.txt'} (byte 2)"]}
 
 
 @pytest.mark.parametrize("end", ["<|endoftext|>\n", "cut off", "<|endoftext|>", "\n\n"])
@@ -317,16 +317,16 @@ def test_a_large_text_is_read_in_parts_that_begin_behind_separators_and_know_the
     draw = random.Random(0)
     stories = ["".join(draw.choices("ab \né<|\ufeff", k=draw.randrange(400))) for _ in range(120)]
     path = written(tmp_path, "a.txt", "<|endoftext|>".join(stories) + end)
-    whole = list(load(f"text={path}", "document").raw)
-    pieces = parts(f"text={path}")
+    whole = list(load_rows(f"text={path}", "document").raw)
+    pieces = source_parts(f"text={path}")
     assert len(pieces) > 20 and len(whole) >= 118
-    assert [row for part in pieces for row in load(f"text={path}", "document", part=part).raw] == whole
+    assert [row for part in pieces for row in load_rows(f"text={path}", "document", part=part).raw] == whole
 
 
 def test_a_text_without_a_separator_is_one_part_however_large(tmp_path, monkeypatch):
     monkeypatch.setattr(slices, "SMALLEST_PART", 500)
     path = written(tmp_path, "a.txt", "It was the best of times. " * 1000)
-    assert len(parts(f"text={path}")) == 1
+    assert len(source_parts(f"text={path}")) == 1
 
 
 @pytest.mark.parametrize("suffix", ["py", "md"])

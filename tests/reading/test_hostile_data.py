@@ -21,9 +21,9 @@ from rorchat.chatml import END_OF_TEXT
 from rorchat.errors import DataError, RorchatError
 from rorchat.inspection import check, guess_shape
 from rorchat.rows import CHECKS
-from rorchat.sources.registry import find, kinds_of, load
+from rorchat.sources.registry import find_source, load_rows, source_kinds
 
-GATHERING = [name for name in CONVERTING if hasattr(find(name), "gather")]  # a row is not a line of theirs
+GATHERING = [name for name in CONVERTING if hasattr(find_source(name), "gather")]  # a row is not a line of theirs
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def malformed(raw: object, draw: random.Random) -> Iterator[str | bytes]:
 
 def hostile_lines(name: str) -> list[bytes]:
     draw = random.Random(name)
-    lines = list(chain.from_iterable(malformed(raw, draw) for raw in find(name).RAW))
+    lines = list(chain.from_iterable(malformed(raw, draw) for raw in find_source(name).RAW))
     lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
     lines = [line.replace(b"\n", b" ").replace(b"\r", b" ") for line in lines]
     draw.shuffle(lines)
@@ -102,7 +102,7 @@ def hostile_lines(name: str) -> list[bytes]:
 def accounted(path: Path, name: str) -> tuple[object, list[dict]]:
     """What `check` counts in a file, after comparing it with the rejects that were written and the rows that pass."""
     rejects = io.StringIO()
-    tally = check(str(path), shape=name, rejects=rejects).tally
+    tally = check(str(path), shape=name, rejects=rejects).stats
     said = [json.loads(line) for line in rejects.getvalue().splitlines()]
     assert tally.rows_in == tally.kept + sum(tally.rejects.values())
     assert len(said) == sum(tally.rejects.values())
@@ -114,7 +114,7 @@ def accounted(path: Path, name: str) -> tuple[object, list[dict]]:
 @pytest.mark.parametrize("name", CONVERTING)
 def test_no_malformed_row_of_a_source_is_lost_or_ends_the_reading(name, tmp_path):
     lines = hostile_lines(name)
-    lines += [json.dumps(next(raw for raw in find(name).RAW if not isinstance(raw, str))).encode()]
+    lines += [json.dumps(next(raw for raw in find_source(name).RAW if not isinstance(raw, str))).encode()]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n")
     tally, said = accounted(path, name)
@@ -126,10 +126,10 @@ def test_no_malformed_row_of_a_source_is_lost_or_ends_the_reading(name, tmp_path
     else:
         with open(path, "rb") as file:
             assert file.read().count(b"\n") == len(lines)
-        kind = kinds_of(name)[0]
-        assert tally.rows_in == sum(1 for _ in load(f"{name}={path}", kind).raw)
-    for row in load(f"{name}={path}", kinds_of(name)[0]):
-        CHECKS[kinds_of(name)[0]](row)
+        kind = source_kinds(name)[0]
+        assert tally.rows_in == sum(1 for _ in load_rows(f"{name}={path}", kind).raw)
+    for row in load_rows(f"{name}={path}", source_kinds(name)[0]):
+        CHECKS[source_kinds(name)[0]](row)
         json.dumps(row, ensure_ascii=False).encode()
 
 
@@ -205,7 +205,7 @@ def test_every_row_of_a_damaged_file_is_counted_and_only_damaged_ones_are_lost(f
         path.write_bytes((b"id,text\n" if form == "csv" else b"") + content)
         tally, said = accounted(path, "text")
         good = [f"It was number {number},\nthe best of times." for number in range(ROWS) if number not in bad]
-        assert [row["text"] for row in load(f"text={path}", "document")] == good
+        assert [row["text"] for row in load_rows(f"text={path}", "document")] == good
         # the second line of a row of CSV that was cut short there may be a row to its reader, and is a reject
         assert tally.rows_in == ROWS if form != "csv" else ROWS <= tally.rows_in <= ROWS + len(bad)
         harmed += len(bad)

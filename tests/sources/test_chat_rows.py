@@ -6,8 +6,8 @@ import pytest
 from support import exchange, json_lines, read, written
 
 from rorchat.errors import DataError
-from rorchat.rows import CHECKS, RejectedRow, Repaired
-from rorchat.sources.registry import find, load
+from rorchat.rows import CHECKS, RejectedRow, RepairedRow
+from rorchat.sources.registry import find_source, load_rows
 
 
 def turns(*contents: str) -> list[dict]:
@@ -16,19 +16,19 @@ def turns(*contents: str) -> list[dict]:
 
 def converted(name: str, raw: object) -> dict:
     """A raw row of a source as a valid row of ours, repaired or not."""
-    row = find(name).convert(raw)
-    row = row.row if isinstance(row, Repaired) else row
-    CHECKS[find(name).KIND](row)
+    row = find_source(name).convert(raw)
+    row = row.row if isinstance(row, RepairedRow) else row
+    CHECKS[find_source(name).KIND](row)
     return row
 
 
 def rejected(name: str, raw: object) -> str:
     with pytest.raises(RejectedRow) as refusal:
-        CHECKS[find(name).KIND](find(name).convert(raw))
+        CHECKS[find_source(name).KIND](find_source(name).convert(raw))
     return refusal.value.reason
 
 
-SIMPLIFIED_NQ, ORIGINAL_NQ = find("natural_questions").RAW[1:3]
+SIMPLIFIED_NQ, ORIGINAL_NQ = find_source("natural_questions").RAW[1:3]
 # (source, a row as the Hub's Parquet gives it or as another release has it, our row)
 HUB_ROWS = [
     ("alpaca", {"instruction": "I", "input": "in", "output": "O", "text": "Below is"}, exchange("I\n\nin", "O")),
@@ -175,7 +175,7 @@ def test_a_row_that_cannot_be_used_is_refused_with_its_reason(name, raw, reason)
 
 def test_a_kto_file_is_told_that_it_holds_no_pairs(shared_data):
     with pytest.raises(DataError, match="300 missing field.*a reply with a label, as for KTO, is no pair"):
-        list(load(f"preference={shared_data / 'preference' / 'kto_en_demo.json'}", "preference"))
+        list(load_rows(f"preference={shared_data / 'preference' / 'kto_en_demo.json'}", "preference"))
 
 
 def said(key: str, text: str, parent: str | None = None, role: str = "", **more: object) -> dict:
@@ -217,8 +217,8 @@ def test_oasst_follows_the_best_ranked_replies_past_those_that_are_deleted_refus
     )
     rows, loaded = read(f"oasst={flat}")
     assert rows == [HELLO, exchange("Bye", "Bye!")]
-    assert (loaded.tally.rows_in, loaded.tally.rejects) == (5, {"not JSON": 1, "missing field": 2})
-    assert [place.split(" ")[0] for place in loaded.tally.places["missing field"]] == [f"{flat}:14", f"{flat}:15"]
+    assert (loaded.stats.rows_in, loaded.stats.rejects) == (5, {"not JSON": 1, "missing field": 2})
+    assert [place.split(" ")[0] for place in loaded.stats.places["missing field"]] == [f"{flat}:14", f"{flat}:15"]
     nested = written(tmp_path, "oasst_ready.trees.jsonl", json_lines({"message_tree_id": "a", "prompt": tree}))
     assert read(f"oasst={nested}")[0] == [HELLO]
     assert read(f"oasst={tmp_path}")[0] == [HELLO]  # of a folder with both, the trees

@@ -9,7 +9,7 @@ import pytest
 from support import exchange, json_lines, read, written
 
 from rorchat.errors import DataError
-from rorchat.sources.registry import find, load
+from rorchat.sources.registry import find_source, load_rows
 
 NQ, MATH, OBQA = "natural_questions", "math_dataset", "openbookqa/OpenBookQA-V1-Sep2018/Data"
 # (source, path under shared/data, rows in, rejects by reason, repairs): what data/SOURCES.md says is in them
@@ -83,7 +83,7 @@ REAL = [
 @pytest.mark.parametrize(("name", "path", "rows_in", "rejects", "repairs"), REAL, ids=[path for _, path, *_ in REAL])
 def test_real_files_give_exactly_the_rows_that_are_in_them(name, path, rows_in, rejects, repairs, shared_data):
     _, loaded = read(f"{name}={shared_data / path}")
-    assert (loaded.tally.rows_in, loaded.tally.rejects, loaded.tally.repairs) == (rows_in, rejects, repairs)
+    assert (loaded.stats.rows_in, loaded.stats.rejects, loaded.stats.repairs) == (rows_in, rejects, repairs)
 
 
 # (source, path, reason, places): which rows those are; at most three places of a reason are kept
@@ -117,7 +117,7 @@ PLACES = [
 
 @pytest.mark.parametrize(("name", "path", "reason", "places"), PLACES, ids=[f"{n}-{r}" for n, _, r, _ in PLACES])
 def test_the_bad_rows_of_real_files_are_named_with_their_places(name, path, reason, places, shared_data):
-    found = read(f"{name}={shared_data / path}")[1].tally.places[reason]
+    found = read(f"{name}={shared_data / path}")[1].stats.places[reason]
     assert [place.startswith(f"{shared_data / path}{told}") for place, told in zip(found, places, strict=True)] == [
         True
     ] * len(places)
@@ -237,8 +237,8 @@ def test_cornell_joins_what_one_speaker_says_in_a_row_and_mends_windows_characte
     written(tmp_path, "movie_conversations.txt", conversations + "u0 +++$+++ u1\n")
     rows, loaded = read(f"cornell_movie_dialogs={tmp_path}")
     assert rows == [exchange("“Hm…” I'm off to headquarters.", "Then go.")]
-    assert loaded.tally.repairs == {"Windows-1252 character": 1}
-    assert loaded.tally.places == {
+    assert loaded.stats.repairs == {"Windows-1252 character": 1}
+    assert loaded.stats.places == {
         "empty reply": [f"{tmp_path / 'movie_conversations.txt'}:2 (message 1)"],
         "missing field": [f"{tmp_path / 'movie_conversations.txt'}:3 (no ids of lines)"],
     }
@@ -247,12 +247,12 @@ def test_cornell_joins_what_one_speaker_says_in_a_row_and_mends_windows_characte
 def test_one_half_of_cornell_alone_is_an_error_that_names_the_other(tmp_path):
     path = written(tmp_path, "movie_lines.txt", CORNELL_LINES.encode("latin-1"))
     with pytest.raises(DataError, match=r"movie_lines\.txt is one half of the corpus: put movie_conversations\.txt"):
-        list(load(f"cornell_movie_dialogs={path}", "conversation"))
+        list(load_rows(f"cornell_movie_dialogs={path}", "conversation"))
 
 
 def rows_by_place(spec: str) -> dict[str, list[str]]:
     """The contents of the messages of each kept row."""
-    rows = load(spec, "conversation")
+    rows = load_rows(spec, "conversation")
     return dict((rows.place, [turn["content"] for turn in row["messages"]]) for row in rows)
 
 
@@ -290,7 +290,7 @@ def test_a_line_that_is_missing_moves_no_answer_to_another_question(text, pairs,
     path = written(tmp_path, "algebra__linear_1d.txt", text)
     rows, loaded = read(f"math_dataset={path}")
     assert rows == [exchange(*pair) for pair in pairs]
-    told = [f"{reason}:{place.split(' ')[0].rpartition(':')[2]}" for reason, (place,) in loaded.tally.places.items()]
+    told = [f"{reason}:{place.split(' ')[0].rpartition(':')[2]}" for reason, (place,) in loaded.stats.places.items()]
     assert told == rejects
 
 
@@ -315,20 +315,20 @@ FOLDERS = [
 
 @pytest.mark.parametrize(("name", "folder", "files"), FOLDERS, ids=[name for name, *_ in FOLDERS])
 def test_a_folder_gives_its_training_files_alone(name, folder, files, shared_data):
-    places = {place for place, _ in load(f"{name}={shared_data / folder}", find(name).KIND).raw}
+    places = {place for place, _ in load_rows(f"{name}={shared_data / folder}", find_source(name).KIND).raw}
     assert {Path(re.split(r":\d+$|, row ", place)[0]).name for place in places} == files
 
 
 @pytest.mark.parametrize("name", ["natural_questions", "hh_rlhf", "gsm8k", "openbookqa"])
 def test_a_folder_of_evaluation_files_alone_is_refused(name, tmp_path):
     for file in ("NQ-open.dev.jsonl", "nq-dev-00.jsonl.gz", "test.jsonl", "dev.jsonl"):
-        written(tmp_path, file, json_lines(find(name).RAW[0]))
+        written(tmp_path, file, json_lines(find_source(name).RAW[0]))
     with pytest.raises(DataError, match="holds none of"):
-        load(f"{name}={tmp_path}", find(name).KIND)
+        load_rows(f"{name}={tmp_path}", find_source(name).KIND)
 
 
 def test_mathematics_reads_the_training_folders_and_not_those_of_the_test(shared_data):
-    raw = load(f"math_dataset={shared_data / MATH}", "conversation").raw
+    raw = load_rows(f"math_dataset={shared_data / MATH}", "conversation").raw
     assert {Path(place).parent.name for place, _ in raw} == {"train-easy", "train-medium", "train-hard"}
 
 

@@ -12,18 +12,18 @@ import pytest
 
 from rorchat.errors import DataError
 from rorchat.reading import formats
-from rorchat.sources.registry import Rows, available, find, load
+from rorchat.sources.registry import SourceRows, find_source, list_sources, load_rows
 
 MEBIBYTE = 2**20
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def read(spec: str) -> tuple[list[str], Rows]:
+def read(spec: str) -> tuple[list[str], SourceRows]:
     """The texts of a source of documents, after checking that every row that came in is accounted for."""
-    rows = load(spec, "document")
+    rows = load_rows(spec, "document")
     kept = [row["text"] for row in rows]
-    assert len(kept) == rows.tally.kept
-    assert rows.tally.rows_in == rows.tally.kept + sum(rows.tally.rejects.values())
+    assert len(kept) == rows.stats.kept
+    assert rows.stats.rows_in == rows.stats.kept + sum(rows.stats.rejects.values())
     return kept, rows
 
 
@@ -67,12 +67,14 @@ def test_real_files_give_exactly_the_documents_that_are_in_them(
     name, path, rows_in, rejects, repairs, characters, shared_data
 ):
     texts, loaded = read(f"{name}={shared_data / path}")
-    assert (loaded.tally.rows_in, loaded.tally.rejects, loaded.tally.repairs) == (rows_in, rejects, repairs)
+    assert (loaded.stats.rows_in, loaded.stats.rejects, loaded.stats.repairs) == (rows_in, rejects, repairs)
     assert sum(map(len, texts)) == characters
 
 
 def test_a_hub_dataset_is_named_in_a_form_that_still_loads():
-    documents = [find(name) for name in available() if find(name).KIND == "document" and find(name).HUB]
+    documents = [
+        find_source(name) for name in list_sources() if find_source(name).KIND == "document" and find_source(name).HUB
+    ]
     assert len(documents) >= 9
     for module in documents:
         assert "/" in module.HUB["path"] and module.HUB["split"] == "train"
@@ -81,7 +83,7 @@ def test_a_hub_dataset_is_named_in_a_form_that_still_loads():
 
 def test_the_pile_reads_its_numbered_shards_and_never_val_or_test(shared_data, tmp_path):
     _, loaded = read(f"pile={shared_data / 'pile'}")
-    assert [place for place, _ in load(f"pile={shared_data / 'pile'}", "document").raw] == [
+    assert [place for place, _ in load_rows(f"pile={shared_data / 'pile'}", "document").raw] == [
         f"{shared_data / 'pile' / '00.jsonl.zst'}:1"
     ]
     for name in ("val.jsonl.zst", "test.jsonl.zst"):
@@ -96,11 +98,11 @@ def test_the_longest_document_of_the_pile_comes_whole_and_the_bad_one_is_named(s
     raw = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     assert texts == raw[:118] + raw[119:]
     assert max(map(len, texts)) == 301_525
-    assert loaded.tally.places == {"control character": [f"{path}:119 (the text has U+0082 at character 4720)"]}
+    assert loaded.stats.places == {"control character": [f"{path}:119 (the text has U+0082 at character 4720)"]}
 
 
 def test_c4_reads_its_training_shard_beside_the_validation_shard(shared_data):
-    places = [place for place, _ in load(f"c4={shared_data / 'c4'}", "document").raw]
+    places = [place for place, _ in load_rows(f"c4={shared_data / 'c4'}", "document").raw]
     shard = shared_data / "c4" / "en" / "c4-train.00000-of-01024.json.gz"
     assert places == [f"{shard}:{line}" for line in (1, 2, 3)]
 
@@ -110,7 +112,7 @@ def test_json_lines_under_the_name_json_gz_are_read_line_by_line(tmp_path):
     path.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": \n\n{"text": "two"}\n'))
     texts, loaded = read(f"c4={tmp_path}")
     assert texts == ["one", "two"]
-    assert loaded.tally.places["not JSON"][0].startswith(f"{path}:2 ")
+    assert loaded.stats.places["not JSON"][0].startswith(f"{path}:2 ")
 
 
 def test_fineweb_edu_in_parquet_and_in_csv_are_the_same_texts(shared_data):
@@ -125,7 +127,7 @@ def test_a_story_that_the_end_of_the_file_cuts_is_rejected_at_its_line(shared_da
     raw = path.read_text().split("<|endoftext|>")
     assert texts == [story.strip("\r\n") for story in raw[:-1]]
     line = path.read_text()[: -len(raw[-1].lstrip("\n"))].count("\n") + 1
-    assert loaded.tally.places["cut off"][0].startswith(f"{path}:{line} ")
+    assert loaded.stats.places["cut off"][0].startswith(f"{path}:{line} ")
 
 
 def test_a_single_story_without_any_separator_is_whole(tmp_path):
@@ -141,7 +143,7 @@ def test_a_text_file_is_split_alike_whatever_the_blocks_it_is_read_in(block, tmp
     text = "<|endoftext|>".join(parts)
     (tmp_path / "a.txt").write_text(text)
     monkeypatch.setattr(formats, "_BLOCK", block)
-    rows = list(formats.Stretch(tmp_path / "a.txt"))
+    rows = list(formats.FileSlice(tmp_path / "a.txt"))
     assert [row["text"] for _, row in rows] == [part.strip("\n") for part in parts]
     lines, at = text.split("\n"), 0
     for place, row in rows:
@@ -158,7 +160,7 @@ def test_a_document_of_bad_bytes_costs_that_document_and_names_its_byte_in_the_f
     path.write_bytes(b"one<|endoftext|>Gr\xfc\xdfe<|endoftext|>three<|endoftext|>")
     texts, loaded = read(f"text={path}")
     assert texts == ["one", "three"]
-    assert loaded.tally.places == {"invalid UTF-8": [f"{path} (byte 18)"]}
+    assert loaded.stats.places == {"invalid UTF-8": [f"{path} (byte 18)"]}
 
 
 def test_a_packed_text_that_was_cut_short_gives_the_documents_before_the_damage(tmp_path):
@@ -168,7 +170,7 @@ def test_a_packed_text_that_was_cut_short_gives_the_documents_before_the_damage(
     path = tmp_path / "a.txt.gz"
     path.write_bytes(whole[: len(whole) // 2])
     texts, loaded = read(f"text={path}")
-    assert loaded.tally.rejects == {"damaged gzip": 1}
+    assert loaded.stats.rejects == {"damaged gzip": 1}
     assert len(texts) > 10_000 and texts == stories[: len(texts)]
 
 
@@ -191,7 +193,7 @@ def test_lines_like_a_title_inside_a_formula_begin_no_article(shared_data):
     """62 lines of wiki.test.tokens look like titles, but two are pieces of a formula."""
     path = shared_data / "wikitext2" / "wiki.test.tokens"
     texts, _ = read(f"wikitext={path}")
-    assert len([line for line in path.read_text().splitlines() if find("wikitext")._TITLE.fullmatch(line)]) == 62
+    assert len([line for line in path.read_text().splitlines() if find_source("wikitext")._TITLE.fullmatch(line)]) == 62
     (article,) = [text for text in texts if text.startswith("Constant k filter\n")]
     assert "\n\n1 <unk>/s and a nominal <unk> k\n\n" in article
 
@@ -200,7 +202,7 @@ def test_a_title_stands_between_two_empty_lines(tmp_path):
     path = tmp_path / "wiki.train.tokens"
     path.write_text(" \n = One = \n \n Words . \n = x = \n \n = y = \n z \n \n = Two = \n \n More words . \n")
     assert read(f"wikitext={path}")[0] == ["One\n\nWords.\n\nx\n\ny\n\nz", "Two\n\nMore words."]
-    assert [place for place, _ in load(f"wikitext={path}", "document").raw] == [f"{path}:2", f"{path}:10"]
+    assert [place for place, _ in load_rows(f"wikitext={path}", "document").raw] == [f"{path}:2", f"{path}:10"]
 
 
 def test_lines_of_wikitext_as_the_hub_has_them_are_the_same_articles(shared_data, tmp_path):
@@ -243,19 +245,19 @@ def test_functions_of_both_code_datasets_are_documents(shared_data):
 MEASURE = """
 import sys
 from pathlib import Path
-from rorchat.sources import load
+from rorchat.sources.registry import load_rows
 
 def bytes_of(field):
     status = open("/proc/self/status").read()
     return int(status.partition(field + ":")[2].split()[0]) * 1024
 
-load(sys.argv[1], "document")
+load_rows(sys.argv[1], "document")
 before, characters = bytes_of("VmRSS"), 0
-for _, row in load(sys.argv[1], "document").raw:
+for _, row in load_rows(sys.argv[1], "document").raw:
     characters += len(row["text"])
     del row
 read = bytes_of("VmHWM") - before
-for row in load(sys.argv[1], "document"):
+for row in load_rows(sys.argv[1], "document"):
     del row
 print(characters, read, bytes_of("VmHWM") - before)
 """
@@ -297,11 +299,11 @@ def test_many_documents_take_the_memory_of_one(form, tmp_path):
 
 
 def test_tiny_shakespeare_is_the_example_of_the_documentation_and_all_of_it_is_there(shared_data):
-    written = Path(find("tiny_shakespeare").__file__).read_text()
+    written = Path(find_source("tiny_shakespeare").__file__).read_text()
     assert f"```python\n{written}```" in (ROOT / "docs" / "add_a_dataset.md").read_text()
     assert written.count("\n") < 40
     folder = shared_data / "tinyshakespeare"
-    rows = load(f"tiny_shakespeare={folder}", "document")
+    rows = load_rows(f"tiny_shakespeare={folder}", "document")
     texts = [row["text"] for row in rows]
-    assert (rows.tally.rows_in, rows.tally.kept, len(texts)) == (362, 362, 362)
+    assert (rows.stats.rows_in, rows.stats.kept, len(texts)) == (362, 362, 362)
     assert "\n\n".join(texts) == (folder / "input.txt").read_text().rstrip("\n")

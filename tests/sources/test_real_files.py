@@ -8,11 +8,11 @@ import pytest
 from support import exchange, json_lines, read, written
 
 from rorchat.errors import DataError
-from rorchat.sources.registry import find, load
+from rorchat.sources.registry import find_source, load_rows
 
 
 def test_alpaca_puts_the_input_after_the_instruction_and_knows_its_spellings_of_none():
-    convert = find("alpaca").convert
+    convert = find_source("alpaca").convert
     for nothing in ("", None, "<noinput>", "noinput", "No input", "<no input>", "< noinput >", "\\<noinput\\>"):
         row = {"instruction": "Do it.", "input": nothing, "output": "Done."}
         assert convert(row) == exchange("Do it.", "Done.")
@@ -20,7 +20,7 @@ def test_alpaca_puts_the_input_after_the_instruction_and_knows_its_spellings_of_
 
 
 def test_dailydialog_drops_the_empty_part_after_the_last_mark_and_takes_back_the_blanks():
-    convert = find("dailydialog").convert
+    convert = find_source("dailydialog").convert
     row = "Hey John , how are you ? __eou__ I ’ m fine , thanks . __eou__ Good ! __eou__\n"
     assert convert(row) == exchange("Hey John, how are you?", "I'm fine, thanks.")
 
@@ -30,7 +30,7 @@ def test_dailydialog_reads_its_text_files_gzipped_and_other_formats_too(tmp_path
     path.write_bytes(gzip.compress(b"Hello . __eou__ Hi ! __eou__\n5 6 7\n", mtime=0))
     rows, loaded = read(f"dailydialog={path}", "conversation")
     assert rows == [exchange("Hello.", "Hi!")]
-    assert loaded.tally.places["not a dialogue"][0].startswith(f"{path}:2")
+    assert loaded.stats.places["not a dialogue"][0].startswith(f"{path}:2")
     path = written(tmp_path, "rows.jsonl", json_lines({"dialog": ["Hello .", "Hi !"]}))
     assert read(f"dailydialog={path}", "conversation")[0] == [exchange("Hello.", "Hi!")]
 
@@ -69,10 +69,10 @@ REAL = [
 
 @pytest.mark.parametrize(("name", "path", "rows_in", "rejects"), REAL, ids=[path for _, path, *_ in REAL])
 def test_real_files_give_exactly_the_rows_that_are_in_them(name, path, rows_in, rejects, shared_data):
-    rows, loaded = read(f"{name}={shared_data / path}", find(name).KIND)
-    assert loaded.tally.rejects == rejects
-    assert loaded.tally.rows_in == rows_in
-    assert len(rows) == loaded.tally.rows_in - sum(rejects.values())
+    rows, loaded = read(f"{name}={shared_data / path}", find_source(name).KIND)
+    assert loaded.stats.rejects == rejects
+    assert loaded.stats.rows_in == rows_in
+    assert len(rows) == loaded.stats.rows_in - sum(rejects.values())
 
 
 # Real files of shapes that no source of ours reads yet: one line each, never a traceback.
@@ -89,7 +89,7 @@ UNREAD = [
 def test_a_real_file_of_another_shape_is_refused_as_a_whole_in_one_line(name, path, rows_in, shared_data):
     said = f"can be used: {rows_in:,} missing field, first at .*(:1|row 0) "
     with pytest.raises(DataError, match=said) as failure:
-        list(load(f"{name}={shared_data / path}", find(name).KIND))
+        list(load_rows(f"{name}={shared_data / path}", find_source(name).KIND))
     assert "\n" not in str(failure.value)
 
 

@@ -12,36 +12,36 @@ from support import CONVERTING, exchange, json_lines, read, written
 
 from rorchat.errors import DataError, RemoteError, UsageError
 from rorchat.persona import load_persona
-from rorchat.rows import CHECKS, RejectedRow, Repaired, words_of
-from rorchat.sources.base import digest, exact_digest, in_validation
-from rorchat.sources.registry import available, digest_of, find, load, texts, unread
+from rorchat.rows import CHECKS, RejectedRow, RepairedRow, row_text
+from rorchat.sources.base import exact_digest, is_validation_text, text_digest
+from rorchat.sources.registry import find_source, iterate_texts, list_sources, load_rows, source_digest, unread_files
 
-GENERATING = [name for name in available() if hasattr(find(name), "generate")]
+GENERATING = [name for name in list_sources() if hasattr(find_source(name), "generate")]
 
 
 def kinds_of(name: str) -> tuple[str, ...]:
-    kind = find(name).KIND
+    kind = find_source(name).KIND
     return kind if isinstance(kind, tuple) else (kind,)
 
 
-GOOD_ROW = {"document": {"text": "It was."}, "conversation": exchange(), "preference": find("preference").RAW[0]}
+GOOD_ROW = {"document": {"text": "It was."}, "conversation": exchange(), "preference": find_source("preference").RAW[0]}
 
 
 def test_there_are_sources_of_every_kind():
     assert len(CONVERTING) >= 6 and len(GENERATING) >= 2
-    assert {kind for name in available() for kind in kinds_of(name)} == set(CHECKS)
+    assert {kind for name in list_sources() for kind in kinds_of(name)} == set(CHECKS)
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", list_sources())
 def test_every_source_names_its_licence_and_turns_its_own_raw_rows_into_valid_ones(name):
-    module = find(name)
+    module = find_source(name)
     assert isinstance(module.LICENCE, str) and module.LICENCE
     if hasattr(module, "generate"):
-        converted = [(kind, row) for kind in kinds_of(name) for row in load(f"{name}=7", kind)]
+        converted = [(kind, row) for kind in kinds_of(name) for row in load_rows(f"{name}=7", kind)]
         assert len(converted) == 7 * len(kinds_of(name))
     else:
         converted = [(module.KIND, module.convert(raw)) for raw in module.RAW]
-        converted = [(kind, row.row if isinstance(row, Repaired) else row) for kind, row in converted]
+        converted = [(kind, row.row if isinstance(row, RepairedRow) else row) for kind, row in converted]
         assert len(converted) >= 1
     for kind, row in converted:
         CHECKS[kind](row)
@@ -73,12 +73,12 @@ NOT_ROWS = [
 
 @pytest.mark.parametrize("name", CONVERTING)
 def test_whatever_stands_where_a_row_should_be_is_kept_or_rejected_and_never_a_traceback(name, tmp_path):
-    module = find(name)
+    module = find_source(name)
     good = next(raw for raw in module.RAW if not isinstance(raw, str))
     path = written(tmp_path, "rows.jsonl", json_lines(*NOT_ROWS, good))
     rows, loaded = read(f"{name}={path}", module.KIND)
-    assert loaded.tally.rows_in == len(NOT_ROWS) + 1
-    assert loaded.tally.rejects["wrong type"] >= 3
+    assert loaded.stats.rows_in == len(NOT_ROWS) + 1
+    assert loaded.stats.rejects["wrong type"] >= 3
     for row in rows:
         CHECKS[module.KIND](row)
         json.dumps(row, ensure_ascii=False).encode()  # what a tokenizer needs: text that has UTF-8
@@ -87,7 +87,7 @@ def test_whatever_stands_where_a_row_should_be_is_kept_or_rejected_and_never_a_t
 @pytest.mark.parametrize("name", CONVERTING)
 def test_a_row_cut_to_pieces_is_kept_or_rejected(name):
     """Every raw row with any part of it missing, null, a number, a list or empty."""
-    draw, module, tried = random.Random(0), find(name), 0
+    draw, module, tried = random.Random(0), find_source(name), 0
 
     def damaged(value):
         if draw.random() < 0.15:
@@ -132,8 +132,8 @@ def test_a_bad_row_costs_that_row_and_its_line_is_named(bad, reason, tmp_path):
     good = json_lines(exchange()).encode()
     path = written(tmp_path, "rows.jsonl", good + b"\n" + bad + good)  # good, empty line, bad, good
     rows, loaded = read(f"messages={path}", "conversation")
-    assert (len(rows), loaded.tally.rejects) == (2, {reason: 1})
-    assert loaded.tally.places[reason][0].split(" ")[0] == f"{path}:3"
+    assert (len(rows), loaded.stats.rejects) == (2, {reason: 1})
+    assert loaded.stats.places[reason][0].split(" ")[0] == f"{path}:3"
 
 
 def test_a_bare_list_of_messages_is_a_row_like_any_other(tmp_path):
@@ -164,8 +164,8 @@ def test_a_preference_that_prefers_nothing_is_rejected_with_its_reason(bad, reas
     good = {"prompt": "q", "chosen": "a", "rejected": "b"}
     path = written(tmp_path, "rows.jsonl", json_lines(good, bad))
     rows, loaded = read(f"preference={path}", "preference")
-    assert loaded.tally.rejects == {reason: 1}
-    assert loaded.tally.places[reason][0].startswith(f"{path}:2")
+    assert loaded.stats.rejects == {reason: 1}
+    assert loaded.stats.places[reason][0].startswith(f"{path}:2")
     assert rows == [
         {
             "prompt": [{"role": "user", "content": "q"}],
@@ -181,7 +181,7 @@ def test_what_is_hidden_in_a_folder_is_not_read(tmp_path):
         written(tmp_path / name, "a.json", '{"text": "good"}')
     written(tmp_path, ".hidden.txt", "bad")
     rows, loaded = read(f"text={tmp_path}", "document")
-    assert (rows, loaded.tally.rows_in) == ([{"text": "good"}], 1) and unread(loaded.spec) == []
+    assert (rows, loaded.stats.rows_in) == ([{"text": "good"}], 1) and unread_files(loaded.spec) == []
 
 
 def test_a_folder_is_read_in_the_order_of_names_and_other_files_are_left_alone(tmp_path):
@@ -195,32 +195,32 @@ def test_a_folder_is_read_in_the_order_of_names_and_other_files_are_left_alone(t
 def test_only_the_first_places_of_a_reason_are_kept_but_all_are_counted(tmp_path):
     path = written(tmp_path, "a.jsonl", json_lines(*[5] * 50, {"text": "good"}))
     _, loaded = read(f"text={path}", "document")
-    assert loaded.tally.rejects == {"wrong type": 50}
-    assert [place.split(" ")[0] for place in loaded.tally.places["wrong type"]] == [f"{path}:{n}" for n in (1, 2, 3)]
-    first, second = str(loaded.tally).splitlines()
+    assert loaded.stats.rejects == {"wrong type": 50}
+    assert [place.split(" ")[0] for place in loaded.stats.places["wrong type"]] == [f"{path}:{n}" for n in (1, 2, 3)]
+    first, second = str(loaded.stats).splitlines()
     assert first == f"text={path}: 1 of 51 rows kept"
     assert second.startswith(f"  50 rejected: wrong type, first at {path}:1 ")
 
 
 def test_an_unknown_source_suggests_its_neighbour():
     with pytest.raises(UsageError, match=r"No source named 'alpacca'\. Did you mean 'alpaca'\? Available: .*tinytown"):
-        load("alpacca", "conversation")
+        load_rows("alpacca", "conversation")
 
 
 def test_a_source_of_another_kind_says_which_ones_fit():
     with pytest.raises(UsageError, match="'alpaca' gives conversations, but here go documents: .*text"):
-        load("alpaca=x", "document")
+        load_rows("alpaca=x", "document")
 
 
 @pytest.mark.parametrize("amount", ["", "0", "-3", "many", "1e3"])
 def test_a_generated_source_wants_an_amount(amount):
     with pytest.raises(UsageError, match="is generated: say how many rows, as in tinytown=1000"):
-        load(f"tinytown={amount}", "document")
+        load_rows(f"tinytown={amount}", "document")
 
 
 def test_a_source_without_a_home_on_the_hub_wants_a_path():
     with pytest.raises(UsageError, match="text=PATH"):
-        load("text", "document")
+        load_rows("text", "document")
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_that_names_the_local_way(monkeypatch):
@@ -231,7 +231,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_that_names_the_local_way(monke
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(RemoteError, match=r"tatsu-lab/alpaca .*first line second line.* alpaca=PATH") as failure:
-        load("alpaca", "conversation")
+        load_rows("alpaca", "conversation")
     assert "\n" not in str(failure.value)
 
 
@@ -252,7 +252,7 @@ NOTHING_TO_READ = [
 def test_a_file_without_a_usable_row_is_a_data_error_of_one_line(name, content, said, tmp_path):
     path = written(tmp_path, name, content)
     with pytest.raises(DataError, match=said) as failure:
-        list(load(f"text={path}", "document"))
+        list(load_rows(f"text={path}", "document"))
     assert str(path) in str(failure.value) and "\n" not in str(failure.value)
     assert failure.value.exit_code == 65
 
@@ -260,21 +260,21 @@ def test_a_file_without_a_usable_row_is_a_data_error_of_one_line(name, content, 
 @pytest.mark.parametrize("name", CONVERTING)
 def test_a_missing_path_or_a_folder_with_nothing_fitting_is_a_data_error_of_one_line(name, tmp_path):
     with pytest.raises(DataError, match=f"No file or folder {tmp_path / 'nowhere'}") as failure:
-        list(load(f"{name}={tmp_path / 'nowhere'}", find(name).KIND))
+        list(load_rows(f"{name}={tmp_path / 'nowhere'}", find_source(name).KIND))
     assert "\n" not in str(failure.value)
     with pytest.raises(DataError, match="but nothing"):
-        list(load(f"{name}={tmp_path}", find(name).KIND))
+        list(load_rows(f"{name}={tmp_path}", find_source(name).KIND))
     written(tmp_path, "picture.png", "")
     with pytest.raises(DataError, match=r"holds none of .* but picture\.png") as failure:
-        list(load(f"{name}={tmp_path}", find(name).KIND))
+        list(load_rows(f"{name}={tmp_path}", find_source(name).KIND))
     assert "\n" not in str(failure.value)
 
 
 def test_a_summary_remembers_licence_and_counts(tmp_path):
     _, loaded = read(f"text={written(tmp_path, 'a.jsonl', json_lines(5, {'text': 'good'}))}", "document")
-    assert loaded.tally.summary() == {
+    assert loaded.stats.summary() == {
         "source": loaded.spec,
-        "licence": find("text").LICENCE,
+        "licence": find_source("text").LICENCE,
         "rows_in": 2,
         "kept": 1,
         "rejects": {"wrong type": 1},
@@ -288,17 +288,17 @@ def test_texts_gives_the_words_of_every_kind_of_source(tmp_path):
     conversations = written(tmp_path, "b.jsonl", json_lines(exchange("a question", "an answer")))
     preferences = written(tmp_path, "c.jsonl", json_lines({"prompt": "p", "chosen": "c", "rejected": "r"}))
     specs = [f"text={documents}", f"messages={conversations}", f"preference={preferences}"]
-    assert list(texts(specs)) == ["a document", "a question", "an answer", "p", "c", "r"]
+    assert list(iterate_texts(specs)) == ["a document", "a question", "an answer", "p", "c", "r"]
 
 
 def test_the_hold_out_takes_its_share_and_looks_at_words_alone():
-    held_out = [in_validation(f"document {number}", 0.1) for number in range(20_000)]
+    held_out = [is_validation_text(f"document {number}", 0.1) for number in range(20_000)]
     assert 0.09 < sum(held_out) / len(held_out) < 0.11
-    assert not any(in_validation(f"document {number}", 0.0) for number in range(100))
-    assert all(in_validation(f"document {number}", 1.0) for number in range(100))
+    assert not any(is_validation_text(f"document {number}", 0.0) for number in range(100))
+    assert all(is_validation_text(f"document {number}", 1.0) for number in range(100))
     for number, held in enumerate(held_out[:500]):
-        assert in_validation(f"  DOCUMENT\n\t{number} ", 0.1) == held
-        assert not held or in_validation(f"document {number}", 0.2)  # a larger share only adds
+        assert is_validation_text(f"  DOCUMENT\n\t{number} ", 0.1) == held
+        assert not held or is_validation_text(f"document {number}", 0.2)  # a larger share only adds
 
 
 DIFFERENT = [
@@ -316,7 +316,7 @@ DIFFERENT = [
 
 @pytest.mark.parametrize(("first", "second"), DIFFERENT)
 def test_texts_that_differ_are_no_duplicates_although_they_are_held_out_together(first, second):
-    loose = [digest(words_of(row)) for row in (first, second)]
+    loose = [text_digest(row_text(row)) for row in (first, second)]
     assert loose[0] == loose[1]
     assert exact_digest(first, loose[0]) != exact_digest(second, loose[1])
     again = json.loads(json.dumps(first))
@@ -327,8 +327,10 @@ def test_texts_that_differ_are_no_duplicates_although_they_are_held_out_together
 def test_white_space_around_a_document_makes_it_no_other_whatever_its_length(length):
     text = ("It was the best of times. " * (length // 26 + 1))[: length - 1] + "x"
     bare, padded = ({"text": form} for form in (text, f"\n {text}\r\n"))
-    assert exact_digest(bare, digest(text)) == exact_digest(padded, digest(padded["text"]))
-    assert exact_digest(bare, digest(text)) != exact_digest({"text": text.replace("was", "Was", 1)}, digest(text))
+    assert exact_digest(bare, text_digest(text)) == exact_digest(padded, text_digest(padded["text"]))
+    assert exact_digest(bare, text_digest(text)) != exact_digest(
+        {"text": text.replace("was", "Was", 1)}, text_digest(text)
+    )
 
 
 def test_the_digest_of_a_source_knows_a_copy_of_its_files_and_notices_another_content_name_or_file(tmp_path):
@@ -336,25 +338,25 @@ def test_the_digest_of_a_source_knows_a_copy_of_its_files_and_notices_another_co
     first.mkdir()
     for name, rows in (("a.jsonl", 20), ("b.jsonl", 100_000)):  # one of 0.5 MB, one of more than 2
         written(first, name, json_lines(*({"text": f"document {name} {number:09d}"} for number in range(rows))))
-    digest_before = digest_of(f"text={first}")
+    digest_before = source_digest(f"text={first}")
     shutil.copytree(first, copy)
     for file in copy.iterdir():
         os.utime(file, (0, 0))
-    assert digest_of(f"text={copy}") == digest_before != ""
+    assert source_digest(f"text={copy}") == digest_before != ""
     written(copy, ".DS_Store", b"\0")
     written(copy, "notes.doc", b"\0")
-    assert digest_of(f"text={copy}") == digest_before
+    assert source_digest(f"text={copy}") == digest_before
     for name in ("a.jsonl", "b.jsonl"):
         content = (copy / name).read_bytes()
         end = content[:-9] + b'so"}\n\n\n\n\n'
         assert len(end) == len(content)
         for changed in (content.replace(b"document", b"DOCUMENT"), end, content + b"\n", content[:-1]):
             (copy / name).write_bytes(changed)
-            assert digest_of(f"text={copy}") != digest_before
+            assert source_digest(f"text={copy}") != digest_before
         (copy / name).write_bytes(content)
     (copy / "a.jsonl").rename(copy / "c.jsonl")
-    assert digest_of(f"text={copy}") != digest_before
-    assert digest_of(f"text={tmp_path / 'nowhere'}") == ""
+    assert source_digest(f"text={copy}") != digest_before
+    assert source_digest(f"text={tmp_path / 'nowhere'}") == ""
 
 
 def test_the_files_beside_those_of_a_source_are_part_of_its_digest(tmp_path):
@@ -364,12 +366,12 @@ def test_the_files_beside_those_of_a_source_are_part_of_its_digest(tmp_path):
     written(tmp_path, "movie_lines.txt", "\n".join(lines))
     spec = f"cornell_movie_dialogs={tmp_path}"
     assert len(read(spec, "conversation")[0]) == 1
-    before = digest_of(spec)
+    before = source_digest(spec)
     written(tmp_path, "movie_lines.txt", "\n".join(lines).replace("Line 2", "Else 2"))
-    assert digest_of(spec) != before
+    assert source_digest(spec) != before
 
 
 def test_the_persona_is_part_of_what_is_generated_about_it_and_of_nothing_else():
     other = dataclasses.replace(load_persona(), name="Zebulon")
-    assert digest_of("persona=60") != digest_of("persona=60", other)
-    assert digest_of("tinytown=60") == digest_of("tinytown=60", other)
+    assert source_digest("persona=60") != source_digest("persona=60", other)
+    assert source_digest("tinytown=60") == source_digest("tinytown=60", other)

@@ -12,7 +12,7 @@ import pytest
 
 from rorchat.rows import CHECKS
 from rorchat.sources import tinytown
-from rorchat.sources.registry import load
+from rorchat.sources.registry import load_rows
 
 AMOUNT = 20_000
 OPERATIONS = (
@@ -37,7 +37,7 @@ def training() -> dict[str, list[str]]:
     """All different texts of 20,000 training rows of each kind."""
     texts = {}
     for kind in tinytown.KIND:
-        rows = list(load(f"tinytown={AMOUNT}", kind))
+        rows = list(load_rows(f"tinytown={AMOUNT}", kind))
         assert len(rows) == AMOUNT
         texts[kind] = list(dict.fromkeys(text for row in rows for text in contents(kind, row)))
     return texts
@@ -93,7 +93,8 @@ def test_the_readers_of_this_file_understand_both_kinds_of_sums_and_a_story():
 @pytest.mark.parametrize("kind", tinytown.KIND)
 def test_generation_is_a_pure_function_of_the_seed(kind):
     first, again, longer, other = (
-        list(load(f"tinytown={amount}", kind, seed=seed)) for amount, seed in ((300, 5), (300, 5), (400, 5), (300, 6))
+        list(load_rows(f"tinytown={amount}", kind, seed=seed))
+        for amount, seed in ((300, 5), (300, 5), (400, 5), (300, 6))
     )
     assert first == again == longer[:300]
     assert sum(row in other for row in first) < 100
@@ -210,9 +211,9 @@ def test_garbage_fails(garbage, held_out):
 
 
 def test_the_answer_to_a_question_of_training_is_the_one_that_conversations_give():
-    rows = [(row["messages"][0]["content"], row) for row in load("tinytown=3000", "question")]
+    rows = [(row["messages"][0]["content"], row) for row in load_rows("tinytown=3000", "question")]
     replies = {}
-    for row in load("tinytown=20000", "conversation"):
+    for row in load_rows("tinytown=20000", "conversation"):
         asked, replied = row["messages"][0]["content"], row["messages"][1]["content"]
         replies[asked] = replied
     known = [(row, text, replies[text]) for text, row in rows if text in replies]
@@ -233,7 +234,7 @@ def test_what_a_preference_prefers_is_what_conversations_teach(training):
     """Sentence by sentence, wherever both know the question, so that the two stages do not pull in two directions."""
     taught = {sentence for text in training["conversation"] for sentence in sentences(text)}
     asked = set(training["conversation"])
-    rows = [row for row in load("tinytown=2000", "preference") if row["prompt"][-1]["content"] in asked]
+    rows = [row for row in load_rows("tinytown=2000", "preference") if row["prompt"][-1]["content"] in asked]
     assert len(rows) > 400
     for row in rows:
         assert [said for said in sentences(row["chosen"][0]["content"]) if said not in taught] == []

@@ -9,7 +9,7 @@ import pytest
 
 from rorchat.errors import DataError, UsageError
 from rorchat.rows import RejectedRow
-from rorchat.sources.registry import load
+from rorchat.sources.registry import load_rows
 from rorchat.tokens import decontamination
 from rorchat.tokens.decontamination import EvaluationText, digests_of, words
 
@@ -117,7 +117,7 @@ def test_a_text_of_evaluation_words_alone_in_another_order_is_clean(shared_data)
 
 def test_a_paragraph_of_gsm8k_inside_prose_is_found_and_the_prose_alone_is_clean(shared_data):
     text = EvaluationText.read([str(shared_data / "gsm8k" / "test.jsonl")])
-    prose = [row["text"] for row in load(f"prose={shared_data / 'corpus_prose' / 'val.jsonl'}", "document")]
+    prose = [row["text"] for row in load_rows(f"prose={shared_data / 'corpus_prose' / 'val.jsonl'}", "document")]
     assert len(prose) == 45 and not any(map(text.find, prose))
     question = json.loads((shared_data / "gsm8k" / "test.jsonl").read_text().splitlines()[7])["question"]
     planted = prose[3][:3000] + "\n\n" + question.replace("\n", "  ").upper() + "\n\n" + prose[3][3000:]

@@ -18,14 +18,14 @@ from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.mixture.collators import padded
 from rorchat.persona import load_persona
 from rorchat.reading.filters import Filters
-from rorchat.sources.base import in_validation
+from rorchat.sources.base import is_validation_text
 from rorchat.tokens.prepare import prepare
 from rorchat.tokens.store import Manifest, TokenStore, crc_of_blocks
 
 
 def test_a_store_decodes_to_the_documents_it_was_made_of(store, tokenizer):
-    assert decoded(store, "train", tokenizer) == [text for text in KEPT if not in_validation(text, SHARE)]
-    assert decoded(store, "validation", tokenizer) == [text for text in KEPT if in_validation(text, SHARE)]
+    assert decoded(store, "train", tokenizer) == [text for text in KEPT if not is_validation_text(text, SHARE)]
+    assert decoded(store, "validation", tokenizer) == [text for text in KEPT if is_validation_text(text, SHARE)]
 
 
 def test_the_ids_of_a_store_are_each_document_after_an_end_of_text(store, tokenizer):
@@ -33,7 +33,7 @@ def test_the_ids_of_a_store_are_each_document_after_an_end_of_text(store, tokeni
     expected = [
         token
         for text, ids in zip(KEPT, encode_text(tokenizer, KEPT), strict=True)
-        if not in_validation(text, SHARE)
+        if not is_validation_text(text, SHARE)
         for token in [end, *ids]
     ]
     assert store.slice("train", 0, store.tokens("train")).tolist() == expected
@@ -46,8 +46,8 @@ def test_the_manifest_adds_up(store, tokenizer):
     assert (manifest.rows_in, manifest.kept) == (len(DOCUMENTS), len(KEPT))
     assert manifest.rejects == {"duplicate": len(COPIES)}
     for split, documents in (
-        ("train", [text for text in KEPT if not in_validation(text, SHARE)]),
-        ("validation", [text for text in KEPT if in_validation(text, SHARE)]),
+        ("train", [text for text in KEPT if not is_validation_text(text, SHARE)]),
+        ("validation", [text for text in KEPT if is_validation_text(text, SHARE)]),
     ):
         assert len(documents) > 5
         assert manifest.total(split, "documents") == len(documents)
@@ -259,7 +259,7 @@ def test_gpt2s_own_vocabulary_fits_into_16_bits(gpt2_tokenizer, spec, tmp_path):
     store = prepare(spec, gpt2_tokenizer, tmp_path / "gpt2", validation_share=SHARE)
     assert np.load(store.folder / "train-00000.npy").dtype == np.uint16
     assert store.slice("train", 0, 1).tolist() == [50256]
-    assert decoded(store, "train", gpt2_tokenizer) == [text for text in KEPT if not in_validation(text, SHARE)]
+    assert decoded(store, "train", gpt2_tokenizer) == [text for text in KEPT if not is_validation_text(text, SHARE)]
 
 
 def damaged(store: TokenStore, file: str, damage: str) -> None:

@@ -11,7 +11,7 @@ from support import COPIES, DOCUMENTS, KEPT, SHARE, decoded, files_of, write_doc
 
 from rorchat.errors import MismatchError
 from rorchat.reading import slices
-from rorchat.sources.registry import find, parts
+from rorchat.sources.registry import find_source, source_parts
 from rorchat.tokens import tokenize_shard
 from rorchat.tokens.prepare import prepare
 from rorchat.tokens.store import Manifest
@@ -29,7 +29,7 @@ def folder_of_parts(tmp_path, monkeypatch) -> str:
     folder.mkdir()
     for number in range(7):
         write_documents(folder, DOCUMENTS[number * 18 : (number + 1) * 18], f"{number}.jsonl")
-    assert len(parts(f"text={folder}")) > 15
+    assert len(source_parts(f"text={folder}")) > 15
     return f"text={folder}"
 
 
@@ -69,11 +69,11 @@ def test_a_preparation_killed_in_the_middle_and_run_again_gives_the_same_bytes(p
         write_documents(folder, [f"{text} {number}" for text in DOCUMENTS], f"{number:02d}.jsonl")
     script = (
         "import sys, time\n"
-        "from rorchat.sources import _parts\n"
+        "from rorchat.reading import slices\n"
         "from rorchat.tokens import part\n"
         "from rorchat.tokens.prepare import prepare\n"
         "from rorchat.tokenizer import train_tokenizer\n"
-        "_parts.SMALLEST_PART = 5000\n"
+        "slices.SMALLEST_PART = 5000\n"
         "slow = part.Job.prepare\n"
         "def prepared(*arguments):\n"
         "    time.sleep(float(sys.argv[3])); slow(*arguments)\n"
@@ -168,7 +168,7 @@ def test_a_part_that_was_another_piece_of_the_source_is_prepared_again(folder_of
     before = len(list(left.glob("part-*.json")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slices, "SMALLEST_PART", 2000)
-        assert 2 < len(parts(folder_of_parts)) < before
+        assert 2 < len(source_parts(folder_of_parts)) < before
         again = prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
     assert again.manifest.rejects == {"duplicate": len(COPIES)} and again.manifest.rows_in == len(DOCUMENTS)
     for split in ("train", "validation"):
@@ -184,7 +184,7 @@ def test_a_renamed_file_loses_and_repeats_no_document_of_a_preparation_that_was_
     texts = [f"Document {number} says hello." for number in range(200)]
     write_documents(folder, texts[:100], "a.jsonl")
     write_documents(folder, texts[100:], "c.jsonl")
-    pieces = len(parts(f"text={folder}"))
+    pieces = len(source_parts(f"text={folder}"))
     whole, done = tokenize_shard.Job.prepare, []
 
     def half(job, number, piece, told):
@@ -242,7 +242,7 @@ def test_a_manifest_that_the_disk_lost_is_made_again_of_the_parts(folder_of_part
 
 def test_a_part_without_a_usable_row_changes_nothing_about_the_others(folder_of_parts, store, tokenizer, tmp_path):
     (tmp_path / "parts" / "0a.jsonl").write_text("not JSON\n" * 40)
-    assert len(parts(folder_of_parts)) > 15
+    assert len(source_parts(folder_of_parts)) > 15
     mixed = prepare(folder_of_parts, tokenizer, tmp_path / "mixed", validation_share=SHARE, workers=1)
     assert mixed.manifest.rejects == {"duplicate": len(COPIES), "not JSON": 40}
     for split in ("train", "validation"):
@@ -264,8 +264,8 @@ def test_a_preparation_from_the_hub_begins_anew_where_the_dataset_moved_on_and_a
     tokenizer, tmp_path, monkeypatch
 ):
     rows = HubRows({"text": text} for text in DOCUMENTS)
-    monkeypatch.setattr("rorchat.sources._hub_rows", lambda name: rows)
-    monkeypatch.setattr("rorchat.sources.HUB_ROWS_PER_PART", 20)
+    monkeypatch.setattr("rorchat.sources.registry.load_hub_rows", lambda name: rows)
+    monkeypatch.setattr("rorchat.sources.registry.HUB_ROWS_PER_PART", 20)
     settings = {"tokenizer": tokenizer, "folder": tmp_path / "store", "validation_share": SHARE, "workers": 1}
     with monkeypatch.context() as patch:
         patch.setattr("rorchat.tokens.prepare.finish", interrupted)
@@ -278,7 +278,7 @@ def test_a_preparation_from_the_hub_begins_anew_where_the_dataset_moved_on_and_a
     assert store.manifest.hub_fingerprint == "second"
     rows._fingerprint = "third"
     assert prepare("tinystories", **settings).manifest == store.manifest
-    monkeypatch.setattr(find("tinystories"), "HUB", {"path": "roneneldan/TinyStories", "split": "validation"})
+    monkeypatch.setattr(find_source("tinystories"), "HUB", {"path": "roneneldan/TinyStories", "split": "validation"})
     with pytest.raises(MismatchError, match="place on the Hub. has changed"):
         prepare("tinystories", **settings)
 

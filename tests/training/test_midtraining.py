@@ -12,7 +12,7 @@ from rorchat.mixture.config import MixtureConfig, read_mixture
 from rorchat.mixture.dataset import prepare_stores
 from rorchat.model import build_model
 from rorchat.persona import DEFAULT_PERSONA, load_persona
-from rorchat.sources.registry import find, kinds_of, load
+from rorchat.sources.registry import find_source, load_rows, source_kinds
 from rorchat.tokenizer import load_tokenizer
 from rorchat.tokens.prepare import prepare
 from rorchat.training.arguments import parse
@@ -31,10 +31,10 @@ def documents_of(store, split: str) -> set[tuple[int, ...]]:
 
 
 def test_chat_before_a_source_is_its_conversations():
-    assert kinds_of("tinytown")[0] == "document" and kinds_of("chat:tinytown") == ("conversation",)
-    rows = list(load("chat:tinytown=3", "conversation"))
-    assert rows == list(load("tinytown=3", "conversation")) and "messages" in rows[0]
-    assert kinds_of("chat:alpaca") == ("conversation",)
+    assert source_kinds("tinytown")[0] == "document" and source_kinds("chat:tinytown") == ("conversation",)
+    rows = list(load_rows("chat:tinytown=3", "conversation"))
+    assert rows == list(load_rows("tinytown=3", "conversation")) and "messages" in rows[0]
+    assert source_kinds("chat:alpaca") == ("conversation",)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_chat_before_a_source_is_its_conversations():
 )
 def test_a_source_without_conversations_is_named(name, said):
     with pytest.raises(UsageError) as caught:
-        find(name)
+        find_source(name)
     assert str(caught.value).startswith(said)
 
 
@@ -61,7 +61,8 @@ def test_both_kinds_of_a_source_become_two_stores_and_the_manifest_says_which(to
     shares = [np.mean(store.slice("train", 0, store.tokens("train")) == start) for store in stores]
     assert shares[0] == 0 and shares[1] > 0.01
     expected = {
-        tuple(encode_conversation(tokenizer, row["messages"]).input_ids) for row in load("tinytown=200", "conversation")
+        tuple(encode_conversation(tokenizer, row["messages"]).input_ids)
+        for row in load_rows("tinytown=200", "conversation")
     }
     assert documents_of(stores[1], "train") | documents_of(stores[1], "validation") == expected
 

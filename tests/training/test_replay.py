@@ -6,7 +6,7 @@ from support import DOCUMENTS, SHARE, decoded, write_documents
 
 from rorchat.chatml import encode_text
 from rorchat.errors import DataError, MismatchError, UsageError
-from rorchat.sources.base import in_validation
+from rorchat.sources.base import is_validation_text
 from rorchat.tokenizer import train_tokenizer
 from rorchat.tokens.prepare import prepare
 from rorchat.training.replay import replay_rows
@@ -23,7 +23,9 @@ def places(store, spec) -> dict[str, str]:
 
 @pytest.mark.parametrize("place", ["store", "spec", "store="])
 def test_rows_are_whole_training_documents_and_never_held_out_ones(place, places, store, tokenizer):
-    total = sum(len(ids) + 2 for ids in encode_text(tokenizer, [d for d in DOCUMENTS if not in_validation(d, SHARE)]))
+    total = sum(
+        len(ids) + 2 for ids in encode_text(tokenizer, [d for d in DOCUMENTS if not is_validation_text(d, SHARE)])
+    )
     rows = replay_rows(places[place], tokenizer, total // 2, 1000, 0, SHARE)
     held_out = decoded(store, "validation", tokenizer)
     found = texts_of(rows, tokenizer)
@@ -63,7 +65,7 @@ def test_the_seed_decides_which_documents_of_a_store_come(store, tokenizer):
 def test_a_generated_source_is_split_by_the_same_hash(tokenizer):
     rows = replay_rows("tinytown=300", tokenizer, 5000, 1000, 0, 0.3)
     found = texts_of(rows, tokenizer)[:-1]
-    assert len(found) > 20 and not any(in_validation(text, 0.3) for text in found)
+    assert len(found) > 20 and not any(is_validation_text(text, 0.3) for text in found)
 
 
 def test_what_cannot_be_replayed_is_one_sentence(places, spec, tokenizer, tmp_path):

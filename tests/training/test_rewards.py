@@ -10,7 +10,7 @@ from rorchat.errors import DataError, UsageError
 from rorchat.inference.engine import Reply
 from rorchat.rows import CHECKS, RejectedRow
 from rorchat.sources.gsm8k import RAW, to_question
-from rorchat.sources.registry import load
+from rorchat.sources.registry import load_rows
 from rorchat.training.rewards import (
     ANSWERED,
     REWARDS,
@@ -68,7 +68,7 @@ def test_an_answer_is_worth_most_if_right_a_little_if_of_the_right_kind(about, r
 
 
 def test_every_answer_of_a_source_is_right_by_itself_and_worth_more_than_any_other():
-    rows = list(load("tinytown=300", "question"))
+    rows = list(load_rows("tinytown=300", "question"))
     assert {row["topic"] for row in rows} == {"fact", "sum", "story"}
     for about in rows:
         assert answer(about["answer"], about) == 1.0
@@ -144,10 +144,10 @@ def test_gsm8k_gives_the_number_behind_its_mark_and_rejects_an_answer_without_on
 
 def test_every_problem_of_the_real_file_is_a_question_whose_own_solution_is_right(shared_data):
     path = shared_data / "gsm8k" / "train.jsonl"
-    rows = load(f"gsm8k={path}", "question")
+    rows = load_rows(f"gsm8k={path}", "question")
     questions = list(rows)
-    assert (rows.tally.rows_in, rows.tally.kept) == (7473, 7473)
-    solutions = [row["messages"][1]["content"] for row in load(f"gsm8k={path}", "conversation")]
+    assert (rows.stats.rows_in, rows.stats.kept) == (7473, 7473)
+    solutions = [row["messages"][1]["content"] for row in load_rows(f"gsm8k={path}", "conversation")]
     for question, solution in zip(questions, solutions, strict=True):
         CHECKS["question"](question)
         assert is_right(solution, question), question

@@ -21,7 +21,7 @@ FLAGS = ["--sources", "tinytown=80", "--validation_share", "0.1", "--output_dir"
 
 
 def test_the_labels_are_the_assistants_words_and_their_closings_and_nothing_else(tokenizer):
-    from rorchat.sources.registry import load
+    from rorchat.sources.registry import load_rows
 
     train, validation, _ = read_encoded(parse(SFTArguments, FLAGS), tokenizer, 10_000)
     found = set()
@@ -29,7 +29,7 @@ def test_the_labels_are_the_assistants_words_and_their_closings_and_nothing_else
         asked = row["labels"] != -100
         edges = np.flatnonzero(np.diff(np.concatenate([[False], asked.numpy(), [False]])))
         found |= {tokenizer.decode(row["input_ids"][a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)}
-    rows = load("tinytown=80", "conversation", seed=0)
+    rows = load_rows("tinytown=80", "conversation", seed=0)
     said = {m["content"] + "<|im_end|>" for row in rows for m in row["messages"] if m["role"] == "assistant"}
     assert found == said
 

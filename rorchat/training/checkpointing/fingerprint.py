@@ -19,7 +19,7 @@ from rorchat.files import file_sha256
 from rorchat.mixture.history import by_content, named_by_content
 from rorchat.model import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rorchat.persona import DEFAULT_PERSONA
-from rorchat.sources.registry import digest_of
+from rorchat.sources.registry import source_digest
 from rorchat.tokens.store import Manifest, store_folder
 
 FINGERPRINTED = (
@@ -83,7 +83,7 @@ def data_fingerprint(arguments) -> dict[str, object]:
 def _digest_of(spec: str) -> str:
     folder = store_folder(spec)
     if not folder:
-        return digest_of(spec)
+        return source_digest(spec)
     try:
         return Manifest.read(folder).content_sha256()
     except DataError:  # which is told when it is opened, unless it is optional
