@@ -10,6 +10,8 @@ import argparse
 import fnmatch
 import re
 import sys
+import textwrap
+from functools import partial
 from pathlib import Path
 
 from rorchat.errors import RorchatError
@@ -29,6 +31,8 @@ COMPANIONS = (
     "*.md", "*manifest.json", "*readme.txt", "*README.txt", "gpt2_tokenizer/*", "*_metadata.txt", "*/movie_lines.txt",
     "*dialogues_act_*", "*dialogues_emotion_*", "*/openbook.txt",
 )  # fmt: skip
+
+fill = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
 
 
 def sort_of(name: str) -> str:
@@ -76,15 +80,19 @@ def main() -> int:
     folders = sorted({name.split("/")[0] for name in names if sorts[name] == "evaluation"})
     text = "\n\n".join(
         [
-            "# Where every row goes",
-            "Every training file of a folder of real data in original formats, as `python scripts/check_data.py FOLDER "
-            "--out docs/data.md` reads it (`rorchat data check FILE` for one). `rows = kept + rejected`, always. A "
-            "place is the line or the row of the file; rows and messages are numbered from 0. What a file holds was "
-            "guessed.",
+            "# What happens to every row",
+            fill(
+                "Every training file in a folder of real data in original formats, as read by `python "
+                "scripts/check_data.py FOLDER --out docs/data.md` (`rorchat data check FILE` for a single file). `rows "
+                "= kept + rejected` always holds. Places are lines or rows of the file; rows and messages are numbered "
+                "from 0. The format of each file was guessed."
+            ),
             table(["file", "read as", "rows", "kept", "rejected"], rows),
-            f"{len(training)} files of training data. {sum(sort == 'evaluation' for sort in sorts.values())} files of "
-            f"evaluation sets and held-out splits were left alone (in {', '.join(folders)}), and "
-            f"{sum(sort == 'companion' for sort in sorts.values())} that hold no rows of their own.",
+            fill(
+                f"{len(training)} training files. {sum(sort == 'evaluation' for sort in sorts.values())} files of "
+                f"evaluation sets and held-out splits were not read (in {', '.join(folders)}), nor "
+                f"{sum(sort == 'companion' for sort in sorts.values())} files that contain no rows of their own."
+            ),
         ]
     )
     if arguments.out:

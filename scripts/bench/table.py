@@ -1,13 +1,17 @@
 """Records of a run -> medians with spread, ratios, shares of what the machine can do, and the Markdown of them."""
 
 import re
+import textwrap
 from collections.abc import Sequence
+from functools import partial
 from statistics import mean, median
 
 from works import SIDES, Work
 
 SPEED = {"tokens": ",.0f", "pairs": ".3g"}  # how a speed is written, by its unit
 STEADY = 0.05  # how far a calibration may move within a work before the run says so
+
+fill = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
 
 
 def flops_per_token(work: Work, parameters: int) -> int:
@@ -163,7 +167,7 @@ def markdown(name: str, result: dict, run: dict) -> str:
         *_optimizers(result),
         *calibration_told(result["calibration"]),
     ]
-    return "\n".join(lines)
+    return "\n".join(line if line.startswith("|") else fill(line) for line in lines)
 
 
 def with_section(text: str, name: str, body: str) -> str:
