@@ -235,7 +235,7 @@ def encode_conversation(tokenizer, messages: Sequence[dict], max_length: int | N
     return encoded
 
 
-def encode_prompt(tokenizer, messages: Sequence[dict], *, positions: int, reserve: int) -> EncodedPrompt:
+def encode_prompt(tokenizer, messages: Sequence[dict], *, n_positions: int, reserve: int) -> EncodedPrompt:
     """The ids from which the assistant's next words are generated, fitted into the context window.
 
     Keeps the system message and the newest whole turns, beginning with a user's; if the last message alone is too long
@@ -243,7 +243,7 @@ def encode_prompt(tokenizer, messages: Sequence[dict], *, positions: int, reserv
 
     Args:
         messages: a conversation that ends with a user's message.
-        positions: the model's learned positions; nothing ever reaches position `positions`.
+        n_positions: the model's learned positions; nothing ever reaches position `n_positions`.
         reserve: tokens kept free for the answer.
 
     Raises:
@@ -257,7 +257,7 @@ def encode_prompt(tokenizer, messages: Sequence[dict], *, positions: int, reserv
     opening = [tokenizer.convert_tokens_to_ids(IM_START), *encode_text(tokenizer, ["assistant\n"])[0]]
     system = turns[:1] if turns[0].role == "system" else []
     rest = turns[len(system) :]
-    room = positions - reserve - len(opening) - sum(len(turn.ids) for turn in system)
+    room = n_positions - reserve - len(opening) - sum(len(turn.ids) for turn in system)
     dropped = 0
     while len(rest) > 1 and sum(len(turn.ids) for turn in rest) > room:
         rest, dropped = rest[2:], dropped + 2  # a user's turn and the reply to it
@@ -267,7 +267,7 @@ def encode_prompt(tokenizer, messages: Sequence[dict], *, positions: int, reserv
         tail = len(encode_text(tokenizer, ["\n"])[0]) + 1
         if excess > len(last.ids) - last.head - tail:
             raise MismatchError(
-                f"The context window of {positions} tokens is too small: the system message takes "
+                f"The context window of {n_positions} tokens is too small: the system message takes "
                 f"{sum(len(turn.ids) for turn in system)} and the answer reserves {reserve}. Shorten either."
             )
         rest = [_Turn("user", last.ids[: last.head] + last.ids[last.head + excess :], last.head)]

@@ -120,18 +120,18 @@ def _with_own_memory(device: Device) -> Device:
     return Device(**{**vars(device), "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")})
 
 
-def this_device(path: str | Path | None = None) -> Device:
+def detect_device(path: str | Path | None = None) -> Device:
     """The first GPU of this machine, or its CPU. Of a GPU that the table lacks, only name and memory are known."""
     import torch
 
     if not torch.cuda.is_available():
         return find_device(CPU, path)
     name = torch.cuda.get_device_name()
-    named = match_name(name, read_devices(path))
+    named = match_torch_name(name, read_devices(path))
     return named or Device(name, memory_bytes=torch.cuda.get_device_properties(0).total_memory)
 
 
-def match_name(torch_name: str, devices: dict[str, Device]) -> Device | None:
+def match_torch_name(torch_name: str, devices: dict[str, Device]) -> Device | None:
     """The device that torch calls so. To the last letter: an L40 is no L4, and a laptop's RTX 4090 no RTX 4090."""
     for device in devices.values():
         if any(re.search(rf"(?<!\w){re.escape(known)}$", torch_name) for known in device.torch_names):
@@ -140,7 +140,7 @@ def match_name(torch_name: str, devices: dict[str, Device]) -> Device | None:
 
 
 @functools.cache
-def peak_flops(precision: str, on_gpu: bool = True) -> tuple[float, str]:
+def get_peak_flops(precision: str, on_gpu: bool = True) -> tuple[float, str]:
     """FLOP/s of dense products on this machine's device, which MFU is a share of, and "known" or "measured".
 
     Known for the GPUs of the table; else the best of up to ten matrix products, within half a second, once a process.
@@ -154,7 +154,7 @@ def peak_flops(precision: str, on_gpu: bool = True) -> tuple[float, str]:
     if precision not in PRECISIONS:
         raise UsageError(f"No precision {precision!r}. Known: {', '.join(PRECISIONS)}.")
     on_gpu = on_gpu and torch.cuda.is_available()
-    known = this_device().peak_flops.get(precision) if on_gpu else None
+    known = detect_device().peak_flops.get(precision) if on_gpu else None
     return (known, "known") if known else (_measured_flops(precision, "cuda" if on_gpu else CPU), "measured")
 
 
@@ -174,7 +174,7 @@ def _measured_flops(precision: str, where: str) -> float:
 
 
 @functools.cache
-def measured_bandwidth() -> float:
+def measure_bandwidth() -> float:
     """Bytes a second that this machine's CPU reads and writes while it copies 128 MB."""
     import torch
 

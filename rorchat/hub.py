@@ -12,9 +12,16 @@ from pathlib import Path
 
 from rorchat.errors import DataError, MismatchError, PermissionRefused, RemoteError, UsageError
 from rorchat.files import file_sha256
-from rorchat.inference.engine import model_folder
+from rorchat.inference.engine import resolve_model_path
 from rorchat.model import ADAPTER_WEIGHTS, WEIGHTS
-from rorchat.report import data_table, find_runs, read_run, run_table, samples_section, score_table
+from rorchat.report import (
+    find_runs,
+    format_data_table,
+    format_run_table,
+    format_samples,
+    format_score_table,
+    read_run_record,
+)
 from rorchat.sources.base import licence_restriction
 
 PROBE = "Who are you?"
@@ -44,7 +51,7 @@ print("VERIFIED " + json.dumps({
 """
 
 
-def verify(folder: str | Path) -> dict:
+def verify_model(folder: str | Path) -> dict:
     """What a fresh process finds when it loads the folder with plain Transformers and asks a question.
 
     Raises:
@@ -82,7 +89,7 @@ def verify(folder: str | Path) -> dict:
     return found
 
 
-def model_card(folder: Path, repository: str) -> str:
+def build_model_card(folder: Path, repository: str) -> str:
     """A model card made from the run: data and licences, numbers, scores, samples, how to use it."""
     name = repository.split("/")[-1]
     parts = [
@@ -98,19 +105,19 @@ def model_card(folder: Path, repository: str) -> str:
     except DataError:
         parts.append("No record of its training lies beside the model.")
         return "\n\n".join(parts) + "\n"
-    parts += ["## Training", run_table(runs)]
+    parts += ["## Training", format_run_table(runs)]
     for run in runs:
-        record = read_run(run)
+        record = read_run_record(run)
         if steps := record.get("weights_only"):
             said = f"{run.name} ({record['stage']}) went on from the weights of step "
             said += " and ".join(f"{step:,}" for step in steps)
             parts.append(f"The run {said} alone: the state of its optimizer was lost or left behind.")
-    parts += ["## Data", data_table(runs, public=True)]
+    parts += ["## Data", format_data_table(runs, public=True)]
     restricted = sorted(
         {
             (licence_restriction(source["licence"]), f"{source['source'].partition('=')[0]} ({source['licence']})")
             for run in runs
-            for source in read_run(run).get("data", [])
+            for source in read_run_record(run).get("data", [])
             if licence_restriction(source["licence"])
         }
     )
@@ -121,8 +128,8 @@ def model_card(folder: Path, repository: str) -> str:
     if scores.is_file():
         from rorchat.evaluation.scores import read_scores
 
-        parts += ["## Scores", score_table(read_scores(scores))]
-    parts += ["## Samples", samples_section(runs)]
+        parts += ["## Scores", format_score_table(read_scores(scores))]
+    parts += ["## Samples", format_samples(runs)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -137,7 +144,7 @@ def _runs_behind(folder: Path) -> list[Path]:
     behind, wanted = set(), {_weights(folder)}
     while found := {run for run in runs if made[run] in wanted} - behind:
         behind |= found
-        inputs = [given for run in found for given in read_run(run).get("inputs", {}).values()]
+        inputs = [given for run in found for given in read_run_record(run).get("inputs", {}).values()]
         # an adapter's weights are of no run: its base and what it was trained on are among all of them
         wanted |= {given[name] for given in inputs for name in (WEIGHTS, ADAPTER_WEIGHTS) if name in given}
     return [run for run in runs if run in behind] if wanted <= set(made.values()) - {None} else runs
@@ -157,7 +164,7 @@ def _story_of(folder: Path) -> Path:
     return parent
 
 
-def push(name_or_path: str, repository: str, private: bool = False) -> str:
+def push_model(name_or_path: str, repository: str, private: bool = False) -> str:
     """Verifies, uploads with a card, pulls back, compares, verifies again.
 
     Returns:
@@ -171,13 +178,13 @@ def push(name_or_path: str, repository: str, private: bool = False) -> str:
     from huggingface_hub import HfApi, snapshot_download
 
     _check_name(repository)
-    folder = Path(model_folder(name_or_path))
+    folder = Path(resolve_model_path(name_or_path))
     if not folder.is_dir():
         raise DataError(f"No model folder {folder}.")
     if not list(folder.glob("*.safetensors")):
         raise DataError(f"No weights in {folder}: only safetensors are pushed.")
-    before = verify(folder)
-    card = model_card(folder, repository)  # what fails here must fail before anything is uploaded
+    before = verify_model(folder)
+    card = build_model_card(folder, repository)  # what fails here must fail before anything is uploaded
     api = HfApi()
     with _remote_failures(repository):
         url = api.create_repo(repository, private=private, exist_ok=True)
@@ -197,7 +204,7 @@ def push(name_or_path: str, repository: str, private: bool = False) -> str:
         with _remote_failures(repository):
             snapshot_download(repository, local_dir=there, force_download=True)
         _same_files(folder, Path(there), repository)
-        after = verify(there)
+        after = verify_model(there)
     return (
         f"verified  {folder}: {before['answer']!r}\nreleased  {url}\n"
         f"verified  what came back from the Hub: {after['answer']!r}"

@@ -1,4 +1,4 @@
-"""JSON lines files: append strict JSON, and drop a line that was only partly written."""
+"""JSON lines files: append strict JSON, read records, and drop a line that was only partly written."""
 
 import json
 import math
@@ -25,3 +25,21 @@ def drop_partial_line(path: Path) -> None:
         if content and not content.endswith(b"\n"):
             with path.open("r+b") as file:
                 file.truncate(content.rfind(b"\n") + 1)
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The records of a JSON lines file; empty if the file is missing. Lines that are not JSON are skipped.
+
+    A run that was killed while it wrote leaves such a line.
+    """
+    if not path.is_file():
+        return []
+    records = []
+    # Split bytes at "\n": str.splitlines() also splits at U+2028 and U+0085, which JSON strings may contain, and a
+    # partly written line may end inside a character.
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

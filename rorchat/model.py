@@ -48,7 +48,7 @@ SIZES = {
 }
 
 
-def shape_of(size: str) -> Shape:
+def parse_shape(size: str) -> Shape:
     """The shape of a size by name, or of an explicit "layers x heads x width" such as "6x5x160".
 
     Raises:
@@ -68,14 +68,14 @@ def shape_of(size: str) -> Shape:
     return shape
 
 
-def parameter_count(shape: Shape, vocabulary: int, positions: int) -> int:
+def count_parameters(shape: Shape, vocabulary: int, n_positions: int) -> int:
     """Numbers in a stock GPT-2, the tied head counted once."""
     width = shape.n_embd
     block = 12 * width**2 + 13 * width  # four matrices with biases, two norms
-    return (vocabulary + positions) * width + shape.n_layer * block + 2 * width
+    return (vocabulary + n_positions) * width + shape.n_layer * block + 2 * width
 
 
-def scaling_parameters(shape: Shape, vocabulary: int) -> int:
+def count_scaling_parameters(shape: Shape, vocabulary: int) -> int:
     """N of scaling laws and of FLOPs: the matrices of the body, and the vocabulary matrix once.
 
     Positions, biases and norms are left out (1 % of 124M): no matrix product is made with them.
@@ -86,27 +86,28 @@ def scaling_parameters(shape: Shape, vocabulary: int) -> int:
 def flops_per_token(shape: Shape, vocabulary: int, block_size: int) -> float:
     """FLOPs of training on one token, forward and backward: 6 N + 12 L d T.
 
-    N is `scaling_parameters`, with the head; L layers of width d see T positions. The attention term counts the whole
-    T x T square although half of it is masked. That is the convention of PaLM (Chowdhery et al. 2022, arXiv:2204.02311,
-    appendix B) and of nanoGPT, so that MFUs can be compared; recomputation by gradient checkpointing is not counted.
+    N is `count_scaling_parameters`, with the head; there are L layers of width d, and rows of T tokens. The attention
+    term counts the whole T x T square although half of it is masked. This is the convention of PaLM (Chowdhery et al.
+    2022, arXiv:2204.02311, appendix B) and of nanoGPT, so MFU values are comparable. Recomputation by gradient
+    checkpointing is not counted.
     """
-    return 6.0 * scaling_parameters(shape, vocabulary) + 12.0 * shape.n_layer * shape.n_embd * block_size
+    return 6.0 * count_scaling_parameters(shape, vocabulary) + 12.0 * shape.n_layer * shape.n_embd * block_size
 
 
-def build_model(size: str, tokenizer, positions: int, seed: int = 0) -> "GPT2LMHeadModel":
+def build_model(size: str, tokenizer, n_positions: int, seed: int = 0) -> "GPT2LMHeadModel":
     """A stock GPT-2 with random weights, without dropout, in float32.
 
     Args:
         size: a name in `SIZES` or "layers x heads x width".
         tokenizer: gives the vocabulary and the special ids.
-        positions: the longest row the model will ever see, in tokens.
+        n_positions: the longest row the model will ever see, in tokens.
     """
     from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
-    shape = shape_of(size)
+    shape = parse_shape(size)
     config = GPT2Config(
         vocab_size=len(tokenizer),
-        n_positions=positions,
+        n_positions=n_positions,
         n_layer=shape.n_layer,
         n_head=shape.n_head,
         n_embd=shape.n_embd,
@@ -125,7 +126,7 @@ def build_model(size: str, tokenizer, positions: int, seed: int = 0) -> "GPT2LMH
     return model
 
 
-def zero_projections(model: "GPT2LMHeadModel") -> None:
+def zero_output_projections(model: "GPT2LMHeadModel") -> None:
     """Lets every block of a new model begin as the identity: the output projections of attention and MLP are zero.
 
     Under Muon, which gives an update the same size whatever the gradient's, this saves tokens (docs/LOG.md).

@@ -7,6 +7,7 @@ from pathlib import Path
 from rorchat.errors import DataError
 from rorchat.evaluation.gate import read_verdict
 from rorchat.evaluation.scores import Scores, read_scores
+from rorchat.jsonl import read_json_lines
 
 STAGE_ORDER = ("pretrain", "sft", "dpo", "grpo")
 
@@ -18,7 +19,7 @@ def find_runs(folder: Path) -> list[Path]:
         raise DataError(f"{folder} holds no run: there is no run.json in it or one level below.")
 
     def position(run: Path) -> tuple[int, bool, str]:
-        record = read_run(run)
+        record = read_run_record(run)
         stage = STAGE_ORDER.index(record["stage"]) if record["stage"] in STAGE_ORDER else len(STAGE_ORDER)
         went_on = "model" in (record.get("settings") or {})  # from a model, as midtraining does
         return stage, went_on, run.name
@@ -26,7 +27,7 @@ def find_runs(folder: Path) -> list[Path]:
     return sorted(runs, key=position)
 
 
-def read_run(run: Path) -> dict:
+def read_run_record(run: Path) -> dict:
     try:
         record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -36,22 +37,7 @@ def read_run(run: Path) -> dict:
     return record
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The records of a JSON lines file; none where there is no file. A half-written last line is passed over."""
-    if not path.is_file():
-        return []
-    records = []
-    # Not splitlines(): it also cuts at U+2028 and U+0085, which JSON leaves as they are inside a string. And bytes,
-    # because a line may end half-way through a character.
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
-
-
-def standing(records: list[dict]) -> list[dict]:
+def drop_superseded_lines(records: list[dict]) -> list[dict]:
     """The records of metrics.jsonl that count: a restart takes back those of later steps, which it does again.
 
     And a phase that was appended at its step: no checkpoint has it.
@@ -86,7 +72,7 @@ def draw_curves(runs: list[Path], target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    logged = [standing(read_lines(run / "metrics.jsonl")) for run in runs]
+    logged = [drop_superseded_lines(read_json_lines(run / "metrics.jsonl")) for run in runs]
     panels = (
         ("loss\n(nats/token; dpo: a pair)", (("loss", "training", 1), ("eval_loss", "validation", 1))),
         ("validation loss by source\n(nats/token)", _source_losses(logged)),
@@ -138,7 +124,7 @@ def _draw_panel(axis, records: list[dict], lines: tuple[tuple[str, str, float], 
         axis.set_ylim(0, 1.1 * highest)
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
+def format_table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
@@ -146,7 +132,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     )
 
 
-def score_table(columns: list[Scores]) -> str:
+def format_score_table(columns: list[Scores]) -> str:
     """Scores side by side, a model a column."""
     return _side_by_side([(column.name, column.rows()) for column in columns])
 
@@ -154,10 +140,10 @@ def score_table(columns: list[Scores]) -> str:
 def _side_by_side(columns: list[tuple[str, dict[str, str]]]) -> str:
     names = list(dict.fromkeys(name for _, cells in columns for name in cells))
     rows = [[name, *(cells.get(name, "-") for _, cells in columns)] for name in names]
-    return table(["", *(title for title, _ in columns)], rows)
+    return format_table(["", *(title for title, _ in columns)], rows)
 
 
-def stage_table(folder: Path) -> str:
+def format_stage_table(folder: Path) -> str:
     """What was measured on the stages of a story, side by side: scores.json, behaviour.json and the forgetting meter.
 
     Returns:
@@ -200,7 +186,7 @@ def _behaviour_cells(path: Path) -> dict[Path, dict[str, str]]:
 
 def _base_losses(runs: list[Path]) -> dict[Path, dict[str, str]]:
     """{run: {row: cell}} of the loss on the base's text: after each stage, and of the model that a stage began with."""
-    records = [(run, record) for run in runs if "base_loss" in (record := read_run(run)).get("metrics") or {}]
+    records = [(run, record) for run in runs if "base_loss" in (record := read_run_record(run)).get("metrics") or {}]
     texts = dict.fromkeys(record.get("base_text", "") for _, record in records)
     found: dict[Path, dict[str, str]] = {}
     for run, record in records:
@@ -214,10 +200,10 @@ def _base_losses(runs: list[Path]) -> dict[Path, dict[str, str]]:
     return found
 
 
-def run_table(runs: list[Path]) -> str:
+def format_run_table(runs: list[Path]) -> str:
     rows = []
     for run in runs:
-        record = read_run(run)
+        record = read_run_record(run)
         metrics = record.get("metrics")
         if metrics is None:
             rows.append([run.name, "unfinished", *["-"] * 6])
@@ -237,14 +223,14 @@ def run_table(runs: list[Path]) -> str:
             ]
         )
     header = ["run", "parameters", "steps", "tokens", "seconds", "validation loss", "bits per byte", "device"]
-    return table(header, rows)
+    return format_table(header, rows)
 
 
-def forgetting_table(runs: list[Path]) -> str:
+def format_forgetting_table(runs: list[Path]) -> str:
     """What each stage cost the base: its loss on one text, before and after; empty where nobody has measured it."""
     rows = []
     for run in runs:
-        record = read_run(run)
+        record = read_run_record(run)
         metrics = record.get("metrics") or {}
         if "base_loss" not in metrics:
             continue
@@ -257,10 +243,10 @@ def forgetting_table(runs: list[Path]) -> str:
     if not rows:
         return ""
     header = ["run", "measured on", "nats/token before", "after", "change", "bits per byte before", "after", "change"]
-    return table(header, rows)
+    return format_table(header, rows)
 
 
-def data_table(runs: list[Path], public: bool = False) -> str:
+def format_data_table(runs: list[Path], public: bool = False) -> str:
     """Where every row went; `public` tables name a source without the path it was read from."""
     rows = [
         [
@@ -271,31 +257,31 @@ def data_table(runs: list[Path], public: bool = False) -> str:
             ", ".join(f"{reason} {count}" for reason, count in source["rejects"].items()) or "none",
         ]
         for run in runs
-        for source in read_run(run).get("data", [])
+        for source in read_run_record(run).get("data", [])
     ]
-    return table(["run", "source", "licence", "rows kept", "rejected"], rows)
+    return format_table(["run", "source", "licence", "rows kept", "rejected"], rows)
 
 
-def samples_section(runs: list[Path]) -> str:
+def format_samples(runs: list[Path]) -> str:
     parts = []
     for run in runs:
-        samples = read_lines(run / "samples.jsonl")
+        samples = read_json_lines(run / "samples.jsonl")
         prompts = list(dict.fromkeys(sample["prompt"] for sample in samples))
         rows = []
         for prompt in prompts:
             texts = [sample["text"] for sample in samples if sample["prompt"] == prompt]
             rows.append([prompt, texts[0], texts[-1]])
         if rows:
-            parts.append(f"### {run.name}\n\n" + table(["prompt", "before", "after"], rows))
+            parts.append(f"### {run.name}\n\n" + format_table(["prompt", "before", "after"], rows))
     return "\n\n".join(parts) or "No samples were taken."
 
 
-def behaviour_section(path: Path) -> str:
+def format_behaviour(path: Path) -> str:
     """A verdict of `rorchat gate` as a table, and what was said where a measure failed."""
     verdict = read_verdict(path)
-    parts = [table(*verdict.table())]
+    parts = [format_table(*verdict.table())]
     if verdict.failures():
-        parts += [table(["failed", "user", "model"], [list(example) for example in verdict.examples()])]
+        parts += [format_table(["failed", "user", "model"], [list(example) for example in verdict.examples()])]
     return "\n\n".join(parts)
 
 
@@ -308,8 +294,8 @@ def write_report(folder: Path) -> tuple[Path, Path]:
     runs = find_runs(folder)
     curves, report = folder / "curves.png", folder / "report.md"
     draw_curves(runs, curves)
-    parts = [f"# {folder.name}", run_table(runs), "![curves](curves.png)"]
-    if stages := stage_table(folder):
+    parts = [f"# {folder.name}", format_run_table(runs), "![curves](curves.png)"]
+    if stages := format_stage_table(folder):
         parts += ["## Stages", stages]
     if (folder / "scores.json").is_file():
         columns = read_scores(folder / "scores.json")
@@ -319,18 +305,18 @@ def write_report(folder: Path) -> tuple[Path, Path]:
         if columns[-1].examples:
             parts += [
                 "### Exchanges with " + columns[-1].name,
-                table(["user", "model"], [list(e) for e in columns[-1].examples]),
+                format_table(["user", "model"], [list(e) for e in columns[-1].examples]),
             ]
     if (folder / "behaviour.json").is_file():
-        parts += ["## Behaviour", behaviour_section(folder / "behaviour.json")]
-    if forgetting := forgetting_table(runs):
+        parts += ["## Behaviour", format_behaviour(folder / "behaviour.json")]
+    if forgetting := format_forgetting_table(runs):
         said = "The loss on the text that a line names, before that stage and after it."
         parts += ["## What the base forgot", said, forgetting]
-    parts += ["## Samples", samples_section(runs), "## Data", data_table(runs)]
-    versions = read_run(runs[-1])["versions"]
+    parts += ["## Samples", format_samples(runs), "## Data", format_data_table(runs)]
+    versions = read_run_record(runs[-1])["versions"]
     parts += [
         "Made with rorchat "
-        + read_run(runs[-1])["rorchat"]
+        + read_run_record(runs[-1])["rorchat"]
         + ", "
         + ", ".join(f"{k} {v}" for k, v in versions.items())
         + "."

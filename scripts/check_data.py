@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rorchat.errors import RorchatError
 from rorchat.inspection import check
-from rorchat.report import table
+from rorchat.report import format_table
 
 # Held-out questions, and test and validation splits, which stay out of training
 EVALUATION = (
@@ -87,7 +87,7 @@ def main() -> int:
                 "= kept + rejected` always holds. Places are lines or rows of the file; rows and messages are numbered "
                 "from 0. The format of each file was guessed."
             ),
-            table(["file", "read as", "rows", "kept", "rejected"], rows),
+            format_table(["file", "read as", "rows", "kept", "rejected"], rows),
             fill(
                 f"{len(training)} training files. {sum(sort == 'evaluation' for sort in sorts.values())} files of "
                 f"evaluation sets and held-out splits were not read (in {', '.join(folders)}), nor "

@@ -45,7 +45,7 @@ def chat(tokenizer):
     from rorchat.inference.engine import ChatModel
     from rorchat.model import build_model
 
-    return ChatModel(build_model("2x2x32", tokenizer, positions=128).eval(), tokenizer)
+    return ChatModel(build_model("2x2x32", tokenizer, n_positions=128).eval(), tokenizer)
 
 
 @pytest.fixture(scope="session")

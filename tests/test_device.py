@@ -8,7 +8,15 @@ import time
 import pytest
 
 from rorchat import device as device_module
-from rorchat.device import DEVICES, find_device, match_name, measured_bandwidth, peak_flops, read_devices, this_device
+from rorchat.device import (
+    DEVICES,
+    detect_device,
+    find_device,
+    get_peak_flops,
+    match_torch_name,
+    measure_bandwidth,
+    read_devices,
+)
 from rorchat.errors import UsageError
 
 
@@ -46,7 +54,7 @@ def test_every_gpu_has_what_a_plan_needs_and_no_precision_that_it_only_emulates(
     ],
 )
 def test_what_torch_calls_a_gpu_is_found_to_the_last_letter(said, name):
-    found = match_name(said, read_devices())
+    found = match_torch_name(said, read_devices())
     assert (found and found.name) == name
 
 
@@ -101,16 +109,16 @@ def test_on_a_cpu_the_peak_is_measured_once_and_quickly(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    peak_flops.cache_clear()
+    get_peak_flops.cache_clear()
     started = time.process_time()
-    flops, how = peak_flops("fp32")
+    flops, how = get_peak_flops("fp32")
     assert time.process_time() - started < 3  # of CPU, over two threads
     assert how == "measured" and 1e9 < flops < 1e14
     monkeypatch.setattr(device_module, "_measured_flops", lambda precision, where: 1 / 0)
-    assert peak_flops("fp32") == (flops, "measured")
-    assert 1e8 < measured_bandwidth() < 1e13
+    assert get_peak_flops("fp32") == (flops, "measured")
+    assert 1e8 < measure_bandwidth() < 1e13
     with pytest.raises(UsageError, match="No precision 'tf32'"):
-        peak_flops("tf32")
+        get_peak_flops("tf32")
 
 
 def test_a_measured_peak_is_that_of_the_best_product(monkeypatch):
@@ -127,18 +135,18 @@ def test_a_gpu_of_the_table_is_known_and_another_is_measured(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
-    peak_flops.cache_clear()
-    assert this_device() == find_device("A100-80")
-    assert peak_flops("bf16") == (312e12, "known")
+    get_peak_flops.cache_clear()
+    assert detect_device() == find_device("A100-80")
+    assert get_peak_flops("bf16") == (312e12, "known")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B300 SXM6 AC")
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: type("Properties", (), {"total_memory": 5})()
     )
     monkeypatch.setattr(device_module, "_measured_flops", lambda precision, where: 7e14)
-    peak_flops.cache_clear()
-    assert this_device().name == "NVIDIA B300 SXM6 AC" and this_device().memory_bytes == 5
-    assert peak_flops("bf16") == (7e14, "measured")
-    peak_flops.cache_clear()
+    get_peak_flops.cache_clear()
+    assert detect_device().name == "NVIDIA B300 SXM6 AC" and detect_device().memory_bytes == 5
+    assert get_peak_flops("bf16") == (7e14, "measured")
+    get_peak_flops.cache_clear()
 
 
 def test_reading_the_table_imports_no_torch():

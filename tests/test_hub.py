@@ -16,7 +16,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 
 from rorchat import hub as rorchat_hub
 from rorchat.errors import DataError, PermissionRefused, RemoteError, UsageError
-from rorchat.hub import model_card
+from rorchat.hub import build_model_card
 from rorchat.model import build_model, save_model
 from rorchat.tokenizer import train_tokenizer
 
@@ -25,7 +25,7 @@ TEXTS = ["A dog sleeps in the sun.", "A cat sits on the mat.", "The sun is warm,
 # The same command without the two fresh processes that load the model, which take ten seconds and have their own tests.
 UNVERIFIED = """
 import rorchat.hub
-rorchat.hub.verify = lambda folder: {"answer": "not asked"}
+rorchat.hub.verify_model = lambda folder: {"answer": "not asked"}
 from rorchat.cli import main
 main()
 """
@@ -36,7 +36,7 @@ def fresh_model(tmp_path_factory) -> Path:
     """What a stage saves: six files. Not to be changed; copy it."""
     folder = tmp_path_factory.mktemp("fresh") / "model"
     tokenizer = train_tokenizer(TEXTS, vocab_size=320)
-    save_model(build_model("2x2x32", tokenizer, positions=128), tokenizer, folder)
+    save_model(build_model("2x2x32", tokenizer, n_positions=128), tokenizer, folder)
     return folder
 
 
@@ -113,7 +113,7 @@ def pushed(tmp_path_factory, fresh_model):
 
 def test_push_uploads_exactly_the_models_files_and_a_card(pushed, fresh_model):
     expected = {file.name: file.read_bytes() for file in fresh_model.iterdir()}
-    expected["README.md"] = model_card(pushed.folder, NAME).encode()
+    expected["README.md"] = build_model_card(pushed.folder, NAME).encode()
     assert len(expected) == 7
     assert pushed.hub.files == {NAME: expected}
 
@@ -213,26 +213,26 @@ def test_a_folder_whose_only_weights_are_a_pickle_is_refused(fresh_model, tmp_pa
     folder = tmp_path / "model"
     shutil.copytree(fresh_model, folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    monkeypatch.setattr(rorchat_hub, "verify", lambda folder: {"answer": ""})
+    monkeypatch.setattr(rorchat_hub, "verify_model", lambda folder: {"answer": ""})
     with pytest.raises(DataError, match="safetensors"):
-        rorchat_hub.push(str(folder), NAME)
+        rorchat_hub.push_model(str(folder), NAME)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(DataError, match="No model folder"):
-        rorchat_hub.push(str(tmp_path / "nowhere"), NAME)
+        rorchat_hub.push_model(str(tmp_path / "nowhere"), NAME)
 
 
 @pytest.mark.parametrize("name", ["owner/two words", "owner/-name", "owner/name.git", "a/b/c"])
 def test_a_name_that_the_hub_cannot_have_is_a_mistake_in_the_command(name, fresh_model):
     with pytest.raises(UsageError, match="no Hub id"):
-        rorchat_hub.push(str(fresh_model), name)
+        rorchat_hub.push_model(str(fresh_model), name)
 
 
 def test_a_model_that_takes_too_long_to_load_is_refused(fresh_model, monkeypatch):
     monkeypatch.setattr(rorchat_hub, "VERIFY_SECONDS", 0.01)
     with pytest.raises(DataError, match=r"within 0\.01 s"):
-        rorchat_hub.verify(fresh_model)
+        rorchat_hub.verify_model(fresh_model)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_a_failure_that_the_client_wrapped_is_told_by_its_cause():
 
 
 def test_the_card_names_sources_licences_and_numbers(story):
-    lines = model_card(story / "sft" / "model", NAME).splitlines()
+    lines = build_model_card(story / "sft" / "model", NAME).splitlines()
     assert "| pretrain | tinytown | Apache-2.0 | 987 of 1,000 | too long 13 |" in lines
     licence = "CC BY-NC 4.0 (not for commercial use)"
     assert f"| sft | alpaca | {licence} | 987 of 1,000 | too long 13 |" in lines
@@ -331,21 +331,21 @@ def test_the_card_names_sources_licences_and_numbers(story):
 
 
 def test_the_card_leaves_out_what_was_made_of_the_model_later(story):
-    card = model_card(story / "sft" / "model", NAME)
+    card = build_model_card(story / "sft" / "model", NAME)
     assert "dailydialog" not in card
     assert "0.577" not in card
-    assert "dailydialog" not in model_card(story / "pretrain" / "model", NAME)
-    assert "Not for commercial use" not in model_card(story / "pretrain" / "model", NAME)
+    assert "dailydialog" not in build_model_card(story / "pretrain" / "model", NAME)
+    assert "Not for commercial use" not in build_model_card(story / "pretrain" / "model", NAME)
 
 
 def test_the_card_of_a_copied_model_tells_the_runs_that_made_it(story):
     shutil.copytree(story / "sft" / "model", story / "model")
-    assert model_card(story / "model", NAME) == model_card(story / "sft" / "model", NAME)
+    assert build_model_card(story / "model", NAME) == build_model_card(story / "sft" / "model", NAME)
 
 
 def test_a_card_names_every_source_where_a_run_behind_the_model_is_not_found(story):
     (story / "pretrain" / "model" / "model.safetensors").unlink()
-    card = model_card(story / "sft" / "model", NAME)
+    card = build_model_card(story / "sft" / "model", NAME)
     assert [source in card for source in ("tinytown", "alpaca", "persona", "dailydialog")] == [True] * 4
     assert "=" not in card.split("## Data")[1].split("##")[0]  # no path of the machine it was trained on
 
@@ -354,11 +354,11 @@ def test_a_card_names_every_source_where_a_run_began_with_an_adapter(story):
     record = json.loads((story / "sft" / "run.json").read_text())
     record["inputs"]["start"] = {"adapter_model.safetensors": "0" * 64}
     (story / "sft" / "run.json").write_text(json.dumps(record))
-    assert "tinytown" in model_card(story / "sft" / "model", NAME)
+    assert "tinytown" in build_model_card(story / "sft" / "model", NAME)
 
 
 def test_the_card_of_a_model_without_runs_says_so(fresh_model):
-    card = model_card(fresh_model, NAME)
+    card = build_model_card(fresh_model, NAME)
     assert card.endswith("No record of its training lies beside the model.\n")
     assert "Not for commercial use" not in card
     assert f'model="{NAME}"' in card

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from rorchat.chatml import CONTROL_TOKENS
 from rorchat.errors import DataError, MismatchError, UsageError
-from rorchat.model import SIZES, build_model, check_fit, load_checkpoint, save_model, shape_of
+from rorchat.model import SIZES, build_model, check_fit, load_checkpoint, parse_shape, save_model
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,7 @@ def small_gpt2(tmp_path_factory, shared_data):
     ],
 )
 def test_a_size_has_the_parameters_of_its_name(size, tokens, millions):
-    shape = shape_of(size)
+    shape = parse_shape(size)
     with torch.device("meta"):
         config = GPT2Config(vocab_size=tokens, n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
         count = GPT2LMHeadModel(config).num_parameters()
@@ -43,8 +43,8 @@ def test_a_size_has_the_parameters_of_its_name(size, tokens, millions):
 
 
 def test_an_explicit_shape_is_taken_and_nonsense_is_refused_with_what_is_known():
-    assert shape_of("6x5x160") == shape_of("6X5X160")
-    assert (shape_of("6x5x160").n_layer, shape_of("6x5x160").n_embd) == (6, 160)
+    assert parse_shape("6x5x160") == parse_shape("6X5X160")
+    assert (parse_shape("6x5x160").n_layer, parse_shape("6x5x160").n_embd) == (6, 160)
     for size, said in (
         ("124", "Did you mean '124m'"),
         ("6x5", "layers x heads x width"),
@@ -52,7 +52,7 @@ def test_an_explicit_shape_is_taken_and_nonsense_is_refused_with_what_is_known()
         ("0x1x8", "No model size"),
     ):
         with pytest.raises(UsageError, match=said):
-            shape_of(size)
+            parse_shape(size)
     assert set(SIZES) == {"demo", "51m", "124m", "355m", "561m", "774m", "1.5b"}
 
 

@@ -10,14 +10,14 @@ from rorchat.errors import DataError
 from rorchat.evaluation.behaviour import MEASURES, Behaviour, Value
 from rorchat.evaluation.gate import Verdict, write_verdict
 from rorchat.evaluation.scores import Rate, Scores, write_scores
+from rorchat.jsonl import read_json_lines
 from rorchat.report import (
     find_runs,
-    read_lines,
-    read_run,
-    samples_section,
-    score_table,
-    stage_table,
-    table,
+    format_samples,
+    format_score_table,
+    format_stage_table,
+    format_table,
+    read_run_record,
     write_report,
 )
 
@@ -117,7 +117,7 @@ def test_the_scores_stand_side_by_side_with_the_exchanges_of_the_last_model(stor
     ]
     write_scores(columns, story / "scores.json")
     text = write_report(story)[0].read_text()
-    assert f"## Stages\n\n{score_table(columns)}\n" in text
+    assert f"## Stages\n\n{format_score_table(columns)}\n" in text
     lines = text.splitlines()
     assert "|  | before | after |" in lines
     assert "| held-out questions | 0.5 % (1/200) | 75.0 % (150/200) |" in lines
@@ -129,23 +129,23 @@ def test_the_scores_stand_side_by_side_with_the_exchanges_of_the_last_model(stor
 @pytest.mark.parametrize("half", ['{"step": 6, "lo', '{"step": 6, "text": "你'.encode()[:-1], "{", "\x00\x00\x00"])
 def test_a_half_written_last_line_is_passed_over(half, story):
     path = story / "b-first" / "metrics.jsonl"
-    before = read_lines(path)
+    before = read_json_lines(path)
     with path.open("ab") as file:
         file.write(half if isinstance(half, bytes) else half.encode())
-    assert len(before) == 31 and read_lines(path) == before
+    assert len(before) == 31 and read_json_lines(path) == before
     report, curves = write_report(story)
     assert curves.read_bytes()[:8] == PNG
     with path.open("ab") as file:  # a resumed run goes on behind it
         file.write(b'\n{"step": 7, "loss": 0.5}\n')
-    assert read_lines(path) == [*before, {"step": 7, "loss": 0.5}]
+    assert read_json_lines(path) == [*before, {"step": 7, "loss": 0.5}]
 
 
 def test_a_text_with_any_kind_of_line_end_in_it_is_one_record(tmp_path):
     rows = [{"text": f"a{end}b"} for end in ("\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\r", "\n", "\r\n")]
     path = tmp_path / "samples.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), newline="\n")
-    assert read_lines(path) == rows
-    assert read_lines(tmp_path / "nowhere.jsonl") == []
+    assert read_json_lines(path) == rows
+    assert read_json_lines(tmp_path / "nowhere.jsonl") == []
 
 
 def test_a_run_without_metrics_or_samples_is_reported_all_the_same(tmp_path):
@@ -186,17 +186,19 @@ def test_a_folder_that_is_not_there_is_a_data_error(tmp_path):
 def test_a_run_whose_record_cannot_be_read_is_a_data_error_that_names_it(content, tmp_path):
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(DataError, match=f"{tmp_path}/run.json cannot be read"):
-        read_run(tmp_path)
+        read_run_record(tmp_path)
 
 
 def test_a_table_keeps_its_columns_whatever_stands_in_its_cells():
-    assert table(["a", "b"], [["x|y", "1\n2"], ["", "-"]]) == "| a | b |\n| --- | --- |\n| x\\|y | 1 2 |\n|  | - |"
+    assert (
+        format_table(["a", "b"], [["x|y", "1\n2"], ["", "-"]]) == "| a | b |\n| --- | --- |\n| x\\|y | 1 2 |\n|  | - |"
+    )
 
 
 def test_samples_show_the_first_and_the_last_words_of_every_prompt(tmp_path):
     samples = [{"step": step, "prompt": prompt, "text": f"{prompt} at {step}"} for step in (0, 5, 9) for prompt in "pq"]
     run = write_run(tmp_path / "run", "sft", [], samples)
-    assert samples_section([run]).splitlines()[2:] == [
+    assert format_samples([run]).splitlines()[2:] == [
         "| prompt | before | after |",
         "| --- | --- | --- |",
         "| p | p at 0 | p at 9 |",
@@ -221,7 +223,7 @@ def test_all_that_was_measured_on_a_stage_is_one_column(tmp_path):
         for name, value in (("dpo", 1.0), ("sft", 0.75))
     ]
     write_verdict(Verdict(behaviours[0], judged, behaviours[1]), story / "behaviour.json")
-    lines = stage_table(story).splitlines()
+    lines = format_stage_table(story).splitlines()
     assert lines[0] == "|  | untrained | pretrained | tuned | dpo |"
     assert lines[2] == "| held-out questions | 45.0 % (9/20) | 50.0 % (10/20) | 25.0 % (5/20) | - |"
     assert lines[-4:] == [
@@ -232,7 +234,7 @@ def test_all_that_was_measured_on_a_stage_is_one_column(tmp_path):
     ]
     record = json.loads((story / "dpo" / "run.json").read_text()) | {"base_text": "7 tokens of text=mine.txt"}
     (story / "dpo" / "run.json").write_text(json.dumps(record))
-    lines = stage_table(story).splitlines()
+    lines = format_stage_table(story).splitlines()
     assert f"| base validation loss, nats/token, on {text} | - | 0.500 | 5.250 | - |" in lines
     assert "| base loss, nats/token, on 7 tokens of text=mine.txt | - | - | 5.250 | 6.125 |" in lines
 

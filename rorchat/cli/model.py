@@ -59,14 +59,14 @@ def evaluate(
     _quiet()
     from rorchat.evaluation.compare import compare
     from rorchat.evaluation.scores import write_scores
-    from rorchat.report import score_table
+    from rorchat.report import format_score_table
 
     named = [
         (name or value, value) if sign else (Path(name).name, name)
         for name, sign, value in (m.partition("=") for m in models)
     ]
     columns, notes = compare(named, untrained=untrained, text=text, ask=chat, persona=persona)
-    print(score_table(columns))
+    print(format_score_table(columns))
     print(*notes, sep="\n")
     if out:
         write_scores(columns, out)
@@ -100,11 +100,11 @@ def gate(
 def report(folder: Annotated[Path, typer.Argument(help="A run's folder, or the folder of a story's runs.")]) -> None:
     """Write report.md and curves.png from what the runs logged."""
     from rorchat.evaluation.scores import read_scores
-    from rorchat.report import stage_table, write_report
+    from rorchat.report import format_stage_table, write_report
 
     written, curves = write_report(folder)
     print(f"report  {written}\ncurves  {curves}")
-    if stages := stage_table(folder):
+    if stages := format_stage_table(folder):
         print("\n" + stages)
     scores = folder / "scores.json"
     if scores.is_file():
@@ -122,7 +122,7 @@ def push(
 ) -> None:
     """Verify a model in a fresh process, upload it with a card, pull it back and verify again."""
     _quiet()
-    from rorchat.hub import push as push_model
+    from rorchat.hub import push_model
 
     if repository.count("/") != 1:
         raise UsageError(f"{repository!r} is no Hub id: give owner/name, as in rory/my-chat-model.")

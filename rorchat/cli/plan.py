@@ -59,11 +59,11 @@ def plan(
     if picture and picture.suffix.lower() != ".png":
         raise UsageError(f"--picture {picture}: give a file that ends in .png.")
 
-    from rorchat.device import find_device, this_device
+    from rorchat.device import detect_device, find_device
     from rorchat.plan.budget import Request, make_plan
 
     request = Request(
-        device=find_device(device, devices) if device else this_device(devices),
+        device=find_device(device, devices) if device else detect_device(devices),
         money=money, hours=hours, flops=flops, tokens=tokens, size=size, gpus=gpus, dollars_per_hour=dollars_per_hour,
         vocabulary=vocabulary, block_size=block_size, precision=precision, optimizer=optimizer, kernels=kernels,
         gradient_checkpointing=gradient_checkpointing, global_batch_tokens=global_batch_tokens, micro_batch=micro_batch,

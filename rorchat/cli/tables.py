@@ -6,9 +6,9 @@ import sys
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     """Prints a table; on a terminal its cells are wrapped to the window."""
     if not sys.stdout.isatty():
-        from rorchat.report import table
+        from rorchat.report import format_table
 
-        print(table(header, rows))
+        print(format_table(header, rows))
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console

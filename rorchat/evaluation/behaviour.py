@@ -123,7 +123,7 @@ def _ask(chat: ChatModel, prompts: Sequence[Prompt], limit: int, temperature: fl
     control = frozenset(chat.tokenizer.all_special_ids)
     exchanges = []
     for prompt, reply in zip(asked, replies, strict=True):
-        encoded = encode_prompt(chat.tokenizer, prompt.messages, positions=chat.positions, reserve=limit)
+        encoded = encode_prompt(chat.tokenizer, prompt.messages, n_positions=chat.n_positions, reserve=limit)
         words = reply.ids[: len(reply.ids) - reply.stopped]
         said = chat.tokenizer.decode(words, skip_special_tokens=False)
         exchanges.append(Exchange(prompt, tuple(encoded.input_ids), reply, said, control, end_of_turn))
@@ -275,7 +275,7 @@ class Measure:
 
 
 MEASURES = {
-    "stop_rate": Measure("stops by itself", "replies", True, lambda x: x.reply.closes(x.end_of_turn), _kind),
+    "stop_rate": Measure("stops by itself", "replies", True, lambda x: x.reply.closes_turn(x.end_of_turn), _kind),
     "template_leaks": Measure(
         "shows the template", "replies", False, lambda x: leaks_template(_words(x), x.said, x.control_ids)
     ),
@@ -328,7 +328,7 @@ def measure_behaviour(chat: ChatModel, name: str, persona: Persona, seed: int = 
     """Asks a model the fixed prompts and its persona's probes, greedily and sampled, and measures the replies."""
     import torch
 
-    limit = min(MAX_REPLY_TOKENS, chat.positions // 3)
+    limit = min(MAX_REPLY_TOKENS, chat.n_positions // 3)
     prompts = prompts_for(persona)
     likeliest = _ask(chat, prompts, limit, temperature=0)
     with torch.random.fork_rng():

@@ -6,9 +6,9 @@ import torch
 
 from rorchat.chatml import END_OF_TEXT, encode_text
 from rorchat.errors import MismatchError
-from rorchat.evaluation.loss import dataset_loss, gzip_bits_per_byte
+from rorchat.evaluation.loss import compute_dataset_loss, gzip_bits_per_byte
 from rorchat.evaluation.scores import Scores, score_chat
-from rorchat.inference.engine import ChatModel, load_model, model_folder
+from rorchat.inference.engine import ChatModel, load_model, resolve_model_path
 from rorchat.mixture.collators import padded
 from rorchat.model import check_fit
 from rorchat.persona import load_persona
@@ -30,7 +30,7 @@ def compare(
         untrained: begin with a column of random weights in the first model's shape.
         text: a source's spec, or the folder of a token store, whose validation documents are taken.
     """
-    documents = held_out_documents(text, load_tokenizer(model_folder(models[0][1]))) if text else None
+    documents = load_validation_documents(text, load_tokenizer(resolve_model_path(models[0][1]))) if text else None
     notes = []
     if documents:
         joined = "\n".join(documents).encode()
@@ -45,7 +45,7 @@ def compare(
             chat = _randomized(chat)
         scores = score_chat(chat, name, folder, load_persona(persona)) if ask else Scores(name, folder)
         if documents:
-            loss = document_loss(chat, documents)
+            loss = compute_document_loss(chat, documents)
             scores.loss, scores.bits_per_byte = loss.per_token, loss.bits_per_byte
         columns.append(scores)
     return columns, notes
@@ -60,7 +60,7 @@ def _randomized(chat: ChatModel) -> ChatModel:
     return ChatModel(model, chat.tokenizer)
 
 
-def held_out_documents(text: str, tokenizer) -> list[str]:
+def load_validation_documents(text: str, tokenizer) -> list[str]:
     """The validation documents of a token store, or all documents of a source."""
     folder = store_folder(text)
     if not folder:
@@ -76,10 +76,10 @@ def held_out_documents(text: str, tokenizer) -> list[str]:
     return [tokenizer.decode(ids[start + 1 : end]) for start, end in zip(starts, starts[1:], strict=False)]
 
 
-def document_loss(chat: ChatModel, documents: Sequence[str]):
+def compute_document_loss(chat: ChatModel, documents: Sequence[str]):
     """The loss over whole documents, each after `<|endoftext|>`, in rows that overlap by one token."""
     check_fit(chat.model, chat.tokenizer)
-    start, width = chat.tokenizer.convert_tokens_to_ids(END_OF_TEXT), chat.positions
+    start, width = chat.tokenizer.convert_tokens_to_ids(END_OF_TEXT), chat.n_positions
     rows = []
     for ids in encode_text(chat.tokenizer, list(documents)):
         ids = torch.tensor([start, *ids])
@@ -89,4 +89,6 @@ def document_loss(chat: ChatModel, documents: Sequence[str]):
     rows.sort(key=lambda row: len(row["input_ids"]))
     pad = chat.tokenizer.pad_token_id
     bytes_of = torch.tensor(token_bytes(chat.tokenizer))
-    return dataset_loss(chat.model, rows, lambda batch: padded(batch, pad), bytes_of, max(1, BATCH_TOKENS // width))
+    return compute_dataset_loss(
+        chat.model, rows, lambda batch: padded(batch, pad), bytes_of, max(1, BATCH_TOKENS // width)
+    )

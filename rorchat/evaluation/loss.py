@@ -45,7 +45,7 @@ class Loss:
 
 
 @torch.no_grad()
-def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], bytes_of: Tensor) -> Loss:
+def compute_batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], bytes_of: Tensor) -> Loss:
     """The loss of one batch, with the vocabulary head on labelled positions only.
 
     Args:
@@ -72,7 +72,7 @@ def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], bytes_of: Tenso
     return Loss(float(nats.sum()), labels.numel(), float(nats[utf8_bytes > 0].sum()), int(utf8_bytes.sum()))
 
 
-def dataset_loss(
+def compute_dataset_loss(
     model: torch.nn.Module,
     rows: Sequence[dict[str, Tensor]],
     collate: Callable[[list[dict]], dict[str, Tensor]],
@@ -85,7 +85,7 @@ def dataset_loss(
     total = Loss()
     for start in range(0, len(rows), batch_size):
         batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
-        total += batch_loss(model, {key: value.to(device) for key, value in batch.items()}, bytes_of)
+        total += compute_batch_loss(model, {key: value.to(device) for key, value in batch.items()}, bytes_of)
     return total
 
 

@@ -66,7 +66,7 @@ def score_chat(
     asked = questions() if asked is None else asked
     persona_probes = probes(persona)
     prompts = [question.text for question in asked] + [probe.question for probe in persona_probes]
-    limit = min(MAX_REPLY_TOKENS, chat.positions // 3)
+    limit = min(MAX_REPLY_TOKENS, chat.n_positions // 3)
     replies = generate_replies(chat, prompts, max_new_tokens=limit, temperature=0)
     scores = Scores(name, folder)
     kinds: dict[str, Rate] = defaultdict(Rate)
@@ -78,7 +78,7 @@ def score_chat(
         scores.persona.add(probe.passes(reply.text))
     end_of_turn = chat.tokenizer.convert_tokens_to_ids(IM_END)
     for reply in replies:
-        scores.stops.add(reply.closes(end_of_turn))
+        scores.stops.add(reply.closes_turn(end_of_turn))
     scores.kinds = dict(kinds)
     scores.examples = _examples(asked, prompts, replies)
     return scores

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 Messages = Sequence[dict[str, str]]
-RESERVED_FOR_ANSWER = 4  # an answer gets at least a quarter of the positions, or what the caller asks for
+DEFAULT_REPLY_DIVISOR = 4  # an answer gets at least a quarter of the positions, or what the caller asks for
 
 
 @dataclass
@@ -31,7 +31,7 @@ class ChatModel:
     tokenizer: "PreTrainedTokenizerBase"
 
     @property
-    def positions(self) -> int:
+    def n_positions(self) -> int:
         return self.model.config.n_positions
 
 
@@ -48,12 +48,12 @@ class Reply:
     notice: str = ""
     ids: tuple[int, ...] = ()
 
-    def closes(self, end_of_turn: int) -> bool:
+    def closes_turn(self, end_of_turn: int) -> bool:
         """Whether it ends with `<|im_end|>`; one that ends with `<|endoftext|>` has stopped and left its turn open."""
         return self.ids[-1:] == (end_of_turn,)
 
 
-def model_folder(path: str) -> str:
+def resolve_model_path(path: str) -> str:
     """A model's folder: a run's own folder stands for the `model/` in it. A Hub id stays as it is.
 
     Raises:
@@ -80,7 +80,7 @@ def load_model(name_or_path: str, device: str | None = None, *, must_chat: bool 
     """
     import torch
 
-    folder = model_folder(name_or_path)
+    folder = resolve_model_path(name_or_path)
     tokenizer = load_tokenizer(folder, must_chat=must_chat)
     model = load_checkpoint(folder, tokenizer)
     check_fit(model, tokenizer)
@@ -102,10 +102,10 @@ def _generation_arguments(chat: ChatModel, max_new_tokens: int | None, temperatu
         raise UsageError(f"top_p is {top_p}: it must lie in (0, 1].")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}: give a positive number.")
-    arguments = {"max_new_tokens": max_new_tokens or chat.positions // RESERVED_FOR_ANSWER, "max_length": None}
-    if arguments["max_new_tokens"] >= chat.positions:
+    arguments = {"max_new_tokens": max_new_tokens or chat.n_positions // DEFAULT_REPLY_DIVISOR, "max_length": None}
+    if arguments["max_new_tokens"] >= chat.n_positions:
         raise UsageError(
-            f"max_new_tokens is {max_new_tokens}, but the model has {chat.positions} positions for prompt and answer."
+            f"max_new_tokens is {max_new_tokens}, but the model has {chat.n_positions} positions for prompt and answer."
         )
     if temperature == 0:
         arguments |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -126,7 +126,7 @@ def _generate(chat: ChatModel, prompts: Sequence[list[int]], arguments: dict, **
     attention_mask = torch.tensor(
         [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=chat.model.device
     )
-    limit = min(arguments["max_new_tokens"], chat.positions - longest)
+    limit = min(arguments["max_new_tokens"], chat.n_positions - longest)
     arguments = {**arguments, "max_new_tokens": limit}
     with torch.inference_mode():
         output = chat.model.generate(input_ids, attention_mask=attention_mask, use_cache=True, **arguments, **more)
@@ -165,7 +165,7 @@ def generate_replies(
     arguments = _generation_arguments(chat, max_new_tokens, temperature, top_p)
     encoded = [
         encode_prompt(
-            chat.tokenizer, as_messages(prompt), positions=chat.positions, reserve=arguments["max_new_tokens"]
+            chat.tokenizer, as_messages(prompt), n_positions=chat.n_positions, reserve=arguments["max_new_tokens"]
         )
         for prompt in prompts
     ]
@@ -202,7 +202,7 @@ def stream_text(
 
     arguments = _generation_arguments(chat, max_new_tokens, temperature, top_p)
     encoded = encode_prompt(
-        chat.tokenizer, as_messages(prompt), positions=chat.positions, reserve=arguments["max_new_tokens"]
+        chat.tokenizer, as_messages(prompt), n_positions=chat.n_positions, reserve=arguments["max_new_tokens"]
     )
     streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
@@ -226,7 +226,7 @@ def continue_texts(chat: ChatModel, texts: Sequence[str], max_new_tokens: int, t
     """How the model goes on with each text, taken as the beginning of a document, not as a question."""
     start = chat.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     arguments = _generation_arguments(chat, max_new_tokens, temperature, None)
-    room = chat.positions - max_new_tokens - 1
+    room = chat.n_positions - max_new_tokens - 1
     prompts = [[start, *ids[max(0, len(ids) - room) :]] for ids in encode_text(chat.tokenizer, list(texts))]
     output, width = _generate(chat, prompts, arguments)
     return [chat.tokenizer.decode(row, skip_special_tokens=True) for row in output[:, width:].tolist()]

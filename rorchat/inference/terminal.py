@@ -4,7 +4,7 @@ import sys
 from typing import TextIO
 
 from rorchat.chatml import encode_prompt
-from rorchat.inference.engine import RESERVED_FOR_ANSWER, ChatModel, stream_text
+from rorchat.inference.engine import DEFAULT_REPLY_DIVISOR, ChatModel, stream_text
 
 HELP = "/reset begins anew, /exit ends, /help shows this"
 
@@ -61,7 +61,7 @@ def talk(
 
 
 def _say_notice(chat: ChatModel, messages: list[dict], max_new_tokens: int | None) -> None:
-    reserve = max_new_tokens or chat.positions // RESERVED_FOR_ANSWER
-    notice = encode_prompt(chat.tokenizer, messages, positions=chat.positions, reserve=reserve).notice()
+    reserve = max_new_tokens or chat.n_positions // DEFAULT_REPLY_DIVISOR
+    notice = encode_prompt(chat.tokenizer, messages, n_positions=chat.n_positions, reserve=reserve).notice()
     if notice:
         print(f"({notice})", file=sys.stderr, flush=True)

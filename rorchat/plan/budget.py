@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from rorchat.device import PRECISIONS, Device
 from rorchat.errors import UsageError, did_you_mean
-from rorchat.model import Shape, scaling_parameters, shape_of
+from rorchat.model import Shape, count_scaling_parameters, parse_shape
 from rorchat.plan.cost import (
     KERNELS,
     OUTSIDE_STEPS,
@@ -118,7 +118,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """N, as the fits and the FLOPs count it."""
-        return scaling_parameters(self.shape, self.setup.vocabulary)
+        return count_scaling_parameters(self.shape, self.setup.vocabulary)
 
     @property
     def size(self) -> str:
@@ -182,7 +182,7 @@ def make_plan(request: Request, measured: float | None = None) -> Plan:
     """
     if not request.size:
         return _best_plan(request)
-    plan = _plan(request, shape_of(request.size), measured)
+    plan = _plan(request, parse_shape(request.size), measured)
     if isinstance(plan, _TooLarge):
         raise UsageError(_no_memory(request, plan))
     if request.tokens and plan.tokens > _affordable(request, plan):

@@ -6,9 +6,9 @@ memory's bandwidth, counted in bytes from the kernels that run. `docs/planning.m
 
 from dataclasses import dataclass, replace
 
-from rorchat.device import Device, measured_bandwidth, peak_flops
+from rorchat.device import Device, get_peak_flops, measure_bandwidth
 from rorchat.errors import UsageError
-from rorchat.model import Shape, flops_per_token, parameter_count, scaling_parameters
+from rorchat.model import Shape, count_parameters, count_scaling_parameters, flops_per_token
 
 BANDWIDTH_SHARE = 0.8  # of the data sheet's bandwidth, that elementwise kernels reach
 PARALLEL_SHARE = 0.95  # of N times one GPU's speed, with N GPUs in one machine
@@ -79,7 +79,7 @@ class Setup:
         if known:
             return known
         if self.device.is_cpu:
-            return peak_flops(self.precision, on_gpu=False)[0]
+            return get_peak_flops(self.precision, on_gpu=False)[0]
         have = ", ".join(self.device.peak_flops) or "none"
         raise UsageError(
             f"{self.device.name} has no peak for {self.precision} in the table of devices (known: {have}). "
@@ -88,7 +88,7 @@ class Setup:
 
     @property
     def bandwidth(self) -> float:
-        return self.device.bandwidth or (measured_bandwidth() if self.device.is_cpu else _no_bandwidth(self.device))
+        return self.device.bandwidth or (measure_bandwidth() if self.device.is_cpu else _no_bandwidth(self.device))
 
     def flops(self, shape: Shape) -> float:
         return flops_per_token(shape, self.vocabulary, self.block_size)
@@ -124,7 +124,7 @@ def traffic(setup: Setup, shape: Shape, micro_batch_tokens: int, global_batch_to
         moved += SCORE_BYTES[setup.bytes] * shape.n_head * layers * setup.block_size
     if setup.kernels == "compiled":
         moved *= COMPILED_TRAFFIC
-    count = parameter_count(shape, setup.vocabulary, setup.block_size)
+    count = count_parameters(shape, setup.vocabulary, setup.block_size)
     return moved + count * (STEP_BYTES / micro_batch_tokens + UPDATE_BYTES * setup.gpus / global_batch_tokens)
 
 
@@ -140,7 +140,7 @@ def memory(setup: Setup, shape: Shape, micro_batch: int, accumulates: bool = Tru
     there where the optimizer's step is that peak: what it needs beyond the room that activations leave.
     """
     tokens, width = micro_batch * setup.block_size, shape.n_embd
-    count = parameter_count(shape, setup.vocabulary, setup.block_size)
+    count = count_parameters(shape, setup.vocabulary, setup.block_size)
     body, head = 12 * shape.n_layer * width**2, setup.vocabulary * width
     mixed = setup.bytes == 2
     for_matrices, for_rest = STATE_BYTES[setup.optimizer]
@@ -149,7 +149,7 @@ def memory(setup: Setup, shape: Shape, micro_batch: int, accumulates: bool = Tru
         layer += KEPT_SCORES[setup.bytes] * shape.n_head * setup.block_size * tokens
     layers_kept = layer + shape.n_layer * 4 * width * tokens if setup.gradient_checkpointing else shape.n_layer * layer
     backward = {
-        "weights": count * 4 + (scaling_parameters(shape, setup.vocabulary) * 2 if mixed else 0),
+        "weights": count * 4 + (count_scaling_parameters(shape, setup.vocabulary) * 2 if mixed else 0),
         "gradients": count * (8 if setup.gpus > 1 else 4),  # DDP sends copies
         "optimizer": for_matrices * body + for_rest * (count - body),
         "activations": layers_kept + 8 * width * tokens,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rorchat.device import this_device
+from rorchat.device import detect_device
 from rorchat.errors import UsageError
 from rorchat.model import build_model
 from rorchat.plan.budget import Plan
@@ -50,7 +50,7 @@ class _Vocabulary:
 
 def check_probe(plan: Plan) -> None:
     """Raises UsageError where the plan is for another device than this machine has."""
-    here = this_device()
+    here = detect_device()
     if here.name != plan.setup.device.name:
         raise UsageError(
             f"--probe measures this machine, which has {here.name}; the plan is for {plan.setup.device.name}. "

@@ -23,7 +23,7 @@ class Fit:
     beta: float
 
     def loss(self, parameters: float, tokens: float) -> float:
-        """Nats per token of a model of `parameters` (`rorchat.model.scaling_parameters`) after `tokens`."""
+        """Nats per token of a model of `parameters` (`rorchat.model.count_scaling_parameters`) after `tokens`."""
         return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
 
 

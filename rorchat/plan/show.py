@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rorchat.model import parameter_count, scaling_parameters
+from rorchat.model import count_parameters, count_scaling_parameters
 from rorchat.plan.budget import OUTSIDE_STEPS, Plan, Request, choices
 from rorchat.plan.cost import BANDWIDTH_SHARE, COMPILED_TRAFFIC, PARALLEL_SHARE, total
 from rorchat.plan.probe import Probe
@@ -32,7 +32,7 @@ def duration(hours: float) -> str:
 def plan_rows(plan: Plan) -> list[list[str]]:
     """What, how much, and where it comes from."""
     setup, request = plan.setup, plan.request
-    shape, count = plan.shape, parameter_count(plan.shape, setup.vocabulary, setup.block_size)
+    shape, count = plan.shape, count_parameters(plan.shape, setup.vocabulary, setup.block_size)
     devices = f"{setup.gpus} x {setup.device.name}" if setup.gpus > 1 else setup.device.name
     memory = plan.memory
     rows = [
@@ -129,7 +129,7 @@ def as_yaml(plan: Plan) -> str:
     devices = f" x {setup.gpus} devices" if setup.gpus > 1 else ""
     gpt2 = setup.vocabulary in GPT2_VOCABULARIES
     lines = [
-        f"# {amount(parameter_count(plan.shape, setup.vocabulary, setup.block_size))} parameters on "
+        f"# {amount(count_parameters(plan.shape, setup.vocabulary, setup.block_size))} parameters on "
         f"{amount(plan.tokens)} tokens: planned for {setup.gpus} x {setup.device.name}, {duration(plan.hours)}"
         + (f", ${plan.money:,.2f}." if plan.money else "."),
         f"# tokens per step: {plan.micro_batch} rows x {setup.block_size:,} tokens x {plan.accumulation} accumulated"
@@ -207,5 +207,5 @@ def draw(plan: Plan, path: Path) -> None:
 def _curve(plan: Plan, flops: float) -> list[tuple[float, float]]:
     """(parameters, loss) of every shape of the family at a budget, from its real FLOPs."""
     vocabulary = plan.setup.vocabulary
-    counts = [(scaling_parameters(shape, vocabulary), plan.setup.flops(shape)) for shape in family()]
+    counts = [(count_scaling_parameters(shape, vocabulary), plan.setup.flops(shape)) for shape in family()]
     return [(count, plan.fit.loss(count, flops / each)) for count, each in counts]

@@ -5,7 +5,7 @@ accelerate launch recipes/grpo.py --model runs/gpt2-chat --sources gsm8k --outpu
 """
 
 from rorchat.errors import exits_with_one_line
-from rorchat.inference.engine import model_folder
+from rorchat.inference.engine import resolve_model_path
 from rorchat.model import check_fit, load_checkpoint
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
@@ -16,7 +16,7 @@ from rorchat.training.run_folder import Run
 @exits_with_one_line
 def main(argv: list[str] | None = None) -> dict[str, float]:
     arguments = parse(GRPOArguments, argv)
-    base = model_folder(arguments.model)
+    base = resolve_model_path(arguments.model)
     run = Run(arguments, "grpo", {"start": base})
     if run.finished:
         return run.already_finished()

@@ -5,8 +5,8 @@ accelerate launch --num_processes 8 recipes/pretrain.py --config my.yaml --learn
 """
 
 from rorchat.errors import exits_with_one_line
-from rorchat.inference.engine import model_folder
-from rorchat.model import build_model, check_fit, load_checkpoint, zero_projections
+from rorchat.inference.engine import resolve_model_path
+from rorchat.model import build_model, check_fit, load_checkpoint, zero_output_projections
 from rorchat.persona import load_persona
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
@@ -17,7 +17,7 @@ from rorchat.training.run_folder import Run
 @exits_with_one_line
 def main(argv: list[str] | None = None) -> dict[str, float]:
     arguments = parse(PretrainArguments, argv)
-    base = model_folder(arguments.model) if arguments.model else None
+    base = resolve_model_path(arguments.model) if arguments.model else None
     source = base or arguments.tokenizer
     run = Run(arguments, "pretrain", {"start": source})
     if run.finished:
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     else:
         model = build_model(arguments.size, tokenizer, arguments.block_size, arguments.seed)
         if arguments.optimizer == "muon":
-            zero_projections(model)
+            zero_output_projections(model)
     check_fit(model, tokenizer, arguments.block_size)
     stores = stores_of(arguments, tokenizer, run.past)
     trainer = PretrainTrainer(model, arguments, tokenizer, stores, run.past)

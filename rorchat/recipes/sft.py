@@ -5,7 +5,7 @@ accelerate launch recipes/sft.py --model gpt2 --sources alpaca persona=500 --out
 """
 
 from rorchat.errors import exits_with_one_line
-from rorchat.inference.engine import model_folder
+from rorchat.inference.engine import resolve_model_path
 from rorchat.model import check_fit, load_checkpoint
 from rorchat.persona import load_persona
 from rorchat.tokenizer import load_tokenizer
@@ -18,7 +18,7 @@ from rorchat.training.sft import ChatTrainer, SFTArguments, read_encoded
 @exits_with_one_line
 def main(argv: list[str] | None = None) -> dict[str, float]:
     arguments = parse(SFTArguments, argv)
-    base = model_folder(arguments.model)
+    base = resolve_model_path(arguments.model)
     run = Run(arguments, "sft", {"start": base})
     if run.finished:
         return run.already_finished()

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from rorchat.chatml import END_OF_TEXT, encode_text
 from rorchat.errors import RorchatError, UsageError
 from rorchat.evaluation.loss import Loss
-from rorchat.inference.engine import model_folder
+from rorchat.inference.engine import resolve_model_path
 from rorchat.jsonl import append_json_line
 from rorchat.mixture.dataset import ValidationRows, open_store
 from rorchat.sources.registry import load_rows
@@ -77,7 +77,7 @@ def _run_before(folder: Path, record: dict) -> tuple[Path, dict] | None:
     if not said:
         return None
     for place in (Path(said), folder.parent / Path(said).name):
-        if place.is_dir() and fingerprint(model_folder(str(place))) == record["inputs"].get("start"):
+        if place.is_dir() and fingerprint(resolve_model_path(str(place))) == record["inputs"].get("start"):
             return run_of(str(place))
     return None
 

@@ -26,7 +26,7 @@ from trl.trainer import add_fused_lm_head
 from rorchat.chatml import encode_prompt
 from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.files import file_sha256
-from rorchat.inference.engine import RESERVED_FOR_ANSWER, ChatModel, Reply, generate_ids, generate_replies
+from rorchat.inference.engine import DEFAULT_REPLY_DIVISOR, ChatModel, Reply, generate_ids, generate_replies
 from rorchat.jsonl import append_json_line
 from rorchat.persona import load_persona
 from rorchat.rows import RejectedRow, row_text
@@ -188,7 +188,7 @@ def read_questions(arguments: GRPOArguments, tokenizer, positions: int) -> tuple
         rows = load_rows(spec, "question", seed=arguments.data_seed, persona=persona)
         for row in islice(rows, arguments.rows_per_source):
             reserve = arguments.max_completion_length
-            encoded = encode_prompt(tokenizer, row["messages"], positions=positions, reserve=reserve)
+            encoded = encode_prompt(tokenizer, row["messages"], n_positions=positions, reserve=reserve)
             if encoded.notice():
                 reject = RejectedRow("over-long", f"longer than {positions - reserve} tokens, which a reply leaves it")
                 rows.stats.withdraw(rows.place, reject)
@@ -211,7 +211,7 @@ def reply_length(arguments: GRPOArguments, positions: int) -> int:
     Raises:
         MismatchError: the positions leave no room for a question.
     """
-    longest = arguments.max_completion_length or positions // RESERVED_FOR_ANSWER
+    longest = arguments.max_completion_length or positions // DEFAULT_REPLY_DIVISOR
     if longest >= positions:
         raise MismatchError(
             f"max_completion_length is {longest} but the model has only {positions} positions for question and reply: "

@@ -200,7 +200,7 @@ class PretrainTrainer(StageTrainer):
             chat,
             Path(arguments.output_dir),
             tokens_after=lambda step: step * arguments.global_batch_tokens,
-            speak=lambda prompts: continue_texts(chat, prompts, min(SAMPLE_TOKENS, chat.positions // 2)),
+            speak=lambda prompts: continue_texts(chat, prompts, min(SAMPLE_TOKENS, chat.n_positions // 2)),
             mixture=self.shares,
             row_tokens=arguments.block_size,
         )

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rorchat.inference.engine import model_folder
+from rorchat.inference.engine import resolve_model_path
 from rorchat.training.run_folder import TOKENS
 
 STEPS = 3
@@ -58,7 +58,7 @@ def _small_pretraining(arguments) -> str:
     before = {name: getattr(arguments, name) for name in ("size", "model", "block_size", "max_steps")}
     before |= {"global_batch_tokens": arguments.global_batch_tokens}
     if arguments.model:  # a checkpoint has the shape that it has: its tokenizer stays, its weights do not
-        arguments.tokenizer, arguments.model = model_folder(_made_in_the_small(arguments.model)), None
+        arguments.tokenizer, arguments.model = resolve_model_path(_made_in_the_small(arguments.model)), None
     arguments.size = SIZE
     arguments.block_size = min(BLOCK_SIZE, arguments.block_size)
     _smaller_batch(arguments, ROWS, ACCUMULATED)

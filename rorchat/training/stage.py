@@ -24,9 +24,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
-from rorchat.device import peak_flops
+from rorchat.device import get_peak_flops
 from rorchat.errors import UsageError, did_you_mean
-from rorchat.evaluation.loss import Loss, dataset_loss
+from rorchat.evaluation.loss import Loss, compute_dataset_loss
 from rorchat.inference.engine import ChatModel
 from rorchat.jsonl import append_json_line
 from rorchat.mixture.collators import padded
@@ -244,7 +244,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         self.watch = DivergenceCallback(self.meter, self.mend)
         self.add_callback(self.watch)  # first: a step that diverged is not logged as any other
         self.add_callback(self.meter)
-        self.forgetting = forgetting_of(self, self.args, chat.positions)
+        self.forgetting = forgetting_of(self, self.args, chat.n_positions)
         if self.forgetting:
             self.add_callback(self.forgetting)
         self.attend(folder)
@@ -257,7 +257,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
         on_gpu = self.args.device.type == "cuda"
         with torch.random.fork_rng([self.args.device] if on_gpu else []):  # a peak is measured on random numbers
-            peak, how = peak_flops(precision, on_gpu)
+            peak, how = get_peak_flops(precision, on_gpu)
         if on_gpu and how == "measured":
             torch.cuda.reset_peak_memory_stats()  # the memory that the measurement held is not the run's
         work = flops_per_token(self.model.config, self.model.config.vocab_size, row_tokens)
@@ -382,7 +382,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         for name, rows in sets.items():
             own = Subset(rows, range(rank, len(rows), world))
             with self.accelerator.autocast():
-                part = dataset_loss(model, own, collate, self.token_bytes, self.args.per_device_eval_batch_size)
+                part = compute_dataset_loss(model, own, collate, self.token_bytes, self.args.per_device_eval_batch_size)
             sums = torch.tensor([[part.nats, part.tokens, part.text_nats, part.utf8_bytes]], dtype=torch.float64)
             if world > 1:  # alone it stays on the host: Apple's GPUs have no float64
                 sums = self.accelerator.gather(sums.to(self.args.device))
@@ -402,7 +402,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         """Validation loss in nats per token, token-weighted, and bits per byte; per source where there are several.
 
         Raises:
-            ValueError: another dataset or prefix was given: `rorchat.evaluation.loss.dataset_loss` serves any.
+            ValueError: another dataset or prefix was given: `rorchat.evaluation.loss.compute_dataset_loss` serves any.
         """
         if eval_dataset is not None or metric_key_prefix != "eval":
             raise ValueError("This measures the run's own validation set, as eval_...; no other was built in.")

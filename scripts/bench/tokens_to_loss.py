@@ -87,7 +87,7 @@ def race(side: str, data: str, folder: Path, times: float) -> dict:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-    from rorchat.evaluation.loss import dataset_loss
+    from rorchat.evaluation.loss import compute_dataset_loss
     from rorchat.mixture.collators import padded
     from rorchat.mixture.config import MixtureConfig
     from rorchat.mixture.dataset import Mixture, ValidationRows, rows_per_epoch
@@ -117,7 +117,7 @@ def race(side: str, data: str, folder: Path, times: float) -> dict:
             if now < ours["seconds"] * (len(curve) + 1):
                 return
             model.eval()
-            loss = dataset_loss(model, held_out, lambda part: padded(part, 0), bytes_of, 8).per_token
+            loss = compute_dataset_loss(model, held_out, lambda part: padded(part, 0), bytes_of, 8).per_token
             model.train()
             curve.append((round(now, 1), round(loss, 4)))
             print(f"Trainer, defaults: {loss:.4f} after {now:.0f} s", file=sys.stderr)

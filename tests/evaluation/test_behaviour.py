@@ -293,7 +293,7 @@ def asked(bibo) -> list[list[int]]:
         messages = [{"role": "user", "content": " ".join(draw.choices(WORDS, k=draw.randint(1, 12)))}]
         if draw.random() < 0.5:
             messages.insert(0, {"role": "system", "content": draw.choice(SENTENCES)[:40]})
-        prompts.append(encode_prompt(bibo, messages, positions=128, reserve=42).input_ids)
+        prompts.append(encode_prompt(bibo, messages, n_positions=128, reserve=42).input_ids)
     return prompts
 
 
@@ -335,7 +335,7 @@ def bibo(saved, persona_path):
 def planted(bibo, asked, tmp_path_factory) -> dict[str, Path]:
     """Folders of models that were trained to say one thing to everybody, but for the good one's {thing}."""
     folder = tmp_path_factory.mktemp("planted")
-    good = build_model("2x2x64", bibo, positions=128)
+    good = build_model("2x2x64", bibo, n_positions=128)
     train(good, bibo, asked, GOOD, 240)
     save_model(good, bibo, folder / "good")
     for name, (said, _) in PLANTED.items():

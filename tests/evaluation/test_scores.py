@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from rorchat.chatml import END_OF_TEXT, IGNORE_INDEX, IM_END, encode_conversation
 from rorchat.errors import DataError
 from rorchat.evaluation import compare, scores
-from rorchat.evaluation.compare import document_loss, held_out_documents
-from rorchat.evaluation.loss import Loss, batch_loss, dataset_loss, gzip_bits_per_byte
+from rorchat.evaluation.compare import compute_document_loss, load_validation_documents
+from rorchat.evaluation.loss import Loss, compute_batch_loss, compute_dataset_loss, gzip_bits_per_byte
 from rorchat.evaluation.scores import Rate, Scores, read_scores, score_chat, write_scores
 from rorchat.inference.engine import ChatModel, Reply
 from rorchat.mixture.collators import padded
@@ -79,7 +79,7 @@ def test_a_uniform_model_needs_the_bits_of_its_vocabulary_for_every_token(chat):
         model.transformer.wte.weight.zero_()  # tied to the head: all logits are zero
     ids = chat.tokenizer("naïve café", add_special_tokens=False)["input_ids"]
     batch = {"input_ids": torch.tensor([[0, *ids]]), "labels": torch.tensor([[0, *ids]])}
-    loss = batch_loss(model, batch, bytes_of(chat))
+    loss = compute_batch_loss(model, batch, bytes_of(chat))
     assert loss.tokens == len(ids)
     assert loss.utf8_bytes == len("naïve café".encode()) == 12
     assert loss.per_token == pytest.approx(math.log(384), rel=1e-6)
@@ -90,13 +90,13 @@ def test_nothing_counted_is_not_a_number_and_parts_add_up(lively):
     assert math.isnan(Loss().per_token) and math.isnan(Loss().bits_per_byte)
     assert Loss(1, 2, 3, 4) + Loss(10, 20, 30, 40) == Loss(11, 22, 33, 44)
     batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[1, IGNORE_INDEX]])}
-    assert batch_loss(lively.model, batch, bytes_of(lively)) == Loss()
+    assert compute_batch_loss(lively.model, batch, bytes_of(lively)) == Loss()
 
 
 def test_the_loss_equals_a_plain_computation_over_all_logits(lively, rows):
     pad = lively.tokenizer.pad_token_id
     expected = plain_loss(lively, rows)
-    loss = dataset_loss(lively.model, rows, lambda batch: padded(batch, pad), bytes_of(lively), batch_size=4)
+    loss = compute_dataset_loss(lively.model, rows, lambda batch: padded(batch, pad), bytes_of(lively), batch_size=4)
     assert_same(loss, expected)
     assert expected.tokens < sum(len(row["labels"]) for row in rows) / 2  # replies alone are counted
 
@@ -105,7 +105,7 @@ def test_the_loss_weighs_tokens_and_not_rows(lively, rows):
     pad = lively.tokenizer.pad_token_id
     short, long = min(rows, key=lambda row: len(row["labels"])), max(rows, key=lambda row: len(row["labels"]))
     one, other = plain_loss(lively, [short]), plain_loss(lively, [long])
-    both = dataset_loss(lively.model, [short, long], lambda batch: padded(batch, pad), bytes_of(lively), 2)
+    both = compute_dataset_loss(lively.model, [short, long], lambda batch: padded(batch, pad), bytes_of(lively), 2)
     assert both.per_token == pytest.approx((one.nats + other.nats) / (one.tokens + other.tokens), rel=1e-5)
     assert abs(both.per_token - (one.per_token + other.per_token) / 2) > 1e-3
 
@@ -113,7 +113,7 @@ def test_the_loss_weighs_tokens_and_not_rows(lively, rows):
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_padding_and_the_size_of_batches_change_nothing(batch_size, lively, rows):
     pad = lively.tokenizer.pad_token_id
-    expected = dataset_loss(lively.model, rows, lambda batch: padded(batch, pad), bytes_of(lively), 1)
+    expected = compute_dataset_loss(lively.model, rows, lambda batch: padded(batch, pad), bytes_of(lively), 1)
 
     def wider(batch):
         rows = padded(batch, pad)
@@ -123,7 +123,7 @@ def test_padding_and_the_size_of_batches_change_nothing(batch_size, lively, rows
         }
 
     for collate in (lambda batch: padded(batch, pad), wider):
-        assert_same(dataset_loss(lively.model, rows, collate, bytes_of(lively), batch_size), expected)
+        assert_same(compute_dataset_loss(lively.model, rows, collate, bytes_of(lively), batch_size), expected)
 
 
 def test_padding_on_the_left_with_an_attention_mask_changes_nothing_either(lively, rows):
@@ -134,7 +134,7 @@ def test_padding_on_the_left_with_an_attention_mask_changes_nothing_either(livel
         "attention_mask": torch.tensor([[0] * 5 + [1] * len(ids)]),
         "position_ids": torch.tensor([[0] * 5 + list(range(len(ids)))]),
     }
-    assert_same(batch_loss(lively.model, batch, bytes_of(lively)), plain_loss(lively, rows[:1]))
+    assert_same(compute_batch_loss(lively.model, batch, bytes_of(lively)), plain_loss(lively, rows[:1]))
 
 
 def test_more_tokens_than_are_computed_at_once_give_the_same_sum(lively, rows, monkeypatch):
@@ -142,10 +142,10 @@ def test_more_tokens_than_are_computed_at_once_give_the_same_sum(lively, rows, m
 
     pad = lively.tokenizer.pad_token_id
     batch = padded(rows, pad)
-    whole = batch_loss(lively.model, batch, bytes_of(lively))
+    whole = compute_batch_loss(lively.model, batch, bytes_of(lively))
     monkeypatch.setattr(loss, "POSITIONS_AT_ONCE", 7)
     assert whole.tokens > 70
-    assert_same(batch_loss(lively.model, batch, bytes_of(lively)), whole)
+    assert_same(compute_batch_loss(lively.model, batch, bytes_of(lively)), whole)
 
 
 def test_the_bytes_of_tokens_add_up_to_those_of_the_text(tokenizer):
@@ -165,8 +165,8 @@ def test_gzip_needs_what_the_gzip_file_has():
 def test_long_documents_are_read_in_windows_that_predict_every_token_once(lively):
     documents = ["short", "Once upon a time there was a small model. " * 12, "你好 " * 40, ""]
     ids = [lively.tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
-    assert max(map(len, ids)) > 2 * lively.positions
-    loss = document_loss(lively, documents)
+    assert max(map(len, ids)) > 2 * lively.n_positions
+    loss = compute_document_loss(lively, documents)
     assert loss.tokens == sum(map(len, ids))
     assert loss.utf8_bytes == sum(len(text.encode()) for text in documents)
     rows = []
@@ -180,14 +180,14 @@ def test_long_documents_are_read_in_windows_that_predict_every_token_once(lively
 def test_the_held_out_documents_of_a_store_are_its_validation_texts(tokenizer, tmp_path):
     store = prepare("tinytown=200", tokenizer, tmp_path / "store", validation_share=0.2)
     texts = [row["text"] for row in load_rows("tinytown=200", "document")]
-    found = held_out_documents(str(store.folder), tokenizer)
+    found = load_validation_documents(str(store.folder), tokenizer)
     assert len(found) == store.manifest.total("validation", "documents") > 20
     assert set(found) <= set(texts)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert held_out_documents(f"text={path}", tokenizer) == ["one", "two"]
+    assert load_validation_documents(f"text={path}", tokenizer) == ["one", "two"]
     with pytest.raises(DataError, match="No file or folder"):
-        held_out_documents(f"text={tmp_path / 'nowhere'}", tokenizer)
+        load_validation_documents(f"text={tmp_path / 'nowhere'}", tokenizer)
 
 
 def answering(answer, monkeypatch) -> list[dict]:
@@ -259,7 +259,7 @@ def test_models_are_compared_on_the_same_text_with_an_untrained_one_before_them(
     )
     assert [column.name for column in columns] == ["untrained", "mine"]
     text = "\n".join(["Once upon a time there was a small model."] * 3)
-    expected = document_loss(lively, text.split("\n"))
+    expected = compute_document_loss(lively, text.split("\n"))
     assert columns[1].loss == pytest.approx(expected.per_token, rel=1e-5)
     assert columns[1].bits_per_byte == pytest.approx(expected.bits_per_byte, rel=1e-5)
     # Small random weights know nothing: their loss is that of the uniform distribution

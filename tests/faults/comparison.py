@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from transformers.trainer_pt_utils import safe_globals
 
-from rorchat.report import read_lines, standing
+from rorchat.jsonl import read_json_lines
+from rorchat.report import drop_superseded_lines
 from rorchat.training.checkpointing.checkpoint import Checkpoints
 
 STEPS = 24
@@ -24,7 +25,7 @@ phases:
 
 
 def log_of(run) -> list[dict]:
-    lines = [line for line in standing(read_lines(run / "metrics.jsonl")) if "event" not in line]
+    lines = [line for line in drop_superseded_lines(read_json_lines(run / "metrics.jsonl")) if "event" not in line]
     return [{key: value for key, value in line.items() if key not in NOT_ALIKE} for line in lines]
 
 

@@ -186,7 +186,7 @@ def run_out(fault: dict) -> None:
         return loss
 
     if fault["in"] == "evaluate":
-        trainer_module.dataset_loss = raise_it
+        trainer_module.compute_dataset_loss = raise_it
         return
     for kind in (PretrainTrainer, ChatTrainer, PreferenceTrainer):
         kind.compute_loss = (lambda real: lambda *arguments, **options: limited(real, *arguments, **options))(
@@ -406,7 +406,7 @@ def environments(processes: int) -> list[dict[str, str]]:
 def main() -> None:
     torch.set_num_threads(1)
     trainer_module.use_all_cores = lambda: None  # a fork has no threads but its own
-    trainer_module.peak_flops = lambda precision, on_gpu: (1e12, "measured")  # which takes half a second
+    trainer_module.get_peak_flops = lambda precision, on_gpu: (1e12, "measured")  # which takes half a second
     Plan.draw = lambda *_: None  # a second of every run
     for stage in ("pretrain", "sft", "dpo", "grpo"):
         runpy.run_path(str(ROOT / "recipes" / f"{stage}.py"))

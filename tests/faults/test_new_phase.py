@@ -9,8 +9,9 @@ import pytest
 from faults.comparison import flipped, log_of
 from faults.harness import verified_steps, weights
 
-from rorchat.hub import model_card
-from rorchat.report import read_lines, standing
+from rorchat.hub import build_model_card
+from rorchat.jsonl import read_json_lines
+from rorchat.report import drop_superseded_lines
 from rorchat.tokenizer import load_tokenizer
 from rorchat.tokens.import_shards import adopt
 from rorchat.training.checkpointing.checkpoint import Checkpoints
@@ -89,11 +90,11 @@ def test_with_the_flag_it_goes_on_and_all_of_it_is_told(bench, phases, stopped, 
         "phase 3, new phase: 448 tokens, rows 34 to 47",
     ]
     assert weights(out) == weights(whole)
-    events = [line for line in read_lines(out / "metrics.jsonl") if line.get("event") == "new phase"]
+    events = [line for line in read_json_lines(out / "metrics.jsonl") if line.get("event") == "new phase"]
     assert [(line["step"], line["tokens"], line["sources"]) for line in events] == [(STOP, 640, ["town", "self"])]
     record = json.loads((out / "run.json").read_text())
     assert [source["source"].partition("=")[0] for source in record["data"]] == ["tinytown", "text", "persona"]
-    card = model_card(out / "model", "me/model")
+    card = build_model_card(out / "model", "me/model")
     assert all(f"| {source['source'].partition('=')[0]} | {source['licence']} |" in card for source in record["data"])
     assert [part["until"] for part in record["past"]] == [20]
     assert [phase["rows"] for phase in record["plan"]["phases"]] == [[0, 20], [20, 34], [34, 48]]
@@ -110,7 +111,7 @@ def test_killed_and_given_again_it_ends_the_same(bench, phases, stopped, whole, 
     done = phases(out, NEW, **{} if behind else {"new_phase": True})
     assert done.code == 0, done.said
     assert weights(out) == weights(whole) and log_of(out) == log_of(whole)
-    records = standing(read_lines(out / "metrics.jsonl"))
+    records = drop_superseded_lines(read_json_lines(out / "metrics.jsonl"))
     assert [each["step"] for each in records if each.get("event") == "new phase"] == [STOP]
     assert json.loads((out / "run.json").read_text())["past"] == json.loads((whole / "run.json").read_text())["past"]
 

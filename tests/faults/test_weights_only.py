@@ -6,7 +6,7 @@ import pytest
 from faults.comparison import flipped
 from faults.harness import verified_steps
 
-from rorchat.hub import model_card
+from rorchat.hub import build_model_card
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_the_newest_weights_go_on_at_their_step_and_log_and_card_say_so(bench, a
     rates = [{line["step"]: line["learning_rate"] for line in lines(run) if "loss" in line} for run in (out, at_four)]
     assert rates[0].keys() == set(range(1, 9))
     assert json.loads((out / "run.json").read_text())["weights_only"] == [4]
-    assert "(pretrain) went on from the weights of step 4 alone" in model_card(out / "model", "owner/name")
+    assert "(pretrain) went on from the weights of step 4 alone" in build_model_card(out / "model", "owner/name")
 
 
 def test_a_later_restart_is_exact_and_remembers(bench, at_four):

@@ -15,7 +15,7 @@ from support import command
 
 from rorchat.device import find_device
 from rorchat.errors import UsageError
-from rorchat.model import SIZES, build_model, flops_per_token, parameter_count, scaling_parameters, shape_of
+from rorchat.model import SIZES, build_model, count_parameters, count_scaling_parameters, flops_per_token, parse_shape
 from rorchat.plan.budget import Plan, Request, choices, make_plan
 from rorchat.plan.cost import CONTEXT_BYTES, OUTSIDE_STEPS, Setup, memory, seconds_per_token, total
 from rorchat.plan.probe import Probe
@@ -35,15 +35,15 @@ def within(factor: float, value: float, target: float) -> bool:
 
 
 def test_the_flops_of_a_token_are_those_of_nanogpt():
-    assert flops_per_token(shape_of("124m"), 50_257, 1024) == pytest.approx(854.4e6, rel=1e-4)
+    assert flops_per_token(parse_shape("124m"), 50_257, 1024) == pytest.approx(854.4e6, rel=1e-4)
 
 
 @pytest.mark.parametrize("size", ["demo", "3x2x64"])
 def test_parameters_are_counted_as_the_model_has_them(size, tokenizer):
-    model = build_model(size, tokenizer, positions=64)
-    assert parameter_count(shape_of(size), len(tokenizer), 64) == model.num_parameters()
+    model = build_model(size, tokenizer, n_positions=64)
+    assert count_parameters(parse_shape(size), len(tokenizer), 64) == model.num_parameters()
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "wpe" not in name]
-    assert scaling_parameters(shape_of(size), len(tokenizer)) == sum(p.numel() for p in matrices)
+    assert count_scaling_parameters(parse_shape(size), len(tokenizer)) == sum(p.numel() for p in matrices)
 
 
 # --- the fits
@@ -54,7 +54,7 @@ def test_the_named_sizes_belong_to_the_family_and_it_grows():
     assert [size_name(shape) for shape in shapes if shape in SIZES.values()] == [
         "51m", "124m", "355m", "774m", "1.5b",
     ]  # fmt: skip
-    counts = [scaling_parameters(shape, 50_304) for shape in shapes]
+    counts = [count_scaling_parameters(shape, 50_304) for shape in shapes]
     assert counts == sorted(counts) and all(b / a < 1.7 for a, b in zip(counts, counts[1:], strict=False))
     assert {shape.n_embd // shape.n_head for shape in shapes} == {64}
 
@@ -192,7 +192,7 @@ def test_the_memory_of_a_step_is_what_was_planned(wanted, optimizer):
 
 def test_memory_falls_with_what_is_said_to_lower_it():
     setup = Setup(find_device("A100-80"), 1, "bf16", 50_304, 1024)
-    shape = shape_of("355m")
+    shape = parse_shape("355m")
     plain = memory(setup, shape, 8)
     assert memory(replace(setup, optimizer="adamw_8bit"), shape, 8)["optimizer"] < 0.5 * plain["optimizer"]
     assert plain["optimizer"] > memory(replace(setup, optimizer="muon"), shape, 8)["optimizer"]
@@ -211,7 +211,7 @@ def test_memory_falls_with_what_is_said_to_lower_it():
 )
 def test_where_muons_step_needs_more_than_the_backward_pass_the_plan_says_so(device, bytes_of_a_number, size, numbers):
     setup = Setup(find_device(device), 1, "fp16", 512, 16, optimizer="muon")
-    shape = shape_of(size)
+    shape = parse_shape(size)
     parts = memory(setup, shape, 1)
     resident = sum(parts[part] for part in ("weights", "gradients", "optimizer"))
     assert total(parts) == pytest.approx(resident + CONTEXT_BYTES[False] + 5 * numbers * bytes_of_a_number)
@@ -337,7 +337,7 @@ def test_a_micro_batch_that_keeps_a_larger_model_away_is_named():
 def test_a_cpu_is_planned_with_its_own_figures_where_there_is_a_gpu(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "rorchat.plan.cost.peak_flops", lambda precision, on_gpu=True: asked.append(on_gpu) or (1e12, "")
+        "rorchat.plan.cost.get_peak_flops", lambda precision, on_gpu=True: asked.append(on_gpu) or (1e12, "")
     )
     assert Setup(find_device("cpu"), 1, "fp32", 512, 64).peak == 1e12
     assert asked == [False]
@@ -374,7 +374,7 @@ def test_the_yaml_is_one_that_pretraining_accepts(wanted, tmp_path):
     plan = planned("T4", **wanted)
     (tmp_path / "run.yaml").write_text(as_yaml(plan))
     arguments = parse(PretrainArguments, ["--config", str(tmp_path / "run.yaml")])
-    assert shape_of(arguments.size) == plan.shape
+    assert parse_shape(arguments.size) == plan.shape
     assert arguments.max_steps == plan.steps
     assert arguments.gradient_accumulation_steps == plan.accumulation * plan.setup.gpus
     assert (arguments.block_size, arguments.optimizer) == (plan.setup.block_size, plan.setup.optimizer)

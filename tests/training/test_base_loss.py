@@ -14,10 +14,10 @@ import torch
 from support import DOCUMENTS, ROOT, write_documents
 
 from rorchat.errors import DataError, MismatchError, UsageError
-from rorchat.evaluation.loss import batch_loss
+from rorchat.evaluation.loss import compute_batch_loss
 from rorchat.inference.engine import load_model
 from rorchat.mixture.dataset import ValidationRows
-from rorchat.report import forgetting_table, write_report
+from rorchat.report import format_forgetting_table, write_report
 from rorchat.tokenizer import load_tokenizer, token_bytes
 from rorchat.tokens.prepare import prepare
 from rorchat.training import base_loss
@@ -95,7 +95,7 @@ def test_it_is_the_loss_over_all_that_pretraining_held_out(story):
     ids = torch.from_numpy(store.slice("validation", 0, store.tokens("validation")))
     for start in range(0, len(ids) - 1, 255):
         part = ids[None, start : start + 256]
-        sums += batch_loss(
+        sums += compute_batch_loss(
             chat.model, {"input_ids": part, "labels": part}, torch.tensor(token_bytes(chat.tokenizer))
         ).nats
     metrics = metrics_of(story / "sft")
@@ -113,7 +113,7 @@ def test_it_says_on_what_it_measures_and_the_report_shows_what_was_lost(story):
         assert f"step 0/{FLAGS['max_steps']}  base loss " in said[stage]
     metrics = metrics_of(story / "sft")
     before, after = metrics["base_loss_before"], metrics["base_loss"]
-    table = forgetting_table([story / name for name in ("pretrain", "midtrain", "sft", "dpo")]).splitlines()
+    table = format_forgetting_table([story / name for name in ("pretrain", "midtrain", "sft", "dpo")]).splitlines()
     assert len(table) == 2 + 3
     assert table[3].startswith(f"| sft | {where} | {before:.3f} | {after:.3f} | {after - before:+.3f} | ")
     report = write_report(story)[0].read_text()

@@ -37,7 +37,7 @@ def trainer_of(tokenizer, tmp_path):
     def make(train: Dataset, *flags: object, validation: Dataset | None = None) -> PreferenceTrainer:
         arguments = parse(DPOArguments, [*FLAGS, "--output_dir", str(tmp_path / "run"), *map(str, flags)])
         torch.manual_seed(0)
-        model = build_model("1x2x16", tokenizer, positions=64)
+        model = build_model("1x2x16", tokenizer, n_positions=64)
         return PreferenceTrainer(model, arguments, tokenizer, train, validation or rows_of([2, 2, 20], seed=1))
 
     return make
@@ -159,7 +159,7 @@ def test_what_a_chosen_token_has_lost_does_not_hang_on_the_length_of_its_reply(t
 
 
 def test_a_run_whose_chosen_replies_fall_stops_and_says_so(tokenizer, tmp_path):
-    save_model(build_model("1x2x16", tokenizer, positions=128), tokenizer, tmp_path / "base")
+    save_model(build_model("1x2x16", tokenizer, n_positions=128), tokenizer, tmp_path / "base")
     turns = [[{"role": role, "content": text}] for role, text in (("assistant", "Yes."), ("assistant", "Yes, yes."))]
     rows = [
         {"prompt": [{"role": "user", "content": f"Is it {n}?"}], "chosen": turns[0], "rejected": turns[1]}

@@ -32,7 +32,7 @@ def broken(reply, row):
 @pytest.fixture(scope="module")
 def chat(tokenizer) -> ChatModel:
     """A model with random weights and positions enough for a story."""
-    return ChatModel(build_model("2x2x32", tokenizer, positions=256).eval(), tokenizer)
+    return ChatModel(build_model("2x2x32", tokenizer, n_positions=256).eval(), tokenizer)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def words(tmp_path) -> list[str]:
 
 def trainer_of(chat, words) -> PolicyTrainer:
     arguments = parse(GRPOArguments, words)
-    train, validation, _ = read_questions(arguments, chat.tokenizer, chat.positions)
+    train, validation, _ = read_questions(arguments, chat.tokenizer, chat.n_positions)
     return PolicyTrainer(copy.deepcopy(chat.model), arguments, chat.tokenizer, train, validation)
 
 
@@ -122,7 +122,7 @@ def test_the_reference_is_the_model_as_it_was_given_wherever_its_config_says_tha
     model.config._name_or_path = base
     model.transformer.wte.weight.data.add_(torch.randn(32))
     arguments = parse(GRPOArguments, [*words, "--beta", "0.1", "--warmup_steps", "0"])
-    train, validation, _ = read_questions(arguments, chat.tokenizer, chat.positions)
+    train, validation, _ = read_questions(arguments, chat.tokenizer, chat.n_positions)
     trainer = PolicyTrainer(model, arguments, chat.tokenizer, train, validation)
     trainer.train()
     first, second = [record["kl"] for record in trainer.state.log_history if "kl" in record]

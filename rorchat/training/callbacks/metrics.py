@@ -69,7 +69,8 @@ class MetricsCallback(TrainerCallback):
     """Writes metrics.jsonl, one line a log step, and shows the progress: a bar on a terminal, plain lines in a log.
 
     The file only grows: a restart adds `{"event": "resumed", "step": N}`, which takes back the lines of later steps
-    (`rorchat.report.standing`). What is derived here is put into the logs before any tracker sees them (`completed`).
+    (`rorchat.report.drop_superseded_lines`). What is derived here is put into the logs before any tracker sees them
+    (`completed`).
 
     Args:
         folder: the run's.

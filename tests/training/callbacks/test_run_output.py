@@ -14,8 +14,9 @@ from support import strict_lines
 from transformers import TrainerCallback
 
 from rorchat.errors import DivergedError, UsageError
+from rorchat.jsonl import read_json_lines
 from rorchat.model import build_model
-from rorchat.report import draw_curves, read_lines, standing
+from rorchat.report import draw_curves, drop_superseded_lines
 from rorchat.training import stage as trainer_module
 from rorchat.training.arguments import parse
 from rorchat.training.callbacks.metrics import Utilization
@@ -45,7 +46,7 @@ class Recorder(TrainerCallback):
 @pytest.fixture(scope="module", autouse=True)
 def a_known_peak():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "peak_flops", lambda precision, on_gpu: (1e12, "measured"))
+        patch.setattr(trainer_module, "get_peak_flops", lambda precision, on_gpu: (1e12, "measured"))
         yield
 
 
@@ -312,7 +313,7 @@ def test_a_diverged_run_goes_on_from_its_checkpoint_and_its_file_only_grows(
     lines = strict_lines(tmp_path / "metrics.jsonl")
     assert [line.get("event", line["step"]) for line in training_lines(lines)] == [2, 4, 6, "diverged", 6, 8]
     assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
-    stands = standing(lines)
+    stands = drop_superseded_lines(lines)
     assert [line["step"] for line in training_lines(stands)] == [2, 4, 6, 8]
     assert [line["event"] for line in stands if "event" in line] == ["resumed"]
 
@@ -360,7 +361,11 @@ def test_fine_tuning_writes_the_same_lines_without_what_it_does_not_know(tokeniz
 def test_a_restart_takes_back_the_lines_of_later_steps():
     records = [{"step": 2, "loss": 3}, {"step": 2, "eval_loss": 3}, {"step": 4, "loss": "nan", "event": "diverged"}]
     resumed = {"event": "resumed", "step": 2}
-    assert standing([*records, resumed, {"step": 3, "loss": 1}]) == [*records[:2], resumed, {"step": 3, "loss": 1}]
+    assert drop_superseded_lines([*records, resumed, {"step": 3, "loss": 1}]) == [
+        *records[:2],
+        resumed,
+        {"step": 3, "loss": 1},
+    ]
 
 
 def test_the_picture_has_a_panel_for_what_was_logged_and_bears_words_for_numbers(shown, tmp_path, monkeypatch):
@@ -380,7 +385,7 @@ def test_the_picture_has_a_panel_for_what_was_logged_and_bears_words_for_numbers
     assert [text.get_text() for text in axes[1].get_legend().get_texts()] == ["tinytown", "persona"]
     assert [text.get_text() for text in axes[2].get_legend().get_texts()] == ["AdamW", "Muon"]
     assert axes[0].lines[0].get_xdata().tolist() == [2, 4, 6, 8]
-    assert read_lines(tmp_path / "run" / "metrics.jsonl") == lines
+    assert read_json_lines(tmp_path / "run" / "metrics.jsonl") == lines
 
 
 @pytest.mark.slow
