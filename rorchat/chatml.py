@@ -235,7 +235,7 @@ def encode_conversation(tokenizer, messages: Sequence[dict], max_length: int | N
     return encoded
 
 
-def encode_prompt(tokenizer, messages: Sequence[dict], *, n_positions: int, reserve: int) -> EncodedPrompt:
+def encode_prompt(tokenizer, messages: Sequence[dict], *, n_positions: int, max_new_tokens: int) -> EncodedPrompt:
     """The ids from which the assistant's next words are generated, fitted into the context window.
 
     Keeps the system message and the newest whole turns, beginning with a user's; if the last message alone is too long
@@ -244,7 +244,7 @@ def encode_prompt(tokenizer, messages: Sequence[dict], *, n_positions: int, rese
     Args:
         messages: a conversation that ends with a user's message.
         n_positions: the model's learned positions; nothing ever reaches position `n_positions`.
-        reserve: tokens kept free for the answer.
+        max_new_tokens: tokens kept free for the answer.
 
     Raises:
         DataError: the conversation is malformed or does not end with a user's message.
@@ -257,7 +257,7 @@ def encode_prompt(tokenizer, messages: Sequence[dict], *, n_positions: int, rese
     opening = [tokenizer.convert_tokens_to_ids(IM_START), *encode_text(tokenizer, ["assistant\n"])[0]]
     system = turns[:1] if turns[0].role == "system" else []
     rest = turns[len(system) :]
-    room = n_positions - reserve - len(opening) - sum(len(turn.ids) for turn in system)
+    room = n_positions - max_new_tokens - len(opening) - sum(len(turn.ids) for turn in system)
     dropped = 0
     while len(rest) > 1 and sum(len(turn.ids) for turn in rest) > room:
         rest, dropped = rest[2:], dropped + 2  # a user's turn and the reply to it
@@ -268,7 +268,7 @@ def encode_prompt(tokenizer, messages: Sequence[dict], *, n_positions: int, rese
         if excess > len(last.ids) - last.head - tail:
             raise MismatchError(
                 f"The context window of {n_positions} tokens is too small: the system message takes "
-                f"{sum(len(turn.ids) for turn in system)} and the answer reserves {reserve}. Shorten either."
+                f"{sum(len(turn.ids) for turn in system)} and the answer reserves {max_new_tokens}. Shorten either."
             )
         rest = [_Turn("user", last.ids[: last.head] + last.ids[last.head + excess :], last.head)]
     input_ids = [token for turn in (*system, *rest) for token in turn.ids] + opening

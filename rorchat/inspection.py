@@ -23,13 +23,13 @@ from rorchat.tokens.encode import _byte_characters
 
 #: The shapes that files of many datasets have, the most telling first.
 SHAPES = ("preference", "messages", "alpaca", "prompt_completion", "text")
-OTHER_SHAPE = ("missing field", "wrong type", "not a dialogue")  # reasons that speak against a shape
+FORMAT_REASONS = ("missing field", "wrong type", "not a dialogue")  # reasons that speak against a shape
 ROWS_TRIED = 40  # rows of a file on which each shape is tried
 ROWS_AT_ONCE = 500
 
 
 @dataclass
-class Checked:
+class CheckResult:
     """What `check` found: the source as it was read, whether that was a guess, and where the rows went."""
 
     spec: str
@@ -38,7 +38,7 @@ class Checked:
     evaluation: EvaluationText | None = None  # what the rows were compared with
 
 
-def spec_of(given: str, shape: str | None = None) -> tuple[str, bool]:
+def resolve_spec(given: str, shape: str | None = None) -> tuple[str, bool]:
     """(spec, whether it was guessed) of a source, or of a path and the shape of the rows in it.
 
     Raises:
@@ -50,7 +50,7 @@ def spec_of(given: str, shape: str | None = None) -> tuple[str, bool]:
         if shape:
             find_source(shape)
             return f"{shape}={given}", False
-        return f"{guess_shape(path)}={given}", True
+        return f"{guess_row_format(path)}={given}", True
     name, _, where = given.partition("=")
     if not where and (path.suffix or "/" in given):
         raise DataError(f"No file or folder {given}.")
@@ -60,7 +60,7 @@ def spec_of(given: str, shape: str | None = None) -> tuple[str, bool]:
     return given, False
 
 
-def guess_shape(path: Path) -> str:
+def guess_row_format(path: Path) -> str:
     """The source as which the first rows of a path can be read best.
 
     Where several read nearly all of them, a dataset whose name stands in the path goes first, then the shapes. A row of
@@ -106,7 +106,7 @@ def _try(name: str, path: Path) -> tuple[float, str]:
                 kept += 1
             except RejectedRow as reject:
                 # A row of the right shape with a fault tells of its shape too, if less than a good one
-                kept += 0.0 if isinstance(raw, RejectedRow) or reject.reason in OTHER_SHAPE else 0.5
+                kept += 0.0 if isinstance(raw, RejectedRow) or reject.reason in FORMAT_REASONS else 0.5
                 said = said or str(reject)
     except RorchatError:
         return 0.0, ""
@@ -124,7 +124,7 @@ def check(
     rejects: TextIO | None = None,
     seed: int = 0,
     persona: Persona | None = None,
-) -> Checked:
+) -> CheckResult:
     """Reads every row of a source on its own and counts where it goes.
 
     Args:
@@ -138,7 +138,7 @@ def check(
     Raises:
         UsageError, DataError: nothing can be read at all; what is wrong with a row is counted.
     """
-    spec, guessed = spec_of(given, shape)
+    spec, guessed = resolve_spec(given, shape)
     kind = source_kinds(spec.partition("=")[0])[0]
     rows = load_rows(spec, kind, seed=seed, persona=persona)
     rows.whole = False  # that nothing can be used is a finding, not a failure
@@ -166,7 +166,7 @@ def check(
                 _check_lengths(fitting, tokenizer, max_length, reports)
                 fitting = []
     _check_lengths(fitting, tokenizer, max_length, reports)
-    return Checked(spec, guessed, rows.stats, overlap)
+    return CheckResult(spec, guessed, rows.stats, overlap)
 
 
 @dataclass
@@ -209,7 +209,7 @@ def _conversations(row: dict) -> list[list[dict]]:
 
 
 @dataclass(frozen=True)
-class SeenToken:
+class ShownToken:
     """One token as the model sees it: its text, and whether the loss counts it."""
 
     text: str
@@ -248,11 +248,11 @@ def show(spec: str, number: int, tokenizer, *, seed: int = 0, persona: Persona |
     }
 
 
-def _tokens(tokenizer, input_ids: list[int], labels: list[int]) -> Iterator[SeenToken]:
+def _tokens(tokenizer, input_ids: list[int], labels: list[int]) -> Iterator[ShownToken]:
     """Tokens with their text. A character of several tokens stands with the last of them."""
     byte_of = {character: byte for byte, character in _byte_characters().items()}
     special, added = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token, label, spelled in zip(input_ids, labels, tokenizer.convert_ids_to_tokens(input_ids), strict=True):
         text = spelled if token in added else decoder.decode(bytes(byte_of[character] for character in spelled))
-        yield SeenToken(text, label != IGNORE_INDEX, token in special)
+        yield ShownToken(text, label != IGNORE_INDEX, token in special)

@@ -78,7 +78,7 @@ def test_white_space_of_users_gives_the_same_ids_both_ways(tokenizer, content):
 
 
 def test_a_prompt_is_what_the_template_gives_with_a_generation_prompt(tokenizer):
-    prompt = encode_prompt(tokenizer, DIALOGUE[:3], n_positions=1024, reserve=64)
+    prompt = encode_prompt(tokenizer, DIALOGUE[:3], n_positions=1024, max_new_tokens=64)
     assert prompt.input_ids == template_ids(tokenizer, DIALOGUE[:3], add_generation_prompt=True)
     assert prompt.notice() == ""
 
@@ -217,7 +217,7 @@ def test_the_window_keeps_the_system_message_and_the_newest_whole_turns(tokenize
             {"role": "assistant", "content": f"answer {number}"},
         ]
     messages.append({"role": "user", "content": "the last question"})
-    prompt = encode_prompt(tokenizer, messages, n_positions=200, reserve=50)
+    prompt = encode_prompt(tokenizer, messages, n_positions=200, max_new_tokens=50)
     text = tokenizer.decode(prompt.input_ids)
     assert len(prompt.input_ids) <= 150
     assert prompt.dropped_turns % 2 == 0 and prompt.dropped_turns > 0
@@ -230,7 +230,7 @@ def test_the_window_keeps_the_system_message_and_the_newest_whole_turns(tokenize
 
 def test_a_message_that_alone_is_too_long_loses_its_beginning_and_says_so(tokenizer):
     text = " ".join(f"w{number}" for number in range(500))
-    prompt = encode_prompt(tokenizer, [{"role": "user", "content": text}], n_positions=200, reserve=50)
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": text}], n_positions=200, max_new_tokens=50)
     assert len(prompt.input_ids) == 150
     assert prompt.dropped_tokens > 0 and f"first {prompt.dropped_tokens} tokens" in prompt.notice()
     assert tokenizer.decode(prompt.input_ids).endswith("w499<|im_end|>\n<|im_start|>assistant\n")
@@ -238,7 +238,7 @@ def test_a_message_that_alone_is_too_long_loses_its_beginning_and_says_so(tokeni
 
 def test_a_window_without_room_for_the_system_message_is_a_mismatch(tokenizer):
     with pytest.raises(MismatchError, match="too small"):
-        encode_prompt(tokenizer, [{"role": "user", "content": "x " * 50}], n_positions=60, reserve=50)
+        encode_prompt(tokenizer, [{"role": "user", "content": "x " * 50}], n_positions=60, max_new_tokens=50)
 
 
 def test_a_tokenizer_without_a_template_is_refused_by_name(tokenizer):

@@ -10,7 +10,7 @@ from support import exchange, lines_of, written
 
 from rorchat.chatml import END_OF_TEXT, IGNORE_INDEX, IM_END, encode_conversation, encode_text
 from rorchat.errors import DataError
-from rorchat.inspection import Checked, check, show
+from rorchat.inspection import CheckResult, check, show
 from rorchat.reading.filters import Filters
 from rorchat.rows import ROLE_NAMES
 
@@ -23,7 +23,7 @@ def turns(*said: tuple[str, str]) -> dict:
     return {"messages": [{"role": role, "content": content} for role, content in said]}
 
 
-def checked(given: object, **options: object) -> tuple[Checked, list[dict]]:
+def checked(given: object, **options: object) -> tuple[CheckResult, list[dict]]:
     """What `check` finds and the rejects that it wrote, after comparing the two with one another."""
     rejects = io.StringIO()
     found = check(str(given), rejects=rejects, **options)

@@ -10,7 +10,7 @@ import pytest
 from support import exchange, lines_of, written
 
 from rorchat.errors import DataError, UsageError
-from rorchat.inspection import guess_shape, spec_of
+from rorchat.inspection import guess_row_format, resolve_spec
 from rorchat.sources.registry import find_source, list_sources
 
 HUMAN, GPT = {"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi!"}
@@ -62,25 +62,25 @@ def test_the_shape_of_a_file_is_told_by_its_rows(name, tmp_path, monkeypatch):
     shape, content = SHAPED[name]
     written(tmp_path, name, content)
     monkeypatch.chdir(tmp_path)  # the name of this test stands in tmp_path
-    assert guess_shape(Path(name)) == shape
-    assert spec_of(name) == (f"{shape}={name}", True)
-    assert spec_of(name, "text") == (f"text={name}", False)
+    assert guess_row_format(Path(name)) == shape
+    assert resolve_spec(name) == (f"{shape}={name}", True)
+    assert resolve_spec(name, "text") == (f"text={name}", False)
 
 
 def test_the_shape_of_a_parquet_file_and_of_a_folder_is_told_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([exchange()] * 3), "rows.parquet")
-    assert guess_shape(Path("rows.parquet")) == "messages"
+    assert guess_row_format(Path("rows.parquet")) == "messages"
     for number in range(3):
         written(tmp_path, f"folder/{number}.jsonl", PAIRS)
-    assert guess_shape(Path("folder")) == "preference"
+    assert guess_row_format(Path("folder")) == "preference"
 
 
 @pytest.mark.parametrize("name", [name for name in list_sources() if hasattr(find_source(name), "convert")])
 def test_a_path_that_names_a_dataset_is_read_as_that_where_several_fit(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [raw for raw in find_source(name).RAW if isinstance(raw, dict)][:1]
-    guessed = guess_shape(written(Path(), f"{name}/rows.jsonl", rows * 3))
+    guessed = guess_row_format(written(Path(), f"{name}/rows.jsonl", rows * 3))
     assert guessed == name or find_source(guessed).KIND == find_source(name).KIND
 
 
@@ -118,7 +118,7 @@ REAL = {
 
 @pytest.mark.parametrize("path", REAL)
 def test_the_shape_of_real_files_is_told(path, shared_data):
-    assert guess_shape(shared_data / path) == REAL[path]
+    assert guess_row_format(shared_data / path) == REAL[path]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_path_that_holds_nothing_known_is_one_line_that_says_what_to_do(conten
         written(tmp_path, name, rows)
     path = tmp_path / next(iter(content), "")
     with pytest.raises(DataError, match="--as") as error:
-        guess_shape(path)
+        guess_row_format(path)
     assert error.value.exit_code == 65
     assert str(error.value).count("\n") == 0 and str(path) in str(error.value)
 
@@ -139,10 +139,10 @@ def test_a_path_that_holds_nothing_known_is_one_line_that_says_what_to_do(conten
 def test_a_path_that_is_not_there_and_a_shape_that_is_none_are_told_apart(tmp_path):
     path = written(tmp_path, "rows.jsonl", [exchange()])
     with pytest.raises(DataError, match="No file or folder .*nothing.jsonl"):
-        spec_of(str(tmp_path / "nothing.jsonl"))
+        resolve_spec(str(tmp_path / "nothing.jsonl"))
     with pytest.raises(UsageError, match="No source named 'mesages'. Did you mean 'messages'"):
-        spec_of(str(path), "mesages")
+        resolve_spec(str(path), "mesages")
     with pytest.raises(UsageError, match="names its source already"):
-        spec_of(f"text={path}", "messages")
-    assert spec_of(f"text={path}") == (f"text={path}", False)
-    assert spec_of("tinytown=5") == ("tinytown=5", False)
+        resolve_spec(f"text={path}", "messages")
+    assert resolve_spec(f"text={path}") == (f"text={path}", False)
+    assert resolve_spec("tinytown=5") == ("tinytown=5", False)

@@ -65,7 +65,7 @@ def check(
     min_latin: MinLatin = 0.0,
 ) -> None:
     """Read every row on its own: how many are kept, how many rejected, why, and where."""
-    from rorchat.inspection import OTHER_SHAPE
+    from rorchat.inspection import FORMAT_REASONS
     from rorchat.inspection import check as check_rows
     from rorchat.reading.filters import Filters
     from rorchat.sources.registry import unread_files
@@ -96,10 +96,10 @@ def check(
     if found.guessed:
         print(f"read as {name!r}; another shape with --as")
     if found.evaluation:
-        print(found.evaluation.told())
+        print(found.evaluation.describe())
     print(found.stats)
     _tell_unread(unread_files(found.spec))
-    strange = sum(count for reason, count in found.stats.rejects.items() if reason in OTHER_SHAPE)
+    strange = sum(count for reason, count in found.stats.rejects.items() if reason in FORMAT_REASONS)
     if found.guessed and strange > found.stats.rows_in / 10:
         print(f"{strange:,} rows are of another shape than {name!r}: check the files one by one")
     if rejects:
@@ -130,13 +130,13 @@ def show(
     shape: Annotated[str | None, typer.Option("--as", help="As which source a path is read; default: guessed.")] = None,
 ) -> None:
     """A row as the model sees it, token by token; what the loss counts is green on a terminal, else in brackets."""
+    from rorchat.inspection import resolve_spec
     from rorchat.inspection import show as tokens_of
-    from rorchat.inspection import spec_of
     from rorchat.tokenizer import load_tokenizer
 
     if row < 0:
         raise UsageError(f"--row is {row}: rows are counted from 0.")
-    spec, _ = spec_of(source, shape)
+    spec, _ = resolve_spec(source, shape)
     place, sequences = tokens_of(spec, row, load_tokenizer(tokenizer))
     for title, tokens in sequences.items():
         trained = sum(token.trained for token in tokens)
@@ -237,20 +237,20 @@ def verify(store: Annotated[Path, typer.Argument(help="A token store.")]) -> Non
     print(f"every byte of {len(opened.manifest.shards)} shards is as it was written")
 
 
-@app.command()
-def adopt(
+@app.command("import")
+def import_(
     shards: Annotated[Path, typer.Argument(help="A folder of flat uint16 or uint32 .npy arrays.")],
     tokenizer: Tokenizer,
     out: Annotated[Path, typer.Option(help="Where the token store goes.")],
 ) -> None:
-    """Make a token store of shards that another project tokenized; what has the word 'val' in its name is validation.
+    """Make a token store of shards that another project tokenized; files with 'val' in the name become validation.
 
-    The files are linked, not copied, where the file system allows it: leave the originals as they are.
+    Files are hard-linked if the file system allows it, so do not change the originals.
     """
     from rorchat.tokenizer import load_tokenizer
-    from rorchat.tokens.import_shards import adopt as adopt_shards
+    from rorchat.tokens.import_shards import import_shards
 
-    _tell(adopt_shards(shards, load_tokenizer(tokenizer), out))
+    _tell(import_shards(shards, load_tokenizer(tokenizer), out))
 
 
 @app.command()
@@ -267,8 +267,8 @@ def plan(
 ) -> None:
     """What a mixture comes to: tokens and epochs of every source in every phase, with warnings, before any training."""
     from rorchat.mixture.config import read_mixture
-    from rorchat.mixture.dataset import prepare_stores, rows_per_epoch
     from rorchat.mixture.plan import Plan
+    from rorchat.mixture.stores import count_rows_per_epoch, prepare_stores
     from rorchat.persona import load_persona
     from rorchat.tokenizer import load_tokenizer
 
@@ -290,8 +290,8 @@ def plan(
         seed=seed,
         persona=load_persona(persona),
     )
-    planned = Plan(config, rows_per_epoch(prepared, block_size), train_tokens // block_size, block_size)
-    print(planned.told())
+    planned = Plan(config, count_rows_per_epoch(prepared, block_size), train_tokens // block_size, block_size)
+    print(planned.describe())
     if out:
         planned.draw(out)
         print(f"picture  {out}")

@@ -39,7 +39,7 @@ def chat(
 
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a pipe may carry anything
-    model = load_model(folder, must_chat=True)
+    model = load_model(folder, require_chat=True)
     talk(model, system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
 
 

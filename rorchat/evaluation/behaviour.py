@@ -123,7 +123,7 @@ def _ask(chat: ChatModel, prompts: Sequence[Prompt], limit: int, temperature: fl
     control = frozenset(chat.tokenizer.all_special_ids)
     exchanges = []
     for prompt, reply in zip(asked, replies, strict=True):
-        encoded = encode_prompt(chat.tokenizer, prompt.messages, n_positions=chat.n_positions, reserve=limit)
+        encoded = encode_prompt(chat.tokenizer, prompt.messages, n_positions=chat.n_positions, max_new_tokens=limit)
         words = reply.ids[: len(reply.ids) - reply.stopped]
         said = chat.tokenizer.decode(words, skip_special_tokens=False)
         exchanges.append(Exchange(prompt, tuple(encoded.input_ids), reply, said, control, end_of_turn))

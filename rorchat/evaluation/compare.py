@@ -9,7 +9,7 @@ from rorchat.errors import MismatchError
 from rorchat.evaluation.loss import compute_dataset_loss, gzip_bits_per_byte
 from rorchat.evaluation.scores import Scores, score_chat
 from rorchat.inference.engine import ChatModel, load_model, resolve_model_path
-from rorchat.mixture.collators import padded
+from rorchat.mixture.collators import collate_padded
 from rorchat.model import check_fit
 from rorchat.persona import load_persona
 from rorchat.sources.registry import load_rows
@@ -90,5 +90,5 @@ def compute_document_loss(chat: ChatModel, documents: Sequence[str]):
     pad = chat.tokenizer.pad_token_id
     bytes_of = torch.tensor(token_bytes(chat.tokenizer))
     return compute_dataset_loss(
-        chat.model, rows, lambda batch: padded(batch, pad), bytes_of, max(1, BATCH_TOKENS // width)
+        chat.model, rows, lambda batch: collate_padded(batch, pad), bytes_of, max(1, BATCH_TOKENS // width)
     )

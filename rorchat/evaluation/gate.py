@@ -133,7 +133,7 @@ def gate(model: str, persona: Persona, thresholds: dict[str, float], before: str
         MismatchError: it was never taught to chat. Or its chat template has another
             system message than the persona, and measures of the persona have thresholds.
     """
-    chats = [(name, load_model(name, must_chat=True)) for name in (model, before) if name]
+    chats = [(name, load_model(name, require_chat=True)) for name in (model, before) if name]
     _check_persona(*chats[0], persona, thresholds)
     measured = [measure_behaviour(chat, name.rstrip("/"), persona) for name, chat in chats]
     return Verdict(measured[0], thresholds, *measured[1:])

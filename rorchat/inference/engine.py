@@ -67,21 +67,21 @@ def resolve_model_path(path: str) -> str:
     return str(inside) if (inside / "config.json").is_file() else path
 
 
-def load_model(name_or_path: str, device: str | None = None, *, must_chat: bool = False) -> ChatModel:
+def load_model(name_or_path: str, device: str | None = None, *, require_chat: bool = False) -> ChatModel:
     """A model to talk to, from a folder, a run's folder or the Hub.
 
     Args:
         device: "cuda", "cpu" ...; None takes a GPU where there is one.
-        must_chat: refuse a model that was never taught to chat: the Hub's `gpt2`, or what was pretrained on documents.
+        require_chat: refuse a model that was never taught to chat, such as the Hub's `gpt2`.
 
     Raises:
         DataError, RemoteError: nothing loadable is there.
-        MismatchError: model and tokenizer do not belong together; or `must_chat`, and it cannot.
+        MismatchError: model and tokenizer do not belong together; or `require_chat`, and it cannot.
     """
     import torch
 
     folder = resolve_model_path(name_or_path)
-    tokenizer = load_tokenizer(folder, must_chat=must_chat)
+    tokenizer = load_tokenizer(folder, require_chat=require_chat)
     model = load_checkpoint(folder, tokenizer)
     check_fit(model, tokenizer)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -165,7 +165,10 @@ def generate_replies(
     arguments = _generation_arguments(chat, max_new_tokens, temperature, top_p)
     encoded = [
         encode_prompt(
-            chat.tokenizer, as_messages(prompt), n_positions=chat.n_positions, reserve=arguments["max_new_tokens"]
+            chat.tokenizer,
+            as_messages(prompt),
+            n_positions=chat.n_positions,
+            max_new_tokens=arguments["max_new_tokens"],
         )
         for prompt in prompts
     ]
@@ -202,7 +205,7 @@ def stream_text(
 
     arguments = _generation_arguments(chat, max_new_tokens, temperature, top_p)
     encoded = encode_prompt(
-        chat.tokenizer, as_messages(prompt), n_positions=chat.n_positions, reserve=arguments["max_new_tokens"]
+        chat.tokenizer, as_messages(prompt), n_positions=chat.n_positions, max_new_tokens=arguments["max_new_tokens"]
     )
     streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []

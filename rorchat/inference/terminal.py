@@ -62,6 +62,6 @@ def talk(
 
 def _say_notice(chat: ChatModel, messages: list[dict], max_new_tokens: int | None) -> None:
     reserve = max_new_tokens or chat.n_positions // DEFAULT_REPLY_DIVISOR
-    notice = encode_prompt(chat.tokenizer, messages, n_positions=chat.n_positions, reserve=reserve).notice()
+    notice = encode_prompt(chat.tokenizer, messages, n_positions=chat.n_positions, max_new_tokens=reserve).notice()
     if notice:
         print(f"({notice})", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rorchat.chatml import IGNORE_INDEX
 
 
-def padded(rows: Sequence[dict], pad_id: int) -> dict[str, Tensor]:
+def collate_padded(rows: Sequence[dict], pad_id: int) -> dict[str, Tensor]:
     """Rows of different length as one batch: `input_ids` and `labels`, each (B, T), padded on the right.
 
     There is no attention mask: a causal model never looks to the right, and without a mask its fast kernel runs.
@@ -27,7 +27,7 @@ def padded(rows: Sequence[dict], pad_id: int) -> dict[str, Tensor]:
     return {"input_ids": stacked("input_ids", pad_id), "labels": stacked("labels", IGNORE_INDEX)}
 
 
-def packed(rows: Sequence[Sequence[dict]], pad_id: int) -> dict[str, Tensor]:
+def collate_packed(rows: Sequence[Sequence[dict]], pad_id: int) -> dict[str, Tensor]:
     """Packed rows as one batch, padded on the right: `input_ids`, `labels` and `position_ids`, each (B, T).
 
     Positions begin anew with each sequence. `sequence_lengths` (B, S) says where: the tokens of each sequence of a row,
@@ -36,7 +36,7 @@ def packed(rows: Sequence[Sequence[dict]], pad_id: int) -> dict[str, Tensor]:
     joined = [{key: torch.cat([one[key] for one in row]) for key in ("input_ids", "labels")} for row in rows]
     lengths = [torch.tensor([len(one["input_ids"]) for one in row]) for row in rows]
     positions = [torch.cat([torch.arange(length) for length in row]) for row in lengths]
-    return padded(joined, pad_id) | {
+    return collate_padded(joined, pad_id) | {
         "position_ids": pad_sequence(positions, batch_first=True),
         "sequence_lengths": pad_sequence(lengths, batch_first=True),
     }

@@ -64,7 +64,7 @@ class MixtureConfig:
     against: tuple[str, ...] = ()  # evaluation sets that no document may have 13 words in common with
 
     @classmethod
-    def of(cls, specs: Sequence[str], weights: Sequence[float] | None = None) -> "MixtureConfig":
+    def from_specs(cls, specs: Sequence[str], weights: Sequence[float] | None = None) -> "MixtureConfig":
         """One phase over some specs; a second `text=...` is named text-2. Without weights they are mixed by size.
 
         Raises:
@@ -84,14 +84,14 @@ class MixtureConfig:
         return cls(sources, (Phase(share=1.0, weights=dict(zip(sources, weights, strict=True))),))
 
     @classmethod
-    def restored(cls, resolved: dict) -> "MixtureConfig":
+    def from_dict(cls, resolved: dict) -> "MixtureConfig":
         """What `resolved` was made of, but for the name of the file."""
         sources = {
             name: Source(**said | {"filters": Filters(**said["filters"])}) for name, said in resolved["sources"].items()
         }
         return cls(sources, tuple(Phase(**phase) for phase in resolved["phases"]), against=tuple(resolved["against"]))
 
-    def require_beginning(self) -> None:
+    def require_standalone(self) -> None:
         """Raises UsageError where the first phase goes on from a phase before it."""
         for key in ("ramp_to", "replay"):
             if self.phases and getattr(self.phases[0], key):
@@ -99,7 +99,7 @@ class MixtureConfig:
                     f"{self.where}: phase 1: {key} goes on from the phase before, and this is the first: give weights."
                 )
 
-    def resolved(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """All that the plan depends on, for JSON: two files that say the same in other words are equal here."""
         return {
             "sources": {name: asdict(source) for name, source in self.sources.items()},
@@ -108,11 +108,11 @@ class MixtureConfig:
         }
 
 
-def read_mixture(path: str | Path, may_go_on: bool = False) -> MixtureConfig:
+def read_mixture(path: str | Path, is_continuation: bool = False) -> MixtureConfig:
     """The mixture that a YAML file describes; the head of this module shows one.
 
     Args:
-        may_go_on: the first phase may go on from another mixture; whether there is one, `require_beginning` asks.
+        is_continuation: the first phase may go on from another mixture; whether there is one, `require_standalone` asks.
 
     Raises:
         UsageError: what is wrong, in which phase or source: one line.
@@ -144,14 +144,14 @@ def read_mixture(path: str | Path, may_go_on: bool = False) -> MixtureConfig:
     if not isinstance(against, list) or not all(isinstance(path, str) for path in against):
         raise UsageError(f"{where}: against is {against!r}; give a list of files or folders of evaluation sets.")
     config = MixtureConfig(
-        sources, tuple(phases), where, tuple(with_variables(f"{where}: against", path) for path in against)
+        sources, tuple(phases), where, tuple(expand_variables(f"{where}: against", path) for path in against)
     )
-    if not may_go_on:
-        config.require_beginning()
+    if not is_continuation:
+        config.require_standalone()
     return config
 
 
-def with_variables(where: str, said: str) -> str:
+def expand_variables(where: str, said: str) -> str:
     """A path or spec with its environment variables put in; `where` is for the message.
 
     Raises:
@@ -192,7 +192,7 @@ def _read_source(where: str, name: object, said: object) -> Source:
         chosen = Filters(**filters)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
-    return Source(with_variables(f"{where}: from", spec), epochs, optional, chosen)
+    return Source(expand_variables(f"{where}: from", spec), epochs, optional, chosen)
 
 
 def _read_phase(where: str, said: object, sources: dict[str, Source]) -> Phase:

@@ -18,36 +18,36 @@ from rorchat.sources.registry import find_source
 from rorchat.tokens.store import TokenStore
 
 
-def closed(identity: dict, until: int) -> dict[str, object]:
+def history_entry(identity: dict, until: int) -> dict[str, object]:
     """What a run mixes as a part of its past that ended at a row."""
     inputs = {key: identity["inputs"][key] for key in ("mixture", "sources")}
     return {"until": until, **inputs, "windows": identity["windows"], "data": identity["data"]}
 
 
-def without_place(spec: str) -> str:
+def spec_without_path(spec: str) -> str:
     """A source's spec; of one that is read from files its kind alone, for they may lie elsewhere tomorrow."""
     kind, _, where = spec.partition("=")
     is_local = bool(where) and (kind == "store" or not hasattr(find_source(kind), "generate"))
     return kind if is_local else spec
 
 
-def by_content(inputs: dict) -> dict:
+def without_paths(inputs: dict) -> dict:
     """The inputs of an identity without the places of files: sources have the names of the mixture and their digests.
 
     Where there is no mixture, their names are kinds and digests.
     """
     sources = inputs.get("sources", {})
     if "mixture" not in inputs:
-        return inputs | {"sources": {name: sources[spec] for spec, name in named_by_content(sources).items()}}
+        return inputs | {"sources": {name: sources[spec] for spec, name in names_without_paths(sources).items()}}
     mixed = inputs["mixture"]["sources"]
-    placeless = {name: source | {"spec": without_place(source["spec"])} for name, source in mixed.items()}
+    placeless = {name: source | {"spec": spec_without_path(source["spec"])} for name, source in mixed.items()}
     digests = {name: sources.get(source["spec"], "") for name, source in mixed.items()}
     return inputs | {"sources": digests, "mixture": inputs["mixture"] | {"sources": placeless}}
 
 
-def named_by_content(sources: dict[str, str]) -> dict[str, str]:
+def names_without_paths(sources: dict[str, str]) -> dict[str, str]:
     """For {spec: digest}, of each spec a name that does not say where files lie."""
-    places = {spec: without_place(spec) for spec in sources}
+    places = {spec: spec_without_path(spec) for spec in sources}
     return {spec: kind if kind == spec else f"{kind}={sources[spec] or spec}" for spec, kind in places.items()}
 
 
@@ -69,7 +69,7 @@ def _made_of(part: dict) -> dict[str, tuple]:
     mixture, found = part["mixture"], {}
     for name, source in mixture["sources"].items():
         digest = part["sources"].get(source["spec"])
-        what = without_place(source["spec"])
+        what = spec_without_path(source["spec"])
         found[name] = (digest,) if what == "store" else (digest, what, source["filters"], list(mixture["against"]))
     return found
 
@@ -85,7 +85,7 @@ def _said(part: dict, name: str) -> str:
     return f"{spec} ({(part['sources'].get(spec) or 'gone')[:12]})"
 
 
-def plan_behind(
+def build_plan(
     past: Sequence[dict], config: MixtureConfig, windows: dict[str, int], rows: int, block_size: int
 ) -> Plan:
     """The plan of all rows of a run: those of the past as they were, and behind them those of `config`.
@@ -105,12 +105,12 @@ def plan_behind(
                     f"Source {name!r} had {before:,} rows up to row {part['until']:,} and has {windows[name]:,} now: "
                     "what goes on under its name must be the same data. Give it another name in a mixture file."
                 )
-        plan = Plan(MixtureConfig.restored(part["mixture"]), part["windows"], rows, block_size, plan, start)
+        plan = Plan(MixtureConfig.from_dict(part["mixture"]), part["windows"], rows, block_size, plan, start)
         start = part["until"]
     return Plan(config, windows, rows, block_size, plan, start)
 
 
-def all_data(past: Sequence[dict], stores: Sequence[TokenStore]) -> list[dict[str, object]]:
+def data_summaries(past: Sequence[dict], stores: Sequence[TokenStore]) -> list[dict[str, object]]:
     """The summaries of all stores that a run has read or will read, those of the past first."""
     before = past[-1]["data"] if past else []
     return [*before, *(found for store in stores if (found := store.manifest.summary()) not in before)]

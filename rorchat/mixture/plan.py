@@ -65,7 +65,7 @@ class Plan:
     ):
         self.config, self.rows, self.block_size, self.past, self.start = config, rows, block_size, past, start
         if past is None:
-            config.require_beginning()
+            config.require_standalone()
         sizes = dict(zip(past.names, past.windows, strict=True)) if past else {}
         sizes |= {name: windows[name] for name in config.sources if name in windows}
         self.names, self.windows = [*sizes], [*sizes.values()]
@@ -315,9 +315,9 @@ class Plan:
             "warnings": self.warnings(),
         }
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """The plan as a text table: phases, what every source gives in them, totals, notices and warnings."""
-        return plot.told(self)
+        return plot.describe(self)
 
     def draw(self, path: str | Path) -> None:
         """A picture of the plan: the share of every source in the tokens, from the first token to the last."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from rorchat.mixture.interleave import UNIT
 
 
-def told(plan) -> str:
+def describe(plan) -> str:
     """The plan as a text table: phases, what every source gives in them, totals, notices and warnings."""
     summary = plan.summary()
     wide = max(8, *(len(name) for name in plan.names))

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if run.finished:
         return run.already_finished()
 
-    tokenizer = load_tokenizer(base, must_chat=True)
+    tokenizer = load_tokenizer(base, require_chat=True)
     model = load_checkpoint(base, tokenizer, arguments.seed)
     check_fit(model, tokenizer, arguments.max_length, "max_length")
     adapter = adapter_of(model, tokenizer, arguments, base)

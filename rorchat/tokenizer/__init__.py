@@ -92,7 +92,7 @@ def train_tokenizer(
     return _add_chatml(tokenizer, (persona or load_persona()).system, size=vocab_size)
 
 
-def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, must_chat: bool = False):
+def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, require_chat: bool = False):
     """A tokenizer from a folder or the Hub that has the control tokens, a pad of its own and rorchat's chat template.
 
     A folder may hold what `save_pretrained` writes or GPT-2's original `vocab.json` and `merges.txt`. What lacks the
@@ -102,12 +102,12 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, must_ch
 
     Args:
         persona: replaces the chat template's system message; None leaves it as it is.
-        must_chat: for what only a chat model can do: refuse a tokenizer that comes without `<|im_start|>` and
+        require_chat: for what only a chat model can do: refuse a tokenizer that comes without `<|im_start|>` and
             `<|im_end|>`, and one of a model that has them but was pretrained on documents alone, by its run's record.
 
     Raises:
         DataError: nothing loadable is there, or what is there is not a byte-level BPE.
-        MismatchError: `must_chat`, and the model was never taught to chat.
+        MismatchError: `require_chat`, and the model was never taught to chat.
         RemoteError: it is not on the Hub, or the Hub cannot be reached.
     """
     tokenizer = _load_any(name_or_path)
@@ -120,12 +120,12 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, must_ch
             f"The tokenizer in {name_or_path!r} has {len(tokenizer)} tokens and does not give text back unchanged: "
             "rorchat needs a byte-level BPE such as GPT-2's or one of `recipes/tokenizer.py`."
         )
-    if must_chat and not {IM_START, IM_END} <= tokenizer.get_added_vocab().keys():
+    if require_chat and not {IM_START, IM_END} <= tokenizer.get_added_vocab().keys():
         raise MismatchError(
             f"The model {name_or_path!r} has no control tokens {IM_START} and {IM_END}: it was never taught to chat. "
             "Teach it first, with recipes/sft.py, or give a chat model."
         )
-    if must_chat and _saw_documents_alone(name_or_path):
+    if require_chat and _saw_documents_alone(name_or_path):
         raise MismatchError(
             f"The model {name_or_path!r} was pretrained on documents alone, as run.json says: it was never taught to "
             "chat. Teach it first, with recipes/sft.py, or give a chat model."
@@ -143,7 +143,7 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, must_ch
     return tokenizer
 
 
-def run_of(model: str) -> tuple[Path, dict] | None:
+def find_run(model: str) -> tuple[Path, dict] | None:
     """(folder, run.json) of the run that a folder is, or of which it is the model, adapter or a checkpoint."""
     folder = Path(model)
     if folder.name in ("model", "adapter") or folder.name.startswith("checkpoint-"):
@@ -158,7 +158,7 @@ def run_of(model: str) -> tuple[Path, dict] | None:
 
 def _saw_documents_alone(model: str) -> bool:
     """Whether records say that a model was made from random weights and no conversation; False where none says so."""
-    found = run_of(model)
+    found = find_run(model)
     if found is None or found[1].get("stage") != "pretrain" or not found[1].get("data"):
         return False
     _, record = found
@@ -274,3 +274,8 @@ def tokenizer_sha256(tokenizer) -> str:
             part.__getstate__() if part else b"none"
         )  # what would be pickled: its JSON, in a tenth of the time
     return sha256.hexdigest()
+
+
+def chat_template_sha256(tokenizer) -> str:
+    """A fingerprint of how conversations are written: the chat template with its default system message."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()

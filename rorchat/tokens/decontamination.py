@@ -132,9 +132,9 @@ class EvaluationText:
         hashes, first = np.unique(_hashes(whole, windows, n), return_index=True)
         return cls(n, numbers, whole, hashes, windows[first].astype(np.uint32), files, short, sets)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """What there is to compare with, a line a set, with what of it cannot be compared."""
-        return "\n".join(one.told(self.n) for one in self.sets)
+        return "\n".join(one.describe(self.n) for one in self.sets)
 
     def find(self, text: str) -> Match | None:
         """What a text has in common with the evaluation sets, or None."""
@@ -273,7 +273,7 @@ class EvaluationSet:
                 f"{self.given} has no string of {n} words in its {self.rows:,} rows: nothing would be compared with it."
             )
 
-    def told(self, n: int) -> str:
+    def describe(self, n: int) -> str:
         lines = [f"against {self.given}: {self.words:,} words of {self.compared:,} rows"]
         if self.compared < self.rows:
             lines.append(
@@ -285,7 +285,7 @@ class EvaluationSet:
         return "\n".join(lines)
 
 
-def digests_of(evaluation: list[str]) -> dict[str, str]:
+def evaluation_digests(evaluation: list[str]) -> dict[str, str]:
     """The digest of each evaluation set, as `registry.source_digest` computes it; "" if its files are missing."""
     return {given: _digest_of(EvaluationSet(given)) for given in sorted(evaluation)}
 

@@ -17,7 +17,7 @@ IDS_AT_ONCE = 2**24
 _VALIDATION = re.compile(r"(?<![^\W_])val(id(ation)?)?(?![^\W\d_])")  # but not interval, retrieval or values
 
 
-def adopt(shards: str | Path, tokenizer, folder: str | Path) -> TokenStore:
+def import_shards(shards: str | Path, tokenizer, folder: str | Path) -> TokenStore:
     """A token store of the flat `.npy` arrays in a folder, as nanoGPT-style projects write them.
 
     An array whose name has the word "val" (or "valid", or "validation") in it is validation, any other is training.

@@ -13,7 +13,7 @@ from rorchat.tokens.store import SPLITS, Manifest, Shard
 from rorchat.tokens.tokenize_shard import ArrayWriter, link, sealed
 
 
-def finish(staging: Path, manifest: Manifest, count: int) -> RowStats:
+def merge_shards(staging: Path, manifest: Manifest, count: int) -> RowStats:
     """Makes the files of a store of finished parts: duplicates out, shards named in order, manifest last.
 
     The parts stay until there is a manifest, so that this may be interrupted and begun again.

@@ -7,7 +7,6 @@ workers,
 interrupted or not.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -27,9 +26,9 @@ from rorchat.files import folder_lock
 from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
 from rorchat.sources.registry import SourcePart, find_source, hub_fingerprint, source_digest, source_kinds, source_parts
-from rorchat.tokenizer import tokenizer_sha256
-from rorchat.tokens.decontamination import EvaluationText, digests_of
-from rorchat.tokens.merge_shards import finish
+from rorchat.tokenizer import chat_template_sha256, tokenizer_sha256
+from rorchat.tokens.decontamination import EvaluationText, evaluation_digests
+from rorchat.tokens.merge_shards import merge_shards
 from rorchat.tokens.store import Manifest, TokenStore
 from rorchat.tokens.tokenize_shard import Job
 
@@ -85,10 +84,10 @@ def prepare(
         validation_share=validation_share,
         seed=seed if generated else 0,  # which plays no part in files
         kind=kind,
-        chat_template_sha256=template_sha256(tokenizer) if kind == "conversation" else "",
+        chat_template_sha256=chat_template_sha256(tokenizer) if kind == "conversation" else "",
         filters=filters.describe(),
         source_sha256=source_digest(spec, persona),
-        evaluation=digests_of(evaluation or []),
+        evaluation=evaluation_digests(evaluation or []),
     )
     if not folder.exists():
         _require_apart(spec, folder)
@@ -109,10 +108,10 @@ def _make(job: Job, wanted: Manifest, evaluation: list[str], workers: int) -> No
     if not _is_finished(job.folder):
         if evaluation:
             job.evaluation = EvaluationText.read(evaluation)
-            print(job.evaluation.told(), file=sys.stderr)  # noqa: T201
+            print(job.evaluation.describe(), file=sys.stderr)  # noqa: T201
         _prepare_parts(job, pieces, workers)
         try:
-            print(finish(job.folder, wanted, len(pieces)), file=sys.stderr)  # noqa: T201
+            print(merge_shards(job.folder, wanted, len(pieces)), file=sys.stderr)  # noqa: T201
         except DataError:  # which the same parts would give again: of another share they are others
             shutil.rmtree(job.folder)
             raise
@@ -140,11 +139,6 @@ def _require_apart(spec: str, folder: Path) -> None:
 def _cpus() -> int:
     """How many CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def template_sha256(tokenizer) -> str:
-    """A fingerprint of how conversations are written: the chat template with its default system message."""
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
 def _found(folder: Path, wanted: Manifest) -> TokenStore:

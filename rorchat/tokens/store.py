@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rorchat.errors import DataError
+from rorchat.errors import DataError, MismatchError
 from rorchat.files import file_sha256, json_sha256, write_atomically
+from rorchat.tokenizer import chat_template_sha256, tokenizer_sha256
 
 FORMAT_VERSION = 4
 SPLITS = ("train", "validation")
@@ -142,7 +143,7 @@ def store_folder(spec: str) -> Path | None:
     return folder if spec.startswith("store=") or (folder / "manifest.json").is_file() else None
 
 
-def crc_of_blocks(array: np.ndarray) -> np.ndarray:
+def block_crcs(array: np.ndarray) -> np.ndarray:
     """The CRC-32 of every BLOCK_BYTES of an array, the last block shorter; uint32."""
     data = memoryview(np.ascontiguousarray(array)).cast("B")
     starts = range(0, len(data), BLOCK_BYTES)
@@ -281,3 +282,27 @@ class TokenStore:
         elif (ids[starts] != self.manifest.end_of_text_id).any():
             misfits.append("a document does not begin with <|endoftext|>")
         return [f"{self.folder / shard.file}: {misfit}" for misfit in misfits]
+
+
+def open_store(folder: str | Path, tokenizer, name: str | None = None) -> TokenStore:
+    """A token store that is there already, made with this tokenizer.
+
+    Args:
+        name: by which a mixture knows it; default: the folder's.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+        MismatchError: its ids are another tokenizer's, or its conversations another template's.
+    """
+    store = TokenStore(folder, name)
+    if store.manifest.tokenizer_sha256 != tokenizer_sha256(tokenizer):
+        raise MismatchError(
+            f"{store.folder} was made with another tokenizer, of {store.manifest.vocabulary_size:,} tokens: train with "
+            "that one, or prepare the texts again."
+        )
+    if store.manifest.kind == "conversation" and store.manifest.chat_template_sha256 != chat_template_sha256(tokenizer):
+        raise MismatchError(
+            f"The conversations of {store.folder} have another chat template or system message than the tokenizer: "
+            "give the persona that they were written with, or prepare them again."
+        )
+    return store

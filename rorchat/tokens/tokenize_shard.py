@@ -24,7 +24,7 @@ from rorchat.sources.base import exact_digest, is_validation_digest, text_digest
 from rorchat.sources.registry import RowStats, SourcePart, SourceRows, load_rows
 from rorchat.tokens.decontamination import EvaluationText
 from rorchat.tokens.encode import Encoder, TooLong
-from rorchat.tokens.store import SPLITS, crc_of_blocks
+from rorchat.tokens.store import SPLITS, block_crcs
 
 CHARACTERS_AT_ONCE = 2**22
 
@@ -177,7 +177,7 @@ class ArrayWriter:
 
 def sealed(path: Path) -> tuple[str, np.ndarray]:
     """(sha256, CRC of the blocks) of an array file."""
-    return file_sha256(path), crc_of_blocks(np.load(path, mmap_mode="r"))
+    return file_sha256(path), block_crcs(np.load(path, mmap_mode="r"))
 
 
 def link(source: Path, target: Path) -> None:

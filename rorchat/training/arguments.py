@@ -11,7 +11,7 @@ from typing import TypeVar
 from trl import TrlParser
 
 from rorchat.errors import UsageError, did_you_mean
-from rorchat.mixture.config import with_variables
+from rorchat.mixture.config import expand_variables
 from rorchat.yaml_file import read_yaml
 
 Arguments = TypeVar("Arguments")
@@ -75,7 +75,7 @@ def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) ->
         if flag not in options and flag.removeprefix("no_") not in options:
             raise UsageError(f"Unknown option --{flag}.{did_you_mean(flag, options)} See --help.")
     if config.get("sources") and "sources" not in flags:
-        config["sources"] = [with_variables(f"{path}: sources", spec) for spec in config["sources"]]
+        config["sources"] = [expand_variables(f"{path}: sources", spec) for spec in config["sources"]]
     names = {entry.name for entry in fields(dataclass_type)}
     given = {name.removeprefix("no_") if name not in names else name for name in (*config, *flags)}
     decided = sorted(given & set(getattr(dataclass_type, "UNSUPPORTED_ARGS", ())))

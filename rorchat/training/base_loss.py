@@ -21,10 +21,10 @@ from rorchat.errors import RorchatError, UsageError
 from rorchat.evaluation.loss import Loss
 from rorchat.inference.engine import resolve_model_path
 from rorchat.jsonl import append_json_line
-from rorchat.mixture.dataset import ValidationRows, open_store
+from rorchat.mixture.dataset import ValidationRows
 from rorchat.sources.registry import load_rows
-from rorchat.tokenizer import run_of
-from rorchat.tokens.store import Manifest, TokenStore, store_folder
+from rorchat.tokenizer import find_run
+from rorchat.tokens.store import Manifest, TokenStore, open_store, store_folder
 from rorchat.training.checkpointing.fingerprint import fingerprint
 from rorchat.training.run_folder import TOKENS
 
@@ -63,7 +63,7 @@ class BaseText:
 def runs_behind(model: str) -> Iterator[tuple[Path, dict]]:
     """(folder, run.json) of the runs that led to a model, the last one first, as far back as they are on this disk."""
     seen: set[Path] = set()
-    found = run_of(model)
+    found = find_run(model)
     while found and found[0].resolve() not in seen:
         yield found
         folder, record = found
@@ -78,7 +78,7 @@ def _run_before(folder: Path, record: dict) -> tuple[Path, dict] | None:
         return None
     for place in (Path(said), folder.parent / Path(said).name):
         if place.is_dir() and fingerprint(resolve_model_path(str(place))) == record["inputs"].get("start"):
-            return run_of(str(place))
+            return find_run(str(place))
     return None
 
 

@@ -188,7 +188,7 @@ def read_questions(arguments: GRPOArguments, tokenizer, positions: int) -> tuple
         rows = load_rows(spec, "question", seed=arguments.data_seed, persona=persona)
         for row in islice(rows, arguments.rows_per_source):
             reserve = arguments.max_completion_length
-            encoded = encode_prompt(tokenizer, row["messages"], n_positions=positions, reserve=reserve)
+            encoded = encode_prompt(tokenizer, row["messages"], n_positions=positions, max_new_tokens=reserve)
             if encoded.notice():
                 reject = RejectedRow("over-long", f"longer than {positions - reserve} tokens, which a reply leaves it")
                 rows.stats.withdraw(rows.place, reject)

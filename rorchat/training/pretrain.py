@@ -11,11 +11,12 @@ from transformers import TrainingArguments
 
 from rorchat.errors import UsageError
 from rorchat.inference.engine import ChatModel, continue_texts
-from rorchat.mixture.collators import padded
+from rorchat.mixture.collators import collate_padded
 from rorchat.mixture.config import MixtureConfig, read_mixture
-from rorchat.mixture.dataset import Mixture, ValidationRows, prepare_stores, rows_per_epoch
-from rorchat.mixture.history import all_data, plan_behind
+from rorchat.mixture.dataset import Mixture, ValidationRows
+from rorchat.mixture.history import build_plan, data_summaries
 from rorchat.mixture.plan import Plan
+from rorchat.mixture.stores import count_rows_per_epoch, prepare_stores
 from rorchat.persona import load_persona
 from rorchat.tokens.store import TokenStore
 from rorchat.training.arguments import DataArguments
@@ -86,11 +87,11 @@ class PretrainArguments(DataArguments, SmokeTestArguments, OptimizationArguments
 
     def _read_mixture(self) -> MixtureConfig:
         if not self.mixture:
-            return MixtureConfig.of(self.sources, self.weights)
+            return MixtureConfig.from_specs(self.sources, self.weights)
         for name in ("sources", "weights"):
             if getattr(self, name):
                 raise UsageError(f"Both mixture and {name}: give {name} in {self.mixture}, or leave the mixture out.")
-        return read_mixture(self.mixture, may_go_on=True)  # whether there is a past, the run knows
+        return read_mixture(self.mixture, is_continuation=True)  # whether there is a past, the run knows
 
     def __post_init__(self):
         self.mixture_config = self._read_mixture()
@@ -138,7 +139,7 @@ class PretrainArguments(DataArguments, SmokeTestArguments, OptimizationArguments
 def stores_of(arguments: PretrainArguments, tokenizer, past: Sequence[dict] = ()) -> list[TokenStore]:
     """The token store of every source, made by the first process and opened by the others; none of the past's."""
     if not past:
-        arguments.mixture_config.require_beginning()
+        arguments.mixture_config.require_standalone()
     return prepare_stores(
         arguments.mixture_config,
         tokenizer,
@@ -153,13 +154,17 @@ def stores_of(arguments: PretrainArguments, tokenizer, past: Sequence[dict] = ()
 
 def details_of(plan: Plan, stores: list[TokenStore], past: Sequence[dict]) -> dict[str, object]:
     """What run.json and every checkpoint remember: the whole plan, what was read for it, and the rows of an epoch."""
-    return {"plan": plan.summary(), "data": all_data(past, stores), "windows": rows_per_epoch(stores, plan.block_size)}
+    return {
+        "plan": plan.summary(),
+        "data": data_summaries(past, stores),
+        "windows": count_rows_per_epoch(stores, plan.block_size),
+    }
 
 
 def show_plan(plan: Plan, folder: Path) -> Iterator[str]:
     """Draws mixture.png into the run folder, which must be begun, and gives the plan in words."""
     plan.draw(folder / "mixture.png")
-    yield plan.told()
+    yield plan.describe()
 
 
 class RowsInOrder(Sampler):
@@ -182,8 +187,8 @@ class PretrainTrainer(StageTrainer):
         self, model, arguments: PretrainArguments, tokenizer, stores: list[TokenStore], past: Sequence[dict] = ()
     ):
         rows = arguments.max_steps * arguments.global_batch_tokens // arguments.block_size
-        windows = rows_per_epoch(stores, arguments.block_size)
-        plan = plan_behind(past, arguments.mixture_config, windows, rows, arguments.block_size)
+        windows = count_rows_per_epoch(stores, arguments.block_size)
+        plan = build_plan(past, arguments.mixture_config, windows, rows, arguments.block_size)
         self.mixture = Mixture(stores, plan, arguments.data_seed)
         patch_lm_head_loss(model, compiled=arguments.compile, whole_rows=True)
         patch_gelu(model)
@@ -193,7 +198,7 @@ class PretrainTrainer(StageTrainer):
             train_dataset=self.mixture,
             eval_dataset={store.name: ValidationRows(store, arguments.block_size) for store in stores},
             processing_class=tokenizer,
-            data_collator=partial(padded, pad_id=tokenizer.pad_token_id),
+            data_collator=partial(collate_padded, pad_id=tokenizer.pad_token_id),
         )
         chat = ChatModel(model, tokenizer)
         self.begin_stage(

@@ -11,10 +11,9 @@ import numpy as np
 
 from rorchat.chatml import END_OF_TEXT, IGNORE_INDEX, encode_text
 from rorchat.errors import DataError, UsageError
-from rorchat.mixture.dataset import open_store
 from rorchat.sources.base import is_validation_text
 from rorchat.sources.registry import load_rows
-from rorchat.tokens.store import store_folder
+from rorchat.tokens.store import open_store, store_folder
 
 DOCUMENTS_AT_ONCE = 200  # a call of the tokenizer
 

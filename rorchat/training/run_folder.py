@@ -25,7 +25,7 @@ from accelerate import PartialState
 
 from rorchat.errors import DataError, DivergedError, Interrupted, MismatchError, StorageError, UsageError
 from rorchat.files import folder_lock, write_atomically
-from rorchat.mixture.history import by_content, closed, require_same_data
+from rorchat.mixture.history import history_entry, require_same_data, without_paths
 from rorchat.model import save_model
 from rorchat.training.callbacks.divergence import DIVERGED_ROWS
 from rorchat.training.callbacks.signals import handle_signals
@@ -167,9 +167,9 @@ class Run:
         if not (self.checkpoint and getattr(arguments, "new_phase", False) and "windows" in before):
             return past
         step = self.checkpoint.step
-        own = closed(before, step * (arguments.global_batch_tokens // arguments.block_size))
+        own = history_entry(before, step * (arguments.global_batch_tokens // arguments.block_size))
         require_same_data([*past, own], self.record["inputs"])
-        if by_content(own)["mixture"] == by_content(self.record["inputs"])["mixture"]:
+        if without_paths(own)["mixture"] == without_paths(self.record["inputs"])["mixture"]:
             return past
         if step >= arguments.max_steps:
             raise MismatchError(

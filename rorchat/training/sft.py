@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from rorchat.chatml import encode_conversations
 from rorchat.errors import DataError, UsageError
 from rorchat.inference.engine import ChatModel, generate_replies
-from rorchat.mixture.collators import packed
+from rorchat.mixture.collators import collate_packed
 from rorchat.mixture.packing import PackedRows, Sequences, pack
 from rorchat.persona import load_persona
 from rorchat.rows import RejectedRow
@@ -163,7 +163,7 @@ class ChatTrainer(StageTrainer, SFTTrainer):
             train_dataset=looked_at,  # TRL takes no other kind and looks at one row
             eval_dataset=looked_at,
             processing_class=tokenizer,
-            data_collator=partial(packed, pad_id=tokenizer.pad_token_id),
+            data_collator=partial(collate_packed, pad_id=tokenizer.pad_token_id),
         )
         self.train_dataset, self.eval_dataset = packed_rows, validation
         del model.forward  # TRL's fused head, which scores masked positions too on a CPU

@@ -29,7 +29,7 @@ from rorchat.errors import UsageError, did_you_mean
 from rorchat.evaluation.loss import Loss, compute_dataset_loss
 from rorchat.inference.engine import ChatModel
 from rorchat.jsonl import append_json_line
-from rorchat.mixture.collators import padded
+from rorchat.mixture.collators import collate_padded
 from rorchat.model import flops_per_token
 from rorchat.tokenizer import token_bytes
 from rorchat.training.base_loss import forgetting_of
@@ -378,7 +378,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         model.eval()
         losses = {}
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        collate = functools.partial(padded, pad_id=self.chat.tokenizer.pad_token_id)
+        collate = functools.partial(collate_padded, pad_id=self.chat.tokenizer.pad_token_id)
         for name, rows in sets.items():
             own = Subset(rows, range(rank, len(rows), world))
             with self.accelerator.autocast():

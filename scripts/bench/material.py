@@ -89,20 +89,21 @@ def tokenizer_of(work: Work):
 
 def mixture_of(work: Work, folder: Path):
     from rorchat.mixture.config import MixtureConfig
-    from rorchat.mixture.dataset import Mixture, rows_per_epoch
+    from rorchat.mixture.dataset import Mixture
     from rorchat.mixture.plan import Plan
+    from rorchat.mixture.stores import count_rows_per_epoch
     from rorchat.tokens.store import TokenStore
 
     store = TokenStore(folder / STORE, STORE)
-    config = MixtureConfig.of([f"{STORE}={folder / STORE}"])
-    plan = Plan(config, rows_per_epoch([store], work.block_size), work.rows_consumed, work.block_size)
+    config = MixtureConfig.from_specs([f"{STORE}={folder / STORE}"])
+    plan = Plan(config, count_rows_per_epoch([store], work.block_size), work.rows_consumed, work.block_size)
     return Mixture([store], plan, seed=0)
 
 
 def make_tokens(work: Work, folder: Path) -> None:
     """Random rows, each a document; what stands in tokens.npy is what a mixture makes of their store."""
     from rorchat.chatml import END_OF_TEXT
-    from rorchat.tokens.import_shards import adopt
+    from rorchat.tokens.import_shards import import_shards
 
     tokenizer = tokenizer_of(work)
     rows = np.random.default_rng(SEED).integers(
@@ -113,7 +114,7 @@ def make_tokens(work: Work, folder: Path) -> None:
     shards.mkdir()
     np.save(shards / "train.npy", rows[:-1].reshape(-1))
     np.save(shards / "val.npy", rows[-1])
-    adopt(shards, tokenizer, folder / STORE)
+    import_shards(shards, tokenizer, folder / STORE)
     mixture = mixture_of(work, folder)
     ordered = np.stack([mixture[row]["input_ids"].numpy() for row in range(work.rows_consumed)])
     np.save(folder / "tokens.npy", ordered.astype(np.uint16))

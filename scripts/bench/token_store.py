@@ -56,14 +56,15 @@ def anonymous_bytes() -> int:
 
 def measure(folders: list[str]) -> dict[str, float]:
     from rorchat.mixture.config import MixtureConfig
-    from rorchat.mixture.dataset import Mixture, rows_per_epoch
+    from rorchat.mixture.dataset import Mixture
     from rorchat.mixture.plan import Plan
+    from rorchat.mixture.stores import count_rows_per_epoch
     from rorchat.tokens.store import TokenStore
 
     before, started = anonymous_bytes(), time.perf_counter()
     stores = [TokenStore(folder) for folder in folders]
-    config = MixtureConfig.of([store.name for store in stores], [4, 3, 2, 1])
-    mixture = Mixture(stores, Plan(config, rows_per_epoch(stores, BLOCK_SIZE), ROWS, BLOCK_SIZE), seed=0)
+    config = MixtureConfig.from_specs([store.name for store in stores], [4, 3, 2, 1])
+    mixture = Mixture(stores, Plan(config, count_rows_per_epoch(stores, BLOCK_SIZE), ROWS, BLOCK_SIZE), seed=0)
     mixture[0]
     first = time.perf_counter() - started
     times = []

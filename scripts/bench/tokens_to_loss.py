@@ -88,10 +88,11 @@ def race(side: str, data: str, folder: Path, times: float) -> dict:
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
     from rorchat.evaluation.loss import compute_dataset_loss
-    from rorchat.mixture.collators import padded
+    from rorchat.mixture.collators import collate_padded
     from rorchat.mixture.config import MixtureConfig
-    from rorchat.mixture.dataset import Mixture, ValidationRows, rows_per_epoch
+    from rorchat.mixture.dataset import Mixture, ValidationRows
     from rorchat.mixture.plan import Plan
+    from rorchat.mixture.stores import count_rows_per_epoch
     from rorchat.tokenizer import load_tokenizer, token_bytes
     from rorchat.tokens.store import TokenStore
 
@@ -100,7 +101,9 @@ def race(side: str, data: str, folder: Path, times: float) -> dict:
     ours = run(side, 0, data, folder, STEPS, folder.parent / "tokenizer")
     store = TokenStore(folder / "tokens-0" / "prose", "prose")
     rows = STEPS * STEP_TOKENS // BLOCK_SIZE
-    plan = Plan(MixtureConfig.of([f"prose={data}"], None), rows_per_epoch([store], BLOCK_SIZE), rows, BLOCK_SIZE)
+    plan = Plan(
+        MixtureConfig.from_specs([f"prose={data}"], None), count_rows_per_epoch([store], BLOCK_SIZE), rows, BLOCK_SIZE
+    )
     sizes = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": BLOCK_SIZE, "vocab_size": len(tokenizer)}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
     held_out, bytes_of = ValidationRows(store, BLOCK_SIZE), torch.tensor(token_bytes(tokenizer))
@@ -117,7 +120,7 @@ def race(side: str, data: str, folder: Path, times: float) -> dict:
             if now < ours["seconds"] * (len(curve) + 1):
                 return
             model.eval()
-            loss = compute_dataset_loss(model, held_out, lambda part: padded(part, 0), bytes_of, 8).per_token
+            loss = compute_dataset_loss(model, held_out, lambda part: collate_padded(part, 0), bytes_of, 8).per_token
             model.train()
             curve.append((round(now, 1), round(loss, 4)))
             print(f"Trainer, defaults: {loss:.4f} after {now:.0f} s", file=sys.stderr)

@@ -14,7 +14,7 @@ from support import RORCHAT, TEXTS, command, exchange, refused, succeeded, writt
 import rorchat.cli
 from rorchat.chatml import encode_conversation
 from rorchat.cli.data import _bracketed, _coloured
-from rorchat.inspection import SeenToken
+from rorchat.inspection import ShownToken
 from rorchat.sources.base import LOSS_BY_KIND
 from rorchat.sources.registry import find_source, list_sources, source_kinds
 
@@ -30,7 +30,7 @@ COMMANDS = {
         "--min-characters", "--max-characters", "--max-repetition", "--min-letters", "--min-latin",
     ],
     "verify": [],
-    "adopt": ["--tokenizer", "--out"],
+    "import": ["--tokenizer", "--out"],
     "plan": [
         "--tokenizer", "--train-tokens", "--stores", "--block-size", "--validation-share", "--seed", "--persona",
         "--out",
@@ -201,7 +201,9 @@ def test_show_puts_what_is_trained_in_brackets(saved, tokenizer, tmp_path):
 
 
 def test_show_draws_a_bar_between_tokens_and_brackets_around_stretches():
-    tokens = [SeenToken(text, trained, False) for text, trained in (("a", 0), ("b\n", 1), ("c", 1), ("d", 0), ("e", 1))]
+    tokens = [
+        ShownToken(text, trained, False) for text, trained in (("a", 0), ("b\n", 1), ("c", 1), ("d", 0), ("e", 1))
+    ]
     assert _bracketed(tokens) == "a⟦b⏎\n|c⟧d⟦e⟧"
     assert _bracketed([]) == ""
 
@@ -228,7 +230,7 @@ def test_on_a_terminal_what_is_trained_is_green(saved, tokenizer, tmp_path):
 
 
 def test_neighbouring_tokens_have_different_shades_and_control_tokens_are_bold():
-    tokens = [SeenToken("a", True, False), SeenToken("b", True, False), SeenToken("<|im_end|>", True, True)]
+    tokens = [ShownToken("a", True, False), ShownToken("b", True, False), ShownToken("<|im_end|>", True, True)]
     colours = re.findall("\033\\[30;48;5;(\\d+)m(\033\\[1m)?(a|b|<\\|im_end\\|>)\033\\[0m", _coloured(tokens))
     assert colours == [("114", "", "a"), ("157", "", "b"), ("114", "\033[1m", "<|im_end|>")]
 

@@ -1,4 +1,4 @@
-"""`rorchat data`: what prepare, verify, adopt and plan print and leave, and what they refuse."""
+"""`rorchat data`: what prepare, verify, import and plan print and leave, and what they refuse."""
 
 import re
 import subprocess
@@ -11,7 +11,7 @@ from support import RORCHAT, TEXTS, command, refused, succeeded, written
 import rorchat
 from rorchat.chatml import END_OF_TEXT, encode_text
 from rorchat.mixture.config import read_mixture
-from rorchat.mixture.dataset import prepare_stores
+from rorchat.mixture.stores import prepare_stores
 from rorchat.tokenizer import token_bytes
 from rorchat.tokens.store import TokenStore
 
@@ -128,7 +128,7 @@ def test_a_store_without_a_readable_manifest_is_none(content, store):
     assert str(store) in refused(65, "verify", store)
 
 
-# -- adopt -----------------------------------------------------------------------------------------------------------
+# -- import ----------------------------------------------------------------------------------------------------------
 
 
 def shards_of(folder: Path, **arrays: np.ndarray) -> Path:
@@ -144,15 +144,15 @@ def tokenized(tokenizer, texts: list[str]) -> np.ndarray:
     return np.array([token for ids in encode_text(tokenizer, texts) for token in (end, *ids)], dtype=np.uint16)
 
 
-def test_adopted_shards_are_the_arrays_and_train_like_any_store(tokenizer, saved, tmp_path):
+def test_imported_shards_train_like_any_store(tokenizer, saved, tmp_path):
     arrays = {
         "corpus_train_000001": tokenized(tokenizer, TEXTS[:100]),
         "corpus_train_000002": tokenized(tokenizer, TEXTS[100:250])[5:],  # a shard may begin inside a document
         "corpus_val_000000": tokenized(tokenizer, TEXTS[250:]),
     }
     shards = shards_of(tmp_path / "shards", **arrays)
-    said = succeeded("adopt", shards, "--tokenizer", saved, "--out", tmp_path / "adopted")
-    store = TokenStore(tmp_path / "adopted")
+    said = succeeded("import", shards, "--tokenizer", saved, "--out", tmp_path / "imported")
+    store = TokenStore(tmp_path / "imported")
     train = np.concatenate([arrays["corpus_train_000001"], arrays["corpus_train_000002"]])
     assert store.slice("train", 0, store.tokens("train")).tolist() == train.tolist()
     held_out = arrays["corpus_val_000000"]
@@ -162,31 +162,31 @@ def test_adopted_shards_are_the_arrays_and_train_like_any_store(tokenizer, saved
     assert said.splitlines() == [
         f"train: 249 documents, {len(train):,} tokens",
         f"validation: 50 documents, {len(held_out):,} tokens",
-        f"store  {tmp_path / 'adopted'}",
+        f"store  {tmp_path / 'imported'}",
     ]
-    assert "every byte of 3 shards" in succeeded("verify", tmp_path / "adopted")
-    mixture = written(tmp_path, "mixture.yaml", f"sources: {{a: 'store={tmp_path / 'adopted'}'}}\n")
+    assert "every byte of 3 shards" in succeeded("verify", tmp_path / "imported")
+    mixture = written(tmp_path, "mixture.yaml", f"sources: {{a: 'store={tmp_path / 'imported'}'}}\n")
     (prepared,) = prepare_stores(read_mixture(mixture), tokenizer, tmp_path / "stores", 64, validation_share=0.1)
     assert prepared.slice("train", 10, 90).tolist() == train[10:90].tolist()
     assert prepared.manifest.kept == prepared.manifest.rows_in == 299
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("edufineweb_train_000001", "edufineweb_val_000000")])
-def test_real_stories_in_gpt2_ids_are_adopted(names, gpt2_tokenizer, shared_data, tmp_path):
+def test_real_gpt2_shards_are_imported(names, gpt2_tokenizer, shared_data, tmp_path):
     text = (shared_data / "tinystories" / "tinystories_sample_2mb.txt").read_text()
     stories = [story.strip() for story in text.split("<|endoftext|>")[:60]]
     arrays = [tokenized(gpt2_tokenizer, part) for part in (stories[:50], stories[50:])]
     assert arrays[0].max() == 50256 and arrays[0].dtype == np.uint16
     shards = shards_of(tmp_path / "shards", **dict(zip(names, arrays, strict=True)))
-    said = succeeded("adopt", shards, "--tokenizer", shared_data / "gpt2_tokenizer", "--out", tmp_path / "adopted")
+    said = succeeded("import", shards, "--tokenizer", shared_data / "gpt2_tokenizer", "--out", tmp_path / "imported")
     assert said.startswith(f"train: 50 documents, {len(arrays[0]):,} tokens\nvalidation: 10 documents, ")
-    store = TokenStore(tmp_path / "adopted")
+    store = TokenStore(tmp_path / "imported")
     assert store.slice("train", 0, len(arrays[0])).tolist() == arrays[0].tolist()
     assert store.manifest.total("train", "utf8_bytes") == sum(len(story.encode()) for story in stories[:50])
 
 
 GOOD = np.array([0, 1, 2, 3], dtype=np.uint16)  # 0 is the <|endoftext|> of the tests' tokenizer
-ADOPTED_BADLY = {
+BAD_SHARDS = {
     "an id beyond the vocabulary": (78, {"train": np.array([0, 1, 384], dtype=np.uint16), "val": GOOD}, "384 at 2"),
     "no end of text": (78, {"train": GOOD, "val": GOOD[1:]}, "No <|endoftext|> (id 0)"),
     "another type": (65, {"train": GOOD.astype(np.int64), "val": GOOD.astype(np.int64)}, "int64"),
@@ -202,12 +202,12 @@ ADOPTED_BADLY = {
 }
 
 
-@pytest.mark.parametrize("case", ADOPTED_BADLY)
+@pytest.mark.parametrize("case", BAD_SHARDS)
 def test_shards_that_do_not_fit_are_one_line_and_leave_nothing(case, tokenizer, saved, tmp_path):
     assert tokenizer.convert_tokens_to_ids(END_OF_TEXT) == 0 and len(tokenizer) == 384
-    code, arrays, said = ADOPTED_BADLY[case]
+    code, arrays, said = BAD_SHARDS[case]
     shards = shards_of(tmp_path / "shards", **arrays)
-    assert said in refused(code, "adopt", shards, "--tokenizer", saved, "--out", tmp_path / "out")
+    assert said in refused(code, "import", shards, "--tokenizer", saved, "--out", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
 
@@ -224,33 +224,33 @@ def test_a_shard_that_is_no_array_is_one_line(content, saved, tmp_path):
         (shards / "train.npz").rename(shards / "train.npy")
     else:
         (shards / "train.npy").write_bytes(content)
-    assert "train.npy" in refused(65, "adopt", shards, "--tokenizer", saved, "--out", tmp_path / "out")
+    assert "train.npy" in refused(65, "import", shards, "--tokenizer", saved, "--out", tmp_path / "out")
 
 
 def test_only_the_word_val_makes_an_array_validation(saved, tmp_path):
     names = ("retrieval_000", "interval", "values_train", "corpus_train", "my-val-0", "val", "validation_1", "a_valid")
     shards = shards_of(tmp_path / "shards", **dict.fromkeys(names, GOOD))
-    succeeded("adopt", shards, "--tokenizer", saved, "--out", tmp_path / "out")
+    succeeded("import", shards, "--tokenizer", saved, "--out", tmp_path / "out")
     manifest = TokenStore(tmp_path / "out").manifest
     assert (manifest.total("train", "documents"), manifest.total("validation", "documents")) == (4, 4)
 
 
-def test_shards_are_not_adopted_where_a_store_is_being_made(saved, tmp_path):
+def test_import_is_refused_while_the_store_is_locked(saved, tmp_path):
     from rorchat.files import folder_lock
 
     shards = shards_of(tmp_path / "shards", train=GOOD, val=GOOD)
     (tmp_path / ".out.unfinished").mkdir()
     (tmp_path / ".out.unfinished" / "part-00000.json").write_text("{}")
     with folder_lock(tmp_path / "out"):
-        assert "is in use by process" in refused(78, "adopt", shards, "--tokenizer", saved, "--out", tmp_path / "out")
+        assert "is in use by process" in refused(78, "import", shards, "--tokenizer", saved, "--out", tmp_path / "out")
     assert (tmp_path / ".out.unfinished" / "part-00000.json").exists()
 
 
-def test_a_folder_that_is_there_is_never_adopted_into(saved, tmp_path):
+def test_import_never_overwrites_a_folder(saved, tmp_path):
     shards = shards_of(tmp_path / "shards", train=GOOD, val=GOOD)
     (tmp_path / "out").mkdir()
-    assert "exists" in refused(2, "adopt", shards, "--tokenizer", saved, "--out", tmp_path / "out")
-    assert "No folder" in refused(65, "adopt", tmp_path / "none", "--tokenizer", saved, "--out", tmp_path / "new")
+    assert "exists" in refused(2, "import", shards, "--tokenizer", saved, "--out", tmp_path / "out")
+    assert "No folder" in refused(65, "import", tmp_path / "none", "--tokenizer", saved, "--out", tmp_path / "new")
 
 
 # -- plan ------------------------------------------------------------------------------------------------------------

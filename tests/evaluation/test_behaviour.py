@@ -37,7 +37,7 @@ from rorchat.evaluation.behaviour import (
 )
 from rorchat.evaluation.gate import THRESHOLDS, Verdict, load_thresholds, read_verdict, write_verdict
 from rorchat.inference.engine import Reply
-from rorchat.mixture.collators import padded
+from rorchat.mixture.collators import collate_padded
 from rorchat.model import build_model, save_model
 from rorchat.persona import Persona, load_persona, probes
 from rorchat.tokenizer import load_tokenizer
@@ -293,7 +293,7 @@ def asked(bibo) -> list[list[int]]:
         messages = [{"role": "user", "content": " ".join(draw.choices(WORDS, k=draw.randint(1, 12)))}]
         if draw.random() < 0.5:
             messages.insert(0, {"role": "system", "content": draw.choice(SENTENCES)[:40]})
-        prompts.append(encode_prompt(bibo, messages, n_positions=128, reserve=42).input_ids)
+        prompts.append(encode_prompt(bibo, messages, n_positions=128, max_new_tokens=42).input_ids)
     return prompts
 
 
@@ -313,7 +313,7 @@ def train(model, tokenizer, asked: list[list[int]], said: tuple[str, ...], steps
     rows = [row_of(tokenizer, prompt, said) for prompt in asked]
     for step in range(steps):
         batch = [rows[(8 * step + n) % len(rows)] for n in range(8)]
-        model(**padded(batch, tokenizer.pad_token_id)).loss.backward()
+        model(**collate_padded(batch, tokenizer.pad_token_id)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()

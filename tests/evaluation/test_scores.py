@@ -16,7 +16,7 @@ from rorchat.evaluation.compare import compute_document_loss, load_validation_do
 from rorchat.evaluation.loss import Loss, compute_batch_loss, compute_dataset_loss, gzip_bits_per_byte
 from rorchat.evaluation.scores import Rate, Scores, read_scores, score_chat, write_scores
 from rorchat.inference.engine import ChatModel, Reply
-from rorchat.mixture.collators import padded
+from rorchat.mixture.collators import collate_padded
 from rorchat.model import save_model
 from rorchat.persona import load_persona, probes
 from rorchat.sources.registry import load_rows
@@ -96,7 +96,9 @@ def test_nothing_counted_is_not_a_number_and_parts_add_up(lively):
 def test_the_loss_equals_a_plain_computation_over_all_logits(lively, rows):
     pad = lively.tokenizer.pad_token_id
     expected = plain_loss(lively, rows)
-    loss = compute_dataset_loss(lively.model, rows, lambda batch: padded(batch, pad), bytes_of(lively), batch_size=4)
+    loss = compute_dataset_loss(
+        lively.model, rows, lambda batch: collate_padded(batch, pad), bytes_of(lively), batch_size=4
+    )
     assert_same(loss, expected)
     assert expected.tokens < sum(len(row["labels"]) for row in rows) / 2  # replies alone are counted
 
@@ -105,7 +107,9 @@ def test_the_loss_weighs_tokens_and_not_rows(lively, rows):
     pad = lively.tokenizer.pad_token_id
     short, long = min(rows, key=lambda row: len(row["labels"])), max(rows, key=lambda row: len(row["labels"]))
     one, other = plain_loss(lively, [short]), plain_loss(lively, [long])
-    both = compute_dataset_loss(lively.model, [short, long], lambda batch: padded(batch, pad), bytes_of(lively), 2)
+    both = compute_dataset_loss(
+        lively.model, [short, long], lambda batch: collate_padded(batch, pad), bytes_of(lively), 2
+    )
     assert both.per_token == pytest.approx((one.nats + other.nats) / (one.tokens + other.tokens), rel=1e-5)
     assert abs(both.per_token - (one.per_token + other.per_token) / 2) > 1e-3
 
@@ -113,16 +117,16 @@ def test_the_loss_weighs_tokens_and_not_rows(lively, rows):
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_padding_and_the_size_of_batches_change_nothing(batch_size, lively, rows):
     pad = lively.tokenizer.pad_token_id
-    expected = compute_dataset_loss(lively.model, rows, lambda batch: padded(batch, pad), bytes_of(lively), 1)
+    expected = compute_dataset_loss(lively.model, rows, lambda batch: collate_padded(batch, pad), bytes_of(lively), 1)
 
     def wider(batch):
-        rows = padded(batch, pad)
+        rows = collate_padded(batch, pad)
         return {
             "input_ids": F.pad(rows["input_ids"], (0, 9), value=pad),
             "labels": F.pad(rows["labels"], (0, 9), value=IGNORE_INDEX),
         }
 
-    for collate in (lambda batch: padded(batch, pad), wider):
+    for collate in (lambda batch: collate_padded(batch, pad), wider):
         assert_same(compute_dataset_loss(lively.model, rows, collate, bytes_of(lively), batch_size), expected)
 
 
@@ -141,7 +145,7 @@ def test_more_tokens_than_are_computed_at_once_give_the_same_sum(lively, rows, m
     from rorchat.evaluation import loss
 
     pad = lively.tokenizer.pad_token_id
-    batch = padded(rows, pad)
+    batch = collate_padded(rows, pad)
     whole = compute_batch_loss(lively.model, batch, bytes_of(lively))
     monkeypatch.setattr(loss, "POSITIONS_AT_ONCE", 7)
     assert whole.tokens > 70

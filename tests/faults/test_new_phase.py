@@ -13,7 +13,7 @@ from rorchat.hub import build_model_card
 from rorchat.jsonl import read_json_lines
 from rorchat.report import drop_superseded_lines
 from rorchat.tokenizer import load_tokenizer
-from rorchat.tokens.import_shards import adopt
+from rorchat.tokens.import_shards import import_shards
 from rorchat.training.checkpointing.checkpoint import Checkpoints
 
 STEPS, STOP = 12, 5  # steps in all and before the mixture changes; a step has four rows of 32 tokens
@@ -190,7 +190,7 @@ def test_a_store_that_was_replaced_by_another_of_its_size_is_refused_and_one_tha
         ids = tokenizer(f"<|endoftext|>{word} {word} {word} {word} {word}")["input_ids"][:12]
         for split in ("train", "val"):
             np.save(folder / f"{split}.npy", np.array(ids * 90, dtype=np.uint16))
-        adopt(folder, tokenizer, bench.folder / name)
+        import_shards(folder, tokenizer, bench.folder / name)
     place = bench.folder / "place"
     shutil.copytree(bench.folder / "a", place)
     out, flags = bench.fresh(), {"sources": [f"store={place}"]}

@@ -10,7 +10,7 @@ from support import located
 
 from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.mixture.config import MixtureConfig, Phase, Source, read_mixture
-from rorchat.mixture.history import plan_behind, require_same_data
+from rorchat.mixture.history import build_plan, require_same_data
 from rorchat.mixture.interleave import UNIT
 from rorchat.mixture.plan import Plan
 from rorchat.reading.filters import Filters
@@ -158,7 +158,7 @@ def test_what_the_past_would_have_met_later_is_not_told():
 def test_the_plan_in_words_marks_what_is_new_and_the_summary_has_every_phase():
     past = Plan(config_of(Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, weights={"s1": 1})), HALF, 1000, 16)
     plan = Plan(config_of(Phase(share=1.0, weights={"s1": 1, "s2": 1})), HALF, 1000, 16, past, 600)
-    lines = [" ".join(line.split()) for line in plan.told().splitlines()]
+    lines = [" ".join(line.split()) for line in plan.describe().splitlines()]
     assert lines[0] == "mixture: 16,000 tokens in 1,000 rows of 16"
     assert [line for line in lines if line.startswith("phase")] == [
         "phase 1: 8,000 tokens, rows 0 to 499",
@@ -202,13 +202,13 @@ def test_a_mixture_is_restored_from_what_it_resolved_to(tmp_path):
     )
     with pytest.raises(UsageError, match="phase 1: ramp_to goes on from the phase before"):
         read_mixture(path)
-    config = read_mixture(path, may_go_on=True)
-    restored = MixtureConfig.restored(json.loads(json.dumps(config.resolved())))
+    config = read_mixture(path, is_continuation=True)
+    restored = MixtureConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert (restored.sources, restored.phases, restored.against) == (config.sources, config.phases, config.against)
 
 
 def part_of(config: MixtureConfig, digests: dict[str, str], until: int = 40) -> dict:
-    mixture = json.loads(json.dumps(config.resolved()))
+    mixture = json.loads(json.dumps(config.to_dict()))
     return {"until": until, "mixture": mixture, "sources": digests, "windows": HALF, "data": []}
 
 
@@ -216,12 +216,12 @@ def test_a_plan_is_made_again_from_what_a_checkpoint_keeps():
     first, second = config_of(Phase(share=1.0, weights={"s0": 1})), config_of(Phase(share=1.0, ramp_to={"s1": 1}))
     third = config_of(Phase(share=1.0, weights={"s2": 1}, replay=0.5))
     kept = json.loads(json.dumps([part_of(first, {}), part_of(second, {}, until=70)]))
-    plan = plan_behind(kept, third, HALF, 100, 16)
+    plan = build_plan(kept, third, HALF, 100, 16)
     past = Plan(second, HALF, 100, 16, Plan(first, HALF, 100, 16), 40)
     assert (located(plan) == located(Plan(third, HALF, 100, 16, past, 70))).all()
     with pytest.raises(MismatchError, match="Source 's1' had 50 rows up to row 40 and has 51 now: .* another name"):
-        plan_behind(kept, third, HALF | {"s1": 51}, 100, 16)
-    assert plan_behind([], first, HALF, 100, 16).count(0, 100) == 100
+        build_plan(kept, third, HALF | {"s1": 51}, 100, 16)
+    assert build_plan([], first, HALF, 100, 16).count(0, 100) == 100
 
 
 def test_what_goes_on_under_a_name_must_be_made_of_the_same_and_files_that_are_gone_have_not_changed():

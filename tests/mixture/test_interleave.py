@@ -13,9 +13,10 @@ from support import located
 
 from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.mixture.config import MixtureConfig, Phase, Source, read_mixture
-from rorchat.mixture.dataset import Mixture, ValidationRows, prepare_stores, rows_per_epoch
+from rorchat.mixture.dataset import Mixture, ValidationRows
 from rorchat.mixture.plan import Plan
-from rorchat.tokens.import_shards import adopt
+from rorchat.mixture.stores import count_rows_per_epoch, prepare_stores
+from rorchat.tokens.import_shards import import_shards
 from rorchat.tokens.prepare import prepare
 
 MIXTURE = """
@@ -50,7 +51,7 @@ def test_a_mixture_file_is_read_as_it_says(tmp_path):
         Phase(share=0.2),
         Phase(tokens=2000),
     )
-    assert json.loads(json.dumps(config.resolved()))["phases"][3]["tokens"] == 2000
+    assert json.loads(json.dumps(config.to_dict()))["phases"][3]["tokens"] == 2000
 
 
 def test_a_mixture_file_without_phases_is_one_phase_by_its_weights_or_by_size(tmp_path):
@@ -61,10 +62,10 @@ def test_a_mixture_file_without_phases_is_one_phase_by_its_weights_or_by_size(tm
 
 
 def test_two_files_that_say_the_same_in_other_words_resolve_alike_and_others_do_not(tmp_path):
-    first = read_mixture(written(tmp_path, MIXTURE)).resolved()
+    first = read_mixture(written(tmp_path, MIXTURE)).to_dict()
     other_words = MIXTURE.replace("60%", "0.6").replace("c4: c4=data/c4", "c4: {from: c4=data/c4}")
-    assert read_mixture(written(tmp_path, other_words)).resolved() == first
-    assert read_mixture(written(tmp_path, MIXTURE.replace("50", "51"))).resolved() != first
+    assert read_mixture(written(tmp_path, other_words)).to_dict() == first
+    assert read_mixture(written(tmp_path, MIXTURE.replace("50", "51"))).to_dict() != first
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def stores() -> list[CountingStore]:
 def mixture_of(stores, weights, block_size, rows, seed=0) -> Mixture:
     given = None if weights is None else {store.name: w for store, w in zip(stores, weights, strict=True)}
     config = MixtureConfig({store.name: Source("text") for store in stores}, (Phase(share=1.0, weights=given),))
-    return Mixture(stores, Plan(config, rows_per_epoch(stores, block_size), rows, block_size), seed)
+    return Mixture(stores, Plan(config, count_rows_per_epoch(stores, block_size), rows, block_size), seed)
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.7, 0.2, 0.1], [1, 1000, 1], [3, 0.001, 8], None])
@@ -215,7 +216,7 @@ def test_a_source_added_later_leaves_the_order_within_the_others_alone(stores):
 
 def test_a_source_smaller_than_one_row_is_a_data_error(stores):
     with pytest.raises(DataError, match="s1 has 333 training tokens, less than one row of 500"):
-        rows_per_epoch(stores, 500)
+        count_rows_per_epoch(stores, 500)
 
 
 @pytest.mark.parametrize("tokens", [2, 9, 10, 11, 19, 20, 100, 101])
@@ -270,8 +271,8 @@ def test_a_run_compares_what_its_mixture_file_says_and_not_its_name(tmp_path):
 def test_a_difference_between_mixtures_is_said_by_its_place(tmp_path):
     from rorchat.training.checkpointing.fingerprint import differences
 
-    before = read_mixture(written(tmp_path, MIXTURE)).resolved()
-    now = read_mixture(written(tmp_path, MIXTURE.replace("{c4: 1}", "{c4: 2}"))).resolved()
+    before = read_mixture(written(tmp_path, MIXTURE)).to_dict()
+    now = read_mixture(written(tmp_path, MIXTURE.replace("{c4: 1}", "{c4: 2}"))).to_dict()
     (found,) = differences({"mixture": before}, {"mixture": now}, elastic=True)
     assert (found.name, found.before, found.now, found.is_fatal) == ("mixture.phases.1.weights.c4", 1.0, 2.0, True)
     assert differences({"mixture": before}, {"mixture": before}, elastic=True) == []
@@ -342,7 +343,9 @@ def test_a_store_that_holds_out_another_share_is_not_mixed(texts, tokenizer, tmp
     prepare(f"text={texts}", tokenizer, tmp_path / "same", validation_share=0.2, workers=1)
 
     def stores(*specs: str) -> list:
-        return prepare_stores(MixtureConfig.of([*specs]), tokenizer, tmp_path / "tokens", 16, validation_share=0.2)
+        return prepare_stores(
+            MixtureConfig.from_specs([*specs]), tokenizer, tmp_path / "tokens", 16, validation_share=0.2
+        )
 
     with pytest.raises(
         MismatchError, match="holds out 0.05 of its documents, this mixture 0.2.*Set validation_share to"
@@ -362,11 +365,13 @@ def test_a_store_that_was_tokenized_elsewhere_is_mixed_with_a_word_of_warning(te
     ]
     for name in ("train", "val"):
         np.save(shards / f"{name}.npy", np.array(ids * 3, dtype=np.uint16))
-    adopt(shards, tokenizer, tmp_path / "theirs")
-    config = MixtureConfig.of([f"store={tmp_path / 'theirs'}", f"text={texts}"])
+    import_shards(shards, tokenizer, tmp_path / "theirs")
+    config = MixtureConfig.from_specs([f"store={tmp_path / 'theirs'}", f"text={texts}"])
     assert len(prepare_stores(config, tokenizer, tmp_path / "tokens", 16, validation_share=0.2)) == 2
     assert f"{tmp_path / 'theirs'} was tokenized elsewhere: what other sources hold out may" in capsys.readouterr().err
-    prepare_stores(MixtureConfig.of([config.sources["store"].spec]), tokenizer, tmp_path, 16, validation_share=0.2)
+    prepare_stores(
+        MixtureConfig.from_specs([config.sources["store"].spec]), tokenizer, tmp_path, 16, validation_share=0.2
+    )
     assert capsys.readouterr().err == ""
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rorchat.chatml import IGNORE_INDEX, encode_conversations
-from rorchat.mixture.collators import packed, padded
+from rorchat.mixture.collators import collate_packed, collate_padded
 from rorchat.mixture.packing import PackedRows, Sequences, pack
 from rorchat.sources.registry import load_rows
 from rorchat.training.kernels import attention as attention_module
@@ -129,7 +129,7 @@ def of_packed(model: GPT2LMHeadModel, given: Sequences, checkpointing: bool = Fa
         model.gradient_checkpointing_enable({"use_reentrant": False})
     patch_lm_head_loss(model)
     rows = PackedRows(given, WINDOW, len(pack(given.lengths, WINDOW)), seed=0)
-    loss = model(**packed(rows, PAD)).loss
+    loss = model(**collate_packed(rows, PAD)).loss
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
@@ -156,7 +156,7 @@ def test_no_sequence_sees_another(stock):
         hidden = []
         hook = model.transformer.ln_f.register_forward_hook(lambda *call, into=hidden: into.append(call[-1]))
         with torch.no_grad():
-            model(**packed([rows], PAD))
+            model(**collate_packed([rows], PAD))
         hook.remove()
         start = sum(len(row["input_ids"]) for row in rows[:2])
         found.append(hidden[0][0, start : start + len(rows[2]["input_ids"])])
@@ -176,7 +176,7 @@ def test_there_is_no_mask_and_no_attention_longer_than_a_sequence(stock, monkeyp
     stock_attention = F.scaled_dot_product_attention
     monkeypatch.setattr(attention_module.F, "scaled_dot_product_attention", attend)
     given = sequences(8, 20)
-    model(**packed(PackedRows(given, WINDOW, 1, seed=0), PAD))
+    model(**collate_packed(PackedRows(given, WINDOW, 1, seed=0), PAD))
     assert seen and max(seen) <= 20
 
 
@@ -187,7 +187,7 @@ def test_a_model_made_ready_still_generates_and_reads_padded_batches(stock):
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
     assert torch.equal(ready.generate(ids, **options), stock.eval().generate(ids, **options))
-    batch = padded(list(sequences(5)), PAD)
+    batch = collate_padded(list(sequences(5)), PAD)
     plain = copy.deepcopy(stock)(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
     expected = F.cross_entropy(plain, batch["labels"][:, 1:].flatten(), ignore_index=IGNORE_INDEX)
     assert torch.allclose(ready(**batch).loss, expected, atol=1e-5)
@@ -273,7 +273,7 @@ def test_of_real_conversations_the_assistants_words_and_closings_are_learned(pat
         turns = messages[: len(messages) - each.dropped_turns] if each else []
         wanted.update(turn["content"].strip() + "<|im_end|>" for turn in turns if turn["role"] == "assistant")
     given = Sequences((each.input_ids, each.labels) for each in encoded if each)
-    batch = packed(PackedRows(given, 1024, len(pack(given.lengths, 1024)), seed=0), gpt2_tokenizer.pad_token_id)
+    batch = collate_packed(PackedRows(given, 1024, len(pack(given.lengths, 1024)), seed=0), gpt2_tokenizer.pad_token_id)
     found = Counter()
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         edges = np.flatnonzero(np.diff(np.concatenate([[False], (labels != IGNORE_INDEX).numpy(), [False]])))

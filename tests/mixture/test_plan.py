@@ -12,8 +12,8 @@ from support import located
 
 from rorchat.errors import DataError, UsageError
 from rorchat.mixture.config import MixtureConfig, Phase
-from rorchat.mixture.dataset import round_keys, shuffled
 from rorchat.mixture.interleave import UNIT
+from rorchat.mixture.permutation import permutation_keys, permute
 from rorchat.mixture.plan import Plan
 
 PLANS = 200
@@ -133,7 +133,7 @@ def test_a_source_that_reaches_max_epochs_ends_there_and_the_others_share_its_pa
     last = int(np.flatnonzero(sources == 0)[-1])
     assert 395 <= last <= 400 and abs((sources[400:] == 1).sum() - 300) <= 1
     assert len(plan.notices) == 1 and "s0 reaches max_epochs 2 in phase 1" in plan.notices[0]
-    assert plan.notices[0] in plan.told()
+    assert plan.notices[0] in plan.describe()
 
 
 def test_a_source_that_runs_out_in_a_ramp_is_gone_from_both_of_its_ends_and_from_later_phases():
@@ -159,7 +159,7 @@ def test_an_optional_source_that_is_missing_gives_its_part_to_the_others_and_is_
     phase = Phase(share=1.0, weights={"s0": 1, "s1": 2, "s2": 3})
     plan = Plan(config_of(phase, s1={"optional": True}), {"s0": 90, "s2": 90}, 400, 16)
     assert plan.names == ["s0", "s2"] and [plan.count(source, 400) for source in (0, 1)] == [100, 300]
-    assert "note: s1 is left out" in plan.told()
+    assert "note: s1 is left out" in plan.describe()
     with pytest.raises(DataError, match="source 's1' is missing and not optional"):
         Plan(config_of(phase), {"s0": 90, "s2": 90}, 400, 16)
     with pytest.raises(DataError, match="phase 2 has no source left: s1 could not be had"):
@@ -212,10 +212,10 @@ def test_a_plan_of_a_billion_rows_is_as_quick_as_a_short_one_and_needs_no_memory
 
 
 def test_specs_and_weights_make_a_mixture_whose_names_are_unique():
-    config = MixtureConfig.of(["text=a", "text=b", "tinytown=5", "text=c"], [1, 2, 3, 4])
+    config = MixtureConfig.from_specs(["text=a", "text=b", "tinytown=5", "text=c"], [1, 2, 3, 4])
     assert list(config.sources) == ["text", "text-2", "tinytown", "text-3"]
     assert config.phases[0].weights == {"text": 1, "text-2": 2, "tinytown": 3, "text-3": 4}
-    assert MixtureConfig.of(["text=a"]).phases == (Phase(share=1.0),)
+    assert MixtureConfig.from_specs(["text=a"]).phases == (Phase(share=1.0),)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_wrong_weights_are_a_usage_error(weights):
     with pytest.raises(
         UsageError, match=rf"{len(weights)} weights .* for 3 sources: give one positive number a source"
     ):
-        MixtureConfig.of(["a", "b", "c"], weights)
+        MixtureConfig.from_specs(["a", "b", "c"], weights)
 
 
 # What is said before step 1
@@ -243,7 +243,7 @@ def test_jumps_and_many_epochs_are_warned_of_with_advice():
 
 def test_the_plan_in_words_has_tokens_shares_and_epochs_of_every_phase_and_in_all():
     phases = (Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, ramp_to={"s1": 1}))
-    told = Plan(config_of(*phases, sources=2), {"s0": 1000, "s1": 100}, 1000, 16).told()
+    told = Plan(config_of(*phases, sources=2), {"s0": 1000, "s1": 100}, 1000, 16).describe()
     lines = [" ".join(line.split()) for line in told.splitlines()]
     assert lines[:5] == [
         "mixture: 16,000 tokens in 1,000 rows of 16",
@@ -278,15 +278,15 @@ def test_the_picture_is_drawn(tmp_path):
 @pytest.mark.parametrize("size", [*range(1, 34), 63, 64, 65, 97, 128, 1009, 4096, 4097, 10_007])
 def test_the_order_of_an_epoch_is_a_permutation(size):
     for said in ("0/text/0", "1/text/0", "0/text/1"):
-        keys = round_keys(said)
-        assert sorted(shuffled(place, size, keys) for place in range(size)) == list(range(size))
+        keys = permutation_keys(said)
+        assert sorted(permute(place, size, keys) for place in range(size)) == list(range(size))
 
 
 def test_the_order_of_an_epoch_looks_shuffled():
     """Fixed points, rises, and the distance of neighbours are what a uniform permutation has (four sigma)."""
     size = 4000
     for said in ("0/text/0", "0/text/1", "7/c4/0"):
-        order = np.array([shuffled(place, size, round_keys(said)) for place in range(size)])
+        order = np.array([permute(place, size, permutation_keys(said)) for place in range(size)])
         assert (order == np.arange(size)).sum() <= 6
         assert abs((np.diff(order) > 0).mean() - 0.5) < 4 * (1 / 12 / size) ** 0.5 * 1.05
         assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 4 / size**0.5
@@ -296,12 +296,12 @@ def test_the_order_of_an_epoch_looks_shuffled():
 
 
 def test_small_epochs_come_in_every_order():
-    orders = {tuple(shuffled(place, 3, round_keys(f"{seed}/a/0")) for place in range(3)) for seed in range(100)}
+    orders = {tuple(permute(place, 3, permutation_keys(f"{seed}/a/0")) for place in range(3)) for seed in range(100)}
     assert len(orders) == 6
 
 
 def test_a_row_of_a_huge_store_is_found_within_a_millisecond():
-    keys = round_keys("0/huge/0")
+    keys = permutation_keys("0/huge/0")
     started = time.perf_counter()
-    found = {shuffled(place, 10**9, keys) for place in range(0, 10**9, 10**7)}
+    found = {permute(place, 10**9, keys) for place in range(0, 10**9, 10**7)}
     assert len(found) == 100 and (time.perf_counter() - started) / 100 < 0.001

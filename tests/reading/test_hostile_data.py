@@ -19,7 +19,7 @@ from support import CONVERTING
 
 from rorchat.chatml import END_OF_TEXT
 from rorchat.errors import DataError, RorchatError
-from rorchat.inspection import check, guess_shape
+from rorchat.inspection import check, guess_row_format
 from rorchat.rows import CHECKS
 from rorchat.sources.registry import find_source, load_rows, source_kinds
 
@@ -257,7 +257,7 @@ def test_garbage_in_any_format_has_a_shape_or_one_line(tmp_path):
         path = tmp_path / f"rows{suffix}"
         path.write_bytes(garbage(draw, 200))
         try:
-            assert guess_shape(path) in CONVERTING
+            assert guess_row_format(path) in CONVERTING
             told += 1
         except DataError as error:
             assert error.exit_code == 65

@@ -11,7 +11,7 @@ from rorchat.errors import DataError, UsageError
 from rorchat.rows import RejectedRow
 from rorchat.sources.registry import load_rows
 from rorchat.tokens import decontamination
-from rorchat.tokens.decontamination import EvaluationText, digests_of, words
+from rorchat.tokens.decontamination import EvaluationText, evaluation_digests, words
 
 CLEAN = "It is a far better thing that I do, than I have ever done before this day. " * 3
 
@@ -204,7 +204,7 @@ def test_what_cannot_be_compared_is_told_by_set(tmp_path):
     (folder / ".hidden").write_text("")
     evaluation(tmp_path, {"q": numbered(1, 13)}, name="whole.jsonl")
     text = EvaluationText.read([str(folder), str(tmp_path / "whole.jsonl")])
-    assert text.told().splitlines() == [
+    assert text.describe().splitlines() == [
         f"against {folder}: 20 words of 1 rows",
         "  2 of 3 rows have no string of 13 words: not compared",
         "  not read: labels.lst",
@@ -217,7 +217,7 @@ def test_what_cannot_be_compared_is_told_by_set(tmp_path):
 )
 def test_the_rows_of_real_sets_that_are_not_compared_are_counted(path, rows, short, shared_data):
     (given,) = [*(shared_data / path).rglob("Main/test.jsonl")] or [shared_data / path]
-    told = EvaluationText.read([str(given)]).told()
+    told = EvaluationText.read([str(given)]).describe()
     assert f"  {short:,} of {rows:,} rows have no string of 13 words: not compared" in told
 
 
@@ -271,8 +271,8 @@ def test_an_evaluation_set_is_told_from_another_by_its_text(tmp_path):
         f"alpaca={tmp_path / 'test.jsonl'}",
         str(tmp_path / "nowhere"),
     ]
-    before = digests_of(given)
+    before = evaluation_digests(given)
     assert list(before) == sorted(given) and before[str(tmp_path / "nowhere")] == ""
     evaluation(tmp_path, {"a": numbered(2, 21).replace("w21", "w1")})
-    after = digests_of(given)
+    after = evaluation_digests(given)
     assert [before[name] == after[name] for name in given] == [False, False, False, True]

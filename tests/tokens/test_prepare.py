@@ -15,12 +15,12 @@ from support import COPIES, DOCUMENTS, KEPT, SHARE, decoded, files_of, write_doc
 
 from rorchat.chatml import END_OF_TEXT, encode_conversation, encode_text
 from rorchat.errors import DataError, MismatchError, UsageError
-from rorchat.mixture.collators import padded
+from rorchat.mixture.collators import collate_padded
 from rorchat.persona import load_persona
 from rorchat.reading.filters import Filters
 from rorchat.sources.base import is_validation_text
 from rorchat.tokens.prepare import prepare
-from rorchat.tokens.store import Manifest, TokenStore, crc_of_blocks
+from rorchat.tokens.store import Manifest, TokenStore, block_crcs
 
 
 def test_a_store_decodes_to_the_documents_it_was_made_of(store, tokenizer):
@@ -300,7 +300,7 @@ def test_verify_reads_every_byte_and_names_each_damaged_file(damage, store):
 
 def test_only_the_blocks_that_are_read_are_looked_at_and_each_once(store, monkeypatch):
     monkeypatch.setattr("rorchat.tokens.store.BLOCK_BYTES", 64)
-    blocks = [crc_of_blocks(np.load(store.folder / shard.file)) for shard in store.manifest.shards]
+    blocks = [block_crcs(np.load(store.folder / shard.file)) for shard in store.manifest.shards]
     np.save(store.folder / "blocks.npy", np.concatenate(blocks))
     store.manifest.blocks_sha256 = hashlib.sha256((store.folder / "blocks.npy").read_bytes()).hexdigest()
     store.manifest.write(store.folder)
@@ -343,6 +343,6 @@ def test_a_missing_manifest_or_half_of_one_is_a_data_error(store):
 
 def test_a_batch_is_padded_on_the_right_and_no_loss_counts_the_padding():
     rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": torch.tensor([4]), "labels": [4]}]
-    batch = padded(rows, pad_id=9)
+    batch = collate_padded(rows, pad_id=9)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]

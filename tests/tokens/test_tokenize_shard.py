@@ -103,7 +103,7 @@ def test_finished_parts_are_not_prepared_again(folder_of_parts, tokenizer, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("rorchat.tokens.prepare.finish", interrupted)
+        patch.setattr("rorchat.tokens.prepare.merge_shards", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
     monkeypatch.setattr("rorchat.tokens.tokenize_shard.Job.prepare", interrupted)
@@ -161,7 +161,7 @@ def test_a_store_that_another_process_finished_meanwhile_is_found(spec, tokenize
 def test_a_part_that_was_another_piece_of_the_source_is_prepared_again(folder_of_parts, store, tokenizer, tmp_path):
     """What is finished is told by what it was made of, not by its number."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rorchat.tokens.prepare.finish", interrupted)
+        patch.setattr("rorchat.tokens.prepare.merge_shards", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
     left = tmp_path / ".again.unfinished"
@@ -211,7 +211,7 @@ def test_a_kill_while_the_manifest_is_written_costs_no_finished_part(folder_of_p
 
     real = Path.write_text
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rorchat.tokens.prepare.finish", interrupted)
+        patch.setattr("rorchat.tokens.prepare.merge_shards", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
     with pytest.MonkeyPatch.context() as patch:
@@ -268,7 +268,7 @@ def test_a_preparation_from_the_hub_begins_anew_where_the_dataset_moved_on_and_a
     monkeypatch.setattr("rorchat.sources.registry.HUB_ROWS_PER_PART", 20)
     settings = {"tokenizer": tokenizer, "folder": tmp_path / "store", "validation_share": SHARE, "workers": 1}
     with monkeypatch.context() as patch:
-        patch.setattr("rorchat.tokens.prepare.finish", interrupted)
+        patch.setattr("rorchat.tokens.prepare.merge_shards", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare("tinystories", **settings)
     rows[:] = [{"text": f"{text} again"} for text in DOCUMENTS]

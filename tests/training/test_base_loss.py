@@ -183,14 +183,14 @@ def test_documents_that_are_measured_on_are_not_replayed(flags, said, story, tmp
 
 def test_what_read_documents_alone_is_no_chat_model(story, moved):
     for stage in ("midtrain", "sft", "dpo"):  # midtraining had conversations
-        load_tokenizer(str(moved / stage / "model"), must_chat=True)
+        load_tokenizer(str(moved / stage / "model"), require_chat=True)
     said = run("dpo", moved / "out", ends=78, model=moved / "pretrain", sources=["tinytown=40"])
     assert "was pretrained on documents alone, as run.json says" in said
     record = json.loads((moved / "midtrain" / "run.json").read_text())
     record["data"] = [source for source in record["data"] if not source["source"].startswith("chat:")]
     (moved / "midtrain" / "run.json").write_text(json.dumps(record))
     with pytest.raises(MismatchError, match="documents alone"):
-        load_tokenizer(str(moved / "midtrain" / "model"), must_chat=True)
+        load_tokenizer(str(moved / "midtrain" / "model"), require_chat=True)
 
 
 # Where the text comes from

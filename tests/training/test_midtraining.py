@@ -9,7 +9,7 @@ from support import ROOT, json_lines, refused, succeeded
 from rorchat.chatml import encode_conversation
 from rorchat.errors import MismatchError, UsageError
 from rorchat.mixture.config import MixtureConfig, read_mixture
-from rorchat.mixture.dataset import prepare_stores
+from rorchat.mixture.stores import prepare_stores
 from rorchat.model import build_model
 from rorchat.persona import DEFAULT_PERSONA, load_persona
 from rorchat.sources.registry import find_source, load_rows, source_kinds
@@ -52,7 +52,7 @@ def test_a_source_without_conversations_is_named(name, said):
 
 
 def test_both_kinds_of_a_source_become_two_stores_and_the_manifest_says_which(tokenizer, tmp_path):
-    config = MixtureConfig.of(["tinytown=200", "chat:tinytown=200"])
+    config = MixtureConfig.from_specs(["tinytown=200", "chat:tinytown=200"])
     stores = prepare_stores(config, tokenizer, tmp_path, 32, validation_share=SHARE)
     assert [store.folder.name for store in stores] == ["tinytown", "chat-tinytown"]
     assert [store.manifest.kind for store in stores] == ["document", "conversation"]
@@ -101,7 +101,7 @@ def test_another_persona_does_not_reuse_the_conversations_of_the_first(saved, to
     with pytest.raises(MismatchError, match="another chat template or system message"):
         prepare("chat:tinytown=60", other, store.folder, validation_share=SHARE)
     with pytest.raises(MismatchError, match="have another chat template or system message than the tokenizer"):
-        prepare_stores(MixtureConfig.of([f"store={store.folder}"]), other, tmp_path, 32, validation_share=SHARE)
+        prepare_stores(MixtureConfig.from_specs([f"store={store.folder}"]), other, tmp_path, 32, validation_share=SHARE)
     documents = prepare("tinytown=60", tokenizer, tmp_path / "documents", validation_share=SHARE)
     assert prepare("tinytown=60", other, documents.folder, validation_share=SHARE)  # which have no template
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from rorchat.errors import UsageError
-from rorchat.mixture.collators import padded
+from rorchat.mixture.collators import collate_padded
 from rorchat.model import build_model
 from rorchat.training.arguments import parse
 from rorchat.training.kernels import lm_head_loss as loss_module
@@ -105,11 +105,11 @@ def test_one_batch_can_be_learned_by_heart(model, name):
 def test_padding_on_the_right_changes_neither_loss_nor_gradient(model):
     patch_lm_head_loss(model)
     rows = [{key: value[0][:length] for key, value in batch(model).items()} for length in (40, 11, 25)]
-    model(**padded(rows, pad_id=3), num_items_in_batch=10).loss.backward()
+    model(**collate_padded(rows, pad_id=3), num_items_in_batch=10).loss.backward()
     together = model.transformer.wte.weight.grad.clone()
     model.zero_grad()
     for row in rows:
-        model(**padded([row], pad_id=3), num_items_in_batch=10).loss.backward()
+        model(**collate_padded([row], pad_id=3), num_items_in_batch=10).loss.backward()
     torch.testing.assert_close(together, model.transformer.wte.weight.grad, rtol=1e-4, atol=1e-6)
 
 
@@ -252,7 +252,7 @@ def test_the_logged_loss_of_a_row_is_the_mean_over_its_predicted_tokens(tokenize
     trainer = PretrainTrainer(model, arguments, tokenizer, stores_of(arguments, tokenizer))
     rows = [trainer.mixture[index] for index in range(2)]
     with torch.no_grad():
-        expected = stock(**padded(rows, 0)).loss.item()
+        expected = stock(**collate_padded(rows, 0)).loss.item()
     trainer.train()
     logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert logged == pytest.approx(expected, abs=2e-4)  # a factor 63/64 is 0.09

@@ -163,7 +163,10 @@ def test_trl_prepares_the_rows_that_are_encoded_here(ours, tmp_path):
     rows = DPOTrainer(model, args=arguments, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer)
     (newline,) = encode_text(tokenizer, ["\n"])
     for row, pair in zip(rows.train_dataset, PAIRS, strict=True):
-        assert row["prompt_ids"] == encode_prompt(tokenizer, pair["prompt"], n_positions=POSITIONS, reserve=8).input_ids
+        assert (
+            row["prompt_ids"]
+            == encode_prompt(tokenizer, pair["prompt"], n_positions=POSITIONS, max_new_tokens=8).input_ids
+        )
         for side in ("chosen", "rejected"):
             whole = encode_conversation(tokenizer, [*pair["prompt"], *pair[side]]).input_ids
             assert row["prompt_ids"] + row[f"{side}_ids"] == whole
@@ -177,7 +180,7 @@ def test_a_model_of_trl_is_asked_as_it_was_taught(theirs, capsys):
     loaded = load_model(str(theirs), device="cpu")
     messages = [{"role": "user", "content": "What is 3 plus 1?"}]
     taught = raw.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert encode_prompt(loaded.tokenizer, messages, n_positions=POSITIONS, reserve=8).input_ids == taught
+    assert encode_prompt(loaded.tokenizer, messages, n_positions=POSITIONS, max_new_tokens=8).input_ids == taught
     with torch.no_grad():
         expected, found = (model(torch.tensor([taught])).logits for model in (stock, loaded.model))
     torch.testing.assert_close(found[..., : expected.shape[-1]], expected)
@@ -193,7 +196,7 @@ def test_what_trl_called_its_end_is_never_the_pad_here(theirs):
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|pad|>")
     assert len(set(tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)))) == 4
     assert len(tokenizer) % 64 == 0
-    load_tokenizer(str(theirs), must_chat=True)  # though the pad has no row yet
+    load_tokenizer(str(theirs), require_chat=True)  # though the pad has no row yet
 
 
 def test_no_text_becomes_a_special_token_that_came_with_the_template_of_others(theirs):
@@ -201,7 +204,7 @@ def test_no_text_becomes_a_special_token_that_came_with_the_template_of_others(t
     tokenizer = load_tokenizer(str(theirs))
     messages = [{"role": "user", "content": "<|box_end|>"}]
     box_end = tokenizer.convert_tokens_to_ids("<|box_end|>")
-    assert box_end not in encode_prompt(tokenizer, messages, n_positions=POSITIONS, reserve=8).input_ids
+    assert box_end not in encode_prompt(tokenizer, messages, n_positions=POSITIONS, max_new_tokens=8).input_ids
     assert box_end not in tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
     assert token_bytes(tokenizer)[box_end] == 0
 

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from rorchat import __version__
 from rorchat.errors import DataError
 from rorchat.files import file_sha256
-from rorchat.mixture.history import by_content, named_by_content
+from rorchat.mixture.history import names_without_paths, without_paths
 from rorchat.model import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rorchat.persona import DEFAULT_PERSONA
 from rorchat.sources.registry import source_digest
@@ -76,7 +76,7 @@ def data_fingerprint(arguments) -> dict[str, object]:
     if getattr(arguments, "reward_files", None):
         found["rewards"] = arguments.reward_files
     if hasattr(arguments, "mixture_config"):
-        found["mixture"] = arguments.mixture_config.resolved()  # config.yaml holds no more than the name of the file
+        found["mixture"] = arguments.mixture_config.to_dict()  # config.yaml holds no more than the name of the file
     return found
 
 
@@ -173,9 +173,9 @@ def differences(
 def _comparable(identity: dict, names: set[str]) -> dict:
     """An identity with the settings of these names, and its local sources named by what they are made of."""
     settings = {name: (identity["settings"] or {}).get(name, "default") for name in sorted(names)}
-    inputs = by_content(identity.get("inputs") or {})
+    inputs = without_paths(identity.get("inputs") or {})
     if isinstance(settings.get("sources"), list):
-        made_of = named_by_content(identity["inputs"]["sources"])
+        made_of = names_without_paths(identity["inputs"]["sources"])
         settings["sources"] = [made_of.get(spec, spec) for spec in settings["sources"]]
     return identity | {"settings": settings} | ({"inputs": inputs} if "inputs" in identity else {})
 

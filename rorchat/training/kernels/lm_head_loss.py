@@ -219,7 +219,7 @@ def patch_lm_head_loss(model: nn.Module, compiled: bool = False, whole_rows: boo
     """Gives a stock GPT-2 the loss above and attention without a mask, for training only.
 
     `model(labels=...)` then returns the loss without logits; without labels the model is as before. With
-    `sequence_lengths` as well, rows are packed, as `rorchat.mixture.collators.packed` has them.
+    `sequence_lengths` as well, rows are packed, as `rorchat.mixture.collators.collate_packed` has them.
 
     Args:
         compiled: run all but the head through torch.compile, for batches of one shape.
