@@ -1,21 +1,30 @@
-"""Runs recipes in forks of a process that has everything imported, with faults: lines of JSON in, lines of JSON out.
+"""Runs recipes with injected faults in forks of a process that has imported everything.
 
-A job is {"argv": [...], "stage": "pretrain", "log": FILE, "fault": {...}}; the answer {"code": exit code or minus the
-signal}. Faults work inside the run's folder alone and count operations from the moment that `during` says:
+One JSON job per line on stdin, one JSON answer per line on stdout. A job has these keys:
 
-    {"kill_at": K, "during": STEP}    SIGKILL before the K-th operation of the save of a step; `torn` halves its file
-    {"fail_at": K, "during": STEP, "errno": N}    that operation raises OSError instead
-    {"count": FILE, "during": STEP}   writes what the operations were
-    with "mirroring" instead of "during": of the copy of that step's checkpoint in the mirror
-    {"signal": N, "at": STEP, "where": "forward" | "save" | "evaluate"}    a signal to the process itself
-    {"fits": ROWS, "from": STEP, "in": "forward" | "backward" | "evaluate"}    there is no memory for more rows at once
-        from the N-th "micro_batch" of a step on
-    {"fill": FILE, "at": STEP, "leave": BYTES}    somebody else fills the disk
-    {"no_rename": ERRNO}    no folder can be renamed
-    {"vanish": STEP}    the mirror is gone when that step is to be copied
-    {"poison": [STEPS], "value": "nan", "in": "loss" | "gradient" | "weight" | "moment"}    in one `micro_batch`, or all
-    {"rows": FOLDER}    writes the ids of every micro-batch that is trained on, a file for each process
-    {"off": "staging" | "state" | "watch" ...}    a protection that is switched off, see `PROTECTIONS`
+    argv, stage, log    command line, recipe ("pretrain" by default), file for stdout and stderr
+    processes           number of ranks; the environment variables of a launcher are set
+    dropout             dropout of new models (pretraining has no setting for it, but it draws random numbers)
+    signals             answer {"pid": ...} first, so that the test can send signals
+    fault               what goes wrong; faults with a "rank" affect that process only, by default the first
+
+The answer is {"code": exit code, or minus the signal that killed the process}. The faults:
+
+    {"kill_at": N, "during": STEP}    SIGKILL before the N-th file operation in the run's folder while that step is
+                                      saved; with "torn", after it and with half of its file
+    {"fail_at": N, "during": STEP, "errno": E}    the operation raises OSError; with "always", every operation does
+    {"count": FILE, "during": STEP}   write the list of operations to FILE
+    "mirroring": STEP in place of "during"    count while that step's checkpoint is copied to the mirror
+    {"signal": S, "at": STEP, "where": "forward" | "save" | "evaluate"}    the process sends itself a signal
+    {"fits": ROWS, "from": STEP, "in": "forward" | "backward" | "evaluate"}    more rows run out of memory; with
+                                      "micro_batch": N, from the N-th micro-batch of a step on
+    {"poison": [STEPS], "value": "nan" | "inf", "in": "loss" | "gradient" | "weight" | "moment"}    non-finite values;
+                                      with "micro_batch": N, in that micro-batch only
+    {"fill": FILE, "at": STEP, "leave": BYTES}    another program fills the disk
+    {"no_rename": ERRNO}              folders cannot be renamed
+    {"vanish": STEP}                  the mirror disappears when that step is about to be copied
+    {"rows": FOLDER}                  write the ids of every trained micro-batch, one file per process
+    {"off": NAME}                     a protection from PROTECTIONS is switched off
 """
 
 import builtins
@@ -31,120 +40,118 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
-import rorchat.training.trainer as trainer_module
 import safetensors.torch
 import torch
 import transformers.modeling_utils
 
 import rorchat.model as model_module
 from rorchat.mixture.plan import Plan
-from rorchat.training import oom_recovery as memory_module
-from rorchat.training import run_folder as run_module
-from rorchat.training.callbacks import metrics as callbacks_module
-from rorchat.training.checkpointing import trainer_mixin as resume_module
+from rorchat.training import oom_recovery, run_folder, stage
+from rorchat.training.callbacks.divergence import DivergenceCallback
+from rorchat.training.checkpointing import trainer_mixin
 from rorchat.training.checkpointing.checkpoint import Checkpoints
 from rorchat.training.checkpointing.mirror import FolderPlace, Mirror
 from rorchat.training.checkpointing.trainer_mixin import CheckpointMixin
 from rorchat.training.dpo import PreferenceTrainer
 from rorchat.training.pretrain import PretrainTrainer
 from rorchat.training.sft import ChatTrainer
+from rorchat.training.stage import StageTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
-GRACE = 2.5  # seconds that the others have when one process has ended badly
+STAGES = ("pretrain", "sft", "dpo", "grpo")
+TRAINERS = (PretrainTrainer, ChatTrainer, PreferenceTrainer)
+GRACE_SECONDS = 2.5  # until the other ranks are killed after one has failed
 OPERATIONS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")
 
 
-class Disk:
-    """Counts what is done inside a folder while it is `on`, and does the fault's part at its operation."""
+def wrap(owner: object, name: str, wrapper: Callable) -> None:
+    """Replace ``owner.name`` by a function that calls ``wrapper(original, *args, **kwargs)``."""
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: wrapper(original, *args, **kwargs))
+
+
+class FileOperations:
+    """Counts the file operations inside a folder while it is active, and kills or fails at one of them."""
 
     def __init__(self, folder: str, fault: dict):
         self.folder, self.fault = str(Path(folder).resolve()), fault
-        self.on, self.done = False, []
-
-    def inside(self, path) -> bool:
-        try:
-            return str(Path(os.fsdecode(path)).absolute()).startswith(self.folder)
-        except TypeError:  # a descriptor
-            return True
-
-    def elsewhere(self) -> bool:
-        """Whether what happens is not the fault's: the mirror's thread, or the others."""
-        return (threading.current_thread().name == "mirror") != ("mirroring" in self.fault)
-
-    def before(self, name: str, path) -> None:
-        if not self.on or self.elsewhere():
-            return
-        self.done.append(f"{name} {path}")
-        if len(self.done) == self.fault.get("kill_at") and not self.fault.get("torn"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.fault.get("always") or len(self.done) == self.fault.get("fail_at"):
-            raise OSError(self.fault["errno"], os.strerror(self.fault["errno"]), str(path))
-
-    def after(self, path) -> None:
-        if not self.on or self.elsewhere():
-            return
-        if len(self.done) == self.fault.get("kill_at") and self.fault.get("torn"):
-            if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
-                os.truncate(path, os.path.getsize(path) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def watch(self, owner, name: str, at: int = 0) -> None:
-        real = getattr(owner, name)
-
-        def watched(*arguments, **options):
-            path = arguments[at] if len(arguments) > at else options.get("filename", options.get("path"))
-            if not self.on or not (self.inside(path) or "dir_fd" in options):  # rmtree's names are relative
-                return real(*arguments, **options)
-            self.before(name, path)
-            result = real(*arguments, **options)
-            self.after(path)
-            return result
-
-        setattr(owner, name, watched)
+        self.active, self.operations = False, []
 
     def install(self) -> None:
         for name in OPERATIONS:
             self.watch(os, name)
         self.watch(builtins, "open")
         self.watch(io, "open")
-        self.watch(torch, "save", at=1)
-        for module in (safetensors.torch, transformers.modeling_utils):
-            name = "save_file" if hasattr(module, "save_file") else "safe_save_file"
-            self.watch(module, name, at=1)
+        self.watch(torch, "save", path_index=1)
+        self.watch(safetensors.torch, "save_file", path_index=1)
+        self.watch(transformers.modeling_utils, "safe_save_file", path_index=1)
         if "mirroring" in self.fault:
             wait_for_copies()
-            self.turn_on(FolderPlace, "put", lambda place, checkpoint, run: checkpoint.step == self.fault["mirroring"])
+            wanted = self.fault["mirroring"]
+            self.activate_in(FolderPlace, "put", lambda place, checkpoint, run: checkpoint.step == wanted)
         else:
-            at = self.fault.get("during")
-            self.turn_on(CheckpointMixin, "_save_checkpoint", lambda trainer, *_: trainer.state.global_step == at)
+            wanted = self.fault.get("during")
+            self.activate_in(
+                CheckpointMixin, "_save_checkpoint", lambda trainer, *_: trainer.state.global_step == wanted
+            )
 
-    def turn_on(self, owner, name: str, wanted) -> None:
-        real = getattr(owner, name)
+    def watch(self, owner: object, name: str, path_index: int = 0) -> None:
+        def watched(original, *args, **kwargs):
+            path = args[path_index] if len(args) > path_index else kwargs.get("filename", kwargs.get("path"))
+            # names in rmtree are relative to a dir_fd
+            if not self.active or self.is_other_thread() or not (self.contains(path) or "dir_fd" in kwargs):
+                return original(*args, **kwargs)
+            self.operations.append(f"{name} {path}")
+            fault, number = self.fault, len(self.operations)
+            if fault.get("always") or number == fault.get("fail_at"):
+                raise OSError(fault["errno"], os.strerror(fault["errno"]), str(path))
+            if number != fault.get("kill_at"):
+                return original(*args, **kwargs)
+            if fault.get("torn"):
+                original(*args, **kwargs)
+                if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
+                    os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        def counted(*arguments):
-            self.on = self.fault.get("always") or wanted(*arguments)
+        wrap(owner, name, watched)
+
+    def contains(self, path) -> bool:
+        try:
+            return str(Path(os.fsdecode(path)).absolute()).startswith(self.folder)
+        except TypeError:  # a file descriptor
+            return True
+
+    def is_other_thread(self) -> bool:
+        """Copies to the mirror run in a thread; a fault hits either that thread or the rest."""
+        return (threading.current_thread().name == "mirror") != ("mirroring" in self.fault)
+
+    def activate_in(self, owner: type, name: str, is_wanted: Callable[..., bool]) -> None:
+        def activated(original, *args):
+            self.active = self.fault.get("always") or is_wanted(*args)
             try:
-                return real(*arguments)
+                return original(*args)
             finally:
-                self.on = False
-                if "count" in self.fault and self.done:
-                    Path(self.fault["count"]).write_text(json.dumps(self.done))
+                self.active = False
+                if "count" in self.fault and self.operations:
+                    Path(self.fault["count"]).write_text(json.dumps(self.operations))
 
-        setattr(owner, name, counted)
+        wrap(owner, name, activated)
 
 
 def poison(fault: dict) -> None:
-    """The loss, the gradients, a weight or a number of the optimizer's becomes no number in some steps."""
-    value, seen = float(fault["value"]), Counter()
+    """Make the loss, a gradient, a weight or a moment of the optimizer non-finite."""
+    value, micro_batches = float(fault["value"]), Counter()
 
-    def poisoned(real, trainer, *arguments, **options):
+    def poisoned(original, trainer, *args, **kwargs):
         step = trainer.state.global_step + 1
-        seen[step] += 1
-        if step not in fault["poison"] or seen[step] != fault.get("micro_batch", seen[step]):
-            return real(trainer, *arguments, **options)
+        micro_batches[step] += 1
+        if step not in fault["poison"] or micro_batches[step] != fault.get("micro_batch", micro_batches[step]):
+            return original(trainer, *args, **kwargs)
         weight = trainer.model.transformer.h[0].mlp.c_fc.weight
         if fault["in"] == "weight":
             with torch.no_grad():
@@ -152,143 +159,125 @@ def poison(fault: dict) -> None:
         if fault["in"] == "moment":
             moment = next(state["exp_avg"] for state in trainer.optimizer.state.values() if "exp_avg" in state)
             moment.view(-1)[0] = value
-        loss = real(trainer, *arguments, **options)
+        loss = original(trainer, *args, **kwargs)
         if fault["in"] == "gradient":
-
-            def hook(gradient):
-                handle.remove()
-                return torch.full_like(gradient, value)
-
-            handle = weight.register_hook(hook)
+            handle = weight.register_hook(lambda gradient: handle.remove() or torch.full_like(gradient, value))
         return loss * value if fault["in"] == "loss" else loss
 
-    for kind in (PretrainTrainer, ChatTrainer, PreferenceTrainer):
-        kind.compute_loss = (lambda real: lambda *arguments, **options: poisoned(real, *arguments, **options))(
-            kind.compute_loss
-        )
+    for trainer_class in TRAINERS:
+        wrap(trainer_class, "compute_loss", poisoned)
 
 
-def run_out(fault: dict) -> None:
-    """A forward or backward pass over more rows than fit has no memory, from a step on."""
+def run_out_of_memory(fault: dict) -> None:
+    """Raise OutOfMemoryError for micro-batches with more rows than fit."""
 
-    def raise_it(*_):
+    def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    def limited(real, trainer, model, inputs, *arguments, **options):
-        early = trainer.state.global_step + 1 < fault["from"] or trainer._reached < fault.get("micro_batch", 1)
-        if early or len(inputs["input_ids"]) <= fault["fits"]:
-            return real(trainer, model, inputs, *arguments, **options)
+    if fault["in"] == "evaluate":
+        stage.compute_dataset_loss = fail
+        return
+    micro_batches = Counter()
+
+    def counted(original, trainer, *args):
+        micro_batches[trainer.state.global_step] += 1
+        return original(trainer, *args)
+
+    def limited(original, trainer, model, inputs, *args, **kwargs):
+        step = trainer.state.global_step
+        is_early = step + 1 < fault["from"] or micro_batches[step] < fault.get("micro_batch", 1)
+        if is_early or len(inputs["input_ids"]) <= fault["fits"]:
+            return original(trainer, model, inputs, *args, **kwargs)
         if fault["in"] == "forward":
-            raise_it()
-        loss = real(trainer, model, inputs, *arguments, **options)
-        # behind the head's gradient, before the first layer's
-        handle = trainer.model.transformer.h[0].mlp.c_fc.weight.register_hook(lambda _: (handle.remove(), raise_it()))
+            fail()
+        loss = original(trainer, model, inputs, *args, **kwargs)
+        # in the backward pass, after the gradient of the head and before that of the first layer
+        handle = trainer.model.transformer.h[0].mlp.c_fc.weight.register_hook(lambda _: (handle.remove(), fail()))
         return loss
 
-    if fault["in"] == "evaluate":
-        trainer_module.compute_dataset_loss = raise_it
-        return
-    for kind in (PretrainTrainer, ChatTrainer, PreferenceTrainer):
-        kind.compute_loss = (lambda real: lambda *arguments, **options: limited(real, *arguments, **options))(
-            kind.compute_loss
-        )
+    wrap(StageTrainer, "training_step", counted)
+    for trainer_class in TRAINERS:
+        wrap(trainer_class, "compute_loss", limited)
 
 
-def with_dropout(share: float) -> None:
-    """A new model drops out, which pretraining here has no setting for: it is what draws random numbers in a step."""
-    real = model_module.build_model
-
-    def build(*arguments, **options):
-        model = real(*arguments, **options)
+def add_dropout(probability: float) -> None:
+    def build(original, *args, **kwargs):
+        model = original(*args, **kwargs)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
-                module.p = share
+                module.p = probability
         return model
 
-    model_module.build_model = build
+    wrap(model_module, "build_model", build)
 
 
-def raise_signal(fault: dict) -> None:
-    where = {
-        "forward": (trainer_module.StageTrainer, "training_step"),
+def send_signal(fault: dict) -> None:
+    owner, name = {
+        "forward": (StageTrainer, "training_step"),
         "save": (CheckpointMixin, "_write"),
-        "evaluate": (trainer_module.StageTrainer, "validation_loss"),
-    }
-    owner, name = where[fault["where"]]
-    real = getattr(owner, name)
+        "evaluate": (StageTrainer, "validation_loss"),
+    }[fault["where"]]
 
-    def sending(trainer, *arguments, **options):
+    def sending(original, trainer, *args, **kwargs):
         if trainer.state.global_step == fault["at"] and trainer.args.process_index == fault.get("rank", 0):
             os.kill(os.getpid(), fault["signal"])
-        return real(trainer, *arguments, **options)
+        return original(trainer, *args, **kwargs)
 
-    setattr(owner, name, sending)
+    wrap(owner, name, sending)
 
 
-def fill(fault: dict) -> None:
-    """Somebody else fills the disk before a step, but for some bytes."""
-    step = trainer_module.StageTrainer.training_step
-
-    def filling(trainer, *arguments):
+def fill_disk(fault: dict) -> None:
+    def filling(original, trainer, *args):
         filler = Path(fault["fill"])
         if trainer.state.global_step + 1 == fault["at"] and not filler.exists():
             filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free - fault["leave"]))
-        return step(trainer, *arguments)
+        return original(trainer, *args)
 
-    trainer_module.StageTrainer.training_step = filling
+    wrap(StageTrainer, "training_step", filling)
 
 
-def refuse_renames(number: int) -> None:
-    """The file system renames files, and no folders."""
-    real = os.rename
-
-    def rename(source, target, **options):
+def refuse_folder_renames(number: int) -> None:
+    def rename(original, source, target, **kwargs):
         if os.path.isdir(source):
             raise OSError(number, os.strerror(number), str(source))
-        real(source, target, **options)
+        original(source, target, **kwargs)
 
-    os.rename = rename
+    wrap(os, "rename", rename)
 
 
 def wait_for_copies() -> None:
-    """Training waits for each copy: steps of milliseconds would overtake it, and the next one take its place."""
-    offer = Mirror.offer
+    """Let training wait for each copy; otherwise its short steps would overtake the copies, which then skip some."""
 
-    def waiting(mirror, *arguments):
-        offer(mirror, *arguments)
+    def waiting(original, mirror, *args):
+        original(mirror, *args)
         with mirror._changed:
             mirror._changed.wait_for(mirror._idle)
 
-    Mirror.offer = waiting
+    wrap(Mirror, "offer", waiting)
 
 
-def vanish(step: int) -> None:
-    """The mirror is gone when a step is to be copied, as a drive that somebody takes away."""
-    wait_for_copies()
-    put = FolderPlace.put
-
-    def gone(place, checkpoint, run):
+def remove_mirror(step: int) -> None:
+    def put(original, place, checkpoint, run):
         if checkpoint.step == step:
             shutil.rmtree(place.checkpoints.folder)
-        put(place, checkpoint, run)
+        original(place, checkpoint, run)
 
-    FolderPlace.put = gone
+    wait_for_copies()
+    wrap(FolderPlace, "put", put)
 
 
 def log_rows(folder: str) -> None:
-    real = trainer_module.StageTrainer.training_step
-
-    def logged(trainer, model, inputs, *arguments):
+    def logged(original, trainer, model, inputs, *args):
         rank, step = trainer.args.process_index, trainer.state.global_step + 1
         with open(Path(folder) / f"{rank}.jsonl", "a") as file:
             file.write(json.dumps({"step": step, "rank": rank, "ids": inputs["input_ids"].tolist()}) + "\n")
-        return real(trainer, model, inputs, *arguments)
+        return original(trainer, model, inputs, *args)
 
-    trainer_module.StageTrainer.training_step = logged
+    wrap(StageTrainer, "training_step", logged)
 
 
-def in_place(checkpoints: Checkpoints, step: int) -> Path:
-    """As `Checkpoints.begin`, but that files are written where they stay."""
+def begin_in_place(checkpoints: Checkpoints, step: int) -> Path:
+    """Like `Checkpoints.begin`, but files are written directly into the final folder."""
     folder = checkpoints.folder / f"checkpoint-{step}"
     folder.mkdir()
     (checkpoints.folder / ".staging").mkdir()
@@ -296,62 +285,55 @@ def in_place(checkpoints: Checkpoints, step: int) -> Path:
     return folder
 
 
-def nothing(*_, **__) -> None:
-    pass
-
-
+#: (owner, attribute, harmless replacement) of each protection that "off" can switch off.
 PROTECTIONS = {
-    "staging": (Checkpoints, "begin", in_place),
-    "state": (resume_module._State, "on_train_begin", nothing),
-    "watch": (callbacks_module.Watch, "on_pre_optimizer_step", nothing),
-    "disk": (resume_module, "storage_failure", lambda stage: stage() and None),
-    "memory": (memory_module, "is_out_of_memory", lambda error: False),
-    "lock": (run_module, "alone", lambda folder: contextlib.nullcontext()),
-    "finite": (CheckpointMixin, "is_finite", lambda trainer: True),
-    "identity": (run_module, "differences", lambda *_: []),
-    "lost": (run_module, "is_lost_peer", lambda error: False),
-    "signals": (run_module, "listening", contextlib.nullcontext),
+    "staging": (Checkpoints, "begin", begin_in_place),
+    "trainer state": (trainer_mixin._State, "on_train_begin", lambda *_, **__: None),
+    "divergence": (DivergenceCallback, "on_pre_optimizer_step", lambda *_, **__: None),
+    "storage failure": (trainer_mixin, "storage_failure", lambda save: save() and None),
+    "oom recovery": (oom_recovery, "is_out_of_memory", lambda error: False),
+    "folder lock": (run_folder, "folder_lock", lambda folder: contextlib.nullcontext()),
+    "finite check": (CheckpointMixin, "is_finite", lambda trainer: True),
+    "fingerprint": (run_folder, "differences", lambda *_: []),
+    "lost peer": (run_folder, "is_lost_peer", lambda error: False),
+    "signals": (run_folder, "handle_signals", contextlib.nullcontext),
 }
 
 
-def switch_off(protection: str) -> None:
-    setattr(*PROTECTIONS[protection])
-
-
-def install(fault: dict, argv: list[str], own_rank: bool) -> None:
-    """Makes the faults that a job has; those of an operation, of memory and of numbers are one process's."""
+def install(fault: dict, argv: list[str]) -> None:
+    is_affected = fault.get("rank", 0) == int(os.environ.get("RANK", "0"))
     if "no_rename" in fault:
-        refuse_renames(fault["no_rename"])
-    if own_rank and fault.keys() & {"kill_at", "fail_at", "count"}:
-        Disk(argv[argv.index("--mirror" if "mirroring" in fault else "--output_dir") + 1], fault).install()
-    for name, make in (("poison", poison), ("fits", run_out), ("fill", fill)):
-        if own_rank and name in fault:
-            make(fault)
+        refuse_folder_renames(fault["no_rename"])
+    if is_affected and fault.keys() & {"kill_at", "fail_at", "count"}:
+        flag = "--mirror" if "mirroring" in fault else "--output_dir"
+        FileOperations(argv[argv.index(flag) + 1], fault).install()
+    for name, install_fault in (("poison", poison), ("fits", run_out_of_memory), ("fill", fill_disk)):
+        if is_affected and name in fault:
+            install_fault(fault)
     if "signal" in fault:
-        raise_signal(fault)
-    for name, make in (("rows", log_rows), ("vanish", vanish), ("off", switch_off)):
-        if name in fault:
-            make(fault[name])
+        send_signal(fault)
+    if "rows" in fault:
+        log_rows(fault["rows"])
+    if "vanish" in fault:
+        remove_mirror(fault["vanish"])
+    if "off" in fault:
+        setattr(*PROTECTIONS[fault["off"]])
 
 
-def child(job: dict) -> None:
+def run_recipe(job: dict) -> None:
+    """The forked process: redirect its output, install the fault, run the recipe, exit with its code."""
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ.update(job.get("environment", {}))
-    fault, argv = job.get("fault") or {}, job["argv"]
-    own_rank = fault.get("rank", 0) == int(os.environ.get("RANK", "0"))
-    install(fault, argv, own_rank)
+    install(job.get("fault") or {}, job["argv"])
     if job.get("dropout"):
-        with_dropout(job["dropout"])
+        add_dropout(job["dropout"])
     try:
-        runpy.run_path(str(ROOT / "recipes" / f"{job['stage']}.py"))["main"](argv)
+        runpy.run_path(str(ROOT / "recipes" / f"{job.get('stage', 'pretrain')}.py"))["main"](job["argv"])
         code = 0
-    except SystemExit as stopped:
-        code = stopped.code or 0
+    except SystemExit as exit_request:
+        code = exit_request.code or 0
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         code = 99
     sys.stdout.flush()
@@ -360,39 +342,39 @@ def child(job: dict) -> None:
 
 
 def run_for_signals(job: dict) -> dict:
-    """Tells the process that it forks, so that somebody may send it signals, and at its end what it came to."""
+    """Answer with the process id at once, and return exit code and CPU time at the end."""
     if not (pid := os.fork()):
-        child(job)
+        run_recipe(job)
     print(json.dumps({"pid": pid}), flush=True)  # noqa: T201
-    _, status, used = os.wait4(pid, 0)
-    return {"code": os.waitstatus_to_exitcode(status), "cpu_seconds": used.ru_utime + used.ru_stime}
+    _, status, usage = os.wait4(pid, 0)
+    return {"code": os.waitstatus_to_exitcode(status), "cpu_seconds": usage.ru_utime + usage.ru_stime}
 
 
 def run(job: dict) -> int:
-    """The exit code of the process, or of the first of several that ended badly; the others are then ended, too."""
-    pids = {}
-    for rank, environment in enumerate(environments(job.get("processes", 1))):
+    """Exit code of the process, or of the first rank that failed; the other ranks are killed after a grace period."""
+    pids = set()
+    for environment in launcher_environments(job.get("processes", 1)):
         if not (pid := os.fork()):
             os.environ.update(environment)
-            child(job)
-        pids[pid] = rank
+            run_recipe(job)
+        pids.add(pid)
     codes = []
     while pids:
         pid, status = os.waitpid(-1, os.WNOHANG if any(codes) else 0)
         if pid:
-            del pids[pid]
+            pids.remove(pid)
             codes.append(os.waitstatus_to_exitcode(status))
-            since = time.monotonic()
-        elif time.monotonic() - since > GRACE:
-            for left in pids:
-                os.kill(left, signal.SIGKILL)
+            last_exit = time.monotonic()
+        elif time.monotonic() - last_exit > GRACE_SECONDS:
+            for remaining in pids:
+                os.kill(remaining, signal.SIGKILL)
         else:
             time.sleep(0.02)
     return next((code for code in codes if code), 0)
 
 
-def environments(processes: int) -> list[dict[str, str]]:
-    """What a launcher sets, for each process."""
+def launcher_environments(processes: int) -> list[dict[str, str]]:
+    """The environment variables that a launcher sets for each process."""
     if processes == 1:
         return [{}]
     with socket.socket() as free:
@@ -405,16 +387,16 @@ def environments(processes: int) -> list[dict[str, str]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    trainer_module.use_all_cores = lambda: None  # a fork has no threads but its own
-    trainer_module.get_peak_flops = lambda precision, on_gpu: (1e12, "measured")  # which takes half a second
-    Plan.draw = lambda *_: None  # a second of every run
-    for stage in ("pretrain", "sft", "dpo", "grpo"):
-        runpy.run_path(str(ROOT / "recipes" / f"{stage}.py"))
-    gc.freeze()  # or every fork looks through all that was imported
+    stage.use_all_cores = lambda: None  # threads do not survive a fork
+    stage.get_peak_flops = lambda precision, on_gpu: (1e12, "measured")  # measuring takes 0.5 s
+    Plan.draw = lambda *_: None  # drawing takes 1 s
+    for name in STAGES:  # imports what the recipes import
+        runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))
+    gc.freeze()  # so that the garbage collector of a fork does not traverse all imported modules
     for line in sys.stdin:
         job = json.loads(line)
-        done = run_for_signals(job) if job.get("signals") else {"code": run(job)}
-        print(json.dumps(done), flush=True)  # noqa: T201
+        answer = run_for_signals(job) if job.get("signals") else {"code": run(job)}
+        print(json.dumps(answer), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""A tiny run that can be killed, starved and poisoned a hundred times a minute, and what it must come to."""
+"""A tiny training run that can be interrupted and damaged about a hundred times a minute, and helpers to inspect it.
 
-import hashlib
+``sandbox.run`` runs a recipe in a fork of a process that has already imported everything (fork_server.py, which also
+lists the faults). All runs share the settings in FLAGS: 8 steps of 4 rows of 32 tokens, a checkpoint every 2 steps.
+"""
+
 import itertools
 import json
 import os
@@ -9,11 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from rorchat.training.checkpointing.checkpoint import Checkpoints
+from rorchat.files import file_sha256
+from rorchat.training.checkpointing.checkpoint import Checkpoints, Damaged
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -25,8 +30,20 @@ FLAGS = {
 }  # fmt: skip
 
 
-class Server:
-    """A process that has imported everything, and forks for every run."""
+@dataclass(frozen=True)
+class Result:
+    """Exit code of a run (minus the signal that killed it) and the file with its stdout and stderr."""
+
+    code: int
+    log: Path
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text() if self.log.is_file() else ""
+
+
+class ForkServer:
+    """A process that has imported torch and the recipes once and forks for every run."""
 
     def __init__(self, logs: Path):
         self.process = subprocess.Popen(
@@ -35,130 +52,124 @@ class Server:
         )  # fmt: skip
         self.logs, self.numbers = logs, itertools.count()
 
-    def run(
-        self,
-        argv: list[str],
-        stage: str = "pretrain",
-        fault: dict | None = None,
-        dropout: float = 0,
-        processes: int = 1,
-    ) -> "Done":
-        log = self.logs / f"{next(self.numbers)}.log"
-        job = {"argv": argv, "stage": stage, "fault": fault, "log": str(log), "dropout": dropout}
-        job["processes"] = processes
-        self._send(job)
-        return Done(self._answer()["code"], log)
+    def run(self, argv: list[str], **job: object) -> Result:
+        """Run a recipe to its end; `job` holds the keys that fork_server.py documents."""
+        log = self._send(argv, **job)
+        return Result(self._receive()["code"], log)
 
     def start(self, argv: list[str]) -> int:
-        """A run that somebody sends signals to: its process. Nothing else runs until `wait` has its end."""
-        log = self.logs / f"{next(self.numbers)}.log"
-        self._send({"argv": argv, "stage": "pretrain", "log": str(log), "signals": True})
-        return self._answer()["pid"]
+        """Start pretraining and return its process id, for tests that send signals. Call `wait` before the next run."""
+        self._send(argv, signals=True)
+        return self._receive()["pid"]
 
     def wait(self, pid: int) -> tuple[int, float]:
-        """(exit code, seconds of computing) of what was started; killed, which is another code, after a minute."""
+        """Return exit code and CPU seconds of the started run, which is killed after a minute."""
         if not select.select([self.process.stdout], [], [], 60)[0]:
             os.kill(pid, signal.SIGKILL)
-        done = self._answer()
-        return done["code"], done["cpu_seconds"]
+        answer = self._receive()
+        return answer["code"], answer["cpu_seconds"]
 
-    def _send(self, job: dict) -> None:
-        self.process.stdin.write(json.dumps(job) + "\n")
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=20)
+
+    def _send(self, argv: list[str], **job: object) -> Path:
+        log = self.logs / f"{next(self.numbers)}.log"
+        self.process.stdin.write(json.dumps({"argv": argv, "log": str(log), **job}) + "\n")
         self.process.stdin.flush()
+        return log
 
-    def _answer(self) -> dict:
+    def _receive(self) -> dict:
         return json.loads(self.process.stdout.readline())
 
 
-class Done:
-    def __init__(self, code: int, log: Path):
-        self.code, self.log = code, log
+class Sandbox:
+    """Runs recipes with FLAGS in one temporary folder; all runs share a tokenizer and a token store."""
 
-    @property
-    def said(self) -> str:
-        return self.log.read_text() if self.log.is_file() else ""
-
-
-class Bench:
-    """Runs of one tiny setting; `start` is a folder in which each begins."""
-
-    def __init__(self, server: Server, folder: Path, tokenizer: Path):
+    def __init__(self, server: ForkServer, folder: Path, tokenizer: Path):
         self.server, self.folder, self.tokenizer = server, folder, tokenizer
+        self.store = folder / "store"
         self.numbers = itertools.count()
 
-    def argv(self, out: Path, **flags) -> list[str]:
-        given = FLAGS | {"tokenizer": str(self.tokenizer), "token_store": str(self.folder / "store")} | flags
-        words = []
-        for name, value in given.items():
-            if value is None:
-                continue
+    def argv(self, out: Path, **flags: object) -> list[str]:
+        """Command line of a run; a flag that is None is left out, a list is several values."""
+        flags = FLAGS | {"tokenizer": self.tokenizer, "token_store": self.store} | flags | {"output_dir": out}
+        argv = []
+        for name, value in flags.items():
             values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *(str(each).lower() if isinstance(each, bool) else str(each) for each in values)]
-        return [*words, "--output_dir", str(out)]
+            if value is not None:
+                argv += [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+        return argv
 
-    def run(self, out: Path, fault: dict | None = None, dropout: float = 0, stage="pretrain", processes=1, **flags):
+    def run(
+        self, out: Path, fault: dict | None = None, dropout: float = 0, stage: str = "pretrain", processes: int = 1,
+        **flags: object,
+    ) -> Result:  # fmt: skip
+        """Run the recipe of `stage` to its end in the folder `out`."""
         argv = self.argv(out, **flags)
         return self.server.run(argv, stage=stage, fault=fault, dropout=dropout, processes=processes)
 
-    def fresh(self, of: Path | None = None) -> Path:
-        """A folder for a run of its own, with a copy of another's."""
+    def new_folder(self, copy_of: Path | None = None) -> Path:
+        """Path of a folder that no run has used yet; it exists only if it is a copy."""
         out = self.folder / f"run-{next(self.numbers)}"
-        if of:
-            shutil.copytree(of, out)
+        if copy_of:
+            shutil.copytree(copy_of, out)
         return out
 
+    def operations(self, out: Path, fault: dict, **options: object) -> list[str]:
+        """File operations during a save or a copy (see fork_server.py), of a run in `out` that must succeed."""
+        path = self.folder / "operations.json"
+        path.unlink(missing_ok=True)
+        result = self.run(out, fault | {"count": str(path)}, **options)
+        assert result.code == 0, result.output
+        return json.loads(path.read_text())
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
-
-def weights(run: Path) -> str:
-    return sha256(run / "model" / "model.safetensors")
+def weights_sha256(run: Path) -> str:
+    return file_sha256(run / "model" / "model.safetensors")
 
 
 def verified_steps(run: Path) -> list[int]:
-    """The steps of the checkpoints that verify, the newest first."""
-    return [each.step for each in Checkpoints(run).committed() if _verifies(each)]
+    """Steps of the intact checkpoints, newest first."""
+    return [checkpoint.step for checkpoint in Checkpoints(run).committed() if _is_intact(checkpoint)]
 
 
-def _verifies(checkpoint) -> bool:
-    from rorchat.training.checkpointing.checkpoint import Damaged
-
+def _is_intact(checkpoint) -> bool:
     try:
         checkpoint.verify()
-        return True
     except Damaged:
         return False
+    return True
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("logs"))
+def fork_server(tmp_path_factory):
+    server = ForkServer(tmp_path_factory.mktemp("logs"))
     yield server
-    server.process.stdin.close()
-    server.process.wait(timeout=20)
+    server.close()
 
 
-@pytest.fixture(scope="module")
-def bench(server, tokenizer, tmp_path_factory) -> Bench:
-    folder = tmp_path_factory.mktemp("bench")
+@pytest.fixture(scope="session")
+def sandbox(fork_server, tokenizer, tmp_path_factory) -> Sandbox:
+    folder = tmp_path_factory.mktemp("sandbox")
     tokenizer.save_pretrained(folder / "tokenizer")
-    return Bench(server, folder, folder / "tokenizer")
+    return Sandbox(fork_server, folder, folder / "tokenizer")
 
 
-@pytest.fixture(scope="module")
-def whole(bench) -> Path:
-    """A run that nothing interrupted."""
-    out = bench.fresh()
-    done = bench.run(out)
-    assert done.code == 0, done.said
+@pytest.fixture(scope="session")
+def uninterrupted(sandbox) -> Path:
+    """A finished run with checkpoints of steps 6 and 8. Shared by all tests: copy it before you change it."""
+    out = sandbox.new_folder()
+    result = sandbox.run(out)
+    assert result.code == 0, result.output
     return out
 
 
-@pytest.fixture(scope="module")
-def at_four(bench) -> Path:
-    """A run that was killed before its third save, with the checkpoints of steps 2 and 4."""
-    out = bench.fresh()
-    done = bench.run(out, {"kill_at": 1, "during": 6})
-    assert done.code == -9, done.said
+@pytest.fixture(scope="session")
+def stopped_at_4(sandbox) -> Path:
+    """A run killed before its third save, with checkpoints of steps 2 and 4. Copy it before you change it."""
+    out = sandbox.new_folder()
+    result = sandbox.run(out, {"kill_at": 1, "during": 6})
+    assert result.code == -9, result.output
+    assert verified_steps(out) == [4, 2]
     return out

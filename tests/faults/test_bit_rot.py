@@ -1,4 +1,4 @@
-"""Every file of the newest checkpoint and of a token store, damaged in 18 ways: always seen before it is used."""
+"""Every file of the newest checkpoint and of a token store, damaged in 18 ways: detected before use."""
 
 import os
 import shutil
@@ -6,89 +6,84 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults.comparison import flipped
-from faults.harness import verified_steps, weights
+from faults.comparison import flip_bit
+from faults.harness import weights_sha256
 
 from rorchat.errors import DataError
 from rorchat.tokens.store import TokenStore
 from rorchat.training.checkpointing.checkpoint import DAMAGED, Checkpoints
 
 
-def cut(share: float):
+def truncate(share: float) -> Callable[[Path], None]:
     return lambda path: os.truncate(path, min(int(path.stat().st_size * share), path.stat().st_size - 1))
 
 
-def zeroed(path: Path) -> None:
+def zero(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
-PLACES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)
+POSITIONS = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)
 DAMAGES = {
-    "deleted": Path.unlink, "emptied": cut(0), "halved": cut(0.5), "shortened by a byte": cut(1), "zeroed": zeroed,
-    **{f"a bit flipped at {place:g}": flipped(place) for place in PLACES},
+    "deleted": Path.unlink, "emptied": truncate(0), "halved": truncate(0.5), "shortened by a byte": truncate(1),
+    "zeroed": zero, **{f"a bit flipped at {position:g}": flip_bit(position) for position in POSITIONS},
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def at_four(bench):
-    out = bench.fresh()
-    assert bench.run(out, {"kill_at": 1, "during": 6}).code == -9
-    assert verified_steps(out) == [4, 2]
-    return out
+def store(sandbox, stopped_at_4) -> Path:
+    return sandbox.store / "tinytown"
 
 
-def test_every_damage_to_the_newest_checkpoint_is_seen_and_the_one_before_is_taken(bench, at_four):
+def test_recovery_skips_a_checkpoint_with_any_damage(sandbox, stopped_at_4):
     missed, cases = [], 0
-    for name in sorted(path.name for path in (at_four / "checkpoint-4").iterdir()):
-        for damage, harm in DAMAGES.items():
-            out = bench.fresh(at_four)
-            harm(out / "checkpoint-4" / name)
-            found = Checkpoints(out).recover()
+    for name in sorted(path.name for path in (stopped_at_4 / "checkpoint-4").iterdir()):
+        for description, damage in DAMAGES.items():
+            out = sandbox.new_folder(stopped_at_4)
+            damage(out / "checkpoint-4" / name)
+            recovered = Checkpoints(out).recover()
             cases += 1
-            aside = [path.name for path in out.glob(f"*{DAMAGED}*")]
-            if found.step != 2 or aside != [f"checkpoint-4{DAMAGED}1"]:
-                missed.append(f"{name} {damage}")
+            set_aside = [path.name for path in out.glob(f"*{DAMAGED}*")]
+            if recovered.step != 2 or set_aside != [f"checkpoint-4{DAMAGED}1"]:
+                missed.append(f"{name} {description}")
             shutil.rmtree(out)
     assert not missed
     assert cases >= 200
 
 
-def test_every_damage_to_a_token_store_is_seen(bench, at_four, tmp_path):
-    """Before a row of it is used, if training reads the file; by `verify` whatever the file is."""
-    (store,) = (path for path in (bench.folder / "store").iterdir() if path.is_dir())
+def test_any_damage_to_a_token_store_is_detected(store, tmp_path):
+    """Files that training reads are checked before a row is used; `verify` checks all files."""
     names = sorted(path.name for path in store.iterdir())
-    tables = [name for name in names if name.endswith(".docs.npy")]
-    assert {"manifest.json", "blocks.npy", "train-00000.npy", "validation-00000.npy", *tables} == set(names)
-    used, unseen = [], []
+    document_starts = [name for name in names if name.endswith(".docs.npy")]
+    assert len(document_starts) == 2
+    assert {"manifest.json", "blocks.npy", "train-00000.npy", "validation-00000.npy", *document_starts} == set(names)
+    missed = []
     for name in names:
-        for damage, harm in DAMAGES.items():
+        for description, damage in DAMAGES.items():
             copy = tmp_path / "store"
             shutil.copytree(store, copy)
-            harm(copy / name)
-            if name not in tables and not is_seen(copy, read_all):
-                used.append(f"{name} {damage}")
-            if not is_seen(copy, TokenStore.verify):
-                unseen.append(f"{name} {damage}")
+            damage(copy / name)
+            if name not in document_starts and not is_rejected(copy, read_all):
+                missed.append(f"reading {name} {description}")
+            if not is_rejected(copy, TokenStore.verify):
+                missed.append(f"verifying {name} {description}")
             shutil.rmtree(copy)
-    assert len(tables) == 2 and not used and not unseen
+    assert not missed
 
 
-def test_every_bit_of_the_head_of_an_array_is_seen_or_changes_nothing(bench, at_four, tmp_path):
-    (store,) = (path for path in (bench.folder / "store").iterdir() if path.is_dir())
+def test_any_bit_flip_in_an_array_header_is_detected_or_harmless(store, tmp_path):
     copy, wrong = tmp_path / "store", []
     shutil.copytree(store, copy)
-    whole = (copy / "train-00000.npy").read_bytes()
+    original = (copy / "train-00000.npy").read_bytes()
     opened = TokenStore(copy, "tinytown")
     ids = opened.slice("train", 0, opened.tokens("train"))
-    del opened  # which has the file mapped
-    for bit in range(8 * whole.index(b"\n")):
-        damaged = bytearray(whole)
+    del opened  # closes the memory map
+    for bit in range(8 * original.index(b"\n")):
+        damaged = bytearray(original)
         damaged[bit // 8] ^= 1 << bit % 8
         (copy / "train-00000.npy").unlink()
         (copy / "train-00000.npy").write_bytes(damaged)
         try:
-            opened = TokenStore(copy, "tinytown")
-            if not (opened.slice("train", 0, len(ids)) == ids).all():
+            if not (TokenStore(copy, "tinytown").slice("train", 0, len(ids)) == ids).all():
                 wrong.append(bit)
         except DataError:
             continue
@@ -100,36 +95,36 @@ def read_all(store: TokenStore) -> None:
         store.slice(split, 0, store.tokens(split))
 
 
-def is_seen(folder: Path, look: Callable[[TokenStore], list[str] | None]) -> bool:
-    """Whether a store is refused, or has something wrong with it."""
+def is_rejected(folder: Path, check: Callable[[TokenStore], list[str] | None]) -> bool:
+    """Whether a store raises DataError, or `check` lists problems."""
     try:
-        return bool(look(TokenStore(folder, "tinytown")))
+        return bool(check(TokenStore(folder, "tinytown")))
     except DataError as error:
-        return str(folder) in str(error) and "to prepare it again" in str(error)
+        return str(folder) in str(error)
 
 
-def test_a_file_too_many_is_seen(bench, at_four):
-    out = bench.fresh(at_four)
+def test_recovery_skips_a_checkpoint_with_an_extra_file(sandbox, stopped_at_4):
+    out = sandbox.new_folder(stopped_at_4)
     (out / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"x")
     assert Checkpoints(out).recover().step == 2
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "MANIFEST.json"])
-def test_the_same_command_falls_back_and_ends_with_the_same_weights(bench, at_four, whole, name):
-    out = bench.fresh(at_four)
-    flipped(0.5)(out / "checkpoint-4" / name)
-    done = bench.run(out)
-    assert done.code == 0, done.said
-    assert f"Set aside as checkpoint-4{DAMAGED}1" in done.said and "Traceback" not in done.said
-    assert weights(out) == weights(whole)
+def test_a_run_resumed_from_the_older_checkpoint_ends_identically(sandbox, stopped_at_4, uninterrupted, name):
+    out = sandbox.new_folder(stopped_at_4)
+    flip_bit(0.5)(out / "checkpoint-4" / name)
+    result = sandbox.run(out)
+    assert result.code == 0, result.output
+    assert f"checkpoint-4{DAMAGED}1" in result.output and "Traceback" not in result.output
+    assert weights_sha256(out) == weights_sha256(uninterrupted)
     assert (out / f"checkpoint-4{DAMAGED}1" / name).is_file()
 
 
-def test_where_none_verifies_the_run_stops_and_does_not_start_afresh(bench, at_four):
-    out = bench.fresh(at_four)
+def test_a_run_without_an_intact_checkpoint_does_not_start_over(sandbox, stopped_at_4):
+    out = sandbox.new_folder(stopped_at_4)
     for step in (2, 4):
-        zeroed(out / f"checkpoint-{step}" / "model.safetensors")
-    for _ in range(2):  # the second time there is nothing left but what was set aside
-        done = bench.run(out)
-        assert done.code == 65 and "No checkpoint in" in done.said and "Traceback" not in done.said
+        zero(out / f"checkpoint-{step}" / "model.safetensors")
+    for _ in range(2):  # the second time, both checkpoints are already set aside
+        result = sandbox.run(out)
+        assert result.code == 65 and "No checkpoint in" in result.output and "Traceback" not in result.output
         assert not (out / "model").exists()

@@ -1,58 +1,59 @@
-"""SIGKILL at every operation of a save: the newest checkpoint that verifies is the last or the one before, and the
-same command ends with the weights of a run that nothing interrupted."""
+"""SIGKILL at every file operation of a save. The newest intact checkpoint is the last one or the one before it, and
+the same command ends with the weights of an uninterrupted run."""
 
-import json
 import shutil
 
 import pytest
-from faults.harness import verified_steps, weights
+from faults.harness import verified_steps, weights_sha256
 
-DURING = 6  # the third save, which removes the first checkpoint
-
-
-@pytest.fixture(scope="module")
-def at_four(bench):
-    """A run that was killed after its second checkpoint, where every one of these begins."""
-    out = bench.fresh()
-    done = bench.run(out, {"kill_at": 1, "during": DURING})
-    assert done.code == -9, done.said
-    assert verified_steps(out) == [4, 2]
-    return out
+DURING = 6  # the third save, which also removes the first checkpoint
+WRITERS = ("open", "save", "safe_save_file", "save_file")  # operations that can leave a torn file
 
 
 @pytest.fixture(scope="module")
-def operations(bench, at_four) -> list[str]:
-    out, found = bench.fresh(at_four), bench.folder / "operations.json"
-    done = bench.run(out, {"count": str(found), "during": DURING})
-    assert done.code == 0, done.said
-    return json.loads(found.read_text())
+def operations(sandbox, stopped_at_4) -> list[str]:
+    return sandbox.operations(sandbox.new_folder(stopped_at_4), {"during": DURING})
 
 
-def kill_and_go_on(bench, at_four, whole, number: int, torn: bool) -> str:
-    """What is wrong after a kill at one operation, "" where nothing is."""
-    out = bench.fresh(at_four)
-    done = bench.run(out, {"kill_at": number, "during": DURING, "torn": torn})
-    if done.code != -9:
-        return f"ended with {done.code}: {done.said}"
+def kill_and_resume(sandbox, stopped_at_4, uninterrupted, number: int, torn: bool) -> str:
+    """What is wrong after a kill at one operation, or an empty string."""
+    out = sandbox.new_folder(stopped_at_4)
+    result = sandbox.run(out, {"kill_at": number, "during": DURING, "torn": torn})
+    if result.code != -9:
+        return f"exit code {result.code}: {result.output}"
     if (newest := max(verified_steps(out), default=0)) not in (4, 6):
-        return f"the newest that verifies is of step {newest}"
-    done = bench.run(out)
-    if done.code:
-        return f"went on with {done.code}: {done.said}"
-    if weights(out) != weights(whole):
-        return "ended with other weights"
+        return f"the newest intact checkpoint is of step {newest}"
+    result = sandbox.run(out)
+    if result.code:
+        return f"exit code {result.code} after resuming: {result.output}"
+    if weights_sha256(out) != weights_sha256(uninterrupted):
+        return "different weights"
     shutil.rmtree(out)
     return ""
 
 
-@pytest.mark.parametrize("torn", [False, True])
-def test_a_kill_at_every_operation_of_a_save_costs_one_interval_at_most(bench, at_four, operations, whole, torn):
-    print(f"{len(operations)} operations", *operations, sep="\n")  # noqa: T201
+def failures(sandbox, stopped_at_4, uninterrupted, operations: list[tuple[int, str]], torn: bool) -> dict[str, str]:
+    wrong = {
+        f"{number} {operation}": kill_and_resume(sandbox, stopped_at_4, uninterrupted, number, torn)
+        for number, operation in operations
+    }
+    return {operation: problem for operation, problem in wrong.items() if problem}
+
+
+def test_a_kill_during_a_save_costs_at_most_one_interval(sandbox, stopped_at_4, operations, uninterrupted):
+    """Every twelfth operation; the slow test below covers all."""
     assert len(operations) > 40
-    wrong = {}
-    for number, operation in [*enumerate(operations, 1)][:: 4 if torn else 1]:
-        if torn and operation.split()[0] not in ("open", "save", "safe_save_file", "save_file"):
-            continue  # there is no file to tear
-        if found := kill_and_go_on(bench, at_four, whole, number, torn):
-            wrong[f"{number} {operation}"] = found
-    assert not wrong
+    assert not failures(sandbox, stopped_at_4, uninterrupted, [*enumerate(operations, 1)][::12], torn=False)
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_operation_of_a_save_costs_one_interval(sandbox, stopped_at_4, operations, uninterrupted):
+    print(f"{len(operations)} operations", *operations, sep="\n")  # noqa: T201
+    assert not failures(sandbox, stopped_at_4, uninterrupted, [*enumerate(operations, 1)], torn=False)
+
+
+@pytest.mark.slow
+def test_a_torn_file_costs_at_most_one_interval(sandbox, stopped_at_4, operations, uninterrupted):
+    writes = [(number, name) for number, name in enumerate(operations, 1) if name.split()[0] in WRITERS]
+    assert len(writes) > 10
+    assert not failures(sandbox, stopped_at_4, uninterrupted, writes[::4], torn=True)

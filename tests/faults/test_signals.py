@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT while a run trains, saves or evaluates: a checkpoint, exit code 75, and the same end. And SAVE."""
+"""SIGTERM, SIGINT and the file SAVE make a run save a checkpoint, wherever it is; a stopped run exits with 75."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from faults.harness import ENVIRONMENT, FLAGS, ROOT, verified_steps, weights
+from faults.harness import ENVIRONMENT, FLAGS, ROOT, verified_steps, weights_sha256
 
 from rorchat.errors import MismatchError
 from rorchat.files import folder_lock
@@ -22,18 +22,18 @@ from rorchat.training.checkpointing.checkpoint import STAGING
 
 @pytest.mark.parametrize("where", ["forward", "save", "evaluate"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_ends_the_same(bench, whole, where, number):
-    out = bench.fresh()
+def test_a_signal_saves_a_checkpoint_and_the_run_resumes(sandbox, uninterrupted, where, number):
+    out = sandbox.new_folder()
     flags = {"eval_strategy": "steps", "eval_steps": 4} if where == "evaluate" else {}
-    done = bench.run(out, {"signal": int(number), "at": 4, "where": where}, **flags)
-    assert done.code == 75, done.said
-    assert f"{number.name}: a checkpoint is saved" in done.said and "Traceback" not in done.said
+    result = sandbox.run(out, {"signal": int(number), "at": 4, "where": where}, **flags)
+    assert result.code == 75, result.output
+    assert f"{number.name}: a checkpoint is saved" in result.output and "Traceback" not in result.output
     assert verified_steps(out)[0] == 5
-    assert bench.run(out, **flags).code == 0
-    assert weights(out) == weights(whole)
+    assert sandbox.run(out, **flags).code == 0
+    assert weights_sha256(out) == weights_sha256(uninterrupted)
 
 
-# Moments: the step that a run is at, None while the moment has not come.
+# Each of the following returns the step of a run if it is saving (evaluating, running long enough), or else None.
 
 
 def saving(out: Path) -> int | None:
@@ -41,20 +41,23 @@ def saving(out: Path) -> int | None:
 
 
 def evaluating(out: Path) -> int | None:
-    """With `LOOKING` the last line is a training step's as long as that step is evaluated."""
-    written = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").is_file() else ""
-    last = json.loads(written.splitlines()[-1]) if written.endswith("\n") else {}
+    """With EVALUATING, the last line of metrics.jsonl is of a training step while that step is evaluated."""
+    log = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").is_file() else ""
+    last = json.loads(log.splitlines()[-1]) if log.endswith("\n") else {}
     return last["step"] if "loss" in last and "event" not in last else None
 
 
-def waited(seconds: float) -> Callable[[Path], int | None]:
-    until = time.monotonic() + seconds
-    return lambda out: 0 if time.monotonic() > until else None
+def running_for(seconds: float) -> Callable[[Path], int | None]:
+    deadline = time.monotonic() + seconds
+    return lambda out: 0 if time.monotonic() > deadline else None
 
 
 def interrupt(process: psutil.Process, out: Path, moment: Callable[[Path], int | None], number: int):
-    """Sends a signal at a moment, for which the process is frozen, and gives the step and the seconds that it had
-    computed until then; None where it ended before."""
+    """Suspend the process at a moment and send it a signal.
+
+    Returns:
+        The step and the CPU seconds used until then, or None if the process ended before the moment.
+    """
     with contextlib.suppress(psutil.NoSuchProcess):
         while process.status() != psutil.STATUS_ZOMBIE:
             if moment(out) is not None:
@@ -71,82 +74,82 @@ def interrupt(process: psutil.Process, out: Path, moment: Callable[[Path], int |
 
 
 STEPS = FLAGS["max_steps"]
-LOOKING = {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1}
+EVALUATING = {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1}
 
 
-def test_sixteen_signals_in_a_save_in_an_evaluation_and_at_any_time_end_in_five_seconds_and_lose_nothing(bench, whole):
-    """Each run is interrupted until it ends. Seconds are those that the process computes: the machine may be busy."""
+def test_signals_at_any_moment_end_the_run_in_five_seconds(sandbox, uninterrupted):
+    """A run is interrupted again and again until it finishes. CPU seconds count, since the machine may be busy."""
     chance = random.Random(0)
     moments = ["any"] * 8 + ["saving", "evaluating"] * 4
     chance.shuffle(moments)
-    runs, slowest = [bench.fresh()], 0.0
+    runs, slowest = [sandbox.new_folder()], 0.0
     for moment in moments:
         hit = None
         while hit is None:
             if (runs[-1] / "model").exists():
-                runs.append(bench.fresh())
-            at = {"any": waited(chance.uniform(0.0, 0.5)), "saving": saving, "evaluating": evaluating}[moment]
-            process = psutil.Process(bench.server.start(bench.argv(runs[-1], **LOOKING)))
+                runs.append(sandbox.new_folder())
+            at = {"any": running_for(chance.uniform(0.0, 0.5)), "saving": saving, "evaluating": evaluating}[moment]
+            process = psutil.Process(sandbox.server.start(sandbox.argv(runs[-1], **EVALUATING)))
             hit = interrupt(process, runs[-1], at, chance.choice([signal.SIGTERM, signal.SIGINT]))
-            code, computed = bench.server.wait(process.pid)
+            code, computed = sandbox.server.wait(process.pid)
             step, before = hit or (None, computed)
             slowest = max(slowest, computed - before)
             if not step:
                 assert code in (0, 75, 130, -signal.SIGTERM, -signal.SIGINT)
-            elif step == STEPS:  # there is none after which it could stop
+            elif step == STEPS:  # the last step: there is nothing left to stop
                 assert code == 0
             else:
                 assert code == 75 and verified_steps(runs[-1])[0] == step + 1
     print(f"{len(moments)} signals, {len(runs)} runs, the slowest exit after {slowest:.2f} s")  # noqa: T201
     assert slowest < 5
     for out in runs:
-        assert bench.run(out, **LOOKING).code == 0
-        assert weights(out) == weights(whole)
+        assert sandbox.run(out, **EVALUATING).code == 0
+        assert weights_sha256(out) == weights_sha256(uninterrupted)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process is put on one core")
-def test_four_signals_while_a_program_starts_end_it_in_five_seconds_and_lose_nothing(bench, whole):
-    """In the imports and in the preparation, of a process of its own."""
-    chance, out = random.Random(0), bench.fresh()
+def test_signals_during_the_start_end_the_program_in_five_seconds(sandbox, uninterrupted):
+    """During imports and preparation, in a subprocess."""
+    chance, out = random.Random(0), sandbox.new_folder()
     for seconds in (0.5, 1.5, 3.0, 4.5):
-        command = [sys.executable, "recipes/pretrain.py", *bench.argv(out, max_steps=8)]
+        command = [sys.executable, "recipes/pretrain.py", *sandbox.argv(out, max_steps=8)]
         process = psutil.Popen(
             command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            preexec_fn=lambda: os.sched_setaffinity(0, {max(os.sched_getaffinity(0))}),  # one thread, as `whole`
+            preexec_fn=lambda: os.sched_setaffinity(0, {max(os.sched_getaffinity(0))}),  # hence one thread
         )  # fmt: skip
         time.sleep(seconds)
         number, before = chance.choice([signal.SIGTERM, signal.SIGINT]), process.cpu_times()
         process.send_signal(number)
-        done, until = (0,), time.monotonic() + 60
-        while not done[0] and time.monotonic() < until:
+        result, until = (0,), time.monotonic() + 60
+        while not result[0] and time.monotonic() < until:
             time.sleep(0.01)
-            done = os.wait4(process.pid, os.WNOHANG)
-        assert done[0], "it did not end within a minute"
-        _, status, used = done
+            result = os.wait4(process.pid, os.WNOHANG)
+        assert result[0], "it did not end within a minute"
+        _, status, used = result
         code = os.waitstatus_to_exitcode(status)
         assert code in (0, 75, 130, -number)
-        # 0: a library caught the KeyboardInterrupt of an import, or the run had ended
+        # 0: a library caught the KeyboardInterrupt during an import, or the run had finished
         assert code == 0 or used.ru_utime + used.ru_stime - before.user - before.system < 5
-    assert bench.run(out).code == 0
-    assert weights(out) == weights(whole)
+    assert sandbox.run(out).code == 0
+    assert weights_sha256(out) == weights_sha256(uninterrupted)
 
 
-def test_a_file_save_in_the_folder_saves_and_goes_away(bench, whole):
-    out = bench.fresh()
-    done = bench.run(out, {"kill_at": 1, "during": 4}, save_steps=4)
-    assert done.code == -9 and verified_steps(out) == []
+def test_the_file_save_requests_a_checkpoint_and_is_removed(sandbox, uninterrupted):
+    out = sandbox.new_folder()
+    result = sandbox.run(out, {"kill_at": 1, "during": 4}, save_steps=4)
+    assert result.code == -9 and verified_steps(out) == []
     (out / "SAVE").touch()
     (out / "run.json").touch()
-    done = bench.run(out, {"kill_at": 1, "during": 4}, save_steps=4)
+    result = sandbox.run(out, {"kill_at": 1, "during": 4}, save_steps=4)
     assert verified_steps(out) == [1] and not (out / "SAVE").exists()
 
 
-def test_a_folder_that_a_run_holds_is_refused_to_another_with_its_holder(bench):
-    out = bench.fresh()
+def test_a_folder_in_use_is_refused_with_the_process_that_uses_it(sandbox):
+    out = sandbox.new_folder()
     with folder_lock(out):
-        done = bench.run(out)
-        assert done.code == 78 and "is in use by process" in done.said and "Traceback" not in done.said
+        result = sandbox.run(out)
+        assert result.code == 78 and "is in use by process" in result.output and "Traceback" not in result.output
         with pytest.raises(MismatchError, match="in use by process"), folder_lock(out):
             pass
-    assert bench.run(out).code == 0  # a lock whose holder is gone is none
+    assert sandbox.run(out).code == 0  # the lock was released

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from faults.comparison import equal, log_of, state_of
-from faults.harness import ROOT, sha256, verified_steps, weights
+from faults.comparison import load_state, read_log, states_equal
+from faults.harness import ROOT, verified_steps, weights_sha256
 from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support import SENTENCES, command
@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rorchat.chatml import CONTROL_TOKENS, encode_conversations
 from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.files import file_sha256
 from rorchat.inference.engine import load_model
 from rorchat.model import build_model, load_checkpoint, save_model
 from rorchat.tokenizer import load_tokenizer
@@ -343,44 +344,44 @@ RUN = {
 
 
 @pytest.fixture(scope="module")
-def start(bench) -> Path:
+def start(sandbox) -> Path:
     """A base with positions enough for what the town's people say."""
-    out = bench.fresh()
+    out = sandbox.new_folder()
     sources = ["tinytown=60", "persona=60"]  # conversations too: what read documents alone is refused
-    done = bench.run(out, block_size=256, max_steps=2, global_batch_tokens=512, sources=sources)
-    assert done.code == 0, done.said
+    done = sandbox.run(out, block_size=256, max_steps=2, global_batch_tokens=512, sources=sources)
+    assert done.code == 0, done.output
     return out
 
 
 @pytest.fixture(scope="module")
-def run(bench, start) -> Path:
-    out = bench.fresh()
-    done = bench.run(out, stage="sft", **RUN | {"model": str(start)})
-    assert done.code == 0, done.said
+def run(sandbox, start) -> Path:
+    out = sandbox.new_folder()
+    done = sandbox.run(out, stage="sft", **RUN | {"model": str(start)})
+    assert done.code == 0, done.output
     return out
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 @pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_a_run_that_is_interrupted_goes_on_to_the_same_bits(bench, start, stage, load_in_4bit):
+def test_a_run_that_is_interrupted_goes_on_to_the_same_bits(sandbox, start, stage, load_in_4bit):
     flags = RUN | {"stage": stage, "load_in_4bit": load_in_4bit, "model": str(start)}
-    whole, out = bench.fresh(), bench.fresh()
-    assert bench.run(whole, **flags).code == 0
-    done = bench.run(out, {"signal": int(signal.SIGTERM), "at": 3, "where": "forward"}, **flags)
-    assert done.code == 75, done.said
+    whole, out = sandbox.new_folder(), sandbox.new_folder()
+    assert sandbox.run(whole, **flags).code == 0
+    done = sandbox.run(out, {"signal": int(signal.SIGTERM), "at": 3, "where": "forward"}, **flags)
+    assert done.code == 75, done.output
     assert verified_steps(out) == [4, 3]
-    done = bench.run(out, **flags)
-    assert done.code == 0, done.said
-    assert weights(out) == weights(whole)
-    assert len({sha256(each / "adapter" / "adapter_model.safetensors") for each in (out, whole)}) == 1
-    assert equal(state_of(out, 6), state_of(whole, 6))
-    assert log_of(out) == log_of(whole)
+    done = sandbox.run(out, **flags)
+    assert done.code == 0, done.output
+    assert weights_sha256(out) == weights_sha256(whole)
+    assert len({file_sha256(each / "adapter" / "adapter_model.safetensors") for each in (out, whole)}) == 1
+    assert states_equal(load_state(out, 6), load_state(whole, 6))
+    assert read_log(out) == read_log(whole)
 
 
-def test_two_processes_train_one_adapter(bench, start):
-    out, flags = bench.fresh(), RUN | {"model": str(start), "max_steps": 2, "save_steps": 2}
-    done = bench.run(out, stage="sft", processes=2, **flags)
-    assert done.code == 0, done.said
+def test_two_processes_train_one_adapter(sandbox, start):
+    out, flags = sandbox.new_folder(), RUN | {"model": str(start), "max_steps": 2, "save_steps": 2}
+    done = sandbox.run(out, stage="sft", processes=2, **flags)
+    assert done.code == 0, done.output
     assert verified_steps(out) == [2]
     rows = load_file(out / "adapter" / "adapter_model.safetensors")
     assert all(bool(value.isfinite().all()) for value in rows.values())
@@ -415,36 +416,36 @@ def test_an_export_without_the_base_says_what_is_missing(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_alone_go_on(bench, run, start):
-    out = bench.fresh(run)
+def test_weights_alone_go_on(sandbox, run, start):
+    out = sandbox.new_folder(run)
     for step in (3, 6):
         (out / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"damaged")
     record = json.loads((out / "run.json").read_text())
     record.pop("finished")
     (out / "run.json").write_text(json.dumps(record))
-    done = bench.run(out, stage="sft", **RUN | {"model": str(start), "weights_only": True})
-    assert done.code == 0 and "The weights of step 6 go on alone" in done.said, done.said
-    assert weights(out) == weights(run)
+    done = sandbox.run(out, stage="sft", **RUN | {"model": str(start), "weights_only": True})
+    assert done.code == 0 and "The weights of step 6 go on alone" in done.output, done.output
+    assert weights_sha256(out) == weights_sha256(run)
 
 
-def test_an_adapter_trains_on_as_the_model_that_it_makes_of_its_base(bench, run):
+def test_an_adapter_trains_on_as_the_model_that_it_makes_of_its_base(sandbox, run):
     flags = {name: value for name, value in RUN.items() if name != "lora_rank"} | {"max_steps": 2}
-    merged, adapter = bench.fresh(), bench.fresh()
+    merged, adapter = sandbox.new_folder(), sandbox.new_folder()
     for out, model in ((merged, run), (adapter, run / "adapter")):
-        done = bench.run(out, stage="sft", **flags | {"model": str(model)})
-        assert done.code == 0, done.said
-    assert weights(merged) == weights(adapter)
+        done = sandbox.run(out, stage="sft", **flags | {"model": str(model)})
+        assert done.code == 0, done.output
+    assert weights_sha256(merged) == weights_sha256(adapter)
 
 
-def test_the_reference_of_dpo_is_the_model_without_the_adapter(bench, run, start):
+def test_the_reference_of_dpo_is_the_model_without_the_adapter(sandbox, run, start):
     """Before the first step nothing has been learned: the margin is 0 and the preference's loss log 2."""
-    out = bench.fresh()
+    out = sandbox.new_folder()
     flags = {"model": str(start), "max_steps": 3, "logging_steps": 1, "warmup_steps": 0, "loss_type": ["sigmoid"]}
-    done = bench.run(out, stage="dpo", **RUN | flags | {"loss_weights": [1.0], "learning_rate": 0.1})
-    assert done.code == 0, done.said
-    line = next(line for line in log_of(out) if "loss" in line)
+    done = sandbox.run(out, stage="dpo", **RUN | flags | {"loss_weights": [1.0], "learning_rate": 0.1})
+    assert done.code == 0, done.output
+    line = next(line for line in read_log(out) if "loss" in line)
     assert line["loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(line["rewards/margins"]) < 1e-4
-    last = [line for line in log_of(out) if "eval_rewards/margins" in line][-1]
+    last = [line for line in read_log(out) if "eval_rewards/margins" in line][-1]
     assert abs(last["eval_rewards/margins"]) > 1e-3
 
 

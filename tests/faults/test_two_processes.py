@@ -1,0 +1,88 @@
+"""Two processes over gloo: a signal to one stops both at the same step; a kill costs at most one save interval."""
+
+import json
+import shutil
+import signal
+from functools import partial
+
+import pytest
+from faults.harness import Sandbox, verified_steps, weights_sha256
+
+run_two = partial(Sandbox.run, processes=2)
+DURING = 6  # the third save, which also removes the first checkpoint
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_by_two(sandbox):
+    out = sandbox.new_folder()
+    result = run_two(sandbox, out)
+    assert result.code == 0, result.output
+    return out
+
+
+@pytest.mark.parametrize("step", [0, 3, 4, 6])
+def test_a_signal_to_one_process_stops_both_resumably(sandbox, uninterrupted_by_two, step):
+    out = sandbox.new_folder()
+    result = run_two(sandbox, out, {"signal": int(signal.SIGTERM), "at": step, "where": "forward", "rank": 1})
+    assert result.code == 75 and f"Stopped at step {step + 1}, which is saved" in result.output, result.output
+    assert verified_steps(out)[0] == step + 1
+    assert run_two(sandbox, out).code == 0
+    assert weights_sha256(out) == weights_sha256(uninterrupted_by_two)
+
+
+@pytest.fixture(scope="module")
+def stopped_at_4(sandbox):
+    """A run of two processes with checkpoints of steps 2 and 4."""
+    out = sandbox.new_folder()
+    assert run_two(sandbox, out, {"kill_at": 1, "during": DURING}).code != 0
+    assert verified_steps(out) == [4, 2]
+    return out
+
+
+def kill_and_resume(sandbox, stopped_at_4, uninterrupted_by_two, rank: int, number: int) -> str:
+    """What is wrong after a kill of one process at one operation, or an empty string."""
+    out = sandbox.new_folder(stopped_at_4)
+    result = run_two(sandbox, out, {"kill_at": number, "during": DURING, "rank": rank})
+    if not result.code:
+        return "no process was killed"
+    if (newest := max(verified_steps(out), default=0)) not in (4, 6):
+        return f"the newest intact checkpoint is of step {newest}: {result.output}"
+    result = run_two(sandbox, out)
+    if result.code:
+        return f"exit code {result.code} after resuming: {result.output}"
+    if weights_sha256(out) != weights_sha256(uninterrupted_by_two):
+        return "different weights"
+    shutil.rmtree(out)
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "least", "every"), [(0, 40, 8), (1, 2, 1)])
+def test_a_kill_during_a_save_costs_at_most_one_interval(
+    sandbox, stopped_at_4, uninterrupted_by_two, rank, least, every
+):
+    """Every eighth operation of the first process: they are the same as in a run of one process."""
+    operations = sandbox.operations(sandbox.new_folder(stopped_at_4), {"during": DURING, "rank": rank}, processes=2)
+    print(f"process {rank}: {len(operations)} operations", *operations, sep="\n")  # noqa: T201
+    assert len(operations) >= least
+    wrong = {}
+    for number, operation in [*enumerate(operations, 1)][::every]:
+        if problem := kill_and_resume(sandbox, stopped_at_4, uninterrupted_by_two, rank, number):
+            wrong[f"{number} {operation}"] = problem
+    assert not wrong
+
+
+def test_one_process_resumes_a_checkpoint_of_two_on_the_same_rows(sandbox, uninterrupted_by_two):
+    out = sandbox.new_folder()
+    run_two(sandbox, out, {"signal": int(signal.SIGTERM), "at": 3, "where": "forward"}, logging_steps=1)
+    result = sandbox.run(out, logging_steps=1)
+    assert result.code == 0, result.output
+    assert "processes" in result.output and "roundings" in result.output
+    single = sandbox.new_folder()
+    assert sandbox.run(single, logging_steps=1).code == 0
+    losses = [
+        {line["step"]: line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+         if "loss" in line}
+        for run in (out, single)
+    ]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
