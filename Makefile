@@ -6,7 +6,7 @@ READY := .venv/.ready
 .PHONY: demo test style quality bench clean
 
 demo: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo/run.sh
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -21,6 +21,7 @@ STAGES = (
     "files",  #           atomic writes, fsync, sha256, a lock for a folder
     "jsonl",  #           JSON lines files
     "yaml_file",  #      a YAML file -> its values
+    "stories",  # the YAML files of the stories, by name
     "persona",  # RAW DATA  who the model is: system message, identity conversations, probes
     "rows",  # RAW DATA  the kinds of rows, and what makes a row unusable
     "reading",  # RAW DATA  files -> raw rows

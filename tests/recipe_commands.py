@@ -13,6 +13,7 @@ import pytest
 from support import ROOT
 
 import rorchat.cli
+from rorchat.errors import exits_with_one_line
 
 ENVIRONMENT = {
     **os.environ,
@@ -48,7 +49,7 @@ def inside(name: str, *flags: object) -> subprocess.CompletedProcess:
                     patch.setattr(sys, "argv", ["rorchat", *words])
                     rorchat.cli.main()
             else:
-                runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))["main"](words)
+                exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))["main"])(words)
         except SystemExit as stopped:
             code = stopped.code
     return subprocess.CompletedProcess([name, *words], code, "", said.getvalue())

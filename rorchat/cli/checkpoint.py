@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
+from rorchat.cli.app import App
 from rorchat.errors import DataError, UsageError
 from rorchat.training.checkpointing.checkpoint import DAMAGED, MANIFEST, Checkpoint, Checkpoints, Damaged
 
 WHOLE = "whole"
-app = typer.Typer(help="Checkpoints: what there is, whether it is whole, and the model in it.", no_args_is_help=True)
+app = App("Checkpoints: what there is, whether it is whole, and the model in it.")
 
 
 @app.command(name="list")

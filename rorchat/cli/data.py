@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from rorchat.cli.app import App
 from rorchat.errors import DataError, UsageError
 
-app = typer.Typer(help="Datasets: what there is, what is wrong with it, how it becomes tokens.", no_args_is_help=True)
+app = App("Datasets: what there is, what is wrong with it, how it becomes tokens.")
 
 Tokenizer = Annotated[str, typer.Option(help="A folder or a Hub id.")]
 Source = Annotated[

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
+from rorchat.cli.app import App
 from rorchat.errors import UsageError
 
-app = typer.Typer(help="Tokenizers side by side.", no_args_is_help=True)
+app = App("Tokenizers side by side.")
 
 
 @app.command()

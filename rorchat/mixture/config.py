@@ -23,6 +23,7 @@ from pathlib import Path
 
 from rorchat.errors import UsageError, did_you_mean
 from rorchat.reading.filters import Filters
+from rorchat.stories import find_story_file
 from rorchat.yaml_file import read_yaml
 
 KEYS = ("sources", "against", "phases", "weights")
@@ -117,6 +118,7 @@ def read_mixture(path: str | Path, is_continuation: bool = False) -> MixtureConf
     Raises:
         UsageError: what is wrong, in which phase or source: one line.
     """
+    path = find_story_file(path)
     where = str(path)
     content = read_yaml(path, "mixture", UsageError)
     _known_keys(where, content, KEYS)

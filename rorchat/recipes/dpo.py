@@ -14,7 +14,6 @@ from rorchat.training.lora import adapter_of
 from rorchat.training.run_folder import Run
 
 
-@exits_with_one_line
 def main(argv: list[str] | None = None) -> dict[str, float]:
     arguments = parse(DPOArguments, argv)
     base = resolve_model_path(arguments.model)
@@ -33,4 +32,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    exits_with_one_line(main)()

@@ -13,7 +13,6 @@ from rorchat.training.grpo import GRPOArguments, PolicyTrainer, read_questions, 
 from rorchat.training.run_folder import Run
 
 
-@exits_with_one_line
 def main(argv: list[str] | None = None) -> dict[str, float]:
     arguments = parse(GRPOArguments, argv)
     base = resolve_model_path(arguments.model)
@@ -31,4 +30,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    exits_with_one_line(main)()

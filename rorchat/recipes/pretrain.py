@@ -14,7 +14,6 @@ from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, detail
 from rorchat.training.run_folder import Run
 
 
-@exits_with_one_line
 def main(argv: list[str] | None = None) -> dict[str, float]:
     arguments = parse(PretrainArguments, argv)
     base = resolve_model_path(arguments.model) if arguments.model else None
@@ -38,4 +37,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    exits_with_one_line(main)()

@@ -15,7 +15,6 @@ from rorchat.training.run_folder import Run
 from rorchat.training.sft import ChatTrainer, SFTArguments, read_encoded
 
 
-@exits_with_one_line
 def main(argv: list[str] | None = None) -> dict[str, float]:
     arguments = parse(SFTArguments, argv)
     base = resolve_model_path(arguments.model)
@@ -34,4 +33,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    exits_with_one_line(main)()

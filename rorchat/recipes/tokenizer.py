@@ -36,7 +36,6 @@ class TokenizerArguments(DataArguments):
             raise UsageError("No output folder: give --output_dir runs/my-tokenizer")
 
 
-@exits_with_one_line
 def main(argv: list[str] | None = None) -> dict[str, float]:
     arguments = parse(TokenizerArguments, argv)
     folder = Path(arguments.output_dir)
@@ -76,4 +75,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    exits_with_one_line(main)()

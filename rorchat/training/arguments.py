@@ -12,6 +12,7 @@ from trl import TrlParser
 
 from rorchat.errors import UsageError, did_you_mean
 from rorchat.mixture.config import expand_variables
+from rorchat.stories import find_beside, find_story_file
 from rorchat.yaml_file import read_yaml
 
 Arguments = TypeVar("Arguments")
@@ -103,9 +104,17 @@ def _without_config(argv: list[str]) -> tuple[list[str], dict, str]:
         return argv, {}, ""
     at = argv.index("--config")
     if at + 1 == len(argv):
-        raise UsageError("--config needs a file: --config recipes/demo/pretrain.yaml")
-    path = argv[at + 1]
-    return argv[:at] + argv[at + 2 :], read_yaml(path, "config", UsageError), path
+        raise UsageError("--config needs a file: --config demo/pretrain.yaml")
+    path = find_story_file(argv[at + 1])
+    config = read_yaml(path, "config", UsageError)
+    for name in FILE_SETTINGS:
+        if isinstance(config.get(name), str):
+            config[name] = find_beside(path, config[name])
+    return argv[:at] + argv[at + 2 :], config, str(path)
+
+
+#: Settings that name a file of the user: looked up next to the config first.
+FILE_SETTINGS = ("mixture", "persona")
 
 
 #: Our own settings that are strings and nothing else; TrlParser would take a number for them.

@@ -50,6 +50,7 @@ import torch
 import transformers.modeling_utils
 
 import rorchat.model as model_module
+from rorchat.errors import exits_with_one_line
 from rorchat.mixture.plan import Plan
 from rorchat.training import oom_recovery, run_folder, stage
 from rorchat.training.callbacks.divergence import DivergenceCallback
@@ -329,7 +330,8 @@ def run_recipe(job: dict) -> None:
     if job.get("dropout"):
         add_dropout(job["dropout"])
     try:
-        runpy.run_path(str(ROOT / "recipes" / f"{job.get('stage', 'pretrain')}.py"))["main"](job["argv"])
+        recipe = runpy.run_path(str(ROOT / "recipes" / f"{job.get('stage', 'pretrain')}.py"))
+        exits_with_one_line(recipe["main"])(job["argv"])
         code = 0
     except SystemExit as exit_request:
         code = exit_request.code or 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import DOCUMENTS, ROOT, write_documents
 
-from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.errors import DataError, MismatchError, UsageError, exits_with_one_line
 from rorchat.evaluation.loss import compute_batch_loss
 from rorchat.inference.engine import load_model
 from rorchat.mixture.dataset import ValidationRows
@@ -40,7 +40,7 @@ def run(stage: str, out: Path, ends: int = 0, **flags) -> str:
     said, code = io.StringIO(), 0
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         try:
-            runpy.run_path(str(ROOT / "recipes" / f"{stage}.py"))["main"](words)
+            exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / f"{stage}.py"))["main"])(words)
         except SystemExit as stopped:
             code = stopped.code
     assert code == ends, said.getvalue()

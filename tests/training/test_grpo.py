@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rorchat.chatml import IM_END
-from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.errors import DataError, MismatchError, UsageError, exits_with_one_line
 from rorchat.inference.engine import ChatModel, Reply
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
@@ -60,7 +60,7 @@ def trainer(chat, words):
 
 
 def recipe(words) -> dict[str, float]:
-    return runpy.run_path(str(ROOT / "recipes" / "grpo.py"))["main"](words)
+    return exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / "grpo.py"))["main"])(words)
 
 
 @pytest.fixture

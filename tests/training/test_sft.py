@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rorchat.chatml import END_OF_TEXT, IM_START
-from rorchat.errors import UsageError
+from rorchat.errors import UsageError, exits_with_one_line
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
 from rorchat.training.dpo import DPOArguments
@@ -85,7 +85,7 @@ def documents(tmp_path_factory) -> Path:
 
 def test_a_run_with_other_documents_replayed_is_another_run(tokenizer, documents, tmp_path, capsys):
     save_model(build_model("2x2x32", tokenizer, 256), tokenizer, tmp_path / "base")
-    main = runpy.run_path(str(ROOT / "recipes" / "sft.py"))["main"]
+    main = exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / "sft.py"))["main"])
     argv = ["--model", str(tmp_path / "base"), "--sources", "tinytown=40", "--validation_share", "0.2"]
     argv += ["--replay", f"text={documents}", "--max_steps", "2", "--per_device_train_batch_size", "2"]
     argv += ["--output_dir", str(tmp_path / "run"), "--eval_strategy", "no"]

@@ -13,7 +13,7 @@ import torch
 from support import strict_lines
 from transformers import TrainerCallback
 
-from rorchat.errors import DivergedError, UsageError
+from rorchat.errors import DivergedError, UsageError, exits_with_one_line
 from rorchat.jsonl import read_json_lines
 from rorchat.model import build_model
 from rorchat.report import draw_curves, drop_superseded_lines
@@ -334,7 +334,7 @@ def test_the_command_ends_with_70_and_one_line(tokenizer, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     flags = [*BASE, "--tokenizer", tmp_path / "tokenizer", "--size", "2x2x32", "--optimizer", "adamw"]
     flags += ["--output_dir", tmp_path / "run", "--learning_rate", "1e38", "--eval_strategy", "no"]
-    main = runpy.run_path(str(ROOT / "recipes" / "pretrain.py"))["main"]
+    main = exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / "pretrain.py"))["main"])
     with pytest.raises(SystemExit) as stopped:
         main([str(flag) for flag in flags])
     assert stopped.value.code == 70

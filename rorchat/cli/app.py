@@ -1,0 +1,56 @@
+"""Typer with the conventions of this command line: flags with underscores, one line for a wrong one."""
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperOption
+from typer.exceptions import TyperException
+
+from rorchat.errors import UsageError
+
+
+def with_underscores(flag: str) -> str:
+    """`--max-length` -> `--max_length`."""
+    prefix = flag[: len(flag) - len(flag.lstrip("-"))]
+    return prefix + flag[len(prefix) :].replace("-", "_")
+
+
+class Command(TyperCommand):
+    """A command whose flags have underscores, as in Transformers; hyphens are accepted as well."""
+
+    def __init__(self, name: str | None, *, context_settings: dict[str, Any] | None = None, **settings: Any):
+        # normalizes the names that are declared and the names that are typed
+        context_settings = {"token_normalize_func": with_underscores} | (context_settings or {})
+        super().__init__(name, context_settings=context_settings, **settings)
+        for parameter in self.params:
+            if isinstance(parameter, TyperOption):  # for the help and for messages
+                parameter.opts = [with_underscores(flag) for flag in parameter.opts]
+                parameter.secondary_opts = [with_underscores(flag) for flag in parameter.secondary_opts]
+
+
+class App(typer.Typer):
+    """A group of commands; without a command it shows its help."""
+
+    def __init__(self, help: str):
+        super().__init__(help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+    def command(self, name: str | None = None, **settings: Any):  # type: ignore[override]
+        return super().command(name, **({"cls": Command} | settings))
+
+    def run(self) -> None:
+        """Runs the command in `sys.argv` and exits.
+
+        Raises:
+            UsageError: an unknown command or flag, a missing argument, a value of the wrong type.
+        """
+        try:
+            code = self(standalone_mode=False)
+        except TyperException as error:
+            message = error.format_message().strip()
+            if not message:  # the help has been shown
+                sys.exit(error.exit_code)
+            raise UsageError(f"{message.rstrip('.')}. See --help.") from None
+        except typer.Abort:
+            sys.exit(1)
+        sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,168 @@
+"""`rorchat sft ...` -> a training process: this one, or those that `accelerate launch` starts.
+
+Flags of the launcher (`--num_processes`, `--accelerate_config`, ...) and of the recipe may be mixed. A flag that both
+know is the recipe's. The command ends with the exit code of the recipe, which `accelerate launch` turns into 1.
+"""
+
+import argparse
+import copy
+import importlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from rorchat.errors import Interrupted, UsageError, exits_with_one_line
+from rorchat.stories import ACCELERATE_FOLDER, STORIES_FOLDER, find_accelerate_config
+
+#: Flags of the launcher that mean something else to a recipe, or would start something else.
+RECIPE_FLAGS = {
+    "help", "debug", "gradient_accumulation_steps", "module", "no_python", "training_script", "training_script_args",
+}  # fmt: skip
+#: Seconds that processes have to save a checkpoint after a signal, before the launcher kills them; torch waits 30.
+SHUTDOWN_TIMEOUT = "600"
+
+
+def launch_recipe(name: str, argv: Sequence[str]) -> None:
+    """Runs a recipe and exits with its code.
+
+    One process is this process. Several are started by Accelerate: when a flag of the launcher or Accelerate's default
+    configuration asks for them, or when there is more than one GPU.
+
+    Args:
+        name: a module of `rorchat.recipes`.
+        argv: flags of the recipe and of the launcher.
+    """
+    if {"--help", "-h", "--help_all", "--help-all"} & set(argv):
+        _run_here(name, argv)
+    launcher_flags, recipe_flags = split_flags(argv)
+    if launcher_flags == ["--num_processes=1"]:
+        _use_one_gpu()
+        _run_here(name, recipe_flags)
+    if "RANK" in os.environ or not (launcher_flags or _has_default_config() or _count_gpus() > 1):
+        _run_here(name, recipe_flags)  # started by a launcher, or the only process
+    _launch(name, launcher_flags, recipe_flags)
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(flags of the launcher, flags of the recipe), each with their values.
+
+    Raises:
+        UsageError: a flag of the launcher without its value, or a configuration that does not exist.
+    """
+    takes_value = _launcher_flags() | {"accelerate_config": True}
+    launcher, recipe = [], []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        flag, sign, value = word.partition("=")
+        flag = flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else ""
+        if flag not in takes_value:
+            recipe.append(word)
+            continue
+        if takes_value[flag] and not sign:
+            if not words:
+                raise UsageError(f"--{flag} needs a value.")
+            value, sign = words.pop(0), "="
+        if flag in ("accelerate_config", "config_file"):
+            flag, value = "config_file", str(find_accelerate_config(value))
+        launcher.append(f"--{flag}{sign}{value}")
+    return launcher, recipe
+
+
+def _launcher_flags() -> dict[str, bool]:
+    """Every flag of `accelerate launch` -> whether it takes a value."""
+    from accelerate.commands.launch import launch_command_parser
+
+    return {
+        option.removeprefix("--").replace("-", "_"): action.nargs != 0
+        for action in launch_command_parser()._actions
+        for option in action.option_strings
+        if option.startswith("--") and option.removeprefix("--") not in RECIPE_FLAGS
+    }
+
+
+def _has_default_config() -> bool:
+    from accelerate.commands.config.config_args import default_config_file
+
+    return os.path.isfile(default_config_file)
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()  # without CUDA's own start
+
+
+def _use_one_gpu() -> None:
+    """Hides all GPUs but the first: the Trainer would otherwise use them all from one process (DataParallel)."""
+    if _count_gpus() > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
+def _run_here(name: str, argv: Sequence[str]) -> None:
+    sys.argv[0] = f"rorchat {name}"  # for the usage line of --help
+    exits_with_one_line(importlib.import_module(f"rorchat.recipes.{name}").main)(list(argv))
+    sys.exit(0)
+
+
+def _launch(name: str, launcher_flags: list[str], recipe_flags: list[str]) -> None:
+    """Starts the processes of a recipe as `accelerate launch` does; exits with the code of the first that failed."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    script = str(STORIES_FOLDER / f"{name}.py")
+    arguments = launch_command_parser().parse_args([*_complete(launcher_flags), script, *recipe_flags])
+    for library in ("accelerate.commands.launch", "torch.distributed.elastic", "torch.distributed.run"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # the recipe reports its own failure in one line
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT)
+    try:
+        _become_if_single(copy.copy(arguments))
+        launch_command(arguments)
+    except (ValueError, ImportError, AssertionError) as error:  # of the launcher; a recipe is another process
+        raise UsageError(f"accelerate launch: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        sys.exit(_exit_code(error))
+    sys.exit(0)
+
+
+def _complete(launcher_flags: list[str]) -> list[str]:
+    """The flags with a configuration where there is none: several processes on CPUs need one in accelerate 1.15."""
+    names = {flag.partition("=")[0]: flag.partition("=")[2] for flag in launcher_flags}
+    if "--config_file" in names or _has_default_config():
+        return launcher_flags
+    if names.get("--num_processes", "1") not in ("0", "1") and _count_gpus() == 0:
+        flags = [flag for flag in launcher_flags if flag != "--cpu"]
+        return [f"--config_file={ACCELERATE_FOLDER / 'cpu.yaml'}", *flags]
+    defaults = {"--mixed_precision": "no", "--num_machines": "1", "--dynamo_backend": "no"}
+    return [*launcher_flags, *(f"{flag}={value}" for flag, value in defaults.items() if flag not in names)]
+
+
+def _become_if_single(arguments: argparse.Namespace) -> None:
+    """Replaces this process by the training process where there is to be one: signals and exit code are its own."""
+    from accelerate.commands.launch import _validate_launch_command
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    arguments, *_ = _validate_launch_command(arguments)
+    several = ("use_deepspeed", "use_fsdp", "use_megatron_lm", "multi_gpu", "tpu")
+    if arguments.cpu or not any(vars(arguments)[name] for name in several):
+        command, environment = prepare_simple_launcher_cmd_env(arguments)
+        sys.stdout.flush()
+        os.execvpe(command[0], command, environment)
+
+
+def _exit_code(error: Exception) -> int:
+    """The exit code after Accelerate or torch has reported failed processes; prints a line if they could not."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if isinstance(error, SignalException):
+        return Interrupted.exit_code  # every process has saved a checkpoint and ended
+    if not isinstance(error, ChildFailedError):
+        raise error
+    rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        print(f"error: process {rank} was ended by {name}.", file=sys.stderr)
+        return 128 - failure.exitcode
+    return failure.exitcode
