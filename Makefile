@@ -3,12 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test style quality bench clean
+.PHONY: demo test test-all style quality bench clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo/run.sh
 
+# What covers every module and every stage once. test-all adds the tests marked slow: every crash point, every step of an
+# interruption, large files, and long trainings.
 test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)
 	$(BIN)/python -m pytest
 
 style: $(READY)
