@@ -3,16 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all style quality bench clean
+.PHONY: demo test test-all style quality help-texts bench clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo/run.sh
 
-# What covers every module and every stage once. test-all adds the tests marked slow: every crash point, every step of an
-# interruption, large files, and long trainings.
+# What to run while you work: everything except the tests marked slow
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
 
+# Every test: every step and crash point of the fault tests, real data, large models
 test-all: $(READY)
 	$(BIN)/python -m pytest
 
@@ -23,13 +23,18 @@ style: $(READY)
 quality: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-# Long, and only as good as the machine is quiet; NANOGPT_DIR=... for nanoGPT's rows.
+# After a setting of a stage was added or changed: the text of `rorchat sft --help`
+help-texts: $(READY)
+	$(BIN)/python scripts/write_help.py
+
+# Takes long and needs a quiet machine; NANOGPT_DIR=... adds nanoGPT's rows
 bench: $(READY)
 	$(BIN)/python scripts/bench/run.py --write docs/benchmarks.md
 
-# Made anew when the dependencies change. torch comes first and by itself, so that the tested version is taken before
-# any other package asks for one; where an index offers a CPU build under that version, it is enough for everything here.
+# Rebuilt when the dependencies change. torch is installed first, so that the tested version is taken before any other
+# package asks for one; a CPU build of that version is enough for everything here.
 $(READY): setup.cfg constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel

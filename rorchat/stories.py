@@ -10,6 +10,7 @@ from rorchat.errors import UsageError, did_you_mean
 
 STORIES_FOLDER = Path(__file__).parent / "recipes"
 ACCELERATE_FOLDER = STORIES_FOLDER / "accelerate"  # configurations of the launcher, not a story
+HELP_FOLDER = STORIES_FOLDER / "help"  # the help of each training command, written by scripts/write_help.py
 SCRIPT = "run.sh"
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from rorchat.errors import Interrupted, UsageError, exits_with_one_line
-from rorchat.stories import ACCELERATE_FOLDER, STORIES_FOLDER, find_accelerate_config
+from rorchat.stories import ACCELERATE_FOLDER, HELP_FOLDER, STORIES_FOLDER, find_accelerate_config
 
 #: Flags of the launcher that mean something else to a recipe, or would start something else.
 RECIPE_FLAGS = {
@@ -24,17 +24,22 @@ RECIPE_FLAGS = {
 SHUTDOWN_TIMEOUT = "600"
 
 
-def launch_recipe(name: str, argv: Sequence[str]) -> None:
+def launch_recipe(command: str, argv: Sequence[str]) -> None:
     """Runs a recipe and exits with its code.
 
     One process is this process. Several are started by Accelerate: when a flag of the launcher or Accelerate's default
     configuration asks for them, or when there is more than one GPU.
 
     Args:
-        name: a module of `rorchat.recipes`.
+        command: "pretrain", "sft", "dpo", "grpo" or "train-tokenizer".
         argv: flags of the recipe and of the launcher.
     """
-    if {"--help", "-h", "--help_all", "--help-all"} & set(argv):
+    name = command.removeprefix("train-")  # a module of rorchat.recipes
+    sys.argv[0] = f"rorchat {command}"  # for the help
+    if {"--help", "-h"} & set(argv):
+        print((HELP_FOLDER / f"{command}.txt").read_text(encoding="utf-8"), end="")  # libraries take seconds to import
+        sys.exit(0)
+    if {"--help_all", "--help-all"} & set(argv):
         _run_here(name, argv)
     launcher_flags, recipe_flags = split_flags(argv)
     if launcher_flags == ["--num_processes=1"]:
@@ -102,7 +107,6 @@ def _use_one_gpu() -> None:
 
 
 def _run_here(name: str, argv: Sequence[str]) -> None:
-    sys.argv[0] = f"rorchat {name}"  # for the usage line of --help
     exits_with_one_line(importlib.import_module(f"rorchat.recipes.{name}").main)(list(argv))
     sys.exit(0)
 

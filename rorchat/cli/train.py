@@ -8,7 +8,7 @@ RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def train_tokenizer(context: typer.Context) -> None:
     """Train a byte-level BPE tokenizer with the ChatML control tokens."""
-    _launch("tokenizer", context)
+    _launch("train-tokenizer", context)
 
 
 def pretrain(context: typer.Context) -> None:
@@ -31,7 +31,7 @@ def grpo(context: typer.Context) -> None:
     _launch("grpo", context)
 
 
-def _launch(name: str, context: typer.Context) -> None:
+def _launch(command: str, context: typer.Context) -> None:
     from rorchat.cli.launch import launch_recipe
 
-    launch_recipe(name, context.args)
+    launch_recipe(command, context.args)

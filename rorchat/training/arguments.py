@@ -13,6 +13,7 @@ from trl import TrlParser
 from rorchat.errors import UsageError, did_you_mean
 from rorchat.mixture.config import expand_variables
 from rorchat.stories import find_beside, find_story_file
+from rorchat.training.help import format_help
 from rorchat.yaml_file import read_yaml
 
 Arguments = TypeVar("Arguments")
@@ -68,6 +69,7 @@ def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) ->
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_type)
+    _show_help(dataclass_type, parser, argv)
     options = {action.dest: action for action in parser._actions}
     argv, config, path = _without_config(argv)
     _check_config(config, path, options)
@@ -93,6 +95,17 @@ def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) ->
         raise UsageError(f"{of[0]}: {said}" if len(of) == 1 and of[0] not in said else said) from None
     arguments.given = {name: _plain(getattr(arguments, name)) for name in sorted(given & names)}
     return arguments
+
+
+def _show_help(dataclass_type: type, parser: _Parser, argv: list[str]) -> None:
+    """Prints the help that was asked for, if any, and exits."""
+    if {"--help_all", "--help-all"} & set(argv):
+        parser.print_help()
+    elif {"--help", "-h"} & set(argv):
+        sys.stdout.write(format_help(dataclass_type, Path(sys.argv[0]).name))
+    else:
+        return
+    sys.exit(0)
 
 
 def _plain(value: object) -> object:
