@@ -1,9 +1,9 @@
-"""Reads every row of every training file below a folder, and writes where each row went as a table.
+"""Reads every row of all training files in a folder and writes a table of kept and rejected rows.
 
     python scripts/check_data.py ../shared/data --out docs/data.md
 
-Evaluation sets are named and left alone: nobody should train on them. What each file holds is guessed, as
-`rorchat data check FILE` does. Ends with 1 if the rows of a file do not add up.
+Evaluation sets are not read, since they must not be used for training. The format of each file is guessed as in
+`rorchat data check FILE`. The exit code is 1 if the rows of a file do not add up.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from rorchat.errors import RorchatError
 from rorchat.inspection import check
 from rorchat.report import format_table
 
-# Held-out questions, and test and validation splits, which stay out of training
+# Evaluation questions, test splits and validation splits, which must stay out of training
 EVALUATION = (
     "arc/*", "core_eval/*", "hellaswag/*", "human_eval/*", "lambada/*", "mmlu/*", "piqa/*", "squad/*",
     "gsm8k/test.jsonl", "openbookqa/*dev*", "openbookqa/*test*", "natural_questions/nq_open/*",
@@ -26,7 +26,7 @@ EVALUATION = (
     "*wiki.test.tokens", "*wiki.valid.tokens", "corpus_prose/val.jsonl", "dailydialog/*test*",
     "dailydialog/*validation*",
 )  # fmt: skip
-# Parts of a dataset that are no rows of it: tables that go with it, labels, descriptions
+# Files of a dataset without rows of their own: additional tables, labels, descriptions
 COMPANIONS = (
     "*.md", "*manifest.json", "*readme.txt", "*README.txt", "gpt2_tokenizer/*", "*_metadata.txt", "*/movie_lines.txt",
     "*dialogues_act_*", "*dialogues_emotion_*", "*/openbook.txt",
@@ -35,49 +35,49 @@ COMPANIONS = (
 fill = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
 
 
-def sort_of(name: str) -> str:
-    """What a file is: "evaluation", "companion" or "training"."""
-    for sort, patterns in (("evaluation", EVALUATION), ("companion", COMPANIONS)):
+def classify(name: str) -> str:
+    """Return "evaluation", "companion" or "training"."""
+    for kind, patterns in (("evaluation", EVALUATION), ("companion", COMPANIONS)):
         if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
-            return sort
+            return kind
     return "training"
 
 
-def row_of(root: Path, name: str) -> tuple[list[str], bool]:
-    """(a row of the table, whether the file's rows add up)."""
+def check_file(root: Path, name: str) -> tuple[list[str], bool]:
+    """Return a row of the table and whether the numbers of rows add up."""
     try:
-        found = check(str(root / name))
+        result = check(str(root / name))
     except RorchatError as error:
         return [name, "-", "-", "-", str(error).replace(f"{root}/", "")], False
-    tally = found.stats
+    row_stats = result.stats
     reasons = [
-        f"{count:,} {reason}, first at {tally.places[reason][0]}"
-        for reason, count in sorted(tally.rejects.items(), key=lambda item: -item[1])
+        f"{count:,} {reason}, first at {row_stats.places[reason][0]}"
+        for reason, count in sorted(row_stats.rejects.items(), key=lambda item: -item[1])
     ]
-    reasons += [f"({count:,} kept rows repaired: {repair})" for repair, count in tally.repairs.items()]
-    said = "; ".join(reasons).replace(f"{root}/", "").replace(name, "") or "none"
-    said = re.sub(r"first at :(?=\d)", "first at line ", said).replace("first at , row", "first at row")
-    adds_up = tally.rows_in == tally.kept + sum(tally.rejects.values()) > 0
-    return [name, found.spec.partition("=")[0], f"{tally.rows_in:,}", f"{tally.kept:,}", said], adds_up
+    reasons += [f"({count:,} kept rows repaired: {repair})" for repair, count in row_stats.repairs.items()]
+    rejected = "; ".join(reasons).replace(f"{root}/", "").replace(name, "") or "none"
+    rejected = re.sub(r"first at :(?=\d)", "first at line ", rejected).replace("first at , row", "first at row")
+    adds_up = row_stats.rows_in == row_stats.kept + sum(row_stats.rejects.values()) > 0
+    return [name, result.spec.partition("=")[0], f"{row_stats.rows_in:,}", f"{row_stats.kept:,}", rejected], adds_up
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--out", type=Path, help="a Markdown file; default: the terminal")
+    parser.add_argument("--out", type=Path, help="Markdown file; default: stdout")
     arguments = parser.parse_args()
     names = sorted(str(path.relative_to(arguments.folder)) for path in arguments.folder.rglob("*") if path.is_file())
     if not names:
-        parser.error(f"{arguments.folder} holds no file")
-    sorts = {name: sort_of(name) for name in names}
-    training = [name for name in names if sorts[name] == "training"]
+        parser.error(f"{arguments.folder} contains no file")
+    kinds = {name: classify(name) for name in names}
+    training = [name for name in names if kinds[name] == "training"]
     rows, wrong = [], []
     for number, name in enumerate(training, start=1):
         print(f"{number} of {len(training)}: {name}", file=sys.stderr)
-        row, adds_up = row_of(arguments.folder, name)
+        row, adds_up = check_file(arguments.folder, name)
         rows.append(row)
         wrong += [] if adds_up else [name]
-    folders = sorted({name.split("/")[0] for name in names if sorts[name] == "evaluation"})
+    folders = sorted({name.split("/")[0] for name in names if kinds[name] == "evaluation"})
     text = "\n\n".join(
         [
             "# What happens to every row",
@@ -89,9 +89,9 @@ def main() -> int:
             ),
             format_table(["file", "read as", "rows", "kept", "rejected"], rows),
             fill(
-                f"{len(training)} training files. {sum(sort == 'evaluation' for sort in sorts.values())} files of "
+                f"{len(training)} training files. {sum(kind == 'evaluation' for kind in kinds.values())} files of "
                 f"evaluation sets and held-out splits were not read (in {', '.join(folders)}), nor "
-                f"{sum(sort == 'companion' for sort in sorts.values())} files that contain no rows of their own."
+                f"{sum(kind == 'companion' for kind in kinds.values())} files that contain no rows of their own."
             ),
         ]
     )

@@ -1,9 +1,9 @@
-"""What this machine can do right now, and what it is; JSON on stdout.
+"""Measures the current speed of this machine and describes it, as JSON on stdout.
 
     python scripts/bench/calibration.py [--quick]
 
-matrix products in FLOP/s (the best of ten; training's own shapes: the first matrix of an MLP, and the vocabulary
-head, 2,048 tokens each), a memory copy in bytes/s (read and written bytes both counted), and Python's loop in rounds/s.
+Matrix products in FLOP/s (best of ten, with the shapes of an MLP matrix and the vocabulary head for 2,048 tokens), a
+memory copy in bytes/s (bytes read and written), and a Python loop in rounds/s.
 """
 
 import json
@@ -59,19 +59,19 @@ def python_loop(rounds: int = 10**6) -> float:
     return rounds / best_seconds(loop, 5)
 
 
-def measured(quick: bool) -> dict[str, float]:
+def measure(quick: bool) -> dict[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = ((64, 64, 64),) if quick else SHAPES
-    found = {}
+    rates = {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         for shape in shapes:
-            found[f"{name} {'x'.join(map(str, shape))}"] = matrix_product(shape, dtype, 10, device)
-    found["memory copy"] = memory_copy(10**6 if quick else COPIED_BYTES, 5, device)
-    found["python loop"] = python_loop()
-    return found
+            rates[f"{name} {'x'.join(map(str, shape))}"] = matrix_product(shape, dtype, 10, device)
+    rates["memory copy"] = memory_copy(10**6 if quick else COPIED_BYTES, 5, device)
+    rates["python loop"] = python_loop()
+    return rates
 
 
-def machine() -> dict[str, object]:
+def describe_machine() -> dict[str, object]:
     cpu, flags = platform.processor(), set()
     if Path("/proc/cpuinfo").is_file():
         about = Path("/proc/cpuinfo").read_text()
@@ -89,4 +89,4 @@ def machine() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"machine": machine(), "calibration": measured("--quick" in sys.argv)}))
+    print(json.dumps({"machine": describe_machine(), "calibration": measure("--quick" in sys.argv)}))

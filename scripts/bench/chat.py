@@ -1,10 +1,10 @@
-"""One side of fine-tuning or preference training, in this process; its record goes to a JSON file.
+"""Runs one side of fine-tuning or preference training and writes its record to a JSON file.
 
     python scripts/bench/chat.py WORK_JSON SIDE MATERIAL RESULT [LEVER]
 
-An epoch is one step, so that a side may pack, pad and order the rows as it likes and has still done the same work. The
-rows come as token ids: no side turns text into them. Time counts from the call that trains to the end of the step; in
-preference training from before the trainer is made, since rorchat's is made with the reference's log-probabilities.
+An epoch is one step, so that all sides do the same work however they pack, pad and order the rows. Rows are token ids:
+tokenization is not measured. Time counts from the call of `train()` to the end of the step, in preference training from
+before the trainer is built, because rorchat computes the log-probabilities of the reference there.
 """
 
 import json
@@ -14,43 +14,43 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from chat_material import IGNORE_INDEX, IM_START, labelled, rows_sha256, supervised
+from chat_material import IGNORE_INDEX, IM_START, count_supervised, label, rows_sha256
 from datasets import Dataset
-from material import loaded_model, tokenizer_of
+from material import load_initial_model, make_tokenizer
+from recorder import Recorder
 from torch import Tensor
-from training import begin, device, precision_of, watched, without
-from watch import Watch
+from training import device, get_precision, run_without, start_recording, with_recorder
 from works import LEVERS, Work
 
-NO_DATA = ("--sources", "persona=1", "--eval_strategy", "no", "--save_strategy", "no")  # rows are given, and not read
+NO_DATA = ("--sources", "persona=1", "--eval_strategy", "no", "--save_strategy", "no")  # rows are passed directly
 LEAST_SETTINGS = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_first_step": True}
 
 
-def read_rows(watch: Watch) -> list[dict[str, list[int]]]:
-    return json.loads((watch.folder / "rows.json").read_text())
+def read_rows(recorder: Recorder) -> list[dict[str, list[int]]]:
+    return json.loads((recorder.folder / "rows.json").read_text())
 
 
-def without_padding(inputs: dict[str, Tensor], pad: int) -> Tensor:
-    """Ids and labels (2, N) of a batch, however it is made up: neither has a row a token of padding in it."""
+def remove_padding(inputs: dict[str, Tensor], pad: int) -> Tensor:
+    """Ids and labels (2, N) of a batch without padding."""
     ids = inputs["input_ids"]
     labels = inputs["labels"] if "labels" in inputs else ids.masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
     kept = ids != pad
     return torch.stack([ids[kept], labels[kept]])
 
 
-def watched_rows(trainer_class: type, watch: Watch, tokenizer) -> type:
-    watch.digest = partial(rows_sha256, start=tokenizer.convert_tokens_to_ids(IM_START))
-    return watched(trainer_class, watch, partial(without_padding, pad=tokenizer.pad_token_id))
+def with_row_recorder(trainer_class: type, recorder: Recorder, tokenizer) -> type:
+    recorder.digest = partial(rows_sha256, start=tokenizer.convert_tokens_to_ids(IM_START))
+    return with_recorder(trainer_class, recorder, partial(remove_padding, pad=tokenizer.pad_token_id))
 
 
-def first_log(trainer) -> dict[str, float]:
-    """What the trainer itself says of its first step."""
+def read_first_log(trainer) -> dict[str, float]:
+    """The first training log of the trainer."""
     return next(log for log in trainer.state.log_history if "grad_norm" in log)
 
 
 @torch.no_grad()
 def loss_without_dropout(trainer) -> float:
-    """Nats per supervised token over the epoch's batches, by the side's own way to compute them."""
+    """Nats per supervised token over the batches of the epoch, by the loss of the side itself."""
     batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
     tokens = trainer._get_num_items_in_batch(batches, trainer.args.device)
     trainer.model.eval()
@@ -60,19 +60,19 @@ def loss_without_dropout(trainer) -> float:
     return sum(loss.item() for loss in losses)
 
 
-def tuned(watch: Watch, trainer, precision: str, dropout: float = 0.0) -> dict:
-    """The record of one epoch of fine-tuning."""
+def train_sft(recorder: Recorder, trainer, precision: str, dropout: float = 0.0) -> dict:
+    """Train one epoch of fine-tuning and return the record."""
     plain = loss_without_dropout(trainer) if dropout else None
-    begin(watch, trainer.model, precision)
+    start_recording(recorder, trainer.model, precision)
     trainer.train()
-    return watch.record(plain) | {"first_gradient_norm": None if dropout else first_log(trainer)["grad_norm"]}
+    return recorder.record(plain) | {"first_gradient_norm": None if dropout else read_first_log(trainer)["grad_norm"]}
 
 
-def trl(watch: Watch, dropout: float = 0.0, **settings) -> dict:
-    """TRL's SFTTrainer with its defaults, but that it saves nothing and draws no bar."""
+def run_trl_sft(recorder: Recorder, dropout: float = 0.0, **settings) -> dict:
+    """TRL's SFTTrainer with its defaults, without saving and progress bar."""
     from trl import SFTConfig, SFTTrainer, pack_dataset
 
-    work, tokenizer, rows = watch.work, tokenizer_of(watch.work), read_rows(watch)
+    work, tokenizer, rows = recorder.work, make_tokenizer(recorder.work), read_rows(recorder)
     dataset = Dataset.from_list(rows)
     number = len(pack_dataset(dataset, work.block_size)) if settings.get("packing") else len(rows)
     with tempfile.TemporaryDirectory() as folder:
@@ -81,27 +81,27 @@ def trl(watch: Watch, dropout: float = 0.0, **settings) -> dict:
             per_device_train_batch_size=work.rows, gradient_accumulation_steps=-(-number // work.rows),
             **LEAST_SETTINGS, **settings,
         )  # fmt: skip
-        made = watched_rows(SFTTrainer, watch, tokenizer)(
-            model=loaded_model(work, watch.folder, dropout),
+        trainer = with_row_recorder(SFTTrainer, recorder, tokenizer)(
+            model=load_initial_model(work, recorder.folder, dropout),
             args=arguments,
             train_dataset=dataset,
             processing_class=tokenizer,
         )
-        return tuned(watch, made, precision_of(arguments), dropout)
+        return train_sft(recorder, trainer, get_precision(arguments), dropout)
 
 
 def micro_batch(rows: int, at_most: int) -> int:
-    """The largest number of rows that divides them, so that the step ends with the epoch."""
+    """The largest divisor of `rows` up to `at_most`, so that the step ends with the epoch."""
     return max(number for number in range(1, at_most + 1) if rows % number == 0)
 
 
-def rorchat(watch: Watch, flags: tuple[str, ...] = ()) -> dict:
-    """The ChatTrainer that recipes/sft.py makes."""
+def run_rorchat_sft(recorder: Recorder, flags: tuple[str, ...] = ()) -> dict:
+    """The trainer of recipes/sft.py."""
     from rorchat.mixture.packing import Sequences
-    from rorchat.training import sft  # where a lever may have put another `pack`
+    from rorchat.training import sft  # a lever may replace its `pack`
     from rorchat.training.arguments import parse
 
-    work, tokenizer, rows = watch.work, tokenizer_of(watch.work), read_rows(watch)
+    work, tokenizer, rows = recorder.work, make_tokenizer(recorder.work), read_rows(recorder)
     train, validation = (Sequences((row["input_ids"], row["labels"]) for row in part) for part in (rows, rows[:1]))
     packed = len(sft.pack(train.lengths, work.block_size))
     size = micro_batch(packed, work.rows)
@@ -109,21 +109,23 @@ def rorchat(watch: Watch, flags: tuple[str, ...] = ()) -> dict:
         argv = [*NO_DATA, "--output_dir", folder, "--max_steps", str(work.steps), "--logging_first_step", "true"]
         argv += ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(packed // size)]
         arguments = parse(sft.SFTArguments, [*argv, *flags])
-        model = loaded_model(work, watch.folder)
-        made = watched_rows(sft.ChatTrainer, watch, tokenizer)(model, arguments, tokenizer, train, validation)
-        return tuned(watch, made, precision_of(arguments))
+        model = load_initial_model(work, recorder.folder)
+        trainer = with_row_recorder(sft.ChatTrainer, recorder, tokenizer)(
+            model, arguments, tokenizer, train, validation
+        )
+        return train_sft(recorder, trainer, get_precision(arguments))
 
 
-def preferred(watch: Watch, trainer, comparable: bool = True) -> dict:
-    """The record of one epoch of preference training.
+def train_dpo(recorder: Recorder, trainer, comparable: bool = True) -> dict:
+    """Train one epoch on preferences and return the record.
 
     Args:
-        comparable: the loss is TRL's default one, so that the gradient is that of the others.
+        comparable: Whether the loss is TRL's default, so that the gradient norm must equal that of the proof.
     """
     trainer.train()
-    log, sides = first_log(trainer), zip(*map(labelled, read_rows(watch)), strict=True)
-    chosen, rejected = (supervised(side) / len(side) for side in sides)  # tokens of a reply
-    return watch.record() | {
+    log, sides = read_first_log(trainer), zip(*map(label, read_rows(recorder)), strict=True)
+    chosen, rejected = (count_supervised(side) / len(side) for side in sides)  # tokens per reply
+    return recorder.record() | {
         "first_chosen_loss": -log["logps/chosen"] / chosen,
         "first_rejected_loss": -log["logps/rejected"] / rejected,
         "first_reward": max(abs(log["rewards/chosen"]), abs(log["rewards/rejected"])),
@@ -131,39 +133,39 @@ def preferred(watch: Watch, trainer, comparable: bool = True) -> dict:
     }
 
 
-def trl_dpo(watch: Watch, **settings) -> dict:
-    """TRL's DPOTrainer with its defaults, as above; it has the initial weights twice."""
+def run_trl_dpo(recorder: Recorder, **settings) -> dict:
+    """TRL's DPOTrainer with its defaults and a second model as the reference, without saving and progress bar."""
     from trl import DPOConfig, DPOTrainer
 
     class Prepared(DPOTrainer):
         def _prepare_dataset(self, dataset, *_):
-            return dataset  # TRL knows no rows that come as ids
+            return dataset  # TRL cannot take rows of ids
 
-    work, tokenizer, rows = watch.work, tokenizer_of(watch.work), read_rows(watch)
+    work, tokenizer, rows = recorder.work, make_tokenizer(recorder.work), read_rows(recorder)
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPOConfig(
             output_dir=folder, max_steps=work.steps, max_length=work.block_size, use_cpu=device() == "cpu",
             per_device_train_batch_size=work.rows, gradient_accumulation_steps=work.passes, **LEAST_SETTINGS,
             **settings,
         )  # fmt: skip
-        model, reference = (loaded_model(work, watch.folder) for _ in range(2))
-        begin(watch, model, precision_of(arguments))
-        made = watched_rows(Prepared, watch, tokenizer)(
+        model, reference = (load_initial_model(work, recorder.folder) for _ in range(2))
+        start_recording(recorder, model, get_precision(arguments))
+        trainer = with_row_recorder(Prepared, recorder, tokenizer)(
             model=model,
             ref_model=reference,
             args=arguments,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
         )
-        return preferred(watch, made)
+        return train_dpo(recorder, trainer)
 
 
-def rorchat_dpo(watch: Watch, flags: tuple[str, ...] = (), sft_term: bool = False) -> dict:
-    """The PreferenceTrainer that recipes/dpo.py makes."""
+def run_rorchat_dpo(recorder: Recorder, flags: tuple[str, ...] = (), sft_term: bool = False) -> dict:
+    """The trainer of recipes/dpo.py."""
     from rorchat.training.arguments import parse
     from rorchat.training.dpo import DPOArguments, PreferenceTrainer
 
-    work, tokenizer, rows = watch.work, tokenizer_of(watch.work), read_rows(watch)
+    work, tokenizer, rows = recorder.work, make_tokenizer(recorder.work), read_rows(recorder)
     size = micro_batch(len(rows), work.rows)
     with tempfile.TemporaryDirectory() as folder:
         argv = [*NO_DATA, "--output_dir", folder, "--max_steps", str(work.steps), "--logging_first_step", "true"]
@@ -171,37 +173,39 @@ def rorchat_dpo(watch: Watch, flags: tuple[str, ...] = (), sft_term: bool = Fals
         argv += ["--model", "given-as-an-object"]
         argv += [] if sft_term else ["--loss_type", "sigmoid", "--loss_weights", "1"]
         arguments = parse(DPOArguments, [*argv, *flags])
-        model = loaded_model(work, watch.folder)
-        begin(watch, model, precision_of(arguments))
+        model = load_initial_model(work, recorder.folder)
+        start_recording(recorder, model, get_precision(arguments))
         train, validation = Dataset.from_list(rows), Dataset.from_list(rows[:1])
-        made = watched_rows(PreferenceTrainer, watch, tokenizer)(model, arguments, tokenizer, train, validation)
-        return preferred(watch, made, comparable=not sft_term)
+        trainer = with_row_recorder(PreferenceTrainer, recorder, tokenizer)(
+            model, arguments, tokenizer, train, validation
+        )
+        return train_dpo(recorder, trainer, comparable=not sft_term)
 
 
 FP32 = {"bf16": False, "gradient_checkpointing": False}
 SIDES = {
     "conversations": {
-        "trl-default": partial(trl, dropout=0.1),
-        "trl-packing": partial(trl, dropout=0.1, packing=True),
-        "trl-fp32": partial(trl, **FP32),
-        "trl-packing-fp32": partial(trl, packing=True, **FP32),
-        "rorchat": rorchat,
+        "trl-default": partial(run_trl_sft, dropout=0.1),
+        "trl-packing": partial(run_trl_sft, dropout=0.1, packing=True),
+        "trl-fp32": partial(run_trl_sft, **FP32),
+        "trl-packing-fp32": partial(run_trl_sft, packing=True, **FP32),
+        "rorchat": run_rorchat_sft,
     },
     "pairs": {
-        "trl-dpo-default": trl_dpo,
-        "trl-dpo-fp32": partial(trl_dpo, **FP32),
-        "rorchat-dpo": rorchat_dpo,
-        "rorchat-dpo-default": partial(rorchat_dpo, sft_term=True),
+        "trl-dpo-default": run_trl_dpo,
+        "trl-dpo-fp32": partial(run_trl_dpo, **FP32),
+        "rorchat-dpo": run_rorchat_dpo,
+        "rorchat-dpo-default": partial(run_rorchat_dpo, sft_term=True),
     },
 }
 
 
 def main(argv: list[str]) -> None:
     description, side, folder, result, *levers = argv
-    watch = Watch(Work.read(description), Path(folder))
-    data = watch.work.data
+    recorder = Recorder(Work.read(description), Path(folder))
+    data = recorder.work.data
     run = SIDES[data][side]
-    record = without(LEVERS[data][levers[0]], run, watch) if levers else run(watch)
+    record = run_without(LEVERS[data][levers[0]], run, recorder) if levers else run(recorder)
     Path(result).write_text(json.dumps(record))
 
 

@@ -1,11 +1,10 @@
-"""How long real conversations and pairs are: the lengths with which the works `sft` and `dpo` are made (lengths.json).
+"""Measures the lengths of real conversations and pairs, from which the works `sft` and `dpo` are made (lengths.json).
 
-    python scripts/bench/lengths.py DATA DATA/gpt2_tokenizer        # prints what lengths.json is to hold
+    python scripts/bench/lengths.py DATA DATA/gpt2_tokenizer        # prints the content of lengths.json
 
-DATA is a folder of datasets in their original formats, laid out as in CHAT and PREFERENCE. The rows are encoded as for
-training, in a window of 1,024 tokens, and counted; no word of them is kept. Of the rows of all files, sorted by length,
-those are drawn that stand at (k + 1/2) / n for k from 0 to n - 1: no luck is in the draw, and the longest row
-has its share.
+DATA is a folder of datasets in their original formats, with the files in CHAT and PREFERENCE. The rows are encoded as
+for training, in a window of 1,024 tokens; only their lengths are kept. The sample is deterministic: of all rows sorted
+by length, those at positions (k + 1/2) / n for k from 0 to n - 1.
 """
 
 import argparse
@@ -22,8 +21,8 @@ from rorchat.tokenizer import load_tokenizer
 
 WINDOW = 1024
 CONVERSATIONS, PAIRS = 96, 32
-#: Files of conversations, and the source that reads each. No evaluation set is among them, and no file that is part of
-#: another one but dialogues_text.txt, of which train.zip has the same dialogues in another order.
+#: Files of conversations and the sources that read them. They contain no evaluation set and no duplicates, except that
+#: dialogues_text.txt and train.zip have the same dialogues in another order.
 CHAT = {
     "alpaca/alpaca_5000.json": "alpaca",
     "alpaca/alpaca_en_demo.json": "alpaca",
@@ -52,42 +51,42 @@ PREFERENCE = {
 }
 
 
-def stretches(labels: list[int]) -> list[int]:
-    """How many tokens are context, then supervised, then context, and so on; their sum is the row's length."""
+def segment_lengths(labels: list[int]) -> list[int]:
+    """Numbers of context, supervised, context, ... tokens in a row."""
     return [len(list(part)) for _, part in groupby(labels, key=lambda label: label != IGNORE_INDEX)]
 
 
-def conversations_of(spec: str, tokenizer, window: int) -> list[list[int]]:
-    """The stretches of every conversation of a source that has an exchange in the window."""
+def read_conversation_lengths(spec: str, tokenizer, window: int) -> list[list[int]]:
+    """Segment lengths of the conversations of a source that have at least one exchange within the window."""
     encoded = encode_conversations(tokenizer, [row["messages"] for row in load_rows(spec, "conversation")], window)
-    return [stretches(row.labels) for row in encoded if row is not None]
+    return [segment_lengths(row.labels) for row in encoded if row is not None]
 
 
-def pairs_of(spec: str, tokenizer, window: int) -> list[list[int]]:
-    """[prompt, chosen, rejected] tokens of every pair of a source of which both sides fit into the window."""
+def read_pair_lengths(spec: str, tokenizer, window: int) -> list[list[int]]:
+    """[prompt, chosen, rejected] lengths of the pairs of a source whose two sides fit into the window."""
     rows = list(load_rows(spec, "preference"))
     sides = [
         encode_conversations(tokenizer, [[*row["prompt"], *row[side]] for row in rows])
         for side in ("chosen", "rejected")
     ]
-    found = []
+    lengths = []
     for better, worse in zip(*sides, strict=True):
-        # the last three stretches: the prompt's end, the reply, and the line end behind it, which is not trained
-        *_, chosen, end = stretches(better.labels)
-        *_, rejected, _ = stretches(worse.labels)
+        # the last three segments: end of the prompt, reply, and the final line end, which is not supervised
+        *_, chosen, end = segment_lengths(better.labels)
+        *_, rejected, _ = segment_lengths(worse.labels)
         if max(len(better.labels), len(worse.labels)) <= window:
-            found.append([len(better.labels) - chosen - end, chosen, rejected])
-    return found
+            lengths.append([len(better.labels) - chosen - end, chosen, rejected])
+    return lengths
 
 
-def conversations_in(data: Path, tokenizer, window: int) -> Iterator[tuple[str, list[list[int]]]]:
-    """(file, stretches of its conversations) of every file of CHAT."""
+def read_all_conversations(data: Path, tokenizer, window: int) -> Iterator[tuple[str, list[list[int]]]]:
+    """(file, segment lengths of its conversations) for every file in CHAT."""
     for file, source in CHAT.items():
-        yield file, conversations_of(f"{source}={data / file}", tokenizer, window)
+        yield file, read_conversation_lengths(f"{source}={data / file}", tokenizer, window)
 
 
-def drawn(rows: list[list[int]], number: int) -> list[list[int]]:
-    """So many of the rows, evenly over their lengths."""
+def sample_evenly(rows: list[list[int]], number: int) -> list[list[int]]:
+    """A sample of the rows, evenly spaced in the order of their lengths."""
     ordered = sorted(rows, key=lambda row: (sum(row), row))
     return [ordered[(2 * k + 1) * len(ordered) // (2 * number)] for k in range(number)]
 
@@ -95,22 +94,22 @@ def drawn(rows: list[list[int]], number: int) -> list[list[int]]:
 @exits_with_one_line
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="a folder laid out as in CHAT and PREFERENCE")
-    parser.add_argument("tokenizer", help="a folder or a Hub id")
+    parser.add_argument("data", type=Path, help="folder with the files in CHAT and PREFERENCE")
+    parser.add_argument("tokenizer", help="folder or Hub id")
     arguments = parser.parse_args(argv)
     tokenizer = load_tokenizer(arguments.tokenizer)
-    conversations = [row for _, rows in conversations_in(arguments.data, tokenizer, WINDOW) for row in rows]
+    conversations = [row for _, rows in read_all_conversations(arguments.data, tokenizer, WINDOW) for row in rows]
     pairs = [
         row
         for file, source in PREFERENCE.items()
-        for row in pairs_of(f"{source}={arguments.data / file}", tokenizer, WINDOW)
+        for row in read_pair_lengths(f"{source}={arguments.data / file}", tokenizer, WINDOW)
     ]
     kept = {
         "command": "python scripts/bench/lengths.py DATA DATA/gpt2_tokenizer",
         "window": WINDOW,
-        "conversations": drawn(conversations, CONVERSATIONS),
+        "conversations": sample_evenly(conversations, CONVERSATIONS),
         "conversations_drawn_from": len(conversations),
-        "pairs": drawn(pairs, PAIRS),
+        "pairs": sample_evenly(pairs, PAIRS),
         "pairs_drawn_from": len(pairs),
     }
     print("{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in kept.items()) + "\n}")

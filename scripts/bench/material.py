@@ -1,11 +1,11 @@
-"""What all sides of a work are given, made once: tokens, initial weights, a token store, and what proves equal work.
+"""Makes what all sides of a work share: tokens, initial weights, a token store, and a proof of equal work.
 
     python scripts/bench/material.py WORK_JSON FOLDER
 
-FOLDER/tokens.npy           uint16 (rows, block_size), in the order in which they are read
-FOLDER/store/               the same rows as a token store, of which a mixture gives them in that order
-FOLDER/weights.safetensors  the initial weights, in GPT-2's names
-FOLDER/proof.json           sha256 of the tokens and of the weights, parameters, and the loss of the first step
+FOLDER/tokens.npy           uint16 (rows, block_size) in reading order
+FOLDER/store/               a token store whose mixture yields the same rows in the same order
+FOLDER/weights.safetensors  initial weights with GPT-2's names
+FOLDER/proof.json           sha256 of tokens and weights, number of parameters, and loss of the first step
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from works import Work
 
 SEED = 0
-STORE = "store"  # the name by which a mixture knows `store=FOLDER`
+STORE = "store"  # the name of the source `store=FOLDER` in a mixture
 
 
-def stock_model(work: Work, dropout: float = 0.0) -> GPT2LMHeadModel:
+def build_stock_model(work: Work, dropout: float = 0.0) -> GPT2LMHeadModel:
     layers, heads, width = work.shape
     torch.manual_seed(SEED)
     return GPT2LMHeadModel(
@@ -36,17 +36,17 @@ def stock_model(work: Work, dropout: float = 0.0) -> GPT2LMHeadModel:
     )  # fmt: skip
 
 
-def loaded_model(work: Work, folder: Path, dropout: float = 0.0) -> GPT2LMHeadModel:
-    """A stock model with the initial weights; copied, since tensors of a mapped file have small pages."""
-    model = stock_model(work, dropout)
-    left = model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
-    if left.unexpected_keys or left.missing_keys != ["lm_head.weight"]:  # tied to the embedding
-        raise ValueError(f"the weights do not fit the model: {left}")
+def load_initial_model(work: Work, folder: Path, dropout: float = 0.0) -> GPT2LMHeadModel:
+    """A stock model with the initial weights, copied because tensors of a memory-mapped file have small pages."""
+    model = build_stock_model(work, dropout)
+    result = model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
+    if result.unexpected_keys or result.missing_keys != ["lm_head.weight"]:  # tied to the embedding
+        raise ValueError(f"the weights do not fit the model: {result}")
     return model
 
 
 class Rows(Dataset):
-    """The rows in their order: {"input_ids": (block_size,), "labels": (block_size,)}, int64."""
+    """The rows in reading order: {"input_ids": (block_size,), "labels": (block_size,)}, int64."""
 
     def __init__(self, folder: Path):
         self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
@@ -64,7 +64,7 @@ class Rows(Dataset):
 
 
 def tokens_sha256(batches: Iterable[torch.Tensor]) -> str:
-    """Of ids in the order in which they were read, however they were cut into batches."""
+    """Hash of the ids in reading order, independent of the batches."""
     digest = hashlib.sha256()
     for ids in batches:
         digest.update(ids.cpu().numpy().astype("<i8").tobytes())
@@ -72,7 +72,7 @@ def tokens_sha256(batches: Iterable[torch.Tensor]) -> str:
 
 
 def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
-    """Of names and float32 values, without `lm_head.weight`, which is the embedding under a second name."""
+    """Hash of names and float32 values without `lm_head.weight`, which is tied to the embedding."""
     digest = hashlib.sha256()
     for name in sorted(set(weights) - {"lm_head.weight"}):
         digest.update(name.encode())
@@ -80,14 +80,14 @@ def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_of(work: Work):
-    """As many tokens as the model has rows, most of them reserved slots: only ids are read here."""
+def make_tokenizer(work: Work):
+    """A tokenizer of the vocabulary size of the work; most tokens are reserved slots, since only ids are used."""
     from rorchat.tokenizer import train_tokenizer
 
     return train_tokenizer(["a b c"], vocab_size=work.vocabulary)
 
 
-def mixture_of(work: Work, folder: Path):
+def make_mixture(work: Work, folder: Path):
     from rorchat.mixture.config import MixtureConfig
     from rorchat.mixture.dataset import Mixture
     from rorchat.mixture.plan import Plan
@@ -101,11 +101,11 @@ def mixture_of(work: Work, folder: Path):
 
 
 def make_tokens(work: Work, folder: Path) -> None:
-    """Random rows, each a document; what stands in tokens.npy is what a mixture makes of their store."""
+    """Write a store of random rows, one document each, and tokens.npy in the order of its mixture."""
     from rorchat.chatml import END_OF_TEXT
     from rorchat.tokens.import_shards import import_shards
 
-    tokenizer = tokenizer_of(work)
+    tokenizer = make_tokenizer(work)
     rows = np.random.default_rng(SEED).integers(
         256, work.vocabulary, (work.rows_consumed + 1, work.block_size), dtype=np.uint16
     )
@@ -115,14 +115,14 @@ def make_tokens(work: Work, folder: Path) -> None:
     np.save(shards / "train.npy", rows[:-1].reshape(-1))
     np.save(shards / "val.npy", rows[-1])
     import_shards(shards, tokenizer, folder / STORE)
-    mixture = mixture_of(work, folder)
+    mixture = make_mixture(work, folder)
     ordered = np.stack([mixture[row]["input_ids"].numpy() for row in range(work.rows_consumed)])
     np.save(folder / "tokens.npy", ordered.astype(np.uint16))
 
 
 @torch.no_grad()
 def first_loss(work: Work, folder: Path, model: GPT2LMHeadModel) -> float:
-    """Nats per predicted token of the first step's rows: plain forward passes, no dropout."""
+    """Nats per predicted token of the rows of the first step, without dropout."""
     rows, losses = Rows(folder), []
     model.eval()
     for number in range(work.passes):
@@ -140,7 +140,7 @@ def save_weights(model: GPT2LMHeadModel, folder: Path) -> dict[str, torch.Tensor
 
 def make(work: Work, folder: Path) -> None:
     make_tokens(work, folder)
-    model = stock_model(work)
+    model = build_stock_model(work)
     proof = {
         "tokens_sha256": tokens_sha256([Rows(folder).batch(0, work.rows_consumed)]),
         "weights_sha256": weights_sha256(save_weights(model, folder)),

@@ -1,10 +1,10 @@
-"""What it takes to start training over token stores that exist, and to read any row of them.
+"""Measures how long it takes to open existing token stores and to read random rows of them.
 
-    python scripts/bench/token_store.py                      # four stores of 5 and of 250 million tokens each
+    python scripts/bench/token_store.py                      # four stores of 5, then of 250 million tokens each
 
-Each size in a process of its own: seconds from the imports to the first row of a plan of 10^9 rows (manifests read,
-arrays mapped, plan made, row checked), milliseconds of a random row, and how much the process has grown after 2,000 of
-them (RssAnon: pages of mapped files are the system's to take back).
+Each size runs in a separate process: seconds from the imports to the first row of a plan of 10^9 rows (read manifests,
+map arrays, make the plan, check the row), milliseconds per random row, and the growth of the process after 2,000 rows
+(RssAnon, which excludes the pages of memory-mapped files).
 """
 
 import argparse
@@ -21,8 +21,8 @@ import numpy as np
 ROWS, BLOCK_SIZE, SOURCES = 10**9, 1024, 4
 
 
-def made(folder: Path, tokens: int) -> list[Path]:
-    """Stores of random ids, in the format that `rorchat.tokens.prepare` writes."""
+def make_stores(folder: Path, tokens: int) -> list[Path]:
+    """Write stores of random ids in the format of `rorchat.tokens.prepare`."""
     from rorchat.tokens.store import Manifest, Shard
     from rorchat.tokens.tokenize_shard import ArrayWriter, sealed
 
@@ -82,7 +82,7 @@ def measure(folders: list[str]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--millions", type=int, nargs="+", default=[5, 250], help="tokens of each of the four stores")
+    parser.add_argument("--millions", type=int, nargs="+", default=[5, 250], help="million tokens of each store")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -90,11 +90,11 @@ def main() -> None:
         return
     for millions in arguments.millions:
         with tempfile.TemporaryDirectory() as folder:
-            stores = made(Path(folder), millions * 10**6)
+            stores = make_stores(Path(folder), millions * 10**6)
             words = [sys.executable, __file__, "--measure", *map(str, stores)]
-            found = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-        told = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-        print(f"{SOURCES} stores of {millions:,}M tokens: {told}")
+            measured = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        text = ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
+        print(f"{SOURCES} stores of {millions:,}M tokens: {text}")
 
 
 if __name__ == "__main__":

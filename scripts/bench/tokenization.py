@@ -1,13 +1,13 @@
-"""From a file to a token store against what only turns texts in memory into ids: MB of UTF-8 a second.
+"""Compares preparing a token store from a file with tokenizing texts in memory, in MB of UTF-8 per second.
 
     python scripts/bench/tokenization.py prose=DATA/corpus_prose DATA/gpt2_tokenizer
     python scripts/bench/tokenization.py prose=DATA/corpus_prose runs/my-tokenizer --workers 2
 
-    rorchat     read, check, hash, tokenize, write shards and manifest: all of `rorchat data prepare`
-    tiktoken    encode_ordinary_batch of the texts in memory, as many threads (GPT-2's vocabulary only)
-    tokenizers  encode_batch_fast of the texts in memory, as many threads
+    rorchat     all of `rorchat data prepare`: read, check, hash, tokenize, write shards and manifest
+    tiktoken    encode_ordinary_batch of the texts in memory with as many threads (vocabulary of GPT-2 only)
+    tokenizers  encode_batch_fast of the texts in memory with as many threads
 
-Sides are interleaved in one process and the median of the rounds counts. The ids are compared, as proof of equal work.
+The sides are interleaved in one process; the median of the rounds counts. All sides must give the same ids.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("source", help="NAME=PATH")
-parser.add_argument("tokenizer", help="a folder")
+parser.add_argument("tokenizer", help="folder")
 parser.add_argument("--workers", type=int, default=1)
 parser.add_argument("--rounds", type=int, default=5)
 arguments = parser.parse_args()
@@ -38,8 +38,8 @@ from rorchat.tokens.encode import GPT2_PATTERN, Encoder  # noqa: E402
 from rorchat.tokens.prepare import prepare  # noqa: E402
 
 
-def texts_of(source: str) -> list[str]:
-    """The texts without duplicates, as the store has them."""
+def read_texts(source: str) -> list[str]:
+    """The texts without duplicates, as in the store."""
     seen, texts = set(), []
     for row in load_rows(source, "document"):
         mark = text_digest(row["text"])
@@ -49,8 +49,8 @@ def texts_of(source: str) -> list[str]:
     return texts
 
 
-def sides(tokenizer, texts: list[str], folder: Path) -> dict:
-    """What each side does; each gives all its ids behind <|endoftext|>s, or for tokenizers a way to them."""
+def make_sides(tokenizer, texts: list[str], folder: Path) -> dict:
+    """Functions that run each side: rorchat returns its store, the others lists of ids."""
     engine = tokenizer.backend_tokenizer
     engine.encode_special_tokens = True
 
@@ -61,7 +61,7 @@ def sides(tokenizer, texts: list[str], folder: Path) -> dict:
     def tokenizers():
         return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)]
 
-    found = {"rorchat": rorchat, "tokenizers": tokenizers}
+    sides = {"rorchat": rorchat, "tokenizers": tokenizers}
     encoder = Encoder(tokenizer)
     if encoder.pattern == GPT2_PATTERN and encoder._merger is not None:
         import tiktoken
@@ -69,13 +69,13 @@ def sides(tokenizer, texts: list[str], folder: Path) -> dict:
 
         ranks = encoder._merger._mergeable_ranks
         reference = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
-        # Ranks are ids here but for the bytes, which GPT-2 numbers otherwise
-        found["tiktoken"] = lambda: reference.encode_ordinary_batch(texts, num_threads=arguments.workers)
-    return found
+        # ranks equal ids except for single bytes, which GPT-2 orders differently
+        sides["tiktoken"] = lambda: reference.encode_ordinary_batch(texts, num_threads=arguments.workers)
+    return sides
 
 
-def same_ids(results: dict, texts: int) -> bool:
-    """Whether all sides give the same ids, counted; a store has them in the order of its splits."""
+def ids_are_equal(results: dict, texts: int) -> bool:
+    """Whether all sides give the same ids, as sorted lists: a store orders documents by split."""
     store = results["rorchat"]
     ours = np.concatenate([store.slice(split, 0, store.tokens(split)) for split in ("train", "validation")])
     theirs = np.array([token for ids in results["tokenizers"] for token in ids], dtype=np.int64)
@@ -86,14 +86,14 @@ def same_ids(results: dict, texts: int) -> bool:
 
 def main() -> int:
     tokenizer = load_tokenizer(arguments.tokenizer)
-    texts = texts_of(arguments.source)
+    texts = read_texts(arguments.source)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     with tempfile.TemporaryDirectory() as folder:
-        found = sides(tokenizer, texts, Path(folder) / "store")
-        seconds: dict[str, list[float]] = {name: [] for name in found}
-        equal = same_ids({name: work() for name, work in found.items()}, len(texts))
+        sides = make_sides(tokenizer, texts, Path(folder) / "store")
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        equal = ids_are_equal({name: work() for name, work in sides.items()}, len(texts))
         for _ in range(arguments.rounds):
-            for name, work in found.items():
+            for name, work in sides.items():
                 gc.collect()
                 started = time.perf_counter()
                 work()

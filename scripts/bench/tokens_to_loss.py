@@ -1,18 +1,17 @@
-"""How many tokens, and seconds, an optimizer needs to a validation loss: one file of runs, gone on with at will.
+"""Measures how many tokens and seconds an optimizer needs to reach a validation loss. Repeat to add missing runs.
 
-    python scripts/bench/tokens_to_loss.py ../data/corpus_prose runs/bench          # every run, hours on two cores
+    python scripts/bench/tokens_to_loss.py ../data/corpus_prose runs/bench          # all runs, hours on two cores
     python scripts/bench/tokens_to_loss.py ../data/corpus_prose runs/bench --sides nanogpt --seeds 0
     python scripts/bench/tokens_to_loss.py ../data/corpus_prose runs/bench --race "ours 0.2"
     python scripts/bench/tokens_to_loss.py ../data/corpus_prose runs/longer --steps 976 --seeds 0   # 8M tokens
 
-4 layers x 256, a vocabulary of 4,096 trained on the same text, rows of 256 tokens, 8,192 tokens a step. The target is
-the validation loss at which nanoGPT's recipe ends after 2M tokens (AdamW 6e-4, betas 0.9 and 0.95, decay 0.1, cosine to
-a tenth). AdamW tuned is the best of a grid of learning rates, schedules and warm-ups (steps), each run to the same 2M
-tokens. Ours is run with its whole schedule, cooldown included, over a share of those tokens; the smallest share whose
-mean loss over the seeds is at the target or below is its figure.
+Models have 4 layers of width 256, a vocabulary of 4,096 trained on the same text, and steps of 8,192 tokens in rows of
+256. The target is the final validation loss of nanoGPT's recipe after 2M tokens (AdamW 6e-4, betas 0.9 and 0.95, weight
+decay 0.1, cosine to a tenth). "AdamW tuned" is the best of a grid of learning rates, schedules and warm-up steps over
+the same 2M tokens. Our recipe runs its full schedule, including the cooldown, over a share of those tokens; its
+figure is the smallest share whose mean loss over the seeds reaches the target.
 
-Every run is `recipes/pretrain.py`, so that data, initial weights (but for Muon's projections) and evaluation are the
-same.
+All runs use `recipes/pretrain.py`, so that data, initial weights (except Muon's projections) and evaluation are equal.
 """
 
 import argparse
@@ -28,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 STEP_TOKENS, BLOCK_SIZE, STEPS = 8192, 256, 244  # 2.0M tokens
 ADAMW = ["--optimizer", "adamw", "--weight_decay", "0.1"]
 SCHEDULES = {"cosine": "cosine_with_min_lr", "cooldown": "warmup_stable_decay"}
-OURS = ["--optimizer", "muon"]  # the recipe's own rates and schedule
+OURS = ["--optimizer", "muon"]  # learning rates and schedule of the recipe
 SHARES = (0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.35, 1.0)
 GRID = [(rate, schedule, "10") for rate in ("1e-3", "2e-3", "4e-3") for schedule in SCHEDULES]
 GRID += [(rate, "cooldown", warmup) for rate in ("1e-3", "2e-3", "4e-3") for warmup in ("40", "80")]
@@ -46,17 +45,17 @@ SIDES = {
 }
 
 
-def steps_of(side: str, steps: int) -> int:
+def count_steps(side: str, steps: int) -> int:
     return round(steps * float(side.split()[1])) if side.startswith("ours") else steps
 
 
 def run(side: str, seed: int, data: str, folder: Path, steps: int, tokenizer: Path | None = None) -> dict:
-    """One run through the recipe: its validation losses, tokens and seconds. `steps` are those of AdamW's sides."""
+    """Run the recipe once; returns validation losses, tokens and seconds. `steps` are those of the AdamW sides."""
     out = folder / f"{side.replace(' ', '-')}-{seed}"
     flags = {
         "sources": f"prose={data}", "tokenizer": tokenizer or folder / "tokenizer", "size": "4x4x256",
         "block_size": BLOCK_SIZE,
-        "per_device_train_batch_size": 16, "global_batch_tokens": STEP_TOKENS, "max_steps": steps_of(side, steps),
+        "per_device_train_batch_size": 16, "global_batch_tokens": STEP_TOKENS, "max_steps": count_steps(side, steps),
         "seed": seed, "data_seed": seed, "token_store": folder / f"tokens-{seed}", "output_dir": out,
         "eval_steps": 0.25, "logging_steps": 5, "save_strategy": "no",
     }  # fmt: skip
@@ -79,10 +78,10 @@ def run(side: str, seed: int, data: str, folder: Path, steps: int, tokenizer: Pa
 
 
 def race(side: str, data: str, folder: Path, times: float) -> dict:
-    """Seconds and loss of ours, and where Transformers' Trainer with its defaults is then, and until `times` as long.
+    """Compare a side with Transformers' Trainer with its defaults, which gets up to `times` as much time.
 
-    Its defaults: AdamW 5e-5 falling to 0 over three epochs of the 2M tokens, 8 rows a step, dropout 0.1, float32. It is
-    given the rows of our mixture and the weights of a stock GPT-2; its evaluations are off the clock.
+    The defaults are AdamW 5e-5 falling to 0 over three epochs of the 2M tokens, 8 rows per step, dropout 0.1, float32.
+    The Trainer gets the rows of our mixture and a new stock GPT-2; time for evaluations is not counted.
     """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
@@ -106,8 +105,11 @@ def race(side: str, data: str, folder: Path, times: float) -> dict:
     )
     sizes = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": BLOCK_SIZE, "vocab_size": len(tokenizer)}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
-    held_out, bytes_of = ValidationRows(store, BLOCK_SIZE), torch.tensor(token_bytes(tokenizer))
+    validation_rows, bytes_of = ValidationRows(store, BLOCK_SIZE), torch.tensor(token_bytes(tokenizer))
     curve: list[tuple[float, float]] = []
+
+    def collate(batch):
+        return collate_padded(batch, 0)
 
     class Clock(TrainerCallback):
         spent, since = 0.0, 0.0
@@ -120,7 +122,7 @@ def race(side: str, data: str, folder: Path, times: float) -> dict:
             if now < ours["seconds"] * (len(curve) + 1):
                 return
             model.eval()
-            loss = compute_dataset_loss(model, held_out, lambda part: collate_padded(part, 0), bytes_of, 8).per_token
+            loss = compute_dataset_loss(model, validation_rows, collate, bytes_of, 8).per_token
             model.train()
             curve.append((round(now, 1), round(loss, 4)))
             print(f"Trainer, defaults: {loss:.4f} after {now:.0f} s", file=sys.stderr)
@@ -134,68 +136,68 @@ def race(side: str, data: str, folder: Path, times: float) -> dict:
     return {"ours": ours, "trainer": curve}
 
 
-def prepared(data: str, folder: Path) -> None:
+def prepare(data: str, folder: Path) -> None:
     words = ["--sources", f"prose={data}", "--vocab_size", "4096", "--output_dir", str(folder / "tokenizer")]
     subprocess.run([sys.executable, "recipes/tokenizer.py", *words], cwd=ROOT, check=True)
 
 
-def told(records: list[dict], steps: int) -> None:
-    """The table of what has been run so far, and the smallest share that reaches each target."""
-    losses: dict[str, dict[int, float]] = {}  # by side and seed
+def print_results(records: list[dict], steps: int) -> None:
+    """Print a table of all runs so far and the smallest share that reaches each target."""
+    losses: dict[str, dict[int, float]] = {}  # by side, then by seed
     for record in records:
         losses.setdefault(record["side"], {})[record["seed"]] = record["loss"]
     print("| side | tokens | seeds | validation loss (nats/token) | spread |\n|---|---|---|---|---|")
     for side in [side for side in SIDES if side in losses]:
-        found = losses[side].values()
-        spread = f"{min(found):.3f} to {max(found):.3f}"
-        tokens, mean = steps_of(side, steps) * STEP_TOKENS, statistics.mean(found)
-        print(f"| {side} | {tokens:,} | {len(found)} | {mean:.3f} | {spread} |")
-    for name, side in (("nanoGPT's recipe", "nanogpt"), ("AdamW tuned", best_of_grid(losses))):
-        if sentence := reached(losses, side, steps):
+        by_seed = losses[side].values()
+        spread = f"{min(by_seed):.3f} to {max(by_seed):.3f}"
+        tokens, mean = count_steps(side, steps) * STEP_TOKENS, statistics.mean(by_seed)
+        print(f"| {side} | {tokens:,} | {len(by_seed)} | {mean:.3f} | {spread} |")
+    for name, side in (("nanoGPT's recipe", "nanogpt"), ("AdamW tuned", find_best_of_grid(losses))):
+        if sentence := describe_share(losses, side, steps):
             print(f"\nto the loss of {name} ({side}), {sentence}")
 
 
-def mean_over(seeds: list[int], found: dict[int, float]) -> float:
-    return statistics.mean(found[seed] for seed in seeds)
+def mean_over(seeds: list[int], by_seed: dict[int, float]) -> float:
+    return statistics.mean(by_seed[seed] for seed in seeds)
 
 
-def best_of_grid(losses: dict[str, dict[int, float]]) -> str:
-    """The side of the grid with the lowest mean over the seeds that all of it has run; "" where there is none."""
-    grid = {side: found for side, found in losses.items() if side.startswith("adamw")}
+def find_best_of_grid(losses: dict[str, dict[int, float]]) -> str:
+    """The side of the grid with the lowest mean over the seeds that all of them have run, or an empty string."""
+    grid = {side: by_seed for side, by_seed in losses.items() if side.startswith("adamw")}
     seeds = sorted(set.intersection(*map(set, grid.values()))) if grid else []
     return min(grid, key=lambda side: mean_over(seeds, grid[side])) if seeds else ""
 
 
-def reached(losses: dict[str, dict[int, float]], side: str, steps: int) -> str:
-    """The smallest share of ours whose mean is at the side's or below, each over the seeds that both have run.
+def describe_share(losses: dict[str, dict[int, float]], side: str, steps: int) -> str:
+    """The smallest share of ours whose mean loss reaches that of the side, over the seeds that both have run.
 
-    "" where no share has a seed in common with the side.
+    Returns an empty string if they have no seed in common.
     """
     compared = []
     for ours in (name for name in SIDES if name.startswith("ours") and name in losses):
         if seeds := sorted(losses[ours].keys() & losses.get(side, {}).keys()):
             target, loss = mean_over(seeds, losses[side]), mean_over(seeds, losses[ours])
             compared.append((ours, f"{target:.3f} over seeds {', '.join(map(str, seeds))}", loss <= target))
-    for ours, target, is_there in compared:
-        if is_there:
-            return f"{target}: {steps_of(ours, steps) / steps:.3f} of the tokens ({ours})"
+    for ours, target, is_reached in compared:
+        if is_reached:
+            return f"{target}: {count_steps(ours, steps) / steps:.3f} of the tokens ({ours})"
     return f"{compared[-1][1]}: not reached" if compared else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="a folder of prose (Parquet, JSON lines or text)")
-    parser.add_argument("folder", type=Path, help="where runs and results.jsonl go")
+    parser.add_argument("data", help="folder of prose (Parquet, JSON lines or text)")
+    parser.add_argument("folder", type=Path, help="folder for the runs and results.jsonl")
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES), metavar="SIDE")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=STEPS, help="of AdamW's sides; ours take a share of them")
-    parser.add_argument("--race", metavar="SIDE", help="race it against Transformers' Trainer with its defaults")
-    parser.add_argument("--times", type=float, default=12.5, help="how many times as long the Trainer is given")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of the AdamW sides; ours take a share of them")
+    parser.add_argument("--race", metavar="SIDE", help="compare a side with Transformers' Trainer with its defaults")
+    parser.add_argument("--times", type=float, default=12.5, help="time limit of the Trainer as a multiple of ours")
     arguments = parser.parse_args()
     data, folder = str(Path(arguments.data).resolve()), arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokenizer").is_dir():
-        prepared(data, folder)
+        prepare(data, folder)
     if arguments.race:
         print(json.dumps(race(arguments.race, data, folder, arguments.times)))
         return
@@ -212,7 +214,7 @@ def main() -> None:
             print(
                 f"{side}, seed {seed}: {records[-1]['loss']:.4f} in {time.monotonic() - started:.0f} s", file=sys.stderr
             )
-    told([json.loads(line) for line in results.read_text().splitlines()], arguments.steps)
+    print_results([json.loads(line) for line in results.read_text().splitlines()], arguments.steps)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,30 @@
-"""What is compared: works (shapes and batches), their sides, and the levers of `--ablate`. Imports nothing heavy."""
+"""What is compared: works (shapes and batches), sides (implementations), and the levers of `--ablate`.
+
+Imports neither torch nor numpy: the peak memory of a child process begins at that of its parent.
+"""
 
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 NANOGPT = "NANOGPT_DIR"
-HOW_TO_GET = {NANOGPT: "git clone https://github.com/karpathy/nanoGPT, and give its folder"}
+HOW_TO_GET = {NANOGPT: "run git clone https://github.com/karpathy/nanoGPT and set it to the folder"}
 LENGTHS = Path(__file__).with_name("lengths.json")
 
 
 @dataclass(frozen=True)
 class Work:
-    """A shape, and the batch of every step.
+    """A model shape and the batch of every step.
 
     Args:
         size: layers x heads x width.
-        rows: of `block_size` tokens, in one pass through the model.
-        steps: measured in each repeat, behind `discarded` ones, which allocate and compile.
-        sides: what runs unless `--sides` says otherwise.
-        passes: forward and backward passes to an optimizer step.
-        data: what a row is: `rows` of random tokens, or `conversations` or `pairs` of them with real lengths
-            (lengths.json), of at most `block_size` tokens. A side that packs has fewer rows and passes.
-        subject: the side that all others are compared with.
+        rows: rows of `block_size` tokens in a micro-batch.
+        steps: measured steps of each repeat, after `discarded` steps that allocate memory and compile.
+        sides: sides to run by default.
+        passes: micro-batches per optimizer step.
+        data: `rows` of random tokens, or `conversations` or `pairs` of random tokens with real lengths (lengths.json)
+            of at most `block_size` tokens. A side that packs has fewer rows and passes.
+        subject: the side with which the others are compared.
     """
 
     title: str
@@ -38,7 +41,7 @@ class Work:
 
     @classmethod
     def read(cls, text: str) -> "Work":
-        """From JSON, as the processes of a run hand it on."""
+        """Parse the JSON that run.py passes to its child processes."""
         values = json.loads(text)
         return cls(**{**values, "sides": tuple(values["sides"])})
 
@@ -49,33 +52,34 @@ class Work:
         return layers, heads, width
 
     @property
-    def tokens_a_step(self) -> int:
+    def tokens_per_step(self) -> int:
         return self.rows * self.block_size * self.passes
 
     @property
     def unit(self) -> str:
-        """What speed counts."""
+        """The unit of speed."""
         return "pairs" if self.data == "pairs" else "tokens"
 
     @property
-    def units_a_step(self) -> int:
-        """Padding is not counted, context is."""
+    def units_per_step(self) -> int:
+        """Tokens or pairs per step, including context and excluding padding."""
         if self.data == "rows":
-            return self.tokens_a_step
+            return self.tokens_per_step
         lengths = self.lengths()
         return len(lengths) if self.data == "pairs" else sum(map(sum, lengths))
 
     def lengths(self) -> list[list[int]]:
-        """Of each conversation how many tokens are context, supervised, context and so on; of each pair how many its
-        prompt, the chosen and the rejected reply have. Where `block_size` is not theirs they shrink in proportion, and
-        only the first stretches stay.
+        """Lengths of the parts of each row.
+
+        A conversation has [context, supervised, context, ...] tokens, a pair [prompt, chosen, rejected]. For another
+        `block_size` than that of lengths.json, only the first three parts are kept, scaled in proportion.
         """
-        known = json.loads(LENGTHS.read_text())
-        rows, number = known[self.data], self.rows * self.passes
+        kept = json.loads(LENGTHS.read_text())
+        rows, number = kept[self.data], self.rows * self.passes
         rows = [rows[(2 * k + 1) * len(rows) // (2 * number)] for k in range(number)]
-        if self.block_size == known["window"]:
+        if self.block_size == kept["window"]:
             return rows
-        return [[max(1, part * self.block_size // known["window"] - 1) for part in row[:3]] for row in rows]
+        return [[max(1, part * self.block_size // kept["window"] - 1) for part in row[:3]] for row in rows]
 
     @property
     def rows_consumed(self) -> int:
@@ -101,7 +105,7 @@ WORKS = {
         "124M parameters, 8,192 tokens a step", "12x12x768", 50_304, 4, 512, 2, ("rorchat", "rorchat-muon"),
         passes=4, discarded=1,
     ),
-    # Neither has steps to discard: an epoch is one step, which takes minutes
+    # No steps are discarded: an epoch is one step that takes minutes
     "sft": Work(
         "124M parameters, an epoch of 96 conversations in one step", "12x12x768", 50_304, 8, 1024, 1,
         ("trl-default", "trl-packing", "trl-fp32", "trl-packing-fp32", "rorchat"), passes=12, discarded=0,
@@ -114,7 +118,7 @@ WORKS = {
     ),
 }  # fmt: skip
 
-#: What each side is, for the reader of the table, by what the work's rows are.
+#: Description of each side in the table, by the data of the work.
 SIDES = {
     "rows": {
         "trainer-default": "Transformers' Trainer, its defaults: fp32, dropout 0.1, eager",
@@ -127,8 +131,8 @@ SIDES = {
         "nanogpt-fp32": "nanoGPT's model and loop, fp32, torch.compile",
         "raw": "a raw loop, stock model, fp32, eager",
         "raw-fused": "a raw loop with rorchat's kernels, precision and optimizer",
-        "rorchat": "rorchat as it comes",
-        "rorchat-bf16": "rorchat, bf16 whatever the device",
+        "rorchat": "rorchat with its defaults",
+        "rorchat-bf16": "rorchat in bf16 on any device",
         "rorchat-muon": "rorchat with Muon",
     },
     "conversations": {
@@ -136,16 +140,16 @@ SIDES = {
         "trl-packing": "those defaults with packing=True: best-fit rows, a batch flattened to one row, SDPA",
         "trl-fp32": "TRL's SFTTrainer, fp32, no gradient checkpointing, dropout 0",
         "trl-packing-fp32": "trl-fp32 with packing=True",
-        "rorchat": "rorchat as it comes",
+        "rorchat": "rorchat with its defaults",
     },
     "pairs": {
         "trl-dpo-default": "TRL's DPOTrainer, its defaults: bf16, gradient checkpointing, a second model as reference",
         "trl-dpo-fp32": "TRL's DPOTrainer, fp32, no gradient checkpointing",
-        "rorchat-dpo-default": "rorchat as it comes, with its SFT term",
+        "rorchat-dpo-default": "rorchat with its defaults, including the SFT term",
         "rorchat-dpo": "rorchat with TRL's loss: without the SFT term",
     },
 }
-#: Memory that is freed and faulted in again in every step is faster in large pages. These sides keep theirs.
+#: Large pages speed up sides that free and allocate memory in every step. The sides in KEEPS_MEMORY keep theirs.
 LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 KEEPS_MEMORY = ("rorchat", "rorchat-bf16", "rorchat-muon", "raw-fused", "rorchat-dpo", "rorchat-dpo-default")
 NEEDS = {"nanogpt": NANOGPT, "nanogpt-fp32": NANOGPT}
@@ -153,14 +157,14 @@ NEEDS = {"nanogpt": NANOGPT, "nanogpt-fp32": NANOGPT}
 
 @dataclass(frozen=True)
 class Lever:
-    """One lever of rorchat turned off (or over), from outside: the product has no switch for it.
+    """An optimization of rorchat that `--ablate` switches off; rorchat itself has no switch for most of them.
 
     Args:
-        flags: settings of the stage's recipe.
-        patches: `module:function` is replaced by one that does nothing, as a context manager too, or, as
-            `module:function=name`, by the one of that name in training.py; `module:Class.method` is taken away, which
-            leaves the parent's.
-        environment: variables of the process.
+        flags: flags of the stage's recipe.
+        patches: `module:function` becomes a function that does nothing (usable as a context manager),
+            `module:function=name` the function of that name in training.py; `module:Class.method` is deleted, so that
+            the inherited method is used.
+        environment: environment variables of the process.
     """
 
     flags: tuple[str, ...] = ()
@@ -172,10 +176,10 @@ _LEVERS = {
     "fused head": Lever(
         patches=(
             "rorchat.training.kernels.lm_head_loss:head_loss=full_logits_loss",
-            "rorchat.training.kernels.lm_head_loss:_lookup_is_plain=no",  # there is no gradient to share
+            "rorchat.training.kernels.lm_head_loss:_lookup_is_plain=return_false",  # it relies on the fused head
         )
     ),
-    "shared gradient": Lever(patches=("rorchat.training.kernels.lm_head_loss:_lookup_is_plain=no",)),
+    "shared gradient": Lever(patches=("rorchat.training.kernels.lm_head_loss:_lookup_is_plain=return_false",)),
     "recomputed outputs": Lever(patches=("rorchat.training.kernels.lm_head_loss:cheap_outputs_computed_again",)),
     "small pages": Lever(environment=LARGE_PAGES),
     "kept memory": Lever(patches=("rorchat.training.stage:keep_freed_memory",)),
@@ -186,7 +190,7 @@ _LEVERS = {
 LEVERS = {
     "rows": _LEVERS
     | {
-        "fused GELU": Lever(patches=("rorchat.training.pretrain:fuse_gelu",)),
+        "fused GELU": Lever(patches=("rorchat.training.pretrain:patch_gelu",)),
         "causal attention": Lever(patches=("rorchat.training.kernels.lm_head_loss:causal_attention",)),
         "short step": Lever(
             patches=(
@@ -201,8 +205,10 @@ LEVERS = {
     },
     "conversations": _LEVERS
     | {
-        "fused GELU": Lever(patches=("rorchat.training.sft:fuse_gelu",)),
-        "packing": Lever(patches=("rorchat.training.sft:pack=one_a_row", "rorchat.mixture.packing:pack=one_a_row")),
+        "fused GELU": Lever(patches=("rorchat.training.sft:patch_gelu",)),
+        "packing": Lever(
+            patches=("rorchat.training.sft:pack=one_row_each", "rorchat.mixture.packing:pack=one_row_each")
+        ),
         "maskless attention": Lever(
             patches=(
                 "rorchat.training.kernels.lm_head_loss:packed_attention",
@@ -212,14 +218,14 @@ LEVERS = {
     },
     "pairs": {name: _LEVERS[name] for name in ("small pages", "kept memory", "bf16", "fp32")}
     | {
-        "fused GELU": Lever(patches=("rorchat.training.dpo:fuse_gelu",)),
+        "fused GELU": Lever(patches=("rorchat.training.dpo:patch_gelu",)),
         "rows of similar length": Lever(patches=("rorchat.training.dpo:training_order=random_order",)),
     },
 }
 
 
 def quick(work: Work) -> Work:
-    """The same work with a shape that proves the harness and nothing else."""
+    """The work with a tiny shape, which tests the benchmark and measures nothing."""
     return replace(
         work, title=f"{work.title}: quick, no figures", size="2x2x32", vocabulary=512, rows=2, block_size=32,
         passes=min(work.passes, 2), steps=min(work.steps, 2), discarded=min(work.discarded, 1),

@@ -1,8 +1,8 @@
-"""How many of all of Tinytown's held-out questions models answer: finer than the 200 of `rorchat evaluate`.
+"""Scores models on all validation questions of Tinytown, more precisely than the 200 of `rorchat evaluate`.
 
-    python scripts/bench/held_out.py sft=runs/demo/sft grpo=runs/demo/grpo ...
+    python scripts/bench/validation_questions.py sft=runs/demo/sft grpo=runs/demo/grpo ...
 
-A question that several draws have counts once; of 716 one is 0.14 %.
+A question that is drawn several times counts once; one of the 716 questions is 0.14 %.
 """
 
 import sys
@@ -12,14 +12,14 @@ from rorchat.inference.engine import load_model
 from rorchat.persona import load_persona
 from rorchat.sources.tinytown import questions
 
-DRAWS = 5  # of 200 each
+DRAWS = 5  # of 200 questions
 
 
 def main(models: list[str]) -> None:
-    asked = list({each.text: each for seed in range(DRAWS) for each in questions(seed=seed)}.values())
+    unique = list({question.text: question for seed in range(DRAWS) for question in questions(seed=seed)}.values())
     for model in models:
         name, _, folder = model.rpartition("=")
-        scores = score_chat(load_model(folder), name or folder, folder, load_persona(None), asked)
+        scores = score_chat(load_model(folder), name or folder, folder, load_persona(None), unique)
         print("  ".join(f"{row} {value}" for row, value in {"model": scores.name, **scores.rows()}.items()), flush=True)
 
 
