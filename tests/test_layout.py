@@ -1,8 +1,9 @@
-"""The listing is the way of the data, and importing is cheap."""
+"""The package's listing follows the data, its imports have no circles, and importing it is cheap."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,63 +11,131 @@ import pytest
 import rorchat
 
 PACKAGE = Path(rorchat.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {module_name(path): path for path in MODULES}
 
 
 def stage_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_stages(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def walk_imports(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Import statements below a node, those in functions too, without those for type checkers."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        if not is_type_checking(child):
+            yield from walk_imports(child)
+
+
+def imported_names(path: Path) -> Iterator[tuple[str, str, int]]:
+    """(module of this package, name imported from it or "", line) of every import of a file."""
+    for node in walk_imports(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [(alias.name, "") for alias in node.names]
+        else:
             assert node.level == 0, f"{path}:{node.lineno} is a relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    stages = {name.split(".")[1] for name in names if name.startswith("rorchat.")}
-    return {stage for stage in stages if not stage.startswith("__")}
+            names = [(f"{node.module}", alias.name) for alias in node.names]
+        for module, name in names:
+            if f"{module}.{name}" in NAMES:
+                module, name = f"{module}.{name}", ""
+            if module.split(".")[0] == "rorchat":
+                yield module, name, node.lineno
 
 
-def test_every_module_has_a_stage_and_every_stage_a_module():
-    found = {stage_of(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
-    assert found == set(rorchat.STAGES)
+def test_every_stage_has_a_module_and_every_module_a_stage():
+    stages = {stage_of(path) for path in MODULES} - {"__init__"}
+    assert stages == set(rorchat.STAGES)
+    for stage in rorchat.STAGES:
+        assert (PACKAGE / f"{stage}.py").is_file() != (PACKAGE / stage / "__init__.py").is_file(), stage
 
 
-def test_a_module_imports_only_from_stages_before_its_own():
-    paths = [path for path in PACKAGE.rglob("*.py") if stage_of(path) != "__init__"]
-    assert len(paths) > 20
-    for path in paths:
-        own = rorchat.STAGES.index(stage_of(path))
-        late = {stage for stage in imported_stages(path) if rorchat.STAGES.index(stage) > own}
-        assert not late, f"{path.relative_to(PACKAGE)} imports {sorted(late)}, which come later in the way of the data"
+def test_every_folder_with_modules_is_a_package():
+    folders = {path.parent for path in MODULES}
+    assert len(folders) > 10
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.mark.parametrize("stage", rorchat.STAGES)
+def test_a_module_imports_only_from_its_own_and_earlier_stages(stage):
+    allowed = set(rorchat.STAGES[: rorchat.STAGES.index(stage) + 1])
+    later = [
+        f"{path.relative_to(PACKAGE)}:{line} imports {module}"
+        for path in MODULES
+        if stage_of(path) == stage
+        for module, _, line in imported_names(path)
+        if module != "rorchat" and module.split(".")[1] not in allowed
+    ]
+    assert later == []
+
+
+@pytest.mark.parametrize("folder", ["rorchat", "tests", "scripts"])
+def test_no_module_imports_a_private_name_of_another(folder):
+    paths = MODULES if folder == "rorchat" else sorted((PACKAGE.parent / folder).rglob("*.py"))
+    assert paths
+    private = [
+        f"{path.relative_to(PACKAGE.parent)}:{line} imports {module}.{name}"
+        for path in paths
+        for module, name, line in imported_names(path)
+        for part in (*module.split("."), name)
+        if part.startswith("_") and not part.startswith("__")
+    ]
+    assert private == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """A package counts as the file `__init__.py`; importing one of its modules imports it as well."""
+    graph = {name: set() for name in NAMES}
+    for name, path in NAMES.items():
+        graph[name] = {module for module, _, _ in imported_names(path)} - {name, "rorchat"}
+        assert graph[name] <= NAMES.keys(), graph[name] - NAMES.keys()
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for module in graph[name]:
+                visit(module, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_the_package_holds_the_files_that_are_not_modules():
+    assert (PACKAGE / "py.typed").is_file()
+    for pattern, least in (("*.yaml", 3), ("recipes/*/*.yaml", 20), ("recipes/*/run.sh", 7), ("recipes/help/*.txt", 5)):
+        assert len(list(PACKAGE.glob(pattern))) >= least, pattern
 
 
 @pytest.mark.parametrize(
-    "code",
-    [
-        "import rorchat",
-        "import sys, rorchat.cli; sys.argv = ['rorchat', '--help']\ntry: rorchat.cli.main()\nexcept SystemExit: pass",
-    ],
-    ids=["import", "help"],
+    "arguments", [["import", "rorchat"], ["rorchat", "--help"], ["rorchat", "sft", "--help"]], ids=" ".join
 )
-def test_import_and_help_take_under_half_a_second_of_cpu_and_no_torch(code):
-    measured = run(
-        f"{code}\nimport resource, sys\nused = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "print('MEASURED', 'torch' in sys.modules, used.ru_utime + used.ru_stime)"
-    )
-    loaded, seconds = measured.split("MEASURED ")[1].split()
+def test_import_and_help_need_no_torch_and_half_a_second(arguments):
+    code = "import sys, rorchat"
+    if arguments[0] == "rorchat":
+        code += f", rorchat.cli; sys.argv = {arguments}\ntry: rorchat.cli.main()\nexcept SystemExit: pass"
+    code += "\nimport resource; used = resource.getrusage(resource.RUSAGE_SELF)\n"
+    code += "print('MEASURED', 'torch' in sys.modules, used.ru_utime + used.ru_stime)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    loaded, seconds = process.stdout.split("MEASURED ")[1].split()
     assert loaded == "False"
     assert float(seconds) < 0.5
 
 
-def test_every_public_name_can_be_had_and_an_unknown_one_says_what_there_is():
+def test_public_names_exist_and_an_unknown_one_lists_them():
     for name in rorchat.__all__:
         assert getattr(rorchat, name) is not None
     with pytest.raises(AttributeError, match="load_model"):
