@@ -1,7 +1,7 @@
 """Runs the tutorials: every bash and Python block, in order, in one folder.
 
-Each tutorial runs as one bash script. Training commands get `--max_steps`, and in blocks labelled `gpu` `--smoke`; nothing
-else is changed. Blocks labelled `several-gpus` need more than one GPU and are only parsed (test_readme.py).
+Each tutorial runs as one bash script. Training commands get `--max_steps`, and in blocks labelled `gpu` `--smoke`;
+nothing else is changed. Blocks labelled `several-gpus` need more than one GPU and are only parsed (test_readme.py).
 """
 
 import os
