@@ -1,14 +1,13 @@
-"""Fixtures of several test files, and the environment of the tests."""
+"""Environment of the tests, and fixtures that several test files use."""
 
 import os
 
-# Before torch is imported: it reads them once. Waiting threads sleep, so that a test does not crowd out other work.
+# torch reads these once, on import. With the passive policy, waiting threads sleep and leave the cores to other tests.
 os.environ["OMP_NUM_THREADS"] = "2"
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import copy
-import os
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,16 @@ from support import DOCUMENTS, ROOT, SENTENCES, SHARE, write_documents
 from rorchat.tokens.store import TokenStore
 
 pytest_plugins = ["faults.harness"]
+#: Folders of the longest test files, which start first so that both workers finish at about the same time.
+LONGEST = ("docs", "faults", "recipes", "training", "scripts")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: two workers that take a file each then end at the same time."""
-    items.sort(key=lambda item: item.path.parent.name != "faults")
+    def rank(item: pytest.Item) -> int:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,7 +37,7 @@ def two_threads():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """A tokenizer of 384 tokens: 256 bytes, the control tokens, the reserved slots and about a hundred merges."""
+    """A tokenizer of 384 tokens: 256 bytes, control tokens, reserved slots and about a hundred merges."""
     from rorchat.tokenizer import train_tokenizer
 
     return train_tokenizer(SENTENCES, vocab_size=384)
@@ -41,7 +45,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def chat(tokenizer):
-    """A model with random weights: two layers, 128 positions. Shared, so a test that changes it copies it first."""
+    """A random model with two layers and 128 positions. Shared by all tests: copy it before you change it."""
     from rorchat.inference.engine import ChatModel
     from rorchat.model import build_model
 
@@ -50,7 +54,7 @@ def chat(tokenizer):
 
 @pytest.fixture(scope="session")
 def lively(chat):
-    """Random weights large enough that every prompt gets another answer; small ones only repeat the last token."""
+    """A model whose weights are large enough that replies differ by prompt; small ones repeat the last token."""
     import torch
 
     from rorchat.inference.engine import ChatModel
@@ -66,16 +70,16 @@ def lively(chat):
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real data in its original formats, which is too large and too variously licensed to stand in the repository."""
+    """Folder of real datasets in their original formats, whose sizes and licences keep them out of the repository."""
     folder = Path(os.environ.get("RORCHAT_SHARED_DATA") or ROOT.parent / "shared" / "data")
     if not folder.is_dir():
-        pytest.skip(f"no real data in {folder}: set RORCHAT_SHARED_DATA to the folder that has it")
+        pytest.skip(f"no real data in {folder}: set RORCHAT_SHARED_DATA to its folder")
     return folder
 
 
 @pytest.fixture(scope="session")
 def gpt2_tokenizer(shared_data):
-    """GPT-2's own tokenizer with the control tokens added: 50,304 tokens."""
+    """GPT-2's tokenizer with the control tokens added: 50,304 tokens."""
     from rorchat.tokenizer import load_tokenizer
 
     return load_tokenizer(str(shared_data / "gpt2_tokenizer"))
@@ -83,7 +87,7 @@ def gpt2_tokenizer(shared_data):
 
 @pytest.fixture(scope="module")
 def saved(tokenizer, tmp_path_factory) -> Path:
-    """The folder of the tokenizer, as a command line names it."""
+    """The folder of the tokenizer, for command lines."""
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
     return folder
@@ -96,7 +100,7 @@ def spec(tmp_path) -> str:
 
 @pytest.fixture
 def store(spec, tokenizer, tmp_path) -> TokenStore:
-    """A store of the DOCUMENTS, a fifth of them held out."""
+    """A token store of DOCUMENTS, a fifth of which are for validation."""
     from rorchat.tokens.prepare import prepare
 
     return prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE)

@@ -173,3 +173,13 @@ def stopped_at_4(sandbox) -> Path:
     assert result.code == -9, result.output
     assert verified_steps(out) == [4, 2]
     return out
+
+
+@pytest.fixture(scope="session")
+def chat_base(sandbox) -> Path:
+    """A pretrained model with 256 positions that has seen conversations, as SFT and DPO require."""
+    out = sandbox.new_folder()
+    sources = ["tinytown=60", "persona=60"]
+    result = sandbox.run(out, block_size=256, max_steps=2, global_batch_tokens=512, sources=sources)
+    assert result.code == 0, result.output
+    return out

@@ -14,19 +14,10 @@ FLAGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def base(sandbox):
-    out = sandbox.new_folder()
-    sources = ["tinytown=60", "persona=60"]  # a base of documents only is refused
-    result = sandbox.run(out, block_size=256, max_steps=2, global_batch_tokens=512, sources=sources)
-    assert result.code == 0, result.output
-    return out
-
-
 @pytest.mark.parametrize("steps", [(3,), pytest.param((0, 2, 6), marks=pytest.mark.slow)], ids=["middle", "others"])
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_an_interrupted_run_ends_identically(sandbox, base, stage, steps):
-    flags = FLAGS | {"model": str(base)}
+def test_an_interrupted_run_ends_identically(sandbox, chat_base, stage, steps):
+    flags = FLAGS | {"model": str(chat_base)}
     complete = sandbox.new_folder()
     result = sandbox.run(complete, stage=stage, **flags)
     assert result.code == 0, result.output
@@ -40,26 +31,28 @@ def test_an_interrupted_run_ends_identically(sandbox, base, stage, steps):
         assert weights_sha256(out) == weights_sha256(complete)
         assert states_equal(load_state(out, STEPS), load_state(complete, STEPS))
         assert read_log(out) == read_log(complete)
-        assert [line["step"] for line in read_log(out) if "base_loss" in line] == [
-            0,
-            STEPS,
-        ]  # on the validation split of the base
+        # the loss on the validation split of the base
+        assert [line["step"] for line in read_log(out) if "base_loss" in line] == [0, STEPS]
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_a_non_finite_step_is_skipped(sandbox, base, stage):
+def test_a_non_finite_step_is_skipped(sandbox, chat_base, stage):
     out = sandbox.new_folder()
     result = sandbox.run(
-        out, {"poison": [3], "value": "nan", "in": "loss"}, stage=stage, **FLAGS | {"model": str(base)}
+        out, {"poison": [3], "value": "nan", "in": "loss"}, stage=stage, **FLAGS | {"model": str(chat_base)}
     )
     assert result.code == 0, result.output
     assert (out / "diverged_rows.jsonl").is_file()
 
 
 @pytest.mark.parametrize(("stage", "fits"), [("sft", 1), ("dpo", 2)])
-def test_out_of_memory_halves_the_micro_batch(sandbox, base, stage, fits):
+def test_out_of_memory_halves_the_micro_batch(sandbox, chat_base, stage, fits):
     """A pair is two rows."""
-    out, complete, flags = sandbox.new_folder(), sandbox.new_folder(), FLAGS | {"model": str(base), "logging_steps": 1}
+    out, complete, flags = (
+        sandbox.new_folder(),
+        sandbox.new_folder(),
+        FLAGS | {"model": str(chat_base), "logging_steps": 1},
+    )
     assert sandbox.run(complete, stage=stage, **flags).code == 0
     result = sandbox.run(out, {"fits": fits, "from": 3, "in": "backward"}, stage=stage, **flags)
     assert result.code == 0 and "Out of memory at step 3" in result.output, result.output
@@ -70,9 +63,9 @@ def test_out_of_memory_halves_the_micro_batch(sandbox, base, stage, fits):
     assert margins[0] == pytest.approx(margins[1], abs=1e-6)
 
 
-def test_dpo_trains_alike_on_two_processes(sandbox, base):
+def test_dpo_trains_alike_on_two_processes(sandbox, chat_base):
     """Every step has the same pairs, and every token of a step the same weight."""
-    flags = FLAGS | {"model": str(base), "logging_steps": 1, "max_steps": 4}
+    flags = FLAGS | {"model": str(chat_base), "logging_steps": 1, "max_steps": 4}
     logged = []
     for processes in (1, 2):
         out = sandbox.new_folder()
@@ -88,11 +81,11 @@ def test_dpo_trains_alike_on_two_processes(sandbox, base):
 
 
 @pytest.fixture
-def grpo_flags(sandbox, base) -> dict:
+def grpo_flags(sandbox, chat_base) -> dict:
     """Flags of GRPO with a reward function from a user's file."""
     mine = sandbox.folder / "mine.py"
     mine.write_text("def vowels(reply, row):\n    return sum(letter in 'aeiou' for letter in reply) / 9\n")
-    flags = {"model": str(base), "rewards": [f"{mine}:vowels"], "num_generations": 4, "logging_steps": 2}
+    flags = {"model": str(chat_base), "rewards": [f"{mine}:vowels"], "num_generations": 4, "logging_steps": 2}
     flags |= {"per_device_train_batch_size": 4, "max_completion_length": 6, "readiness_questions": 4}
     return FLAGS | flags
 

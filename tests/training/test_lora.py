@@ -344,27 +344,17 @@ RUN = {
 
 
 @pytest.fixture(scope="module")
-def start(sandbox) -> Path:
-    """A base with positions enough for what the town's people say."""
+def run(sandbox, chat_base) -> Path:
     out = sandbox.new_folder()
-    sources = ["tinytown=60", "persona=60"]  # conversations too: what read documents alone is refused
-    done = sandbox.run(out, block_size=256, max_steps=2, global_batch_tokens=512, sources=sources)
-    assert done.code == 0, done.output
-    return out
-
-
-@pytest.fixture(scope="module")
-def run(sandbox, start) -> Path:
-    out = sandbox.new_folder()
-    done = sandbox.run(out, stage="sft", **RUN | {"model": str(start)})
+    done = sandbox.run(out, stage="sft", **RUN | {"model": str(chat_base)})
     assert done.code == 0, done.output
     return out
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 @pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_a_run_that_is_interrupted_goes_on_to_the_same_bits(sandbox, start, stage, load_in_4bit):
-    flags = RUN | {"stage": stage, "load_in_4bit": load_in_4bit, "model": str(start)}
+def test_a_run_that_is_interrupted_goes_on_to_the_same_bits(sandbox, chat_base, stage, load_in_4bit):
+    flags = RUN | {"stage": stage, "load_in_4bit": load_in_4bit, "model": str(chat_base)}
     whole, out = sandbox.new_folder(), sandbox.new_folder()
     assert sandbox.run(whole, **flags).code == 0
     done = sandbox.run(out, {"signal": int(signal.SIGTERM), "at": 3, "where": "forward"}, **flags)
@@ -378,8 +368,8 @@ def test_a_run_that_is_interrupted_goes_on_to_the_same_bits(sandbox, start, stag
     assert read_log(out) == read_log(whole)
 
 
-def test_two_processes_train_one_adapter(sandbox, start):
-    out, flags = sandbox.new_folder(), RUN | {"model": str(start), "max_steps": 2, "save_steps": 2}
+def test_two_processes_train_one_adapter(sandbox, chat_base):
+    out, flags = sandbox.new_folder(), RUN | {"model": str(chat_base), "max_steps": 2, "save_steps": 2}
     done = sandbox.run(out, stage="sft", processes=2, **flags)
     assert done.code == 0, done.output
     assert verified_steps(out) == [2]
@@ -416,14 +406,14 @@ def test_an_export_without_the_base_says_what_is_missing(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_alone_go_on(sandbox, run, start):
+def test_weights_alone_go_on(sandbox, run, chat_base):
     out = sandbox.new_folder(run)
     for step in (3, 6):
         (out / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"damaged")
     record = json.loads((out / "run.json").read_text())
     record.pop("finished")
     (out / "run.json").write_text(json.dumps(record))
-    done = sandbox.run(out, stage="sft", **RUN | {"model": str(start), "weights_only": True})
+    done = sandbox.run(out, stage="sft", **RUN | {"model": str(chat_base), "weights_only": True})
     assert done.code == 0 and "The weights of step 6 go on alone" in done.output, done.output
     assert weights_sha256(out) == weights_sha256(run)
 
@@ -437,10 +427,10 @@ def test_an_adapter_trains_on_as_the_model_that_it_makes_of_its_base(sandbox, ru
     assert weights_sha256(merged) == weights_sha256(adapter)
 
 
-def test_the_reference_of_dpo_is_the_model_without_the_adapter(sandbox, run, start):
+def test_the_reference_of_dpo_is_the_model_without_the_adapter(sandbox, run, chat_base):
     """Before the first step nothing has been learned: the margin is 0 and the preference's loss log 2."""
     out = sandbox.new_folder()
-    flags = {"model": str(start), "max_steps": 3, "logging_steps": 1, "warmup_steps": 0, "loss_type": ["sigmoid"]}
+    flags = {"model": str(chat_base), "max_steps": 3, "logging_steps": 1, "warmup_steps": 0, "loss_type": ["sigmoid"]}
     done = sandbox.run(out, stage="dpo", **RUN | flags | {"loss_weights": [1.0], "learning_rate": 0.1})
     assert done.code == 0, done.output
     line = next(line for line in read_log(out) if "loss" in line)
