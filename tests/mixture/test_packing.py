@@ -264,7 +264,15 @@ def test_a_prompt_is_read_once_and_padding_never(stock):
 CHAT_FILES = chat_files.CHAT | {name: name for name in ("math_dataset", "mbpp", "natural_questions", "openbookqa")}
 
 
-@pytest.mark.parametrize("path", CHAT_FILES)
+LARGE_FILES = (
+    "alpaca/alpaca_5000.json", "chat/moss003_messages.jsonl", "cornell_movie_dialogs/movie_conversations.txt",
+    "dailydialog/train.zip", "gsm8k/train.jsonl", "math_dataset",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] if path in LARGE_FILES else []) for path in CHAT_FILES]
+)
 def test_of_real_conversations_the_assistants_words_and_closings_are_learned(path, gpt2_tokenizer, shared_data):
     conversations = [row["messages"] for row in load_rows(f"{CHAT_FILES[path]}={shared_data / path}", "conversation")]
     encoded = encode_conversations(gpt2_tokenizer, conversations, 1024)

@@ -300,6 +300,7 @@ def peak(*words: object) -> int:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "command"), [("txt", "check"), ("jsonl", "prepare")])
 def test_a_line_of_100_mb_takes_less_than_300_mb(form, command, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")

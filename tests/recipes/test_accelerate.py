@@ -195,6 +195,7 @@ def test_the_files_for_gpus_run_on_cpus_where_there_are_none(name, flags, words,
 
 
 class TestSharding:
+    @pytest.mark.slow
     @needs_no_gpu
     def test_fsdp_starts_and_says_that_it_needs_gpus(self, words, tmp_path):
         done = ended(launch("fsdp", *small(words, tmp_path / "run"), flags=("--num_processes", 1)))
@@ -205,6 +206,7 @@ class TestSharding:
         ]
         assert not (tmp_path / "run").exists()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("stage", [2, 3])
     def test_deepspeed_is_started_where_it_is_installed(self, stage, words, tmp_path):
         try:
@@ -237,6 +239,7 @@ class TestSharding:
         with pytest.raises(UsageError, match="save_strategy is steps.*--save_strategy no"):
             check_sharding(SimpleNamespace(**arguments, save_strategy="steps"))
 
+    @pytest.mark.slow
     def test_a_sharded_model_has_the_loss_and_gradients_of_a_whole_one_and_can_be_put_together(self):
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/sharded.py"]
         environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

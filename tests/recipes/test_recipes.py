@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recipe_commands import ENVIRONMENT, command, inside, launch, metrics_of, recipe, refused, succeeded
+from recipe_commands import ENVIRONMENT, command, inside, launch, metrics_of, refused, succeeded
 from support import json_lines
 
 from rorchat.errors import exits_with_one_line
@@ -93,9 +93,9 @@ def test_samples_are_taken_before_and_after(story):
 
 def test_a_finished_run_is_not_run_again_and_another_config_is_a_mismatch(story):
     config = story / "sft" / "config.yaml"
-    again = succeeded(recipe("sft", "--config", config))
+    again = succeeded(inside("sft", "--config", config))
     assert "finished before" in again.stderr
-    refused(recipe("sft", "--config", config, "--learning_rate", "0.5"), 78, "another run", "learning_rate")
+    refused(inside("sft", "--config", config, "--learning_rate", "0.5"), 78, "another run", "learning_rate")
 
 
 def test_a_config_yaml_of_a_run_is_itself_a_config_with_the_same_content(story):
@@ -265,6 +265,7 @@ class TestBadInput:
         config.write_text("seed: 1\nsources: [tinytown=10]\nseed: 2\n")
         refused(inside("pretrain", "--config", config), 2, "c.yaml:3: the key 'seed' stands twice")
 
+    @pytest.mark.slow
     def test_under_accelerate_launch_it_is_one_line_as_well(self, tmp_path):
         done = launch("sft", "--model", tmp_path / "none", "--sources", "tinytown=10", "--output_dir", tmp_path / "x")
         assert done.returncode != 0 and "Traceback" not in done.stderr
