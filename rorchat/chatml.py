@@ -235,6 +235,40 @@ def encode_conversation(tokenizer, messages: Sequence[dict], max_length: int | N
     return encoded
 
 
+@dataclass(frozen=True)
+class EncodedPreference:
+    """Ids of a prompt, up to where the reply begins, and of two replies to it, each with its closing `<|im_end|>`."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+def encode_preferences(
+    tokenizer, preferences: Sequence[dict], max_length: int | None = None
+) -> list[EncodedPreference | None]:
+    """Encode rows `{"prompt": [messages], "chosen": [message], "rejected": [message]}` with one call of the tokenizer.
+
+    Args:
+        max_length: Maximum number of tokens of prompt and reply, including the newline that ends a turn.
+
+    Returns:
+        One entry per preference; None if one of its two sides is longer than `max_length`.
+    """
+    newline = len(encode_text(tokenizer, ["\n"])[0])
+    conversations = [[*row["prompt"], *row["chosen"], *row["rejected"]] for row in preferences]
+    encoded = []
+    for *prompt, chosen, rejected in _encode_turns(tokenizer, conversations):
+        longest = sum(len(turn.ids) for turn in prompt) + max(len(chosen.ids), len(rejected.ids))
+        if max_length is not None and longest > max_length:
+            encoded.append(None)
+            continue
+        prompt_ids = [token for turn in prompt for token in turn.ids] + chosen.ids[: chosen.head]
+        replies = (reply.ids[reply.head : len(reply.ids) - newline] for reply in (chosen, rejected))
+        encoded.append(EncodedPreference(prompt_ids, *replies))
+    return encoded
+
+
 def encode_prompt(tokenizer, messages: Sequence[dict], *, n_positions: int, max_new_tokens: int) -> EncodedPrompt:
     """The ids from which the assistant's next words are generated, fitted into the context window.
 

@@ -168,30 +168,30 @@ def _update(setup: Setup, shape: Shape) -> float:
     """Of the optimizer's step, beside its state: the fused AdamW works in place, Muon on copies of equal matrices."""
     if setup.optimizer != "muon":
         return 0.0
-    from rorchat.training.optim import NUMBERS_AT_ONCE
+    from rorchat.training.optim import MAX_ELEMENTS
 
     largest = 4 * shape.n_embd**2  # one matrix of the MLP: no slice is smaller; q, k, v and output are as many numbers
-    at_once = min(shape.n_layer * largest, max(NUMBERS_AT_ONCE["cpu" if setup.device.is_cpu else "gpu"], largest))
+    at_once = min(shape.n_layer * largest, max(MAX_ELEMENTS["cpu" if setup.device.is_cpu else "gpu"], largest))
     # bf16 where it is computed fast, whatever the run's precision (rorchat/training/optim.py)
     return MUON_COPIES * at_once * (2 if "bf16" in setup.device.peak_flops and not setup.device.is_cpu else 4)
 
 
 def _kept(setup: Setup, numbers: int) -> float:
     """Of one layer until its backward pass, but for scores; `numbers` are those of a hidden state."""
-    from rorchat.training.kernels.recompute import WORTHWHILE
+    from rorchat.training.kernels.recompute import MIN_RECOMPUTE_ELEMENTS
 
-    again = setup.kernels == "eager" and numbers >= WORTHWHILE and not setup.gradient_checkpointing
+    again = setup.kernels == "eager" and numbers >= MIN_RECOMPUTE_ELEMENTS and not setup.gradient_checkpointing
     spared = SPARED_BYTES[setup.bytes] if again else 0
     return (KEPT_BYTES[setup.bytes] - spared) * numbers
 
 
 def _logits(setup: Setup, tokens: int) -> float:
     """Of the fused head: a slice in float32, and in the products' precision where that is another."""
-    from rorchat.training.kernels.lm_head_loss import LOGITS_AT_ONCE
+    from rorchat.training.kernels.sliced_head import MAX_LOGITS
 
     if setup.kernels == "manual":  # all of them, and the float32 copies of the loss
         return tokens * setup.vocabulary * (setup.bytes + 8)
-    at_once = min(tokens * setup.vocabulary, max(LOGITS_AT_ONCE, setup.vocabulary))
+    at_once = min(tokens * setup.vocabulary, max(MAX_LOGITS, setup.vocabulary))
     return at_once * (4 if setup.bytes == 4 else 4 + setup.bytes)
 
 

@@ -9,7 +9,7 @@ from rorchat.inference.engine import resolve_model_path
 from rorchat.model import check_fit, load_checkpoint
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
-from rorchat.training.dpo import DPOArguments, PreferenceTrainer, read_pairs
+from rorchat.training.dpo import DPOArguments, PreferenceTrainer, load_preferences
 from rorchat.training.lora import adapter_of
 from rorchat.training.run_folder import Run
 
@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = load_checkpoint(base, tokenizer, arguments.seed)
     check_fit(model, tokenizer, arguments.max_length, "max_length")
     adapter = adapter_of(model, tokenizer, arguments, base)
-    train, validation, tallies = read_pairs(arguments, tokenizer, arguments.max_length or model.config.n_positions)
+    max_length = arguments.max_length or model.config.n_positions
+    train, validation, tallies = load_preferences(arguments, tokenizer, max_length)
     trainer = PreferenceTrainer(model, arguments, tokenizer, train, validation)
     trainer.adapter = adapter
     return run.train(trainer, {"data": [tally.summary() for tally in tallies]}, told=tallies)

@@ -9,7 +9,7 @@ from rorchat.inference.engine import resolve_model_path
 from rorchat.model import check_fit, load_checkpoint
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
-from rorchat.training.grpo import GRPOArguments, PolicyTrainer, read_questions, reply_length
+from rorchat.training.grpo import GRPOArguments, PolicyTrainer, load_questions, reply_length
 from rorchat.training.run_folder import Run
 
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = load_checkpoint(base, tokenizer, arguments.seed)
     check_fit(model, tokenizer)
     arguments.max_completion_length = reply_length(arguments, model.config.n_positions)
-    train, validation, tallies = read_questions(arguments, tokenizer, model.config.n_positions)
+    train, validation, tallies = load_questions(arguments, tokenizer, model.config.n_positions)
     trainer = PolicyTrainer(model, arguments, tokenizer, train, validation)
     return run.train(trainer, {"data": [tally.summary() for tally in tallies]}, told=tallies)
 

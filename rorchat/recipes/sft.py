@@ -12,7 +12,7 @@ from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
 from rorchat.training.lora import adapter_of
 from rorchat.training.run_folder import Run
-from rorchat.training.sft import ChatTrainer, SFTArguments, read_encoded
+from rorchat.training.sft import ChatTrainer, SFTArguments, load_conversations
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = load_checkpoint(base, tokenizer, arguments.seed)
     check_fit(model, tokenizer, arguments.max_length, "max_length")
     adapter = adapter_of(model, tokenizer, arguments, base)
-    train, validation, tallies = read_encoded(arguments, tokenizer, arguments.max_length or model.config.n_positions)
+    max_length = arguments.max_length or model.config.n_positions
+    train, validation, tallies = load_conversations(arguments, tokenizer, max_length)
     trainer = ChatTrainer(model, arguments, tokenizer, train, validation)
     trainer.adapter = adapter
     return run.train(trainer, {"data": [tally.summary() for tally in tallies]}, told=tallies)

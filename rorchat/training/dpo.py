@@ -8,34 +8,36 @@ skipped. The reference's log-probabilities are computed once and kept, so that n
 import math
 import os
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.trainer_utils import IntervalStrategy
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import prepare_deepspeed
+from trl.trainer.utils import FusedCausalLMOutput
 
-from rorchat.chatml import IGNORE_INDEX, EncodedConversation, encode_conversations
-from rorchat.errors import DataError, UsageError, did_you_mean
+from rorchat.chatml import encode_preferences
+from rorchat.errors import UsageError, did_you_mean
 from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.jsonl import append_json_line
 from rorchat.model import is_adapter
-from rorchat.persona import load_persona
 from rorchat.rows import RejectedRow
-from rorchat.sources.base import is_validation_text
-from rorchat.sources.registry import RowStats, load_rows
+from rorchat.sources.registry import RowStats
 from rorchat.training import reference_logps
 from rorchat.training.arguments import DataArguments
 from rorchat.training.checkpointing.trainer_mixin import storage_failure
+from rorchat.training.data import Split, load_split, row_lengths
 from rorchat.training.distributed import any_rank, sharding_strategy
-from rorchat.training.kernels.dpo_logps import patch_dpo_logps
+from rorchat.training.kernels.dpo_logps import patch_dpo_logps, reply_masks
 from rorchat.training.kernels.lm_head_loss import patch_gelu
 from rorchat.training.lora import LoraArguments
 from rorchat.training.sampler import steps_of, training_order
@@ -43,6 +45,8 @@ from rorchat.training.smoke_test import SmokeTestArguments, make_small
 from rorchat.training.stage import OptimizationArguments, StageTrainer
 
 NOT_FORMED = ("entropy", "logits/chosen", "logits/rejected")  # rorchat/training/kernels/dpo_logps.py leaves them out
+PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 CHOSEN_FELL = "chosen fell"  # how the event is called, and in run.json why training stopped
 PAIRS, TOKENS = "pairs", "chosen_tokens"  # how many are behind each of the numbers that TRL notes
 #: What TRL 1.16 would refuse after the model has been loaded, or in the first step, with a traceback.
@@ -165,51 +169,38 @@ class DPOArguments(DataArguments, SmokeTestArguments, LoraArguments, Optimizatio
             raise UsageError(f"loss_type {others[0]} is of reverse_kl alone: leave f_divergence_type {kind} out.")
 
 
-def _split(encoded: EncodedConversation) -> tuple[list[int], list[int]]:
-    """(prompt, reply) ids: the last supervised stretch is the reply, with the `<|im_end|>` that closes it."""
-    end = max(at for at, label in enumerate(encoded.labels) if label != IGNORE_INDEX) + 1
-    start = end
-    while encoded.labels[start - 1] != IGNORE_INDEX:
-        start -= 1
-    return encoded.input_ids[:start], encoded.input_ids[start:end]
+def load_preferences(arguments: DPOArguments, tokenizer, max_length: int) -> Split:
+    """Encoded pairs with columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
-
-def read_pairs(arguments: DPOArguments, tokenizer, max_length: int) -> tuple[Dataset, Dataset, list[RowStats]]:
-    """(training pairs, validation pairs, where the rows went), each pair `prompt_ids`, `chosen_ids`, `rejected_ids`.
-
-    A pair goes to validation by a hash of its prompt, so that no prompt is on both sides. A pair of which either side
-    is longer than `max_length` is rejected.
-
-    Raises:
-        DataError: nothing to train on, or nothing held out.
+    A pair is rejected as over-long if one of its sides is longer than `max_length`. See `load_split` for the errors.
     """
-    persona = load_persona(arguments.persona)
-    kept: dict[bool, list[dict]] = {True: [], False: []}
-    tallies = []
-    for spec in arguments.sources:
-        rows = load_rows(spec, "preference", seed=arguments.data_seed, persona=persona)
-        pairs = [(rows.place, row) for row in islice(rows, arguments.rows_per_source)]
-        chosen = encode_conversations(tokenizer, [[*row["prompt"], *row["chosen"]] for _, row in pairs])
-        rejected = encode_conversations(tokenizer, [[*row["prompt"], *row["rejected"]] for _, row in pairs])
-        for (place, row), better, worse in zip(pairs, chosen, rejected, strict=True):
-            if max(len(better.input_ids), len(worse.input_ids)) > max_length:
-                rows.stats.withdraw(place, RejectedRow("over-long", f"a side is longer than {max_length} tokens"))
-                continue
-            prompt_ids, chosen_ids = _split(better)
-            held_out = is_validation_text(
-                "\n".join(turn["content"] for turn in row["prompt"]), arguments.validation_share
-            )
-            sides = {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": _split(worse)[1]}
-            # a list of Python's ints takes up to nine times as much
-            kept[held_out].append({name: np.array(ids, np.int32) for name, ids in sides.items()})
-        tallies.append(rows.stats)
-    if not kept[True] or not kept[False]:
-        raise DataError(
-            f"{len(kept[False])} pairs to train on and {len(kept[True])} held out for validation, at validation_share "
-            f"{arguments.validation_share} of {', '.join(arguments.sources)}: both are needed. Give more data "
-            "or another validation_share."
-        )
-    return Dataset.from_list(kept[False]), Dataset.from_list(kept[True]), tallies
+
+    def encode(rows: list[dict], _: RowStats) -> Iterator[dict | RejectedRow]:
+        for encoded in encode_preferences(tokenizer, rows, max_length):
+            if encoded is None:
+                yield RejectedRow("over-long", f"a side is longer than {max_length} tokens")
+            else:
+                # a list of Python integers takes up to nine times the memory
+                yield {name: np.array(getattr(encoded, name), np.int32) for name in PAIR_COLUMNS}
+
+    return load_split(arguments, "preference", encode)
+
+
+def collate_pairs(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch of `score_replies`, with the reference's log-probabilities if the rows have them.
+
+    Returns:
+        `input_ids` (B, W), prompt, chosen and rejected reply of each pair, padded on the right; `group_sizes` (B, 3),
+        their numbers of tokens; `ref_chosen_logps` and `ref_rejected_logps` (B,).
+    """
+    parts = [[row[name] for name in PAIR_COLUMNS] for row in rows]
+    pairs = [torch.tensor([token for part in pair for token in part]) for pair in parts]
+    batch = {
+        "input_ids": pad_sequence(pairs, batch_first=True, padding_value=pad_id),
+        "group_sizes": torch.tensor([[len(part) for part in pair] for pair in parts]),
+    }
+    reference = {name: torch.tensor([row[name] for row in rows]) for name in REFERENCE_COLUMNS if name in rows[0]}
+    return batch | reference
 
 
 class PreferenceTrainer(StageTrainer, DPOTrainer):
@@ -219,28 +210,25 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         micro = arguments.per_device_train_batch_size
         arguments.max_steps = steps_of(arguments, len(train))
         rows = arguments.max_steps * micro * arguments.gradient_accumulation_steps * arguments.world_size
-        lengths = np.array(
-            [
-                2 * len(p) + len(c) + len(r)
-                for p, c, r in zip(train["prompt_ids"], train["chosen_ids"], train["rejected_ids"], strict=True)
-            ]
-        )
+        prompts, chosen, rejected = (row_lengths(train, name) for name in PAIR_COLUMNS)
+        lengths = 2 * prompts + chosen + rejected
         order = training_order(lengths, rows, micro, arguments.data_seed)
         read = np.cumsum([0, *lengths[order].reshape(arguments.max_steps, -1).sum(1)])
         needed, order = np.unique(order, return_inverse=True)
         train = train.select(needed)
         # mean tokens of a chosen reply, in the step and in validation
-        self._chosen_length = {"eval": np.mean([len(ids) for ids in validation["chosen_ids"]])}
+        self._chosen_length = {"eval": row_lengths(validation, "chosen_ids").mean()}
         patch_gelu(model)
+        patch_dpo_logps(model)
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=train,  # each pair once, for the reference's log-probabilities
             eval_dataset=validation,
             processing_class=tokenizer,
+            data_collator=partial(collate_pairs, pad_id=tokenizer.pad_token_id),
         )
         self.train_dataset = self.train_dataset.select(order)
-        patch_dpo_logps(model)
         chat = ChatModel(model, tokenizer)
         self.begin_stage(
             chat,
@@ -256,7 +244,8 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """As TRL's (1.16), whose file has a random name: neither another process nor the next start would find it."""
-        patch_dpo_logps(self.model)  # the constructor has just put TRL's head there
+        if self.ref_model is not None:  # under FSDP
+            patch_dpo_logps(self.accelerator.unwrap_model(self.ref_model))
         arguments, path = self.args, Path(self.args.output_dir) / reference_logps.FILE.format(name)
         settings = {
             "weights": self._precompute_model_hash, "ld_alpha": self.ld_alpha, "rows": batch_size,
@@ -295,42 +284,39 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
 
     # Steps
 
-    def divided(self, inputs, rows):
-        # all chosen sides come before all rejected ones; the reference's log-probabilities are one a pair
-        pairs = len(inputs["input_ids"]) // 2
-        found = []
-        for start in range(0, pairs, rows):
-            of = torch.arange(start, min(start + rows, pairs))
-            sides = torch.cat([of, of + pairs])
-            found.append({name: tensor[sides if len(tensor) > pairs else of] for name, tensor in inputs.items()})
-        return found
-
     def _halve(self) -> None:
         super()._halve()
         self.forget_step()  # which is done again
 
-    def _prepare_dataset(self, dataset, *args):
-        return dataset  # rows come encoded
+    def _prepare_dataset(self, dataset, *_):
+        """Replaces TRL's tokenization: pairs come encoded, see `load_preferences`."""
+        return dataset
 
     def get_batch_samples(self, *args, **kwargs):
-        found = super().get_batch_samples(*args, **kwargs)
-        counts = [_chosen(batch) for batch in found[0]]
-        pairs, tokens = self._sums(*(sum(column) for column in zip(*counts, strict=True))) if counts else (1, 0)
-        self._chosen_length["train"] = tokens / pairs
-        return found
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if batches:
+            counts = [_count_chosen(batch) for batch in batches]
+            pairs, tokens = self._sums(*(sum(column) for column in zip(*counts, strict=True)))
+            self._chosen_length["train"] = tokens / pairs
+        return batches, items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's, but that the SFT term weighs all chosen tokens of a step alike, however it is divided."""
+        """TRL's losses, with an SFT term that weighs all chosen tokens of a step alike, whatever its micro-batches.
+
+        TRL averages the SFT term over the tokens of a micro-batch, and the Trainer averages those averages.
+        """
         mode = "train" if self.model.training else "eval"
-        pairs, tokens = _chosen(inputs)
-        # TRL takes the mean over the tokens of the rows given, and the Trainer the mean of those means
+        pairs, tokens = _count_chosen(inputs)
         share = tokens / pairs / self._chosen_length[mode]
-        given = zip(self.loss_types, self.args.loss_weights, strict=True)
-        self.loss_weights = [weight * share if kind == "sft" else weight for kind, weight in given]
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        weights = zip(self.loss_types, self.args.loss_weights, strict=True)
+        self.loss_weights = [weight * share if kind == "sft" else weight for kind, weight in weights]
+        loss = super().compute_loss(*_as_trl_batch(model, inputs), return_outputs, num_items_in_batch)
         for name, count in zip((PAIRS, TOKENS), self._sums(pairs, tokens), strict=True):
             self._metrics[mode][name].append(count)
         return loss
+
+    def compute_ref_log_probs(self, model, inputs):
+        return super().compute_ref_log_probs(*_as_trl_batch(model, inputs))
 
     def _sums(self, *counts: int) -> list[int]:
         """Sums over all processes."""
@@ -374,7 +360,22 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         return metrics
 
 
-def _chosen(inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
-    """(pairs, tokens of their chosen replies) of a batch as TRL's collator makes it."""
-    replies = inputs["completion_mask"].chunk(2)[0]
-    return len(replies), int(replies.sum())
+def _count_chosen(batch: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """The pairs of a batch and the tokens of their chosen replies."""
+    sizes = batch["group_sizes"]
+    return len(sizes), int(sizes[:, 1].sum())
+
+
+def _as_trl_batch(model, inputs: dict[str, torch.Tensor]) -> tuple[Callable, dict[str, torch.Tensor]]:
+    """A model and a batch as TRL's (1.16) loss reads them: rows of all chosen sides, then of all rejected sides.
+
+    The model that TRL calls scores our batch, in which no prompt is repeated; of TRL's batch only the masks are used.
+    """
+    attention_mask, completion_mask = (mask.long() for mask in reply_masks(inputs["group_sizes"]))  # (2 B, T)
+
+    def score(**_) -> FusedCausalLMOutput:
+        return model(input_ids=inputs["input_ids"], group_sizes=inputs["group_sizes"])
+
+    batch = {"attention_mask": attention_mask, "completion_mask": completion_mask}
+    batch["input_ids"] = attention_mask  # TRL makes labels of them, which `score` ignores
+    return score, batch | {name: inputs[name] for name in REFERENCE_COLUMNS if name in inputs}

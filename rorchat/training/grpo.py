@@ -11,9 +11,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,18 +23,17 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import add_fused_lm_head
 
 from rorchat.chatml import encode_prompt
-from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.errors import MismatchError, UsageError
 from rorchat.files import file_sha256
 from rorchat.inference.engine import DEFAULT_REPLY_DIVISOR, ChatModel, Reply, generate_ids, generate_replies
 from rorchat.jsonl import append_json_line
-from rorchat.persona import load_persona
 from rorchat.rows import RejectedRow, row_text
-from rorchat.sources.base import is_validation_text
-from rorchat.sources.registry import RowStats, load_rows
+from rorchat.sources.registry import RowStats
 from rorchat.training.arguments import DataArguments
 from rorchat.training.callbacks.divergence import DIVERGED_ROWS
+from rorchat.training.data import Split, load_split
 from rorchat.training.distributed import sharding_strategy
-from rorchat.training.kernels.attention import needs_no_mask
+from rorchat.training.kernels.attention import skip_padding_warning
 from rorchat.training.kernels.lm_head_loss import patch_gelu
 from rorchat.training.rewards import WEIGHTS, Scorer, as_replies, find_reward, is_right
 from rorchat.training.sampler import training_order
@@ -171,38 +169,23 @@ class GRPOArguments(DataArguments, SmokeTestArguments, OptimizationArguments, GR
         return {file: file_sha256(Path(file)) for file in sorted(files)}
 
 
-def read_questions(arguments: GRPOArguments, tokenizer, positions: int) -> tuple[Dataset, Dataset, list[RowStats]]:
-    """(training questions, validation questions, where the rows went), each with its encoded `prompt`.
+def load_questions(arguments: GRPOArguments, tokenizer, n_positions: int) -> Split:
+    """Questions as their source gives them, with their `place` in it and the encoded `prompt`.
 
-    A question goes to validation by a hash of its words, so that none is on both sides. One that does not fit into
-    `positions` with room for a reply is rejected: its answer may hang on what would be cut.
-
-    Raises:
-        DataError: nothing to train on, or nothing held out.
-        UsageError: a source without questions whose answers are known.
+    A question is rejected as over-long if it does not fit into the positions together with a reply: the answer may
+    depend on the part that would be cut. See `load_split` for the errors.
     """
-    persona = load_persona(arguments.persona)
-    kept: dict[bool, list[dict]] = {True: [], False: []}
-    tallies = []
-    for spec in arguments.sources:
-        rows = load_rows(spec, "question", seed=arguments.data_seed, persona=persona)
-        for row in islice(rows, arguments.rows_per_source):
-            reserve = arguments.max_completion_length
-            encoded = encode_prompt(tokenizer, row["messages"], n_positions=positions, max_new_tokens=reserve)
-            if encoded.notice():
-                reject = RejectedRow("over-long", f"longer than {positions - reserve} tokens, which a reply leaves it")
-                rows.stats.withdraw(rows.place, reject)
-                continue
-            held_out = is_validation_text(row_text(row), arguments.validation_share)
-            kept[held_out].append({**row, "prompt": encoded.input_ids, "place": rows.place})
-        tallies.append(rows.stats)
-    if not kept[True] or not kept[False]:
-        raise DataError(
-            f"{len(kept[False])} questions to train on and {len(kept[True])} held out for validation, at "
-            f"validation_share {arguments.validation_share} of {', '.join(arguments.sources)}: both are needed. Give "
-            "more data or another validation_share."
-        )
-    return Dataset.from_list(kept[False]), Dataset.from_list(kept[True]), tallies
+    reserve = arguments.max_completion_length
+
+    def encode(rows: list[dict], _: RowStats) -> Iterator[dict | RejectedRow]:
+        for row in rows:
+            prompt = encode_prompt(tokenizer, row["messages"], n_positions=n_positions, max_new_tokens=reserve)
+            if prompt.notice():
+                yield RejectedRow("over-long", f"longer than the {n_positions - reserve} tokens beside a reply")
+            else:
+                yield {**row, "prompt": prompt.input_ids}
+
+    return load_split(arguments, "question", encode)
 
 
 def reply_length(arguments: GRPOArguments, positions: int) -> int:
@@ -233,7 +216,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         order = training_order([1] * len(train), questions, self.questions_per_step, arguments.data_seed)
         stops, control = set(model.generation_config.eos_token_id), set(tokenizer.all_special_ids)
         patch_gelu(model)
-        needs_no_mask(model)
+        skip_padding_warning(model)
         reference, beta = copy.deepcopy(model) if arguments.beta else None, arguments.beta
         # TRL 1.16 would load the reference from where the policy's config says that it lies: of an adapter, its base
         arguments.beta = 0.0

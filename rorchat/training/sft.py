@@ -5,27 +5,26 @@ in its errors. They are packed into rows of the window, and none sees another: T
 row of the batch and a mask of all its pairs. The loss is on the assistant's words and their closing `<|im_end|>` alone.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from rorchat.chatml import encode_conversations
-from rorchat.errors import DataError, UsageError
+from rorchat.errors import UsageError
 from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.mixture.collators import collate_packed
 from rorchat.mixture.packing import PackedRows, Sequences, pack
-from rorchat.persona import load_persona
 from rorchat.rows import RejectedRow
-from rorchat.sources.base import is_validation_text
-from rorchat.sources.registry import RowStats, load_rows
+from rorchat.sources.registry import RowStats
 from rorchat.training.arguments import DataArguments
+from rorchat.training.data import ROWS_PER_CALL, Split, load_split, row_lengths
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.lora import LoraArguments
 from rorchat.training.replay import replay_rows
@@ -33,7 +32,6 @@ from rorchat.training.sampler import steps_of
 from rorchat.training.smoke_test import SmokeTestArguments, make_small
 from rorchat.training.stage import OptimizationArguments, StageTrainer
 
-ROWS_PER_CALL = 1000  # conversations a call of the tokenizer
 OWN_ROWS = "rows are encoded and packed by rorchat: no conversation sees another, and the loss is on replies"
 OWN_TOKENS = "the chat template and its control tokens are rorchat's: no text of a user becomes one of them"
 TOKENS_AT_ONCE = 2048  # on a CPU, whose products are no faster for more: a larger micro-batch goes through in parts
@@ -90,7 +88,6 @@ class SFTArguments(DataArguments, SmokeTestArguments, LoraArguments, Optimizatio
             raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
         if not 0 <= self.replay_share < 1:
             raise UsageError(f"replay_share is {self.replay_share}: it must lie between 0 and 1.")
-        self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
         self.check_devices()
         if not self.replay_share:
@@ -99,76 +96,52 @@ class SFTArguments(DataArguments, SmokeTestArguments, LoraArguments, Optimizatio
             make_small(self)
 
 
-def read_encoded(arguments: SFTArguments, tokenizer, max_length: int) -> tuple[Sequences, Sequences, list[RowStats]]:
-    """(training conversations, validation conversations, where the rows went); of the latter the shortest come first.
+def load_conversations(arguments: SFTArguments, tokenizer, max_length: int) -> Split:
+    """Encoded conversations with columns `input_ids` and `labels`, and behind those to train on replayed documents.
 
-    A conversation goes to validation by a hash of its words. One whose first exchange does not fit into `max_length` is
-    rejected as over-long; of longer ones the last turns are cut, and counted.
-
-    Raises:
-        DataError: nothing to train on, or nothing held out.
+    Turns at the end of a conversation that do not fit into `max_length` are cut. A conversation whose first exchange
+    does not fit is rejected as over-long. See `load_split` for the errors.
     """
-    persona = load_persona(arguments.persona)
-    kept: dict[bool, list[tuple]] = {True: [], False: []}
-    tallies = []
-    for spec in arguments.sources:
-        rows = load_rows(spec, "conversation", seed=arguments.data_seed, persona=persona)
-        conversations = [(rows.place, row["messages"]) for row in islice(rows, arguments.rows_per_source)]
-        for start in range(0, len(conversations), ROWS_PER_CALL):
-            part = conversations[start : start + ROWS_PER_CALL]
-            encoded_part = encode_conversations(tokenizer, [messages for _, messages in part], max_length)
-            for (place, messages), encoded in zip(part, encoded_part, strict=True):
-                if encoded is None:
-                    rows.stats.withdraw(place, RejectedRow("over-long", f"no exchange fits into {max_length} tokens"))
-                    continue
-                rows.stats.cut += encoded.dropped_turns > 0
-                text = "\n".join(message["content"] for message in messages)
-                held_out = is_validation_text(text, arguments.validation_share)
-                kept[held_out].append((np.array(encoded.input_ids, np.int32), np.array(encoded.labels, np.int32)))
-        tallies.append(rows.stats)
-    if not kept[True] or not kept[False]:
-        raise DataError(
-            f"{len(kept[False])} conversations to train on and {len(kept[True])} held out for validation, at "
-            f"validation_share {arguments.validation_share} of {', '.join(arguments.sources)}: both are needed. "
-            "Give more data or another validation_share."
-        )
-    if arguments.replay:
-        kept[False] += _replayed(arguments, tokenizer, sum(len(ids) for ids, _ in kept[False]), max_length)
-    kept[True].sort(key=lambda encoded: len(encoded[0]))  # less padding
-    return Sequences(kept[False]), Sequences(kept[True]), tallies
+
+    def encode(rows: list[dict], row_stats: RowStats) -> Iterator[dict | RejectedRow]:
+        for encoded in encode_conversations(tokenizer, [row["messages"] for row in rows], max_length):
+            if encoded is None:
+                yield RejectedRow("over-long", f"no exchange fits into {max_length} tokens")
+                continue
+            row_stats.cut += encoded.dropped_turns > 0
+            yield _as_columns(encoded.input_ids, encoded.labels)
+
+    split = load_split(arguments, "conversation", encode)
+    if not arguments.replay:
+        return split
+    share = arguments.replay_share
+    tokens = round(int(row_lengths(split.train, "input_ids").sum()) * share / (1 - share))
+    rows = replay_rows(arguments.replay, tokenizer, tokens, max_length, arguments.data_seed, arguments.validation_share)
+    replayed = Dataset.from_list([_as_columns(**row) for row in rows])
+    return split._replace(train=concatenate_datasets([split.train, replayed]))
 
 
-def _replayed(arguments: SFTArguments, tokenizer, tokens: int, max_length: int) -> list[tuple]:
-    """Documents of pretraining beside so many tokens of conversations."""
-    replayed = round(tokens * arguments.replay_share / (1 - arguments.replay_share))
-    share, seed = arguments.validation_share, arguments.data_seed
-    rows = replay_rows(arguments.replay, tokenizer, replayed, max_length, seed, share)
-    return [tuple(np.array(row[name], np.int32) for name in ("input_ids", "labels")) for row in rows]
+def _as_columns(input_ids: list[int], labels: list[int]) -> dict[str, np.ndarray]:
+    # a list of Python integers takes up to nine times the memory
+    return {"input_ids": np.array(input_ids, np.int32), "labels": np.array(labels, np.int32)}
 
 
 class ChatTrainer(StageTrainer, SFTTrainer):
     """SFTTrainer over packed conversations, with rorchat's fused head instead of TRL's."""
 
-    def __init__(self, model, arguments: SFTArguments, tokenizer, train: Sequences, validation: Sequences):
-        window = arguments.max_length or model.config.n_positions
-        micro = arguments.per_device_train_batch_size
-        arguments.max_steps = steps_of(arguments, len(pack(train.lengths, window)))
-        rows = arguments.max_steps * micro * arguments.gradient_accumulation_steps * arguments.world_size
-        packed_rows = PackedRows(train, window, rows, arguments.data_seed)
-        read = np.cumsum([0, *packed_rows.tokens.reshape(arguments.max_steps, -1).sum(1)])
-        looked_at = Dataset.from_list([{name: tensor.tolist() for name, tensor in train[0].items()}])
+    def __init__(self, model, arguments: SFTArguments, tokenizer, train: Dataset, validation: Dataset):
+        self.window = arguments.max_length or model.config.n_positions
+        patch_lm_head_loss(model)
+        patch_gelu(model)
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=looked_at,  # TRL takes no other kind and looks at one row
-            eval_dataset=looked_at,
+            train_dataset=train,
+            eval_dataset=validation,
             processing_class=tokenizer,
             data_collator=partial(collate_packed, pad_id=tokenizer.pad_token_id),
         )
-        self.train_dataset, self.eval_dataset = packed_rows, validation
-        del model.forward  # TRL's fused head, which scores masked positions too on a CPU
-        patch_lm_head_loss(model)
-        patch_gelu(model)
+        read = np.cumsum([0, *self.train_dataset.tokens.reshape(arguments.max_steps, -1).sum(1)])
         chat = ChatModel(model, tokenizer)
         self.begin_stage(
             chat,
@@ -180,11 +153,28 @@ class ChatTrainer(StageTrainer, SFTTrainer):
             ],
         )
         if self.args.device.type == "cpu":
-            self.micro_batch_rows = min(self.micro_batch_rows, max(1, TOKENS_AT_ONCE // window))
+            self.micro_batch_rows = min(self.micro_batch_rows, max(1, TOKENS_AT_ONCE // self.window))
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """Replaces TRL's tokenization and packing: rows come encoded, and no packed conversation attends to another.
+
+        Without flash-attention TRL's packing makes one row of the batch, with a mask of all pairs of its tokens.
+        """
+        columns = ((batch["input_ids"], batch["labels"]) for batch in dataset.with_format("numpy").iter(ROWS_PER_CALL))
+        rows = [row for ids, labels in columns for row in zip(ids, labels, strict=True)]
+        if dataset_name != "train":
+            return Sequences(sorted(rows, key=lambda row: len(row[0])))  # by length: less padding
+        sequences = Sequences(rows)
+        args.max_steps = steps_of(args, len(pack(sequences.lengths, self.window)))
+        rows_in_run = (
+            args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
+        return PackedRows(sequences, self.window, rows_in_run, args.data_seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # the Trainer's, which takes the loss that `patch_lm_head_loss` returns; TRL's asks for its own fused head
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs, start_time=None):
-        # without TRL's entropy and accuracy, which the fused head does not form
+        # without TRL's entropy and accuracy, which `patch_lm_head_loss` does not compute
         Trainer.log(self, self.meter.completed(logs, self.state.global_step), start_time)

@@ -33,6 +33,13 @@ def read_rows(recorder: Recorder) -> list[dict[str, list[int]]]:
 def remove_padding(inputs: dict[str, Tensor], pad: int) -> Tensor:
     """Ids and labels (2, N) of a batch without padding."""
     ids = inputs["input_ids"]
+    if "group_sizes" in inputs:  # pairs of rorchat: prompt, chosen and rejected reply in one row
+        sides = []
+        for row, sizes in zip(ids, inputs["group_sizes"].tolist(), strict=True):
+            prompt, *replies, _ = row.split([*sizes, len(row) - sum(sizes)])
+            unlabelled = torch.full_like(prompt, IGNORE_INDEX)
+            sides += [torch.stack([torch.cat([prompt, reply]), torch.cat([unlabelled, reply])]) for reply in replies]
+        return torch.cat(sides, dim=1)
     labels = inputs["labels"] if "labels" in inputs else ids.masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
     kept = ids != pad
     return torch.stack([ids[kept], labels[kept]])
@@ -97,13 +104,12 @@ def micro_batch(rows: int, at_most: int) -> int:
 
 def run_rorchat_sft(recorder: Recorder, flags: tuple[str, ...] = ()) -> dict:
     """The trainer of recipes/sft.py."""
-    from rorchat.mixture.packing import Sequences
     from rorchat.training import sft  # a lever may replace its `pack`
     from rorchat.training.arguments import parse
 
     work, tokenizer, rows = recorder.work, make_tokenizer(recorder.work), read_rows(recorder)
-    train, validation = (Sequences((row["input_ids"], row["labels"]) for row in part) for part in (rows, rows[:1]))
-    packed = len(sft.pack(train.lengths, work.block_size))
+    train, validation = Dataset.from_list(rows), Dataset.from_list(rows[:1])
+    packed = len(sft.pack([len(row["input_ids"]) for row in rows], work.block_size))
     size = micro_batch(packed, work.rows)
     with tempfile.TemporaryDirectory() as folder:
         argv = [*NO_DATA, "--output_dir", folder, "--max_steps", str(work.steps), "--logging_first_step", "true"]

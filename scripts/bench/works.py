@@ -176,11 +176,11 @@ _LEVERS = {
     "fused head": Lever(
         patches=(
             "rorchat.training.kernels.lm_head_loss:head_loss=full_logits_loss",
-            "rorchat.training.kernels.lm_head_loss:_lookup_is_plain=return_false",  # it relies on the fused head
+            "rorchat.training.kernels.lm_head_loss:is_lookup_plain=return_false",  # it relies on the fused head
         )
     ),
-    "shared gradient": Lever(patches=("rorchat.training.kernels.lm_head_loss:_lookup_is_plain=return_false",)),
-    "recomputed outputs": Lever(patches=("rorchat.training.kernels.lm_head_loss:cheap_outputs_computed_again",)),
+    "shared gradient": Lever(patches=("rorchat.training.kernels.lm_head_loss:is_lookup_plain=return_false",)),
+    "recomputed outputs": Lever(patches=("rorchat.training.kernels.lm_head_loss:recompute_cheap_outputs",)),
     "small pages": Lever(environment=LARGE_PAGES),
     "kept memory": Lever(patches=("rorchat.training.stage:keep_freed_memory",)),
     "bf16": Lever(flags=("--bf16", "false")),

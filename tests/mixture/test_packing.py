@@ -1,7 +1,6 @@
 """Packing loses nothing, fills rows, and changes neither loss nor gradient: no sequence sees another."""
 
 import copy
-import itertools
 import sys
 from collections import Counter
 
@@ -17,16 +16,13 @@ from rorchat.mixture.collators import collate_packed, collate_padded
 from rorchat.mixture.packing import PackedRows, Sequences, pack
 from rorchat.sources.registry import load_rows
 from rorchat.training.kernels import attention as attention_module
-from rorchat.training.kernels.attention import packed_attention_forward
-from rorchat.training.kernels.dpo_logps import patch_dpo_logps
 from rorchat.training.kernels.lm_head_loss import patch_lm_head_loss
 
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 
 import lengths as chat_files  # noqa: E402
-from packing_support import VOCABULARY, batch_of, pairs, plain_log_probabilities
 
-WINDOW, PAD = 48, 0
+WINDOW, PAD, VOCABULARY = 48, 0, 199
 
 
 def drawn(count: int, most: int = WINDOW, seed: int = 0) -> list[int]:
@@ -191,71 +187,6 @@ def test_a_model_made_ready_still_generates_and_reads_padded_batches(stock):
     plain = copy.deepcopy(stock)(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
     expected = F.cross_entropy(plain, batch["labels"][:, 1:].flatten(), ignore_index=IGNORE_INDEX)
     assert torch.allclose(ready(**batch).loss, expected, atol=1e-5)
-
-
-def varlen_by_hand(query, key, value, query_bounds, key_bounds, *_, scale, window_size):
-    """What the kernel for sequences of various lengths is documented to do."""
-    parts, bounds = [], zip(query_bounds.tolist(), key_bounds.tolist(), strict=True)
-    for (start, key_start), (end, key_end) in itertools.pairwise(bounds):
-        rows, columns = end - start, key_end - key_start
-        mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
-        qkv = (query[start:end], key[key_start:key_end], value[key_start:key_end])
-        part = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in qkv), attn_mask=mask, scale=scale)
-        parts.append(part.transpose(0, 1))
-    return torch.cat(parts)
-
-
-@pytest.mark.parametrize("trees", [[(7,), (1,), (20,)], [(7,), (12, 5, 9), (1,), (20, 3, 30)]])
-def test_the_kernel_for_various_lengths_is_told_which_keys_a_query_sees(trees, monkeypatch):
-    monkeypatch.setattr(attention_module, "varlen_attn", varlen_by_hand)
-    qkv = torch.randn(3, sum(map(sum, trees)), 2, 8, generator=torch.Generator().manual_seed(0))
-    found = attention_module._by_one_kernel(*qkv, trees, None)
-    assert torch.allclose(found, attention_module._one_by_one(*qkv, trees, 0.0, None), atol=1e-6)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for sequences of various lengths needs a GPU")
-def test_on_a_gpu_one_kernel_gives_what_one_call_a_sequence_gives():
-    torch.manual_seed(0)
-    trees = [(7,), (12, 5, 9), (1,), (20, 3, 30)]
-    count = sum(map(sum, trees))
-    qkv = [torch.randn(1, count, 2, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
-    by_kernel, _ = packed_attention_forward(None, *qkv, None, trees=trees)
-    flat = [x.float()[0].transpose(0, 1) for x in qkv]
-    one_by_one = attention_module._one_by_one(*flat, trees, 0.0, None)
-    assert torch.allclose(by_kernel[0].float(), one_by_one, atol=2e-2)
-
-
-# Pairs
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_log_probabilities_of_pairs_and_their_gradients_are_those_of_plain_rows(stock, checkpointing, monkeypatch):
-    monkeypatch.setattr("rorchat.training.kernels.dpo_logps.LOGITS_AT_ONCE", 7 * VOCABULARY)  # several slices
-    batch = batch_of(pairs())
-    weights = torch.randn(batch["labels"][:, 1:].shape, generator=torch.Generator().manual_seed(4))
-    plain, ready = copy.deepcopy(stock).train(), copy.deepcopy(stock).train()
-    expected = plain_log_probabilities(plain, batch)
-    (expected * weights).sum().backward()
-    if checkpointing:
-        ready.gradient_checkpointing_enable({"use_reentrant": False})
-    patch_dpo_logps(ready)
-    output = ready(**batch, fused_lm_head=True)
-    (output.log_probs * weights).sum().backward()
-    assert torch.allclose(output.log_probs, expected, atol=1e-5)
-    asked = batch["labels"][:, 1:] != IGNORE_INDEX
-    best = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].argmax(-1)
-    assert torch.equal(output.is_top1, (best == batch["labels"][:, 1:]) & asked)
-    for (name, found), wanted in zip(ready.named_parameters(), plain.parameters(), strict=True):
-        assert (found.grad - wanted.grad).norm() <= 1e-5 * wanted.grad.norm(), name
-
-
-def test_a_prompt_is_read_once_and_padding_never(stock):
-    model = copy.deepcopy(stock)
-    patch_dpo_logps(model)
-    given, seen = pairs(), []
-    model.transformer.h[0].register_forward_hook(lambda module, args, output: seen.append(args[0].shape[:2]))
-    model(**batch_of(given), fused_lm_head=True)
-    assert seen == [(1, sum(map(len, (ids for pair in given for ids in pair))))]
 
 
 # Real conversations

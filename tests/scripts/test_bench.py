@@ -253,7 +253,7 @@ def test_a_lever_for_a_missing_function_is_an_error(material_folder):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_the_plain_head_has_the_loss_and_gradients_of_the_fused_one(dtype, monkeypatch):
-    monkeypatch.setattr(lm_head_loss, "LOGITS_AT_ONCE", 1 << 8)
+    monkeypatch.setattr("rorchat.training.kernels.sliced_head.MAX_LOGITS", 1 << 8)
     torch.manual_seed(0)
     labels = torch.randint(0, 64, (2, 9)).masked_fill(torch.rand(2, 9) < 0.3, training.IGNORE_INDEX)
     results = []
@@ -272,7 +272,7 @@ def test_the_plain_head_has_the_loss_and_gradients_of_the_fused_one(dtype, monke
 
 def test_the_fused_head_lever_leaves_causal_attention_on(material_folder, monkeypatch):
     lever = works.LEVERS["rows"]["fused head"]
-    for name in ("head_loss", "_lookup_is_plain"):
+    for name in ("head_loss", "is_lookup_plain"):
         monkeypatch.setattr(lm_head_loss, name, getattr(lm_head_loss, name))  # so that it is restored
     entered, stock = [], lm_head_loss.causal_attention
     monkeypatch.setattr(lm_head_loss, "causal_attention", lambda config: entered.append(1) or stock(config))

@@ -211,7 +211,7 @@ def test_rows_are_sampled_evenly_over_their_lengths():
 
 def test_lengths_equal_those_of_training_rows(tokenizer, tmp_path):
     from rorchat.chatml import encode_conversation
-    from rorchat.training.dpo import DPOArguments, read_pairs
+    from rorchat.training.dpo import DPOArguments, load_preferences
 
     rows = [exchange("Hello", "Hi!", "And you?", "I am well."), exchange("What?", "word " * 200)]
     path = written(tmp_path, "rows.jsonl", json_lines(*rows))
@@ -224,7 +224,7 @@ def test_lengths_equal_those_of_training_rows(tokenizer, tmp_path):
     path = written(tmp_path, "pairs.jsonl", json_lines(*pairs))
     sources = [f"preference={path}"]
     arguments = DPOArguments(output_dir=str(tmp_path), model="any", sources=sources, validation_share=0.3)
-    kept = [row for split in read_pairs(arguments, tokenizer, 128)[:2] for row in split]
+    kept = [row for split in load_preferences(arguments, tokenizer, 128)[:2] for row in split]
     expected = sorted([len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")] for row in kept)
     assert len(expected) < len(pairs)
     assert sorted(lengths.read_pair_lengths(f"preference={path}", tokenizer, 128)) == expected

@@ -7,17 +7,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from packing_support import batch_of, pairs, plain_log_probabilities
-from peft import LoraConfig, get_peft_model
 from recipe_commands import inside, metrics_of, succeeded
 from support import json_lines
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from rorchat.errors import UsageError
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
 from rorchat.training.dpo import CHOSEN_FELL, DPOArguments, PreferenceTrainer
-from rorchat.training.kernels.dpo_logps import _LogProbabilities, patch_dpo_logps
 
 FLAGS = ["--model", "given-as-an-object", "--sources", "tinytown=1", "--bf16", "false", "--logging_steps", "1"]
 DROP = 0.1  # nats a token, in every reply of those tests that name it
@@ -49,7 +45,7 @@ def asked(monkeypatch) -> list[int]:
     found, real = [], PreferenceTrainer.compute_ref_log_probs
 
     def counted(trainer, model, inputs):
-        found.append(len(inputs["input_ids"]) // 2)
+        found.append(len(inputs["input_ids"]))
         return real(trainer, model, inputs)
 
     monkeypatch.setattr(PreferenceTrainer, "compute_ref_log_probs", counted)
@@ -63,7 +59,7 @@ def shifted(monkeypatch) -> None:
 
     def better(trainer, model, inputs):
         chosen, rejected = real(trainer, model, inputs)
-        return chosen + DROP * inputs["completion_mask"].chunk(2)[0].sum(1), rejected
+        return chosen + DROP * inputs["group_sizes"][:, 1], rejected
 
     monkeypatch.setattr(PreferenceTrainer, "compute_ref_log_probs", better)
 
@@ -117,33 +113,6 @@ def test_a_step_is_the_same_in_whatever_micro_batches(trainer_of):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_rows_that_alone_learn_get_the_gradient_of_the_whole_embedding_and_no_other_is_formed(monkeypatch):
-    formed, backward = [], _LogProbabilities.backward
-
-    def seen(*arguments):
-        gradients = backward(*arguments)
-        formed.append([gradient is not None for gradient in gradients])
-        return gradients
-
-    monkeypatch.setattr(_LogProbabilities, "backward", staticmethod(seen))
-    shape = {"n_positions": 48, "n_layer": 1, "n_head": 2, "n_embd": 32}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=199, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **shape))
-    lora = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, trainable_token_indices=[1, 2, 3, 4])
-    get_peft_model(model, lora)
-    batch = batch_of([[[token % 5 for token in part] for part in pair] for pair in pairs()])  # most of them learn
-    gradients = []
-    for _ in range(2):  # PEFT's own first
-        model.zero_grad()
-        found = model(**batch, fused_lm_head=True).log_probs if gradients else plain_log_probabilities(model, batch)
-        found.pow(2).sum().backward()
-        gradients.append({name: x.grad.clone() for name, x in model.named_parameters() if x.requires_grad})
-        patch_dpo_logps(model)
-    assert any("token_adapter" in name and float(x.abs().sum()) for name, x in gradients[0].items())
-    for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-5, msg=name)
-    assert formed == [[True, False, False, False, False, True, False]]
-
-
 # When chosen replies fall
 
 
@@ -185,7 +154,7 @@ def test_a_step_that_is_no_number_leaves_nothing_in_the_log_and_does_not_stop_th
 
     def poisoned(trainer, model, inputs):
         chosen, rejected = real(trainer, model, inputs)
-        return chosen.masked_fill(inputs["completion_mask"].chunk(2)[0].sum(1) == 20, math.nan), rejected
+        return chosen.masked_fill(inputs["group_sizes"][:, 1] == 20, math.nan), rejected
 
     monkeypatch.setattr(PreferenceTrainer, "compute_ref_log_probs", poisoned)
     trainer = trainer_of(rows_of([20, 20] + [2] * 6), "--per_device_train_batch_size", 2, "--logging_steps", 4)

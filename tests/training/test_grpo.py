@@ -14,7 +14,7 @@ from rorchat.errors import DataError, MismatchError, UsageError, exits_with_one_
 from rorchat.inference.engine import ChatModel, Reply
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
-from rorchat.training.grpo import GRPOArguments, PolicyTrainer, read_questions, reply_length
+from rorchat.training.grpo import GRPOArguments, PolicyTrainer, load_questions, reply_length
 
 ROOT = Path(__file__).resolve().parents[2]
 REWARDS = """
@@ -50,7 +50,7 @@ def words(tmp_path) -> list[str]:
 
 def trainer_of(chat, words) -> PolicyTrainer:
     arguments = parse(GRPOArguments, words)
-    train, validation, _ = read_questions(arguments, chat.tokenizer, chat.n_positions)
+    train, validation, _ = load_questions(arguments, chat.tokenizer, chat.n_positions)
     return PolicyTrainer(copy.deepcopy(chat.model), arguments, chat.tokenizer, train, validation)
 
 
@@ -122,7 +122,7 @@ def test_the_reference_is_the_model_as_it_was_given_wherever_its_config_says_tha
     model.config._name_or_path = base
     model.transformer.wte.weight.data.add_(torch.randn(32))
     arguments = parse(GRPOArguments, [*words, "--beta", "0.1", "--warmup_steps", "0"])
-    train, validation, _ = read_questions(arguments, chat.tokenizer, chat.n_positions)
+    train, validation, _ = load_questions(arguments, chat.tokenizer, chat.n_positions)
     trainer = PolicyTrainer(model, arguments, chat.tokenizer, train, validation)
     trainer.train()
     first, second = [record["kl"] for record in trainer.state.log_history if "kl" in record]
@@ -244,7 +244,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_starts(words, flags
 
 def test_a_source_without_known_answers_is_refused(chat, words):
     with pytest.raises(UsageError, match="'alpaca' gives conversations, but here go questions: gsm8k, tinytown"):
-        read_questions(parse(GRPOArguments, [*words, "--sources", "alpaca=x"]), chat.tokenizer, 128)
+        load_questions(parse(GRPOArguments, [*words, "--sources", "alpaca=x"]), chat.tokenizer, 128)
 
 
 def test_a_reply_longer_than_the_positions_is_refused(words):
@@ -262,13 +262,13 @@ def gsm8k(folder: Path, *questions: str) -> str:
 def test_no_text_of_a_question_becomes_a_control_token_and_one_too_long_is_counted(chat, words, tmp_path):
     asked = [f"{n} plus 1?{IM_END}<|im_start|>system" for n in range(40)]
     source = gsm8k(tmp_path, *asked, "very " * 200 + "long?")
-    train, validation, (tally,) = read_questions(
+    train, validation, (tally,) = load_questions(
         parse(GRPOArguments, [*words, "--sources", source]), chat.tokenizer, 256
     )
     assert (tally.kept, tally.rejects) == (40, {"over-long": 1})
     prompts = [*train["prompt"], *validation["prompt"]]
     clean = gsm8k(tmp_path, *(f"{n} plus 1?" for n in range(40)))
-    plain, _, _ = read_questions(parse(GRPOArguments, [*words, "--sources", clean]), chat.tokenizer, 256)
+    plain, _, _ = load_questions(parse(GRPOArguments, [*words, "--sources", clean]), chat.tokenizer, 256)
     control = set(chat.tokenizer.all_special_ids)
     assert {sum(token in control for token in ids) for ids in prompts} == {
         sum(token in control for token in plain["prompt"][0])
@@ -278,4 +278,4 @@ def test_no_text_of_a_question_becomes_a_control_token_and_one_too_long_is_count
 def test_a_source_of_which_nothing_is_held_out_is_refused(chat, words, tmp_path):
     arguments = parse(GRPOArguments, [*words, "--sources", gsm8k(tmp_path, "1 plus 1?")])
     with pytest.raises(DataError, match="both are needed"):
-        read_questions(arguments, chat.tokenizer, 256)
+        load_questions(arguments, chat.tokenizer, 256)

@@ -17,7 +17,7 @@ from rorchat.tokenizer import load_tokenizer
 from rorchat.tokens.prepare import prepare
 from rorchat.training.arguments import parse
 from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, stores_of
-from rorchat.training.sft import SFTArguments, read_encoded
+from rorchat.training.sft import SFTArguments, load_conversations
 
 SHARE = 0.2
 
@@ -71,10 +71,10 @@ def test_a_conversation_that_fine_tuning_holds_out_is_held_out_in_midtraining(to
     """And no other: the hold-out is a hash of the same words, whatever template and system message they stand in."""
     store = prepare("chat:tinytown=300", tokenizer, tmp_path / "store", validation_share=SHARE)
     flags = ["--sources", "tinytown=300", "--validation_share", str(SHARE), "--output_dir", str(tmp_path / "run")]
-    train, validation, _ = read_encoded(parse(SFTArguments, flags), tokenizer, max_length=10_000)
+    train, validation, _ = load_conversations(parse(SFTArguments, flags), tokenizer, max_length=10_000)
     assert len(validation) > 30
-    assert documents_of(store, "validation") == {tuple(row["input_ids"].tolist()) for row in validation}
-    assert documents_of(store, "train") == {tuple(row["input_ids"].tolist()) for row in train}
+    assert documents_of(store, "validation") == {tuple(row["input_ids"]) for row in validation}
+    assert documents_of(store, "train") == {tuple(row["input_ids"]) for row in train}
 
 
 def test_words_that_look_like_control_tokens_stay_words_and_a_long_conversation_stays_whole(tokenizer, tmp_path):

@@ -36,7 +36,7 @@ def batch(model, masked: bool = True) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("rows_at_once", [1, 7, 10_000])
 def test_the_fused_loss_and_its_gradients_are_those_of_full_logits(model, monkeypatch, rows_at_once):
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", rows_at_once * model.config.vocab_size)
+    monkeypatch.setattr("rorchat.training.kernels.sliced_head.MAX_LOGITS", rows_at_once * model.config.vocab_size)
     data = batch(model)
     hidden = torch.randn(3, 40, 32, dtype=torch.float32, requires_grad=True)
     weight = model.lm_head.weight.detach().clone().requires_grad_()

@@ -11,10 +11,11 @@ from rorchat.chatml import END_OF_TEXT, IM_START
 from rorchat.errors import UsageError, exits_with_one_line
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
+from rorchat.training.data import row_lengths
 from rorchat.training.dpo import DPOArguments
 from rorchat.training.grpo import GRPOArguments
 from rorchat.training.pretrain import PretrainArguments
-from rorchat.training.sft import SFTArguments, read_encoded
+from rorchat.training.sft import SFTArguments, load_conversations
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["--sources", "tinytown=80", "--validation_share", "0.1", "--output_dir", "runs/x"]
@@ -23,11 +24,11 @@ FLAGS = ["--sources", "tinytown=80", "--validation_share", "0.1", "--output_dir"
 def test_the_labels_are_the_assistants_words_and_their_closings_and_nothing_else(tokenizer):
     from rorchat.sources.registry import load_rows
 
-    train, validation, _ = read_encoded(parse(SFTArguments, FLAGS), tokenizer, 10_000)
+    train, validation, _ = load_conversations(parse(SFTArguments, FLAGS), tokenizer, 10_000)
     found = set()
     for row in (*train, *validation):
-        asked = row["labels"] != -100
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], asked.numpy(), [False]])))
+        asked = np.array(row["labels"]) != -100
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], asked, [False]])))
         found |= {tokenizer.decode(row["input_ids"][a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)}
     rows = load_rows("tinytown=80", "conversation", seed=0)
     said = {m["content"] + "<|im_end|>" for row in rows for m in row["messages"] if m["role"] == "assistant"}
@@ -35,14 +36,16 @@ def test_the_labels_are_the_assistants_words_and_their_closings_and_nothing_else
 
 
 def test_replayed_documents_have_their_share_of_the_tokens_and_are_no_conversations(tokenizer):
-    plain, _, _ = read_encoded(parse(SFTArguments, FLAGS), tokenizer, 128)
+    plain, _, _ = load_conversations(parse(SFTArguments, FLAGS), tokenizer, 128)
     flags = [*FLAGS, "--replay", "tinytown=200", "--replay_share", "0.2"]
-    train, _, _ = read_encoded(parse(SFTArguments, flags), tokenizer, 128)
-    assert 0.2 == pytest.approx(1 - plain.lengths.sum() / train.lengths.sum(), abs=0.001)
+    train, _, _ = load_conversations(parse(SFTArguments, flags), tokenizer, 128)
+    assert 0.2 == pytest.approx(
+        1 - row_lengths(plain, "input_ids").sum() / row_lengths(train, "input_ids").sum(), abs=0.001
+    )
     begins = tokenizer.convert_tokens_to_ids([IM_START, END_OF_TEXT])
-    first = [int(row["input_ids"][0]) for row in train]
+    first = [row["input_ids"][0] for row in train]
     assert first == [begins[0]] * len(plain) + [begins[1]] * (len(train) - len(plain))
-    assert all((row["labels"][1:] != -100).all() for row in [*train][len(plain) :])
+    assert all(-100 not in row["labels"][1:] for row in [*train][len(plain) :])
 
 
 @pytest.mark.parametrize(

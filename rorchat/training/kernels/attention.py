@@ -1,11 +1,12 @@
-"""Attention of full rows and of packed ones, in a stock GPT-2, without a mask.
+"""Attention without a mask in a stock GPT-2, for unpadded rows and for packed ones.
 
-With its own name GPT-2's attention gets a dense mask wherever positions restart: a number for every pair of tokens of
-a row. Here packed sequences are attended to one by one, each by the causal kernel, or all by one kernel for
-sequences of various lengths on GPUs that have it.
+With the stock implementation, GPT-2 builds a dense mask wherever position ids restart: one number for every pair of
+tokens of a row. Here each packed sequence goes through the causal kernel on its own, or all of them through one
+variable-length kernel on GPUs that have it.
 
-A packed sequence is a tree: a stem and the branches that each go on from it, blind for one another, so that a prompt is
-read once for all its replies. Most have no branch.
+A packed row consists of prefix groups. A group is a prefix and its continuations: every continuation attends to the
+prefix and to itself, not to the other continuations. Two replies to one prompt so share the computation of the prompt.
+A plain sequence is a group without continuations.
 """
 
 import contextlib
@@ -19,9 +20,9 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-CAUSAL_ATTENTION, PACKED_ATTENTION = "causal_sdpa", "packed_sdpa"  # names that Transformers builds no mask for
+CAUSAL_ATTENTION, PACKED_ATTENTION = "causal_sdpa", "packed_sdpa"  # names for which Transformers builds no mask
 
-PrefixGroup = tuple[int, ...]  # tokens of the stem, and of each branch
+PrefixGroup = tuple[int, ...]  # number of tokens of the prefix and of each continuation
 
 
 def packed_attention_forward(
@@ -31,39 +32,40 @@ def packed_attention_forward(
     value: Tensor,
     attention_mask: None,
     *,
-    trees: Sequence[PrefixGroup],
+    prefix_groups: Sequence[PrefixGroup],
     dropout: float = 0.0,
     scaling: float | None = None,
     **_,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each tree, each branch seeing the stem and itself.
+    """Causal attention within each prefix group.
 
     Args:
-        query, key, value: (B, H, T, D), rows of trees that stand one behind the other.
-        trees: of all rows; B x T tokens together.
+        query, key, value: (B, H, T, D); the groups follow each other in row-major order.
+        prefix_groups: The groups of all rows, B x T tokens in total.
 
     Returns:
-        (B, T, H, D), and no weights.
+        The output (B, T, H, D), and None for the attention weights.
     """
     batch, heads, length, width = query.shape
+    # (B, H, T, D) -> (N, H, D), N = B x T
     query, key, value = (x.transpose(1, 2).reshape(batch * length, heads, width) for x in (query, key, value))
-    if _has_kernel(query) and not dropout:
-        output = _by_one_kernel(query, key, value, trees, scaling)
+    if _has_varlen_kernel(query) and not dropout:
+        output = attend_by_varlen_kernel(query, key, value, prefix_groups, scaling)
     else:
-        output = _one_by_one(query, key, value, trees, dropout, scaling)
+        output = attend_by_sequence(query, key, value, prefix_groups, dropout, scaling)
     return output.view(batch, length, heads, width), None
 
 
-def _has_kernel(query: Tensor) -> bool:
+def _has_varlen_kernel(query: Tensor) -> bool:
     return query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, trees: Sequence[PrefixGroup], dropout: float, scaling
+def attend_by_sequence(
+    query: Tensor, key: Tensor, value: Tensor, prefix_groups: Sequence[PrefixGroup], dropout: float, scaling
 ) -> Tensor:
-    """(N, H, D) each; N tokens of all trees."""
-    sizes = [size for tree in trees for size in tree]
-    # split, not slices: the gradient of a slice is as large as what it was cut from
+    """One kernel call for each prefix with one continuation: (N, H, D) each -> (N, H, D)."""
+    sizes = [size for group in prefix_groups for size in group]
+    # split instead of slicing: the gradient of a slice is as large as the tensor it was taken from
     parts = iter(zip(*(x.split(sizes) for x in (query, key, value)), strict=True))
 
     def attend(*qkv: Tensor) -> Tensor:
@@ -71,48 +73,60 @@ def _one_by_one(
         return F.scaled_dot_product_attention(*qkv, dropout_p=dropout, scale=scaling, is_causal=True)[0].transpose(0, 1)
 
     outputs = []
-    for stem_size, *branches in trees:
-        stem = next(parts)
-        if not branches:
-            outputs.append(attend(*stem))
-        for number, _ in enumerate(branches):
-            found = attend(*(torch.cat(both) for both in zip(stem, next(parts), strict=True)))
-            outputs.append(found[stem_size if number else 0 :])
+    for prefix_size, *continuations in prefix_groups:
+        prefix = next(parts)
+        if not continuations:
+            outputs.append(attend(*prefix))
+        for number, _ in enumerate(continuations):
+            output = attend(*(torch.cat(both) for both in zip(prefix, next(parts), strict=True)))
+            outputs.append(output[prefix_size if number else 0 :])  # the first call returns the prefix as well
     return torch.cat(outputs)
 
 
-def _by_one_kernel(query: Tensor, key: Tensor, value: Tensor, trees: Sequence[PrefixGroup], scaling) -> Tensor:
-    index, bounds, longest = _reading(tuple(trees), query.device)
+def attend_by_varlen_kernel(
+    query: Tensor, key: Tensor, value: Tensor, prefix_groups: Sequence[PrefixGroup], scaling
+) -> Tensor:
+    index, bounds, longest = _varlen_layout(tuple(prefix_groups), query.device)
     if index is not None:
         key, value = key[index], value[index]
-    # causal from the last key back, so that a branch sees its stem whole
+    # the causal window is aligned to the last key, so a continuation attends to its whole prefix
     return varlen_attn(query, key, value, *bounds, *longest, scale=scaling, window_size=(-1, 0))
 
 
-@functools.lru_cache(maxsize=1)  # every block of a micro-batch asks for the same
-def _reading(trees: tuple[PrefixGroup, ...], device: torch.device) -> tuple[Tensor | None, list[Tensor], list[int]]:
-    """Which keys stand ready for which queries.
+@functools.lru_cache(maxsize=1)  # every block of a micro-batch asks for the same layout
+def _varlen_layout(
+    prefix_groups: tuple[PrefixGroup, ...], device: torch.device
+) -> tuple[Tensor | None, list[Tensor], list[int]]:
+    """Which keys the kernel reads for which queries.
+
+    The kernel takes queries and keys as sequences one after another. The first continuation forms one sequence with
+    its prefix. Each further continuation is a separate sequence, whose keys are the prefix's, gathered again, and those
+    of the continuation.
 
     Returns:
-        Where each key is found, None if in its own place, where a stem is read for several branches; the bounds of the
-        queries and of their keys; the most queries and keys of one call.
+        The positions to gather keys from, None if every key is already in place; the cumulative lengths of the query
+        sequences and of the key sequences; the longest query sequence and the longest key sequence.
     """
-    read, lengths = [], []
+    key_positions, query_lengths = [], []
     start = 0
-    for stem, *branches in trees:
-        first = stem + (branches[0] if branches else 0)
-        read.append(range(start, start + first))
-        lengths.append(first)
-        at = start + first
-        for branch in branches[1:]:
-            read.append((*range(start, start + stem), *range(at, at + branch)))
-            lengths.append(branch)
-            at += branch
-        start = at
-    seen = [len(keys) for keys in read]
-    bounds = [torch.tensor([0, *sizes]).cumsum(0, dtype=torch.int32).to(device) for sizes in (lengths, seen)]
-    index = None if seen == lengths else torch.tensor([at for keys in read for at in keys]).to(device)
-    return index, bounds, [max(lengths), max(seen)]
+    for prefix, *continuations in prefix_groups:
+        length = prefix + sum(continuations[:1])
+        key_positions.append(range(start, start + length))
+        query_lengths.append(length)
+        end = start + length
+        for continuation in continuations[1:]:
+            key_positions.append((*range(start, start + prefix), *range(end, end + continuation)))
+            query_lengths.append(continuation)
+            end += continuation
+        start = end
+    key_lengths = [len(positions) for positions in key_positions]
+    bounds = [
+        torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device) for lengths in (query_lengths, key_lengths)
+    ]
+    index = None
+    if key_lengths != query_lengths:
+        index = torch.tensor([position for positions in key_positions for position in positions]).to(device)
+    return index, bounds, [max(query_lengths), max(key_lengths)]
 
 
 AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
@@ -120,7 +134,7 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
 
 
 @contextlib.contextmanager
-def _attention(config, name: str) -> Iterator[None]:
+def _attention_implementation(config, name: str) -> Iterator[None]:
     stock, config._attn_implementation = config._attn_implementation, name
     try:
         yield
@@ -129,35 +143,36 @@ def _attention(config, name: str) -> Iterator[None]:
 
 
 def causal_attention(config) -> contextlib.AbstractContextManager:
-    """Attention that is causal and knows no padding to the left and no packing, for as long as the context lasts."""
-    return _attention(config, CAUSAL_ATTENTION)
+    """A context in which attention is causal and builds no mask: for rows without left padding and without packing."""
+    return _attention_implementation(config, CAUSAL_ATTENTION)
 
 
 def packed_attention(config) -> contextlib.AbstractContextManager:
-    """Attention of packed rows, whose `trees` the model is called with, for as long as the context lasts."""
-    return _attention(config, PACKED_ATTENTION)
+    """A context in which the model attends to packed rows and is called with their `prefix_groups`."""
+    return _attention_implementation(config, PACKED_ATTENTION)
 
 
-def keep_packed(model: nn.Module) -> None:
-    """Lets every block of a stock GPT-2 attend to packed rows wherever it is called with `trees`.
+def patch_packed_attention(model: nn.Module) -> None:
+    """Make every block of a stock GPT-2 use packed attention when it is called with `prefix_groups`.
 
-    Gradient checkpointing calls blocks again in the backward pass, when no context lasts any more.
+    The context manager alone is not enough: gradient checkpointing calls blocks again in the backward pass, after the
+    context has ended.
     """
     for block in model.transformer.h:
         if "forward" not in vars(block.attn):
-            block.attn.forward = functools.partial(_by_trees, block.attn, block.attn.forward)
+            block.attn.forward = functools.partial(_forward_with_groups, block.attn, block.attn.forward)
 
 
-def needs_no_mask(model: nn.Module) -> None:
-    """Keeps Transformers from looking for padding in every forward pass, to recommend a mask.
-
-    Batches are padded on the right (rorchat/mixture/collators.py), and a causal model never looks there.
-    """
-    model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
-
-
-def _by_trees(attention: nn.Module, stock_forward, *args, **kwargs):
-    if "trees" not in kwargs:
+def _forward_with_groups(attention: nn.Module, stock_forward, *args, **kwargs):
+    if "prefix_groups" not in kwargs:
         return stock_forward(*args, **kwargs)
     with packed_attention(attention.config):
         return stock_forward(*args, **kwargs)
+
+
+def skip_padding_warning(model: nn.Module) -> None:
+    """Keep Transformers from searching every batch for padding in order to recommend an attention mask.
+
+    Batches are padded on the right (rorchat/mixture/collators.py), where a causal model does not look.
+    """
+    model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None

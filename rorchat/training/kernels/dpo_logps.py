@@ -1,8 +1,12 @@
-"""Log-probabilities of two replies to one prompt, for preference training: each prompt is read once, padding never.
+"""Log-probabilities of two replies to one prompt, for preference training, without padding or a repeated prompt.
 
-TRL's batch holds each prompt twice and pads all rows to the longest. Here what a batch holds becomes one row of trees,
-a prompt and its two replies, and the vocabulary head runs on replies only, a slice at a time, whose logits are formed
-again in the backward pass in place of being kept.
+TRL's batch holds every prompt twice and pads all rows to the longest. Here a pair is one row, (prompt, chosen reply,
+rejected reply), and what the model reads is one row of prefix groups without padding: B pairs of N tokens in total.
+The head runs on replies only, a slice at a time, and its logits are formed again in the backward pass.
+
+    pair          p0 p1 p2 | c0 c1 | r0 r1 r2           prefix group (3, 2, 3)
+    position       0  1  2    3  4    3  4  5           the rejected reply continues the prompt, too
+    predicted by           p2 c0   p2 r0 r1             not the token before r0, but the last of the prompt
 """
 
 import functools
@@ -12,165 +16,127 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from trl.trainer.utils import FusedCausalLMOutput
 
-from rorchat.chatml import IGNORE_INDEX
-from rorchat.training.kernels.attention import PrefixGroup, keep_packed, needs_no_mask
-from rorchat.training.kernels.lm_head_loss import (
-    LOGITS_AT_ONCE,
-    LearnedRows,
-    TiedGradient,
-    hidden_states,
-    learned_rows,
-    logits_of,
+from rorchat.training.kernels.attention import PrefixGroup, patch_packed_attention, skip_padding_warning
+from rorchat.training.kernels.lm_head_loss import head_weight, hidden_states
+from rorchat.training.kernels.recompute import MIN_RECOMPUTE_ELEMENTS
+from rorchat.training.kernels.sliced_head import (
+    SlicedHead,
+    apply_head,
+    as_input_gradients,
+    hand_over,
+    needed_gradients,
 )
-from rorchat.training.kernels.recompute import WORTHWHILE
 
 
-class _LogProbabilities(torch.autograd.Function):
-    """log softmax(`hidden @ weight.T`) at `targets`, (N,), and whether the target is the likeliest token.
+class LogProbabilities(torch.autograd.Function):
+    """log p(target) in nats, float32, and whether the target is the most likely token, both (N,).
 
-    Args:
-        rows: (K, D) what stands in for the rows `row_ids` of the weight, of which they alone learn.
+    Keeps one number for each target, its logsumexp, and forms the logits again in the backward pass.
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        compute_dtype: torch.dtype,
-        tied,
-        rows: Tensor | None = None,
-        row_ids: Tensor | None = None,
-    ):
-        head, found, likeliest, sums = weight.to(compute_dtype), [], [], []
-        own = None if rows is None else rows.to(compute_dtype)
-        for part, wanted in _slices(weight.size(0), hidden, targets):
-            logits = logits_of(part.to(compute_dtype), head, own, row_ids)
+    def forward(ctx, hidden, weight, targets, rows, row_ids, dtype, tied, is_training) -> tuple[Tensor, Tensor]:
+        head = SlicedHead(weight, rows, row_ids, dtype)
+        log_probs, is_top1, sums = [], [], []
+        for part, part_targets in head.split(hidden, targets):  # (n, D), (n,)
+            logits = head.logits(part)  # (n, D) -> (n, V)
             sums.append(logits.logsumexp(dim=-1))
-            found.append(logits.gather(1, wanted[:, None])[:, 0] - sums[-1])
-            likeliest.append(logits.argmax(dim=-1) == wanted)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(sums), rows)
-        ctx.compute_dtype, ctx.tied, ctx.row_ids = compute_dtype, tied, row_ids
-        likeliest = torch.cat(likeliest)
-        ctx.mark_non_differentiable(likeliest)
-        return torch.cat(found), likeliest
+            log_probs.append(logits.gather(1, part_targets[:, None])[:, 0] - sums[-1])
+            is_top1.append(logits.argmax(dim=-1) == part_targets)
+        ctx.save_for_backward(hidden, weight, targets, rows, torch.cat(sums))
+        ctx.row_ids, ctx.dtype, ctx.tied = row_ids, dtype, tied
+        is_top1 = torch.cat(is_top1)
+        ctx.mark_non_differentiable(is_top1)
+        return torch.cat(log_probs), is_top1
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor, _):
-        hidden, weight, targets, sums, rows = ctx.saved_tensors
-        head = weight.to(ctx.compute_dtype)
-        own = None if rows is None else rows.to(ctx.compute_dtype)
-        for_hidden, for_weight = ctx.needs_input_grad[:2]
-        hidden_gradient = [hidden.new_zeros(0, hidden.size(1))]
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
-        rows_gradient = torch.zeros_like(rows, dtype=torch.float32) if ctx.needs_input_grad[5] else None
-        for part, wanted, total, outer in _slices(weight.size(0), hidden, targets, sums, gradient):
-            part = part.to(ctx.compute_dtype)
-            inner = logits_of(part, head, own, ctx.row_ids).sub_(total[:, None]).exp_()  # the softmax
-            inner.mul_(-outer[:, None]).scatter_add_(1, wanted[:, None], outer[:, None].float())
-            inner = inner.to(ctx.compute_dtype)
-            if own is not None:
-                of_own = inner[:, ctx.row_ids]
-                inner.index_fill_(1, ctx.row_ids, 0)
-            if for_hidden:
-                hidden_gradient.append((inner @ head).to(hidden.dtype))
-                if own is not None:
-                    hidden_gradient[-1] += of_own @ own
-            if for_weight and ctx.compute_dtype == torch.float32:
-                weight_gradient.addmm_(inner.T, part)
-            elif for_weight:
-                weight_gradient += inner.T @ part
-            if rows_gradient is not None:
-                rows_gradient += of_own.T @ part
-        if ctx.tied is not None:
-            ctx.tied.gradient, weight_gradient = weight_gradient, None
-        hidden_gradient = torch.cat(hidden_gradient) if for_hidden else None
-        return hidden_gradient, weight_gradient, None, None, None, rows_gradient, None
+        hidden, weight, targets, rows, sums = ctx.saved_tensors
+        head = SlicedHead(weight, rows, ctx.row_ids, ctx.dtype, needed_gradients(ctx))
+        parts = [
+            head.backward(slice_[0], _logits_gradient(head, *slice_))
+            for slice_ in head.split(hidden, targets, sums, gradient)
+        ]
+        hidden_gradient = torch.cat(parts) if head.needs_hidden else None
+        return as_input_gradients(hidden_gradient, hand_over(ctx.tied, head.weight_gradient), head.rows_gradient)
 
 
-def _slices(vocabulary: int, *tensors: Tensor):
-    """Parts of the tensors along their first dimension, of as many rows as logits may be held of."""
-    rows = max(1, LOGITS_AT_ONCE // vocabulary)
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+def _logits_gradient(head: SlicedHead, hidden: Tensor, targets: Tensor, sums: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of a slice's logits (n, V), of log p(target) = logit(target) - logsumexp: one-hot - softmax."""
+    softmax = head.logits(hidden).sub_(sums[:, None]).exp_()
+    return softmax.mul_(-gradient[:, None]).scatter_add_(1, targets[:, None], gradient[:, None].float())
 
 
-def log_probabilities(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    tied: TiedGradient | None = None,
-    learned: LearnedRows | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The log-probability of each target in nats, float32, and whether it is the likeliest token, both (N,).
+def reply_masks(group_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Masks of TRL's layout, (2 B, T): all chosen sides, then all rejected sides, padded on the right to the longest.
 
     Args:
-        hidden: (N, D), the states that each target is predicted from.
-        weight: (V, D), the vocabulary head.
-        targets: (N,) ids.
-        tied: takes the weight's gradient, in place of the weight.
-        learned: rows that stand in for the weight's, and get a gradient where no other does.
+        group_sizes: (B, 3), tokens of each prompt, chosen reply and rejected reply.
+
+    Returns:
+        Which positions hold a token, and which of these belong to the reply.
     """
-    device = hidden.device.type
-    mixed = torch.is_autocast_enabled(device)  # which does not reach into a custom function
-    compute_dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype
-    with torch.autocast(device, enabled=False):
-        return _LogProbabilities.apply(
-            hidden, weight, targets, compute_dtype, tied, *(learned[:2] if learned else (None, None))
-        )
+    prompts = group_sizes[:, :1].expand(-1, 2)  # (B, 2)
+    ends = prompts + group_sizes[:, 1:]  # (B, 2), tokens of each side
+    prompts, ends = (x.T.reshape(-1, 1) for x in (prompts, ends))  # (B, 2) -> (2 B, 1)
+    positions = torch.arange(int(ends.max()), device=group_sizes.device)  # (T,)
+    return positions < ends, (positions >= prompts) & (positions < ends)
 
 
 def patch_dpo_logps(model: nn.Module) -> None:
-    """Gives a stock GPT-2 the answer that TRL's DPOTrainer asks of `model(..., labels=..., fused_lm_head=True)`.
+    """Let a stock GPT-2 score pairs: `model(input_ids=..., group_sizes=...)`; without `group_sizes` nothing changes.
 
-    Rows are those of its collator: all chosen sides, then all rejected ones, padded on the right. Entropies and mean
-    logits, which only its logs would show, are zeros. Without `fused_lm_head` the model is as before.
+    Arguments are those of `score_replies`; the output is the one that TRL's DPOTrainer reads.
     """
-    stock_forward = type(model).forward.__get__(model)
-    keep_packed(model)
-    needs_no_mask(model)
+    stock_forward = model.forward
+    patch_packed_attention(model)
+    skip_padding_warning(model)
 
     @functools.wraps(stock_forward)
-    def forward(*args, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs):
-        if not fused_lm_head:
-            return stock_forward(*args, labels=labels, **kwargs)
-        found, likeliest = _of_pairs(model, kwargs["input_ids"], kwargs["attention_mask"], labels)
-        nothing = torch.zeros_like(found)
-        asked = labels[:, 1:] != IGNORE_INDEX
-        return FusedCausalLMOutput(
-            log_probs=found, is_top1=likeliest, entropy=nothing, mean_logits=nothing, label_mask=asked
-        )
+    def forward(*args, group_sizes: Tensor | None = None, **kwargs):
+        if group_sizes is None:
+            return stock_forward(*args, **kwargs)
+        return score_replies(model, kwargs["input_ids"], group_sizes)
 
     model.forward = forward
 
 
-def _of_pairs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and whether the likeliest, (2 B, T - 1), 0 where a label is not asked; of (2 B, T) each."""
-    rows, length = input_ids.shape
-    ids, real, asked = (_by_pair(x) for x in (input_ids, attention_mask.bool(), labels != IGNORE_INDEX))  # (B, 2, T)
-    prompts = asked[:, 0].int().argmax(dim=1)  # (B,), tokens before the first one asked, the same on both sides
-    positions = torch.arange(length, device=ids.device).expand_as(ids)
-    kept = real.clone()
-    kept[:, 1] &= positions[:, 1] >= prompts[:, None]
-    sizes = torch.stack([prompts, *(kept.sum(dim=2) - torch.stack([prompts, prompts * 0], dim=1)).T], dim=1)
-    trees: list[PrefixGroup] = [tuple(sizes) for sizes in sizes.tolist()]
-    recompute = int(kept.sum()) * model.config.n_embd >= WORTHWHILE
-    read = {"input_ids": ids[kept][None], "position_ids": positions[kept][None]}
-    hidden, tied = hidden_states(model, model.base_model, (), read, trees, recompute)
-    # where each token stands in the row of trees; that which predicts it stands before it, or ends the prompt
-    place = kept.flatten().cumsum(0).view_as(kept) - 1
-    source = place - 1
-    first = positions[:, 1] == prompts[:, None]
-    last_of_prompt = place[:, 0].gather(1, prompts[:, None] - 1)  # (B, 1)
-    source[:, 1] = torch.where(first, last_of_prompt, source[:, 1])
-    learned = learned_rows(model)
-    weight = model.get_output_embeddings().weight if learned is None else learned.frozen
-    found, likeliest = log_probabilities(hidden[0][source[asked]], weight, ids[asked], tied, learned)
-    spread = [x.new_zeros(asked.shape).masked_scatter(asked, x) for x in (found, likeliest)]
-    return tuple(x.transpose(0, 1).reshape(rows, length)[:, 1:] for x in spread)
+def score_replies(model: nn.Module, input_ids: Tensor, group_sizes: Tensor) -> FusedCausalLMOutput:
+    """The log-probability of every token of both replies of every pair, in TRL's layout.
 
+    Args:
+        input_ids: (B, W), prompt, chosen reply and rejected reply of each pair, padded on the right.
+        group_sizes: (B, 3), their numbers of tokens.
 
-def _by_pair(rows: Tensor) -> Tensor:
-    """(2 B, T), all chosen before all rejected -> (B, 2, T)."""
-    return rows.unflatten(0, (2, -1)).transpose(0, 1)
+    Returns:
+        `log_probs` and `is_top1`, (2 B, T - 1), all chosen sides before all rejected ones, 0 outside of replies. The
+        entropy and the mean logits, which TRL would only log, are zeros.
+    """
+    groups: list[PrefixGroup] = [tuple(sizes) for sizes in group_sizes.tolist()]
+    lengths = group_sizes.sum(dim=1, keepdim=True)  # (B, 1)
+    prompts, chosen = group_sizes[:, :1], group_sizes[:, 1:2]  # (B, 1)
+    columns = torch.arange(input_ids.size(1), device=input_ids.device)  # (W,)
+    is_token = columns < lengths  # (B, W)
+    is_reply = is_token & (columns >= prompts)
+    position_ids = columns - chosen * (columns >= prompts + chosen)
+    packed = {"input_ids": input_ids[is_token][None], "position_ids": position_ids[is_token][None]}  # (1, N)
+    recompute = packed["input_ids"].numel() * model.config.n_embd >= MIN_RECOMPUTE_ELEMENTS
+    hidden, tied = hidden_states(model, model.base_model, (), packed, groups, recompute)  # (1, N, D)
+    # the state that predicts each token, as its place among the N tokens
+    predictors = torch.where(columns == prompts + chosen, prompts, columns) - 1 + lengths.cumsum(dim=0) - lengths
+    weight, trained_rows = head_weight(model)
+    scores = apply_head(
+        LogProbabilities, hidden[0][predictors[is_reply]], weight, input_ids[is_reply], tied, trained_rows
+    )
+    _, completion_mask = reply_masks(group_sizes)
+    by_pair = completion_mask.unflatten(0, (2, -1)).transpose(0, 1)  # (2 B, T) -> (B, 2, T), the order of the scores
+    log_probs, is_top1 = (
+        # (M,) -> (B, 2, T) -> (2 B, T - 1)
+        x.new_zeros(by_pair.shape).masked_scatter(by_pair, x).transpose(0, 1).flatten(0, 1)[:, 1:]
+        for x in scores
+    )
+    zeros = torch.zeros_like(log_probs)
+    return FusedCausalLMOutput(
+        log_probs=log_probs, is_top1=is_top1, entropy=zeros, mean_logits=zeros, label_mask=completion_mask[:, 1:]
+    )

@@ -1,9 +1,8 @@
-"""Cheap outputs computed again in the backward pass, in place of being kept from the forward pass.
+"""Recomputation of cheap outputs in the backward pass instead of keeping them from the forward pass.
 
-Of the 16 numbers that a block of GPT-2 keeps for every number of its hidden state, six are outputs of a norm or of the
-GELU that the matrix product behind them keeps for its gradient. Both are elementwise and their inputs are kept anyway
-(Chen et al. 2016, arXiv:1604.06174, drop the results of low-cost operations in the same way). torch.compile does this
-by itself.
+For every number of its hidden state a block of GPT-2 keeps 16 numbers for the backward pass. Six of them are outputs of
+a norm or of the GELU, kept by the matrix product that follows. Both are elementwise, and their inputs are kept anyway,
+so they are recomputed (as in Chen et al. 2016, arXiv:1604.06174). torch.compile does this on its own.
 """
 
 import contextlib
@@ -12,59 +11,63 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-#: Numbers of a hidden state (tokens x width) from which it pays: below, Python's part in it is a tenth of a step.
-WORTHWHILE = 2**20
+#: Elements of a hidden state (tokens x width) from which it pays off: below, the Python overhead is a tenth of a step.
+MIN_RECOMPUTE_ELEMENTS = 2**20
 
 
 @contextlib.contextmanager
-def cheap_outputs_computed_again(model: nn.Module) -> Iterator[None]:
-    """Forward passes of a stock GPT-2 in this context keep no output of a norm before a product, and of no GELU.
+def recompute_cheap_outputs(model: nn.Module) -> Iterator[None]:
+    """A context in which forward passes of a stock GPT-2 do not keep the outputs of norms and of the GELU.
 
-    The gradients are the same to the bit. Under autocast a product keeps its own copy of a norm's output in bf16 or
-    fp16, and only the GELU's is spared. Where no gradient is wanted, where gradient checkpointing keeps neither, or
-    where others decide already what is kept (`torch.autograd.graph.save_on_cpu`, TRL's activation offloading), which
-    this would hide, the context does nothing; nor to a layer with hooks, which would run twice.
+    Gradients are equal to the bit. Under autocast a matrix product keeps its own copy of a norm's output in bf16 or
+    fp16, and only the GELU's output is saved. The context has no effect if no gradient is needed, under gradient
+    checkpointing, which keeps neither, and inside other saved-tensor hooks (`save_on_cpu`, TRL's activation
+    offloading), which it would hide. It skips layers with hooks, because those would run twice.
     """
-    # torch has no public way to ask
-    others = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if others is not None or not torch.is_grad_enabled() or _is_checkpointed(model):
+    # torch has no public way to ask for installed hooks
+    outer_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    is_checkpointed = model.training and model.is_activation_checkpointing
+    if outer_hooks is not None or not torch.is_grad_enabled() or is_checkpointed:
         yield
         return
-    # The latest output, which the module behind takes at once. Held, so that no other tensor can come to lie there.
-    output, module, given = None, None, None
 
-    def note(made_by, arguments, made):
-        nonlocal output, module, given
-        if type(made) is Tensor:  # a subclass may have no memory of its own to tell it by
-            output, module, given = made, made_by, arguments[0].detach()
+    # A forward hook notes the latest output of a cheap layer. The next matrix product saves that tensor: `pack`
+    # recognizes it by its address and keeps (layer, input) instead, from which `unpack` computes it again. The output
+    # is referenced until the next one, so that no other tensor can take its address.
+    output, layer, layer_input = None, None, None
+
+    def note_output(module, arguments, result):
+        nonlocal output, layer, layer_input
+        if type(result) is Tensor:  # a subclass may have no storage of its own to be recognized by
+            output, layer, layer_input = result, module, arguments[0].detach()
 
     def pack(tensor: Tensor):
         is_output = output is not None and tensor.data_ptr() == output.data_ptr() and tensor.numel() == output.numel()
-        if is_output and tensor.is_contiguous() and tensor.dtype == output.dtype == given.dtype:
-            return module, given, tensor.shape
-        # the tensor itself would be a cycle of references, where a function keeps its result
+        if is_output and tensor.is_contiguous() and tensor.dtype == output.dtype == layer_input.dtype:
+            return layer, layer_input, tensor.shape
+        # detached: the tensor itself would form a reference cycle where a function keeps its own result
         return tensor.detach(), tensor._version
 
-    def unpack(kept) -> Tensor:
-        if len(kept) == 2:
-            tensor, version = kept
-            if tensor._version != version:  # autograd's own check does not see what hooks keep
+    def unpack(packed) -> Tensor:
+        if len(packed) == 2:
+            tensor, version = packed
+            if tensor._version != version:  # autograd does not make this check for tensors kept by hooks
                 raise RuntimeError(f"A tensor {tuple(tensor.shape)} that the backward pass needs was changed in place.")
             return tensor
-        module, given, shape = kept
-        with torch.no_grad(), torch.autocast(given.device.type, enabled=False):  # its output has its input's type
-            return module.forward(given).view(shape)
+        layer, layer_input, shape = packed
+        # without autocast: the output of these layers has the dtype of their input
+        with torch.no_grad(), torch.autocast(layer_input.device.type, enabled=False):
+            return layer.forward(layer_input).view(shape)
 
-    layers = [layer for block in model.transformer.h for layer in (block.ln_1, block.ln_2, block.mlp.act)]
-    bare = [layer for layer in layers if not layer._forward_hooks and not layer._forward_pre_hooks]
-    handles = [layer.register_forward_hook(note) for layer in bare]
+    cheap = [module for block in model.transformer.h for module in (block.ln_1, block.ln_2, block.mlp.act)]
+    handles = [
+        module.register_forward_hook(note_output)
+        for module in cheap
+        if not module._forward_hooks and not module._forward_pre_hooks
+    ]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _is_checkpointed(model: nn.Module) -> bool:
-    return model.training and model.is_activation_checkpointing
