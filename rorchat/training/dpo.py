@@ -40,7 +40,7 @@ from rorchat.training.distributed import any_rank, sharding_strategy
 from rorchat.training.kernels.dpo_logps import patch_dpo_logps, reply_masks
 from rorchat.training.kernels.lm_head_loss import patch_gelu
 from rorchat.training.lora import LoraArguments
-from rorchat.training.sampler import steps_of, training_order
+from rorchat.training.sampler import count_steps, training_order
 from rorchat.training.smoke_test import SmokeTestArguments, make_small
 from rorchat.training.stage import OptimizationArguments, StageTrainer
 
@@ -208,7 +208,7 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
 
     def __init__(self, model, arguments: DPOArguments, tokenizer, train: Dataset, validation: Dataset):
         micro = arguments.per_device_train_batch_size
-        arguments.max_steps = steps_of(arguments, len(train))
+        arguments.max_steps = count_steps(arguments, len(train))
         rows = arguments.max_steps * micro * arguments.gradient_accumulation_steps * arguments.world_size
         prompts, chosen, rejected = (row_lengths(train, name) for name in PAIR_COLUMNS)
         lengths = 2 * prompts + chosen + rejected
@@ -246,19 +246,19 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         """As TRL's (1.16), whose file has a random name: neither another process nor the next start would find it."""
         if self.ref_model is not None:  # under FSDP
             patch_dpo_logps(self.accelerator.unwrap_model(self.ref_model))
-        arguments, path = self.args, Path(self.args.output_dir) / reference_logps.FILE.format(name)
+        arguments, path = self.args, Path(self.args.output_dir) / reference_logps.FILE_NAME.format(name)
         settings = {
             "weights": self._precompute_model_hash, "ld_alpha": self.ld_alpha, "rows": batch_size,
             "processes": arguments.world_size, "device": arguments.device.type, "bf16": arguments.bf16,
             "fp16": arguments.fp16,
         }  # fmt: skip
-        key = reference_logps.key_of(dataset, **settings)
+        key = reference_logps.build_fingerprint(dataset, **settings)
         found = reference_logps.read(path, key)
         missing = any_rank(found is None)[0]
         if missing:
             found = self._of_reference(dataset, name, batch_size)
         if self.is_world_process_zero():
-            failure = storage_failure(lambda: reference_logps.keep(path, key, found)) if missing else None
+            failure = storage_failure(lambda: reference_logps.write(path, key, found)) if missing else None
             how = "computed" if missing else f"read from {path}"
             lost = f"; they could not be kept ({' '.join(str(failure).split())})" if failure else ""
             print(f"reference: log-probabilities of {len(dataset):,} {name} pairs {how}{lost}", file=sys.stderr)  # noqa: T201

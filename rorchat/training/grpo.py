@@ -321,7 +321,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
 
     def _worth(self, rows: Sequence[dict], replies: Sequence[Reply]) -> torch.Tensor:
         """(replies,) weighted sum of the rewards."""
-        each = torch.tensor([scorer.worth(rows, replies) for scorer in self.reward_funcs])  # (rewards, replies)
+        each = torch.tensor([scorer.score(rows, replies) for scorer in self.reward_funcs])  # (rewards, replies)
         return self.reward_weights.to(each) @ each
 
     def _sums(self, *numbers: float) -> list[float]:

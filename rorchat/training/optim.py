@@ -187,7 +187,8 @@ def adamw_8bit(groups: list[dict]) -> torch.optim.Optimizer:
     """AdamW of bitsandbytes with states in 8 bits, in blocks of 256 (Dettmers et al. 2022, arXiv:2110.02861).
 
     A group may set `optim_bits`: embeddings, whose gradients are sparse and very unequal in size, are unstable in 8
-    bits (section 2.3 of the paper). bitsandbytes' own way to set it is a global register of object ids that outlives them.
+    bits (section 2.3 of the paper). bitsandbytes' own way to set it is a global register of object ids, which outlives
+    the objects.
     """
     from bitsandbytes.optim import AdamW8bit
 

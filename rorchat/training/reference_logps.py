@@ -1,6 +1,6 @@
-"""What the model that preference training begins with gives to every pair, kept in the run's folder.
+"""The reference's log-probabilities of all pairs, kept in the folder of a preference run.
 
-It is half of the work of an epoch's forward passes, and a run that goes on would do it again at every start.
+Computing them is half of the forward passes of an epoch, and a resumed run would repeat it.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from rorchat.files import json_sha256, write_atomically
 
-#: Of the pairs to train on and of those to validate on; hidden, for a folder with nothing else is no run yet.
-FILE = ".reference_{}.json"
+#: By split (train, eval). Hidden: a folder that contains nothing else is not yet a run.
+FILE_NAME = ".reference_{}.json"
 SIDES = ("chosen", "rejected")
 
 
-def key_of(pairs: Iterable[dict], **settings: object) -> str:
-    """The sha256 of what log-probabilities hang on: the ids of all pairs, and settings (weights, precision ...)."""
+def build_fingerprint(pairs: Iterable[dict], **settings: object) -> str:
+    """SHA-256 of everything that determines the log-probabilities: the ids of all pairs, weights, precision ..."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for pair in pairs:
         for ids in (pair["prompt_ids"], *(pair[f"{side}_ids"] for side in SIDES)):
@@ -28,19 +28,19 @@ def key_of(pairs: Iterable[dict], **settings: object) -> str:
     return digest.hexdigest()
 
 
-def read(path: Path, key: str) -> Tensor | None:
-    """What `keep` wrote under this key, (2, pairs), float32; None where the file is another's, damaged or not there."""
+def read(path: Path, fingerprint: str) -> Tensor | None:
+    """Log-probabilities (2, pairs), float32; None if the file is missing, damaged or has another fingerprint."""
     try:
-        said = json.loads(path.read_text())
-        if said.pop("sha256") != json_sha256(said) or said["of"] != key:
+        record = json.loads(path.read_text())
+        if record.pop("sha256") != json_sha256(record) or record["of"] != fingerprint:
             return None
-        return torch.tensor([said[side] for side in SIDES])
+        return torch.tensor([record[side] for side in SIDES])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def keep(path: Path, key: str, log_probabilities: Tensor) -> None:
-    """Writes the log-probabilities (2, pairs) of chosen and rejected replies, sealed."""
+def write(path: Path, fingerprint: str, log_probs: Tensor) -> None:
+    """Write the log-probabilities (2, pairs) of chosen and rejected replies, with their checksum."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    said = {"of": key, **dict(zip(SIDES, log_probabilities.tolist(), strict=True))}
-    write_atomically(path, json.dumps({**said, "sha256": json_sha256(said)}))
+    record = {"of": fingerprint, **dict(zip(SIDES, log_probs.tolist(), strict=True))}
+    write_atomically(path, json.dumps({**record, "sha256": json_sha256(record)}))

@@ -1,8 +1,8 @@
-"""What a reply is worth: small pure functions `(reply, row) -> float`, and how a user's own one is found.
+"""Rewards of replies: pure functions `(reply, row) -> float`, and how a user's own function is loaded.
 
-A row is what the source gave (`messages`, `answer`, `alternatives`, `topic`) with what is known of the reply: `stopped`
-by itself and not by the limit, its `tokens` with the one that ends it, the `limit`, and whether it `leaks`: control
-tokens are not in its text. An answer is worth up to 1; the others take away up to 1.
+A row has what the source gave (`messages`, `answer`, `alternatives`, `topic`, `place`) and what is known of the reply:
+whether it `stopped` before the limit, its `tokens` including the one that ends it, the `limit`, and whether it `leaks`
+control tokens, which are not part of its text. The answer earns up to 1; the other rewards subtract up to 1.
 """
 
 import functools
@@ -24,10 +24,10 @@ from rorchat.sources.tinytown import Question
 
 Reward = Callable[[str, dict], float]
 
-ANSWERED = 0.2  # what a wrong answer of the right kind is worth
-NGRAM = 4  # words
-ROW = ("messages", "answer", "alternatives", "topic", "place")  # what a reward is told of a question
-#: A minus behind a digit is a dash or takes away; commas group three digits, or stand between numbers.
+ANSWERED = 0.2  # reward of a wrong answer of the right kind
+NGRAM_WORDS = 4
+ROW = ("messages", "answer", "alternatives", "topic", "place")  # columns of a question that a reward receives
+#: A minus after a digit is a dash or a subtraction; commas group three digits, or separate numbers.
 _NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 _TURN = re.compile(r"^\s*(user|assistant|system)\s*(:|$)", re.IGNORECASE | re.MULTILINE)
 
@@ -37,21 +37,21 @@ def _numbers(text: str) -> list[float]:
 
 
 def is_right(reply: str, row: dict) -> bool:
-    """Whether a reply has the known answer and no other one.
+    """Whether a reply contains the known answer and no other one.
 
-    Of topic "number" the last number counts, as steps of reasoning stand before it; Tinytown judges its own topics.
+    For the topic "number" the last number counts, because steps of reasoning precede it; other topics are Tinytown's.
     """
     if row["topic"] == "number":
         return _numbers(reply)[-1:] == _numbers(row["answer"])[-1:]
-    asked = row["messages"][-1]["content"]
-    return Question(row["topic"], asked, row["answer"], tuple(row["alternatives"])).is_right(reply)
+    question = row["messages"][-1]["content"]
+    return Question(row["topic"], question, row["answer"], tuple(row["alternatives"])).is_right(reply)
 
 
 def answer(reply: str, row: dict) -> float:
-    """1 for the right answer, ANSWERED for a wrong one of the right kind, 0 for none.
+    """1 for the right answer, ANSWERED for a wrong answer of the right kind, 0 without an answer.
 
-    Of the right kind is a number where a number is asked for, else one of the alternatives. So a model that never
-    answers is told first what an answer looks like; a guess earns little, for most guesses are wrong.
+    The right kind is a number if the answer is one, otherwise one of the alternatives. This teaches a model that never
+    answers what an answer looks like. A guess earns little, since most guesses are wrong.
     """
     if is_right(reply, row):
         return 1.0
@@ -60,101 +60,105 @@ def answer(reply: str, row: dict) -> float:
 
 
 def stop(reply: str, row: dict) -> float:
-    """0 for a reply that ends by itself, -1 for one that the limit cuts off."""
+    """0 for a reply that ends before the limit, -1 for one that the limit cuts off."""
     return 0.0 if row["stopped"] else -1.0
 
 
 def length(reply: str, row: dict) -> float:
-    """0 up to half of the limit of tokens, from there down to -1 at the limit.
+    """0 up to half of the token limit, then linearly down to -1 at the limit.
 
-    The soft punishment of DAPO (Yu et al. 2025, arXiv:2503.14476, equation 13), with half of the limit as its interval.
+    The soft overlong punishment of DAPO (Yu et al. 2025, arXiv:2503.14476, equation 13) over half of the limit.
     """
     free = row["limit"] / 2
     return -max(0.0, min(1.0, (row["tokens"] - free) / free))
 
 
 def repetition(reply: str, row: dict) -> float:
-    """Minus the share of 4-grams of words that the reply had before; 0 for a reply of fewer words.
+    """Minus the share of word 4-grams that repeat an earlier one; 0 for a reply of fewer words.
 
-    As the penalty of Yeo et al. 2025, arXiv:2502.03373, appendix C.2, which counts tokens.
+    Like the penalty of Yeo et al. 2025 (arXiv:2502.03373, appendix C.2), which counts tokens.
     """
     words = reply.lower().split()
-    ngrams = [tuple(words[at : at + NGRAM]) for at in range(len(words) - NGRAM + 1)]
+    ngrams = [tuple(words[at : at + NGRAM_WORDS]) for at in range(len(words) - NGRAM_WORDS + 1)]
     return len(set(ngrams)) / len(ngrams) - 1.0 if ngrams else 0.0
 
 
 def format(reply: str, row: dict) -> float:  # noqa: A001
-    """-1 for a reply that is empty, has or spells out a control token or speaks for somebody else; 0 for any other."""
+    """-1 for a reply that is empty, contains or spells out a control token, or writes another turn; 0 otherwise."""
     leaks = row["leaks"] or any(token in reply for token in CONTROL_TOKENS)
     return -1.0 if leaks or not reply.strip() or _TURN.search(reply) else 0.0
 
 
 REWARDS: dict[str, Reward] = {function.__name__: function for function in (answer, stop, length, repetition, format)}
-#: What rewards weigh where `reward_weights` says nothing: a user's own weighs as much as the answer.
+#: Default weights; a user's own reward weighs 1, as much as the answer.
 WEIGHTS = dict.fromkeys(REWARDS, 0.5) | {"answer": 1.0}
 
 
 def find_reward(name: str) -> Reward:
-    """A reward by its name, or a user's own one as FILE.py:FUNCTION.
+    """A reward by name, or a user's function as FILE.py:FUNCTION.
 
     Raises:
-        UsageError: there is no such reward, file or function, or the file does not load.
+        UsageError: There is no such reward, file or function, or the file cannot be executed.
     """
     if name in REWARDS:
         return REWARDS[name]
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
         raise UsageError(
-            f"No reward {name!r}.{did_you_mean(name, REWARDS)} Known: {', '.join(REWARDS)}, or a function "
-            "(reply: str, row: dict) -> float of yours as my_rewards.py:my_function."
+            f"No reward {name!r}.{did_you_mean(name, REWARDS)} Known: {', '.join(REWARDS)}, or your own function "
+            "(reply: str, row: dict) -> float as my_rewards.py:my_function."
         )
     file = Path(path)
     if not file.is_file():
-        raise UsageError(f"No file {path} with a reward.")
-    found = getattr(_module(file.resolve(), file_sha256(file)), function, None)
-    if not callable(found):
-        has = f", but {type(found).__name__} of that name" if found is not None else ""
-        raise UsageError(f"{path} has no function {function!r}{has}, which the reward {name!r} asks for.")
-    return found
+        raise UsageError(f"reward {name!r}: the file {path} does not exist.")
+    reward = getattr(_load_module(file.resolve(), file_sha256(file)), function, None)
+    if not callable(reward):
+        existing = f", only {type(reward).__name__} of that name" if reward is not None else ""
+        raise UsageError(f"reward {name!r}: {path} has no function {function!r}{existing}.")
+    return reward
 
 
 @functools.cache
-def _module(path: Path, sha256: str) -> ModuleType:
-    """A file executed once, however many rewards are in it, and again when its content has changed."""
-    name = str(path)  # which no other module has
+def _load_module(path: Path, sha256: str) -> ModuleType:
+    """Execute a file once for all of its rewards, and again when its content has changed."""
+    name = str(path)  # no other module has this name
     spec = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look for themselves there
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look up their module there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file does
+    except Exception as error:  # a user's file may raise anything
         del sys.modules[name]
-        raise UsageError(f"{path} with a reward does not load: {_said(error)}.") from None
+        raise UsageError(f"{path} with a reward cannot be loaded: {_one_line(error)}.") from None
     return module
 
 
-def _said(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
-def scored(name: str, function: Reward, reply: str, row: dict) -> float:
-    """What a reward gives for a reply.
+def compute_reward(name: str, function: Reward, reply: str, row: dict) -> float:
+    """The value of a reward for a reply.
 
     Raises:
-        DataError: the function raises, or gives what is no finite number; names it and the row.
+        DataError: The function raises, or does not return a finite number; the message names the reward and the row.
     """
     where = f"The reward {name} for {row['place']}, reply {reply[:60]!r},"
     try:
         value = function(reply, row)
-    except Exception as error:  # whatever a user's function does
-        raise DataError(f"{where} raised {_said(error)}. Mend the function, or leave it out of `rewards`.") from None
-    if math.isfinite(number := _number(value)):
+    except Exception as error:  # a user's function may raise anything
+        raise DataError(
+            f"{where} raised {_one_line(error)}. Correct the function, or remove it from `rewards`."
+        ) from None
+    if math.isfinite(number := _as_float(value)):
         return number
-    told = " ".join(repr(value).split())[:60]
-    raise DataError(f"{where} is {told}, and no finite number. Mend the function, or leave it out of `rewards`.")
+    raise DataError(
+        f"{where} is {' '.join(repr(value).split())[:60]}, not a finite number. Correct the function, or remove it from "
+        "`rewards`."
+    )
 
 
-def _number(value: object) -> float:
-    """The number that Python, NumPy or torch holds; nan for what is none, or several."""
+def _as_float(value: object) -> float:
+    """The number in a Python, NumPy or torch scalar; NaN for anything else."""
     try:
         return float(value) if isinstance(value, SupportsFloat) else math.nan
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -162,37 +166,37 @@ def _number(value: object) -> float:
 
 
 class Scorer:
-    """A reward for many replies, and as TRL calls it.
+    """A reward for many replies, callable as TRL calls reward functions.
 
     Args:
-        limit: the most tokens of a reply.
-        stops: the ids of which one ends a reply.
-        control: the ids that no text has.
+        limit: Maximum number of tokens of a reply.
+        stop_ids: Token ids that end a reply.
+        control_ids: Token ids that no text contains.
     """
 
-    def __init__(self, name: str, limit: int, stops: set[int], control: set[int]):
+    def __init__(self, name: str, limit: int, stop_ids: set[int], control_ids: set[int]):
         self.__name__, self.function, self.limit = name, find_reward(name), limit
-        self.stops, self.leaks = stops, control - stops
+        self.stop_ids, self.leak_ids = stop_ids, control_ids - stop_ids
 
-    def worth(self, rows: Sequence[dict], replies: Sequence[Reply]) -> list[float]:
-        """What each reply is worth to its row."""
+    def score(self, rows: Sequence[dict], replies: Sequence[Reply]) -> list[float]:
+        """The reward of each reply to its row."""
         return [
-            scored(self.__name__, self.function, reply.text, {**row, **self._about(reply)})
+            compute_reward(self.__name__, self.function, reply.text, {**row, **self._describe(reply)})
             for row, reply in zip(rows, replies, strict=True)
         ]
 
-    def _about(self, reply: Reply) -> dict:
-        leaks = not self.leaks.isdisjoint(reply.ids)
+    def _describe(self, reply: Reply) -> dict:
+        leaks = not self.leak_ids.isdisjoint(reply.ids)
         return {"stopped": reply.stopped, "tokens": len(reply.ids), "limit": self.limit, "leaks": leaks}
 
     def __call__(self, completions: list[str], completion_ids: list[list[int]], **columns) -> list[float]:
         rows = [dict(zip(ROW, values, strict=True)) for values in zip(*(columns[name] for name in ROW), strict=True)]
-        return self.worth(rows, as_replies(completions, completion_ids, self.stops))
+        return self.score(rows, as_replies(completions, completion_ids, self.stop_ids))
 
 
-def as_replies(texts: Sequence[str], ids: Sequence[list[int]], stops: set[int]) -> list[Reply]:
-    """Sampled replies, whose ids end with what stopped them."""
+def as_replies(texts: Sequence[str], ids: Sequence[list[int]], stop_ids: set[int]) -> list[Reply]:
+    """Sampled replies from their texts and token ids, the latter including the token that ended generation."""
     return [
-        Reply(text, stopped := own[-1] in stops, len(own) - stopped, ids=tuple(own))
-        for text, own in zip(texts, ids, strict=True)
+        Reply(text, stopped := reply_ids[-1] in stop_ids, len(reply_ids) - stopped, ids=tuple(reply_ids))
+        for text, reply_ids in zip(texts, ids, strict=True)
     ]

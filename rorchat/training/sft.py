@@ -28,7 +28,7 @@ from rorchat.training.data import ROWS_PER_CALL, Split, load_split, row_lengths
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.lora import LoraArguments
 from rorchat.training.replay import replay_rows
-from rorchat.training.sampler import steps_of
+from rorchat.training.sampler import count_steps
 from rorchat.training.smoke_test import SmokeTestArguments, make_small
 from rorchat.training.stage import OptimizationArguments, StageTrainer
 
@@ -165,7 +165,7 @@ class ChatTrainer(StageTrainer, SFTTrainer):
         if dataset_name != "train":
             return Sequences(sorted(rows, key=lambda row: len(row[0])))  # by length: less padding
         sequences = Sequences(rows)
-        args.max_steps = steps_of(args, len(pack(sequences.lengths, self.window)))
+        args.max_steps = count_steps(args, len(pack(sequences.lengths, self.window)))
         rows_in_run = (
             args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         )

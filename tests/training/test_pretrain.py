@@ -12,11 +12,10 @@ from rorchat.errors import UsageError
 from rorchat.mixture.collators import collate_padded
 from rorchat.model import build_model
 from rorchat.training.arguments import parse
-from rorchat.training.kernels import lm_head_loss as loss_module
 from rorchat.training.kernels.lm_head_loss import head_loss, patch_gelu, patch_lm_head_loss
 from rorchat.training.optim import build_optimizer
 from rorchat.training.pretrain import PretrainArguments
-from rorchat.training.sampler import steps_of, training_order
+from rorchat.training.sampler import count_steps, training_order
 from rorchat.training.sft import SFTArguments
 
 
@@ -174,7 +173,7 @@ def test_no_batch_holds_a_row_twice_though_epochs_are_smaller_than_what_is_sorte
 @pytest.mark.parametrize(("rows", "epochs", "steps"), [(47, 1, 2), (64, 1, 2), (10, 1, 1), (47, 2, 3)])
 def test_the_steps_of_an_epoch_leave_no_row_out(rows, epochs, steps):
     sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "world_size": 1}
-    assert steps_of(SimpleNamespace(**sizes, max_steps=-1, num_train_epochs=epochs), rows) == steps
+    assert count_steps(SimpleNamespace(**sizes, max_steps=-1, num_train_epochs=epochs), rows) == steps
 
 
 BASE = ["--sources", "tinytown=10", "--output_dir", "x", "--block_size", "64", "--per_device_train_batch_size", "2"]

@@ -1,4 +1,4 @@
-"""TRAINING: documents of pretraining as rows among what a later stage learns."""
+"""Replayed documents: which ones are drawn, and how they become rows."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from rorchat.tokens.prepare import prepare
 from rorchat.training.replay import replay_rows
 
 
-def texts_of(rows, tokenizer) -> list[str]:
+def decode_rows(rows, tokenizer) -> list[str]:
     return [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows]
 
 
@@ -22,15 +22,15 @@ def places(store, spec) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("place", ["store", "spec", "store="])
-def test_rows_are_whole_training_documents_and_never_held_out_ones(place, places, store, tokenizer):
+def test_rows_are_training_documents_only(place, places, store, tokenizer):
     total = sum(
         len(ids) + 2 for ids in encode_text(tokenizer, [d for d in DOCUMENTS if not is_validation_text(d, SHARE)])
     )
     rows = replay_rows(places[place], tokenizer, total // 2, 1000, 0, SHARE)
-    held_out = decoded(store, "validation", tokenizer)
-    found = texts_of(rows, tokenizer)
-    assert len(held_out) > 5 and len(found) > 20 and not set(held_out) & set(found)
-    assert set(found[:-1]) <= set(decoded(store, "train", tokenizer))  # the last one is cut
+    validation = decoded(store, "validation", tokenizer)
+    texts = decode_rows(rows, tokenizer)
+    assert len(validation) > 5 and len(texts) > 20 and not set(validation) & set(texts)
+    assert set(texts[:-1]) <= set(decoded(store, "train", tokenizer))  # the last row is cut
     end_of_text = store.manifest.end_of_text_id
     for row in rows[:-1]:
         ids, labels = row["input_ids"], row["labels"]
@@ -39,46 +39,46 @@ def test_rows_are_whole_training_documents_and_never_held_out_ones(place, places
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 50, 51, 52, 777])
-def test_there_are_as_many_tokens_as_asked_for_or_one_fewer(tokens, store, tokenizer):
+def test_token_count_is_exact_or_one_less(tokens, store, tokenizer):
     rows = replay_rows(str(store.folder), tokenizer, tokens, 16, 0, SHARE)
     assert sum(len(row["input_ids"]) for row in rows) in (tokens, tokens - 1)
     assert all(2 <= len(row["input_ids"]) == len(row["labels"]) <= 16 for row in rows)
 
 
-def test_a_long_document_goes_on_behind_an_end_of_text_of_its_own(tokenizer, tmp_path):
+def test_long_document_continues_after_an_end_of_text(tokenizer, tmp_path):
     text = " ".join(f"word{n}" for n in range(100))
     spec = write_documents(tmp_path, [text] * 2)
-    words = encode_text(tokenizer, [text])[0]
+    ids = encode_text(tokenizer, [text])[0]
     end_of_text = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    rows = replay_rows(spec, tokenizer, len(words) + 1 + -(-(len(words) + 1) // 19), 20, 0, 0.0)
+    rows = replay_rows(spec, tokenizer, len(ids) + 1 + -(-(len(ids) + 1) // 19), 20, 0, 0.0)
     assert all(row["input_ids"][0] == end_of_text for row in rows)
-    assert [token for row in rows for token in row["input_ids"][1:]] == [*words, end_of_text]
+    assert [token for row in rows for token in row["input_ids"][1:]] == [*ids, end_of_text]
     assert [len(row["input_ids"]) for row in rows[:-1]] == [20] * (len(rows) - 1) and len(rows) > 10
 
 
-def test_the_seed_decides_which_documents_of_a_store_come(store, tokenizer):
+def test_seed_selects_the_documents_of_a_store(store, tokenizer):
     first, again, other = (replay_rows(str(store.folder), tokenizer, 300, 64, seed, SHARE) for seed in (0, 0, 1))
     assert first == again != other
-    assert len(set(texts_of(first, tokenizer)) & set(texts_of(other, tokenizer))) < len(first) / 2
+    assert len(set(decode_rows(first, tokenizer)) & set(decode_rows(other, tokenizer))) < len(first) / 2
 
 
-def test_a_generated_source_is_split_by_the_same_hash(tokenizer):
+def test_generated_source_is_split_by_the_same_hash(tokenizer):
     rows = replay_rows("tinytown=300", tokenizer, 5000, 1000, 0, 0.3)
-    found = texts_of(rows, tokenizer)[:-1]
-    assert len(found) > 20 and not any(is_validation_text(text, 0.3) for text in found)
+    texts = decode_rows(rows, tokenizer)[:-1]
+    assert len(texts) > 20 and not any(is_validation_text(text, 0.3) for text in texts)
 
 
-def test_what_cannot_be_replayed_is_one_sentence(places, spec, tokenizer, tmp_path):
+def test_unusable_sources_raise(places, spec, tokenizer, tmp_path):
     for source in places.values():
-        with pytest.raises(DataError, match=r"tokens of documents to train on, and 1,000,000 are to be replayed: give"):
+        with pytest.raises(DataError, match=r"training tokens, but 1,000,000 are to be replayed: give"):
             replay_rows(source, tokenizer, 1_000_000, 64, 0, SHARE)
-    for tokens, max_length, said in ((1, 64, "tokens is 1"), (9, 1, "max_length is 1")):
-        with pytest.raises(UsageError, match=said):
+    for tokens, max_length, message in ((1, 64, "tokens is 1"), (9, 1, "max_length is 1")):
+        with pytest.raises(UsageError, match=message):
             replay_rows(spec, tokenizer, tokens, max_length, 0, SHARE)
     with pytest.raises(UsageError, match="'persona' gives conversations and preferences, but here go documents"):
         replay_rows("persona=5", tokenizer, 9, 64, 0, SHARE)
     prepare("chat:tinytown=60", tokenizer, tmp_path / "talk", validation_share=SHARE)
-    with pytest.raises(UsageError, match="holds conversations: replay is of documents"):
+    with pytest.raises(UsageError, match="holds conversations, but only documents can be replayed"):
         replay_rows(str(tmp_path / "talk"), tokenizer, 9, 64, 0, SHARE)
     other = train_tokenizer(["other words than those"], vocab_size=320)
     with pytest.raises(MismatchError, match="made with another tokenizer"):
@@ -87,7 +87,7 @@ def test_what_cannot_be_replayed_is_one_sentence(places, spec, tokenizer, tmp_pa
         replay_rows(f"store={tmp_path}", tokenizer, 9, 64, 0, SHARE)
 
 
-def test_a_damaged_table_of_documents_is_named(store, tokenizer):
+def test_damaged_document_table_is_named(store, tokenizer):
     table = store.folder / "train-00000.docs.npy"
     starts = np.load(table)
     starts[3] += 1

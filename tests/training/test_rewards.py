@@ -1,4 +1,4 @@
-"""What a reply is worth, and what is said of a reward that cannot be used."""
+"""Rewards of replies, and the errors of rewards that cannot be used."""
 
 import math
 
@@ -18,12 +18,12 @@ from rorchat.training.rewards import (
     WEIGHTS,
     Scorer,
     answer,
+    compute_reward,
     find_reward,
     format,
     is_right,
     length,
     repetition,
-    scored,
     stop,
 )
 
@@ -38,7 +38,7 @@ SUM = row("sum", "17", (), "What is 12 plus 5?")
 
 
 @pytest.mark.parametrize(
-    ("about", "reply", "worth"),
+    ("about", "reply", "reward"),
     [
         (PETS, "Mia has a dog.", 1.0),
         (PETS, "Mia has a cat.", ANSWERED),
@@ -62,12 +62,12 @@ SUM = row("sum", "17", (), "What is 12 plus 5?")
         (row(answer="1224"), "That makes 1,224.50 less 0.5, or 1,224.", 1.0),
     ],
 )
-def test_an_answer_is_worth_most_if_right_a_little_if_of_the_right_kind(about, reply, worth):
-    assert answer(reply, about) == worth
-    assert is_right(reply, about) == (worth == 1.0)
+def test_answer_rewards_right_answers_and_the_right_kind(about, reply, reward):
+    assert answer(reply, about) == reward
+    assert is_right(reply, about) == (reward == 1.0)
 
 
-def test_every_answer_of_a_source_is_right_by_itself_and_worth_more_than_any_other():
+def test_answers_of_tinytown_are_right():
     rows = list(load_rows("tinytown=300", "question"))
     assert {row["topic"] for row in rows} == {"fact", "sum", "story"}
     for about in rows:
@@ -75,66 +75,66 @@ def test_every_answer_of_a_source_is_right_by_itself_and_worth_more_than_any_oth
         assert answer("I like it.", about) == 0.0
 
 
-def test_stopping_is_worth_something():
+def test_stop_rewards_replies_that_end():
     assert (stop("", {"stopped": True}), stop("", {"stopped": False})) == (0.0, -1.0)
 
 
-@pytest.mark.parametrize(("tokens", "worth"), [(1, 0.0), (16, 0.0), (24, -0.5), (31, -0.9375), (32, -1.0)])
-def test_a_reply_that_nears_the_limit_loses_more_and_more(tokens, worth):
-    assert length("", {"tokens": tokens, "limit": 32}) == worth
+@pytest.mark.parametrize(("tokens", "reward"), [(1, 0.0), (16, 0.0), (24, -0.5), (31, -0.9375), (32, -1.0)])
+def test_length_falls_towards_the_limit(tokens, reward):
+    assert length("", {"tokens": tokens, "limit": 32}) == reward
 
 
 @pytest.mark.parametrize(
-    ("reply", "worth"),
+    ("reply", "reward"),
     [("", 0.0), ("one two three", 0.0), ("a b c d e f g", 0.0), ("a b c d a b c d", -0.2), ("the " * 13, -0.9)],
 )
-def test_repeated_words_lose_the_share_of_repeated_4_grams(reply, worth):
-    assert repetition(reply, {}) == pytest.approx(worth)
+def test_repetition_is_the_share_of_repeated_4_grams(reply, reward):
+    assert repetition(reply, {}) == pytest.approx(reward)
 
 
 @pytest.mark.parametrize(
     "reply", ["", " \n", "Fine.<|im_end|>", "Yes.\nuser\nAnd you?", "User: hello", "<|im_start|>user"]
 )
-def test_a_reply_that_is_empty_or_shows_the_template_or_speaks_for_the_user_loses(reply):
+def test_format_penalizes_empty_replies_and_template_leaks(reply):
     assert format(reply, {"leaks": False}) == -1.0
 
 
 @pytest.mark.parametrize("reply", ["Yes.", "The user is here.", "a < b | c", "My assistant: a robot."])
-def test_any_other_reply_loses_nothing_for_its_format(reply):
+def test_format_accepts_other_replies(reply):
     assert format(reply, {"leaks": False}) == 0.0
 
 
 class TestSampledReplies:
-    """What TRL gives, whose texts have no control tokens any more, and what the engine gives."""
+    """TRL's replies, whose texts have no control tokens, and the engine's get the same reward."""
 
     END, START = 2, 1
 
-    def worth(self, name: str, text: str, ids: list[int]) -> float:
+    def score(self, name: str, text: str, ids: list[int]) -> float:
         columns = {column: [value] for column, value in (row() | {"place": "row 0"}).items() if column in ROW}
-        scorer = Scorer(name, limit=8, stops={self.END}, control={self.START, self.END})
+        scorer = Scorer(name, limit=8, stop_ids={self.END}, control_ids={self.START, self.END})
         (sampled,) = scorer([text], [ids], **columns)
         stopped = ids[-1] == self.END
         reply = Reply(text, stopped, len(ids) - stopped, ids=tuple(ids))  # as `generate_replies` counts
-        assert scorer.worth([row(place="row 0")], [reply]) == [sampled]
+        assert scorer.score([row(place="row 0")], [reply]) == [sampled]
         return sampled
 
-    def test_a_control_token_within_a_reply_is_seen(self):
-        assert self.worth("format", "Yes.user\nAnd you?", [5, self.START, 6, 7]) == -1.0
-        assert self.worth("format", "Yes.", [5, 6, self.END]) == 0.0
+    def test_control_token_within_a_reply_is_a_leak(self):
+        assert self.score("format", "Yes.user\nAnd you?", [5, self.START, 6, 7]) == -1.0
+        assert self.score("format", "Yes.", [5, 6, self.END]) == 0.0
 
-    def test_what_ends_a_reply_counts_wherever_it_was_made(self):
-        assert self.worth("length", "Yes, yes.", [5, 6, 7, 8, 9, self.END]) == -0.5
+    def test_length_counts_the_token_that_ends_a_reply(self):
+        assert self.score("length", "Yes, yes.", [5, 6, 7, 8, 9, self.END]) == -0.5
 
 
-def test_no_reward_fails_on_any_text_and_all_are_between_minus_1_and_1():
+def test_rewards_of_any_text_are_between_minus_1_and_1():
     about = row(stopped=False, tokens=9, limit=8, leaks=False, place="row 0")
     for name, function in REWARDS.items():
         for reply in ("", " ", "\x00", "9" * 400, "é " * 500, "<|im_start|>", "-,.", "1e999 - 1,,,2"):
-            assert -1 <= scored(name, function, reply, about) <= 1
+            assert -1 <= compute_reward(name, function, reply, about) <= 1
     assert WEIGHTS.keys() == REWARDS.keys()
 
 
-def test_gsm8k_gives_the_number_behind_its_mark_and_rejects_an_answer_without_one():
+def test_gsm8k_answer_is_the_number_after_its_mark():
     question = to_question(RAW[0])
     assert question["answer"] == "12" and is_right("She has 12 pens.", question)
     assert to_question({"question": "How much?", "answer": "It is\n#### 1,234"})["answer"] == "1234"
@@ -142,7 +142,7 @@ def test_gsm8k_gives_the_number_behind_its_mark_and_rejects_an_answer_without_on
         to_question({"question": "How much?", "answer": "It is 12."})
 
 
-def test_every_problem_of_the_real_file_is_a_question_whose_own_solution_is_right(shared_data):
+def test_gsm8k_solutions_are_right_answers(shared_data):
     path = shared_data / "gsm8k" / "train.jsonl"
     rows = load_rows(f"gsm8k={path}", "question")
     questions = list(rows)
@@ -154,16 +154,16 @@ def test_every_problem_of_the_real_file_is_a_question_whose_own_solution_is_righ
     assert sum(is_right(solution, question) for question, solution in zip(questions, solutions[1:], strict=False)) < 300
 
 
-class TestAUsersOwn:
+class TestUserReward:
     def write(self, tmp_path, body: str) -> str:
         (tmp_path / "mine.py").write_text(body)
         return f"{tmp_path / 'mine.py'}:short"
 
-    def test_is_found_by_file_and_name(self, tmp_path):
-        found = find_reward(self.write(tmp_path, "def short(reply, row):\n    return -len(reply) / 10\n"))
-        assert scored("mine", found, "hello", row(place="row 3")) == -0.5
+    def test_found_by_file_and_name(self, tmp_path):
+        reward = find_reward(self.write(tmp_path, "def short(reply, row):\n    return -len(reply) / 10\n"))
+        assert compute_reward("mine", reward, "hello", row(place="row 3")) == -0.5
 
-    def test_file_is_executed_once_and_again_when_it_has_changed(self, tmp_path, capsys):
+    def test_file_is_executed_once_until_it_changes(self, tmp_path, capsys):
         body = "print('loaded')\ndef short(reply, row): return 1\ndef long(reply, row): return 2\n"
         name = self.write(tmp_path, body)
         assert find_reward(name)("", {}) == 1
@@ -172,23 +172,23 @@ class TestAUsersOwn:
         assert find_reward(name)("", {}) == 3
         assert capsys.readouterr().out.count("loaded") == 2
 
-    def test_file_may_have_a_dataclass_with_annotations_that_are_strings(self, tmp_path):
+    def test_file_may_define_a_dataclass(self, tmp_path):
         lines = [
             "from __future__ import annotations",
             "from dataclasses import dataclass",
             "@dataclass",
-            "class Worth:",
+            "class Score:",
         ]
-        lines += ["    value: float", "def short(reply, row): return Worth(2.0).value"]
+        lines += ["    value: float", "def short(reply, row): return Score(2.0).value"]
         assert find_reward(self.write(tmp_path, "\n".join(lines)))("", {}) == 2.0
 
-    @pytest.mark.parametrize("given", [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor([0.5])])
-    def test_may_give_a_number_of_numpy_or_torch(self, given):
-        assert scored("mine", lambda reply, row: given, "hello", row(place="row 3")) == 0.5
-        assert scored("mine", lambda reply, row: np.int64(1), "hello", row(place="row 3")) == 1.0
+    @pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor([0.5])])
+    def test_may_return_numpy_or_torch_numbers(self, value):
+        assert compute_reward("mine", lambda reply, row: value, "hello", row(place="row 3")) == 0.5
+        assert compute_reward("mine", lambda reply, row: np.int64(1), "hello", row(place="row 3")) == 1.0
 
     @pytest.mark.parametrize(
-        ("body", "said"),
+        ("body", "message"),
         [
             ("def other(reply, row): return 0\n", "no function 'short'"),
             ("short = 3\n", "no function 'short'"),
@@ -196,36 +196,38 @@ class TestAUsersOwn:
             ("def short(:\n", "SyntaxError"),
         ],
     )
-    def test_that_does_not_load_is_one_line(self, tmp_path, body, said):
-        with pytest.raises(UsageError, match=said) as refused:
+    def test_unloadable_file_raises_in_one_line(self, tmp_path, body, message):
+        with pytest.raises(UsageError, match=message) as error:
             find_reward(self.write(tmp_path, body))
-        assert "mine.py" in str(refused.value) and "\n" not in str(refused.value)
+        assert "mine.py" in str(error.value) and "\n" not in str(error.value)
 
-    def test_file_that_is_not_there_is_one_line(self, tmp_path):
-        with pytest.raises(UsageError, match="No file .*none.py"):
+    def test_missing_file_raises(self, tmp_path):
+        with pytest.raises(UsageError, match="none.py does not exist"):
             find_reward(f"{tmp_path / 'none.py'}:short")
 
     @pytest.mark.parametrize(
-        ("given", "said"),
+        ("value", "message"),
         [
             ("None", "None"),
             ("math.nan", "nan"),
             ("math.inf", "inf"),
             ("'0.5'", "'0.5'"),
-            ("10**400", "no finite number"),
+            ("10**400", "not a finite number"),
             ("torch.zeros(2, 2)", r"tensor\(\[\[0., 0.\], \[0., 0.\]\]\)"),
             ("1 / 0", "ZeroDivisionError"),
         ],
     )
-    def test_that_gives_no_number_names_itself_and_the_row(self, given, said):
-        function = eval(f"lambda reply, row: {given}", {"math": math, "torch": torch})
-        with pytest.raises(DataError, match=said) as refused:
-            scored("mine.py:short", function, "hello", row(place="gsm8k/train.jsonl:7"))
-        assert "mine.py:short" in str(refused.value) and "gsm8k/train.jsonl:7" in str(refused.value)
-        assert "\n" not in str(refused.value)
+    def test_value_that_is_not_a_number_names_reward_and_row(self, value, message):
+        function = eval(f"lambda reply, row: {value}", {"math": math, "torch": torch})
+        with pytest.raises(DataError, match=message) as error:
+            compute_reward("mine.py:short", function, "hello", row(place="gsm8k/train.jsonl:7"))
+        assert "mine.py:short" in str(error.value) and "gsm8k/train.jsonl:7" in str(error.value)
+        assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "said"), [("anwser", "Did you mean 'answer'"), ("mine.txt:f", "FILE|my_rewards.py")])
-def test_an_unknown_reward_is_refused_with_what_there_is(name, said):
-    with pytest.raises(UsageError, match=said):
+@pytest.mark.parametrize(
+    ("name", "message"), [("anwser", "Did you mean 'answer'"), ("mine.txt:f", "FILE|my_rewards.py")]
+)
+def test_unknown_reward_names_the_known_ones(name, message):
+    with pytest.raises(UsageError, match=message):
         find_reward(name)
