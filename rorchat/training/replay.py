@@ -55,8 +55,8 @@ def replay_rows(
             if left < 2:  # a row of one token has no target
                 return rows
     raise DataError(
-        f"{source} has {tokens - left:,} training tokens, but {tokens:,} are to be replayed: give more text or a smaller "
-        "replay_share."
+        f"{source} has {tokens - left:,} training tokens, but {tokens:,} are to be replayed: give more text or a "
+        "smaller replay_share."
     )
 
 
@@ -70,7 +70,9 @@ def _read_store(folder: Path, tokenizer, seed: int) -> Iterator[list[int]]:
     """Training documents of a store in random order, without their `<|endoftext|>`."""
     store = open_store(folder, tokenizer)
     if store.manifest.kind != "document":
-        raise UsageError(f"{folder} holds {store.manifest.kind}s, but only documents can be replayed: give a store of documents.")
+        raise UsageError(
+            f"{folder} holds {store.manifest.kind}s, but only documents can be replayed: give a store of documents."
+        )
     starts = store.documents("train")
     for number in np.random.default_rng(seed).permutation(len(starts) - 1):
         yield store.slice("train", int(starts[number]) + 1, int(starts[number + 1])).tolist()

@@ -152,8 +152,8 @@ def compute_reward(name: str, function: Reward, reply: str, row: dict) -> float:
     if math.isfinite(number := _as_float(value)):
         return number
     raise DataError(
-        f"{where} is {' '.join(repr(value).split())[:60]}, not a finite number. Correct the function, or remove it from "
-        "`rewards`."
+        f"{where} is {' '.join(repr(value).split())[:60]}, not a finite number. Correct the function, or remove it "
+        "from `rewards`."
     )
 
 
