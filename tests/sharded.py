@@ -1,7 +1,7 @@
-"""What tests/test_accelerate.py runs under torchrun: FSDP2 over gloo on CPUs, with accelerate's grouping of modules.
+"""Run by tests/recipes/test_accelerate.py under torchrun: FSDP2 over gloo on CPUs, wrapped as Accelerate does it.
 
-accelerate itself shards on GPUs alone, but what it calls does not mind: so the fused head and `gather_model` meet real
-shards. Prints the greatest relative differences from one whole model, as JSON.
+Accelerate shards on GPUs only, but the functions that it calls also work on CPUs, so that the fused head and
+`gather_model` can be tested with real shards. Prints the largest relative differences from an unsharded model as JSON.
 """
 
 import copy
@@ -28,7 +28,8 @@ STOCK = {
 }  # fmt: skip
 
 
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Norm of the difference, relative to the norm of `b`."""
     return ((a - b).norm() / b.norm()).item()
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     stock = GPT2LMHeadModel(GPT2Config(**STOCK))
     model = copy.deepcopy(stock)
     patch_lm_head_loss(model)
-    plugin = FullyShardedDataParallelPlugin(  # as recipes/accelerate/fsdp.yaml has it
+    plugin = FullyShardedDataParallelPlugin(  # as in recipes/accelerate/fsdp.yaml
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["GPT2Block"],
         reshard_after_forward=True, state_dict_type="FULL_STATE_DICT",
     )  # fmt: skip
@@ -51,29 +52,36 @@ def main() -> None:
     sharded = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
 
     rows = torch.randint(0, 384, (2 * world, 64), generator=torch.Generator().manual_seed(1))
-    own = rows[2 * rank : 2 * rank + 2]
-    loss = model(input_ids=own, labels=own).loss
+    local_rows = rows[2 * rank : 2 * rank + 2]
+    loss = model(input_ids=local_rows, labels=local_rows).loss
     loss.backward()
     expected = stock(input_ids=rows, labels=rows).loss
     expected.backward()
     dist.all_reduce(loss := loss.detach().clone())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
-    watch = DivergenceCallback(MetricsCallback(Path(os.devnull), lambda step: step))
-    watch.see(1, loss)
-    watch.see_norm(norm)
-    seen = watch.norm  # what a host can read
-    own_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in stock.parameters()])
+    divergence = DivergenceCallback(MetricsCallback(Path(os.devnull), lambda step: step))
+    divergence.see(1, loss)
+    divergence.see_norm(norm)
+    local_norm = divergence.norm  # a plain tensor on every process
+    expected_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in stock.parameters()])
     gradients = [
-        difference(parameter.grad.full_tensor(), other.grad)
+        distance(parameter.grad.full_tensor(), other.grad)
         for (_, parameter), (_, other) in zip(model.named_parameters(), stock.named_parameters(), strict=True)
     ]
     whole = gather_model(model).eval()
     with torch.no_grad():
-        logits = difference(whole(input_ids=own).logits, stock.eval()(input_ids=own).logits)
-    if not rank:
-        found = {"loss": difference(loss / world, expected), "gradients": max(gradients), "logits": logits}
-        found["norm"] = -1.0 if isinstance(seen, DTensor) else difference(seen, own_norm)
-        print(json.dumps(found | {"sharded": sharded, "parameters": len(gradients), "type": type(whole).__name__}))  # noqa: T201
+        logits = distance(whole(input_ids=local_rows).logits, stock.eval()(input_ids=local_rows).logits)
+    if rank == 0:
+        report = {
+            "loss": distance(loss / world, expected),
+            "gradients": max(gradients),
+            "logits": logits,
+            "norm": -1.0 if isinstance(local_norm, DTensor) else distance(local_norm, expected_norm),
+            "sharded": sharded,
+            "parameters": len(gradients),
+            "type": type(whole).__name__,
+        }
+        print(json.dumps(report))  # noqa: T201
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""What several test files share: sentences, rows, files and stores of them, and the command line in this process."""
+"""Shared by several test files: texts, rows, files and stores, and the command line run in this process."""
 
 import contextlib
 import hashlib
@@ -17,7 +17,7 @@ from rorchat.sources.registry import SourceRows, find_source, list_sources, load
 from rorchat.tokens.store import TokenStore
 
 ROOT = Path(__file__).resolve().parent.parent
-
+RORCHAT = Path(sys.executable).with_name("rorchat")
 
 SENTENCES = [
     "Once upon a time there was a small model that wanted to talk.",
@@ -54,40 +54,25 @@ SENTENCES = [
     "If you add nothing to a number, the number stays as it is.",
 ]
 
-
-RORCHAT = Path(sys.executable).with_name("rorchat")
-
-
 TEXTS = [f"Document {number} says hello to the small model by the river, near the old mill." for number in range(300)]
 
-
-SHARE = 0.2
-
-
+SHARE = 0.2  # of the documents in the validation split
 DOCUMENTS = [
     f"Document {n}: the {'very ' * (n % 7)}small model says “naïve café 你好 🙂” {n} times.\n" for n in range(120)
 ]
-
-
 DOCUMENTS += ["  LEADING blanks and CAPITALS  ", "leading Blanks\nand capitals", "text that says <|endoftext|> itself"]
-
-
-COPIES = [DOCUMENTS[3]] * 3  # the second of the blanks and capitals above is no copy of the first
-
-
+COPIES = [DOCUMENTS[3]] * 3  # texts that differ in blanks and capitals, as above, are not copies
 DOCUMENTS += COPIES
-
-
 KEPT = DOCUMENTS[: -len(COPIES)]
 
-
+#: Sources with a function that converts raw rows.
 CONVERTING = [name for name in list_sources() if hasattr(find_source(name), "convert")]
 
 
 def exchange(question: object = "Hello", reply: object = "Hi!", *further: object, **more: object) -> dict:
-    """A row of a conversation in which user and assistant speak in turn."""
-    said = enumerate((question, reply, *further))
-    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in said], **more}
+    """A row of a conversation in which user and assistant alternate."""
+    texts = enumerate((question, reply, *further))
+    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in texts], **more}
 
 
 def json_lines(*rows: object) -> str:
@@ -95,7 +80,7 @@ def json_lines(*rows: object) -> str:
 
 
 def lines_of(rows: list) -> bytes:
-    """JSON lines; bytes stand for themselves."""
+    """JSON lines; rows that are bytes are written unchanged."""
     return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
 
 
@@ -108,12 +93,11 @@ def written(folder: Path, name: str, content: str | bytes | list) -> Path:
 
 
 def read(spec: str, kind: str = "") -> tuple[list[dict], SourceRows]:
-    """All rows of a source, after checking that every row that came in is accounted for."""
+    """All rows of a source, with a check that every raw row is counted as kept or rejected."""
     rows = load_rows(spec, kind or find_source(spec.partition("=")[0]).KIND)
     kept = list(rows)
-    tally = rows.stats
-    assert len(kept) == tally.kept
-    assert tally.rows_in == tally.kept + sum(tally.rejects.values())
+    assert len(kept) == rows.stats.kept
+    assert rows.stats.rows_in == rows.stats.kept + sum(rows.stats.rejects.values())
     return kept, rows
 
 
@@ -124,7 +108,7 @@ def write_documents(folder: Path, documents: list[str], name: str = "documents.j
 
 
 def decoded(store: TokenStore, split: str, tokenizer) -> list[str]:
-    """The documents of a split, cut at the document starts that the store keeps beside each shard."""
+    """The documents of a split, separated at the document starts that the store keeps for each shard."""
     documents = []
     for shard in store.manifest.shards:
         if shard.split == split:
@@ -140,18 +124,18 @@ def decoded(store: TokenStore, split: str, tokenizer) -> list[str]:
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-    assert len(found) >= 5
-    return found
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    assert len(hashes) >= 5
+    return hashes
 
 
 def located(plan: Plan) -> np.ndarray:
-    """(rows, 2): source and number of every row."""
+    """(rows, 2): source, and row of the source, for every row of the plan."""
     return np.array([plan.locate(row) for row in range(plan.rows)])
 
 
 def strict_lines(path: Path) -> list[dict]:
-    """Every line of the file, none of which may use what JSON does not have."""
+    """Every line of a file; NaN and Infinity, which are not JSON, raise AssertionError."""
 
     def refuse(word):
         raise AssertionError(f"{word} is not JSON")
@@ -160,7 +144,7 @@ def strict_lines(path: Path) -> list[dict]:
 
 
 def command(*words: object) -> subprocess.CompletedProcess:
-    """`rorchat ...` in this process, as a terminal would run it, with what it wrote."""
+    """Run `rorchat ...` in this process and capture its output."""
     import rorchat.cli
 
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -181,7 +165,7 @@ def succeeded(*words: object) -> str:
 
 
 def refused(code: int, *words: object) -> str:
-    """The one line on stderr of a command that fails with `code`; what preparing says of its progress is no error."""
+    """The single error line of a `rorchat data` command that fails with `code`; progress lines are ignored."""
     done = command("data", *words)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert (done.returncode, len(lines)) == (code, 1), done.stderr
