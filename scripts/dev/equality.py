@@ -8,13 +8,13 @@
 writes ``OUT/record.json``: the lines of ``metrics.jsonl`` and ``samples.jsonl`` without anything measured by a clock,
 and the SHA-256 of the weights, the tokenizer, the token stores and the model's configuration files. ``compare`` prints
 one line for each item of each stage and exits with 1 if any item differs. ``resume`` stops a run of one checkout with
-SIGTERM after its first checkpoint, continues it with the other checkout, and compares the result with the uninterrupted
+SIGTERM after its first checkpoint, continues it with the other checkout, and compares the result with the recorded
 run in ``RECORDED``, a folder written by ``record`` (default: recorded from BEFORE_CHECKOUT into ``OUT/whole``).
 
 Two records are comparable only if they come from the same machine and the same installed packages. Every run uses this
 interpreter, one process and one thread: the script pins itself, and so its children, to one CPU, which is also what
 ``use_all_cores`` of rorchat counts. Use ``taskset -c N`` to choose the CPU. Seeds are the defaults of the recipes, so
-that a changed default is found as well. Nothing is written outside OUT.
+that a changed default is noticed as well. Nothing is written outside OUT.
 """
 
 import argparse
@@ -56,11 +56,12 @@ import json, os, rorchat, sys, torch, transformers, trl
 versions = {module.__name__: module.__version__ for module in (torch, transformers, trl)}
 environment = {"python": sys.version.split()[0], "capability": torch.backends.cpu.get_cpu_capability(), **versions}
 cpus = len(os.sched_getaffinity(0))
-print(json.dumps({"package": rorchat.__file__, "cpus": cpus, "threads": torch.get_num_threads(), "is": environment}))
+threads = torch.get_num_threads()
+print(json.dumps({"package": rorchat.__file__, "cpus": cpus, "threads": threads, "versions": environment}))
 """
 
 
-def environment_variables(checkout: Path, out: Path) -> dict[str, str]:
+def make_environment(checkout: Path, out: Path) -> dict[str, str]:
     """Variables of every run: the checkout's package, one thread, no GPU, no network, caches in OUT."""
     return {
         **os.environ,
@@ -80,17 +81,17 @@ def environment_variables(checkout: Path, out: Path) -> dict[str, str]:
 def probe(checkout: Path, out: Path) -> dict[str, str]:
     """Return the versions that a run uses; exit unless it imports the checkout's package and has a single thread."""
     command = [sys.executable, "-P", "-c", PROBE]
-    environment = environment_variables(checkout, out)
+    environment = make_environment(checkout, out)
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    if checkout not in Path(found["package"]).resolve().parents:
-        sys.exit(f"rorchat is imported from {found['package']}, not from {checkout}.")
-    if (found["cpus"], found["threads"]) != (1, 1):
-        sys.exit(f"A run would have {found['threads']} threads on {found['cpus']} CPUs, not one on one.")
-    return found["is"]
+    result = json.loads(done.stdout)
+    if checkout not in Path(result["package"]).resolve().parents:
+        sys.exit(f"rorchat is imported from {result['package']}, not from {checkout}.")
+    if (result["cpus"], result["threads"]) != (1, 1):
+        sys.exit(f"A run would have {result['threads']} threads on {result['cpus']} CPUs; one of each is required.")
+    return result["versions"]
 
 
-def command_of(stage: str, inputs: Path, folder: Path) -> list[str]:
+def build_command(stage: str, inputs: Path, folder: Path) -> list[str]:
     """Return the command line of a stage that reads the earlier stages in ``inputs`` and writes into ``folder``."""
     recipe, *flags = (word.format(inputs=inputs) for word in STAGES[stage].split())
     logging = [] if stage == "tokenizer" else ["--logging_steps", "5"]
@@ -105,7 +106,7 @@ def run(checkout: Path, command: list[str], folder: Path, stop: bool = False) ->
     """
     log = folder.with_name(f"{folder.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = environment_variables(checkout, folder.parent)
+    environment = make_environment(checkout, folder.parent)
     with log.open("a") as file:
         process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=file, stderr=subprocess.STDOUT)
         while stop and process.poll() is None:
@@ -118,7 +119,7 @@ def run(checkout: Path, command: list[str], folder: Path, stop: bool = False) ->
         sys.exit(f"{' '.join(command)}\nin {checkout} exited with {code}; the end of {log}:\n{log.read_text()[-3000:]}")
 
 
-def lines_of(path: Path, out: Path) -> Lines:
+def read_lines(path: Path, out: Path) -> Lines:
     """Return the lines of a JSON lines file without measured values, with the path of OUT replaced in texts."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -128,14 +129,14 @@ def lines_of(path: Path, out: Path) -> Lines:
     return kept
 
 
-def results_of(folder: Path, out: Path) -> dict[str, object]:
-    """Return what a stage left in its folder: metrics, samples, and the SHA-256 of each file by its relative path."""
+def collect_results(folder: Path, out: Path) -> dict[str, object]:
+    """Return the results of a stage: metrics, samples, and the SHA-256 of each file by its relative path."""
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if (path.name in HASHED or path.suffix == ".npy") and not name.parts[0].startswith(("checkpoint-", ".")):
             files[str(name)] = hashlib.sha256(path.read_bytes()).hexdigest()
-    metrics, samples = (lines_of(folder / f"{name}.jsonl", out) for name in ("metrics", "samples"))
+    metrics, samples = (read_lines(folder / f"{name}.jsonl", out) for name in ("metrics", "samples"))
     return {"metrics": metrics, "samples": samples, "files": files}
 
 
@@ -146,20 +147,20 @@ def record(checkout: Path, out: Path, stages: list[str]) -> None:
         if (out / stage).exists():
             sys.exit(f"{out / stage} exists: delete it first, or choose another OUT.")
     out.mkdir(parents=True, exist_ok=True)
-    found = json.loads(path.read_text()) if path.is_file() else {"stages": {}}
-    found |= {"environment": probe(checkout, out), "checkout": str(checkout)}
+    content = json.loads(path.read_text()) if path.is_file() else {"stages": {}}
+    content |= {"environment": probe(checkout, out), "checkout": str(checkout)}
     for stage in (name for name in STAGES if name in stages):
         started = time.monotonic()
-        run(checkout, command_of(stage, out, out / stage), out / stage)
-        results = results_of(out / stage, out)
+        run(checkout, build_command(stage, out, out / stage), out / stage)
+        results = collect_results(out / stage, out)
         seconds = round(time.monotonic() - started, 1)
-        found["stages"][stage] = {**results, "seconds": seconds}
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        content["stages"][stage] = {**results, "seconds": seconds}
+        path.write_text(json.dumps(content, indent=1) + "\n")
         print(f"{stage}: {len(results['metrics'])} lines, {len(results['files'])} files, {seconds} s", flush=True)
     print(path)
 
 
-def first_difference(a: Lines, b: Lines) -> str:
+def find_first_difference(a: Lines, b: Lines) -> str:
     """Return where two lists of lines first differ, or an empty string."""
     for number, (x, y) in enumerate(zip(a, b, strict=False), 1):
         for name in sorted({*x, *y}):
@@ -169,23 +170,23 @@ def first_difference(a: Lines, b: Lines) -> str:
     return "" if len(a) == len(b) else f"{len(a)} lines -> {len(b)} lines"
 
 
-def differences(a: dict, b: dict) -> dict[str, str]:
+def find_differences(a: dict, b: dict) -> dict[str, str]:
     """Return the first difference of each item of a stage's results; empty strings where items are equal."""
-    found = {item: first_difference(a[item], b[item]) for item in ("metrics", "samples")}
+    differences = {item: find_first_difference(a[item], b[item]) for item in ("metrics", "samples")}
     for name in sorted({*a["files"], *b["files"]}):
-        x, y = (each["files"].get(name, "absent")[:12] for each in (a, b))
-        found[name] = "" if x == y else f"{x} -> {y}"
-    return found
+        x, y = (results["files"].get(name, "absent")[:12] for results in (a, b))
+        differences[name] = "" if x == y else f"{x} -> {y}"
+    return differences
 
 
-def report(stage: str, found: dict[str, str]) -> bool:
+def report(stage: str, differences: dict[str, str]) -> bool:
     """Print one line for each item of a stage and return whether all items are equal."""
-    for item, difference in found.items():
+    for item, difference in differences.items():
         print(f"{stage:10} {item:40} {'different: ' + difference if difference else 'equal'}", flush=True)
-    return not any(found.values())
+    return not any(differences.values())
 
 
-def compare(before: Path, after: Path, renamed: dict[str, str], stages: list[str]) -> bool:
+def compare(before: Path, after: Path, new_names: dict[str, str], stages: list[str]) -> bool:
     """Print the comparison of two records and return whether they are equal.
 
     Args:
@@ -197,38 +198,41 @@ def compare(before: Path, after: Path, renamed: dict[str, str], stages: list[str
     equal = True
     for stage in (name for name in stages if name in a["stages"] or name in b["stages"]):
         if stage not in a["stages"] or stage not in b["stages"]:
-            found = {"stage": f"only in {before if stage in a['stages'] else after}"}
+            differences = {"stage": f"only in {before if stage in a['stages'] else after}"}
         else:
             of_a = a["stages"][stage]
-            of_a["metrics"] = [{renamed.get(key, key): line[key] for key in line} for line in of_a["metrics"]]
-            found = differences(of_a, b["stages"][stage])
-        equal &= report(stage, found)
+            of_a["metrics"] = [{new_names.get(key, key): line[key] for key in line} for line in of_a["metrics"]]
+            differences = find_differences(of_a, b["stages"][stage])
+        equal &= report(stage, differences)
     return equal
 
 
-def resume(before: Path, after: Path, out: Path, whole: Path | None) -> bool:
-    """Stop each of RESUMED in one checkout, continue it in the other, and return whether all end as ``whole`` did."""
-    if whole is None:
-        whole = out / "whole"
-        record(before, whole, ["tokenizer", "pretrain", "midtrain", "sft", "dpo"])
-    expected = json.loads((whole / "record.json").read_text())["stages"]
+def resume(before: Path, after: Path, out: Path, recorded: Path | None) -> bool:
+    """Stop each of RESUMED in one checkout, continue it in the other, and return whether all end like ``recorded``."""
+    if recorded is None:
+        recorded = out / "whole"
+        record(before, recorded, ["tokenizer", "pretrain", "midtrain", "sft", "dpo"])
+    expected = json.loads((recorded / "record.json").read_text())["stages"]
     equal = True
     for stage in RESUMED:
         folder = out / stage
         if folder.exists():
             sys.exit(f"{folder} exists: delete it first, or choose another OUT.")
-        command = [*command_of(stage, whole, folder), "--save_steps", "20"]
+        command = [*build_command(stage, recorded, folder), "--save_steps", "20"]
         run(before, command, folder, stop=True)
         run(after, command, folder)
-        results = results_of(folder, whole)
+        results = collect_results(folder, recorded)
         resumed = [line["step"] for line in results["metrics"] if line.get("event") == "resumed"]
         if len(resumed) != 1:
             sys.exit(f"{folder}/metrics.jsonl has {len(resumed)} events 'resumed', not one.")
-        for each in (results, expected[stage]):  # events and the constants of a start depend on where a run began
-            lines = [line for line in each["metrics"] if "event" not in line]
-            each["metrics"] = [{key: line[key] for key in line if key != "flops_per_token"} for line in lines]
+        for run_results in (
+            results,
+            expected[stage],
+        ):  # events and constants logged at the start depend on the first step
+            lines = [line for line in run_results["metrics"] if "event" not in line]
+            run_results["metrics"] = [{key: line[key] for key in line if key != "flops_per_token"} for line in lines]
         print(f"{stage}: resumed after step {resumed[0]}")
-        equal &= report(stage, differences(expected[stage], results))
+        equal &= report(stage, find_differences(expected[stage], results))
     return equal
 
 
@@ -249,17 +253,17 @@ def main() -> int:
             command.add_argument("--stages", nargs="+", choices=STAGES, default=[*STAGES])
         if name == "compare":
             command.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", help="a renamed metric")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    if given.command == "record":
-        record(given.checkout, given.out, given.stages)
+    if arguments.command == "record":
+        record(arguments.checkout, arguments.out, arguments.stages)
         return 0
-    if given.command == "compare":
-        renamed = dict(pair.split("=", 1) for pair in given.rename)
-        return 0 if compare(given.before, given.after, renamed, given.stages) else 1
-    probe(given.before, given.out), probe(given.after, given.out)
-    return 0 if resume(given.before, given.after, given.out, given.whole) else 1
+    if arguments.command == "compare":
+        new_names = dict(pair.split("=", 1) for pair in arguments.rename)
+        return 0 if compare(arguments.before, arguments.after, new_names, arguments.stages) else 1
+    probe(arguments.before, arguments.out), probe(arguments.after, arguments.out)
+    return 0 if resume(arguments.before, arguments.after, arguments.out, arguments.whole) else 1
 
 
 if __name__ == "__main__":
