@@ -1,9 +1,8 @@
-"""CHAT: control tokens, the template, conversation -> (input_ids, labels), and the context window.
+"""The ChatML format: control tokens, chat template, encoding of conversations and prompts, the context window.
 
-One encoder serves training, evaluation, the terminal and every server of ours. It never lets text become a control
-token: control ids are placed by hand, and all text between them is encoded with the control tokens switched off. The
-Jinja template that travels with the model gives the same ids on clean text and takes the sting out of control strings
-in content, so that a server which knows nothing of this file is safe too.
+Training, evaluation and inference share this encoder. Text can never become a control token: control ids are inserted
+directly, and all text between them is encoded with special tokens disabled. The Jinja template that is saved with the
+tokenizer gives the same ids for clean text and defuses control strings in content, so other servers are safe as well.
 """
 
 import functools
@@ -16,15 +15,15 @@ from rorchat.rows import check_messages as check_turns
 
 END_OF_TEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END, PAD)
-IGNORE_INDEX = -100  # the label that no loss counts
-VOCABULARY_MULTIPLE = 64  # reserved slots fill the vocabulary up to a multiple of this
+IGNORE_INDEX = -100  # labels with this value are ignored by the loss
+VOCABULARY_MULTIPLE = 64  # reserved tokens pad the vocabulary to a multiple of this
 
-# The rules of a conversation, in the order in which both the template and the encoder apply them:
-#  - without a system message of its own it gets the persona's;
-#  - an assistant's reply is trimmed: it begins where generation begins, so that no token straddles prompt and reply;
-#  - a control string in content gets a blank after its `<`. Replaced, not deleted: deletion recombines
-#    (`<|im_<|im_end|>end|>`), and the blank cannot be part of any control string.
-# `{% generation %}` marks what the loss sees: the assistant's words and the <|im_end|> that closes them.
+# Template and encoder apply the same rules:
+#  - A conversation without a system message gets the persona's.
+#  - Replies are stripped: a reply starts exactly where generation starts, so no token spans prompt and reply.
+#  - Control strings in content get a space after `<`. They are not deleted, because deletion can create a new control
+#    string (`<|im_<|im_end|>end|>`).
+# `{% generation %}` marks the targets of the loss: each reply and the <|im_end|> that ends it.
 _TEMPLATE = """\
 {%- set control = CONTROL_STRINGS %}
 {%- if SYSTEM_MESSAGE and messages[0]['role'] != 'system' %}
@@ -50,16 +49,16 @@ _TEMPLATE = """\
 
 
 def reserved_token(number: int) -> str:
-    """The name of a slot that is kept free in the vocabulary for tokens to come."""
+    """The name of an unused token that is reserved for later use."""
     return f"<|reserved_{number}|>"
 
 
 def chat_template(control_strings: Sequence[str], system_message: str) -> str:
-    """The Jinja template that is saved with a tokenizer: ChatML, a default system message, safe content.
+    """The Jinja template that is saved with a tokenizer: ChatML with a default system message and defused content.
 
     Args:
-        control_strings: every special token of the tokenizer, reserved slots included.
-        system_message: used where a conversation brings none; empty for no default.
+        control_strings: every special token of the tokenizer, including the reserved ones.
+        system_message: used if a conversation has no system message; empty for none.
     """
 
     def quoted(text: str) -> str:
@@ -71,9 +70,9 @@ def chat_template(control_strings: Sequence[str], system_message: str) -> str:
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """`input_ids` (T,) and `labels` (T,): -100 but for the assistant's words and the `<|im_end|>` closing them.
+    """`input_ids` (T,) and `labels` (T,), which are -100 except at replies and the `<|im_end|>` that ends each.
 
-    `dropped_turns` counts the messages cut off the end because they did not fit.
+    `dropped_turns` is the number of messages removed from the end because they did not fit.
     """
 
     input_ids: list[int]
@@ -83,24 +82,24 @@ class EncodedConversation:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """`input_ids` (T,) that end where the assistant's words begin, and what the window had to leave out."""
+    """`input_ids` (T,) that end where the reply starts, and how much was dropped to fit the context window."""
 
     input_ids: list[int]
     dropped_turns: int = 0
     dropped_tokens: int = 0
 
     def notice(self) -> str:
-        """What was left out, in words for the user; empty when nothing was."""
+        """A message for the user about what was dropped; empty if nothing was."""
         parts = []
         if self.dropped_turns:
-            parts.append(f"the {self.dropped_turns} oldest messages no longer fit and were left out")
+            parts.append(f"the {self.dropped_turns} oldest messages do not fit into the context and were dropped")
         if self.dropped_tokens:
-            parts.append(f"the message is too long: its first {self.dropped_tokens} tokens were left out")
+            parts.append(f"the message is too long: its first {self.dropped_tokens} tokens were dropped")
         return "; ".join(parts)
 
 
 def check_messages(messages: Sequence[dict]) -> None:
-    """Raises DataError unless `messages` is an optional system message and then user and assistant in turn."""
+    """Raises DataError unless `messages` is an optional system message followed by alternating user and assistant."""
     try:
         check_turns(messages)
     except RejectedRow as reject:
@@ -108,8 +107,8 @@ def check_messages(messages: Sequence[dict]) -> None:
 
 
 def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of each text with the control tokens switched off: nothing in a text can become a control id."""
-    # Not verbose: Transformers warns of texts longer than the window, which are cut into rows or turns later
+    """The ids of each text. Special tokens are disabled: no text can produce a control id."""
+    # verbose=False: Transformers would warn about texts longer than the context, which are split into rows later
     options = {
         "add_special_tokens": False,
         "split_special_tokens": True,
@@ -127,10 +126,10 @@ def _system_message(render: Callable[..., str], template: str) -> str:
 
 
 def system_message(tokenizer) -> str:
-    """The default system message of the tokenizer's chat template, read off what the template renders.
+    """The default system message of the tokenizer's chat template, taken from a rendered conversation.
 
     Raises:
-        MismatchError: the tokenizer has no ChatML template, so nobody could talk to the model.
+        MismatchError: the tokenizer has no ChatML template.
     """
     template = tokenizer.chat_template
     if not isinstance(template, str) or IM_START not in template:
@@ -144,21 +143,21 @@ def system_message(tokenizer) -> str:
 @dataclass(frozen=True)
 class _Turn:
     role: str
-    ids: list[int]  # <|im_start|>role\n words <|im_end|>\n
-    head: int  # how many of the ids stand before the words
+    ids: list[int]  # <|im_start|>role\n content <|im_end|>\n
+    n_header: int  # number of ids before the content
 
 
 def _encode_turns(
     tokenizer, conversations: Sequence[Sequence[dict]], encode: Callable[[list[str]], list[list[int]]] | None = None
 ) -> list[list[_Turn]]:
-    """Each conversation's turns, the default system message added where there is none. One tokenizer call for all."""
+    """The encoded turns of each conversation, with the default system message. The tokenizer is called once."""
     default = system_message(tokenizer)
     complete = [
         [{"role": "system", "content": default}, *messages] if default and messages[0]["role"] != "system" else messages
         for messages in conversations
     ]
-    # A role and its words are encoded as one text, as the template's reader does, so that words with leading blanks
-    # give the same ids. A reply is trimmed instead: its ids must begin where generation begins.
+    # A role and its content are encoded as one text, as they are when the template is tokenized: content that starts
+    # with spaces gives the same ids. A reply is stripped and encoded alone: its ids start where generation starts.
     texts = [
         message["content"].strip() if message["role"] == "assistant" else f"{message['role']}\n{message['content']}"
         for messages in complete
@@ -166,15 +165,13 @@ def _encode_turns(
     ]
     start, end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
     newline, assistant = encode_text(tokenizer, ["\n", "assistant\n"])
-    heads = {
-        role: 1 + len(ids)
-        for role, ids in zip(ROLES, encode_text(tokenizer, [f"{role}\n" for role in ROLES]), strict=True)
-    }
+    headers = encode_text(tokenizer, [f"{role}\n" for role in ROLES])
+    n_header = {role: 1 + len(ids) for role, ids in zip(ROLES, headers, strict=True)}
     encoded = iter(encode(texts) if encode else encode_text(tokenizer, texts))
 
     def turn(role: str) -> _Turn:
         ids = next(encoded)
-        return _Turn(role, [start, *(assistant if role == "assistant" else ()), *ids, end, *newline], heads[role])
+        return _Turn(role, [start, *(assistant if role == "assistant" else ()), *ids, end, *newline], n_header[role])
 
     return [[turn(message["role"]) for message in messages] for messages in complete]
 
@@ -185,13 +182,13 @@ def encode_conversations(
     max_length: int | None = None,
     encode: Callable[[list[str]], list[list[int]]] | None = None,
 ) -> list[EncodedConversation | None]:
-    """What `encode_conversation` gives, for many conversations with one call of the tokenizer.
+    """Encodes many conversations as `encode_conversation` does, with one call of the tokenizer.
 
     Args:
-        encode: a faster way to what `encode_text` gives, such as `rorchat.tokens.encode.Encoder.encode_texts`.
+        encode: a faster equivalent of `encode_text`, such as `rorchat.tokens.encode.Encoder.encode_texts`.
 
     Returns:
-        One entry a conversation; None where not even the first exchange fits into `max_length`.
+        One entry per conversation; None if not even the first exchange fits into `max_length`.
     """
     newline = len(encode_text(tokenizer, ["\n"])[0])
     encoded = []
@@ -209,8 +206,8 @@ def encode_conversations(
         for turn in turns[:kept]:
             input_ids += turn.ids
             if turn.role == "assistant":
-                words = turn.ids[turn.head : len(turn.ids) - newline]  # with the <|im_end|>
-                labels += [IGNORE_INDEX] * turn.head + words + [IGNORE_INDEX] * newline
+                reply = turn.ids[turn.n_header : len(turn.ids) - newline]  # including <|im_end|>
+                labels += [IGNORE_INDEX] * turn.n_header + reply + [IGNORE_INDEX] * newline
             else:
                 labels += [IGNORE_INDEX] * len(turn.ids)
         encoded.append(EncodedConversation(input_ids, labels, dropped_turns=len(turns) - kept))
@@ -218,20 +215,20 @@ def encode_conversations(
 
 
 def encode_conversation(tokenizer, messages: Sequence[dict], max_length: int | None = None) -> EncodedConversation:
-    """Ids and labels of a conversation for training: only the assistant's words, and their closing, carry labels.
+    """The ids and labels of a conversation for training. Only replies and their `<|im_end|>` have labels.
 
     Args:
-        tokenizer: one of `rorchat.load_tokenizer`: it has the control tokens and the ChatML template.
-        messages: `[{"role": "system"|"user"|"assistant", "content": str}, ...]`, user and assistant in turn.
-        max_length: tokens at most. Turns are cut off the end, whole, so that the last one is the assistant's.
+        tokenizer: from `rorchat.load_tokenizer`, so that it has the control tokens and the ChatML template.
+        messages: `[{"role": "system"|"user"|"assistant", "content": str}, ...]`, alternating user and assistant.
+        max_length: maximum number of tokens. Whole turns are removed from the end; the last one kept is a reply.
 
     Raises:
-        DataError: wrong roles, no assistant's turn, or the first exchange alone is longer than `max_length`.
+        DataError: wrong roles, no assistant message, or the first exchange is longer than `max_length`.
     """
     check_messages(messages)
     (encoded,) = encode_conversations(tokenizer, [messages], max_length)
     if encoded is None:
-        raise DataError(f"No exchange of this conversation fits into {max_length} tokens with an assistant's turn.")
+        raise DataError(f"No exchange of this conversation with an assistant's reply fits into {max_length} tokens.")
     return encoded
 
 
@@ -270,23 +267,23 @@ def encode_preferences(
 
 
 def encode_prompt(tokenizer, messages: Sequence[dict], *, n_positions: int, max_new_tokens: int) -> EncodedPrompt:
-    """The ids from which the assistant's next words are generated, fitted into the context window.
+    """The ids from which the next reply is generated, fitted into the context window.
 
-    Keeps the system message and the newest whole turns, beginning with a user's; if the last message alone is too long
-    its beginning goes. What was left out is counted, for the caller to say.
+    Keeps the system message and the newest whole exchanges. If the last message alone is too long, its beginning is
+    dropped. The result says how much was dropped.
 
     Args:
-        messages: a conversation that ends with a user's message.
-        n_positions: the model's learned positions; nothing ever reaches position `n_positions`.
-        max_new_tokens: tokens kept free for the answer.
+        messages: a conversation that ends with a user message.
+        n_positions: the model's context length; no token ever reaches position `n_positions`.
+        max_new_tokens: number of tokens reserved for the reply.
 
     Raises:
-        DataError: the conversation is malformed or does not end with a user's message.
-        MismatchError: the window is too small for the system message and an answer.
+        DataError: the conversation is malformed or does not end with a user message.
+        MismatchError: the context is too small for the system message and the reply.
     """
     check_messages(messages)
     if messages[-1]["role"] != "user":
-        raise DataError(f"A prompt ends with a user's message, this one with the {messages[-1]['role']}'s.")
+        raise DataError(f"A prompt must end with a user message; the last message is from {messages[-1]['role']!r}.")
     (turns,) = _encode_turns(tokenizer, [messages])
     opening = [tokenizer.convert_tokens_to_ids(IM_START), *encode_text(tokenizer, ["assistant\n"])[0]]
     system = turns[:1] if turns[0].role == "system" else []
@@ -294,16 +291,18 @@ def encode_prompt(tokenizer, messages: Sequence[dict], *, n_positions: int, max_
     room = n_positions - max_new_tokens - len(opening) - sum(len(turn.ids) for turn in system)
     dropped = 0
     while len(rest) > 1 and sum(len(turn.ids) for turn in rest) > room:
-        rest, dropped = rest[2:], dropped + 2  # a user's turn and the reply to it
+        rest, dropped = rest[2:], dropped + 2  # a user message and its reply
     last = rest[-1]
     excess = max(0, sum(len(turn.ids) for turn in rest) - room)
     if excess:
         tail = len(encode_text(tokenizer, ["\n"])[0]) + 1
-        if excess > len(last.ids) - last.head - tail:
+        if excess > len(last.ids) - last.n_header - tail:
             raise MismatchError(
                 f"The context window of {n_positions} tokens is too small: the system message takes "
-                f"{sum(len(turn.ids) for turn in system)} and the answer reserves {max_new_tokens}. Shorten either."
+                f"{sum(len(turn.ids) for turn in system)} and the reply {max_new_tokens}. "
+                "Shorten the system message or reduce max_new_tokens."
             )
-        rest = [_Turn("user", last.ids[: last.head] + last.ids[last.head + excess :], last.head)]
+        ids = last.ids[: last.n_header] + last.ids[last.n_header + excess :]
+        rest = [_Turn("user", ids, last.n_header)]
     input_ids = [token for turn in (*system, *rest) for token in turn.ids] + opening
     return EncodedPrompt(input_ids, dropped_turns=dropped, dropped_tokens=excess)

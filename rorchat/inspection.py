@@ -18,8 +18,8 @@ from rorchat.reading.filters import Filters
 from rorchat.rows import CHECKS, RejectedRow, row_text
 from rorchat.sources.base import exact_digest, text_digest
 from rorchat.sources.registry import RowStats, SourceRows, find_source, list_sources, load_rows, source_kinds
+from rorchat.tokenizer import byte_characters
 from rorchat.tokens.decontamination import EvaluationText
-from rorchat.tokens.encode import _byte_characters
 
 #: The shapes that files of many datasets have, the most telling first.
 SHAPES = ("preference", "messages", "alpaca", "prompt_completion", "text")
@@ -250,7 +250,7 @@ def show(spec: str, number: int, tokenizer, *, seed: int = 0, persona: Persona |
 
 def _tokens(tokenizer, input_ids: list[int], labels: list[int]) -> Iterator[ShownToken]:
     """Tokens with their text. A character of several tokens stands with the last of them."""
-    byte_of = {character: byte for byte, character in _byte_characters().items()}
+    byte_of = {character: byte for byte, character in byte_characters().items()}
     special, added = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token, label, spelled in zip(input_ids, labels, tokenizer.convert_ids_to_tokens(input_ids), strict=True):

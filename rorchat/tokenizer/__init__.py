@@ -279,3 +279,10 @@ def tokenizer_sha256(tokenizer) -> str:
 def chat_template_sha256(tokenizer) -> str:
     """A fingerprint of how conversations are written: the chat template with its default system message."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+
+
+def byte_characters() -> dict[int, str]:
+    """byte -> the character that represents it in a byte-level BPE: itself if printable, else one from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + at) for at, byte in enumerate(others)}

@@ -1,35 +1,39 @@
-"""Documents -> ids, each distinct word encoded once.
+"""Fast encoding of documents: every distinct word is encoded only once.
 
-A byte-level BPE first splits a text into words and then merges the bytes of each word by itself. Text repeats its words
-(a book of 170,000 words has 10,000 different ones), so what costs time is the splitting. Here it is done in numpy, for
-about a million characters at once: runs of letters, of digits, of other signs and of white space are found where the
-class of a byte changes, the pattern's exceptions (the blank before a word, contractions, the last blank of several)
-move a few of these bounds, Arrow numbers the words, and each new one is given to the tokenizer itself.
+A byte-level BPE first splits a text into words and then merges the bytes within each word. Text repeats its words (a
+book of 170,000 words has about 10,000 different ones), so most of the time is spent on splitting. Here the splitting
+is done in numpy on about a million characters at once:
 
-The ids are those of the tokenizer, for every text. Two splitting patterns are known, GPT-2's and ours; with any other,
-the tokenizer does all of the work.
+1. Every byte gets the class of its character: letter, number, white space, other.
+2. A word starts where the class changes. The exceptions of the pattern (the space before a word, contractions, the last
+   of several spaces) move a few of these starts.
+3. Arrow replaces the words by numbers. Words that were not seen before are encoded by the tokenizer.
+4. The ids of all words are gathered from a table.
+
+The ids equal those of the tokenizer for every text. Two splitting patterns are supported, GPT-2's and rorchat's. With
+any other pattern the tokenizer does all the work.
 """
 
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import numpy as np
 
 from rorchat.chatml import END_OF_TEXT, encode_text
-from rorchat.tokenizer import SPLIT_PATTERN
+from rorchat.tokenizer import SPLIT_PATTERN, byte_characters
 
-CHARACTERS_AT_ONCE = 2**20  # the arrays of so much text stay near the processor's cache
-LONGEST_WORD = 2**16  # bytes; merging takes longer than in proportion to a word's length
-WORDS_KEPT = 2_000_000  # distinct words are forgotten beyond so many, which bounds memory
+CHUNK_CHARACTERS = 2**20  # the arrays of a chunk fit into the CPU cache
+MAX_WORD_BYTES = 2**16  # the time to merge a word grows faster than its length
+MAX_CACHED_WORDS = 2_000_000  # the cache is cleared beyond this size, to bound memory
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 _LETTER, _NUMBER, _OTHER, _BLANK, _END, _UNKNOWN = 1, 2, 3, 4, 5, 255
-_NUL = b"\0"  # stands before every document, where <|endoftext|> goes; no document has one
-_INSIDE = 0x80  # a byte inside a character of UTF-8: byte & 0xC0 == _INSIDE
+_NUL = b"\0"  # precedes every document and becomes <|endoftext|>; documents cannot contain it
+_CONTINUATION = 0x80  # a UTF-8 continuation byte: byte & 0xC0 == _CONTINUATION
 
 
 def _ascii_classes() -> bytes:
@@ -46,23 +50,23 @@ def _ascii_classes() -> bytes:
 
 
 _ASCII = _ascii_classes()
-# A word begins here whatever stands around, so that a long text may be cut: where the class of the character changes
-# and what stands before is no white space. Only characters of which every version of Unicode thinks alike.
+# Positions at which a word starts in any context, where a long text can be cut: the character class changes and the
+# character before is not white space. Only characters whose class is the same in every version of Unicode.
 _SAFE_CUT = re.compile(
     r"(?<=[^\W\d_]) (?=[^\W\d_])|(?<=[A-Za-z])(?=[\r\n0-9.,;:+/=])|(?<=[0-9])(?=[\r\nA-Za-z.,;:+/=])"
     r"|(?<=[\u4e00-\u9fff\u3041-\u3096\u30a1-\u30fa])(?=[\n，。、；：？！])"
 )
 
 
-class TooLong(ValueError):
-    """A text holds a word of more than LONGEST_WORD bytes."""
+class WordTooLongError(ValueError):
+    """A text contains a word of more than MAX_WORD_BYTES bytes."""
 
 
 class Encoder:
-    """`encode(texts)` gives the ids of documents, each behind an `<|endoftext|>`, as numpy arrays.
+    """Encodes documents into numpy arrays of ids, each document after an `<|endoftext|>`.
 
     Args:
-        tokenizer: one of `rorchat.load_tokenizer`.
+        tokenizer: from `rorchat.load_tokenizer`.
     """
 
     def __init__(self, tokenizer):
@@ -71,29 +75,29 @@ class Encoder:
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         self.pattern = splitting_pattern(backend)
-        self._merger, self._id_of_rank = merger_of(tokenizer, backend["model"]) if self.pattern else (None, None)
+        self._merger, self._id_of_rank = build_merger(tokenizer, backend["model"]) if self.pattern else (None, None)
         self._classes = np.full(0x110000, _UNKNOWN, dtype=np.uint8)
         self._classes[:128] = np.frombuffer(_ASCII, dtype=np.uint8)[:128]
-        self._forget()
+        self._clear_cache()
 
-    def _forget(self) -> None:
+    def _clear_cache(self) -> None:
         self._number: dict[bytes, int] = {_NUL: 0}
-        self._ids = np.array([self.end_of_text], dtype=self.dtype)  # of all words known, one after the other
+        self._ids = np.array([self.end_of_text], dtype=self.dtype)  # the ids of all cached words, concatenated
         self._starts = np.array([0], dtype=np.int32)
         self._counts = np.array([1], dtype=np.int32)
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (T,) of all texts together, lengths (N,) of each with its `<|endoftext|>`).
+        """(ids (T,) of all texts, number of ids (N,) of each text including its `<|endoftext|>`).
 
         Raises:
-            TooLong: one of the texts has a word of more than LONGEST_WORD bytes.
-            ValueError: one of the texts has a NUL.
+            WordTooLongError: a text contains a word of more than MAX_WORD_BYTES bytes.
+            ValueError: a text contains a NUL character.
         """
         if not texts:
             return np.empty(0, dtype=self.dtype), np.empty(0, dtype=np.int64)
         if self.pattern is None:
-            return self._encode_slowly(texts)
-        ids, starts, total = bytearray(), [], 0  # grown in place: joining arrays would hold all ids twice
+            return self._encode_with_tokenizer(texts)
+        ids, starts, total = bytearray(), [], 0  # grown in place: concatenating arrays needs twice the memory
         for chunk in _chunks(texts):
             chunk_ids, chunk_starts = self._encode_chunk(chunk)
             ids += chunk_ids.data.cast("B")
@@ -101,58 +105,58 @@ class Encoder:
             total += len(chunk_ids)
         all_starts = np.concatenate([*starts, [total]])
         if len(all_starts) != len(texts) + 1:
-            raise ValueError("a text holds a NUL character")
+            raise ValueError("a text contains a NUL character")
         return np.frombuffer(ids, dtype=self.dtype), np.diff(all_starts)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, nothing before them: what `encode_text` gives."""
+        """The ids of each text without `<|endoftext|>`: the same as `rorchat.chatml.encode_text`."""
         try:
             ids, lengths = self.encode(texts)
-        except ValueError:  # an endless word or a NUL, which the tokenizer can take
+        except ValueError:  # an overlong word or a NUL: the tokenizer accepts both
             return encode_text(self.tokenizer, list(texts))
         ends = np.cumsum(lengths).tolist()
         flat = ids.tolist()
         return [flat[start + 1 : end] for start, end in zip([0, *ends], ends, strict=False)]
 
-    def _encode_slowly(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_with_tokenizer(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         encoded = encode_text(self.tokenizer, list(texts))
         flat = [token for ids in encoded for token in (self.end_of_text, *ids)]
         return np.array(flat, dtype=self.dtype), np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
 
     def _encode_chunk(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, where documents begin among them) of texts that each stand behind a NUL."""
+        """(ids, offsets at which documents start) of text in which a NUL precedes every document."""
         import pyarrow
 
         data = (text + "\0").encode()
-        offsets = self._split(data)  # of the words, and last of the closing NUL
+        offsets = self._split(data)  # (W + 1,) starts of the words, then of the final NUL
         words = pyarrow.Array.from_buffers(
             pyarrow.binary(), len(offsets) - 1, [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(data)]
         ).dictionary_encode()
-        distinct = self._numbers(words.dictionary.to_pylist())
-        which = words.indices.to_numpy()
-        counts = self._counts[distinct][which]
+        distinct = self._look_up(words.dictionary.to_pylist())  # (D,) cache numbers of the distinct words
+        index = words.indices.to_numpy()  # (W,) -> D
+        counts = self._counts[distinct][index]  # (W,) ids per word
         ends = np.cumsum(counts, dtype=np.int32)
         starts = ends - counts
-        shift = self._starts[distinct][which] - starts  # from a word's place in the text to its place among the known
-        ids = self._ids[np.arange(ends[-1], dtype=np.int32) + np.repeat(shift, counts)]
-        nul = np.flatnonzero(distinct == 0)  # none, where a long text goes on
-        return ids, starts[which == nul[0]] if len(nul) else starts[:0]
+        shift = self._starts[distinct][index] - starts  # from the position in the output to the position in the cache
+        ids = self._ids[np.arange(ends[-1], dtype=np.int32) + np.repeat(shift, counts)]  # (T,)
+        nul = np.flatnonzero(distinct == 0)  # empty if the chunk continues a long text
+        return ids, starts[index == nul[0]] if len(nul) else starts[:0]
 
-    def _numbers(self, words: list[bytes]) -> np.ndarray:
-        """The number of each word, under which its ids are known."""
-        if len(self._number) > WORDS_KEPT:
-            self._forget()
+    def _look_up(self, words: list[bytes]) -> np.ndarray:
+        """The cache number of each word. New words are encoded and added to the cache."""
+        if len(self._number) > MAX_CACHED_WORDS:
+            self._clear_cache()
         numbers = [self._number.get(word, -1) for word in words]
         new = [word for word, number in zip(words, numbers, strict=True) if number < 0]
         if new:
             longest = max(map(len, new))
-            if longest > LONGEST_WORD:
-                raise TooLong(f"a word of {longest:,} bytes; the limit is {LONGEST_WORD:,}")
-            self._learn(new)
+            if longest > MAX_WORD_BYTES:
+                raise WordTooLongError(f"a word of {longest:,} bytes; the limit is {MAX_WORD_BYTES:,}")
+            self._add_to_cache(new)
             numbers = [self._number[word] for word in words]
         return np.array(numbers, dtype=np.int32)
 
-    def _learn(self, words: list[bytes]) -> None:
+    def _add_to_cache(self, words: list[bytes]) -> None:
         if self._merger is None:
             encoded = encode_text(self.tokenizer, [word.decode() for word in words])
         else:
@@ -167,40 +171,41 @@ class Encoder:
         self._ids = np.concatenate([self._ids, flat])
 
     def _split(self, data: bytes) -> np.ndarray:
-        """Where each word of UTF-8 text begins, int32. The text begins and ends with a NUL, as does every document."""
+        """The offset of each word in UTF-8 text, int32. The text starts and ends with a NUL."""
         text = np.frombuffer(data, dtype=np.uint8)
-        classes = self._class_of_each_byte(data, text)
+        classes = self._classify_bytes(data, text)
         begins = np.empty(len(text), dtype=bool)
         begins[0] = True
         np.not_equal(classes[1:], classes[:-1], out=begins[1:])
         runs = np.flatnonzero(begins)
         kinds = classes[runs]
-        one_by_one = (_END, _NUMBER) if self.pattern == SPLIT_PATTERN else (_END,)
+        single_kinds = (_END, _NUMBER) if self.pattern == SPLIT_PATTERN else (_END,)
 
+        # Of a run of white space, the last character belongs to the word that follows
         blank = np.flatnonzero(kinds == _BLANK)
-        blank = blank[kinds[blank + 1] != _END]  # before the end of a document, white space is one word
+        blank = blank[kinds[blank + 1] != _END]  # at the end of a document, white space is one word
         after, kind_after = runs[blank + 1], kinds[blank + 1]
         last = after - 1
-        while len(inside := np.flatnonzero((text[last] & 0xC0) == _INSIDE)):
+        while len(inside := np.flatnonzero((text[last] & 0xC0) == _CONTINUATION)):
             last[inside] -= 1
-        begins[last] = True  # the last blank of several is left for what follows
-        joins = text[last] == ord(" ")
-        if _NUMBER in one_by_one:
+        begins[last] = True
+        joins = text[last] == ord(" ")  # only a space joins the word; other white space is a word of its own
+        if _NUMBER in single_kinds:
             joins &= kind_after != _NUMBER
         begins[after[joins]] = False
 
-        for kind in one_by_one:
+        for kind in single_kinds:
             single = np.flatnonzero(classes == kind)
-            begins[single[(text[single] & 0xC0) != _INSIDE]] = True
+            begins[single[(text[single] & 0xC0) != _CONTINUATION]] = True
         self._mark_contractions(text, classes, begins)
         return np.flatnonzero(begins).astype(np.int32)
 
     @staticmethod
     def _mark_contractions(text: np.ndarray, classes: np.ndarray, begins: np.ndarray) -> None:
-        """'s 't 're 've 'm 'll 'd are words where the apostrophe begins one, whatever follows them."""
+        """Makes 's 't 're 've 'm 'll 'd words of their own if the apostrophe starts a word."""
         at = np.flatnonzero(text == ord("'"))
         at = at[begins[at]]
-        at = at[classes[at + 1] == _LETTER]  # so at + 2 is still inside the text, which ends with a NUL
+        at = at[classes[at + 1] == _LETTER]  # at + 2 is in range because the text ends with a NUL
         first, second = text[at + 1], text[at + 2]
         short = np.isin(first, np.frombuffer(b"stmd", dtype=np.uint8))
         long = np.zeros(len(at), dtype=bool)
@@ -210,29 +215,30 @@ class Encoder:
         begins[at[short] + 2] = True
         begins[at[long] + 3] = True
 
-    def _class_of_each_byte(self, data: bytes, text: np.ndarray) -> np.ndarray:
-        """_LETTER, _NUMBER, ... for every byte; all bytes of a character have the class of the character."""
+    def _classify_bytes(self, data: bytes, text: np.ndarray) -> np.ndarray:
+        """The class of every byte, which is that of its character: _LETTER, _NUMBER, ..."""
         classes = np.frombuffer(bytearray(data.translate(_ASCII)), dtype=np.uint8)
         lead = np.flatnonzero(text >= 0xC0)
         if not len(lead):
             return classes
+        # Decode the characters beyond ASCII to code points, look up their classes, and copy these to all their bytes
         length = 2 + (text[lead] >= 0xE0) + (text[lead] >= 0xF0)
         points = text[lead].astype(np.int32) & np.array([0, 0, 0x1F, 0x0F, 0x07])[length]
         for number in range(1, 4):
             longer = length > number
             points[longer] = (points[longer] << 6) | (text[lead[longer] + number] & 0x3F)
-        found = self._classes[points]
-        if (found == _UNKNOWN).any():
-            self._classify(np.unique(points[found == _UNKNOWN]))
-            found = self._classes[points]
-        classes[lead] = found
+        kinds = self._classes[points]
+        if (kinds == _UNKNOWN).any():
+            self._classify_characters(np.unique(points[kinds == _UNKNOWN]))
+            kinds = self._classes[points]
+        classes[lead] = kinds
         for number in range(1, 4):
             longer = length > number
-            classes[lead[longer] + number] = found[longer]
+            classes[lead[longer] + number] = kinds[longer]
         return classes
 
-    def _classify(self, points: np.ndarray) -> None:
-        """Asks the tokenizer's own engine: versions of Unicode differ in what is a letter."""
+    def _classify_characters(self, points: np.ndarray) -> None:
+        """Classifies characters by the regex engine of `tokenizers`, because versions of Unicode differ."""
         from tokenizers import Regex, pre_tokenizers
 
         self._classes[points] = _OTHER
@@ -243,18 +249,18 @@ class Encoder:
                 self._classes[[ord(character) for character in characters]] = kind
 
 
-def _chunks(texts: Sequence[str]):
-    """Texts behind NULs, joined to about CHARACTERS_AT_ONCE; a longer text comes in pieces."""
+def _chunks(texts: Sequence[str]) -> Iterator[str]:
+    """Texts, each after a NUL, joined to chunks of about CHUNK_CHARACTERS; a longer text is split."""
     gathered: list[str] = []
     size = 0
     for text in texts:
-        if size and size + len(text) > CHARACTERS_AT_ONCE:
+        if size and size + len(text) > CHUNK_CHARACTERS:
             yield "".join(gathered)
             gathered, size = [], 0
         start = 0
         gathered.append("\0")
-        while len(text) - start > 2 * CHARACTERS_AT_ONCE:
-            cut = _SAFE_CUT.search(text, start + CHARACTERS_AT_ONCE)
+        while len(text) - start > 2 * CHUNK_CHARACTERS:
+            cut = _SAFE_CUT.search(text, start + CHUNK_CHARACTERS)
             if cut is None:
                 break
             gathered.append(text[start : cut.start()])
@@ -267,10 +273,10 @@ def _chunks(texts: Sequence[str]):
 
 
 def splitting_pattern(backend: dict) -> str | None:
-    """The pattern by which a tokenizer splits texts into words, if it is one that can be followed here.
+    """The pattern by which a tokenizer splits texts into words; None if it is not supported here.
 
     Args:
-        backend: what `tokenizer.json` holds.
+        backend: the content of `tokenizer.json`.
     """
     model, splitter = backend["model"], backend["pre_tokenizer"] or {}
     plain = (
@@ -283,30 +289,28 @@ def splitting_pattern(backend: dict) -> str | None:
         return None
     if splitter.get("type") == "ByteLevel" and splitter["use_regex"] and not splitter["add_prefix_space"]:
         return GPT2_PATTERN
-    if splitter.get("type") != "Sequence" or [part["type"] for part in splitter["pretokenizers"]] != [
-        "Split",
-        "ByteLevel",
-    ]:
+    parts = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else []
+    if [part["type"] for part in parts] != ["Split", "ByteLevel"]:
         return None
-    split, byte_level = splitter["pretokenizers"]
+    split, byte_level = parts
     pattern = split["pattern"].get("Regex")
-    follows = split["behavior"] == "Isolated" and not split["invert"] and pattern in (GPT2_PATTERN, SPLIT_PATTERN)
-    return pattern if follows and not byte_level["use_regex"] and not byte_level["add_prefix_space"] else None
+    supported = split["behavior"] == "Isolated" and not split["invert"] and pattern in (GPT2_PATTERN, SPLIT_PATTERN)
+    return pattern if supported and not byte_level["use_regex"] and not byte_level["add_prefix_space"] else None
 
 
-def merger_of(tokenizer, model: dict):
-    """(a `tiktoken` encoding that merges a word as the tokenizer does, the tokenizer's id of each of its ranks).
+def build_merger(tokenizer, model: dict):
+    """(a tiktoken encoding that merges words as the tokenizer does, the tokenizer's id for each of its ranks).
 
-    Five times the speed of `tokenizers` on a word. tiktoken merges the neighbours whose union has the lowest rank, and
-    not the lowest pair of a list of merges. For merges that come of training the two are the same: inside a stretch
-    that no merge has crossed, the order of merges is that of the stretch alone, so whenever a union could be formed, it
-    is of the two parts of which it was learned. For merges written by hand it need not be so: a thousand words made of
-    tokens are compared. (None, None) where they differ, or where a token can be merged in two ways.
+    tiktoken is five times as fast as `tokenizers` on a word. It merges the neighbours whose union has the lowest rank,
+    where a BPE merges the pair that comes first in its list. For merges from BPE training the result is the same: until
+    a merge crosses the bounds of a stretch of text, the merges inside depend on that stretch alone, so a union is
+    always formed from the two parts it was learned from. For hand-written merges it may differ; therefore a thousand
+    words are compared. Returns (None, None) if they differ, or if a token can be formed by two merges.
     """
     import tiktoken
 
     unions = [a + b for a, b in (merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"])]
-    characters = _byte_characters()
+    characters = byte_characters()
     spelled = [*characters.values(), *unions]  # in the order of their ranks
     if len(set(spelled)) != len(spelled) or not set(spelled) <= set(model["vocab"]):
         return None, None
@@ -319,10 +323,3 @@ def merger_of(tokenizer, model: dict):
     words = ["".join(draw.choices(letters, k=draw.choice((1, 2, 3)))) for _ in range(1000)]
     merged = [id_of_rank[merger.encode_ordinary(word)].tolist() for word in words]
     return (merger, id_of_rank) if merged == encode_text(tokenizer, words) else (None, None)
-
-
-def _byte_characters() -> dict[int, str]:
-    """The character by which a byte-level BPE spells each byte: itself if it is printable, else one from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + at) for at, byte in enumerate(others)}

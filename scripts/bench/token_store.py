@@ -23,28 +23,22 @@ ROWS, BLOCK_SIZE, SOURCES = 10**9, 1024, 4
 
 def make_stores(folder: Path, tokens: int) -> list[Path]:
     """Write stores of random ids in the format of `rorchat.tokens.prepare`."""
-    from rorchat.tokens.store import Manifest, Shard
-    from rorchat.tokens.tokenize_shard import ArrayWriter, sealed
+    from rorchat.tokens.store import Manifest
+    from rorchat.tokens.store_writer import ArrayWriter, StoreWriter
 
     stores = []
     for source in range(SOURCES):
         store = folder / f"source-{source}"
         store.mkdir(parents=True)
-        manifest = Manifest(f"source-{source}", "none", "none", 50_304, 50_256, 0.01, 0)
-        blocks = []
+        writer = StoreWriter(store, Manifest(f"source-{source}", "none", "none", 50_304, 50_256, 0.01, 0))
         for split, count in (("train", tokens), ("validation", tokens // 100)):
-            array = ArrayWriter(store / f"{split}-00000.npy", np.dtype(np.uint16))
+            array = ArrayWriter(writer.next_path(split), np.uint16)
             draw = np.random.default_rng(source)
             for start in range(0, count, 10**7):
                 array.write(draw.integers(0, 50_000, min(10**7, count - start), dtype=np.uint16))
             array.close()
-            np.save(store / f"{split}-00000.docs.npy", np.zeros(1, dtype=np.int64))
-            digest, crc = sealed(array.path)
-            manifest.shards.append(Shard(array.path.name, split, count, 1, count * 4, digest, ""))
-            blocks.append(crc)
-        np.save(store / "blocks.npy", np.concatenate(blocks))
-        manifest.blocks_sha256 = sealed(store / "blocks.npy")[0]
-        manifest.write(store)
+            writer.add_shard(split, np.zeros(1, dtype=np.int64), count * 4)
+        writer.close()
         stores.append(store)
     return stores
 

@@ -289,8 +289,8 @@ MISTAKES = [
     ("prepare preference={rows} --tokenizer {tok} --out {out}", 2, "gives preferences"),
     ("prepare text={out} --tokenizer {tok} --out {out}", 65, "No file or folder"),
     ("prepare messages={rows} --tokenizer {tok} --out {out}", 65, "missing field"),
-    ("verify {out}", 65, "is no token store"),
-    ("verify {rows}", 65, "is no token store"),
+    ("verify {out}", 65, "is not a token store"),
+    ("verify {rows}", 65, "is not a token store"),
     ("plan {rows} --tokenizer {tok} --train-tokens -1 --stores {out}", 2, "rows.jsonl"),
     (
         "plan {mixture} --tokenizer {tok} --train-tokens 999 --stores {out} --block-size 9 --validation-share 3",

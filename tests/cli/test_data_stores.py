@@ -187,8 +187,12 @@ def test_real_gpt2_shards_are_imported(names, gpt2_tokenizer, shared_data, tmp_p
 
 GOOD = np.array([0, 1, 2, 3], dtype=np.uint16)  # 0 is the <|endoftext|> of the tests' tokenizer
 BAD_SHARDS = {
-    "an id beyond the vocabulary": (78, {"train": np.array([0, 1, 384], dtype=np.uint16), "val": GOOD}, "384 at 2"),
-    "no end of text": (78, {"train": GOOD, "val": GOOD[1:]}, "No <|endoftext|> (id 0)"),
+    "an id beyond the vocabulary": (
+        78,
+        {"train": np.array([0, 1, 384], dtype=np.uint16), "val": GOOD},
+        "id 384 at position 2",
+    ),
+    "no end of text": (78, {"train": GOOD, "val": GOOD[1:]}, "no <|endoftext|> (id 0)"),
     "another type": (65, {"train": GOOD.astype(np.int64), "val": GOOD.astype(np.int64)}, "int64"),
     "big endian": (65, {"train": GOOD.astype(">u2"), "val": GOOD.astype(">u2")}, ">u2"),
     "another shape": (65, {"train": GOOD.reshape(2, 2), "val": GOOD}, "(2, 2)"),

@@ -151,11 +151,11 @@ def test_a_prompt_longer_than_the_positions_never_reaches_them_and_says_what_was
     assert max(used) < changed.n_positions == 128
     encoded = encode_prompt(changed.tokenizer, conversation, n_positions=128, max_new_tokens=40)
     assert encoded.dropped_turns > 10
-    assert reply.notice == f"the {encoded.dropped_turns} oldest messages no longer fit and were left out"
+    assert reply.notice == f"the {encoded.dropped_turns} oldest messages do not fit into the context and were dropped"
     too_long = encode_prompt(
         changed.tokenizer, [{"role": "user", "content": "word " * 500}], n_positions=128, max_new_tokens=40
     ).dropped_tokens
-    assert one.notice == f"the message is too long: its first {too_long} tokens were left out"
+    assert one.notice == f"the message is too long: its first {too_long} tokens were dropped"
     assert too_long > 500
     assert short.notice == ""
 

@@ -142,7 +142,7 @@ def test_the_terminal_answers_through_a_pipe_and_says_what_no_longer_fits(story)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2
-    assert "were left out" in done.stderr and "Traceback" not in done.stderr
+    assert "were dropped" in done.stderr and "Traceback" not in done.stderr
 
 
 PRETRAIN = [

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from rorchat.chatml import encode_text
 from rorchat.tokenizer import SPLIT_PATTERN, train_tokenizer
 from rorchat.tokens import encode
-from rorchat.tokens.encode import GPT2_PATTERN, LONGEST_WORD, Encoder, TooLong
+from rorchat.tokens.encode import GPT2_PATTERN, MAX_WORD_BYTES, Encoder, WordTooLongError
 
 # What the splitting patterns treat apart: contractions, blanks of every kind, numbers, marks, emoji, control strings
 PIECES = (
@@ -65,14 +65,14 @@ def test_real_prose_has_the_same_ids_in_pieces_of_any_size(gpt2_tokenizer, share
     text = (shared_data / "tinyshakespeare" / "input.txt").read_text()[:200_000]
     (expected,) = encode_text(gpt2_tokenizer, [text])
     for characters in (1000, 30_000, 2**20):
-        monkeypatch.setattr(encode, "CHARACTERS_AT_ONCE", characters)
+        monkeypatch.setattr(encode, "CHUNK_CHARACTERS", characters)
         assert encoded(Encoder(gpt2_tokenizer), ["before", text, text[:50], text]) == [
             *encode_text(gpt2_tokenizer, ["before"]), expected, *encode_text(gpt2_tokenizer, [text[:50]]), expected,
         ]  # fmt: skip
 
 
 def test_words_are_forgotten_beyond_a_bound_and_the_ids_stay_the_same(tokenizer, monkeypatch):
-    monkeypatch.setattr(encode, "WORDS_KEPT", 50)
+    monkeypatch.setattr(encode, "MAX_CACHED_WORDS", 50)
     encoder = Encoder(tokenizer)
     for start in range(0, 300, 20):
         texts = [f"word{n} and number {n}" for n in range(start, start + 20)]
@@ -111,8 +111,10 @@ def test_merges_that_training_cannot_give_are_left_to_the_tokenizer(tokenizer):
 
 def test_a_word_without_end_and_a_nul_are_refused(tokenizer):
     encoder = Encoder(tokenizer)
-    with pytest.raises(TooLong, match=f"a word of {LONGEST_WORD + 5:,} bytes; the limit is {LONGEST_WORD:,}"):
-        encoder.encode(["fine", "x" * (LONGEST_WORD + 5)])
+    with pytest.raises(
+        WordTooLongError, match=f"a word of {MAX_WORD_BYTES + 5:,} bytes; the limit is {MAX_WORD_BYTES:,}"
+    ):
+        encoder.encode(["fine", "x" * (MAX_WORD_BYTES + 5)])
     with pytest.raises(ValueError, match="NUL"):
         encoder.encode(["fine", "not\0fine"])
     assert encoded(encoder, ["fine"]) == encode_text(tokenizer, ["fine"])
@@ -131,7 +133,7 @@ def test_a_tokenizer_trained_here_gives_the_same_ids_on_other_text(shared_data):
 
 def test_texts_one_by_one_are_what_the_tokenizer_gives_whatever_they_hold(any_tokenizer):
     draw = random.Random(2)
-    texts = [random_text(draw) for _ in range(300)] + ["", "\n", "a\0b", "x" * (LONGEST_WORD + 1)]
+    texts = [random_text(draw) for _ in range(300)] + ["", "\n", "a\0b", "x" * (MAX_WORD_BYTES + 1)]
     encoder = Encoder(any_tokenizer)
     assert encoder.encode_texts(texts[:-2]) == encode_text(any_tokenizer, texts[:-2])
     assert encoder.encode_texts(texts) == encode_text(any_tokenizer, texts)

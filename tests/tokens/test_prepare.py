@@ -201,7 +201,7 @@ def test_what_is_generated_belongs_to_its_seed_and_its_persona(tokenizer, tmp_pa
 @pytest.mark.parametrize("place", ["store", "deep/store"])
 def test_no_store_is_made_inside_the_folder_that_is_read(place, tokenizer, tmp_path):
     write_documents(tmp_path, DOCUMENTS)
-    with pytest.raises(UsageError, match="which is read: choose another place"):
+    with pytest.raises(UsageError, match="the folder that is read: choose another folder"):
         prepare(f"text={tmp_path}", tokenizer, tmp_path / place, validation_share=SHARE)
     assert [path.name for path in tmp_path.iterdir()] == ["documents.jsonl"]
 
@@ -229,7 +229,7 @@ def test_another_system_message_does_not_disown_a_store(spec, store, tokenizer):
 def test_no_validation_or_no_training_is_a_data_error_that_leaves_no_folder_behind(
     share, said, spec, tokenizer, tmp_path
 ):
-    with pytest.raises(DataError, match=f"{said}, {len(KEPT)} in all at validation_share {share}"):
+    with pytest.raises(DataError, match=f"{said}; {len(KEPT)} documents in total at validation_share {share}"):
         prepare(spec, tokenizer, tmp_path / "store", validation_share=share)
     assert [path.name for path in tmp_path.iterdir()] == ["documents.jsonl"]
 
@@ -319,8 +319,8 @@ def test_only_the_blocks_that_are_read_are_looked_at_and_each_once(store, monkey
 @pytest.mark.parametrize(
     ("before", "after", "why"),
     [
-        ('"kept": 123', '"kept": 122', "it is not as it was written"),
-        ('"format_version": 4', '"format_version": 3', "its format is 3, this is 4"),
+        ('"kept": 123', '"kept": 122', "it was changed after it was written"),
+        ('"format_version": 4', '"format_version": 3', "format version 3, expected 4"),
     ],
 )
 def test_a_manifest_that_was_changed_or_is_older_is_refused_with_what_to_do(before, after, why, store):
@@ -337,7 +337,7 @@ def test_a_missing_manifest_or_half_of_one_is_a_data_error(store):
     with pytest.raises(DataError, match=r"manifest\.json cannot be read"):
         TokenStore(store.folder)
     manifest.unlink()
-    with pytest.raises(DataError, match="is no token store: it has no manifest.json"):
+    with pytest.raises(DataError, match="is not a token store: it has no manifest.json"):
         TokenStore(store.folder)
 
 

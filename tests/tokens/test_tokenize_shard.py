@@ -70,14 +70,14 @@ def test_a_preparation_killed_in_the_middle_and_run_again_gives_the_same_bytes(p
     script = (
         "import sys, time\n"
         "from rorchat.reading import slices\n"
-        "from rorchat.tokens import part\n"
+        "from rorchat.tokens import tokenize_shard\n"
         "from rorchat.tokens.prepare import prepare\n"
         "from rorchat.tokenizer import train_tokenizer\n"
         "slices.SMALLEST_PART = 5000\n"
-        "slow = part.Job.prepare\n"
+        "slow = tokenize_shard.ShardTokenizer.tokenize\n"
         "def prepared(*arguments):\n"
         "    time.sleep(float(sys.argv[3])); slow(*arguments)\n"
-        "part.Job.prepare = prepared\n"
+        "tokenize_shard.ShardTokenizer.tokenize = prepared\n"
         f"tokenizer = train_tokenizer({DOCUMENTS[:40]!r}, vocab_size=384)\n"
         "prepare(sys.argv[1], tokenizer, sys.argv[2], validation_share=0.2, workers=2)\n"
     )
@@ -106,7 +106,7 @@ def test_finished_parts_are_not_prepared_again(folder_of_parts, tokenizer, tmp_p
         patch.setattr("rorchat.tokens.prepare.merge_shards", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
-    monkeypatch.setattr("rorchat.tokens.tokenize_shard.Job.prepare", interrupted)
+    monkeypatch.setattr("rorchat.tokens.tokenize_shard.ShardTokenizer.tokenize", interrupted)
     again = prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
     assert again.manifest.kept == len(KEPT)
 
@@ -146,7 +146,7 @@ def test_a_lock_that_is_deleted_while_another_process_opens_it_lets_only_one_in(
 def test_a_store_that_another_process_finished_meanwhile_is_found(spec, tokenizer, tmp_path, monkeypatch):
     from rorchat.tokens import prepare as module
 
-    folder_lock, waited = module.alone, []
+    folder_lock, waited = module.folder_lock, []
 
     def late(folder):
         waited.append(folder)
@@ -154,7 +154,7 @@ def test_a_store_that_another_process_finished_meanwhile_is_found(spec, tokenize
             prepare(spec, tokenizer, folder, validation_share=SHARE, workers=1)
         return folder_lock(folder)
 
-    monkeypatch.setattr(module, "alone", late)
+    monkeypatch.setattr(module, "folder_lock", late)
     assert prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE).manifest.kept == len(KEPT)
 
 
@@ -185,7 +185,7 @@ def test_a_renamed_file_loses_and_repeats_no_document_of_a_preparation_that_was_
     write_documents(folder, texts[:100], "a.jsonl")
     write_documents(folder, texts[100:], "c.jsonl")
     pieces = len(source_parts(f"text={folder}"))
-    whole, done = tokenize_shard.Job.prepare, []
+    whole, done = tokenize_shard.ShardTokenizer.tokenize, []
 
     def half(job, number, piece, told):
         if len(done) == pieces // 2:
@@ -194,7 +194,7 @@ def test_a_renamed_file_loses_and_repeats_no_document_of_a_preparation_that_was_
         whole(job, number, piece, told)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize_shard.Job, "prepare", half)
+        patch.setattr(tokenize_shard.ShardTokenizer, "tokenize", half)
         with pytest.raises(KeyboardInterrupt):
             prepare(f"text={folder}", tokenizer, tmp_path / "store", validation_share=SHARE, workers=1)
     assert pieces >= 4 and len(list((tmp_path / ".store.unfinished").glob("part-*.json"))) == pieces // 2
@@ -216,7 +216,7 @@ def test_a_kill_while_the_manifest_is_written_costs_no_finished_part(folder_of_p
             prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "write_text", killed)
-        patch.setattr(tokenize_shard.Job, "prepare", interrupted)
+        patch.setattr(tokenize_shard.ShardTokenizer, "tokenize", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
         names = {file.name for file in (tmp_path / ".again.unfinished").iterdir()}
@@ -228,13 +228,13 @@ def test_a_kill_while_the_manifest_is_written_costs_no_finished_part(folder_of_p
 
 def test_a_manifest_that_the_disk_lost_is_made_again_of_the_parts(folder_of_parts, tokenizer, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rorchat.tokens.prepare._is_finished", lambda staging: False)
+        patch.setattr("rorchat.tokens.prepare._has_manifest", lambda staging: False)
         patch.setattr(Manifest, "read", interrupted)  # it is read before the parts go
         with pytest.raises(KeyboardInterrupt):
             prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
     (tmp_path / ".again.unfinished" / "manifest.json").write_text("")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize_shard.Job, "prepare", interrupted)
+        patch.setattr(tokenize_shard.ShardTokenizer, "tokenize", interrupted)
         again = prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
     assert again.manifest.kept == len(KEPT) and again.verify() == []
     assert not (again.folder / "identity.json").exists() and not list(again.folder.glob("part-*"))
@@ -279,7 +279,7 @@ def test_a_preparation_from_the_hub_begins_anew_where_the_dataset_moved_on_and_a
     rows._fingerprint = "third"
     assert prepare("tinystories", **settings).manifest == store.manifest
     monkeypatch.setattr(find_source("tinystories"), "HUB", {"path": "roneneldan/TinyStories", "split": "validation"})
-    with pytest.raises(MismatchError, match="place on the Hub. has changed"):
+    with pytest.raises(MismatchError, match="location on the Hub. has changed"):
         prepare("tinystories", **settings)
 
 
