@@ -216,3 +216,9 @@ def test_every_page_is_on_the_map():
     page = ROOT / "docs" / "README.md"
     linked = {(page.parent / target).resolve() for target in re.findall(r"\]\(([^)\s#]+)", read_prose(page))}
     assert {path for path in PAGES if path.parent.name in ("docs", "tutorials")} - linked == {page}
+
+
+def test_the_python_example_of_the_metrics_page_runs(capsys):
+    (block,) = (block for block in read_blocks(ROOT / "docs" / "metrics.md") if block.language == "python")
+    exec(compile(block.code, "docs/metrics.md", "exec"), {})
+    assert "'stop_rate': 0.5" in capsys.readouterr().out
