@@ -11,17 +11,23 @@ from rorchat.errors import exits_with_one_line
 
 app = App("From raw text to your own chat model.")
 
-for command in (train.pretrain, train.sft, train.dpo, train.grpo):
-    app.command(context_settings=train.RAW, add_help_option=False, rich_help_panel="Training")(command)
-app.command("train-tokenizer", context_settings=train.RAW, add_help_option=False, rich_help_panel="Training")(
-    train.train_tokenizer
-)
-for command in (plan.plan, model.chat, model.evaluate, model.gate, model.report, model.push):
-    app.command()(command)
-app.add_typer(data.app, name="data")
-app.add_typer(recipes.app, name="recipes")
-app.add_typer(checkpoint.app, name="checkpoint")
-app.add_typer(tokenizer.app, name="tokenizer")
+BEFORE, TRAINING, MODELS = "Before training", "Training", "Models"
+
+app.add_typer(recipes.app, name="recipes", rich_help_panel=BEFORE)
+app.add_typer(data.app, name="data", rich_help_panel=BEFORE)
+app.add_typer(tokenizer.app, name="tokenizer", rich_help_panel=BEFORE)
+app.command("plan", rich_help_panel=BEFORE)(plan.plan)
+app.command("train-tokenizer", **train.RAW, rich_help_panel=TRAINING)(train.train_tokenizer)
+app.command("pretrain", **train.RAW, rich_help_panel=TRAINING)(train.pretrain)
+app.command("sft", **train.RAW, rich_help_panel=TRAINING)(train.sft)
+app.command("dpo", **train.RAW, rich_help_panel=TRAINING)(train.dpo)
+app.command("grpo", **train.RAW, rich_help_panel=TRAINING)(train.grpo)
+app.add_typer(checkpoint.app, name="checkpoint", rich_help_panel=TRAINING)
+app.command("chat", rich_help_panel=MODELS)(model.chat)
+app.command("evaluate", rich_help_panel=MODELS)(model.evaluate)
+app.command("gate", rich_help_panel=MODELS)(model.gate)
+app.command("report", rich_help_panel=MODELS)(model.report)
+app.command("push", rich_help_panel=MODELS)(model.push)
 
 
 def _print_version(wanted: bool) -> None:

@@ -35,7 +35,7 @@ class App(typer.Typer):
     def __init__(self, help: str):
         super().__init__(help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-    def command(self, name: str | None = None, **settings: Any):  # type: ignore[override]
+    def command(self, name: str | None = None, **settings: Any):
         return super().command(name, **({"cls": Command} | settings))
 
     def run(self) -> None:

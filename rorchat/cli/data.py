@@ -1,35 +1,48 @@
-"""`rorchat data ...`: what there is to train on, what is wrong with it, and how it becomes tokens."""
+"""`rorchat data ...`: list, check and show datasets, and turn them into token stores."""
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rorchat.cli.app import App
 from rorchat.errors import DataError, UsageError
 
-app = App("Datasets: what there is, what is wrong with it, how it becomes tokens.")
+if TYPE_CHECKING:
+    from rorchat.inspection import ShownToken
+    from rorchat.tokens.store import TokenStore
+
+app = App("List, check, show and tokenize datasets.")
 
 Tokenizer = Annotated[str, typer.Option(help="A folder or a Hub id.")]
 Source = Annotated[
-    str, typer.Argument(help="NAME (from the Hub), NAME=PATH, NAME=AMOUNT (generated); chat:NAME: its conversations.")
+    str,
+    typer.Argument(help="NAME (from the Hub), NAME=PATH, NAME=AMOUNT (generated); chat:NAME for its conversations."),
+]
+RowFormat = Annotated[
+    str | None, typer.Option("--as", help="The source whose row format a path has, e.g. messages; default: guessed.")
 ]
 Against = Annotated[
     list[str] | None,
-    typer.Option(help="An evaluation set, file or folder: rows with 13 words in a row of it are rejected. Repeatable."),
-]
+    typer.Option(help="An evaluation set, file or folder: rows that share 13 words in a row with it are rejected. "
+                 "Repeatable."),
+]  # fmt: skip
 MinCharacters = Annotated[int, typer.Option(help="Reject shorter texts.")]
-MaxCharacters = Annotated[int, typer.Option(help="Reject longer texts; 0 for no limit.")]
+MaxCharacters = Annotated[int, typer.Option(help="Reject longer texts; 0: no limit.")]
 MaxRepetition = Annotated[float, typer.Option(help="Reject texts with a larger share in repeated lines; 0: no limit.")]
-MinLetters = Annotated[float, typer.Option(help="Reject texts with a smaller share of letters and blanks.")]
+MinLetters = Annotated[float, typer.Option(help="Reject texts with a smaller share of letters and spaces.")]
 MinLatin = Annotated[float, typer.Option(help="Reject texts with a smaller share of Latin letters among the letters.")]
+ValidationShare = Annotated[float, typer.Option(help="Share of the documents that becomes validation data, in (0, 1).")]
+PersonaFile = Annotated[str | None, typer.Option(help="A persona file, for conversations that are generated from it.")]
+Out = Annotated[Path, typer.Option(help="A new folder for the token store.")]
 
 
 @app.command("list")
 def list_sources() -> None:
-    """The datasets that recipes can name: kind, licence, size, and what the loss counts."""
+    """List the datasets by the names that recipes use: kind, licence, size, and which tokens the loss counts."""
     from rorchat.cli.tables import print_table
     from rorchat.sources.base import LOSS_BY_KIND, licence_restriction
     from rorchat.sources.registry import find_source, list_sources, source_kinds
@@ -40,7 +53,7 @@ def list_sources() -> None:
         home = getattr(module, "HUB", None)
         where = "generated" if hasattr(module, "generate") else home["path"] if home else "your files"
         loss = "; ".join(LOSS_BY_KIND[kind] for kind in source_kinds(name))
-        title = module.__doc__.splitlines()[0].split(":")[0].rstrip(".")
+        title = (module.__doc__ or "").splitlines()[0].split(":")[0].rstrip(".")
         rows.append([name, title, ", ".join(source_kinds(name)), where, module.SIZE, module.LICENCE, loss])
     print_table(["source", "what it is", "gives", "from", "size", "licence", "the loss counts"], rows)
     restricted = [name for name in list_sources() if licence_restriction(find_source(name).LICENCE)]
@@ -49,15 +62,13 @@ def list_sources() -> None:
 
 @app.command()
 def check(
-    source: Annotated[str, typer.Argument(help="A source (NAME, NAME=PATH), or a file or folder of any known shape.")],
-    shape: Annotated[
-        str | None, typer.Option("--as", help="As which source a path is read, e.g. messages; default: guessed.")
-    ] = None,
+    source: Annotated[str, typer.Argument(help="A source (NAME, NAME=PATH), or a file or folder of a known format.")],
+    row_format: RowFormat = None,
     rejects: Annotated[Path | None, typer.Option(help="Write the rejected rows to this JSON lines file.")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="With --max-length: conversations that do not fit are over-long.")
+        str | None, typer.Option(help="With --max_length: reject conversations that do not fit.")
     ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of a conversation.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per conversation.")] = None,
     against: Against = None,
     min_characters: MinCharacters = 0,
     max_characters: MaxCharacters = 0,
@@ -65,7 +76,7 @@ def check(
     min_letters: MinLetters = 0.0,
     min_latin: MinLatin = 0.0,
 ) -> None:
-    """Read every row on its own: how many are kept, how many rejected, why, and where."""
+    """Read every row and count the kept and the rejected ones, with the reasons and the first places."""
     from rorchat.inspection import FORMAT_REASONS
     from rorchat.inspection import check as check_rows
     from rorchat.reading.filters import Filters
@@ -73,17 +84,17 @@ def check(
     from rorchat.tokenizer import load_tokenizer
 
     if (tokenizer is None) != (max_length is None):
-        raise UsageError("--tokenizer and --max-length go together: tokens are counted with a tokenizer.")
+        raise UsageError("--tokenizer and --max_length go together: tokens are counted with a tokenizer.")
     if max_length is not None and max_length < 1:
-        raise UsageError(f"--max-length is {max_length}: give a positive number.")
+        raise UsageError(f"--max_length is {max_length}: give a positive number.")
     if rejects:
-        _require_apart(source, rejects)
+        _require_separate(source, rejects)
     filters = Filters(min_characters, max_characters, max_repetition, min_letters, min_latin)
     file = rejects.open("w", encoding="utf-8") if rejects else None
     try:
-        found = check_rows(
+        result = check_rows(
             source,
-            shape=shape,
+            shape=row_format,
             filters=filters,
             evaluation=against,
             tokenizer=load_tokenizer(tokenizer) if tokenizer else None,
@@ -93,60 +104,61 @@ def check(
     finally:
         if file:
             file.close()
-    name = found.spec.partition("=")[0]
-    if found.guessed:
-        print(f"read as {name!r}; another shape with --as")
-    if found.evaluation:
-        print(found.evaluation.describe())
-    print(found.stats)
-    _tell_unread(unread_files(found.spec))
-    strange = sum(count for reason, count in found.stats.rejects.items() if reason in FORMAT_REASONS)
-    if found.guessed and strange > found.stats.rows_in / 10:
-        print(f"{strange:,} rows are of another shape than {name!r}: check the files one by one")
+    name = result.spec.partition("=")[0]
+    if result.guessed:
+        print(f"read as {name!r}; to read it as another format: --as")
+    if result.evaluation:
+        print(result.evaluation.describe())
+    print(result.stats)
+    _print_unread(unread_files(result.spec))
+    other_format = sum(count for reason, count in result.stats.rejects.items() if reason in FORMAT_REASONS)
+    if result.guessed and other_format > result.stats.rows_in / 10:
+        print(f"{other_format:,} rows have another format than {name!r}: check the files one by one")
     if rejects:
         print(f"rejects  {rejects}")
-    if not found.stats.kept:
-        raise DataError(f"No row of {found.spec} can be used.")
+    if not result.stats.kept:
+        raise DataError(f"No row of {result.spec} can be used.")
 
 
-def _tell_unread(files: list[str]) -> None:
+def _print_unread(files: list[str]) -> None:
     if files:
         more = ", ..." if files[5:] else ""
         print(f"{len(files):,} other files of the folder are not read: {', '.join(files[:5])}{more}")
 
 
-def _require_apart(source: str, rejects: Path) -> None:
-    """Raises UsageError where writing `rejects` would overwrite the source, or put a file into its folder."""
-    given = source if Path(source).expanduser().exists() else source.partition("=")[2]
-    path = Path(given).expanduser().resolve()
-    if given and path in (rejects.expanduser().resolve(), *rejects.expanduser().resolve().parents):
-        raise UsageError(f"--rejects {rejects} lies in what is checked, {given}: choose another place.")
+def _require_separate(source: str, rejects: Path) -> None:
+    """Raises UsageError if writing `rejects` would overwrite the source, or add a file to its folder."""
+    location = source if Path(source).expanduser().exists() else source.partition("=")[2]
+    path = Path(location).expanduser().resolve()
+    if location and path in (rejects.expanduser().resolve(), *rejects.expanduser().resolve().parents):
+        raise UsageError(f"--rejects {rejects} would change the checked data, {location}: choose another place.")
 
 
 @app.command()
 def show(
     source: Annotated[str, typer.Argument(help="A source (NAME, NAME=PATH, NAME=AMOUNT), or a file or folder.")],
     tokenizer: Tokenizer,
-    row: Annotated[int, typer.Option(help="Which row, counted from 0.")] = 0,
-    shape: Annotated[str | None, typer.Option("--as", help="As which source a path is read; default: guessed.")] = None,
+    row: Annotated[int, typer.Option(help="The number of the row, from 0.")] = 0,
+    row_format: RowFormat = None,
 ) -> None:
-    """A row as the model sees it, token by token; what the loss counts is green on a terminal, else in brackets."""
+    """Show a row as tokens. Those in the loss are green on a terminal, otherwise in brackets."""
     from rorchat.inspection import resolve_spec
-    from rorchat.inspection import show as tokens_of
+    from rorchat.inspection import show as show_row
     from rorchat.tokenizer import load_tokenizer
 
     if row < 0:
         raise UsageError(f"--row is {row}: rows are counted from 0.")
-    spec, _ = resolve_spec(source, shape)
-    place, sequences = tokens_of(spec, row, load_tokenizer(tokenizer))
+    spec, _ = resolve_spec(source, row_format)
+    place, sequences = show_row(spec, row, load_tokenizer(tokenizer))
+    in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for title, tokens in sequences.items():
         trained = sum(token.trained for token in tokens)
-        print(f"{place}, {title}: {len(tokens)} tokens, {trained} of them trained")
-        print(_coloured(tokens) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else _bracketed(tokens))
+        print(f"{place}, {title}: {len(tokens)} tokens, {trained} of them in the loss")
+        print(format_in_colour(tokens) if in_colour else format_in_brackets(tokens))
 
 
-def _coloured(tokens) -> str:
-    """Trained tokens on green, others on grey, in two shades in turn, so that each can be told from its neighbours."""
+def format_in_colour(tokens: "Sequence[ShownToken]") -> str:
+    """Tokens in the loss on green, others on grey; neighbours alternate between two shades."""
     shades = {True: ("\033[30;48;5;114m", "\033[30;48;5;157m"), False: ("\033[37;48;5;238m", "\033[37;48;5;242m")}
     parts = []
     for number, token in enumerate(tokens):
@@ -155,12 +167,12 @@ def _coloured(tokens) -> str:
     return "".join(parts)
 
 
-def _bracketed(tokens) -> str:
-    """Tokens with a bar between them; stretches of trained ones stand in double brackets."""
+def format_in_brackets(tokens: "Sequence[ShownToken]") -> str:
+    """Tokens separated by bars; each run of tokens in the loss is in double brackets."""
     parts = []
     for before, token in zip([None, *tokens], tokens, strict=False):
-        was = before is not None and before.trained
-        if token.trained != was:
+        was_trained = before is not None and before.trained
+        if token.trained != was_trained:
             parts.append("⟦" if token.trained else "⟧")
         elif before is not None:
             parts.append("|")
@@ -172,11 +184,13 @@ def _bracketed(tokens) -> str:
 def prepare(
     source: Source,
     tokenizer: Tokenizer,
-    out: Annotated[Path, typer.Option(help="Where the token store goes.")],
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one a CPU. The bytes are the same.")] = None,
-    validation_share: Annotated[float, typer.Option(help="Share of the documents held out, in (0, 1).")] = 0.01,
-    seed: Annotated[int, typer.Option(help="Of generated sources.")] = 0,
-    persona: Annotated[str | None, typer.Option(help="A persona file, for what is generated about it.")] = None,
+    out: Out,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; default: one per CPU. The result does not depend on it.")
+    ] = None,
+    validation_share: ValidationShare = 0.01,
+    seed: Annotated[int, typer.Option(help="Seed of generated sources.")] = 0,
+    persona: PersonaFile = None,
     against: Against = None,
     min_characters: MinCharacters = 0,
     max_characters: MaxCharacters = 0,
@@ -184,14 +198,14 @@ def prepare(
     min_letters: MinLetters = 0.0,
     min_latin: MinLatin = 0.0,
 ) -> None:
-    """Tokenize a source into a store, in parallel; a killed run is gone on with by the same command."""
+    """Tokenize a source into a token store, in parallel. Rerun the same command to resume an interrupted run."""
     from rorchat.persona import load_persona
     from rorchat.reading.filters import Filters
     from rorchat.sources.registry import find_source
     from rorchat.tokenizer import load_tokenizer
     from rorchat.tokens.prepare import prepare as prepare_store
 
-    find_source(source.partition("=")[0])  # before the tokenizer, which may come from afar
+    find_source(source.partition("=")[0])  # before the tokenizer, which may have to be downloaded
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}: give a positive number.")
     _require_share(validation_share)
@@ -206,15 +220,15 @@ def prepare(
         evaluation=against,
         workers=workers,
     )
-    _tell(store)
+    _print_sizes(store)
 
 
 def _require_share(validation_share: float) -> None:
     if not 0 < validation_share < 1:
-        raise UsageError(f"--validation-share is {validation_share}: it must lie between 0 and 1.")
+        raise UsageError(f"--validation_share is {validation_share}: it must be between 0 and 1.")
 
 
-def _tell(store) -> None:
+def _print_sizes(store: "TokenStore") -> None:
     for split in ("train", "validation"):
         documents, tokens = store.manifest.total(split, "documents"), store.manifest.total(split, "tokens")
         print(f"{split}: {documents:,} documents, {tokens:,} tokens")
@@ -223,7 +237,7 @@ def _tell(store) -> None:
 
 @app.command()
 def verify(store: Annotated[Path, typer.Argument(help="A token store.")]) -> None:
-    """Read every byte of a token store and compare it with its manifest."""
+    """Compare every byte of a token store with its manifest."""
     from tqdm.auto import tqdm
 
     from rorchat.tokens.store import TokenStore
@@ -234,39 +248,39 @@ def verify(store: Annotated[Path, typer.Argument(help="A token store.")]) -> Non
     if problems:
         more = f" And {len(problems) - 1} more." if len(problems) > 1 else ""
         raise DataError(f"{problems[0]}.{more} Delete {store} to prepare it again.")
-    _tell(opened)
-    print(f"every byte of {len(opened.manifest.shards)} shards is as it was written")
+    _print_sizes(opened)
+    print(f"all {len(opened.manifest.shards)} shards are valid")
 
 
 @app.command("import")
 def import_(
     shards: Annotated[Path, typer.Argument(help="A folder of flat uint16 or uint32 .npy arrays.")],
     tokenizer: Tokenizer,
-    out: Annotated[Path, typer.Option(help="Where the token store goes.")],
+    out: Out,
 ) -> None:
-    """Make a token store of shards that another project tokenized; files with 'val' in the name become validation.
+    """Make a token store of shards that another project tokenized; files with 'val' in their name become validation.
 
-    Files are hard-linked if the file system allows it, so do not change the originals.
+    The files are linked, not copied, if the file system allows it: do not change the originals.
     """
     from rorchat.tokenizer import load_tokenizer
     from rorchat.tokens.import_shards import import_shards
 
-    _tell(import_shards(shards, load_tokenizer(tokenizer), out))
+    _print_sizes(import_shards(shards, load_tokenizer(tokenizer), out))
 
 
 @app.command()
 def plan(
-    mixture: Annotated[Path, typer.Argument(help="A mixture file: sources, and phases with weights and ramps.")],
+    mixture: Annotated[str, typer.Argument(help="A mixture file, or one of a story: rorchat-124m/mixture.yaml.")],
     tokenizer: Tokenizer,
-    train_tokens: Annotated[int, typer.Option(help="Tokens of the run.")],
-    stores: Annotated[Path, typer.Option(help="Where the token stores are or go: `token_store` of the recipe.")],
-    block_size: Annotated[int, typer.Option(help="Tokens a row.")] = 1024,
-    validation_share: Annotated[float, typer.Option(help="Share of the documents held out, in (0, 1).")] = 0.01,
-    seed: Annotated[int, typer.Option(help="Of generated sources: `data_seed` of the recipe.")] = 0,
-    persona: Annotated[str | None, typer.Option(help="A persona file, for what is generated about it.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Draw the plan into this PNG file.")] = None,
+    train_tokens: Annotated[int, typer.Option(help="Tokens to train on.")],
+    stores: Annotated[Path, typer.Option(help="The folder of token stores: `token_store` of the recipe.")],
+    block_size: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
+    validation_share: ValidationShare = 0.01,
+    seed: Annotated[int, typer.Option(help="Seed of generated sources: `data_seed` of the recipe.")] = 0,
+    persona: PersonaFile = None,
+    out: Annotated[Path | None, typer.Option(help="Plot the plan to this PNG file.")] = None,
 ) -> None:
-    """What a mixture comes to: tokens and epochs of every source in every phase, with warnings, before any training."""
+    """Prepare the sources of a mixture and show the tokens and epochs of each in every phase, with warnings."""
     from rorchat.mixture.config import read_mixture
     from rorchat.mixture.plan import Plan
     from rorchat.mixture.stores import count_rows_per_epoch, prepare_stores
@@ -276,15 +290,14 @@ def plan(
     config = read_mixture(mixture)
     if block_size < 2 or train_tokens < block_size:
         raise UsageError(
-            f"--train-tokens {train_tokens} is less than one row of --block-size {block_size} (at least 2)."
+            f"--train_tokens {train_tokens} is less than one row of --block_size {block_size} (at least 2)."
         )
     _require_share(validation_share)
     if out and out.suffix.lower() != ".png":
-        raise UsageError(f"--out is {out}: it draws a PNG file, name it so.")
-    loaded = load_tokenizer(tokenizer)
+        raise UsageError(f"--out is {out}: the plot is a PNG file, give a name that ends in .png.")
     prepared = prepare_stores(
         config,
-        loaded,
+        load_tokenizer(tokenizer),
         stores,
         block_size,
         validation_share=validation_share,
@@ -295,4 +308,4 @@ def plan(
     print(planned.describe())
     if out:
         planned.draw(out)
-        print(f"picture  {out}")
+        print(f"plot  {out}")

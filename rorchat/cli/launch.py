@@ -117,8 +117,7 @@ def _launch(name: str, launcher_flags: list[str], recipe_flags: list[str]) -> No
 
     script = str(STORIES_FOLDER / f"{name}.py")
     arguments = launch_command_parser().parse_args([*_complete(launcher_flags), script, *recipe_flags])
-    for library in ("accelerate.commands.launch", "torch.distributed.elastic", "torch.distributed.run"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # the recipe reports its own failure in one line
+    _silence_launchers()
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT)
     try:
         _become_if_single(copy.copy(arguments))
@@ -128,6 +127,15 @@ def _launch(name: str, launcher_flags: list[str], recipe_flags: list[str]) -> No
     except Exception as error:
         sys.exit(_exit_code(error))
     sys.exit(0)
+
+
+def _silence_launchers() -> None:
+    """Turns off the reports of Accelerate and torchrun: a recipe reports its own failure, in one line."""
+    import torch.distributed.run  # noqa: F401
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("accelerate.commands", "torch.distributed")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _complete(launcher_flags: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
-"""Commands about a model: talk to it, score it, report on its run, publish it."""
+"""Commands on a model: chat, evaluate, gate, report and push."""
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +10,11 @@ import typer
 
 from rorchat.errors import UsageError
 
-Folder = Annotated[str, typer.Argument(help="A model's folder, a run's folder, or a Hub id.")]
+Model = Annotated[str, typer.Argument(help="A model's folder, a run's folder, or a Hub id.")]
 
 
-def _quiet() -> None:
-    """Transformers' load bars and hints are for its developers."""
-    import os
-
+def _silence_transformers() -> None:
+    """Turns off Transformers' progress bars and hints for developers."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
@@ -24,47 +23,48 @@ def _quiet() -> None:
 
 
 def chat(
-    folder: Folder,
-    system: Annotated[str | None, typer.Option(help="A system message instead of the model's own.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 for the likeliest words; default: the model's.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest words of this total share.")] = None,
+    folder: Model,
+    system: Annotated[str | None, typer.Option(help="A system message in place of the default one.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0: greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling: total probability.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="The longest answer; default: a quarter of the window.")
+        int | None, typer.Option(help="Maximum tokens of a reply; default: a quarter of the context window.")
     ] = None,
 ) -> None:
-    """Talk to a model; questions may also come through a pipe, one a line."""
-    _quiet()
+    """Chat with a model in the terminal, or through a pipe with one message per line."""
+    _silence_transformers()
     from rorchat.inference.engine import load_model
     from rorchat.inference.terminal import talk
 
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # a pipe may carry anything
+        sys.stdin.reconfigure(errors="replace")  # a pipe may carry any bytes
     model = load_model(folder, require_chat=True)
     talk(model, system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
 
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="NAME=FOLDER or FOLDER, one column each.")],
+    models: Annotated[list[str], typer.Argument(help="FOLDER or NAME=FOLDER; each becomes a column.")],
     untrained: Annotated[
-        bool, typer.Option(help="A first column with random weights in the first model's shape.")
+        bool, typer.Option(help="Add a column for random weights in the size of the first model.")
     ] = False,
     text: Annotated[
-        str | None, typer.Option(help="Held-out text: a source such as text=FILE, or a token store's folder.")
+        str | None,
+        typer.Option(help="Text for the loss: a source such as text=FILE, or a token store."),
     ] = None,
-    chat: Annotated[bool, typer.Option(help="Ask Tinytown's held-out questions and the persona probes.")] = True,
-    persona: Annotated[str | None, typer.Option(help="The persona file whose probes are asked.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file as well.")] = None,
+    chat: Annotated[bool, typer.Option(help="Ask Tinytown's validation questions and the persona probes.")] = True,
+    persona: Annotated[str | None, typer.Option(help="A persona file; its probes are asked.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the scores to this JSON file.")] = None,
 ) -> None:
-    """Scores of models side by side."""
-    _quiet()
+    """Score models side by side."""
+    _silence_transformers()
     from rorchat.evaluation.compare import compare
     from rorchat.evaluation.scores import write_scores
     from rorchat.report import format_score_table
 
-    named = [
-        (name or value, value) if sign else (Path(name).name, name)
-        for name, sign, value in (m.partition("=") for m in models)
-    ]
+    named = []
+    for model in models:
+        name, sign, folder = model.partition("=")
+        named.append((name or folder, folder) if sign else (Path(model).name, model))
     columns, notes = compare(named, untrained=untrained, text=text, ask=chat, persona=persona)
     print(format_score_table(columns))
     print(*notes, sep="\n")
@@ -73,32 +73,32 @@ def evaluate(
 
 
 def gate(
-    model: Folder,
-    before: Annotated[str | None, typer.Option(help="The model of the stage before, to compare with.")] = None,
-    thresholds: Annotated[Path | None, typer.Option(help="A YAML file of thresholds; default: the package's.")] = None,
-    persona: Annotated[str | None, typer.Option(help="The persona file whose probes are asked.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the verdict to this JSON file as well.")] = None,
+    model: Model,
+    before: Annotated[str | None, typer.Option(help="The model of the previous stage, for comparison.")] = None,
+    thresholds: Annotated[Path | None, typer.Option(help="A YAML file with thresholds.")] = None,
+    persona: Annotated[str | None, typer.Option(help="A persona file; its probes are asked.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the verdict to this JSON file.")] = None,
 ) -> None:
-    """Does a chat model behave? Stops, template leaks, repetition, persona, attacks ... Ends with 70 if it does not."""
-    _quiet()
+    """Measure how a chat model behaves (stops, template leaks, repetition, persona). Exits with 70 if it fails."""
+    _silence_transformers()
     from rorchat.cli.tables import print_table
     from rorchat.evaluation import gate as behaviour_gate
     from rorchat.persona import load_persona
 
     if out and not out.absolute().parent.is_dir():
-        raise UsageError(f"--out {out}: there is no folder {out.parent}.")
+        raise UsageError(f"--out {out}: no folder {out.parent}. Create it, or choose another place.")
     verdict = behaviour_gate.gate(model, load_persona(persona), behaviour_gate.load_thresholds(thresholds), before)
     if out:
         behaviour_gate.write_verdict(verdict, out)
     print_table(*verdict.table())
-    for measure, asked, said in verdict.examples():
-        print(f"\n  {measure}: {asked} -> {said}")
+    for measure, question, reply in verdict.examples():
+        print(f"\n  {measure}: {question} -> {reply}")
     if verdict.failures():
         raise behaviour_gate.BehaviourFailure(verdict.sentence())
 
 
-def report(folder: Annotated[Path, typer.Argument(help="A run's folder, or the folder of a story's runs.")]) -> None:
-    """Write report.md and curves.png from what the runs logged."""
+def report(folder: Annotated[Path, typer.Argument(help="The folder of a run, or of the runs of a story.")]) -> None:
+    """Write report.md and curves.png from the logs of runs."""
     from rorchat.evaluation.scores import read_scores
     from rorchat.report import format_stage_table, write_report
 
@@ -112,18 +112,18 @@ def report(folder: Annotated[Path, typer.Argument(help="A run's folder, or the f
         for question, answer in columns[-1].examples:
             print(f"\n  user: {question}\n  {columns[-1].name}: {answer}")
     if (folder / "model").is_dir():
-        print(f"\nmodel   {folder / 'model'}    talk to it: rorchat chat {folder / 'model'}")
+        print(f"\nmodel   {folder / 'model'}    chat: rorchat chat {folder / 'model'}")
 
 
 def push(
-    folder: Folder,
-    repository: Annotated[str, typer.Argument(help="Where to: you/your-model on the Hub.")],
-    private: Annotated[bool, typer.Option(help="Create the repository as a private one.")] = False,
+    folder: Model,
+    repository: Annotated[str, typer.Argument(help="The Hub id to push to: you/your-model.")],
+    private: Annotated[bool, typer.Option(help="Create a private repository.")] = False,
 ) -> None:
-    """Verify a model in a fresh process, upload it with a card, pull it back and verify again."""
-    _quiet()
+    """Verify a model in a new process, upload it with a model card, download it and verify it again."""
+    _silence_transformers()
     from rorchat.hub import push_model
 
     if repository.count("/") != 1:
-        raise UsageError(f"{repository!r} is no Hub id: give owner/name, as in rory/my-chat-model.")
+        raise UsageError(f"{repository!r} is not a Hub id: give owner/name, as in rory/my-chat-model.")
     print(push_model(folder, repository, private=private))

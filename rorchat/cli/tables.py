@@ -1,10 +1,10 @@
-"""Tables as their reader wants them: drawn on a terminal, Markdown in a file or a pipe."""
+"""Tables: drawn on a terminal, Markdown in a file or a pipe."""
 
 import sys
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Prints a table; on a terminal its cells are wrapped to the window."""
+    """Prints a table. On a terminal, cells are wrapped to its width."""
     if not sys.stdout.isatty():
         from rorchat.report import format_table
 
@@ -15,10 +15,10 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(*header, box=SIMPLE_HEAD, pad_edge=False)
-    drawn.columns[0].min_width = max(len(row[0]) for row in rows)
-    for column in drawn.columns:
+    drawing = Table(*header, box=SIMPLE_HEAD, pad_edge=False)
+    drawing.columns[0].min_width = max(len(row[0]) for row in rows)
+    for column in drawing.columns:
         column.overflow = "fold"
     for row in rows:
-        drawn.add_row(*map(Text, row))
-    Console().print(drawn)
+        drawing.add_row(*map(Text, row))
+    Console().print(drawing)

@@ -1,4 +1,4 @@
-"""`rorchat tokenizer ...`: which tokenizer for which text. `recipes/tokenizer.py` trains one."""
+"""`rorchat tokenizer ...`: compare tokenizers. `rorchat train-tokenizer` trains one."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 from rorchat.cli.app import App
 from rorchat.errors import UsageError
 
-app = App("Tokenizers side by side.")
+app = App("Compare tokenizers.")
 
 
 @app.command()
@@ -18,17 +18,17 @@ def compare(
         list[str] | None,
         typer.Option(
             help="A domain: LABEL=PATH (text, JSON lines or Parquet), or LABEL=SOURCE=PATH with a source of `rorchat "
-            "data list`. Again for every domain; without it, six short texts that come with the package."
+            "data list`. Repeatable; default: six short texts in the package."
         ),
     ] = None,
-    max_characters: Annotated[int, typer.Option(help="How much of each domain is read at most.")] = 2_000_000,
+    max_characters: Annotated[int, typer.Option(help="Maximum characters read from each domain.")] = 2_000_000,
     out: Annotated[
-        Path | None, typer.Option(help="Also draw tokenizers.png in this folder; without it no file is written.")
+        Path | None, typer.Option(help="Plot the comparison to tokenizers.png in this folder; default: no file.")
     ] = None,
 ) -> None:
-    """Bytes per token, tokens per word and unused tokens of tokenizers, on texts of several domains."""
-    columns = _once_each([_column(given) for given in tokenizers], "tokenizer", "NAME=FOLDER")
-    rows = _once_each([_domain(given) for given in data or []], "domain", "LABEL=PATH")
+    """Compare tokenizers on texts of several domains: bytes per token, tokens per word, unused tokens."""
+    columns = _require_unique([_parse_tokenizer(text) for text in tokenizers], "tokenizer", "NAME=FOLDER")
+    rows = _require_unique([_parse_domain(text) for text in data or []], "domain", "LABEL=PATH")
 
     from rorchat.cli.tables import print_table
     from rorchat.sources.registry import iterate_texts
@@ -50,37 +50,37 @@ def compare(
     if out:
         out.mkdir(parents=True, exist_ok=True)
         draw_comparison(comparison, out / "tokenizers.png")
-        print(f"picture  {out / 'tokenizers.png'}")
+        print(f"plot  {out / 'tokenizers.png'}")
 
 
-def _once_each(pairs: list[tuple[str, str]], what: str, form: str) -> dict[str, str]:
+def _require_unique(pairs: list[tuple[str, str]], what: str, form: str) -> dict[str, str]:
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"Two {what}s are called {name!r}: give each a name of its own, as in {form}.")
+            raise UsageError(f"Two {what}s have the name {name!r}: name them as in {form}.")
     return dict(pairs)
 
 
-def _column(given: str) -> tuple[str, str]:
-    """(name, folder or Hub id). The part before the first `=` is a name unless it is the beginning of a path."""
-    name, sign, place = given.partition("=")
+def _parse_tokenizer(text: str) -> tuple[str, str]:
+    """(name, folder or Hub id). A `/` before the first `=` makes all of it a path."""
+    name, sign, location = text.partition("=")
     if sign and "/" not in name:
-        if not name or not place:
-            raise UsageError(f"{given!r} is no tokenizer: give FOLDER, a Hub id, or NAME=FOLDER.")
-        return name, place
-    return Path(given).name, given
+        if not name or not location:
+            raise UsageError(f"{text!r} is not a tokenizer: give FOLDER, a Hub id, or NAME=FOLDER.")
+        return name, location
+    return Path(text).name, text
 
 
-def _domain(given: str) -> tuple[str, str]:
-    """(label, source's spec)."""
+def _parse_domain(text: str) -> tuple[str, str]:
+    """(label, spec of the source)."""
     from rorchat.sources.registry import find_source, list_sources
 
-    label, _, rest = given.partition("=")
+    label, _, rest = text.partition("=")
     if not label or not rest:
-        raise UsageError(f"--data {given!r} is no domain: give LABEL=PATH, or LABEL=SOURCE=PATH with a named source.")
+        raise UsageError(f"--data {text!r} is not a domain: give LABEL=PATH, or LABEL=SOURCE=PATH with a named source.")
     source, sign, _ = rest.partition("=")
     if source in list_sources():
         return label, rest
     if sign and source.isidentifier():
-        find_source(source)  # names the nearest
+        find_source(source)  # raises, with the nearest name
     return label, f"text={rest}"

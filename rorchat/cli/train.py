@@ -1,9 +1,14 @@
 """The training commands: `rorchat pretrain | sft | dpo | grpo | train-tokenizer`."""
 
+from typing import Any
+
 import typer
 
 # Flags are those of the recipe and of the launcher, neither of which is known before its libraries are imported
-RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
+RAW: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "add_help_option": False,
+}
 
 
 def train_tokenizer(context: typer.Context) -> None:

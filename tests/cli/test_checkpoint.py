@@ -24,10 +24,10 @@ def refused(code: int, *words) -> str:
 
 def test_checkpoints_are_listed_and_verified(uninterrupted):
     listed = succeeded("list", uninterrupted)
-    assert "| checkpoint-8 | 8 |" in listed and "| checkpoint-6 | 6 |" in listed and listed.count("whole") == 2
+    assert "| checkpoint-8 | 8 |" in listed and "| checkpoint-6 | 6 |" in listed and listed.count("valid |") == 2
     verified = succeeded("verify", uninterrupted)
-    assert verified.splitlines() == ["checkpoint-6: whole", "checkpoint-8: whole"]
-    assert succeeded("verify", uninterrupted / "checkpoint-8") == "checkpoint-8: whole\n"
+    assert verified.splitlines() == ["checkpoint-6: valid", "checkpoint-8: valid"]
+    assert succeeded("verify", uninterrupted / "checkpoint-8") == "checkpoint-8: valid\n"
 
 
 def test_verify_names_the_damaged_file_and_exits_with_65(sandbox, uninterrupted):
@@ -35,9 +35,9 @@ def test_verify_names_the_damaged_file_and_exits_with_65(sandbox, uninterrupted)
     flip_bit(0.5)(out / "checkpoint-8" / "optimizer.pt")
     result = command("checkpoint", "verify", out)
     assert result.returncode == 65 and "1 of 2 checkpoints" in result.stderr
-    assert "optimizer.pt is not what was written" in result.stdout and "checkpoint-6: whole" in result.stdout
+    assert "optimizer.pt is not what was written" in result.stdout and "checkpoint-6: valid" in result.stdout
     (out / "checkpoint-8").rename(out / "checkpoint-8.damaged-1")
-    assert "was set aside before" in succeeded("verify", out)
+    assert "set aside earlier" in succeeded("verify", out)
 
 
 def test_an_exported_model_has_the_weights_of_the_checkpoint(sandbox, uninterrupted, tmp_path):
@@ -56,11 +56,11 @@ def test_an_exported_model_has_the_weights_of_the_checkpoint(sandbox, uninterrup
 def test_impossible_requests_fail_with_one_line(sandbox, uninterrupted, tmp_path):
     assert "No folder" in refused(2, "list", tmp_path / "none")
     assert "has no checkpoint" in refused(65, "list", tmp_path)
-    assert "is there already" in refused(2, "export", uninterrupted, tmp_path)
+    assert "already exists" in refused(2, "export", uninterrupted, tmp_path)
     out = sandbox.new_folder(uninterrupted)
     flip_bit(0.5)(out / "checkpoint-8" / "model.safetensors")
     error = refused(65, "export", out, tmp_path / "model")
-    assert "model.safetensors is not what was written" in error and "checkpoint-6 is whole" in error
+    assert "model.safetensors is not what was written" in error and "checkpoint-6 is valid" in error
     assert not (tmp_path / "model").exists()
 
 

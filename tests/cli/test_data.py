@@ -13,7 +13,7 @@ from support import RORCHAT, TEXTS, command, exchange, refused, succeeded, writt
 
 import rorchat.cli
 from rorchat.chatml import encode_conversation
-from rorchat.cli.data import _bracketed, _coloured
+from rorchat.cli.data import format_in_brackets, format_in_colour
 from rorchat.inspection import ShownToken
 from rorchat.sources.base import LOSS_BY_KIND
 from rorchat.sources.registry import find_source, list_sources, source_kinds
@@ -21,18 +21,18 @@ from rorchat.sources.registry import find_source, list_sources, source_kinds
 COMMANDS = {
     "list": [],
     "check": [
-        "--as", "--rejects", "--tokenizer", "--max-length", "--against", "--min-characters", "--max-characters",
-        "--max-repetition", "--min-letters", "--min-latin",
+        "--as", "--rejects", "--tokenizer", "--max_length", "--against", "--min_characters", "--max_characters",
+        "--max_repetition", "--min_letters", "--min_latin",
     ],
     "show": ["--tokenizer", "--row", "--as"],
     "prepare": [
-        "--tokenizer", "--out", "--workers", "--validation-share", "--seed", "--persona", "--against",
-        "--min-characters", "--max-characters", "--max-repetition", "--min-letters", "--min-latin",
+        "--tokenizer", "--out", "--workers", "--validation_share", "--seed", "--persona", "--against",
+        "--min_characters", "--max_characters", "--max_repetition", "--min_letters", "--min_latin",
     ],
     "verify": [],
     "import": ["--tokenizer", "--out"],
     "plan": [
-        "--tokenizer", "--train-tokens", "--stores", "--block-size", "--validation-share", "--seed", "--persona",
+        "--tokenizer", "--train_tokens", "--stores", "--block_size", "--validation_share", "--seed", "--persona",
         "--out",
     ],
 }  # fmt: skip
@@ -96,7 +96,7 @@ def test_check_as_a_user_runs_it(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "read as 'messages'; another shape with --as",
+        "read as 'messages'; to read it as another format: --as",
         f"messages={path}: 2 of 4 rows kept",
         f"  1 rejected: empty reply, first at {path}:2 (message 1)",
         f"  1 rejected: duplicate, first at {path}:3",
@@ -120,9 +120,9 @@ def test_check_takes_a_shape_filters_evaluation_sets_and_a_length(saved, tmp_pat
     path = written(tmp_path, "rows.jsonl", rows)
     evaluation = written(tmp_path, "evaluation.jsonl", [{"question": question}])
     said = succeeded(
-        "check", path, "--as", "prompt_completion", "--tokenizer", saved, "--max-length", 200, "--against", evaluation,
-        "--min-characters", 10, "--max-characters", 10_000, "--max-repetition", 0.5, "--min-letters", 0.6,
-        "--min-latin", 0.6,
+        "check", path, "--as", "prompt_completion", "--tokenizer", saved, "--max_length", 200, "--against", evaluation,
+        "--min_characters", 10, "--max_characters", 10_000, "--max_repetition", 0.5, "--min_letters", 0.6,
+        "--min_latin", 0.6,
     )  # fmt: skip
     counts = re.findall(r"  (\d+) rejected: ([\w -]+), first at [^(]*:(\d+)", said)
     assert {reason: (int(count), int(line)) for count, reason, line in counts} == {
@@ -135,7 +135,7 @@ def test_check_takes_a_shape_filters_evaluation_sets_and_a_length(saved, tmp_pat
     }
     assert f"prompt_completion={path}: 1 of 7 rows kept" in said and "read as" not in said
     assert "over-long, first at" in said and "10,000" not in said  # by its tokens, not its 1,500 characters
-    assert "1 of 7" in succeeded("check", path, "--as", "prompt_completion", "--min-characters", 1000)
+    assert "1 of 7" in succeeded("check", path, "--as", "prompt_completion", "--min_characters", 1000)
 
 
 def test_a_file_whose_name_is_no_utf8_is_told(tmp_path):
@@ -181,7 +181,7 @@ def test_a_check_names_the_files_of_a_folder_that_are_not_read_and_rows_of_anoth
     assert "1 of 1 rows kept" in said and "1 other files of the folder are not read: other.txt" in said
     rows = [{"text": f"It was {n}."} for n in range(40)] + [{"else": n} for n in range(10)]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "10 rows are of another shape than 'text'" in succeeded("check", tmp_path / "mixed.jsonl")
+    assert "10 rows have another format than 'text'" in succeeded("check", tmp_path / "mixed.jsonl")
 
 
 # -- show ------------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_show_puts_what_is_trained_in_brackets(saved, tokenizer, tmp_path):
     encoded = encode_conversation(tokenizer, exchange("Hello", "Hi!\nThere.")["messages"])
     head, _, shown = succeeded("show", path, "--tokenizer", saved, "--row", 1).partition("\n")
     trained = sum(label != -100 for label in encoded.labels)
-    assert head == f"{path}:2, conversation: {len(encoded.input_ids)} tokens, {trained} of them trained"
+    assert head == f"{path}:2, conversation: {len(encoded.input_ids)} tokens, {trained} of them in the loss"
     (bracketed,) = re.findall("⟦(.*?)⟧", shown, re.DOTALL)
     assert bracketed.replace("|", "").replace("⏎", "") == "Hi!\nThere.<im_end>"
     assert shown.count("\033") == 0
@@ -204,8 +204,8 @@ def test_show_draws_a_bar_between_tokens_and_brackets_around_stretches():
     tokens = [
         ShownToken(text, trained, False) for text, trained in (("a", 0), ("b\n", 1), ("c", 1), ("d", 0), ("e", 1))
     ]
-    assert _bracketed(tokens) == "a⟦b⏎\n|c⟧d⟦e⟧"
-    assert _bracketed([]) == ""
+    assert format_in_brackets(tokens) == "a⟦b⏎\n|c⟧d⟦e⟧"
+    assert format_in_brackets([]) == ""
 
 
 def test_on_a_terminal_what_is_trained_is_green(saved, tokenizer, tmp_path):
@@ -231,7 +231,7 @@ def test_on_a_terminal_what_is_trained_is_green(saved, tokenizer, tmp_path):
 
 def test_neighbouring_tokens_have_different_shades_and_control_tokens_are_bold():
     tokens = [ShownToken("a", True, False), ShownToken("b", True, False), ShownToken("<|im_end|>", True, True)]
-    colours = re.findall("\033\\[30;48;5;(\\d+)m(\033\\[1m)?(a|b|<\\|im_end\\|>)\033\\[0m", _coloured(tokens))
+    colours = re.findall("\033\\[30;48;5;(\\d+)m(\033\\[1m)?(a|b|<\\|im_end\\|>)\033\\[0m", format_in_colour(tokens))
     assert colours == [("114", "", "a"), ("157", "", "b"), ("114", "\033[1m", "<|im_end|>")]
 
 
@@ -259,17 +259,17 @@ MISTAKES = [
     ("check tinytown=-5", 2, "say how many rows"),
     ("check {rows} --as nosuch", 2, "No source named 'nosuch'"),
     ("check text={rows} --as messages", 2, "names its source already"),
-    ("check {rows} --max-length 100", 2, "--tokenizer and --max-length go together"),
-    ("check {rows} --tokenizer {tok}", 2, "--tokenizer and --max-length go together"),
-    ("check {rows} --tokenizer {tok} --max-length 0", 2, "--max-length is 0"),
-    ("check {rows} --tokenizer {tok} --max-length -5", 2, "--max-length is -5"),
-    ("check {rows} --tokenizer {out} --max-length 5", 65, "No tokenizer at"),
-    ("check {rows} --min-characters -1", 2, "min_characters is -1"),
-    ("check {rows} --min-characters 9 --max-characters 8", 2, "no text fits"),
-    ("check {rows} --max-repetition 1.5", 2, "max_repetition is 1.5"),
-    ("check {rows} --min-letters 2", 2, "min_letters is 2.0"),
-    ("check {rows} --min-latin -0.1", 2, "min_latin is -0.1"),
-    ("check {rows} --min-latin nan", 2, "min_latin is nan"),
+    ("check {rows} --max_length 100", 2, "--tokenizer and --max_length go together"),
+    ("check {rows} --tokenizer {tok}", 2, "--tokenizer and --max_length go together"),
+    ("check {rows} --tokenizer {tok} --max_length 0", 2, "--max_length is 0"),
+    ("check {rows} --tokenizer {tok} --max_length -5", 2, "--max_length is -5"),
+    ("check {rows} --tokenizer {out} --max_length 5", 65, "No tokenizer at"),
+    ("check {rows} --min_characters -1", 2, "min_characters is -1"),
+    ("check {rows} --min_characters 9 --max_characters 8", 2, "no text fits"),
+    ("check {rows} --max_repetition 1.5", 2, "max_repetition is 1.5"),
+    ("check {rows} --min_letters 2", 2, "min_letters is 2.0"),
+    ("check {rows} --min_latin -0.1", 2, "min_latin is -0.1"),
+    ("check {rows} --min_latin nan", 2, "min_latin is nan"),
     ("check {rows} --against {out}", 65, "{out}"),
     ("check {rows} --rejects {out}/none/r.jsonl", 74, "{out}/none/r.jsonl"),
     (SHOW + " --row -1", 2, "--row is -1"),
@@ -278,27 +278,27 @@ MISTAKES = [
     ("show {rows} --tokenizer {out}", 65, "No tokenizer at"),
     ("show {rows} --tokenizer {rows}", 65, "No tokenizer at"),
     (PREPARE + " --workers 0", 2, "--workers is 0"),
-    (PREPARE + " --validation-share 1", 2, "--validation-share is 1.0"),
-    (PREPARE + " --validation-share -0.5", 2, "--validation-share is -0.5"),
-    (PREPARE + " --validation-share nan", 2, "--validation-share is nan"),
-    (PREPARE + " --validation-share 1e-9", 65, "no validation documents"),
+    (PREPARE + " --validation_share 1", 2, "--validation_share is 1.0"),
+    (PREPARE + " --validation_share -0.5", 2, "--validation_share is -0.5"),
+    (PREPARE + " --validation_share nan", 2, "--validation_share is nan"),
+    (PREPARE + " --validation_share 1e-9", 65, "no validation documents"),
     (PREPARE + " --persona {out}/none.yaml", 65, "none.yaml"),
     (PREPARE + " --against {out}", 65, "{out}"),
-    (PREPARE + " --min-letters 7", 2, "min_letters is 7.0"),
+    (PREPARE + " --min_letters 7", 2, "min_letters is 7.0"),
     ("prepare nosuch={rows} --tokenizer {tok} --out {out}", 2, "No source named 'nosuch'"),
     ("prepare preference={rows} --tokenizer {tok} --out {out}", 2, "gives preferences"),
     ("prepare text={out} --tokenizer {tok} --out {out}", 65, "No file or folder"),
     ("prepare messages={rows} --tokenizer {tok} --out {out}", 65, "missing field"),
     ("verify {out}", 65, "is not a token store"),
     ("verify {rows}", 65, "is not a token store"),
-    ("plan {rows} --tokenizer {tok} --train-tokens -1 --stores {out}", 2, "rows.jsonl"),
+    ("plan {rows} --tokenizer {tok} --train_tokens -1 --stores {out}", 2, "rows.jsonl"),
     (
-        "plan {mixture} --tokenizer {tok} --train-tokens 999 --stores {out} --block-size 9 --validation-share 3",
+        "plan {mixture} --tokenizer {tok} --train_tokens 999 --stores {out} --block_size 9 --validation_share 3",
         2,
-        "--validation-share is 3.0",
+        "--validation_share is 3.0",
     ),
-    ("plan {mixture} --tokenizer {tok} --train-tokens 999 --stores {out} --block-size 1", 2, "--block-size 1"),
-    ("plan {mixture} --tokenizer {out} --train-tokens 9999 --stores {out}", 65, "No tokenizer at"),
+    ("plan {mixture} --tokenizer {tok} --train_tokens 999 --stores {out} --block_size 1", 2, "--block_size 1"),
+    ("plan {mixture} --tokenizer {out} --train_tokens 9999 --stores {out}", 65, "No tokenizer at"),
 ]
 
 
@@ -313,12 +313,12 @@ def test_a_mistake_is_one_line_with_its_exit_code(words, code, said, saved, tmp_
 
 
 @pytest.mark.parametrize(
-    "words", ["check", "check a --bogus", "show a", "plan a --train-tokens x", "nosuch", "prepare"]
+    "words", ["check", "check a --bogus", "show a", "plan a --train_tokens x", "nosuch", "prepare"]
 )
 def test_what_the_command_line_itself_refuses_is_no_traceback(words):
     done = command("data", *words.split())
     assert (done.returncode, done.stdout, done.stderr.count("Traceback")) == (2, "", 0)
-    assert "Error" in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from rorchat.mixture.stores import prepare_stores
 from rorchat.tokenizer import token_bytes
 from rorchat.tokens.store import TokenStore
 
-SHARE = ("--validation-share", 0.1)
+SHARE = ("--validation_share", 0.1)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def store(texts, saved, tmp_path) -> Path:
 
 def test_prepare_and_verify_as_a_user_runs_them(texts, saved, tmp_path, tokenizer):
     words = [RORCHAT, "data", "prepare", f"text={texts}", "--tokenizer", saved, "--out", tmp_path / "store"]
-    done = subprocess.run([*map(str, words), "--validation-share", "0.1"], capture_output=True, text=True)
+    done = subprocess.run([*map(str, words), "--validation_share", "0.1"], capture_output=True, text=True)
     assert done.returncode == 0
     assert f"text={texts}: 300 of 300 rows kept" in done.stderr
     manifest = TokenStore(tmp_path / "store").manifest
@@ -49,7 +49,7 @@ def test_prepare_and_verify_as_a_user_runs_them(texts, saved, tmp_path, tokenize
     ]
     assert done.stdout.splitlines() == told
     verified = succeeded("verify", tmp_path / "store").splitlines()
-    assert verified == [*told, "every byte of 2 shards is as it was written"]
+    assert verified == [*told, "all 2 shards are valid"]
 
 
 def test_prepare_takes_filters_evaluation_sets_workers_and_a_persona(saved, tmp_path):
@@ -59,7 +59,7 @@ def test_prepare_takes_filters_evaluation_sets_workers_and_a_persona(saved, tmp_
     path = written(tmp_path, "rows.jsonl", rows)
     done = command("data",
         "prepare", f"text={path}", "--tokenizer", saved, "--out", tmp_path / "store", *SHARE, "--workers", 2,
-        "--min-characters", 10, "--min-letters", 0.5, "--against", evaluation,
+        "--min_characters", 10, "--min_letters", 0.5, "--against", evaluation,
     )  # fmt: skip
     assert done.returncode == 0
     manifest = TokenStore(tmp_path / "store").manifest
@@ -86,7 +86,7 @@ def test_check_and_prepare_tell_what_of_an_evaluation_set_is_not_compared(texts,
 def test_a_finished_store_is_found_and_one_of_other_settings_is_refused(store, texts, saved):
     words = ("prepare", f"text={texts}", "--tokenizer", saved, "--out", store)
     assert command("data", *words, *SHARE).stderr == ""
-    assert "validation_share 0.1, now 0.2" in refused(78, *words, "--validation-share", 0.2)
+    assert "validation_share 0.1, now 0.2" in refused(78, *words, "--validation_share", 0.2)
 
 
 def flipped(path: Path) -> None:
@@ -164,7 +164,7 @@ def test_imported_shards_train_like_any_store(tokenizer, saved, tmp_path):
         f"validation: 50 documents, {len(held_out):,} tokens",
         f"store  {tmp_path / 'imported'}",
     ]
-    assert "every byte of 3 shards" in succeeded("verify", tmp_path / "imported")
+    assert "all 3 shards" in succeeded("verify", tmp_path / "imported")
     mixture = written(tmp_path, "mixture.yaml", f"sources: {{a: 'store={tmp_path / 'imported'}'}}\n")
     (prepared,) = prepare_stores(read_mixture(mixture), tokenizer, tmp_path / "stores", 64, validation_share=0.1)
     assert prepared.slice("train", 10, 90).tolist() == train[10:90].tolist()
@@ -264,26 +264,26 @@ def test_plan_prints_and_draws_what_a_mixture_comes_to(texts, store, saved, tmp_
     said = f"sources: {{a: 'text={texts}', b: 'store={store}'}}\nphases: [{{share: 100%, weights: {{a: 1, b: 3}}}}]\n"
     mixture = written(tmp_path, "mixture.yaml", said)
     picture = tmp_path / "plan.png"
-    words = ("--tokenizer", saved, "--stores", tmp_path / "stores", "--block-size", 32, *SHARE)
-    told = succeeded("plan", mixture, *words, "--train-tokens", 3210, "--out", picture)
-    assert told.startswith("mixture: 3,200 tokens in 100 rows of 32\n") and told.endswith(f"picture  {picture}\n")
+    words = ("--tokenizer", saved, "--stores", tmp_path / "stores", "--block_size", 32, *SHARE)
+    told = succeeded("plan", mixture, *words, "--train_tokens", 3210, "--out", picture)
+    assert told.startswith("mixture: 3,200 tokens in 100 rows of 32\n") and told.endswith(f"plot  {picture}\n")
     assert re.findall(r"^    (\w) +([\d,]+) tokens .*of all", told, re.MULTILINE) == [("a", "800"), ("b", "2,400")]
     header = picture.read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n" and min(np.frombuffer(header[16:24], dtype=">u4")) > 300
     assert (tmp_path / "stores" / "a" / "manifest.json").is_file()
-    assert "--train-tokens 31 is less than one row" in refused(2, "plan", mixture, *words, "--train-tokens", 31)
-    assert "PNG" in refused(2, "plan", mixture, *words, "--train-tokens", 3210, "--out", tmp_path / "plan.xyz")
+    assert "--train_tokens 31 is less than one row" in refused(2, "plan", mixture, *words, "--train_tokens", 31)
+    assert "PNG" in refused(2, "plan", mixture, *words, "--train_tokens", 3210, "--out", tmp_path / "plan.xyz")
 
 
 def test_plan_makes_the_stores_of_the_persona_and_the_seed_that_the_run_will_have(saved, tmp_path):
     persona = (Path(rorchat.__file__).parent / "persona.yaml").read_text().replace("RorChat", "Zebulon")
     written(tmp_path, "zebulon.yaml", persona)
     mixture = written(tmp_path, "mixture.yaml", "sources: {me: persona=100}\n")
-    words = ("plan", mixture, "--tokenizer", saved, "--stores", tmp_path / "stores", "--block-size", 32, *SHARE)
-    more = ("--train-tokens", 3200, "--persona", tmp_path / "zebulon.yaml")
+    words = ("plan", mixture, "--tokenizer", saved, "--stores", tmp_path / "stores", "--block_size", 32, *SHARE)
+    more = ("--train_tokens", 3200, "--persona", tmp_path / "zebulon.yaml")
     succeeded(*words, *more, "--seed", 5)
     assert TokenStore(tmp_path / "stores" / "me").manifest.seed == 5
-    assert "what it was made of (files, persona, " in refused(78, *words, "--train-tokens", 3200, "--seed", 5)
+    assert "what it was made of (files, persona, " in refused(78, *words, "--train_tokens", 3200, "--seed", 5)
     assert "seed 5, now 0" in refused(78, *words, *more)
 
 
@@ -306,7 +306,7 @@ MIXTURES = {
 def test_a_mixture_that_cannot_be_read_is_one_line(case, saved, tmp_path):
     content, said = MIXTURES[case]
     mixture = written(tmp_path, "mixture.yaml", content)
-    words = ("--tokenizer", saved, "--stores", tmp_path / "stores", "--train-tokens", 3200, "--block-size", 32)
+    words = ("--tokenizer", saved, "--stores", tmp_path / "stores", "--train_tokens", 3200, "--block_size", 32)
     line = refused(2, "plan", mixture, *words)
     assert said in line
     assert "Cannot read the mixture" in refused(2, "plan", tmp_path / "none.yaml", *words)

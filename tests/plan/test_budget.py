@@ -433,7 +433,7 @@ def test_with_yaml_nothing_else_is_printed():
         (["--hours", "1", "--device", "T44"], "No device 'T44'. Did you mean 'T4'"),
         (["--hours", "nan", "--device", "T4"], "--hours is nan"),
         (["--hours", "1", "--device", "T4", "--picture", "x.jpg"], "give a file that ends in .png"),
-        (["--hours", "1", "--device", "T4", "--out", "no/such/run.yaml"], "There is no folder no/such"),
+        (["--hours", "1", "--device", "T4", "--out", "no/such/run.yaml"], "No folder no/such"),
         (["--size", "124m", "--tokens", "1e9", "--device", "T4", "--probe"], "--probe measures this machine"),
     ],
 )

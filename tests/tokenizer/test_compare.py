@@ -135,7 +135,7 @@ def test_the_command_reads_files_and_sources_and_draws_a_picture(rorchat_command
     assert code == 0
     assert "| letters | 5 | 5 | 2.500 | 1.000 | 99.2% |" in said
     assert "| talk | 7 | 7 | 2.333 | 1.000 | 99.2% |" in said
-    assert "picture  drawn/tokenizers.png" in said
+    assert "plot  drawn/tokenizers.png" in said
     assert (tmp_path / "drawn" / "tokenizers.png").read_bytes().startswith(b"\x89PNG")
 
 

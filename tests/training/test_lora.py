@@ -383,7 +383,7 @@ def test_a_checkpoint_is_an_adapter_that_is_verified_exported_and_talked_to(run,
     assert {"adapter_model.safetensors", "adapter_config.json", "base.json", "tokenizer.json"} <= names
     assert "model.safetensors" not in names
     done = command("checkpoint", "verify", run)
-    assert (done.returncode, done.stdout.splitlines()) == (0, ["checkpoint-3: whole", "checkpoint-6: whole"])
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["checkpoint-3: valid", "checkpoint-6: valid"])
     assert command("checkpoint", "export", run, tmp_path / "out").returncode == 0
     made, final = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", run / "model"))
     assert made.keys() == final.keys()
