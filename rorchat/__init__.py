@@ -32,6 +32,7 @@ STAGES = (
     "mixture",  # TOKENS    token stores -> mixed rows -> batches
     "inspection",  # TOKENS    what is wrong with data, and what a model sees of a row
     "device",  # MODEL     what a GPU or CPU can do: peaks, memory, price
+    "adapter",  # MODEL     LoRA adapters in a folder: verify, load, merge into their base
     "model",  # MODEL     sizes, from scratch or from a checkpoint, FLOPs
     "inference",  # WORDS     load, generate, stream, talk
     "evaluation",  # SCORES    loss, bits per byte, chat behaviour, held-out questions

@@ -10,10 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from rorchat.adapter import ADAPTER_WEIGHTS
 from rorchat.errors import DataError, MismatchError, PermissionRefused, RemoteError, UsageError
 from rorchat.files import file_sha256
 from rorchat.inference.engine import resolve_model_path
-from rorchat.model import ADAPTER_WEIGHTS, WEIGHTS
+from rorchat.model import WEIGHTS
 from rorchat.report import (
     find_runs,
     format_data_table,

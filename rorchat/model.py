@@ -4,26 +4,19 @@ Nothing here is an architecture: `GPT2Config` and `GPT2LMHeadModel` are Transfor
 that every tool which reads GPT-2 can load.
 """
 
-import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rorchat.adapter import is_adapter, merge_adapter, read_adapter
 from rorchat.chatml import CONTROL_TOKENS, END_OF_TEXT, IM_END, PAD
 from rorchat.errors import DataError, MismatchError, RemoteError, UsageError, did_you_mean
-from rorchat.files import file_sha256
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from torch import Tensor, nn
     from transformers import GPT2Config, GPT2LMHeadModel
 
 INITIALIZER_RANGE = 0.02  # GPT-2's
 WEIGHTS = "model.safetensors"
-#: The files of an adapter, PEFT's two and one of ours: what the model is that it was trained beside.
-ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 
 
 @dataclass(frozen=True)
@@ -153,7 +146,8 @@ def load_checkpoint(name_or_path: str, tokenizer, seed: int = 0) -> "GPT2LMHeadM
     from transformers import GPT2LMHeadModel, set_seed
 
     if is_adapter(name_or_path):
-        return _load_merged(Path(name_or_path), tokenizer, seed)
+        adapter = read_adapter(Path(name_or_path))
+        return merge_adapter(load_checkpoint(adapter.base, tokenizer, seed), adapter)
     config = _read_config(name_or_path)
     for dropout in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         setattr(config, dropout, 0.0)
@@ -243,142 +237,6 @@ def check_fit(model: "GPT2LMHeadModel", tokenizer, length: int | None = None, se
         raise MismatchError(
             f"{setting} is {length} but the model has only {model.config.n_positions} positions: give at most that."
         )
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds what was trained beside a model, and not the model."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
-
-
-def _load_merged(folder: Path, tokenizer, seed: int) -> "GPT2LMHeadModel":
-    """The base of an adapter with the adapter merged into it."""
-    from peft import get_peft_model
-
-    config, trained_beside = _read_adapter(folder)
-    base = config.base_model_name_or_path
-    model = load_checkpoint(base, tokenizer, seed)
-    rows, largest = model.get_input_embeddings().num_embeddings, max(_trained_rows(config), default=0)
-    if largest >= rows:
-        raise MismatchError(
-            f"The adapter {folder} has a row for token {largest:,} but {base!r} only {rows:,} rows: it is of another "
-            "base."
-        )
-    if trained_beside.get("load_in_4bit"):
-        for _, _, matrix in matrices(model):
-            matrix.weight.data = rounded_to_4_bits(matrix.weight.data).contiguous()
-    config.fan_in_fan_out = True  # stock matrices hold (in, out); those that QLoRA trains beside do not
-    adapted = get_peft_model(model, config)
-    load_adapter(adapted, folder)
-    return adapted.merge_and_unload().requires_grad_(True)  # PEFT froze it
-
-
-def _read_adapter(folder: Path) -> "tuple[LoraConfig, dict]":
-    """(config of an adapter, what ADAPTER_BASE says of its base), after a look at the base: it is there, and the same.
-
-    Raises:
-        DataError: it is no LoRA, or names no base, or one that is not there.
-        MismatchError: the base has other weights than the one that the adapter was trained beside.
-    """
-    from peft import LoraConfig, PeftConfig
-
-    about = folder / ADAPTER_BASE
-    try:
-        config = PeftConfig.from_pretrained(folder)
-        said = {**json.loads(about.read_text(encoding="utf-8"))} if about.is_file() else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"The adapter {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(config, LoraConfig):
-        raise DataError(f"{folder} holds an adapter of the kind {config.peft_type.value}: only LORA can be merged.")
-    base, where = config.base_model_name_or_path, f"correct base_model_name_or_path in {folder / ADAPTER_CONFIG}"
-    if not base:
-        raise DataError(f"The adapter {folder} does not say what its base is: {where}.")
-    if Path(base).is_absolute() and not Path(base).is_dir():
-        raise DataError(f"The base of the adapter {folder}, {base}, is not there: bring it back, or {where}.")
-    if is_adapter(base):
-        raise DataError(f"The base of the adapter {folder} is an adapter itself, {base}: merge that one first.")
-    if said.get("sha256") and weights_sha256(base) not in (said["sha256"], None):
-        raise MismatchError(
-            f"The adapter {folder} was trained beside another model than {base}: the sha256 differs. Bring that "
-            f"model back, or {where}."
-        )
-    return config, said
-
-
-def weights_sha256(name_or_path: str) -> str | None:
-    """The sha256 of a model's weights, in a folder or from the Hub; of shards, that of theirs.
-
-    None where there are no weights to be had, which who loads them will say.
-    """
-    from transformers import utils
-    from transformers.utils.hub import get_checkpoint_shard_files
-
-    indices = (utils.SAFE_WEIGHTS_INDEX_NAME, utils.WEIGHTS_INDEX_NAME)
-    for name in (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME, utils.WEIGHTS_NAME, utils.WEIGHTS_INDEX_NAME):
-        try:
-            file = utils.cached_file(name_or_path, name)
-            files = get_checkpoint_shard_files(name_or_path, file)[0] if name in indices else [file]
-        except (OSError, ValueError):
-            continue
-        digests = [file_sha256(Path(each)) for each in files]
-        return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
-    return None
-
-
-def load_adapter(adapted: "PeftModel", folder: Path) -> None:
-    """Loads an adapter's weights into a model that has room for them, strictly: PEFT would leave out what has none.
-
-    Where the model trains fewer rows of the embedding than the folder has, it takes its own.
-
-    Raises:
-        DataError: there are no weights, or they cannot be read.
-        MismatchError: the weights are of another adapter.
-    """
-    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        weights = load_file(folder / ADAPTER_WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"Cannot load the adapter in {folder}: {' '.join(str(error).split())[:200]}") from None
-    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    config = adapted.peft_config["default"]
-    rows, there = _trained_rows(config), _trained_rows(PeftConfig.from_pretrained(folder))
-    if rows != there and set(rows) <= set(there):
-        for name in [name for name in weights if name.endswith("trainable_tokens_delta")]:
-            weights[name] = weights[name][[there.index(row) for row in rows]]
-    different = sorted(
-        name
-        for name in weights.keys() | own.keys()
-        if name not in weights or name not in own or weights[name].shape != own[name].shape
-    )
-    if different:
-        raise MismatchError(
-            f"The adapter {folder} does not fit {config.base_model_name_or_path!r}: {', '.join(different[:2])} is "
-            "missing in one of them, or has another shape. It is of another base."
-        )
-    set_peft_model_state_dict(adapted, weights)
-
-
-def _trained_rows(config: "LoraConfig") -> list[int]:
-    """The rows of the embedding that an adapter has; PEFT takes them as a list, or by the name of the module."""
-    rows = config.trainable_token_indices or []
-    return [row for part in rows.values() for row in part] if isinstance(rows, dict) else list(rows)
-
-
-def matrices(model: "GPT2LMHeadModel") -> "Iterator[tuple[nn.Module, str, nn.Module]]":
-    """(module, name in it, matrix with its bias) for the four matrices of every block, which hold (in, out) weights."""
-    for block in model.transformer.h:
-        for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"), (block.mlp, "c_proj")):
-            yield part, name, getattr(part, name)
-
-
-def rounded_to_4_bits(weight: "Tensor") -> "Tensor":
-    """A matrix (in, out) as QLoRA sees it: to NF4 with quantized scales and back (Dettmers et al. 2023,
-    arXiv:2305.14314)."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    return dequantize_4bit(*quantize_4bit(weight.T.contiguous(), quant_type="nf4", compress_statistics=True)).T
 
 
 def save_model(model: "GPT2LMHeadModel", tokenizer, folder: str | Path) -> None:

@@ -77,7 +77,8 @@ def export(
 
     from transformers import GPT2LMHeadModel
 
-    from rorchat.model import is_adapter, load_checkpoint, save_model
+    from rorchat.adapter import is_adapter
+    from rorchat.model import load_checkpoint, save_model
     from rorchat.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(checkpoint))

@@ -10,7 +10,7 @@ from rorchat.model import check_fit, load_checkpoint
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
 from rorchat.training.dpo import DPOArguments, PreferenceTrainer, load_preferences
-from rorchat.training.lora import adapter_of
+from rorchat.training.lora import build_adapter
 from rorchat.training.run_folder import Run
 
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(base, require_chat=True)
     model = load_checkpoint(base, tokenizer, arguments.seed)
     check_fit(model, tokenizer, arguments.max_length, "max_length")
-    adapter = adapter_of(model, tokenizer, arguments, base)
+    adapter = build_adapter(model, tokenizer, arguments, base)
     max_length = arguments.max_length or model.config.n_positions
     train, validation, tallies = load_preferences(arguments, tokenizer, max_length)
     trainer = PreferenceTrainer(model, arguments, tokenizer, train, validation)

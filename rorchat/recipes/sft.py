@@ -10,7 +10,7 @@ from rorchat.model import check_fit, load_checkpoint
 from rorchat.persona import load_persona
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
-from rorchat.training.lora import adapter_of
+from rorchat.training.lora import build_adapter
 from rorchat.training.run_folder import Run
 from rorchat.training.sft import ChatTrainer, SFTArguments, load_conversations
 
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(base, load_persona(arguments.persona) if arguments.persona else None)
     model = load_checkpoint(base, tokenizer, arguments.seed)
     check_fit(model, tokenizer, arguments.max_length, "max_length")
-    adapter = adapter_of(model, tokenizer, arguments, base)
+    adapter = build_adapter(model, tokenizer, arguments, base)
     max_length = arguments.max_length or model.config.n_positions
     train, validation, tallies = load_conversations(arguments, tokenizer, max_length)
     trainer = ChatTrainer(model, arguments, tokenizer, train, validation)

@@ -25,11 +25,11 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import FusedCausalLMOutput
 
+from rorchat.adapter import is_adapter
 from rorchat.chatml import encode_preferences
 from rorchat.errors import UsageError, did_you_mean
 from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.jsonl import append_json_line
-from rorchat.model import is_adapter
 from rorchat.rows import RejectedRow
 from rorchat.sources.registry import RowStats
 from rorchat.training import reference_logps

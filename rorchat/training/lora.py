@@ -1,9 +1,9 @@
-"""LoRA: the model stays as it is, small matrices beside its own learn, and so do the rows of the control tokens.
+"""LoRA: training small matrices next to those of a frozen model, and the embedding rows of the control tokens.
 
-Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) in PEFT's layers, put into a GPT2LMHeadModel that remains one:
-what trains, generates and evaluates sees no other class. Checkpoints are adapters in PEFT's form, and the result is the
-stock model with the adapter merged into it. QLoRA (Dettmers et al. 2023, arXiv:2305.14314) holds the frozen matrices in
-4 bits.
+Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) by PEFT's layers inside a GPT2LMHeadModel: trainers, evaluation
+and generation see the same class as without LoRA. Checkpoints are adapters that PEFT can load; the result of a run is
+the stock model with the adapter merged into it. QLoRA (Dettmers et al. 2023, arXiv:2305.14314) holds the frozen
+matrices in 4 bits.
 """
 
 import copy
@@ -17,13 +17,21 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+from rorchat.adapter import (
+    ADAPTER_BASE,
+    ADAPTER_WEIGHTS,
+    block_matrices,
+    is_adapter,
+    load_adapter,
+    weights_sha256,
+)
 from rorchat.chatml import CONTROL_TOKENS
 from rorchat.errors import UsageError
-from rorchat.model import ADAPTER_BASE, ADAPTER_WEIGHTS, is_adapter, load_adapter, matrices, weights_sha256
 from rorchat.training.distributed import sharding_strategy
 
-ALPHA = 2  # times the rank: what a layer adds is B A x twice, whatever the rank
-ROWS = "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta"  # PEFT's name of the trained rows
+ALPHA_PER_RANK = 2  # a layer adds 2 B A x, whatever the rank
+#: PEFT's name of the trained embedding rows.
+ROWS = "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta"
 
 
 @dataclass
@@ -55,49 +63,53 @@ class LoraArguments:
             )
 
 
-def adapter_of(model: GPT2LMHeadModel, tokenizer, arguments: LoraArguments, base: str) -> "Adapter | None":
-    """The adapter that is to be trained, put into the model; None where the model itself is."""
+def build_adapter(model: GPT2LMHeadModel, tokenizer, arguments: LoraArguments, base: str) -> "Adapter | None":
+    """The adapter to train, added to the model; None if the whole model is trained (`lora_rank` 0)."""
     return Adapter(model, tokenizer, arguments, base) if arguments.lora_rank else None
 
 
 class Adapter:
-    """What learns beside a frozen model: PEFT's layers and the control tokens' rows of the tied embedding and head.
+    """The trained part of a frozen model: PEFT's layers and the control tokens' rows of the tied embedding and head.
 
-    The model that is given has PEFT's layers in it from then on.
+    The model is changed in place: it contains PEFT's layers afterwards.
 
     Args:
-        base: the folder or Hub id that the model was loaded from.
+        base: Folder or Hub id from which the model was loaded.
 
     Raises:
-        UsageError: the rank or the base does not do, or the device cannot compute in 4 bits.
+        UsageError: The rank or the base is unusable, or the device cannot compute in 4 bits.
     """
 
     def __init__(self, model: GPT2LMHeadModel, tokenizer, arguments: LoraArguments, base: str):
         rank = arguments.lora_rank
         if is_adapter(base):
-            raise UsageError(f"lora_rank is {rank}, but {base} is an adapter itself: give a model.")
+            raise UsageError(
+                f"lora_rank is {rank}, but {base} is an adapter itself: give a whole model, such as the run's model/."
+            )
         if rank > model.config.n_embd:
-            raise UsageError(f"lora_rank is {rank}, but the model is only {model.config.n_embd} wide: give less.")
+            raise UsageError(
+                f"lora_rank is {rank}, but the width of the model is only {model.config.n_embd}: give a smaller rank."
+            )
         self.base = str(Path(base).resolve()) if Path(base).is_dir() else base
-        self.about = {"sha256": weights_sha256(base), "load_in_4bit": arguments.load_in_4bit}
+        self.base_record = {"sha256": weights_sha256(base), "load_in_4bit": arguments.load_in_4bit}
         control = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
-        grown = range(GPT2Config.from_pretrained(base).vocab_size, len(tokenizer))  # rows that the base has not
+        grown = range(GPT2Config.from_pretrained(base).vocab_size, len(tokenizer))  # rows that the base lacks
         self.rows = sorted({*control, *grown})
-        # as they were: where 4-bit products are taken in bf16, bitsandbytes rounds them in place
-        self._biases = [matrix.bias for _, _, matrix in matrices(model)]
+        # the exact biases: with 4-bit products in bf16, bitsandbytes rounds them in place
+        self._biases = [matrix.bias for _, _, matrix in block_matrices(model)]
         if arguments.load_in_4bit:
-            _hold_in_4_bits(model, arguments)
+            _quantize_to_4_bits(model, arguments)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
-            lora_alpha=ALPHA * rank,
+            lora_alpha=ALPHA_PER_RANK * rank,
             target_modules=["c_attn", "c_proj", "c_fc"],
-            fan_in_fan_out=not arguments.load_in_4bit,  # Conv1D holds (in, out), what stands in its place (out, in)
+            fan_in_fan_out=not arguments.load_in_4bit,  # Conv1D weights are (in, out), Linear4bit's (out, in)
             trainable_token_indices=sorted(control),
         )
         self.peft = get_peft_model(model, config)
-        vars(model).pop("is_loaded_in_4bit", None)  # trainers would take it for one that Transformers quantized
-        # PEFT 0.21 wraps the head and passes its weight on alone; TRL 1.16 reads the bias as well, which is None
+        vars(model).pop("is_loaded_in_4bit", None)  # trainers would assume that Transformers quantized it
+        # PEFT 0.21 wraps the head and exposes only its weight; TRL 1.16 also reads the bias, which is None
         model.lm_head.register_parameter("bias", None)
 
     @property
@@ -105,10 +117,10 @@ class Adapter:
         return self.peft.get_base_model()
 
     def save(self, folder: str | Path, tokenizer) -> None:
-        """Writes an adapter that plain PEFT loads, with the tokenizer.
+        """Write an adapter that plain PEFT can load, with the tokenizer.
 
-        Beside the rows that were trained it has those that the base lacks, so that it fits a base that grows to the
-        tokenizer's size whatever it grows by.
+        It contains the trained rows and those that the base lacks. So it fits a base whose embedding is resized to the
+        tokenizer's size, however the new rows are initialized.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,39 +131,39 @@ class Adapter:
         config = copy.copy(self.peft.peft_config["default"])
         config.base_model_name_or_path = self.base
         config.trainable_token_indices, config.inference_mode = self.rows, True
-        config.target_modules = sorted(config.target_modules)  # a set, whose order no two processes share
+        config.target_modules = sorted(config.target_modules)  # a set: its order differs between processes
         config.save_pretrained(folder)
-        (folder / ADAPTER_BASE).write_text(json.dumps(self.about, indent=2) + "\n")
+        (folder / ADAPTER_BASE).write_text(json.dumps(self.base_record, indent=2) + "\n")
         tokenizer.save_pretrained(folder)
 
     def load(self, folder: str | Path) -> None:
-        """Goes on with what `save` wrote; raises MismatchError where it is another's."""
+        """Load weights written by `save`; raises MismatchError if they belong to another adapter."""
         load_adapter(self.peft, Path(folder))
 
     def merged(self) -> GPT2LMHeadModel:
-        """The stock model with the adapter merged into it. Of the model that was trained nothing is left."""
-        if self.about["load_in_4bit"]:  # where PEFT would round the sum to 4 bits again
-            for (part, name, layer), bias in zip(list(matrices(self.model)), self._biases, strict=True):
-                setattr(part, name, _stock(layer, bias))
+        """The stock model with the adapter merged into it, in place: the adapter cannot be trained afterwards."""
+        if self.base_record["load_in_4bit"]:  # PEFT would round the sum to 4 bits again
+            for (part, name, layer), bias in zip(list(block_matrices(self.model)), self._biases, strict=True):
+                setattr(part, name, _as_merged_conv1d(layer, bias))
         return self.peft.merge_and_unload()
 
 
-def _hold_in_4_bits(model: GPT2LMHeadModel, arguments) -> None:
-    """Puts the matrices of the blocks into 4 bits: NF4 with quantized scales, a quarter of bf16.
+def _quantize_to_4_bits(model: GPT2LMHeadModel, arguments) -> None:
+    """Replace the matrices of the blocks by 4-bit ones: NF4 with quantized scales, a quarter of bf16's memory.
 
-    Transformers quantizes while it loads, which our embeddings, that grow first, would have to be taken out of; and
-    what it gives back in the end is no Conv1D.
+    Transformers quantizes while loading, but our embeddings are resized after loading, and its dequantized layers are
+    not Conv1D.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
     kind = {"quant_type": "nf4", "compress_statistics": True}
-    for part, name, matrix in list(matrices(model)):
+    for part, name, matrix in list(block_matrices(model)):
         layer = Linear4bit(*matrix.weight.shape, compute_dtype=dtype, device="meta", **kind)
         layer.weight = Params4bit(matrix.weight.detach().T.contiguous(), requires_grad=False, module=layer, **kind)
         layer.bias = torch.nn.Parameter(matrix.bias.detach().clone(), requires_grad=False)
-        # bitsandbytes 0.50 packs the weights anew in the first evaluation on a CPU with AVX512-BF16, and from then on
-        # no gradient goes through them
+        # bitsandbytes 0.50 repacks the weights in the first evaluation on a CPU with AVX512-BF16, and after that no
+        # gradient passes through them
         layer.support_avx512bf16_for_cpu = False
         try:
             setattr(part, name, layer.to(arguments.device))
@@ -160,15 +172,15 @@ def _hold_in_4_bits(model: GPT2LMHeadModel, arguments) -> None:
                 f"load_in_4bit: bitsandbytes cannot compute in 4 bits on {arguments.device} "
                 f"({' '.join(str(error).split())[:100]}): leave it out, or train on a CUDA GPU."
             ) from None
-    model.is_loaded_in_4bit = True  # by which PEFT knows
+    model.is_loaded_in_4bit = True  # PEFT checks this
 
 
-def _stock(layer: torch.nn.Module, bias: torch.Tensor) -> Conv1D:
-    """A layer of PEFT over a 4-bit matrix as the matrix (in, out) that it computes with, in float32."""
+def _as_merged_conv1d(layer: torch.nn.Module, bias: torch.Tensor) -> Conv1D:
+    """A PEFT layer over a 4-bit matrix as one float32 matrix (in, out): the dequantized matrix plus the adapter's."""
     from bitsandbytes.functional import dequantize_4bit
 
-    held = layer.get_base_layer().weight
-    weight = dequantize_4bit(held.data, held.quant_state).float() + layer.get_delta_weight("default")
-    stock = Conv1D(*weight.shape)
-    stock.weight.data, stock.bias.data = weight.T.contiguous(), bias.detach().to(weight.device)
-    return stock
+    quantized = layer.get_base_layer().weight
+    weight = dequantize_4bit(quantized.data, quantized.quant_state).float() + layer.get_delta_weight("default")
+    merged = Conv1D(*weight.shape)
+    merged.weight.data, merged.bias.data = weight.T.contiguous(), bias.detach().to(weight.device)
+    return merged

@@ -1,4 +1,4 @@
-"""LoRA: what learns and what stays, adapters that plain PEFT loads, merged models that stop, runs that go on."""
+"""LoRA and QLoRA: what is trained, adapters that plain PEFT loads, merged models, resumed runs."""
 
 import copy
 import json
@@ -41,13 +41,13 @@ EMBEDDING = "transformer.wte.weight"
 
 
 def settings(rank: int = RANK, load_in_4bit: bool = False):
-    """As much of a stage's arguments as an adapter reads."""
+    """The arguments that an adapter reads."""
     return SimpleNamespace(lora_rank=rank, load_in_4bit=load_in_4bit, bf16=False, fp16=False, device="cpu")
 
 
 @pytest.fixture(scope="module")
 def base(tokenizer, tmp_path_factory) -> Path:
-    """A stock model with the control tokens; its rows are large enough for the tokens to differ."""
+    """A stock model with the control tokens; its embedding is large enough for tokens to differ."""
     folder = tmp_path_factory.mktemp("base")
     model = build_model(SIZE, tokenizer, POSITIONS)
     model.transformer.wte.weight.data *= 10
@@ -57,7 +57,7 @@ def base(tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def small_base(tmp_path_factory) -> Path:
-    """A model as GPT-2 is: its tokenizer has no control token but `<|endoftext|>`, and its embedding no row for one."""
+    """A model like GPT-2: `<|endoftext|>` is the only control token of its tokenizer and its embedding."""
     folder = tmp_path_factory.mktemp("small")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -72,19 +72,19 @@ def small_base(tmp_path_factory) -> Path:
     return folder
 
 
-def adapted(folder: Path, tokenizer, **more) -> tuple[GPT2LMHeadModel, Adapter]:
+def load_with_adapter(folder: Path, tokenizer, **options) -> tuple[GPT2LMHeadModel, Adapter]:
     model = load_checkpoint(str(folder), tokenizer)
-    return model, Adapter(model, tokenizer, settings(**more), str(folder))
+    return model, Adapter(model, tokenizer, settings(**options), str(folder))
 
 
 def batch(tokenizer, rows: int = 3) -> dict[str, torch.Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, len(tokenizer), (rows, 40), generator=draw)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=draw) < 0.5, -100)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, len(tokenizer), (rows, 40), generator=generator)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.5, -100)
     return {"input_ids": ids, "labels": labels}
 
 
-def trained(model: GPT2LMHeadModel, tokenizer, steps: int = 5, optimizer: str = "adamw") -> None:
+def train(model: GPT2LMHeadModel, tokenizer, steps: int = 5, optimizer: str = "adamw") -> None:
     patch_lm_head_loss(model)
     optimizer = build_optimizer(model, optimizer, learning_rate=1e-2, matrix_learning_rate=0, weight_decay=0.01)
     for _ in range(steps):
@@ -94,17 +94,17 @@ def trained(model: GPT2LMHeadModel, tokenizer, steps: int = 5, optimizer: str = 
 
 
 @torch.no_grad()
-def logits_of(model, tokenizer) -> torch.Tensor:
+def compute_logits(model, tokenizer) -> torch.Tensor:
     return model.eval()(input_ids=batch(tokenizer)["input_ids"]).logits
 
 
-def near(found: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_near(logits: torch.Tensor, expected: torch.Tensor) -> None:
     assert float(expected.std()) > 0.1
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.xfail(strict=True, raises=AttributeError, reason="TRL 1.16 reads the bias of a head that PEFT 0.21 wraps")
-def test_plain_trl_and_peft_train_the_rows_of_new_tokens_of_gpt2(tokenizer, tmp_path):
+def test_plain_trl_and_peft_train_rows_of_new_tokens(tokenizer, tmp_path):
     config = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, trainable_token_indices=[1, 2])
     rows = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 2)
     arguments = SFTConfig(
@@ -117,35 +117,35 @@ def test_plain_trl_and_peft_train_the_rows_of_new_tokens_of_gpt2(tokenizer, tmp_
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_fused_loss_and_its_gradients_are_those_of_peft(base, tokenizer, checkpointing):
-    model, _ = adapted(base, tokenizer)
+def test_loss_and_gradients_equal_plain_peft(base, tokenizer, checkpointing):
+    model, _ = load_with_adapter(base, tokenizer)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name or "tokens_delta" in name:  # zeros, and the rows that it stands for
+        if "lora_B" in name or "tokens_delta" in name:  # zeros, and copies of the embedding rows
             torch.nn.init.normal_(parameter, std=0.1)
     plain, data = copy.deepcopy(model), batch(tokenizer)
     patch_lm_head_loss(model)
     patch_gelu(model)
     if checkpointing:
         model.train().gradient_checkpointing_enable()
-    expected, found = plain(**data).loss, model(**data).loss
+    expected, loss = plain(**data).loss, model(**data).loss
     expected.backward()
-    found.backward()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    learning = 0
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    trainable = 0
     for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None) == (not a.requires_grad), name
         if a.requires_grad:
             assert float(a.grad.abs().sum()) > 0, name
             torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-6, msg=name)
-            learning += a.numel()
-    assert learning == 2 * RANK * (128 + 64 + 160 + 160) + 4 * 32  # two layers: c_attn, c_proj, c_fc, c_proj; rows
+            trainable += a.numel()
+    assert trainable == 2 * RANK * (128 + 64 + 160 + 160) + 4 * 32  # two layers: c_attn, c_proj, c_fc, c_proj; rows
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-def test_the_rows_of_the_control_tokens_learn_and_all_others_stay_to_the_bit(base, tokenizer, optimizer):
-    model, adapter = adapted(base, tokenizer)
+def test_only_matrices_and_control_token_rows_change(base, tokenizer, optimizer):
+    model, adapter = load_with_adapter(base, tokenizer)
     before = load_checkpoint(str(base), tokenizer).state_dict()
-    trained(model, tokenizer, optimizer=optimizer)
+    train(model, tokenizer, optimizer=optimizer)
     after = adapter.merged().state_dict()
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(after[name], before[name])}
@@ -157,66 +157,66 @@ def test_the_rows_of_the_control_tokens_learn_and_all_others_stay_to_the_bit(bas
 
 
 @pytest.mark.parametrize("folder", ["base", "small_base"])
-def test_merged_logits_are_those_of_the_adapter_in_training_and_in_plain_peft(folder, request, tmp_path):
+def test_merged_logits_equal_training_and_plain_peft(folder, request, tmp_path):
     folder = request.getfixturevalue(folder)
     tokenizer = load_tokenizer(str(folder))
-    model, adapter = adapted(folder, tokenizer)
-    trained(model, tokenizer)
-    learned = logits_of(model, tokenizer)
+    model, adapter = load_with_adapter(folder, tokenizer)
+    train(model, tokenizer)
+    learned = compute_logits(model, tokenizer)
     adapter.save(tmp_path / "adapter", tokenizer)
     merged = adapter.merged()
     assert type(merged) is GPT2LMHeadModel and not [name for name in merged.state_dict() if "lora" in name]
     save_model(merged, tokenizer, tmp_path / "model")
-    near(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tokenizer), learned)
-    torch.manual_seed(7)  # the rows that a base grows by come from the adapter, not from a seed
+    assert_near(compute_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tokenizer), learned)
+    torch.manual_seed(7)  # new embedding rows come from the adapter, not from the seed
     plain = GPT2LMHeadModel.from_pretrained(folder)
     plain.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    near(logits_of(PeftModel.from_pretrained(plain, tmp_path / "adapter"), tokenizer), learned)
-    near(logits_of(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"), tokenizer), learned)
-    near(logits_of(load_model(str(tmp_path / "adapter"), "cpu").model, tokenizer), learned)
+    assert_near(compute_logits(PeftModel.from_pretrained(plain, tmp_path / "adapter"), tokenizer), learned)
+    assert_near(compute_logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"), tokenizer), learned)
+    assert_near(compute_logits(load_model(str(tmp_path / "adapter"), "cpu").model, tokenizer), learned)
     assert not [name for name in (tmp_path / "adapter").iterdir() if name.suffix in (".bin", ".pt")]
-    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert said["base_model_name_or_path"] == str(folder) and said["target_modules"] == ["c_attn", "c_fc", "c_proj"]
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder) and config["target_modules"] == ["c_attn", "c_fc", "c_proj"]
 
 
 class TestFourBits:
-    def test_the_merged_model_computes_as_the_one_in_4_bits_with_its_adapter(self, small_base, tmp_path):
+    def test_merged_model_equals_4_bit_model_with_adapter(self, small_base, tmp_path):
         tokenizer = load_tokenizer(str(small_base))
-        model, adapter = adapted(small_base, tokenizer, load_in_4bit=True)
-        rounded = logits_of(model, tokenizer)
-        stock = logits_of(load_checkpoint(str(small_base), tokenizer), tokenizer)
+        model, adapter = load_with_adapter(small_base, tokenizer, load_in_4bit=True)
+        rounded = compute_logits(model, tokenizer)
+        stock = compute_logits(load_checkpoint(str(small_base), tokenizer), tokenizer)
         assert 1e-4 < float((rounded - stock).abs().max()) < 1
-        trained(model.train(), tokenizer)
-        learned = logits_of(model, tokenizer)
+        train(model.train(), tokenizer)
+        learned = compute_logits(model, tokenizer)
         assert float((learned - rounded).abs().max()) > 0.1
         adapter.save(tmp_path / "adapter", tokenizer)
         merged = adapter.merged()
         save_model(merged, tokenizer, tmp_path / "model")
-        near(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tokenizer), learned)
-        near(logits_of(load_checkpoint(str(tmp_path / "adapter"), tokenizer), tokenizer), learned)
+        assert_near(compute_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tokenizer), learned)
+        assert_near(compute_logits(load_checkpoint(str(tmp_path / "adapter"), tokenizer), tokenizer), learned)
 
-    def test_gradients_go_through_the_frozen_matrices_after_an_evaluation_too(self, tokenizer, tmp_path):
-        """bitsandbytes 0.50 cuts them off where the CPU has AVX512-BF16 and widths are multiples of 64."""
+    def test_gradients_pass_frozen_matrices_after_evaluation(self, tokenizer, tmp_path):
+        """bitsandbytes 0.50 loses them on CPUs with AVX512-BF16 if widths are multiples of 64."""
         save_model(build_model("2x2x64", tokenizer, POSITIONS), tokenizer, tmp_path)
-        model, _ = adapted(tmp_path, tokenizer, load_in_4bit=True)
+        model, _ = load_with_adapter(tmp_path, tokenizer, load_in_4bit=True)
         patch_lm_head_loss(model)
         gradients = []
         for _ in range(2):
             model.train().zero_grad()
             model(**batch(tokenizer)).loss.backward()
             gradients.append(model.transformer.h[0].attn.c_attn.lora_B["default"].weight.grad.clone())
-            logits_of(model, tokenizer)
+            compute_logits(model, tokenizer)
         assert float(gradients[0].abs().sum()) > 0 and torch.equal(*gradients)
 
-    def test_a_device_that_cannot_is_refused_in_one_line(self, base, tokenizer, monkeypatch):
+    def test_device_without_4_bit_kernels_raises(self, base, tokenizer, monkeypatch):
         from bitsandbytes.nn import Linear4bit
 
-        def cannot(*_):
+        def fail(*_):
             raise NotImplementedError("no kernel\nfor this device")
 
-        monkeypatch.setattr(Linear4bit, "to", cannot)
+        monkeypatch.setattr(Linear4bit, "to", fail)
         with pytest.raises(UsageError, match="cannot compute in 4 bits on cpu .no kernel for this device.: leave it"):
-            adapted(base, tokenizer, load_in_4bit=True)
+            load_with_adapter(base, tokenizer, load_in_4bit=True)
 
 
 FLAGS = ["--sources", "tinytown=10", "--output_dir", "x", "--bf16", "false"]
@@ -224,7 +224,7 @@ FLAGS = ["--sources", "tinytown=10", "--output_dir", "x", "--bf16", "false"]
 
 @pytest.mark.parametrize("arguments", [SFTArguments, DPOArguments])
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--lora_rank", "-1"], "lora_rank is -1: give a positive number"),
         (["--load_in_4bit", "true"], "give lora_rank as well"),
@@ -233,107 +233,107 @@ FLAGS = ["--sources", "tinytown=10", "--output_dir", "x", "--bf16", "false"]
         (["--lora_rank", "many"], "invalid int value"),
     ],
 )
-def test_wrong_settings_are_one_line(arguments, flags, said):
-    with pytest.raises(UsageError, match=said) as caught:
+def test_invalid_settings_raise_in_one_line(arguments, flags, message):
+    with pytest.raises(UsageError, match=message) as caught:
         parse(arguments, [*FLAGS, "--model", "x", *flags])
     assert "\n" not in str(caught.value)
 
 
-class TestOfAnotherBase:
+class TestOtherBase:
     @pytest.fixture
     def folder(self, base, tokenizer, tmp_path) -> Path:
-        model, adapter = adapted(base, tokenizer)
+        model, adapter = load_with_adapter(base, tokenizer)
         adapter.save(tmp_path / "adapter", tokenizer)
         return tmp_path / "adapter"
 
-    def point(self, folder: Path, where: object, known: bool = True) -> None:
-        """Makes the adapter name another base; without what it knows of its own, where it is plain PEFT's."""
-        config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": where}
+    def set_base(self, folder: Path, base: object, keep_record: bool = True) -> None:
+        """Let the adapter name another base; without the record of its base, as plain PEFT writes it."""
+        config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": base}
         (folder / "adapter_config.json").write_text(json.dumps(config))
-        if not known:
+        if not keep_record:
             (folder / "base.json").unlink()
 
-    def refused(self, kind, folder: Path, tokenizer, *said: str) -> None:
+    def assert_raises(self, kind, folder: Path, tokenizer, *parts: str) -> None:
         with pytest.raises(kind) as caught:
             load_checkpoint(str(folder), tokenizer)
         assert "\n" not in str(caught.value)
-        for words in said:
-            assert words in str(caught.value)
+        for part in parts:
+            assert part in str(caught.value)
 
-    def test_other_weights_are_told_by_their_sha256(self, folder, base, tokenizer, tmp_path):
+    def test_other_weights_differ_by_sha256(self, folder, base, tokenizer, tmp_path):
         shutil.copytree(base, tmp_path / "other")
         model = load_checkpoint(str(base), tokenizer)
         model.transformer.h[0].mlp.c_fc.bias.data += 1e-6
         save_model(model, tokenizer, tmp_path / "other")
-        self.point(folder, str(tmp_path / "other"))
-        self.refused(MismatchError, folder, tokenizer, "was trained beside another model", "sha256 differs")
+        self.set_base(folder, str(tmp_path / "other"))
+        self.assert_raises(MismatchError, folder, tokenizer, "was trained with another model", "sha256 differs")
 
     @pytest.mark.parametrize("shard", ["5GB", "40KB"])
-    def test_other_weights_of_a_hub_id_are_told_too_and_of_any_shard(
-        self, base, tokenizer, tmp_path, monkeypatch, shard
-    ):
+    def test_other_weights_on_the_hub_differ_by_sha256(self, base, tokenizer, tmp_path, monkeypatch, shard):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         cached, commit = tmp_path / "models--own--base", "0" * 40
         (cached / "refs").mkdir(parents=True)
         (cached / "refs" / "main").write_text(commit)
         model = load_checkpoint(str(base), tokenizer)
         model.save_pretrained(cached / "snapshots" / commit, max_shard_size=shard)
-        _, adapter = adapted("own/base", tokenizer)
+        _, adapter = load_with_adapter("own/base", tokenizer)
         adapter.save(tmp_path / "adapter", tokenizer)
         load_checkpoint(str(tmp_path / "adapter"), tokenizer)
         model.transformer.ln_f.bias.data += 1e-6
         model.save_pretrained(cached / "snapshots" / commit, max_shard_size=shard)
         assert len(list((cached / "snapshots" / commit).glob("*.safetensors"))) > (shard == "40KB")
-        self.refused(MismatchError, tmp_path / "adapter", tokenizer, "another model than own/base", "sha256 differs")
+        self.assert_raises(
+            MismatchError, tmp_path / "adapter", tokenizer, "another model than own/base", "sha256 differs"
+        )
 
     @pytest.mark.parametrize("size", ["3x2x32", "1x2x32", "2x2x64"])
-    def test_another_size_is_told_by_the_first_matrix_that_does_not_fit(self, folder, tokenizer, tmp_path, size):
+    def test_other_size_names_a_matrix_that_does_not_fit(self, folder, tokenizer, tmp_path, size):
         save_model(build_model(size, tokenizer, POSITIONS), tokenizer, tmp_path / "other")
-        self.point(folder, str(tmp_path / "other"), known=False)
-        self.refused(MismatchError, folder, tokenizer, "does not fit", "lora_A", "another base")
+        self.set_base(folder, str(tmp_path / "other"), keep_record=False)
+        self.assert_raises(MismatchError, folder, tokenizer, "does not fit", "lora_A", "another base model")
 
-    def test_a_base_of_fewer_tokens(self, folder, tokenizer, tmp_path):
+    def test_base_with_fewer_tokens(self, folder, tokenizer, tmp_path):
         config = json.loads((folder / "adapter_config.json").read_text())
         config["trainable_token_indices"] = [len(tokenizer)]
         (folder / "adapter_config.json").write_text(json.dumps(config))
-        self.refused(MismatchError, folder, tokenizer, f"row for token {len(tokenizer)}", "of another base")
+        self.assert_raises(MismatchError, folder, tokenizer, f"row for token {len(tokenizer)}", "another base model")
 
-    def test_a_base_that_is_gone_missing_or_an_adapter(self, folder, tokenizer, tmp_path):
-        self.point(folder, str(tmp_path / "gone"))
-        self.refused(DataError, folder, tokenizer, f"{tmp_path / 'gone'}, is not there: bring it back")
-        self.point(folder, None)
-        self.refused(DataError, folder, tokenizer, "does not say what its base is", "adapter_config.json")
-        self.point(folder, str(folder))
-        self.refused(DataError, folder, tokenizer, "is an adapter itself")
+    def test_base_missing_unnamed_or_an_adapter(self, folder, tokenizer, tmp_path):
+        self.set_base(folder, str(tmp_path / "gone"))
+        self.assert_raises(DataError, folder, tokenizer, f"{tmp_path / 'gone'}, does not exist: restore it")
+        self.set_base(folder, None)
+        self.assert_raises(DataError, folder, tokenizer, "does not name its base model", "adapter_config.json")
+        self.set_base(folder, str(folder))
+        self.assert_raises(DataError, folder, tokenizer, "is an adapter itself")
 
     def test_damaged_and_missing_weights(self, folder, tokenizer):
         (folder / "adapter_model.safetensors").write_bytes(b"damaged")
-        self.refused(DataError, folder, tokenizer, "Cannot load the adapter")
+        self.assert_raises(DataError, folder, tokenizer, "Cannot load the adapter")
         (folder / "adapter_model.safetensors").unlink()
-        self.refused(DataError, folder, tokenizer, "Cannot load the adapter")
+        self.assert_raises(DataError, folder, tokenizer, "Cannot load the adapter")
         (folder / "adapter_config.json").write_text("{")
-        self.refused(DataError, folder, tokenizer, "cannot be read")
+        self.assert_raises(DataError, folder, tokenizer, "cannot be read")
 
-    def test_an_adapter_of_another_kind(self, base, tokenizer, tmp_path):
+    def test_adapter_of_another_type(self, base, tokenizer, tmp_path):
         config = IA3Config(target_modules=["c_attn"], feedforward_modules=[], base_model_name_or_path=str(base))
         get_peft_model(build_model(SIZE, tokenizer, POSITIONS), config).save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
-        self.refused(DataError, tmp_path, tokenizer, "of the kind IA3", "only LORA")
+        self.assert_raises(DataError, tmp_path, tokenizer, "of type IA3", "only LORA")
 
-    def test_lora_on_an_adapter_or_with_a_rank_above_the_width(self, folder, base, tokenizer):
-        with pytest.raises(UsageError, match="is an adapter itself: give a model"):
-            adapted(folder, tokenizer)
-        with pytest.raises(UsageError, match="the model is only 32 wide"):
-            adapted(base, tokenizer, rank=33)
+    def test_adapter_as_base_or_rank_above_width(self, folder, base, tokenizer):
+        with pytest.raises(UsageError, match="is an adapter itself: give a whole model"):
+            load_with_adapter(folder, tokenizer)
+        with pytest.raises(UsageError, match="the width of the model is only 32"):
+            load_with_adapter(base, tokenizer, rank=33)
 
 
-def test_an_adapter_of_plain_peft_is_merged_as_peft_does(base, tokenizer, tmp_path):
+def test_plain_peft_adapter_is_merged_as_peft_does(base, tokenizer, tmp_path):
     config = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
     model = get_peft_model(GPT2LMHeadModel.from_pretrained(base), config)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    expected = logits_of(model, tokenizer)
-    near(logits_of(load_model(str(tmp_path), "cpu").model, tokenizer), expected)
+    expected = compute_logits(model, tokenizer)
+    assert_near(compute_logits(load_model(str(tmp_path), "cpu").model, tokenizer), expected)
 
 
 RUN = {
@@ -353,7 +353,7 @@ def run(sandbox, chat_base) -> Path:
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 @pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_a_run_that_is_interrupted_goes_on_to_the_same_bits(sandbox, chat_base, stage, load_in_4bit):
+def test_interrupted_run_resumes_to_the_same_bits(sandbox, chat_base, stage, load_in_4bit):
     flags = RUN | {"stage": stage, "load_in_4bit": load_in_4bit, "model": str(chat_base)}
     whole, out = sandbox.new_folder(), sandbox.new_folder()
     assert sandbox.run(whole, **flags).code == 0
@@ -363,7 +363,7 @@ def test_a_run_that_is_interrupted_goes_on_to_the_same_bits(sandbox, chat_base, 
     done = sandbox.run(out, **flags)
     assert done.code == 0, done.output
     assert weights_sha256(out) == weights_sha256(whole)
-    assert len({file_sha256(each / "adapter" / "adapter_model.safetensors") for each in (out, whole)}) == 1
+    assert len({file_sha256(folder / "adapter" / "adapter_model.safetensors") for folder in (out, whole)}) == 1
     assert states_equal(load_state(out, 6), load_state(whole, 6))
     assert read_log(out) == read_log(whole)
 
@@ -375,24 +375,24 @@ def test_two_processes_train_one_adapter(sandbox, chat_base):
     assert verified_steps(out) == [2]
     rows = load_file(out / "adapter" / "adapter_model.safetensors")
     assert all(bool(value.isfinite().all()) for value in rows.values())
-    assert max(float(value.abs().max()) for name, value in rows.items() if "lora_B" in name) > 1e-3  # at birth 0
+    assert max(float(value.abs().max()) for name, value in rows.items() if "lora_B" in name) > 1e-3  # initially 0
 
 
-def test_a_checkpoint_is_an_adapter_that_is_verified_exported_and_talked_to(run, tokenizer, tmp_path):
+def test_checkpoint_is_an_adapter_to_verify_export_and_load(run, tokenizer, tmp_path):
     names = {path.name for path in (run / "checkpoint-6").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "base.json", "tokenizer.json"} <= names
     assert "model.safetensors" not in names
     done = command("checkpoint", "verify", run)
     assert (done.returncode, done.stdout.splitlines()) == (0, ["checkpoint-3: valid", "checkpoint-6: valid"])
     assert command("checkpoint", "export", run, tmp_path / "out").returncode == 0
-    made, final = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", run / "model"))
-    assert made.keys() == final.keys()
-    assert all(torch.equal(made[name], final[name]) for name in made)
-    talkers = [load_model(str(folder), "cpu").model for folder in (run / "checkpoint-6", run)]
-    near(*(logits_of(model, tokenizer) for model in talkers))
+    exported, final = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", run / "model"))
+    assert exported.keys() == final.keys()
+    assert all(torch.equal(exported[name], final[name]) for name in exported)
+    loaded = [load_model(str(folder), "cpu").model for folder in (run / "checkpoint-6", run)]
+    assert_near(*(compute_logits(model, tokenizer) for model in loaded))
 
 
-def test_an_export_without_the_base_says_what_is_missing(run, tmp_path):
+def test_export_without_the_base_names_it(run, tmp_path):
     checkpoint = tmp_path / "checkpoint-6"
     shutil.copytree(run / "checkpoint-6", checkpoint)
     config = json.loads((checkpoint / "adapter_config.json").read_text())
@@ -402,11 +402,11 @@ def test_an_export_without_the_base_says_what_is_missing(run, tmp_path):
     seal(checkpoint, {"step": 6})
     done = command("checkpoint", "export", checkpoint, tmp_path / "out")
     assert done.returncode == 65 and done.stderr.count("\n") == 1
-    assert f"{tmp_path / 'gone'}, is not there: bring it back" in done.stderr
+    assert f"{tmp_path / 'gone'}, does not exist: restore it" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_alone_go_on(sandbox, run, chat_base):
+def test_resume_from_weights_only(sandbox, run, chat_base):
     out = sandbox.new_folder(run)
     for step in (3, 6):
         (out / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"damaged")
@@ -418,7 +418,7 @@ def test_weights_alone_go_on(sandbox, run, chat_base):
     assert weights_sha256(out) == weights_sha256(run)
 
 
-def test_an_adapter_trains_on_as_the_model_that_it_makes_of_its_base(sandbox, run):
+def test_training_from_an_adapter_equals_its_merged_model(sandbox, run):
     flags = {name: value for name, value in RUN.items() if name != "lora_rank"} | {"max_steps": 2}
     merged, adapter = sandbox.new_folder(), sandbox.new_folder()
     for out, model in ((merged, run), (adapter, run / "adapter")):
@@ -427,8 +427,8 @@ def test_an_adapter_trains_on_as_the_model_that_it_makes_of_its_base(sandbox, ru
     assert weights_sha256(merged) == weights_sha256(adapter)
 
 
-def test_the_reference_of_dpo_is_the_model_without_the_adapter(sandbox, run, chat_base):
-    """Before the first step nothing has been learned: the margin is 0 and the preference's loss log 2."""
+def test_dpo_reference_is_the_model_without_adapter(sandbox, run, chat_base):
+    """Before the first step the margin is 0 and the loss is log 2."""
     out = sandbox.new_folder()
     flags = {"model": str(chat_base), "max_steps": 3, "logging_steps": 1, "warmup_steps": 0, "loss_type": ["sigmoid"]}
     done = sandbox.run(out, stage="dpo", **RUN | flags | {"loss_weights": [1.0], "learning_rate": 0.1})
@@ -439,13 +439,13 @@ def test_the_reference_of_dpo_is_the_model_without_the_adapter(sandbox, run, cha
     assert abs(last["eval_rewards/margins"]) > 1e-3
 
 
-def test_a_merged_model_learned_to_stop_and_does_so_in_plain_pipeline(small_base, tmp_path):
-    """From a base without the control tokens, in a process without this package."""
+def test_merged_model_stops_in_a_plain_pipeline(small_base, tmp_path):
+    """The base has no control tokens, and the pipeline runs without this package."""
     tokenizer = load_tokenizer(str(small_base))
     talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]
     (encoded,) = encode_conversations(tokenizer, [talk], POSITIONS)
     data = {"input_ids": torch.tensor([encoded.input_ids]), "labels": torch.tensor([encoded.labels])}
-    model, adapter = adapted(small_base, tokenizer, rank=8)
+    model, adapter = load_with_adapter(small_base, tokenizer, rank=8)
     patch_lm_head_loss(model)
     optimizer = build_optimizer(model, "adamw", learning_rate=2e-2, matrix_learning_rate=0, weight_decay=0)
     for _ in range(60):

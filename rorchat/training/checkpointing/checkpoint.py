@@ -22,9 +22,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rorchat.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rorchat.errors import DataError
 from rorchat.files import file_sha256, fsync_file, json_sha256, write_atomically
-from rorchat.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS
+from rorchat.model import WEIGHTS
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1

@@ -14,10 +14,10 @@ from pathlib import Path
 from accelerate import PartialState
 
 from rorchat import __version__
+from rorchat.adapter import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rorchat.errors import DataError
 from rorchat.files import file_sha256
 from rorchat.mixture.history import names_without_paths, without_paths
-from rorchat.model import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rorchat.persona import DEFAULT_PERSONA
 from rorchat.sources.registry import source_digest
 from rorchat.tokens.store import Manifest, store_folder

@@ -24,9 +24,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from rorchat.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rorchat.errors import DataError, DivergedError, MismatchError, StorageError
 from rorchat.jsonl import append_json_line
-from rorchat.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS
+from rorchat.model import WEIGHTS
 from rorchat.training.callbacks.divergence import DIVERGED_ROWS
 from rorchat.training.callbacks.signals import SignalCallback
 from rorchat.training.checkpointing.checkpoint import KEPT, MANIFEST, STAGING, Checkpoint, Checkpoints

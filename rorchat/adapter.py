@@ -1,0 +1,174 @@
+"""MODEL: LoRA adapters in a folder: read, compare with their base model, load and merge.
+
+A folder has PEFT's files, `adapter_config.json` and `adapter_model.safetensors`, and our `base.json`, which records the
+base model's sha256 and whether it was held in 4 bits. Without `base.json` the adapter is plain PEFT's.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rorchat.errors import DataError, MismatchError
+from rorchat.files import file_sha256
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from torch import Tensor, nn
+    from transformers import GPT2LMHeadModel
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter on disk whose base model has been compared with the one it was trained with."""
+
+    folder: Path
+    config: "LoraConfig"
+    load_in_4bit: bool  # the adapter was trained with the base in 4 bits
+
+    @property
+    def base(self) -> str:
+        """Folder or Hub id of the base model."""
+        return self.config.base_model_name_or_path
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder contains an adapter instead of a whole model."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def read_adapter(folder: Path) -> AdapterFolder:
+    """Read an adapter's configuration and compare its base with the one that it was trained with.
+
+    Raises:
+        DataError: It is not a LoRA adapter, does not name a base, or its base does not exist.
+        MismatchError: The base has other weights than in training.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    record_file = folder / ADAPTER_BASE
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        record = {**json.loads(record_file.read_text(encoding="utf-8"))} if record_file.is_file() else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"The adapter {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(config, LoraConfig):
+        raise DataError(f"{folder} is an adapter of type {config.peft_type.value}: only LORA can be merged.")
+    base = config.base_model_name_or_path
+    correction = f"correct base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+    if not base:
+        raise DataError(f"The adapter {folder} does not name its base model: {correction}.")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise DataError(f"The base model of the adapter {folder}, {base}, does not exist: restore it, or {correction}.")
+    if is_adapter(base):
+        raise DataError(f"The base model of the adapter {folder}, {base}, is an adapter itself: merge that one first.")
+    if record.get("sha256") and weights_sha256(base) not in (record["sha256"], None):
+        raise MismatchError(
+            f"The adapter {folder} was trained with another model than {base}: the sha256 differs. Restore that "
+            f"model, or {correction}."
+        )
+    return AdapterFolder(folder, config, bool(record.get("load_in_4bit")))
+
+
+def merge_adapter(model: "GPT2LMHeadModel", adapter: AdapterFolder) -> "GPT2LMHeadModel":
+    """Merge an adapter into its base model.
+
+    Raises:
+        DataError: The adapter's weights cannot be read.
+        MismatchError: The adapter does not fit the model.
+    """
+    from peft import get_peft_model
+
+    rows, largest = model.get_input_embeddings().num_embeddings, max(_trained_rows(adapter.config), default=0)
+    if largest >= rows:
+        raise MismatchError(
+            f"The adapter {adapter.folder} has a row for token {largest:,} but {adapter.base!r} only {rows:,} rows: it "
+            "belongs to another base model."
+        )
+    if adapter.load_in_4bit:
+        for _, _, matrix in block_matrices(model):
+            matrix.weight.data = round_to_4_bits(matrix.weight.data).contiguous()
+    adapter.config.fan_in_fan_out = True  # stock matrices are (in, out), the 4-bit ones of training (out, in)
+    adapted = get_peft_model(model, adapter.config)
+    load_adapter(adapted, adapter.folder)
+    return adapted.merge_and_unload().requires_grad_(True)  # PEFT froze it
+
+
+def load_adapter(adapted: "PeftModel", folder: Path) -> None:
+    """Load an adapter's weights into a model that has its layers; PEFT alone would ignore weights that do not fit.
+
+    If the model trains fewer rows of the embedding than the folder has, the others are left out.
+
+    Raises:
+        DataError: The weights are missing or cannot be read.
+        MismatchError: The weights belong to another adapter.
+    """
+    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"Cannot load the adapter in {folder}: {' '.join(str(error).split())[:200]}") from None
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    config = adapted.peft_config["default"]
+    rows, saved_rows = _trained_rows(config), _trained_rows(PeftConfig.from_pretrained(folder))
+    if rows != saved_rows and set(rows) <= set(saved_rows):
+        for name in [name for name in weights if name.endswith("trainable_tokens_delta")]:
+            weights[name] = weights[name][[saved_rows.index(row) for row in rows]]
+    different = sorted(
+        name
+        for name in weights.keys() | expected.keys()
+        if name not in weights or name not in expected or weights[name].shape != expected[name].shape
+    )
+    if different:
+        raise MismatchError(
+            f"The adapter {folder} does not fit {config.base_model_name_or_path!r}: {', '.join(different[:2])} is "
+            "missing in one of them or has another shape. It belongs to another base model."
+        )
+    set_peft_model_state_dict(adapted, weights)
+
+
+def _trained_rows(config: "LoraConfig") -> list[int]:
+    """The embedding rows of an adapter; PEFT accepts a list, or a dictionary of lists by module name."""
+    rows = config.trainable_token_indices or []
+    return [row for part in rows.values() for row in part] if isinstance(rows, dict) else list(rows)
+
+
+def weights_sha256(name_or_path: str) -> str | None:
+    """The sha256 of a model's weights in a folder or on the Hub; for shards, the sha256 of their hashes.
+
+    None if there are no weights, which is an error when they are loaded.
+    """
+    from transformers import utils
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    indices = (utils.SAFE_WEIGHTS_INDEX_NAME, utils.WEIGHTS_INDEX_NAME)
+    for name in (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME, utils.WEIGHTS_NAME, utils.WEIGHTS_INDEX_NAME):
+        try:
+            file = utils.cached_file(name_or_path, name)
+            files = get_checkpoint_shard_files(name_or_path, file)[0] if name in indices else [file]
+        except (OSError, ValueError):
+            continue
+        digests = [file_sha256(Path(path)) for path in files]
+        return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    return None
+
+
+def block_matrices(model: "GPT2LMHeadModel") -> "Iterator[tuple[nn.Module, str, nn.Module]]":
+    """(parent module, attribute name, module) of the four matrices of every block, whose weights are (in, out)."""
+    for block in model.transformer.h:
+        for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"), (block.mlp, "c_proj")):
+            yield part, name, getattr(part, name)
+
+
+def round_to_4_bits(weight: "Tensor") -> "Tensor":
+    """A matrix (in, out) rounded as in QLoRA: NF4 with quantized scales (Dettmers et al. 2023, arXiv:2305.14314)."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    return dequantize_4bit(*quantize_4bit(weight.T.contiguous(), quant_type="nf4", compress_statistics=True)).T
