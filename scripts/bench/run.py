@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from table import SPEED, find_peaks, format_calibration, markdown, moves, replace_section, summarize
+from table import SPEED, find_changes, find_peaks, format_calibration, markdown, replace_section, summarize
 from works import HOW_TO_GET, KEEPS_MEMORY, LARGE_PAGES, LEVERS, NEEDS, SIDES, WORKS, Work, quick
 
 from rorchat.errors import UsageError, did_you_mean, exits_with_one_line
@@ -156,7 +156,7 @@ def format_record(side: Side, record: dict, work: Work) -> str:
         return f"{side.title:24} {record['status']}: {record['why']}"
     seconds = median(record["step_seconds"])
     return (
-        f"{side.title:24} {work.units_a_step / seconds:10{SPEED[work.unit]}} {work.unit}/s  {seconds:.4g} s a step  "
+        f"{side.title:24} {work.units_per_step / seconds:10{SPEED[work.unit]}} {work.unit}/s  {seconds:.4g} s a step  "
         f"{record['peak_memory_bytes'] / 1e9:.2f} GB  first loss {record['first_loss']:.5f}"
     )
 
@@ -180,7 +180,7 @@ def compare(name: str, work: Work, sides: list[Side], repeats: int, is_quick: bo
     calibration = {
         "before": before["calibration"],
         "after": after["calibration"],
-        "moved": moves(before["calibration"], after["calibration"]),
+        "moved": find_changes(before["calibration"], after["calibration"]),
     }
     result = {
         "work": asdict(work),

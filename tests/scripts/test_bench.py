@@ -120,6 +120,7 @@ def test_differences_of_a_side_are_named(change, message):
     assert message in line
 
 
+@pytest.mark.slow
 def test_a_failed_side_shows_its_error_and_one_without_code_is_skipped(material_folder, tmp_path, monkeypatch):
     monkeypatch.delenv(works.NANOGPT, raising=False)
     skipped = run.run_side(WORK, run.Side("nanogpt"), material_folder)
@@ -132,6 +133,7 @@ def test_a_failed_side_shows_its_error_and_one_without_code_is_skipped(material_
     assert len(broken["why"].splitlines()) <= run.STDERR_LINES + 1
 
 
+@pytest.mark.slow
 def test_a_run_alternates_the_order_of_sides_and_writes_results(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(works.NANOGPT, raising=False)
     out = tmp_path / "results" / "run.json"

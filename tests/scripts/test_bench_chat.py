@@ -162,6 +162,7 @@ def test_rorchat_without_a_lever_does_the_same_work(folders, data, name, monkeyp
     assert find_mismatches(record, folders[data]) == []
 
 
+@pytest.mark.slow
 def test_a_run_starts_a_process_for_each_side(tmp_path, capsys):
     command = ["--quick", "--work", "dpo", "--sides", "trl-dpo-fp32,rorchat-dpo", "--repeats", "1"]
     assert run.main([*command, "--out", str(tmp_path / "run.json")]) == 0
