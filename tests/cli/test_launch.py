@@ -1,0 +1,122 @@
+"""`rorchat pretrain | sft | ...`: which flags go where, one process or several, exit codes and signals."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from recipe_commands import ENVIRONMENT, command, inside, metrics_of, refused, succeeded
+from support import RORCHAT
+
+from rorchat.cli.launch import RECIPE_FLAGS, split_flags
+from rorchat.errors import UsageError
+from rorchat.stories import ACCELERATE_FOLDER
+from rorchat.training.arguments import make_parser
+from rorchat.training.dpo import DPOArguments
+from rorchat.training.grpo import GRPOArguments
+from rorchat.training.pretrain import PretrainArguments
+from rorchat.training.sft import SFTArguments
+
+TINY = [
+    "--sources", "tinytown=200", "--size", "2x2x32", "--block_size", 64, "--per_device_train_batch_size", 2,
+    "--global_batch_tokens", 512, "--logging_steps", 1, "--validation_share", 0.05, "--bf16", "false",
+    "--eval_strategy", "no", "--lr_scheduler_type", "constant",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [PretrainArguments, SFTArguments, DPOArguments, GRPOArguments])
+def test_flags_that_launcher_and_recipe_share_belong_to_the_recipe(arguments):
+    launcher = {action.dest for action in launch_command_parser()._actions}
+    recipe = {action.dest for action in make_parser(arguments)._actions}
+    assert launcher & recipe <= RECIPE_FLAGS
+
+
+def test_launcher_flags_are_taken_out_with_their_values():
+    words = ["--num_processes", "2", "--config", "my.yaml", "--mixed-precision=no", "--learning_rate", "1e-3", "--cpu"]
+    launcher, recipe = split_flags(words)
+    assert launcher == ["--num_processes=2", "--mixed_precision=no", "--cpu"]
+    assert recipe == ["--config", "my.yaml", "--learning_rate", "1e-3"]
+
+
+@pytest.mark.parametrize("flag", ["--accelerate_config", "--config_file"])
+def test_launcher_configurations_have_names(flag, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert split_flags([flag, "ddp"])[0] == [f"--config_file={ACCELERATE_FOLDER / 'ddp.yaml'}"]
+    (tmp_path / "ddp").touch()
+    assert split_flags([flag, "ddp"])[0] == ["--config_file=ddp"]
+    with pytest.raises(UsageError, match="No launcher configuration 'dpp'. Did you mean 'ddp'.* fsdp"):
+        split_flags([flag, "dpp"])
+    with pytest.raises(UsageError, match="needs a value"):
+        split_flags([flag])
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["sft", "--config", "demo/sftt.yaml"], 2, "Did you mean 'demo/sft.yaml'"),
+        (["sft", "--config", "dem/sft.yaml"], 2, "Did you mean 'demo'"),
+        (["dpo", "--modl", "x"], 2, "Unknown option --modl. Did you mean 'model'"),
+        (["sft", "--model", "none", "--sources", "tinytown=10", "--output_dir", "x"], 65, "No model folder none"),
+        (["sft", "--num_processes"], 2, "--num_processes needs a value"),
+    ],
+)
+def test_a_failure_is_one_line_with_the_exit_code_of_the_recipe(words, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(inside("rorchat", *words), code, message)
+
+
+def test_help_shows_own_settings_first_and_help_all_every_one():
+    shown = succeeded(command("rorchat", "sft", "--help")).stdout
+    assert shown.startswith("usage: rorchat sft ") and shown.index("--replay") < shown.index("--max_steps")
+    assert "--adafactor" not in shown and "--torch_compile" not in shown
+    every = succeeded(command("rorchat", "sft", "--help_all")).stdout
+    assert "--torch_compile" in every and "--replay" in every
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("launcher", [["--cpu"], ["--num_processes", 2]], ids=["one", "two"])
+def test_processes_of_the_launcher_train_and_keep_the_exit_code(launcher, tokenizer_folder, tmp_path):
+    flags = [*launcher, *TINY, "--tokenizer", tokenizer_folder, "--output_dir", tmp_path / "run"]
+    done = succeeded(command("rorchat", "pretrain", *flags, "--max_steps", 2))
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == (2 if len(launcher) == 2 else 1)
+    assert len([record for record in metrics_of(tmp_path / "run") if "loss" in record]) == 2
+    refused(command("rorchat", "pretrain", *flags, "--max_steps", 3), 78, "max_steps 2, now 3")
+
+
+@pytest.mark.parametrize("launcher", [[], ["--num_processes", 2]], ids=["here", "two"])
+def test_a_signal_saves_once_and_exits_with_75(launcher, tokenizer_folder, tmp_path):
+    flags = [*launcher, *TINY, "--tokenizer", tokenizer_folder, "--output_dir", tmp_path / "run"]
+    words = [RORCHAT, "pretrain", *flags, "--max_steps", 100_000]
+    process = subprocess.Popen(
+        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    deadline = time.monotonic() + 120
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.is_file() and '"step": 2' in log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert errors.count("SIGTERM: ") == (2 if launcher else 1) and "Traceback" not in errors
+    assert [line for line in errors.splitlines() if line.startswith("error:")][0].startswith("error: Stopped at step")
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+
+
+def test_accelerate_launches_a_recipe_as_a_module(tokenizer_folder, tmp_path):
+    flags = [*TINY, "--tokenizer", tokenizer_folder, "--output_dir", tmp_path / "run", "--max_steps", 1]
+    launcher = ["--quiet", "--cpu", "--num_processes", 1, "--mixed_precision", "no"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "rorchat.recipes.pretrain"]
+    succeeded(command(*launch, *flags))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
