@@ -47,8 +47,8 @@ class DataArguments:
             raise UsageError(f"validation_share is {self.validation_share}: it must lie between 0 and 1.")
 
 
-class _Parser(TrlParser):
-    """TrlParser whose complaints are one line. Long options must be spelled out: a guess would hide a typo."""
+class StageParser(TrlParser):
+    """TrlParser with errors of one line. Abbreviated options are refused: a guess would hide a typo."""
 
     def __init__(self, dataclass_type: type):
         super().__init__(dataclass_type, allow_abbrev=False)
@@ -68,7 +68,7 @@ def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) ->
             variable that is not set.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(dataclass_type)
+    parser = StageParser(dataclass_type)
     _show_help(dataclass_type, parser, argv)
     options = {action.dest: action for action in parser._actions}
     argv, config, path = _without_config(argv)
@@ -97,7 +97,7 @@ def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) ->
     return arguments
 
 
-def _show_help(dataclass_type: type, parser: _Parser, argv: list[str]) -> None:
+def _show_help(dataclass_type: type, parser: StageParser, argv: list[str]) -> None:
     """Prints the help that was asked for, if any, and exits."""
     if {"--help_all", "--help-all"} & set(argv):
         parser.print_help()

@@ -56,5 +56,5 @@ def test_flags_are_written_with_underscores():
 
 
 def test_hyphens_in_flags_are_accepted():
-    done = command("tokenizer", "compare", "nowhere", "--max-characters", "5")
+    done = command("tokenizer", "compare", "nowhere/", "--max-characters", "5")
     assert done.returncode == 65 and "No tokenizer" in done.stderr

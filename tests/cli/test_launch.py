@@ -15,7 +15,7 @@ from support import RORCHAT
 from rorchat.cli.launch import RECIPE_FLAGS, split_flags
 from rorchat.errors import UsageError
 from rorchat.stories import ACCELERATE_FOLDER
-from rorchat.training.arguments import make_parser
+from rorchat.training.arguments import StageParser
 from rorchat.training.dpo import DPOArguments
 from rorchat.training.grpo import GRPOArguments
 from rorchat.training.pretrain import PretrainArguments
@@ -31,7 +31,7 @@ TINY = [
 @pytest.mark.parametrize("arguments", [PretrainArguments, SFTArguments, DPOArguments, GRPOArguments])
 def test_flags_that_launcher_and_recipe_share_belong_to_the_recipe(arguments):
     launcher = {action.dest for action in launch_command_parser()._actions}
-    recipe = {action.dest for action in make_parser(arguments)._actions}
+    recipe = {action.dest for action in StageParser(arguments)._actions}
     assert launcher & recipe <= RECIPE_FLAGS
 
 
