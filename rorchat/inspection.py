@@ -15,9 +15,9 @@ from rorchat.chatml import END_OF_TEXT, IGNORE_INDEX, encode_conversations, enco
 from rorchat.errors import DataError, RorchatError, UsageError
 from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
-from rorchat.rows import CHECKS, RejectedRow, row_text
-from rorchat.sources.base import exact_digest, text_digest
-from rorchat.sources.registry import RowStats, SourceRows, find_source, list_sources, load_rows, source_kinds
+from rorchat.rows import RejectedRow, row_text
+from rorchat.sources.base import RowStats, exact_digest, text_digest
+from rorchat.sources.registry import SourceRows, find_source, list_sources, load_rows
 from rorchat.tokenizer import byte_characters
 from rorchat.tokens.decontamination import EvaluationText
 
@@ -69,7 +69,7 @@ def guess_row_format(path: Path) -> str:
     Raises:
         DataError: none can read any row; says what the likeliest one stumbled over.
     """
-    tried = {name: _try(name, path) for name in list_sources() if not hasattr(find_source(name), "generate")}
+    tried = {name: _try(name, path) for name in list_sources() if not find_source(name).is_generated}
     best = max(kept for kept, _ in tried.values())
     if not best:
         kept, said = max(tried.values(), key=lambda result: bool(result[1]))
@@ -91,7 +91,7 @@ def _names(path: Path, name: str) -> bool:
 
 def _try(name: str, path: Path) -> tuple[float, str]:
     """(share of the first rows that a source can read, what is wrong with the first of the others)."""
-    kinds = source_kinds(name)
+    kinds = find_source(name).kinds
     said = ""
     kept, seen = 0.0, 0
     try:
@@ -99,10 +99,7 @@ def _try(name: str, path: Path) -> tuple[float, str]:
         for _, raw in islice(rows.raw, ROWS_TRIED):
             seen += 1
             try:
-                if isinstance(raw, RejectedRow):
-                    raise raw
-                row = rows.module.convert(raw)
-                CHECKS[kinds[0]](getattr(row, "row", row))
+                rows.convert(raw)
                 kept += 1
             except RejectedRow as reject:
                 # A row of the right shape with a fault tells of its shape too, if less than a good one
@@ -139,11 +136,9 @@ def check(
         UsageError, DataError: nothing can be read at all; what is wrong with a row is counted.
     """
     spec, guessed = resolve_spec(given, shape)
-    kind = source_kinds(spec.partition("=")[0])[0]
-    rows = load_rows(spec, kind, seed=seed, persona=persona)
-    rows.whole = False  # that nothing can be used is a finding, not a failure
-    reports = _Rejects(rows.stats, rejects)
-    rows.on_reject = reports.write
+    kind = find_source(spec.partition("=")[0]).kinds[0]
+    on_reject = _RejectWriter(rejects) if rejects else None
+    rows = load_rows(spec, kind, seed=seed, persona=persona, allow_empty=True, on_reject=on_reject)
     overlap = EvaluationText.read(evaluation) if evaluation else None
     seen: set[bytes] = set()
     fitting: list[tuple[str, dict]] = []
@@ -157,39 +152,35 @@ def check(
             if mark in seen:
                 raise RejectedRow("duplicate")
         except RejectedRow as reject:
-            reports.withdraw(rows.place, reject, row)
+            rows.withdraw(rows.place, reject, row)
             continue
         seen.add(mark)
         if tokenizer is not None and max_length and kind != "document":
             fitting.append((rows.place, row))
             if len(fitting) == ROWS_AT_ONCE:
-                _check_lengths(fitting, tokenizer, max_length, reports)
+                _check_lengths(fitting, tokenizer, max_length, rows)
                 fitting = []
-    _check_lengths(fitting, tokenizer, max_length, reports)
+    _check_lengths(fitting, tokenizer, max_length, rows)
     return CheckResult(spec, guessed, rows.stats, overlap)
 
 
 @dataclass
-class _Rejects:
-    stats: RowStats
-    file: TextIO | None
+class _RejectWriter:
+    """Writes rejected rows as JSON lines."""
 
-    def write(self, place: str, reject: RejectedRow, row: object) -> None:
-        if self.file:
-            row = None if isinstance(row, RejectedRow) else row
-            record = {"place": place, "reason": reject.reason, "detail": reject.detail, "row": row}
-            try:
-                line = json.dumps(record, default=str)  # ASCII: a row may hold half a surrogate pair
-            except RecursionError:  # brackets may be just too deep to be written that could just be read
-                line = json.dumps({**record, "row": None})
-            self.file.write(line + "\n")
+    file: TextIO
 
-    def withdraw(self, place: str, reject: RejectedRow, row: object) -> None:
-        self.stats.withdraw(place, reject)
-        self.write(place, reject, row)
+    def __call__(self, place: str, rejected_row: RejectedRow, row: object) -> None:
+        row = None if isinstance(row, RejectedRow) else row
+        record = {"place": place, "reason": rejected_row.reason, "detail": rejected_row.detail, "row": row}
+        try:
+            line = json.dumps(record, default=str)  # ASCII, because a row may contain half a surrogate pair
+        except RecursionError:  # nested just too deeply to be written
+            line = json.dumps({**record, "row": None})
+        self.file.write(line + "\n")
 
 
-def _check_lengths(rows: list[tuple[str, dict]], tokenizer, max_length: int | None, reports: _Rejects) -> None:
+def _check_lengths(rows: list[tuple[str, dict]], tokenizer, max_length: int | None, checked: SourceRows) -> None:
     if not rows:
         return
     conversations = [messages for _, row in rows for messages in _conversations(row)]
@@ -197,9 +188,9 @@ def _check_lengths(rows: list[tuple[str, dict]], tokenizer, max_length: int | No
     for place, row in rows:
         sides = [next(encoded) for _ in _conversations(row)]
         if None in sides or ("chosen" in row and any(side.dropped_turns for side in sides)):
-            reports.withdraw(place, RejectedRow("over-long", f"no exchange fits into {max_length} tokens"), row)
+            checked.withdraw(place, RejectedRow("over-long", f"no exchange fits into {max_length} tokens"), row)
         elif any(side.dropped_turns for side in sides):
-            reports.stats.cut += 1
+            checked.stats.cut += 1
 
 
 def _conversations(row: dict) -> list[list[dict]]:
@@ -226,17 +217,16 @@ def show(spec: str, number: int, tokenizer, *, seed: int = 0, persona: Persona |
     Raises:
         DataError: there is no such row, or it cannot be used; says why.
     """
-    kind = source_kinds(spec.partition("=")[0])[0]
+    kind = find_source(spec.partition("=")[0]).kinds[0]
     rows = load_rows(spec, kind, seed=seed, persona=persona)
     raw = next(islice(rows.raw, number, None), None)
     if raw is None:
         raise DataError(f"{spec} has no row {number}: rows are counted from 0, and it has fewer.")
     place = raw[0]
-    single = SourceRows(spec, kind, rows.module, iter([raw]), RowStats(spec), whole=False)
-    row = next(iter(single), None)
-    if row is None:
-        ((reason, places),) = single.stats.places.items()
-        raise DataError(f"{reason}: {places[0]}.")
+    try:
+        row = rows.convert(raw[1])
+    except RejectedRow as rejected_row:
+        raise DataError(f"{rejected_row.reason}: {rejected_row.describe_place(place)}.") from None
     if kind == "document":
         (ids,) = encode_text(tokenizer, [row["text"]])
         end_of_text = tokenizer.convert_tokens_to_ids(END_OF_TEXT)

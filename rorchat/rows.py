@@ -1,52 +1,55 @@
-"""The four rows that pass from here to every later stage, and what makes a row unusable.
+"""The kinds of rows that later stages use, and the checks that every row must pass.
 
 document      {"text": str}
 conversation  {"messages": [{"role": "system"|"user"|"assistant", "content": str}, ...]}
 preference    {"prompt": [messages], "chosen": [message], "rejected": [message]}
-question      {"messages": [messages], "answer": str, "alternatives": [str], "topic": str}: a reply that says one of the
-              alternatives to the answer is wrong; the topic says how replies are judged (rorchat/training/rewards.py)
+question      {"messages": [messages], "answer": str, "alternatives": [str], "topic": str}. A reply that contains one of
+              the alternatives is wrong. The topic decides how replies are scored (rorchat/training/rewards.py).
 """
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 ROLES = ("system", "user", "assistant")
-KINDS = ("document", "conversation", "preference", "question")
-DETAIL = 300  # characters of a reject's detail: a key may be as long as a file
-# What datasets call the three roles; ShareGPT's files alone use most of these.
+# Names of the roles in published datasets, most of them in ShareGPT's
 ROLE_NAMES = {
     "system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
     "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "bot": "assistant",
     "model": "assistant",
 }  # fmt: skip
+MAX_DETAIL_CHARACTERS = 300  # a detail may quote a key of any length
 
 _BYTE_LITERAL = re.compile(r"""\s*b(['"])(?:[^\\]|\\.)*?\1\s*""", re.DOTALL)
-# C0 but for tab, line feed, vertical tab, form feed and carriage return, which are white space; and DEL
+# C0 without the white space (tab, line feed, vertical tab, form feed, carriage return), and DEL
 _CONTROL_BYTES = bytes(set(range(32)) - {9, 10, 11, 12, 13} | {127})
-_PIECE = 2**20  # characters
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # the same and C1, without U+0085, a line end
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # the same and C1 without U+0085, a line end
+_PIECE = 2**20  # characters checked at a time, so that a text of 100 MB is not copied as a whole
 
 
 class RejectedRow(ValueError):
-    """A row that cannot be used. `reason` is counted, `detail` says which part of the row it is about."""
+    """A row that cannot be used. Rows are counted by `reason`; `detail` names the part of the row."""
 
     def __init__(self, reason: str, detail: str = ""):
-        detail = _one_line(detail)
+        detail = _to_one_line(detail)
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
 
+    def describe_place(self, place: str) -> str:
+        """The place of the row with the detail in parentheses."""
+        return f"{place} ({self.detail})" if self.detail else place
 
-def _one_line(text: str) -> str:
-    """A text that may hold anything as one line of at most DETAIL characters that a terminal can take."""
-    cut = text if len(text) <= DETAIL else text[:DETAIL] + "..."
+
+def _to_one_line(text: str) -> str:
+    """A shortened text without line ends and other unprintable characters."""
+    cut = text if len(text) <= MAX_DETAIL_CHARACTERS else text[:MAX_DETAIL_CHARACTERS] + "..."
     return cut if cut.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
 @dataclass
 class RepairedRow:
-    """What a source's `convert` returns for a row that it had to mend: the row, and what was done, which is counted."""
+    """A usable row whose source had to correct an error. Rows are counted by `repair`."""
 
     row: dict
     repair: str
@@ -56,7 +59,7 @@ def get_text(row: object, key: str) -> str:
     """`row[key]`, which must be a string.
 
     Raises:
-        Reject: the row is no object, has no such key, or holds something else there.
+        RejectedRow: the row is not an object, does not have the key, or its value is not a string.
     """
     if not isinstance(row, dict):
         raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected an object with {key!r}")
@@ -78,27 +81,32 @@ def exchange(question: str, answer: str) -> dict:
     return {"messages": [message("user", question), message("assistant", answer)]}
 
 
+def alternate_turns(contents: Sequence[str]) -> list[dict[str, str]]:
+    """Messages of user and assistant in turn."""
+    return [message(("user", "assistant")[number % 2], content) for number, content in enumerate(contents)]
+
+
 def get_instruction(row: dict) -> str:
     """The question of an Alpaca row: its instruction and, after an empty line, its input.
 
     Raises:
-        Reject: there is no instruction.
+        RejectedRow: the instruction is missing or empty.
     """
     instruction = get_text(row, "instruction").strip()
-    # 59 of 5,000 Alpaca rows say so where others leave it empty: "<noinput>", "No input.", "[noinput]", ...
-    given = get_text(row, "input").strip() if row.get("input") is not None else ""
-    if "".join(filter(str.isalpha, given)).lower() in ("noinput", "noinputneeded", "noinputrequired"):
-        given = ""
+    context = get_text(row, "input").strip() if row.get("input") is not None else ""
+    # Instead of an empty input, 59 of 5,000 Alpaca rows have "<noinput>", "No input.", "[noinput]", ...
+    if "".join(filter(str.isalpha, context)).lower() in ("noinput", "noinputneeded", "noinputrequired"):
+        context = ""
     if not instruction:
         raise RejectedRow("empty question", "instruction")
-    return f"{instruction}\n\n{given}" if given else instruction
+    return f"{instruction}\n\n{context}" if context else instruction
 
 
 def normalize_messages(turns: object) -> list[dict[str, str]]:
     """Messages from `[{"role", "content"}]` or ShareGPT's `[{"from", "value"}]`.
 
     Raises:
-        Reject: a turn has neither form or a role of no known name.
+        RejectedRow: a turn has neither form or an unknown role.
     """
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise RejectedRow("wrong type", f"messages are of type {type(turns).__name__}, expected a list")
@@ -107,20 +115,22 @@ def normalize_messages(turns: object) -> list[dict[str, str]]:
         try:
             role = get_text(turn, "role" if isinstance(turn, dict) and "role" in turn else "from")
             content = get_text(turn, "content" if "content" in turn else "value")
-        except RejectedRow as reject:
-            raise RejectedRow(reject.reason, f"message {number}: {reject.detail}") from None
+        except RejectedRow as rejected_row:
+            raise RejectedRow(rejected_row.reason, f"message {number}: {rejected_row.detail}") from None
         if role.lower() not in ROLE_NAMES:
-            raise RejectedRow(
-                "unknown role", f"message {number} has the role {role!r}; known are {', '.join(ROLE_NAMES)}"
-            )
+            raise _unknown_role(number, role, ROLE_NAMES)
         messages.append(message(ROLE_NAMES[role.lower()], content))
     return messages
 
 
-def decode_byte_literal(text: str) -> str | None:
-    """What a Python byte literal such as `b'Solve 2*x = 4.\\n'` spells, decoded as UTF-8; None if `text` is none.
+def _unknown_role(number: int, role: object, known: Sequence[str] | dict[str, str]) -> RejectedRow:
+    return RejectedRow("unknown role", f"message {number} has the role {role!r}; allowed are {', '.join(known)}")
 
-    Only a text that is one literal from end to end counts: `b'a' + b'b'` is an expression, and stays as it is.
+
+def decode_byte_literal(text: str) -> str | None:
+    """The UTF-8 text of a Python byte literal such as `b'Solve 2*x = 4.\\n'`; None if `text` is not one.
+
+    The whole text must be one literal: `b'a' + b'b'` is an expression.
     """
     if not text.lstrip().startswith(("b'", 'b"')) or not _BYTE_LITERAL.fullmatch(text):
         return None
@@ -131,64 +141,59 @@ def decode_byte_literal(text: str) -> str | None:
         return None
 
 
-def check_text(text: str, where: str) -> None:
-    """Raises Reject for what no tokenizer takes or no reader wants: half characters, control characters, byte literals.
+def check_text(text: str, part: str) -> None:
+    """Raises RejectedRow for surrogates, control characters and byte literals.
 
     Args:
-        where: the part of the row that it is, for the reject's detail.
+        part: the part of the row to which the text belongs, for the detail.
     """
-    for start in range(0, len(text), _PIECE):  # so that a text of 100 MB is not copied whole
-        _check_characters(text[start : start + _PIECE] if len(text) > _PIECE else text, where, start)
+    for start in range(0, len(text), _PIECE):
+        _check_characters(text[start : start + _PIECE] if len(text) > _PIECE else text, part, start)
     if text[:200].lstrip()[:2] in ("b'", 'b"') and decode_byte_literal(text) is not None:
-        raise RejectedRow("byte literal", f"{where} is {text.strip()[:40]!r}")
+        raise RejectedRow("byte literal", f"{part} is {text.strip()[:40]!r}")
 
 
-def _check_characters(text: str, where: str, first: int) -> None:
-    """Raises Reject for what no text should have, in a piece of one that begins at character `first`."""
-    try:
-        encoded = text.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
-        raise RejectedRow("invalid Unicode", f"{where} has half of a surrogate pair") from None
-    # Deleting bytes and looking at the length is thirty times faster than a search by a regular expression
+def _check_characters(text: str, part: str, start: int) -> None:
+    encoded = _encode(text, part)
+    # Deleting bytes and comparing lengths is thirty times faster than searching with a regular expression
     if len(encoded.translate(None, _CONTROL_BYTES)) != len(encoded) or (not text.isascii() and b"\xc2" in encoded):
-        found = _CONTROL.search(text)
-        if found:
-            raise RejectedRow(
-                "control character", f"{where} has U+{ord(found[0]):04X} at character {first + found.start()}"
-            )
+        control = _CONTROL.search(text)
+        if control:
+            place = f"U+{ord(control[0]):04X} at character {start + control.start()}"
+            raise RejectedRow("control character", f"{part} has {place}")
+
+
+def _encode(text: str, part: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # JSON can contain half of a surrogate pair
+        raise RejectedRow("invalid Unicode", f"{part} has half of a surrogate pair") from None
 
 
 def check_messages(messages: Sequence[dict]) -> None:
-    """Raises Reject unless `messages` is an optional system message and then user and assistant in turn."""
+    """Raises RejectedRow unless `messages` is an optional system message, then user and assistant in turn."""
     if not messages:
         raise RejectedRow("no messages")
     offset = 1 if messages[0].get("role") == "system" else 0
     for number, turn in enumerate(messages):
         role, content = turn.get("role"), turn.get("content")
         if role not in ROLES:
-            raise RejectedRow("unknown role", f"message {number} has the role {role!r}; allowed are {', '.join(ROLES)}")
+            raise _unknown_role(number, role, ROLES)
         if not isinstance(content, str):
             raise RejectedRow("wrong type", f"message {number} ({role}) has content of type {type(content).__name__}")
-        check_unicode(content, f"message {number}")
+        _encode(content, f"message {number}")
         expected = ("user", "assistant")[(number - offset) % 2]
         if number >= offset and role != expected:
             raise RejectedRow("wrong order", f"message {number} is from {role!r}, expected {expected!r}")
 
 
-def check_unicode(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RejectedRow("invalid Unicode", f"{where} has half of a surrogate pair") from None
-
-
-def check_document(row: dict) -> None:
+def _check_document(row: dict) -> None:
     if not row["text"] or row["text"].isspace():
         raise RejectedRow("empty text")
     check_text(row["text"], "the text")
 
 
-def check_conversation(row: dict) -> None:
+def _check_conversation(row: dict) -> None:
     messages = row["messages"]
     check_messages(messages)
     if not any(turn["role"] == "assistant" for turn in messages):
@@ -199,33 +204,35 @@ def check_conversation(row: dict) -> None:
         check_text(turn["content"], f"message {number} ({turn['role']})")
 
 
-def check_preference(row: dict) -> None:
+def _check_preference(row: dict) -> None:
     prompt = row["prompt"]
     for side in ("chosen", "rejected"):
         try:
-            check_conversation({"messages": [*prompt, *row[side]]})
-        except RejectedRow as reject:
-            raise RejectedRow(reject.reason, f"{side}: {reject.detail}" if reject.detail else side) from None
+            _check_conversation({"messages": [*prompt, *row[side]]})
+        except RejectedRow as rejected_row:
+            detail = f"{side}: {rejected_row.detail}" if rejected_row.detail else side
+            raise RejectedRow(rejected_row.reason, detail) from None
     if not prompt or prompt[-1]["role"] != "user" or len(row["chosen"]) != 1 or len(row["rejected"]) != 1:
         raise RejectedRow("wrong order", "a preference is a prompt that ends with the user and one reply on each side")
     if row["chosen"][0]["content"].strip() == row["rejected"][0]["content"].strip():
         raise RejectedRow("identical chosen and rejected")
 
 
-def check_question(row: dict) -> None:
-    check_conversation({"messages": [*row["messages"], message("assistant", row["answer"])]})
+def _check_question(row: dict) -> None:
+    _check_conversation({"messages": [*row["messages"], message("assistant", row["answer"])]})
 
 
-CHECKS = {
-    "document": check_document,
-    "conversation": check_conversation,
-    "preference": check_preference,
-    "question": check_question,
+#: By kind of row, a function that raises RejectedRow for a row that cannot be used.
+CHECKS: dict[str, Callable[[dict], None]] = {
+    "document": _check_document,
+    "conversation": _check_conversation,
+    "preference": _check_preference,
+    "question": _check_question,
 }
 
 
 def row_text(row: dict) -> str:
-    """All text of a row of any kind: what a hash of it is taken of, and what filters look at."""
+    """All text of a row of any kind, to be hashed and filtered."""
     if "text" in row:
         return row["text"]
     parts = [row["messages"]] if "messages" in row else row.values()

@@ -66,7 +66,7 @@ DOCUMENTS += COPIES
 KEPT = DOCUMENTS[: -len(COPIES)]
 
 #: Sources with a function that converts raw rows.
-CONVERTING = [name for name in list_sources() if hasattr(find_source(name), "convert")]
+CONVERTING = [name for name in list_sources() if find_source(name).convert]
 
 
 def exchange(question: object = "Hello", reply: object = "Hi!", *further: object, **more: object) -> dict:
@@ -94,7 +94,7 @@ def written(folder: Path, name: str, content: str | bytes | list) -> Path:
 
 def read(spec: str, kind: str = "") -> tuple[list[dict], SourceRows]:
     """All rows of a source, with a check that every raw row is counted as kept or rejected."""
-    rows = load_rows(spec, kind or find_source(spec.partition("=")[0]).KIND)
+    rows = load_rows(spec, kind or find_source(spec.partition("=")[0]).kinds[0])
     kept = list(rows)
     assert len(kept) == rows.stats.kept
     assert rows.stats.rows_in == rows.stats.kept + sum(rows.stats.rejects.values())

@@ -55,7 +55,7 @@ CONVERSATIONS = [
     (exchange("K", None), "empty text", "message 1: 'content' is null"),
     (exchange("L", " \n"), "empty reply", "message 1"),
     (exchange("", "M"), "empty question", "message 0"),
-    (turns(("robot", "N"), ("assistant", "a")), "unknown role", f"message 0 has the role 'robot'; known are {KNOWN}"),
+    (turns(("robot", "N"), ("assistant", "a")), "unknown role", f"message 0 has the role 'robot'; allowed are {KNOWN}"),
     (
         turns(("user", "O"), ("user", "O"), ("assistant", "a")),
         "wrong order",
@@ -109,7 +109,7 @@ def test_every_fault_of_a_conversation_is_counted_at_its_line_and_none_ends_the_
         if expected[reject["place"]][1] is not None:
             assert (reject["place"], reject["detail"]) == (reject["place"], expected[reject["place"]][1])
     assert (found.stats.rows_in, found.stats.kept) == (35, 5)
-    assert found.stats.places["unknown role"] == [f"{path}:15 (message 0 has the role 'robot'; known are {KNOWN})"]
+    assert found.stats.places["unknown role"] == [f"{path}:15 (message 0 has the role 'robot'; allowed are {KNOWN})"]
     (contaminated,) = [reject for reject in said if reject["reason"] == "contaminated"]
     assert (
         contaminated["detail"]

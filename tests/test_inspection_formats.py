@@ -44,14 +44,14 @@ SHAPED = {
     "stories.txt": ("text", "It was.\n<|endoftext|>\nIt was not.\n<|endoftext|>\n"),
     "TinyStories-train.txt": ("tinystories", "It was.\n<|endoftext|>\nIt was not.\n<|endoftext|>\n"),
     "tiny-stories/a.txt": ("tinystories", "It was.\n<|endoftext|>\nIt was not.\n<|endoftext|>\n"),
-    "FineWebEdu2/rows.jsonl": ("fineweb_edu", lines_of(find_source("fineweb_edu").RAW)),
+    "FineWebEdu2/rows.jsonl": ("fineweb_edu", lines_of(find_source("fineweb_edu").raw)),
     "compiled/rows.jsonl": ("text", lines_of([{"text": "It was."}])),  # "pile" stands in it, but begins no word
     "smol-smoltalk/rows.jsonl": ("smol_smoltalk", lines_of([exchange()])),
-    "trees.jsonl": ("oasst", lines_of(find_source("oasst").RAW[:1])),
-    "chats.jsonl": ("moss", lines_of(find_source("moss").RAW)),
-    "mbpp.jsonl": ("mbpp", lines_of(find_source("mbpp").RAW)),
-    "files.jsonl": ("the_stack", lines_of(find_source("the_stack").RAW)),
-    "dialogs.jsonl": ("dailydialog", lines_of(find_source("dailydialog").RAW[1:])),
+    "trees.jsonl": ("oasst", lines_of(find_source("oasst").raw[:1])),
+    "chats.jsonl": ("moss", lines_of(find_source("moss").raw)),
+    "mbpp.jsonl": ("mbpp", lines_of(find_source("mbpp").raw)),
+    "files.jsonl": ("the_stack", lines_of(find_source("the_stack").raw)),
+    "dialogs.jsonl": ("dailydialog", lines_of(find_source("dailydialog").raw[1:])),
     "half_bad.jsonl": ("messages", lines_of([exchange()] * 3 + [b"{", b"5", b"\xff", {"text": "a"}])),
     "all_faulty.jsonl": ("messages", lines_of([exchange("Hello", "")] * 3)),  # of the right shape, none can be used
 }
@@ -76,12 +76,12 @@ def test_the_shape_of_a_parquet_file_and_of_a_folder_is_told_too(tmp_path, monke
     assert guess_row_format(Path("folder")) == "preference"
 
 
-@pytest.mark.parametrize("name", [name for name in list_sources() if hasattr(find_source(name), "convert")])
+@pytest.mark.parametrize("name", [name for name in list_sources() if find_source(name).convert])
 def test_a_path_that_names_a_dataset_is_read_as_that_where_several_fit(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = [raw for raw in find_source(name).RAW if isinstance(raw, dict)][:1]
+    rows = [raw for raw in find_source(name).raw if isinstance(raw, dict)][:1]
     guessed = guess_row_format(written(Path(), f"{name}/rows.jsonl", rows * 3))
-    assert guessed == name or find_source(guessed).KIND == find_source(name).KIND
+    assert guessed == name or find_source(guessed).kinds[0] == find_source(name).kinds[0]
 
 
 REAL = {

@@ -45,18 +45,17 @@ def list_sources() -> None:
     """List the datasets by the names that recipes use: kind, licence, size, and which tokens the loss counts."""
     from rorchat.cli.tables import print_table
     from rorchat.sources.base import LOSS_BY_KIND, licence_restriction
-    from rorchat.sources.registry import find_source, list_sources, source_kinds
+    from rorchat.sources.registry import find_source, list_sources
 
     rows = []
     for name in list_sources():
-        module = find_source(name)
-        home = getattr(module, "HUB", None)
-        where = "generated" if hasattr(module, "generate") else home["path"] if home else "your files"
-        loss = "; ".join(LOSS_BY_KIND[kind] for kind in source_kinds(name))
-        title = (module.__doc__ or "").splitlines()[0].split(":")[0].rstrip(".")
-        rows.append([name, title, ", ".join(source_kinds(name)), where, module.SIZE, module.LICENCE, loss])
+        source = find_source(name)
+        where = "generated" if source.is_generated else source.hub["path"] if source.hub else "your files"
+        loss = "; ".join(LOSS_BY_KIND[kind] for kind in source.kinds)
+        title = source.title.split(":")[0].rstrip(".")
+        rows.append([name, title, ", ".join(source.kinds), where, source.size, source.licence, loss])
     print_table(["source", "what it is", "gives", "from", "size", "licence", "the loss counts"], rows)
-    restricted = [name for name in list_sources() if licence_restriction(find_source(name).LICENCE)]
+    restricted = [name for name in list_sources() if licence_restriction(find_source(name).licence)]
     print(f"\nNot for commercial use, or of unstated licence: {', '.join(restricted)}.")
 
 

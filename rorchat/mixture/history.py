@@ -27,7 +27,7 @@ def history_entry(identity: dict, until: int) -> dict[str, object]:
 def spec_without_path(spec: str) -> str:
     """A source's spec; of one that is read from files its kind alone, for they may lie elsewhere tomorrow."""
     kind, _, where = spec.partition("=")
-    is_local = bool(where) and (kind == "store" or not hasattr(find_source(kind), "generate"))
+    is_local = bool(where) and (kind == "store" or not find_source(kind).is_generated)
     return kind if is_local else spec
 
 

@@ -1,27 +1,28 @@
-"""The bytes of a file, unpacked, and the text in them."""
+"""Opens compressed files and decodes their text."""
 
 import gzip
 import io
 import re
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 from rorchat.rows import RejectedRow
 
-LONGEST_LINE = 2**27  # bytes; a longer line is a reject, so that no line can take more memory than a few times this
-DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error, OSError)  # pyarrow says OSError of a damaged zstd stream
-PACKED = {".gz": "gzip", ".zst": "zstd"}
-# What `errors="surrogateescape"` makes of a byte that is no UTF-8. UTF-8 itself can spell none of these
+LONGEST_LINE = 2**27  # bytes; a longer line is rejected, which bounds the memory that one line can take
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+DECOMPRESSION_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error, OSError)  # OSError: a damaged zstd stream in pyarrow
+# Characters that `errors="surrogateescape"` substitutes for invalid bytes. Valid UTF-8 never decodes to them.
 BAD_BYTE = re.compile("[\udc80-\udcff]")
 
 
 def content_suffix(path: Path) -> str:
-    """The suffix that says what is in a file, whatever packs it: ".json" of "a.json.gz"."""
-    return (Path(path.stem).suffix if path.suffix in PACKED else path.suffix).lower()
+    """The suffix without that of the compression, in lower case: ".json" for "a.json.gz"."""
+    return (Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix).lower()
 
 
-def open_bytes(path: Path):
-    """The bytes of a file, unpacked if its name ends in .gz or .zst."""
+def open_bytes(path: Path) -> BinaryIO:
+    """Opens a file for reading and decompresses it if its name ends in .gz or .zst."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
@@ -31,16 +32,26 @@ def open_bytes(path: Path):
     return path.open("rb")
 
 
-def damaged_archive(path: Path, error: Exception) -> RejectedRow:
-    """The reject that stands for what a damaged archive hides; any other failure of reading is raised again."""
-    if path.suffix not in PACKED:
-        raise error  # a disk that fails is not a bad row
-    return RejectedRow(f"damaged {PACKED[path.suffix]}", f"{error}; the rest of the file is lost")
+def reject_damaged_archive(path: Path, error: Exception) -> RejectedRow:
+    """The rejected row that stands for the unreadable rest of a compressed file.
+
+    Raises:
+        error: the file is not compressed, so the disk failed.
+    """
+    if path.suffix not in COMPRESSIONS:
+        raise error
+    return RejectedRow(f"damaged {COMPRESSIONS[path.suffix]}", f"{error}; the rest of the file is lost")
 
 
 def decode(
     raw: bytes | bytearray, encoding: str = "utf-8-sig", first_byte: int = 0, errors: str = "strict"
 ) -> str | RejectedRow:
+    """Decoded text, or a rejected row with the position of the first invalid byte.
+
+    Args:
+        first_byte: position of `raw` in its file.
+        errors: as for `bytes.decode`.
+    """
     try:
         return raw.decode(encoding, errors)
     except UnicodeDecodeError as error:
@@ -48,9 +59,9 @@ def decode(
 
 
 def read_text(path: Path, encoding: str = "utf-8-sig", errors: str = "strict") -> str | RejectedRow:
-    """All text of a file, or why there is none. `errors` as of `bytes.decode`."""
+    """The whole text of a file, or a rejected row if it cannot be decompressed or decoded."""
     try:
         with open_bytes(path) as file:
             return decode(file.read(), encoding, errors=errors)
-    except DAMAGED as error:
-        return damaged_archive(path, error)
+    except DECOMPRESSION_ERRORS as error:
+        return reject_damaged_archive(path, error)

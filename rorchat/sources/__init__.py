@@ -1,24 +1,21 @@
-"""RAW DATA: one file = one dataset; the file's name is the dataset's name in a recipe.
+"""Datasets: one file each, whose name is the name of the dataset in recipes and commands.
 
-A source module holds, as data and one pure function:
+A source module contains these constants and functions (`base.Source` collects them):
 
-    KIND      "document", "conversation" or "preference"
-    LICENCE   as its publisher states it, with "(not for commercial use)" or "unstated" where that is so
-    SIZE      how much there is of it, as published
+    KIND      "document", "conversation" or "preference", or a tuple of several
+    LICENCE   as its publisher states it; append "(not for commercial use)" or begin with "unstated" if that applies
+    SIZE      how many rows are published
     HUB       arguments of `datasets.load_dataset` (Parquet or plain files), or None
-    FILES     glob patterns of its files in a local folder, best first; compressed ones (.gz, .zst) are found as well
-    RAW       some raw rows: they document the format, and are its test
-    convert   raw row -> a row of its kind (`Repaired` where it had to be mended), or `Reject`
-    to_question  optional: raw row -> a question whose answer can be verified; the source then gives questions as well
-    read      optional: (place, raw row) of one of FILES, where the original files are of no common format
-    gather    optional: (place, raw row)s -> (place, raw row)s, where several rows make one raw row, from file to file
-    RESTARTS_PER_FILE  optional, with `gather`: True where it begins anew with every file, so that files may be read
-              apart, by several processes
-    BESIDE    optional, with `read`: glob patterns of files beside those of FILES from which `read` takes something
+    FILES     glob patterns of its files in a local folder, best first; compressed files (.gz, .zst) match as well
+    RAW       some raw rows, which document the format and serve as a test
+    convert   raw row -> row of its kind, or `RepairedRow`; raises `RejectedRow`
+    to_question  optional: raw row -> question with a verifiable answer; adds the kind "question"
+    read      optional: path -> (place, raw row)s, for files in no common format
+    gather    optional: (place, raw row)s -> (place, raw row)s, if several rows make one or one makes several
+    RESTARTS_PER_FILE  optional, with `gather`: True if no row continues in the next file, so files are read in parallel
+    BESIDE    optional, with `read`: glob patterns of further files that `read` opens
 
-Generated sources (tinytown, persona) have `generate(kind, amount, seed, persona)` instead; ABOUT_PERSONA where the
-persona has a say in what they give. To add a dataset, see
-docs/add_a_dataset.md.
-
-`chat:NAME` is a source's conversations where it has documents too, as in `chat:tinytown=5000`.
+Generated sources (tinytown, persona) have `generate(kind, amount, seed, persona)` instead of HUB, FILES, RAW and
+`convert`,
+and ABOUT_PERSONA = True if their rows depend on the persona. To add a dataset, see docs/add_a_dataset.md.
 """

@@ -1,6 +1,6 @@
 """Stanford Alpaca: 52k instructions with answers by text-davinci-003. Taori et al. 2023.
 
-The 175 seed tasks of Self-Instruct, from which it was grown, have the same shape one level deeper.
+Also reads the 175 seed tasks of Self-Instruct, from which it was generated. They have the same fields one level deeper.
 """
 
 from rorchat.rows import RejectedRow, exchange, get_instruction, get_text
@@ -19,9 +19,9 @@ RAW = [
 
 
 def convert(row: dict) -> dict:
-    """{"instruction", "input", "output"} -> one exchange; the input follows the instruction after an empty line.
+    """{"instruction", "input", "output"} -> one question and answer; the input follows the instruction.
 
-    Of a seed task's instances, {"instruction", "instances": [{"input", "output"}]}, the first is taken.
+    For a seed task, {"instruction", "instances": [{"input", "output"}]}, the first instance is used.
     """
     if isinstance(row, dict) and isinstance(row.get("instances"), list):
         if not row["instances"] or not isinstance(row["instances"][0], dict):

@@ -1,49 +1,149 @@
-"""Hashes of texts and the validation split, licences, and what the loss counts by kind of row."""
+"""What sources have in common: their description, row statistics, text digests and the validation split."""
 
 import hashlib
 import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
 
-# What the loss of training counts, by the kind of rows
+from rorchat.rows import RejectedRow, RepairedRow
+
+PLACES_KEPT = 3  # per reason of rejection
+# What training computes the loss on, by kind of row
 LOSS_BY_KIND = {
     "document": "every token",
     "conversation": "replies and their <|im_end|>",
     "preference": "chosen over rejected",
     "question": "sampled replies, by their rewards",
 }
+_WHITE_SPACE = b" \t\n\r\v\f"
+_PIECE = 2**20  # characters hashed at a time, so that a book of 100 MB is not copied as a whole
+
+PlacedRow = tuple[str, object]  # (place, raw row)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset: what it is, where it is and how its rows are read. See docs/add_a_dataset.md for the fields."""
+
+    name: str
+    title: str
+    kinds: tuple[str, ...]
+    licence: str
+    size: str
+    hub: dict[str, str] | None = None
+    files: tuple[str, ...] = ()
+    raw: tuple[object, ...] = ()
+    beside: tuple[str, ...] = ()
+    restarts_per_file: bool = False
+    about_persona: bool = False
+    convert: Callable[[object], dict | RepairedRow] | None = None
+    to_question: Callable[[object], dict] | None = None
+    read: Callable[..., Iterator[PlacedRow]] | None = None
+    gather: Callable[[Iterator[PlacedRow]], Iterator[PlacedRow]] | None = None
+    generate: Callable[..., Iterator[dict]] | None = None
+
+    @classmethod
+    def from_module(cls, name: str, module: ModuleType) -> "Source":
+        """Takes the fields from the constants (KIND, LICENCE, ...) and functions (convert, ...) of a module."""
+        values = {key.lower(): value for key, value in vars(module).items() if key.lower() in cls.__dataclass_fields__}
+        kinds = module.KIND if isinstance(module.KIND, tuple) else (module.KIND,)
+        kinds += ("question",) if "to_question" in values else ()
+        return cls(**{**values, "name": name, "title": (module.__doc__ or "").partition("\n")[0], "kinds": kinds})
+
+    @property
+    def is_generated(self) -> bool:
+        return self.generate is not None
 
 
 def licence_restriction(licence: str) -> str:
-    """What a licence keeps its user from, in a few words; empty where nothing needs saying."""
+    """A short warning about a licence, or an empty string."""
     if "not for commercial use" in licence:
         return "not for commercial use"
     return "no licence stated" if licence.startswith("unstated") else ""
 
 
-_BLANKS = b" \t\n\r\v\f"
+@dataclass
+class RowStats:
+    """Counts of the rows of a source. Always, `rows_in == kept + sum(rejects.values())`."""
 
-_PIECE = 2**20  # characters; so that a book of 100 MB is not copied whole
+    source: str
+    licence: str = ""
+    rows_in: int = 0
+    kept: int = 0
+    rejects: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    repairs: dict[str, int] = field(default_factory=dict)  # kept rows that were repaired
+    cut: int = 0  # kept rows whose last turns did not fit into the context window
+
+    def reject(self, place: str, rejected_row: RejectedRow) -> None:
+        reason = rejected_row.reason
+        self.rejects[reason] = self.rejects.get(reason, 0) + 1
+        places = self.places.setdefault(reason, [])
+        if len(places) < PLACES_KEPT:
+            places.append(rejected_row.describe_place(place))
+
+    def withdraw(self, place: str, rejected_row: RejectedRow) -> None:
+        """Rejects a row that has been counted as kept."""
+        self.kept -= 1
+        self.reject(place, rejected_row)
+
+    def add(self, other: "RowStats") -> None:
+        """Adds the counts of a later part of the same source."""
+        self.rows_in, self.kept, self.cut = self.rows_in + other.rows_in, self.kept + other.kept, self.cut + other.cut
+        for counts, other_counts in ((self.rejects, other.rejects), (self.repairs, other.repairs)):
+            for reason, count in other_counts.items():
+                counts[reason] = counts.get(reason, 0) + count
+        for reason, places in other.places.items():
+            self.places[reason] = [*self.places.get(reason, []), *places][:PLACES_KEPT]
+
+    def summary(self) -> dict[str, object]:
+        """The counts as they are written to run.json."""
+        names = ("source", "licence", "rows_in", "kept", "rejects", "repairs", "cut")
+        return {name: vars(self)[name] for name in names}
+
+    def most_frequent_rejects(self) -> list[tuple[str, int]]:
+        """(reason, count), the most frequent reason first."""
+        return sorted(self.rejects.items(), key=lambda item: -item[1])
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.kept:,} of {self.rows_in:,} rows kept"]
+        if licence_restriction(self.licence):
+            lines.append(f"  licence: {self.licence}")
+        if self.cut:
+            lines.append(f"  {self.cut:,} of them truncated: their last turns do not fit into the context window")
+        lines += [f"  {count:,} of them repaired: {repair}" for repair, count in self.repairs.items()]
+        for reason, count in self.most_frequent_rejects():
+            lines.append(f"  {count:,} rejected: {reason}, first at {'; '.join(self.places[reason])}")
+        return to_printable("\n".join(lines))
+
+
+def to_printable(text: str) -> str:
+    """Escapes what UTF-8 cannot encode, such as parts of file names."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def text_digest(text: str) -> bytes:
-    """32 bytes that tell a text from any other, but not from itself in other case or with other white space.
+    """32-byte hash of a text that ignores case and white space.
 
-    So the hold-out is decided: what may be a copy falls on the same side.
+    It decides the validation split, so that near-identical copies fall on the same side.
     """
     sha256 = hashlib.sha256()
-    for start in range(0, len(text), _PIECE):
-        piece = text if len(text) <= _PIECE else text[start : start + _PIECE]
-        sha256.update(piece.lower().encode(errors="surrogatepass").translate(None, _BLANKS))
+    for piece in _pieces(text):
+        sha256.update(piece.lower().encode(errors="surrogatepass").translate(None, _WHITE_SPACE))
     return sha256.digest()
 
 
-def exact_digest(row: dict, digest_of_text: bytes) -> bytes:
-    """16 bytes that tell a row from any other, whose words have a `digest`: by these exact duplicates are found.
+def exact_digest(row: dict, digest: bytes) -> bytes:
+    """16-byte hash of a row by which exact duplicates are found.
 
-    Case and white space count, for they are meaning in source code, and so do roles and where a message ends; only
-    white space around a document does not.
+    Unlike `text_digest`, it depends on case and white space, which have a meaning in source code, on roles, and on
+    where messages end. White space around a document is ignored.
 
-    The 4 last bytes are a CRC of the text as it stands. That of two texts whose digests agree, and that differ, is
-    equal in one case of four billion.
+    Args:
+        digest: the `text_digest` of the row's text. Its first 12 bytes are used; the other 4 are a CRC of the exact
+            text,
+            which is equal by chance for one in four billion pairs of different texts with the same `text_digest`.
     """
     if "text" in row:
         text = row["text"]
@@ -52,20 +152,23 @@ def exact_digest(row: dict, digest_of_text: bytes) -> bytes:
     else:
         text = "\0".join(f"{key}\0{turn['role']}\0{turn['content']}" for key, part in row.items() for turn in part)
     crc = 0
-    for start in range(0, len(text), _PIECE):
-        piece = text if len(text) <= _PIECE else text[start : start + _PIECE]
+    for piece in _pieces(text):
         crc = zlib.crc32(piece.encode(errors="surrogatepass"), crc)
-    return digest_of_text[:12] + crc.to_bytes(4)
+    return digest[:12] + crc.to_bytes(4)
 
 
-def is_validation_digest(digest_of_text: bytes, share: float) -> bool:
-    """Whether the text of a digest is held out from training."""
-    return int.from_bytes(digest_of_text[:8]) < share * 2**64
+def _pieces(text: str) -> Iterator[str]:
+    if len(text) <= _PIECE:
+        yield text
+    else:
+        yield from (text[start : start + _PIECE] for start in range(0, len(text), _PIECE))
+
+
+def is_validation_digest(digest: bytes, share: float) -> bool:
+    """Whether the text with this `text_digest` belongs to the validation split, a fraction `share` of all texts."""
+    return int.from_bytes(digest[:8]) < share * 2**64
 
 
 def is_validation_text(text: str, share: float) -> bool:
-    """Whether a text is held out from training: decided by a hash of its characters, before anything is mixed.
-
-    Exact duplicates, and those that differ in case or white space alone, always fall on the same side.
-    """
+    """Whether a text belongs to the validation split. Texts that differ only in case or white space are never split."""
     return is_validation_digest(text_digest(text), share)

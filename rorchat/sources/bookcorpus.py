@@ -1,13 +1,14 @@
-"""BookCorpus: 74 million sentences of 11,038 unpublished novels, in small letters, tokens apart. Zhu et al. 2015.
+"""BookCorpus: 74 million sentences of 11,038 unpublished novels, lower-cased and tokenized. Zhu et al. 2015.
 
-Its files have one sentence a line and do not say where a book ends, so a document is a hundred sentences in a row, some
-1,500 tokens: of one sentence a model learns no context, and a held-out one would have its neighbours in training.
+Its files have one sentence per line and do not mark where a book ends. A document is 100 consecutive sentences, about
+1,500 tokens: a single sentence has no context, and its neighbours would be in the other split.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from rorchat.reading.formats import FileSlice, read_lines
+from rorchat.reading.formats import read_rows
+from rorchat.reading.text import read_lines
 from rorchat.rows import CHECKS, RejectedRow, get_text
 
 KIND = "document"
@@ -18,32 +19,32 @@ FILES = ("books_large_p*.txt", "plain_text/train-*.parquet", "train-*.parquet", 
 RAW = [{"text": "usually , he would be tearing around the living room , playing with his toys ."}]
 
 RESTARTS_PER_FILE = True
-SENTENCES = 100
+SENTENCES_PER_DOCUMENT = 100
 
 
 def read(path: Path) -> Iterator[tuple[str, object]]:
     """The lines of the original files, or the rows of other formats."""
     if ".txt" in path.suffixes:
         return ((place, {"text": line} if isinstance(line, str) else line) for place, line in read_lines(path))
-    return iter(FileSlice(path))
+    return read_rows(path)
 
 
 def gather(rows: Iterator[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """Sentences -> a hundred at a time; a bad one goes alone, to be rejected by its own place."""
-    sentences, begin = [], ""
+    """Joins sentences to documents. A bad sentence is passed on alone, so that it is rejected with its place."""
+    sentences, first_place = [], ""
     for place, row in rows:
         try:
             CHECKS[KIND](sentence := {"text": get_text(row, "text").strip()})
         except RejectedRow:
             yield place, row
             continue
-        begin = begin or place
+        first_place = first_place or place
         sentences.append(sentence["text"])
-        if len(sentences) == SENTENCES:
-            yield begin, {"text": "\n".join(sentences)}
-            sentences, begin = [], ""
+        if len(sentences) == SENTENCES_PER_DOCUMENT:
+            yield first_place, {"text": "\n".join(sentences)}
+            sentences, first_place = [], ""
     if sentences:
-        yield begin, {"text": "\n".join(sentences)}
+        yield first_place, {"text": "\n".join(sentences)}
 
 
 def convert(row: dict) -> dict:

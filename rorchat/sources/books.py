@@ -1,8 +1,8 @@
-"""Books as Project Gutenberg gives them: 48,284 in English on the Hub, or your own .txt files, one book each.
+"""Books of Project Gutenberg: 48,284 in English on the Hub, or your own .txt files with one book each.
 
-A book is one document, not a chapter: windows of 1,024 tokens cut either, and only whole books keep the validation text
-free of the training text's people and places. The header and the licence around `*** START OF` and `*** END OF` go.
-Hard-wrapped lines become paragraphs; verse, tables, lists and headings keep their lines.
+A document is a whole book, not a chapter: then the validation split has no characters and places of the training split.
+The header before `*** START OF` and the licence after `*** END OF` are removed. Hard-wrapped lines are joined to
+paragraphs; verse, tables, lists and headings keep their lines.
 """
 
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from rorchat.reading.encodings import read_text
-from rorchat.reading.formats import FileSlice
+from rorchat.reading.formats import read_rows
 from rorchat.rows import RejectedRow, RepairedRow, get_text
 
 KIND = "document"
@@ -31,13 +31,13 @@ RAW = [
 _START = re.compile(r"^ *\*\*\* ?START OF TH(?:IS|E) PROJECT GUTENBERG[^*]{0,300}\*\*\*.*\n", re.MULTILINE)
 _END = re.compile(r"^(?: *\*\*\* ?END OF TH(?:IS|E) PROJECT GUTENBERG|End of (?:The )?Project Gutenberg)", re.M | re.I)
 _CREDITS = re.compile(r"\s*(?:This e-?book was |E-?text )?(?:produced|prepared) by .*(?:\n.+)*", re.IGNORECASE)
-_WRAPPED_FROM = 50  # characters; the lines of a hard-wrapped paragraph have about 70, those of verse about 40
+_MIN_WRAPPED_LENGTH = 50  # characters; lines of hard-wrapped prose have about 70, lines of verse about 40
 
 
 def read(path: Path) -> Iterator[tuple[str, object]]:
-    """The whole text of a .txt file, in UTF-8 or else ISO-8859-1, or the rows of other formats."""
+    """The whole text of a .txt file, in UTF-8 or else ISO-8859-1, or the rows of another format."""
     if ".txt" not in path.suffixes:
-        yield from FileSlice(path)
+        yield from read_rows(path)
         return
     text, encoding = read_text(path), "UTF-8"
     if isinstance(text, RejectedRow) and text.reason == "invalid UTF-8":
@@ -46,7 +46,7 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def convert(row: dict) -> dict | RepairedRow:
-    """A book in one string, "text" or the Hub's "TEXT" -> its own words, a paragraph a line, empty lines between."""
+    """{"text"} or the Hub's {"TEXT"} -> the text of the book with one line per paragraph and empty lines between."""
     text = get_text(row, "TEXT" if isinstance(row, dict) and "TEXT" in row else "text")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     start = _START.search(text)
@@ -54,19 +54,19 @@ def convert(row: dict) -> dict | RepairedRow:
     end = _END.search(text)
     text = text[: end.start()] if end else text
     text = text[credit.end() :] if (credit := _CREDITS.match(text)) else text
-    blocks = (_unwrapped(block) for block in re.split(r"\n(?:[ \t]*\n)+", text.strip("\n")))
+    blocks = (_unwrap(block) for block in re.split(r"\n(?:[ \t]*\n)+", text.strip("\n")))
     book = {"text": "\n\n".join(block for block in blocks if block)}
     return RepairedRow(book, "ISO-8859-1 text") if row.get("encoding") == "ISO-8859-1" else book
 
 
-def _unwrapped(block: str) -> str:
-    """A paragraph's lines joined; lines of anything else as they stand.
+def _unwrap(block: str) -> str:
+    """Joins the lines of a hard-wrapped paragraph and leaves other blocks as they are.
 
-    A paragraph is a block whose lines, but for the first, begin at the margin, and, but for the last, are mostly long.
+    In a paragraph, no line but the first is indented, and most lines but the last are long.
     """
     lines = [line.rstrip() for line in block.split("\n") if line.strip()]
     if len(lines) < 2 or any(line.startswith(("  ", "\t")) for line in lines[1:]):
         return "\n".join(lines)
-    if median(len(line) for line in lines[:-1]) < _WRAPPED_FROM:
+    if median(len(line) for line in lines[:-1]) < _MIN_WRAPPED_LENGTH:
         return "\n".join(lines)
     return "".join(line.strip() + ("" if line.endswith(("-", "—")) else " ") for line in lines).rstrip()

@@ -1,9 +1,9 @@
 """C4: the English web of April 2019, cleaned. Raffel et al. 2020, arXiv:1910.10683.
 
-`HUB` takes the first 10 of 1,024 shards, about 3 GB packed; more of them can be had as files, and read as `c4=FOLDER`.
+`HUB` has the first 10 of 1,024 shards, about 3 GB compressed. To use more, download the files and give `c4=FOLDER`.
 """
 
-from rorchat.rows import get_text
+from rorchat.sources import text
 
 KIND = "document"
 LICENCE = "ODC-BY 1.0; the texts are bound by Common Crawl's terms of use too"
@@ -17,8 +17,4 @@ RAW = [
         "timestamp": "2019-04-25T12:57:54Z",
     }
 ]
-
-
-def convert(row: dict) -> dict:
-    """{"text", "url", "timestamp"} -> {"text"}."""
-    return {"text": get_text(row, "text")}
+convert = text.convert

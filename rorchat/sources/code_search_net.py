@@ -1,7 +1,7 @@
 """CodeSearchNet, its Python part: functions with their docstrings, from GitHub. Husain et al. 2019, arXiv:1909.09436.
 
-CoSQA's files (web queries beside such functions, Huang et al. 2021, arXiv:2105.13239) are read too: the function is the
-document. Their query is left out, because under label 0 it is not what the function does.
+Also reads CoSQA (functions with web queries, Huang et al. 2021, arXiv:2105.13239). Only the function is used, because a
+query with label 0 does not describe it.
 """
 
 from rorchat.rows import get_text
@@ -35,10 +35,10 @@ RAW = [
     {"idx": "cosqa-dev-0", "doc": "python one", "code": "def one():\n    return 1", "label": 0},
 ]
 
-_COLUMNS = ("original_string", "whole_func_string", "code")  # the release's, the Hub's, CoSQA's
+_COLUMNS = ("original_string", "whole_func_string", "code")  # of the release, the Hub, CoSQA
 
 
 def convert(row: dict) -> dict:
-    """A function of any of the three forms -> {"text"}."""
+    """A function in any of the three formats -> {"text"}."""
     column = next((name for name in _COLUMNS if isinstance(row, dict) and name in row), _COLUMNS[0])
     return {"text": get_text(row, column)}

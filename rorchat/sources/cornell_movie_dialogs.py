@@ -1,8 +1,8 @@
-"""Cornell Movie-Dialogs: 83k conversations out of 617 film scripts. Danescu-Niculescu-Mizil and Lee 2011.
+"""Cornell Movie-Dialogs: 83k conversations from 617 film scripts. Danescu-Niculescu-Mizil and Lee 2011.
 
-`movie_conversations.txt` has the ids of each conversation's lines, `movie_lines.txt` beside it their texts, in
-ISO-8859-1 with some characters of Windows-1252. Of a file of lines alone (Kaggle's .tsv, too) the rows are the
-conversations that have a line in it; `movie_conversations.txt` is then sought beside it and one folder above.
+`movie_conversations.txt` has the ids of the lines of each conversation and `movie_lines.txt` beside it their texts, in
+ISO-8859-1 with some Windows-1252 characters. If the path is a file of lines (also Kaggle's .tsv), the rows are the
+conversations with a line in it, and `movie_conversations.txt` is searched in the same folder and in its parent.
 """
 
 import re
@@ -11,9 +11,9 @@ from itertools import groupby
 from pathlib import Path
 
 from rorchat.errors import DataError
-from rorchat.reading.encodings import read_text
-from rorchat.reading.formats import FileSlice, open_bytes
-from rorchat.rows import RejectedRow, RepairedRow, get_text, message
+from rorchat.reading.encodings import open_bytes, read_text
+from rorchat.reading.formats import read_rows
+from rorchat.rows import RejectedRow, RepairedRow, alternate_turns, get_text
 
 KIND = "conversation"
 LICENCE = "unstated (distributed by Cornell for research)"
@@ -31,37 +31,38 @@ _C1 = re.compile("[\x80-\x9f]")
 
 
 def read(path: Path) -> Iterator[tuple[str, object]]:
-    """One raw row a conversation, with the texts of its lines; formats other than .txt and .tsv as usual."""
+    """One raw row per conversation with the texts of its lines, or the rows of a format other than .txt and .tsv."""
     if not re.search(r"\.(txt|tsv)(\.(gz|zst))?$", path.name):
-        yield from FileSlice(path)
+        yield from read_rows(path)
         return
-    whole = "conversations" in path.name
-    conversations = path if whole else _near(path, "movie_conversations")
+    is_complete = "conversations" in path.name
+    conversations_path = path if is_complete else _find_beside(path, "movie_conversations")
+    lines_path = _find_beside(path, "movie_lines") if is_complete else path
     lines = {}
-    for place, fields in _fields(_near(path, "movie_lines") if whole else path):
+    for place, fields in _read_fields(lines_path):
         if isinstance(fields, RejectedRow):
             yield place, fields
         elif len(fields) == 5:
             lines[fields[0]] = {"speaker": fields[1], "text": fields[4]}
-    for place, fields in _fields(conversations):
+    for place, fields in _read_fields(conversations_path):
         ids = re.findall(r"\bL\d+", fields[-1]) if isinstance(fields, list) else []
         missing = [line for line in ids if line not in lines]
         if not ids:
-            yield place, fields if isinstance(fields, RejectedRow) else RejectedRow("missing field", "no ids of lines")
-        elif missing and (whole or len(missing) < len(ids)):
+            yield place, fields if isinstance(fields, RejectedRow) else RejectedRow("missing field", "no line ids")
+        elif missing and (is_complete or len(missing) < len(ids)):
             yield place, RejectedRow("lines missing", ", ".join(missing))
         elif not missing:
             yield place, {"lines": [lines[line] for line in ids]}
 
 
-def _near(path: Path, name: str) -> Path:
-    found = [file for folder in (path.parent, path.parent.parent) for file in sorted(folder.glob(f"{name}.t*"))]
-    if not found:
-        raise DataError(f"{path} is one half of the corpus: put {name}.txt beside it.")
-    return found[0]
+def _find_beside(path: Path, name: str) -> Path:
+    files = [file for folder in (path.parent, path.parent.parent) for file in sorted(folder.glob(f"{name}.t*"))]
+    if not files:
+        raise DataError(f"{path} is only half of the corpus: put {name}.txt beside it.")
+    return files[0]
 
 
-def _fields(path: Path) -> Iterator[tuple[str, list[str] | RejectedRow]]:
+def _read_fields(path: Path) -> Iterator[tuple[str, list[str] | RejectedRow]]:
     text = read_text(path)
     if isinstance(text, RejectedRow) and text.reason == "invalid UTF-8":
         with open_bytes(path) as file:
@@ -71,28 +72,28 @@ def _fields(path: Path) -> Iterator[tuple[str, list[str] | RejectedRow]]:
         return
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.rstrip("\r")
-        if line.startswith('"') and line.endswith('"'):  # Kaggle's form quotes a line that has a quotation mark
+        if line.startswith('"') and line.endswith('"'):  # Kaggle quotes lines that contain a quotation mark
             line = line[1:-1].replace('""', '"')
         if line.strip():
             yield f"{path}:{number}", _FIELD_END.split(line, 4)
 
 
 def convert(row: dict) -> dict | RepairedRow:
-    """Lines -> messages: what one speaker says in a row is one message; a last one nobody answers is left out."""
-    said = _said(row)
-    mended = [(speaker, _from_windows(text)) for speaker, text in said]
+    """Lines -> messages, without an unanswered one at the end. Consecutive lines of one speaker are joined."""
+    lines = _get_lines(row)
+    repaired = [(speaker, _decode_windows(text)) for speaker, text in lines]
     turns = []
-    for _, lines in groupby(mended, key=lambda line: line[0]):
-        turns.append(" ".join(" ".join(re.sub("\xad|</?[a-z]>", "", text).split()) for _, text in lines).strip())
+    for _, group in groupby(repaired, key=lambda line: line[0]):
+        turns.append(" ".join(" ".join(re.sub("\xad|</?[a-z]>", "", text).split()) for _, text in group).strip())
     turns = turns[: len(turns) // 2 * 2]
-    messages = [message(("user", "assistant")[number % 2], turn) for number, turn in enumerate(turns)]
     if any("�" in turn for turn in turns):
-        raise RejectedRow("replacement character", "a byte was lost when the file was written anew")
-    return {"messages": messages} if mended == said else RepairedRow({"messages": messages}, "Windows-1252 character")
+        raise RejectedRow("replacement character", "a byte was lost when the file was converted")
+    conversation = {"messages": alternate_turns(turns)}
+    return conversation if repaired == lines else RepairedRow(conversation, "Windows-1252 character")
 
 
-def _said(row: dict) -> list[tuple[str, str]]:
-    """(speaker, text) of each line, from our own form or from the Hub's, which says no more than that there are two."""
+def _get_lines(row: dict) -> list[tuple[str, str]]:
+    """(speaker, text) of each line, from the rows of `read` or from those of the Hub, where two speakers alternate."""
     if not isinstance(row, dict):
         raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected an object")
     if isinstance(row.get("utterance"), dict):
@@ -105,8 +106,9 @@ def _said(row: dict) -> list[tuple[str, str]]:
     return [(get_text(line, "speaker"), get_text(line, "text")) for line in lines]
 
 
-def _from_windows(text: str) -> str:
+def _decode_windows(text: str) -> str:
+    """Decodes Windows-1252 characters that were read as ISO-8859-1."""
     try:
         return text.encode("latin-1").decode("cp1252") if _C1.search(text) else text
-    except UnicodeError:  # five bytes of Windows-1252 mean nothing, and other texts are no ISO-8859-1: see check_text
+    except UnicodeError:  # not ISO-8859-1, or one of five undefined bytes of Windows-1252: `check_text` rejects them
         return text

@@ -1,7 +1,7 @@
 """Cosmopedia: textbooks, stories and articles written by Mixtral-8x7B-Instruct. Ben Allal et al. 2024, Hugging Face.
 
-`HUB` takes the first file of each of the eight parts (auto_math_text, khanacademy, openstax, stanford, stories,
-web_samples_v1, web_samples_v2, wikihow), which all have the same columns. The prompt is left out: it is no prose.
+`HUB` has the first file of each of the eight parts (auto_math_text, khanacademy, openstax, stanford, stories,
+web_samples_v1, web_samples_v2, wikihow), which share their columns. The prompt is not used.
 """
 
 from rorchat.rows import get_text
@@ -24,5 +24,5 @@ RAW = [
 
 
 def convert(row: dict) -> dict:
-    """{"prompt", "text", ...} -> {"text"}, without the blank that the generator puts first."""
+    """{"prompt", "text", ...} -> {"text"}, without the leading space of the generator."""
     return {"text": get_text(row, "text").strip()}

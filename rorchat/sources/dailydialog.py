@@ -1,7 +1,7 @@
-"""DailyDialog: 13k everyday dialogues of several turns. Li et al. 2017, arXiv:1710.03957.
+"""DailyDialog: 13k everyday multi-turn dialogues. Li et al. 2017, arXiv:1710.03957.
 
-The original release has one dialogue a line and ` __eou__` after every utterance, with blanks around punctuation. Two
-people speak in turn; the second one becomes the assistant.
+The original release has one dialogue per line, ` __eou__` after every utterance and spaces around punctuation. Two
+people speak in turn; the second becomes the assistant.
 """
 
 import re
@@ -10,8 +10,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from rorchat.reading.formats import FileSlice, decode, read_lines
-from rorchat.rows import RejectedRow, message
+from rorchat.reading.encodings import decode
+from rorchat.reading.formats import read_rows
+from rorchat.reading.text import read_lines
+from rorchat.rows import RejectedRow, alternate_turns
 
 KIND = "conversation"
 LICENCE = "CC BY-NC-SA 4.0 (not for commercial use)"
@@ -24,27 +26,24 @@ RAW = [
     {"dialog": ["Say , Jim , how about a beer ?", "Sure ."]},
 ]
 
-_MARK = "__eou__"
-_DIALOGUES = re.compile(r"dialogues_(text|train|validation|test)\.txt$")
+_END_OF_UTTERANCE = "__eou__"
+_DIALOGUE_FILE = re.compile(r"dialogues_(text|train|validation|test)\.txt$")
 
 
 def read(path: Path) -> Iterator[tuple[str, object]]:
-    """One raw row a line of the original text files, also in the archives of the release; other formats as usual."""
+    """The lines of an original text file or of those in a zip archive, or the rows of another format."""
     if path.suffix == ".zip":
         yield from _read_archive(path)
     elif path.name.removesuffix(".gz").endswith(".txt"):
         yield from read_lines(path)
     else:
-        yield from FileSlice(path)
+        yield from read_rows(path)
 
 
 def _read_archive(path: Path) -> Iterator[tuple[str, object]]:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [
-                name for name in archive.namelist() if re.search(r"dialogues_(text|train|validation|test)\.txt$", name)
-            ]
-            for name in names:
+            for name in filter(_DIALOGUE_FILE.search, archive.namelist()):
                 for number, raw in enumerate(archive.read(name).splitlines(), start=1):
                     yield f"{path}/{name}:{number}", decode(raw)
     except (zipfile.BadZipFile, zlib.error) as error:
@@ -52,28 +51,28 @@ def _read_archive(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def convert(row: str | dict) -> dict:
-    """A dialogue -> messages; a last utterance nobody answers is left out."""
+    """A dialogue -> messages, without an unanswered utterance at the end."""
     if isinstance(row, dict):
         utterances = row.get("utterances") or row.get("dialog")
         if not isinstance(utterances, list):
             raise RejectedRow("missing field", f"no list 'utterances' or 'dialog' among {', '.join(map(str, row))}")
     elif not isinstance(row, str):
         raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected a line of text or an object")
-    elif _MARK in row:
-        utterances = [part for part in row.split(_MARK) if part.strip()]
+    elif _END_OF_UTTERANCE in row:
+        utterances = [part for part in row.split(_END_OF_UTTERANCE) if part.strip()]
     else:
-        raise RejectedRow("not a dialogue", f"no {_MARK} in the line")
+        raise RejectedRow("not a dialogue", f"no {_END_OF_UTTERANCE} in the line")
     if not all(isinstance(utterance, str) for utterance in utterances):
         raise RejectedRow("wrong type", "an utterance is not text")
-    turns = [_joined(utterance) for utterance in utterances]
+    turns = [_join_punctuation(utterance) for utterance in utterances]
     turns = turns[: len(turns) // 2 * 2]
     if not turns:
         raise RejectedRow("no assistant turn")
-    return {"messages": [message(("user", "assistant")[number % 2], turn) for number, turn in enumerate(turns)]}
+    return {"messages": alternate_turns(turns)}
 
 
-def _joined(utterance: str) -> str:
-    """Takes back the blanks that the corpus puts around punctuation: `I ’ m fine , thanks .` -> `I'm fine, thanks.`"""
+def _join_punctuation(utterance: str) -> str:
+    """Removes the spaces around punctuation: `I ’ m fine , thanks .` -> `I'm fine, thanks.`"""
     text = utterance.strip().replace("’", "'")
     text = re.sub(r"(\w) ?' ?(s|m|t|d|re|ve|ll)\b", r"\1'\2", text)
     text = re.sub(r" +([,.;:!?%)])", r"\1", text)

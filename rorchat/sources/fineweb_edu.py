@@ -1,9 +1,9 @@
-"""FineWeb-Edu: 1.3 trillion tokens of web pages that teach something. Penedo et al. 2024, arXiv:2406.17557.
+"""FineWeb-Edu: 1.3 trillion tokens of educational web pages. Penedo et al. 2024, arXiv:2406.17557.
 
-`HUB` takes the published random sample of 10 billion tokens, about 28 GB of Parquet.
+`HUB` has the published random sample of 10 billion tokens, about 28 GB of Parquet.
 """
 
-from rorchat.rows import get_text
+from rorchat.sources import text
 
 KIND = "document"
 LICENCE = "ODC-BY 1.0; the texts are bound by Common Crawl's terms of use too"
@@ -23,8 +23,4 @@ RAW = [
         "int_score": 3,
     }
 ]
-
-
-def convert(row: dict) -> dict:
-    """{"text", "score", ...} -> {"text"}."""
-    return {"text": get_text(row, "text")}
+convert = text.convert

@@ -1,7 +1,7 @@
-"""GSM8K: 7,473 school problems with answers in steps. Cobbe et al. 2021, arXiv:2110.14168.
+"""GSM8K: 7,473 grade school problems with answers step by step. Cobbe et al. 2021, arXiv:2110.14168.
 
-The calculator marks (`<<48/2=24>>`) are taken off, and the last line, `#### 24`, becomes `The answer is 24.` The test
-file is an evaluation set, and is read only if the path names it.
+Calculator annotations (`<<48/2=24>>`) are removed, and the last line, `#### 24`, becomes `The answer is 24.` The test
+file is an evaluation set and only read if the path names it.
 """
 
 import re
@@ -22,15 +22,15 @@ RAW = [
 
 
 def convert(row: dict) -> dict:
-    """{"question", "answer"} -> one exchange."""
+    """{"question", "answer"} -> one question and answer."""
     answer = re.sub(r"<<[^<>]*>>", "", get_text(row, "answer"))
     return exchange(get_text(row, "question"), re.sub(r"\n#### (\S+)\s*$", r"\nThe answer is \1.", answer))
 
 
 def to_question(row: dict) -> dict:
-    """{"question", "answer"} -> a question whose answer is the number behind `####`."""
+    """{"question", "answer"} -> a question whose answer is the number after `####`."""
     number = re.search(r"\n#### (\S+)\s*$", get_text(row, "answer"))
     if not number:
         raise RejectedRow("no answer", "no `#### NUMBER` at the end of 'answer'")
-    asked = [message("user", get_text(row, "question"))]
-    return {"messages": asked, "answer": number[1].replace(",", ""), "alternatives": [], "topic": "number"}
+    messages = [message("user", get_text(row, "question"))]
+    return {"messages": messages, "answer": number[1].replace(",", ""), "alternatives": [], "topic": "number"}

@@ -1,7 +1,7 @@
-"""HH-RLHF: 161k pairs of dialogues about being helpful and harmless. Bai et al. 2022, arXiv:2204.05862.
+"""HH-RLHF: 161k preferences between helpful and harmless replies. Bai et al. 2022, arXiv:2204.05862.
 
-Both sides are a whole dialogue in one string, and differ in the last reply. Part of it is offensive on purpose. The
-test files are evaluation sets, and are read only if the path names them.
+Each side is a whole dialogue in one string; the two differ in the last reply. Part of the text is deliberately
+offensive. The test files are evaluation sets and only read if the path names them.
 """
 
 import re
@@ -23,23 +23,25 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def convert(row: dict) -> dict | RepairedRow:
-    """{"chosen", "rejected"} -> the prompt that both share and two replies; a role's turns in a row are joined."""
-    (chosen, joined), (rejected, joined_too) = (_turns(get_text(row, side)) for side in ("chosen", "rejected"))
+    """{"chosen", "rejected"} -> the shared prompt and two replies. Consecutive turns of one role are joined."""
+    chosen, was_joined = _split_turns(get_text(row, "chosen"))
+    rejected, was_joined_too = _split_turns(get_text(row, "rejected"))
     if chosen[:-1] != rejected[:-1]:
-        raise RejectedRow("different prompts", "chosen and rejected do not share all but their last message")
+        raise RejectedRow("different prompts", "chosen and rejected differ before their last message")
     pair = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-    return RepairedRow(pair, "turns of one speaker joined") if joined or joined_too else pair
+    return RepairedRow(pair, "turns of one speaker joined") if was_joined or was_joined_too else pair
 
 
-def _turns(dialogue: str) -> tuple[list[dict], bool]:
+def _split_turns(dialogue: str) -> tuple[list[dict], bool]:
+    """(messages, whether turns were joined) of a dialogue."""
     before, *parts = re.split(r"\n\n(Human|Assistant):", dialogue)
     if before.strip() or not parts:
         raise RejectedRow("wrong order", "a dialogue does not begin with '\\n\\nHuman:'")
     turns: list[dict] = []
-    joined = False
-    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+    was_joined = False
+    for speaker, text in zip(parts[::2], parts[1::2], strict=True):
         if turns and turns[-1]["role"] == _ROLES[speaker]:
-            turns[-1]["content"], joined = f"{turns[-1]['content']}\n\n{said.strip()}".strip(), True
+            turns[-1]["content"], was_joined = f"{turns[-1]['content']}\n\n{text.strip()}".strip(), True
         else:
-            turns.append(message(_ROLES[speaker], said.strip()))
-    return turns, joined
+            turns.append(message(_ROLES[speaker], text.strip()))
+    return turns, was_joined

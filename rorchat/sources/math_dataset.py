@@ -1,8 +1,8 @@
-"""DeepMind mathematics: school mathematics by the million, written by a program. Saxton et al. 2019, arXiv:1904.01557.
+"""DeepMind mathematics: millions of generated school mathematics problems. Saxton et al. 2019, arXiv:1904.01557.
 
-The release has a text file for each module, question and answer on alternating lines, in folders `train-easy`,
-`train-medium` and `train-hard`; `interpolate` and `extrapolate` are the test sets. The Hub's rows spell Python byte
-literals, `b'Solve ... for p.\\n'`, and are one of the modules.
+The release has one text file per module with questions and answers on alternating lines, in the folders `train-easy`,
+`train-medium` and `train-hard`; `interpolate` and `extrapolate` are the test sets. `HUB` has one of the modules. Its
+rows contain Python byte literals: `b'Solve ... for p.\\n'`.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rorchat.reading.encodings import read_text
-from rorchat.reading.formats import FileSlice
+from rorchat.reading.formats import read_rows
 from rorchat.rows import RejectedRow, RepairedRow, decode_byte_literal, exchange, get_text
 
 KIND = "conversation"
@@ -25,16 +25,16 @@ HUB = {
 FILES = ("**/train-*/*.txt", "**/train/*.parquet", "**/train-*.parquet", "*.txt", "*.jsonl")
 RAW = [{"question": "Solve 24 = 1601*c - 1605*c for c.", "answer": "-6"}]
 
-_ASKS = re.compile(r"[.?]\s*$|\(a\) ")  # no answer looks like this, but some questions do not: `267 divided by -171`
+_QUESTION = re.compile(r"[.?]\s*$|\(a\) ")  # never matches an answer, but not every question: `267 divided by -171`
 
 
 def read(path: Path) -> Iterator[tuple[str, object]]:
-    """The pairs of a text file, each at its question's line; other formats as usual.
+    """The pairs of a text file with the line of the question, or the rows of another format.
 
-    A question that another question follows, or nothing, has no answer; pairing goes on with the second.
+    A question that is followed by another question, or by nothing, gets an empty answer.
     """
     if not re.search(r"\.txt(\.(gz|zst))?$", path.name):
-        yield from FileSlice(path)
+        yield from read_rows(path)
         return
     text = read_text(path)
     if isinstance(text, RejectedRow):
@@ -42,7 +42,7 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
         return
     place, question = "", None
     for number, line in enumerate(text.split("\n"), start=1):
-        if question is not None and not _ASKS.search(line):
+        if question is not None and not _QUESTION.search(line):
             if question.strip() or line.strip():
                 yield place, {"question": question, "answer": line}
             question = None
@@ -55,9 +55,10 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def convert(row: dict) -> dict | RepairedRow:
-    """{"question", "answer"} -> one exchange, out of the byte literals if they are some."""
-    said = [get_text(row, "question").strip(), get_text(row, "answer").strip()]
-    decoded = [decode_byte_literal(text) for text in said]
+    """{"question", "answer"} -> one question and answer, decoded if they are byte literals."""
+    texts = [get_text(row, "question").strip(), get_text(row, "answer").strip()]
+    decoded = [decode_byte_literal(text) for text in texts]
     if decoded == [None, None]:
-        return exchange(*said)
-    return RepairedRow(exchange(*((d or s).strip() for d, s in zip(decoded, said, strict=True))), "byte literal")
+        return exchange(*texts)
+    pair = ((new or old).strip() for new, old in zip(decoded, texts, strict=True))
+    return RepairedRow(exchange(*pair), "byte literal")

@@ -1,7 +1,7 @@
-"""MBPP: 974 short Python problems with a solution and three tests each. Austin et al. 2021, arXiv:2108.07732.
+"""MBPP: 974 short Python problems, each with a solution and three tests. Austin et al. 2021, arXiv:2108.07732.
 
-Problems 11 to 510 are the test set and 1 to 10 stand in its prompt: both are refused. The question is the published
-prompt's: the task, then the tests that the code should pass.
+Problems 11 to 510 are the test set and 1 to 10 its few-shot prompt: both are rejected. As in the published prompt, the
+question contains the tests that the code should pass.
 """
 
 from rorchat.rows import RejectedRow, exchange, get_text
@@ -29,25 +29,25 @@ RAW = [
         "test_list": ["assert math.isclose(root(4), 2)"],
     },
 ]
-LAST_OF_TEST = 510  # task_id
+LAST_TEST_TASK = 510  # task_id
 
 
 def convert(row: dict) -> dict:
-    """{"text" or "prompt", "code", "task_id", "test_list"} -> the task with its tests, and the code in a fence."""
+    """{"text" or "prompt", "code", "task_id", "test_list"} -> the task with its tests, and the code in a code block."""
     task = get_text(row, "prompt" if isinstance(row, dict) and "prompt" in row else "text").strip()
     code = get_text(row, "code").replace("\r\n", "\n").rstrip()
     if type(row.get("task_id")) is not int:
-        raise RejectedRow("missing field", "no number 'task_id', by which the test set is known")
-    if row["task_id"] <= LAST_OF_TEST:
+        raise RejectedRow("missing field", "no number 'task_id', which identifies the test set")
+    if row["task_id"] <= LAST_TEST_TASK:
         raise RejectedRow("evaluation split", f"task_id {row['task_id']}")
-    listed = [row.get(name) or [] for name in ("test_imports", "test_list")]
-    if not all(isinstance(part, list) for part in listed):
+    lists = [row.get(name) or [] for name in ("test_imports", "test_list")]
+    if not all(isinstance(part, list) for part in lists):
         raise RejectedRow("wrong type", "the tests are not lists")
-    tests = [row.get("test_setup_code") or "", *listed[0], *listed[1]]
+    tests = [row.get("test_setup_code") or "", *lists[0], *lists[1]]
     if not all(isinstance(test, str) for test in tests):
         raise RejectedRow("wrong type", "a test is not text")
     if not task or not code.strip():
         raise RejectedRow("empty question" if not task else "empty reply")
     tests = "\n".join(test.replace("\r\n", "\n") for test in tests if test)
-    asked = f"{task}\n\nYour code should pass these tests:\n\n{tests}" if tests else task
-    return exchange(asked, f"```python\n{code}\n```")
+    question = f"{task}\n\nYour code should pass these tests:\n\n{tests}" if tests else task
+    return exchange(question, f"```python\n{code}\n```")

@@ -1,8 +1,7 @@
-"""Your own conversations, in the shapes that most chat datasets have.
+"""Your own conversations, in the formats of most chat datasets.
 
-`{"messages": [{"role", "content"}]}` (SmolTalk, UltraChat, Tulu), a bare list of such messages, or ShareGPT's
-`{"conversations": [{"from", "value"}]}`; of rows with a `label` (KTO) those that are marked as good. JSON lines, JSON,
-Parquet.
+`{"messages": [{"role", "content"}]}` (SmolTalk, UltraChat, Tulu), a list of such messages, or ShareGPT's
+`{"conversations": [{"from", "value"}]}`. Of rows with a `label` (KTO), only those labelled as good are used.
 """
 
 from rorchat.rows import RejectedRow, normalize_messages
@@ -21,12 +20,12 @@ RAW = [
 
 
 def convert(row: dict | list) -> dict:
-    """Any of the shapes -> messages; an empty system turn, and a last question nobody answers, is left out."""
+    """Any of the formats -> messages, without an empty system message and without unanswered turns at the end."""
     if isinstance(row, dict):
         if "messages" not in row and "conversations" not in row:
             raise RejectedRow("missing field", f"no 'messages' or 'conversations' among {', '.join(list(row)[:8])}")
         if row.get("label") is False:
-            raise RejectedRow("marked as bad", "label is false: a reply not to be learned, as KTO has them")
+            raise RejectedRow("marked as bad", "label is false, as for bad replies in KTO")
         row = row.get("messages", row.get("conversations"))
     messages = normalize_messages(row)
     if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():

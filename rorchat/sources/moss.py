@@ -1,7 +1,7 @@
 """MOSS-003: about 1.1 million dialogues with ChatGPT, English and Chinese. Sun et al. 2024.
 
-The release is one JSON object a dialogue, with role marks in the texts. Its system prompt, which says that the model is
-MOSS, and its thoughts and commands for tools are left out.
+The release has one JSON object per dialogue, with role marks in the texts. The system prompt, according to which the
+model is MOSS, and the model's thoughts and tool commands are not used.
 """
 
 import re

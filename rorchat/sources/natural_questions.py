@@ -1,10 +1,9 @@
-"""Natural Questions: 307k questions asked to Google, answered out of Wikipedia. Kwiatkowski et al. 2019.
+"""Natural Questions: 307k Google queries with answers from Wikipedia. Kwiatkowski et al. 2019.
 
-Read are the release (document_tokens), its simplified form (document_text), the Hub's Parquet of it, llm-foundry's
-passages with a question, and NQ-open: 88k questions with short answers, which is what the Hub gives here, since all of
-it is a download of tens of gigabytes. The answer is the first short answer that an annotator gave, or Yes or No; a
-question with a long answer alone is refused. The development and efficientqa files are evaluation sets, and are read
-only if the path names them.
+Reads the release (document_tokens), its simplified format (document_text), the Parquet files of the Hub, llm-foundry's
+passages with a question, and NQ-open: 88k questions with short answers. `HUB` is NQ-open, because the whole dataset has
+tens of gigabytes. The answer is the first short answer of the annotators, or Yes or No; a question with only a long
+answer is rejected. The development and efficientqa files are evaluation sets and only read if the path names them.
 """
 
 import re
@@ -41,29 +40,29 @@ RAW = [
 
 
 def convert(row: dict) -> dict:
-    """Any of the forms -> one exchange."""
+    """Any of the formats -> one question and answer."""
     if not isinstance(row, dict):
         raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected an object")
     if "context" in row:
         passage, _, question = get_text(row, "context").removeprefix("Context: ").rpartition("Question: ")
-        asked = question.strip().removesuffix("Answer:").strip()
-        return exchange(f"{passage.strip()}\n\n{asked}" if asked else "", get_text(row, "answer"))
+        question = question.strip().removesuffix("Answer:").strip()
+        return exchange(f"{passage.strip()}\n\n{question}" if question else "", get_text(row, "answer"))
     if "answer" in row:
         answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
         if not answers:
             raise RejectedRow("no short answer")
         return exchange(get_text(row, "question"), get_text({"answer": answers[0]}, "answer"))
-    question = row["question"] if isinstance(row.get("question"), dict) else None
-    asked = get_text(question, "text") if question else get_text(row, "question_text")
-    answers = [answer for annotation in _annotations(row) if (answer := _short_answer(annotation, row))]
+    hub_question = row["question"] if isinstance(row.get("question"), dict) else None
+    question = get_text(hub_question, "text") if hub_question else get_text(row, "question_text")
+    answers = [answer for annotation in _get_annotations(row) if (answer := _short_answer(annotation, row))]
     if not answers:
         raise RejectedRow("no short answer")
-    return exchange(asked, answers[0])
+    return exchange(question, answers[0])
 
 
-def _annotations(row: dict) -> list[dict]:
+def _get_annotations(row: dict) -> list[dict]:
     annotations = row.get("annotations")
-    if isinstance(annotations, dict):  # the Hub's Parquet: a column of lists instead of a list of objects
+    if isinstance(annotations, dict):  # Parquet on the Hub: lists of values instead of a list of objects
         names = ("short_answers", "yes_no_answer")
         columns = [annotations.get(name) for name in names]
         if all(isinstance(column, list) for column in columns):
@@ -77,30 +76,30 @@ def _short_answer(annotation: dict, row: dict) -> str:
     spans = annotation.get("short_answers")
     if isinstance(spans, dict):
         texts = spans.get("text")
-        found = texts if isinstance(texts, list) else []
+        answers = texts if isinstance(texts, list) else []
     else:
-        found = [_words(span, row) for span in spans] if isinstance(spans, list) else []
-    said = ", ".join(_joined(text) for text in found if isinstance(text, str) and text.strip())
-    verdict = annotation.get("yes_no_answer")  # the Hub has 1, 0 and -1
-    return said or ("Yes" if verdict in ("YES", 1) else "No" if verdict in ("NO", 0) else "")
+        answers = [_get_span_text(span, row) for span in spans] if isinstance(spans, list) else []
+    answer = ", ".join(_join_punctuation(text) for text in answers if isinstance(text, str) and text.strip())
+    yes_no = annotation.get("yes_no_answer")  # on the Hub: 1, 0 and -1
+    return answer or ("Yes" if yes_no in ("YES", 1) else "No" if yes_no in ("NO", 0) else "")
 
 
-def _words(span: object, row: dict) -> str:
-    """The words between two token numbers; tags are tokens as well, but no words."""
+def _get_span_text(span: object, row: dict) -> str:
+    """The text between two token numbers, without HTML tags, which are tokens too."""
     bounds = [span.get("start_token"), span.get("end_token")] if isinstance(span, dict) else []
     if not bounds or not all(type(bound) is int and bound >= 0 for bound in bounds):
-        raise RejectedRow("wrong type", "a short answer has no two token numbers")
+        raise RejectedRow("wrong type", "a short answer without two token numbers")
     tokens = row.get("document_tokens")
     if isinstance(tokens, list):
-        spoken = [(get_text(token, "token"), token.get("html_token")) for token in tokens[slice(*bounds)]]
-        words = [token for token, is_tag in spoken if not is_tag]
+        span_tokens = [(get_text(token, "token"), token.get("html_token")) for token in tokens[slice(*bounds)]]
+        words = [token for token, is_tag in span_tokens if not is_tag]
     else:
-        spoken = get_text(row, "document_text").split(" ")[slice(*bounds)]
-        words = [token for token in spoken if not (token.startswith("<") and token.endswith(">"))]
+        span_tokens = get_text(row, "document_text").split(" ")[slice(*bounds)]
+        words = [token for token in span_tokens if not (token.startswith("<") and token.endswith(">"))]
     return " ".join(words)
 
 
-def _joined(text: str) -> str:
-    """Takes back the blanks around punctuation: `March 18 , 2018` -> `March 18, 2018`."""
+def _join_punctuation(text: str) -> str:
+    """Removes the spaces around punctuation: `March 18 , 2018` -> `March 18, 2018`."""
     text = text.replace("`` ", '"').replace(" ''", '"')
     return re.sub(r" (?=[,.;:!?%)\]]|'s\b|n't\b)|(?<=[(\[]) ", "", text).strip()

@@ -1,14 +1,14 @@
-"""OpenAssistant (OASST1): 10k trees of conversation by volunteers, 35 languages. Köpf et al. 2023, arXiv:2304.07327.
+"""OpenAssistant (OASST1): 10k conversation trees by volunteers in 35 languages. Köpf et al. 2023, arXiv:2304.07327.
 
-A conversation is the path of best-ranked replies from a tree's prompt down; messages that were deleted, that reviewers
-refused or that most of them called spam are passed over, with all that answers them. Read are the release (a tree a
-line), the Hub's messages, of which those of one tree follow one another, and Tulu's conversations.
+A conversation is the path of best-ranked replies that begins with the prompt of a tree. Messages that were deleted,
+rejected by reviewers or mostly labelled as spam are skipped together with their replies. Reads the release (one tree
+per line), the Hub's messages (those of one tree are adjacent) and Tulu's conversations.
 """
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
-from rorchat.rows import RejectedRow, get_text
+from rorchat.rows import RejectedRow, get_text, message
 from rorchat.sources import messages
 
 KIND = "conversation"
@@ -39,8 +39,8 @@ RAW = [
 
 
 def gather(rows: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """The flat messages of a tree as one list, at the place of the first; anything else as it is."""
-    for tree, group in groupby(rows, key=_tree_of):
+    """Joins the messages of a tree to one list, at the place of the first. Other rows are unchanged."""
+    for tree, group in groupby(rows, key=_get_tree_id):
         if tree is None:
             yield from group
         else:
@@ -48,13 +48,13 @@ def gather(rows: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
             yield places[0], list(flat)
 
 
-def _tree_of(row: tuple[str, object]) -> str | None:
+def _get_tree_id(row: tuple[str, object]) -> str | None:
     tree = row[1].get("message_tree_id") if isinstance(row[1], dict) and "message_id" in row[1] else None
     return tree if isinstance(tree, str) else None
 
 
 def convert(row: dict | list) -> dict:
-    """A tree, the messages of one, or a conversation -> messages; a last question nobody answers is left out."""
+    """A tree, the messages of a tree, or a conversation -> messages, without an unanswered question at the end."""
     if isinstance(row, dict) and "messages" in row:
         return messages.convert(row)
     replies_to: dict[str | None, list] = {}
@@ -68,28 +68,29 @@ def convert(row: dict | list) -> dict:
         replies_to[None] = [row.get("prompt")]
     else:
         raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected a tree")
-    best, turns = _best(replies_to.get(None)), []
-    while best:
-        turns.append({"role": get_text(best, "role"), "content": get_text(best, "text")})
-        # A flat message is taken out when it is asked for, so that no circle of parents can be walked twice
-        best = _best(best["replies"] if "replies" in best else replies_to.pop(get_text(best, "message_id"), None))
+    reply, turns = _choose_best(replies_to.get(None)), []
+    while reply:
+        turns.append(message(get_text(reply, "role"), get_text(reply, "text")))
+        # pop: a circle of parents ends when it reaches a message for the second time
+        replies = reply["replies"] if "replies" in reply else replies_to.pop(get_text(reply, "message_id"), None)
+        reply = _choose_best(replies)
     if not turns:
-        raise RejectedRow("missing field", "no usable message that begins the tree")
+        raise RejectedRow("missing field", "no usable message at the root of the tree")
     return messages.convert(turns)
 
 
-def _best(replies: object) -> dict | None:
-    usable = [reply for reply in replies if _usable(reply)] if isinstance(replies, list) else []
+def _choose_best(replies: object) -> dict | None:
+    usable = [reply for reply in replies if _is_usable(reply)] if isinstance(replies, list) else []
     return min(usable, key=lambda reply: reply["rank"] if type(reply.get("rank")) is int else len(usable), default=None)
 
 
-def _usable(reply: object) -> bool:
+def _is_usable(reply: object) -> bool:
     if not isinstance(reply, dict) or reply.get("deleted") or reply.get("review_result") is False:
         return False
     labels = reply.get("labels")
     if not isinstance(labels, dict):
         return True
-    if isinstance(labels.get("name"), list) and isinstance(labels.get("value"), list):  # the Hub's columns
+    if isinstance(labels.get("name"), list) and isinstance(labels.get("value"), list):  # on the Hub
         spam = [value for name, value in zip(labels["name"], labels["value"], strict=False) if name == "spam"]
     else:
         spam = [labels["spam"].get("value")] if isinstance(labels.get("spam"), dict) else []

@@ -1,7 +1,7 @@
 """OpenBookQA: 4,957 questions of elementary science with four choices. Mihaylov et al. 2018, arXiv:1809.02789.
 
-The question lists the choices by letter, the answer is the letter and its text. The development and test files are
-evaluation sets, and are read only if the path names them.
+The question lists the choices by letter; the answer is the letter and the text of a choice. The development and test
+files are evaluation sets and only read if the path names them.
 """
 
 import re
@@ -25,7 +25,7 @@ RAW = [
 
 
 def convert(row: dict) -> dict:
-    """Any of the three forms (JSON lines, Hub, TSV) -> one exchange."""
+    """Any of the three formats (JSON lines, Hub, TSV) -> one question and answer."""
     if isinstance(row, dict) and "Question Stem" in row:
         stem, key = get_text(row, "Question Stem"), get_text(row, "Answer Key")
         choices = re.findall(r"\(([A-Z])\) (.*?)(?= \([A-Z]\) |$)", get_text(row, "Choices"))
@@ -36,12 +36,12 @@ def convert(row: dict) -> dict:
         choices = zip(columns["label"], columns["text"], strict=False)
     else:
         key = get_text(row, "answerKey")
-        stem, listed = get_text(row.get("question"), "stem"), row["question"].get("choices")
-        if not isinstance(listed, list):
+        stem, choices = get_text(row.get("question"), "stem"), row["question"].get("choices")
+        if not isinstance(choices, list):
             raise RejectedRow("missing field", "no list 'choices' in 'question'")
-        choices = [(get_text(choice, "label"), get_text(choice, "text")) for choice in listed]
-    lettered = [f"{label}. {get_text({'choice': text}, 'choice').strip()}" for label, text in choices]
-    right = [choice for choice in lettered if choice.startswith(f"{key}. ")]
+        choices = [(get_text(choice, "label"), get_text(choice, "text")) for choice in choices]
+    lines = [f"{label}. {get_text({'choice': text}, 'choice').strip()}" for label, text in choices]
+    right = [line for line in lines if line.startswith(f"{key}. ")]
     if len(right) != 1:
         raise RejectedRow("missing field", f"no choice {key!r}")
-    return exchange("\n".join([f"{stem.strip()}\n", *lettered]) if stem.strip() else "", right[0])
+    return exchange("\n".join([f"{stem.strip()}\n", *lines]) if stem.strip() else "", right[0])

@@ -1,4 +1,4 @@
-"""Who the model is: conversations and preferences about the persona of a YAML file, with variety and without an API."""
+"""Persona: conversations and preferences about the model itself, generated from a persona file without an API."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ ABOUT_PERSONA = True
 
 
 def generate(kind: str, amount: int, seed: int, persona: Persona | None) -> Iterator[dict]:
-    """`amount` conversations or preferences about the persona (None: about RorChat)."""
+    """`amount` conversations or preferences about the persona; None for the default one, RorChat."""
     persona = persona or load_persona()
     if kind == "conversation":
         for messages in conversations(persona, amount, seed):

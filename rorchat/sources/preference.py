@@ -1,4 +1,4 @@
-"""Your own preferences: a prompt with a chosen and a rejected reply, in the shapes that most datasets have.
+"""Your own preferences: a prompt with a chosen and a rejected reply, in the formats of most datasets.
 
 Strings (`{"prompt", "chosen", "rejected"}`), message lists that share their prompt (UltraFeedback binarized, Tulu 3),
 LLaMA-Factory's `{"conversations", "chosen", "rejected"}`, and Alpaca rows with `chosen` and `rejected`.
@@ -28,16 +28,15 @@ RAW = [
 
 
 def convert(row: dict) -> dict:
-    """Any of the shapes -> {"prompt": [messages], "chosen": [message], "rejected": [message]}."""
+    """Any of the formats -> {"prompt": [messages], "chosen": [message], "rejected": [message]}."""
     for side in ("chosen", "rejected"):
         if not isinstance(row, dict) or side not in row:
-            single = isinstance(row, dict) and "label" in row
-            raise RejectedRow(
-                "missing field", f"no {side!r}" + ": a reply with a label, as for KTO, is no pair" * single
-            )
+            is_kto = isinstance(row, dict) and "label" in row
+            hint = ": a reply with a label (KTO) is not a pair of replies" if is_kto else ""
+            raise RejectedRow("missing field", f"no {side!r}{hint}")
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list) and isinstance(rejected, list):
-        return _from_lists(row, normalize_messages(chosen), normalize_messages(rejected))
+        return _convert_lists(row, normalize_messages(chosen), normalize_messages(rejected))
     if "conversations" in row:
         return {
             "prompt": normalize_messages(row["conversations"]),
@@ -57,9 +56,9 @@ def convert(row: dict) -> dict:
     }
 
 
-def _from_lists(row: dict, chosen: list[dict], rejected: list[dict]) -> dict:
+def _convert_lists(row: dict, chosen: list[dict], rejected: list[dict]) -> dict:
     if isinstance(row.get("prompt"), list):
         return {"prompt": normalize_messages(row["prompt"]), "chosen": chosen, "rejected": rejected}
     if chosen[:-1] != rejected[:-1]:
-        raise RejectedRow("different prompts", "chosen and rejected do not share all but their last message")
+        raise RejectedRow("different prompts", "chosen and rejected differ before their last message")
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}

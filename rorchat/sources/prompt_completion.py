@@ -1,6 +1,7 @@
-"""Your own pairs of prompt and completion (or response), as texts or as lists of messages, as TRL takes them.
+"""Your own pairs of prompt and completion (or response), as texts or as lists of messages (TRL's format).
 
-A prompt in the Alpaca template ("### Instruction: ... ### Response:"), as in dolly_hhrlhf, loses the template.
+From a prompt in the Alpaca template ("### Instruction: ... ### Response:"), as in dolly_hhrlhf, the template is
+removed.
 """
 
 import re

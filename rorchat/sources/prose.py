@@ -1,9 +1,10 @@
-"""Clean English prose: Parquet or JSON lines with a `text` column, such as books chapter by chapter.
+"""Your own prose with a separate validation file: Parquet or JSON lines with a `text` column.
 
-A folder's `train-*` files are its documents; a `val.jsonl` beside them stays out, for `rorchat evaluate --text`.
+Of a folder, the `train-*` files are read. A `val.jsonl` beside them is not, so it can be used with `rorchat evaluate
+--text`.
 """
 
-from rorchat.rows import get_text
+from rorchat.sources import text
 
 KIND = "document"
 LICENCE = "that of your files"
@@ -11,8 +12,4 @@ SIZE = "your files"
 HUB = None
 FILES = ("train-*.parquet", "train*.jsonl", "*.parquet", "*.jsonl")
 RAW = [{"text": "CHAPTER 1\n\nIt was the best of times.", "source": "a book", "license": "public domain"}]
-
-
-def convert(row: dict) -> dict:
-    """{"text", ...} -> {"text"}."""
-    return {"text": get_text(row, "text")}
+convert = text.convert

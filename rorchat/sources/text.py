@@ -1,6 +1,6 @@
-"""Your own texts: .txt or .md files, one document each, or JSON lines and Parquet with a `text` column.
+"""Your own texts: .txt or .md files with one document each, or JSON lines and Parquet with a `text` column.
 
-Inside a .txt file `<|endoftext|>` stands between documents, as in the files of TinyStories; elsewhere it is a word.
+In a .txt file, `<|endoftext|>` separates documents, as in TinyStories. In other files it is ordinary text.
 """
 
 from rorchat.rows import get_text

@@ -1,7 +1,7 @@
 """The Stack, its Python files: permissively licensed code, near-deduplicated. Kocetkov et al. 2022, arXiv:2211.15533.
 
-Gated on the Hub: accept its terms of use there and log in first (`hf auth login`). `HUB` takes the first Python file of
-the deduplicated set; a file is a document, and its licences stand in the column `max_stars_repo_licenses`.
+Gated on the Hub: accept its terms of use there and log in first (`hf auth login`). `HUB` has the first Parquet file of
+the deduplicated Python part. A document is a source file; its licences are in the column `max_stars_repo_licenses`.
 """
 
 from rorchat.rows import get_text

@@ -1,6 +1,6 @@
 """Tiny Shakespeare: 40,000 lines of his plays in one file of 1.1 MB. Karpathy 2015.
 
-A document is twenty speeches: of one document nothing could be held out.
+A document is twenty speeches, because a single document could not be split into training and validation.
 """
 
 from collections.abc import Iterator
@@ -15,18 +15,19 @@ FILES = ("input.txt", "*.txt", "*.parquet")
 RAW = [{"text": "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak."}]
 
 RESTARTS_PER_FILE = True
-SPEECHES = 20
+SPEECHES_PER_DOCUMENT = 20
 
 
 def gather(rows: Iterator[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """The whole file, or the Hub's one row -> twenty speeches at a time."""
+    """Splits the whole file, or the single row on the Hub, into documents."""
     for place, row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            yield place, row  # what cannot be read is counted by whoever asked
+            yield place, row  # rejected by the caller
             continue
         speeches = row["text"].split("\n\n")
-        for start in range(0, len(speeches), SPEECHES):
-            yield f"{place}, speech {start}", {"text": "\n\n".join(speeches[start : start + SPEECHES])}
+        for start in range(0, len(speeches), SPEECHES_PER_DOCUMENT):
+            document = "\n\n".join(speeches[start : start + SPEECHES_PER_DOCUMENT])
+            yield f"{place}, speech {start}", {"text": document}
 
 
 def convert(row: dict) -> dict:

@@ -1,7 +1,7 @@
-"""TinyStories: 2.1 million stories in a small child's words, by GPT-3.5 and GPT-4. Eldan & Li 2023, arXiv:2305.07759.
+"""TinyStories: 2.1 million stories in a child's vocabulary by GPT-3.5 and GPT-4. Eldan & Li 2023, arXiv:2305.07759.
 
-The original text files have `<|endoftext|>` after every story, also after the last: one that ends without it was cut
-off inside its last story, which is rejected.
+The original text files have `<|endoftext|>` after every story, including the last. If a file ends without it, its last
+story is incomplete and rejected.
 """
 
 from rorchat.rows import RejectedRow, get_text

@@ -1,9 +1,9 @@
-"""UltraChat: 208k dialogues of several turns with ChatGPT, cleaned for Zephyr. Ding et al. 2023, arXiv:2305.14233.
+"""UltraChat: 208k multi-turn dialogues with ChatGPT, cleaned for Zephyr. Ding et al. 2023, arXiv:2305.14233.
 
-The Hub's ultrachat_200k (columns prompt, prompt_id, messages), or the original release with its bare list of texts.
+Reads ultrachat_200k of the Hub (columns prompt, prompt_id, messages), and the original release with its list of texts.
 """
 
-from rorchat.rows import message
+from rorchat.rows import alternate_turns
 from rorchat.sources import messages
 
 KIND = "conversation"
@@ -22,7 +22,7 @@ RAW = [
 
 
 def convert(row: dict) -> dict:
-    """Either form -> messages; a last question nobody answers is left out."""
+    """Either format -> messages, without an unanswered question at the end."""
     if isinstance(row, dict) and isinstance(row.get("data"), list):
-        row = [message(("user", "assistant")[number % 2], text) for number, text in enumerate(row["data"])]
+        row = alternate_turns(row["data"])
     return messages.convert(row)

@@ -1,6 +1,6 @@
-"""UltraFeedback binarized: 61k pairs of replies, scored by GPT-4. Cui et al. 2023, arXiv:2310.01377.
+"""UltraFeedback binarized: 61k preferences, scored by GPT-4. Cui et al. 2023, arXiv:2310.01377.
 
-Zephyr's form of it. Copies that hold the replies as plain texts are read as well.
+Reads the format of Zephyr, and copies with the replies as plain texts.
 """
 
 from rorchat.sources import preference

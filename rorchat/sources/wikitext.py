@@ -1,15 +1,16 @@
 """WikiText: Wikipedia's good and featured articles. Merity et al. 2016, arXiv:1609.07843.
 
-An article is a document; its files have one paragraph a line, and begin an article with ` = Title = ` between two empty
-lines. The tokenisation is taken back: `2 @.@ 7 – 3 kg ( 1 @,@ 500 )` is 2.7–3 kg (1,500) again. `<unk>` stays in the
-word-level files (*.tokens), where nobody knows the word; the raw ones, such as HUB, have none: train on those.
+A document is an article. The files have one paragraph per line, and ` = Title = ` between two empty lines begins an
+article. The tokenization is reverted: `2 @.@ 7 – 3 kg ( 1 @,@ 500 )` becomes 2.7–3 kg (1,500). The word-level files
+(*.tokens) contain `<unk>` for rare words; for training, use the raw files, such as those of `HUB`.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rorchat.reading.formats import FileSlice, read_lines
+from rorchat.reading.formats import read_rows
+from rorchat.reading.text import read_lines
 from rorchat.rows import get_text
 
 KIND = "document"
@@ -24,8 +25,8 @@ RAW = [
     }
 ]
 
-_TITLE = re.compile(r" ?= (?!=).*[^=] = ?")
-_JOINS = (
+TITLE = re.compile(r" ?= (?!=).*[^=] = ?")
+_DETOKENIZE = (  # (pattern, replacement)
     (r" @([-,.])@(?: |$)", r"\1"),
     (r'(^|\s|\()" ([^"\n]+) "(?=\s|$)', r'\1"\2"'),
     (r" '(?=(?:s|t|m|d|re|ve|ll)\b)|(?<=s) '(?= )", "'"),
@@ -37,39 +38,39 @@ _JOINS = (
 
 
 def read(path: Path) -> Iterator[tuple[str, object]]:
-    """The lines of the original files, empty ones too, or the rows of other formats."""
+    """The lines of an original file, including empty ones, or the rows of another format."""
     if path.name.startswith("wiki.") or path.suffix in (".tokens", ".raw", ".txt"):
-        lines = read_lines(path, empty=True)
+        lines = read_lines(path, keep_empty=True)
         return ((place, {"text": line} if isinstance(line, str) else line) for place, line in lines)
-    return iter(FileSlice(path))
+    return read_rows(path)
 
 
 def gather(rows: Iterator[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """Lines -> articles. Not every line like a title is one: some stand inside a table or a formula."""
-    article, begin, title, after_empty = [], "", None, True
+    """Joins lines to articles. Some lines of tables and formulas look like titles but have no empty lines around."""
+    article, first_place, title, after_empty = [], "", None, True
     for place, row in rows:
-        lines = _lines(row)
+        lines = _split_lines(row)
         if lines is None:
-            yield place, row  # for `convert` to reject
+            yield place, row  # rejected by `convert`
             continue
         for line in lines:
             if line.strip():
                 article += [title[1]] if title else []
-                title = (place, line) if after_empty and _TITLE.fullmatch(line) else None
+                title = (place, line) if after_empty and TITLE.fullmatch(line) else None
                 article += [] if title else [line]
-                begin = begin or place
+                first_place = first_place or place
             elif title:
                 if article:
-                    yield begin, {"text": "\n".join(article)}
-                article, begin, title = [title[1]], title[0], None
+                    yield first_place, {"text": "\n".join(article)}
+                article, first_place, title = [title[1]], title[0], None
             after_empty = not line.strip()
     article += [title[1]] if title else []
     if article:
-        yield begin, {"text": "\n".join(article)}
+        yield first_place, {"text": "\n".join(article)}
 
 
-def _lines(row: object) -> list[str] | None:
-    """The lines of a row that is a text: one as it stands, several with an empty one around them."""
+def _split_lines(row: object) -> list[str] | None:
+    """The lines of a text row, with an empty line before and after if there are several."""
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         return None
     lines = row["text"].splitlines()
@@ -77,9 +78,9 @@ def _lines(row: object) -> list[str] | None:
 
 
 def convert(row: dict) -> dict:
-    """An article -> its headings and paragraphs with an empty line between, in ordinary spelling."""
+    """An article -> its detokenized headings and paragraphs with empty lines between."""
     paragraphs = [re.sub(r"^(= )+(.*?)( =)+$", r"\2", line.strip()) for line in get_text(row, "text").splitlines()]
     text = "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
-    for pattern, joined in _JOINS:
-        text = re.sub(pattern, joined, text, flags=re.MULTILINE)
+    for pattern, replacement in _DETOKENIZE:
+        text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     return {"text": text}

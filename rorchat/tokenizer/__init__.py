@@ -28,7 +28,7 @@ from rorchat.chatml import (
 )
 from rorchat.errors import DataError, MismatchError, RemoteError, UsageError
 from rorchat.persona import Persona, load_persona
-from rorchat.sources.registry import CHAT_PREFIX, list_sources, source_kinds
+from rorchat.sources.registry import CHAT_PREFIX, find_source, list_sources
 from rorchat.tokenizer.text import BoundedText
 
 # GPT-2's pattern but for numbers: each digit is a token, and never with the blank before it, so that a number is
@@ -171,7 +171,7 @@ def _saw_documents_alone(model: str) -> bool:
 def _gives_conversations(spec: str) -> bool:
     """Whether pretraining reads conversations of a source; shards that were made elsewhere are documents."""
     name = spec.partition("=")[0]
-    return name.removeprefix(CHAT_PREFIX) in list_sources() and "document" not in source_kinds(name)
+    return name.removeprefix(CHAT_PREFIX) in list_sources() and "document" not in find_source(name).kinds
 
 
 def _default_system_message(tokenizer) -> str | None:

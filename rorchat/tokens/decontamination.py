@@ -26,10 +26,10 @@ import numpy as np
 
 from rorchat.errors import DataError, UsageError
 from rorchat.reading.encodings import LONGEST_LINE, content_suffix, read_text
-from rorchat.reading.formats import READERS, FileSlice
-from rorchat.reading.slices import files_digest, find_files, is_hidden
+from rorchat.reading.folders import files_digest, find_files, is_hidden
+from rorchat.reading.formats import READERS, read_rows
 from rorchat.rows import RejectedRow
-from rorchat.sources.registry import list_sources, load_rows, source_digest, source_kinds
+from rorchat.sources.registry import find_source, list_sources, load_rows, source_digest
 
 N = 13
 _BETWEEN = -1  # stands between two strings, and for a word that no evaluation set has
@@ -254,7 +254,7 @@ class EvaluationSet:
     def files(self) -> Iterator[tuple[str, Iterable[object]]]:
         """(name, rows) of every file, or of a source."""
         if self.is_source:
-            yield self.given, _readable(load_rows(self.given, source_kinds(self.given.partition("=")[0])[0]).raw)
+            yield self.given, _readable(load_rows(self.given, find_source(self.given.partition("=")[0]).kinds[0]).raw)
             return
         read, others = self.paths()
         unknown = [str(file) for file in others if content_suffix(file) not in _COMPANIONS]
@@ -301,7 +301,7 @@ def _digest_of(one: EvaluationSet) -> str:
 
 def _rows_of(file: Path) -> Iterator[object]:
     kind = content_suffix(file)
-    return _table(file) if kind in _TABLES else _arrow(file) if kind == ".arrow" else _readable(FileSlice(file))
+    return _table(file) if kind in _TABLES else _arrow(file) if kind == ".arrow" else _readable(read_rows(file))
 
 
 def _readable(rows: Iterable[tuple[str, object]]) -> Iterator[object]:

@@ -17,7 +17,7 @@ from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.files import folder_lock
 from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
-from rorchat.sources.registry import find_source, hub_fingerprint, source_digest, source_kinds, source_parts
+from rorchat.sources.registry import find_source, hub_fingerprint, source_digest, source_parts
 from rorchat.tokenizer import chat_template_sha256, tokenizer_sha256
 from rorchat.tokens.decontamination import EvaluationText, evaluation_digests
 from rorchat.tokens.merge_shards import merge_shards
@@ -63,18 +63,18 @@ def prepare(
     """
     folder = Path(folder)
     name = spec.partition("=")[0]
-    kind = kind or next((kind for kind in source_kinds(name) if kind != "preference"), None)
+    kind = kind or next((kind for kind in find_source(name).kinds if kind != "preference"), None)
     if kind not in ("document", "conversation"):
         raise UsageError(f"{spec} gives preferences: pretraining needs documents or conversations.")
     filters, source = filters or Filters(), find_source(name)
     expected = Manifest(
         source=spec,
-        licence=source.LICENCE,
+        licence=source.licence,
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         vocabulary_size=len(tokenizer),
         end_of_text_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
         validation_share=validation_share,
-        seed=seed if hasattr(source, "generate") else 0,  # only generated sources depend on it
+        seed=seed if source.is_generated else 0,  # only generated sources depend on it
         kind=kind,
         chat_template_sha256=chat_template_sha256(tokenizer) if kind == "conversation" else "",
         filters=filters.describe(),

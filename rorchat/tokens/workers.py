@@ -176,4 +176,4 @@ def _part_size(part: SourcePart) -> int:
     """Bytes on disk, or rows if the part is on the Hub."""
     if part.rows:
         return part.rows[1] - part.rows[0]
-    return sum(file_slice.bytes for file_slice in part.stretches)
+    return sum(file_slice.bytes for file_slice in part.slices)

@@ -31,7 +31,7 @@ from rorchat.errors import UsageError, did_you_mean
 from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.jsonl import append_json_line
 from rorchat.rows import RejectedRow
-from rorchat.sources.registry import RowStats
+from rorchat.sources.base import RowStats
 from rorchat.training import reference_logps
 from rorchat.training.arguments import DataArguments
 from rorchat.training.checkpointing.trainer_mixin import storage_failure

@@ -28,7 +28,7 @@ from rorchat.files import file_sha256
 from rorchat.inference.engine import DEFAULT_REPLY_DIVISOR, ChatModel, Reply, generate_ids, generate_replies
 from rorchat.jsonl import append_json_line
 from rorchat.rows import RejectedRow, row_text
-from rorchat.sources.registry import RowStats
+from rorchat.sources.base import RowStats
 from rorchat.training.arguments import DataArguments
 from rorchat.training.callbacks.divergence import DIVERGED_ROWS
 from rorchat.training.data import Split, load_split

@@ -22,7 +22,7 @@ from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.mixture.collators import collate_packed
 from rorchat.mixture.packing import PackedRows, Sequences, pack
 from rorchat.rows import RejectedRow
-from rorchat.sources.registry import RowStats
+from rorchat.sources.base import RowStats
 from rorchat.training.arguments import DataArguments
 from rorchat.training.data import ROWS_PER_CALL, Split, load_split, row_lengths
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss

@@ -16,7 +16,7 @@ from rorchat.chatml import encode_conversation
 from rorchat.cli.data import format_in_brackets, format_in_colour
 from rorchat.inspection import ShownToken
 from rorchat.sources.base import LOSS_BY_KIND
-from rorchat.sources.registry import find_source, list_sources, source_kinds
+from rorchat.sources.registry import find_source, list_sources
 
 COMMANDS = {
     "list": [],
@@ -51,22 +51,22 @@ def test_the_list_names_every_source_with_its_licence_size_and_what_the_loss_cou
     rows = {cells[0]: cells for cells in (cells_of(line) for line in lines)}
     assert set(list_sources()) == {name for name in rows if name.strip("-: ") and name != "source"}
     for name in list_sources():
-        module = find_source(name)
+        source = find_source(name)
         assert rows[name][2:] == [
-            ", ".join(source_kinds(name)),
+            ", ".join(find_source(name).kinds),
             rows[name][3],
-            module.SIZE,
-            module.LICENCE,
-            "; ".join(LOSS_BY_KIND[kind] for kind in source_kinds(name)),
+            source.size,
+            source.licence,
+            "; ".join(LOSS_BY_KIND[kind] for kind in find_source(name).kinds),
         ]
-        home = "generated" if hasattr(module, "generate") else module.HUB["path"] if module.HUB else "your files"
+        home = "generated" if source.is_generated else source.hub["path"] if source.hub else "your files"
         assert rows[name][3] == home
 
 
 def test_the_list_ends_with_the_sources_that_have_restrictions():
     last = succeeded("list").splitlines()[-1]
     named = last.partition(": ")[2].rstrip(".").split(", ")
-    told = [name for name in list_sources() if re.search("not for commercial use|^unstated", find_source(name).LICENCE)]
+    told = [name for name in list_sources() if re.search("not for commercial use|^unstated", find_source(name).licence)]
     assert named == told and "alpaca" in named and "pile" in named
 
 
@@ -255,8 +255,8 @@ MISTAKES = [
     ("check {out}/none.jsonl", 65, "No file or folder"),
     ("check text={out}/none.jsonl", 65, "No file or folder"),
     ("check text", 2, "give a file or folder"),
-    ("check tinytown", 2, "say how many rows"),
-    ("check tinytown=-5", 2, "say how many rows"),
+    ("check tinytown", 2, "needs a number of rows"),
+    ("check tinytown=-5", 2, "needs a number of rows"),
     ("check {rows} --as nosuch", 2, "No source named 'nosuch'"),
     ("check text={rows} --as messages", 2, "names its source already"),
     ("check {rows} --max_length 100", 2, "--tokenizer and --max_length go together"),

@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 from support import CONVERTING, exchange, json_lines, read, written
 
-from rorchat.reading import slices
+from rorchat.reading import parts
 from rorchat.sources.registry import SourceRows, find_source, load_rows, source_parts
 
 
@@ -19,7 +19,7 @@ from rorchat.sources.registry import SourceRows, find_source, load_rows, source_
 )
 def test_the_same_rows_come_out_of_every_format(name, form, tmp_path):
     module = find_source(name)
-    raw = [row for row in module.RAW if isinstance(row, dict)][:1] * (1 if form == "object.json" else 3)
+    raw = [row for row in module.raw if isinstance(row, dict)][:1] * (1 if form == "object.json" else 3)
     path = tmp_path / f"rows.{form}"
     if form == "parquet":
         import pyarrow
@@ -32,7 +32,7 @@ def test_the_same_rows_come_out_of_every_format(name, form, tmp_path):
     else:
         content = json.dumps(raw if form != "object.json" else raw[0], indent=1).encode()
         path.write_bytes(gzip.compress(content, mtime=0) if form.endswith("gz") else content)
-    rows, _ = read(f"{name}={path}", module.KIND)
+    rows, _ = read(f"{name}={path}", module.kinds[0])
     assert rows == [module.convert(row) for row in raw]
     assert len(rows) == len(raw) >= 1
 
@@ -104,8 +104,7 @@ def test_where_nobody_knows_how_to_go_on_the_reject_says_that_the_rest_is_lost(t
 
 
 def read_all(spec: str) -> tuple[list[dict], SourceRows]:
-    rows = load_rows(spec, "document")
-    rows.whole = False
+    rows = load_rows(spec, "document", allow_empty=True)
     return list(rows), rows
 
 
@@ -226,7 +225,7 @@ def test_a_large_parquet_file_with_a_damaged_end_has_one_part_that_is_one_reject
     import pyarrow
     import pyarrow.parquet
 
-    monkeypatch.setattr(slices, "SMALLEST_PART", 300)
+    monkeypatch.setattr(parts, "SMALLEST_PART", 300)
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": [f"text {n}" for n in range(1000)]}), path, row_group_size=100)
     content = bytearray(path.read_bytes())
@@ -244,18 +243,18 @@ def test_a_source_in_parts_gives_the_rows_that_it_gives_in_one_piece(name, tmp_p
     import pyarrow.parquet
 
     module = find_source(name)
-    monkeypatch.setattr(slices, "SMALLEST_PART", 300)
-    monkeypatch.setattr(module, "FILES", ("*.parquet",))
-    raw = next(row for row in module.RAW if isinstance(row, dict))
+    monkeypatch.setattr(parts, "SMALLEST_PART", 300)
+    monkeypatch.setattr(f"rorchat.sources.{name}.FILES", ("*.parquet",))
+    raw = next(row for row in module.raw if isinstance(row, dict))
     for number in range(3):
         rows = [raw] * (150 + number)
         if name == "wikitext":  # an article goes on in the next file
             rows = [{"text": line} for line in ["words", "", " = A title = ", "", *["words"] * 9] * 9]
         table = pyarrow.Table.from_pylist(rows)
         pyarrow.parquet.write_table(table, tmp_path / f"{number}.parquet", row_group_size=50)
-    whole = list(load_rows(f"{name}={tmp_path}", module.KIND).raw)
+    whole = list(load_rows(f"{name}={tmp_path}", module.kinds[0]).raw)
     pieces = source_parts(f"{name}={tmp_path}")
-    divided = [row for part in pieces for row in load_rows(f"{name}={tmp_path}", module.KIND, part=part).raw]
+    divided = [row for part in pieces for row in load_rows(f"{name}={tmp_path}", module.kinds[0], part=part).raw]
     assert divided == whole and len(whole) >= 6
     assert len(pieces) == 1 if name in ("wikitext", "oasst") else len(pieces) >= 3
 
@@ -312,8 +311,8 @@ def test_a_text_that_is_not_utf8_is_rejected_with_its_first_bad_byte(tmp_path):
 
 @pytest.mark.parametrize("end", ["<|endoftext|>\n", "cut off", "<|endoftext|>", "\n\n"])
 def test_a_large_text_is_read_in_parts_that_begin_behind_separators_and_know_their_lines(end, tmp_path, monkeypatch):
-    monkeypatch.setattr(slices, "SMALLEST_PART", 500)
-    monkeypatch.setattr(slices, "_BLOCK", 64)
+    monkeypatch.setattr(parts, "SMALLEST_PART", 500)
+    monkeypatch.setattr(parts, "BLOCK_BYTES", 64)
     draw = random.Random(0)
     stories = ["".join(draw.choices("ab \né<|\ufeff", k=draw.randrange(400))) for _ in range(120)]
     path = written(tmp_path, "a.txt", "<|endoftext|>".join(stories) + end)
@@ -324,7 +323,7 @@ def test_a_large_text_is_read_in_parts_that_begin_behind_separators_and_know_the
 
 
 def test_a_text_without_a_separator_is_one_part_however_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(slices, "SMALLEST_PART", 500)
+    monkeypatch.setattr(parts, "SMALLEST_PART", 500)
     path = written(tmp_path, "a.txt", "It was the best of times. " * 1000)
     assert len(source_parts(f"text={path}")) == 1
 

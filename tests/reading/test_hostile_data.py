@@ -21,9 +21,9 @@ from rorchat.chatml import END_OF_TEXT
 from rorchat.errors import DataError, RorchatError
 from rorchat.inspection import check, guess_row_format
 from rorchat.rows import CHECKS
-from rorchat.sources.registry import find_source, load_rows, source_kinds
+from rorchat.sources.registry import find_source, load_rows
 
-GATHERING = [name for name in CONVERTING if hasattr(find_source(name), "gather")]  # a row is not a line of theirs
+GATHERING = [name for name in CONVERTING if find_source(name).gather]  # a row is not a line of theirs
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def malformed(raw: object, draw: random.Random) -> Iterator[str | bytes]:
 
 def hostile_lines(name: str) -> list[bytes]:
     draw = random.Random(name)
-    lines = list(chain.from_iterable(malformed(raw, draw) for raw in find_source(name).RAW))
+    lines = list(chain.from_iterable(malformed(raw, draw) for raw in find_source(name).raw))
     lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
     lines = [line.replace(b"\n", b" ").replace(b"\r", b" ") for line in lines]
     draw.shuffle(lines)
@@ -114,7 +114,7 @@ def accounted(path: Path, name: str) -> tuple[object, list[dict]]:
 @pytest.mark.parametrize("name", CONVERTING)
 def test_no_malformed_row_of_a_source_is_lost_or_ends_the_reading(name, tmp_path):
     lines = hostile_lines(name)
-    lines += [json.dumps(next(raw for raw in find_source(name).RAW if not isinstance(raw, str))).encode()]
+    lines += [json.dumps(next(raw for raw in find_source(name).raw if not isinstance(raw, str))).encode()]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n")
     tally, said = accounted(path, name)
@@ -126,10 +126,10 @@ def test_no_malformed_row_of_a_source_is_lost_or_ends_the_reading(name, tmp_path
     else:
         with open(path, "rb") as file:
             assert file.read().count(b"\n") == len(lines)
-        kind = source_kinds(name)[0]
+        kind = find_source(name).kinds[0]
         assert tally.rows_in == sum(1 for _ in load_rows(f"{name}={path}", kind).raw)
-    for row in load_rows(f"{name}={path}", source_kinds(name)[0]):
-        CHECKS[source_kinds(name)[0]](row)
+    for row in load_rows(f"{name}={path}", find_source(name).kinds[0]):
+        CHECKS[find_source(name).kinds[0]](row)
         json.dumps(row, ensure_ascii=False).encode()
 
 

@@ -18,17 +18,17 @@ def converted(name: str, raw: object) -> dict:
     """A raw row of a source as a valid row of ours, repaired or not."""
     row = find_source(name).convert(raw)
     row = row.row if isinstance(row, RepairedRow) else row
-    CHECKS[find_source(name).KIND](row)
+    CHECKS[find_source(name).kinds[0]](row)
     return row
 
 
 def rejected(name: str, raw: object) -> str:
     with pytest.raises(RejectedRow) as refusal:
-        CHECKS[find_source(name).KIND](find_source(name).convert(raw))
+        CHECKS[find_source(name).kinds[0]](find_source(name).convert(raw))
     return refusal.value.reason
 
 
-SIMPLIFIED_NQ, ORIGINAL_NQ = find_source("natural_questions").RAW[1:3]
+SIMPLIFIED_NQ, ORIGINAL_NQ = find_source("natural_questions").raw[1:3]
 # (source, a row as the Hub's Parquet gives it or as another release has it, our row)
 HUB_ROWS = [
     ("alpaca", {"instruction": "I", "input": "in", "output": "O", "text": "Below is"}, exchange("I\n\nin", "O")),
@@ -174,7 +174,7 @@ def test_a_row_that_cannot_be_used_is_refused_with_its_reason(name, raw, reason)
 
 
 def test_a_kto_file_is_told_that_it_holds_no_pairs(shared_data):
-    with pytest.raises(DataError, match="300 missing field.*a reply with a label, as for KTO, is no pair"):
+    with pytest.raises(DataError, match=r"300 missing field.*a reply with a label \(KTO\) is not a pair of replies"):
         list(load_rows(f"preference={shared_data / 'preference' / 'kto_en_demo.json'}", "preference"))
 
 

@@ -240,13 +240,13 @@ def test_cornell_joins_what_one_speaker_says_in_a_row_and_mends_windows_characte
     assert loaded.stats.repairs == {"Windows-1252 character": 1}
     assert loaded.stats.places == {
         "empty reply": [f"{tmp_path / 'movie_conversations.txt'}:2 (message 1)"],
-        "missing field": [f"{tmp_path / 'movie_conversations.txt'}:3 (no ids of lines)"],
+        "missing field": [f"{tmp_path / 'movie_conversations.txt'}:3 (no line ids)"],
     }
 
 
 def test_one_half_of_cornell_alone_is_an_error_that_names_the_other(tmp_path):
     path = written(tmp_path, "movie_lines.txt", CORNELL_LINES.encode("latin-1"))
-    with pytest.raises(DataError, match=r"movie_lines\.txt is one half of the corpus: put movie_conversations\.txt"):
+    with pytest.raises(DataError, match=r"movie_lines\.txt is only half of the corpus: put movie_conversations\.txt"):
         list(load_rows(f"cornell_movie_dialogs={path}", "conversation"))
 
 
@@ -315,16 +315,16 @@ FOLDERS = [
 
 @pytest.mark.parametrize(("name", "folder", "files"), FOLDERS, ids=[name for name, *_ in FOLDERS])
 def test_a_folder_gives_its_training_files_alone(name, folder, files, shared_data):
-    places = {place for place, _ in load_rows(f"{name}={shared_data / folder}", find_source(name).KIND).raw}
+    places = {place for place, _ in load_rows(f"{name}={shared_data / folder}", find_source(name).kinds[0]).raw}
     assert {Path(re.split(r":\d+$|, row ", place)[0]).name for place in places} == files
 
 
 @pytest.mark.parametrize("name", ["natural_questions", "hh_rlhf", "gsm8k", "openbookqa"])
 def test_a_folder_of_evaluation_files_alone_is_refused(name, tmp_path):
     for file in ("NQ-open.dev.jsonl", "nq-dev-00.jsonl.gz", "test.jsonl", "dev.jsonl"):
-        written(tmp_path, file, json_lines(find_source(name).RAW[0]))
-    with pytest.raises(DataError, match="holds none of"):
-        load_rows(f"{name}={tmp_path}", find_source(name).KIND)
+        written(tmp_path, file, json_lines(find_source(name).raw[0]))
+    with pytest.raises(DataError, match="has no file that matches"):
+        load_rows(f"{name}={tmp_path}", find_source(name).kinds[0])
 
 
 def test_mathematics_reads_the_training_folders_and_not_those_of_the_test(shared_data):

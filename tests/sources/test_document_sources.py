@@ -11,7 +11,8 @@ import pyarrow
 import pytest
 
 from rorchat.errors import DataError
-from rorchat.reading import formats
+from rorchat.reading.formats import read_rows
+from rorchat.sources import tiny_shakespeare, wikitext
 from rorchat.sources.registry import SourceRows, find_source, list_sources, load_rows
 
 MEBIBYTE = 2**20
@@ -72,13 +73,12 @@ def test_real_files_give_exactly_the_documents_that_are_in_them(
 
 
 def test_a_hub_dataset_is_named_in_a_form_that_still_loads():
-    documents = [
-        find_source(name) for name in list_sources() if find_source(name).KIND == "document" and find_source(name).HUB
-    ]
-    assert len(documents) >= 9
-    for module in documents:
-        assert "/" in module.HUB["path"] and module.HUB["split"] == "train"
-        assert "trust_remote_code" not in module.HUB
+    sources = [find_source(name) for name in list_sources()]
+    hubs = [source.hub for source in sources if source.hub and source.kinds[0] == "document"]
+    assert len(hubs) >= 9
+    for hub in hubs:
+        assert "/" in hub["path"] and hub["split"] == "train"
+        assert "trust_remote_code" not in hub
 
 
 def test_the_pile_reads_its_numbered_shards_and_never_val_or_test(shared_data, tmp_path):
@@ -88,7 +88,7 @@ def test_the_pile_reads_its_numbered_shards_and_never_val_or_test(shared_data, t
     ]
     for name in ("val.jsonl.zst", "test.jsonl.zst"):
         (tmp_path / name).write_bytes((shared_data / "pile" / name).read_bytes())
-    with pytest.raises(DataError, match=r"holds none of .* but test\.jsonl\.zst, val\.jsonl\.zst"):
+    with pytest.raises(DataError, match=r"has no file that matches .*, only test\.jsonl\.zst, val\.jsonl\.zst"):
         read(f"pile={tmp_path}")
 
 
@@ -142,8 +142,8 @@ def test_a_text_file_is_split_alike_whatever_the_blocks_it_is_read_in(block, tmp
     parts = ["".join(draw.choices("ab\n<|é", k=draw.randrange(60))) for _ in range(40)] + ["end"]
     text = "<|endoftext|>".join(parts)
     (tmp_path / "a.txt").write_text(text)
-    monkeypatch.setattr(formats, "_BLOCK", block)
-    rows = list(formats.FileSlice(tmp_path / "a.txt"))
+    monkeypatch.setattr("rorchat.reading.text.BLOCK_BYTES", block)
+    rows = list(read_rows(tmp_path / "a.txt"))
     assert [row["text"] for _, row in rows] == [part.strip("\n") for part in parts]
     lines, at = text.split("\n"), 0
     for place, row in rows:
@@ -193,7 +193,7 @@ def test_lines_like_a_title_inside_a_formula_begin_no_article(shared_data):
     """62 lines of wiki.test.tokens look like titles, but two are pieces of a formula."""
     path = shared_data / "wikitext2" / "wiki.test.tokens"
     texts, _ = read(f"wikitext={path}")
-    assert len([line for line in path.read_text().splitlines() if find_source("wikitext")._TITLE.fullmatch(line)]) == 62
+    assert len([line for line in path.read_text().splitlines() if wikitext.TITLE.fullmatch(line)]) == 62
     (article,) = [text for text in texts if text.startswith("Constant k filter\n")]
     assert "\n\n1 <unk>/s and a nominal <unk> k\n\n" in article
 
@@ -299,7 +299,7 @@ def test_many_documents_take_the_memory_of_one(form, tmp_path):
 
 
 def test_tiny_shakespeare_is_the_example_of_the_documentation_and_all_of_it_is_there(shared_data):
-    written = Path(find_source("tiny_shakespeare").__file__).read_text()
+    written = Path(tiny_shakespeare.__file__).read_text()
     assert f"```python\n{written}```" in (ROOT / "docs" / "add_a_dataset.md").read_text()
     assert written.count("\n") < 40
     folder = shared_data / "tinyshakespeare"

@@ -69,7 +69,7 @@ REAL = [
 
 @pytest.mark.parametrize(("name", "path", "rows_in", "rejects"), REAL, ids=[path for _, path, *_ in REAL])
 def test_real_files_give_exactly_the_rows_that_are_in_them(name, path, rows_in, rejects, shared_data):
-    rows, loaded = read(f"{name}={shared_data / path}", find_source(name).KIND)
+    rows, loaded = read(f"{name}={shared_data / path}", find_source(name).kinds[0])
     assert loaded.stats.rejects == rejects
     assert loaded.stats.rows_in == rows_in
     assert len(rows) == loaded.stats.rows_in - sum(rejects.values())
@@ -89,7 +89,7 @@ UNREAD = [
 def test_a_real_file_of_another_shape_is_refused_as_a_whole_in_one_line(name, path, rows_in, shared_data):
     said = f"can be used: {rows_in:,} missing field, first at .*(:1|row 0) "
     with pytest.raises(DataError, match=said) as failure:
-        list(load_rows(f"{name}={shared_data / path}", find_source(name).KIND))
+        list(load_rows(f"{name}={shared_data / path}", find_source(name).kinds[0]))
     assert "\n" not in str(failure.value)
 
 

@@ -16,31 +16,26 @@ from rorchat.rows import CHECKS, RejectedRow, RepairedRow, row_text
 from rorchat.sources.base import exact_digest, is_validation_text, text_digest
 from rorchat.sources.registry import find_source, iterate_texts, list_sources, load_rows, source_digest, unread_files
 
-GENERATING = [name for name in list_sources() if hasattr(find_source(name), "generate")]
+GENERATING = [name for name in list_sources() if find_source(name).is_generated]
 
 
-def kinds_of(name: str) -> tuple[str, ...]:
-    kind = find_source(name).KIND
-    return kind if isinstance(kind, tuple) else (kind,)
-
-
-GOOD_ROW = {"document": {"text": "It was."}, "conversation": exchange(), "preference": find_source("preference").RAW[0]}
+GOOD_ROW = {"document": {"text": "It was."}, "conversation": exchange(), "preference": find_source("preference").raw[0]}
 
 
 def test_there_are_sources_of_every_kind():
     assert len(CONVERTING) >= 6 and len(GENERATING) >= 2
-    assert {kind for name in list_sources() for kind in kinds_of(name)} == set(CHECKS)
+    assert {kind for name in list_sources() for kind in find_source(name).kinds} == set(CHECKS)
 
 
 @pytest.mark.parametrize("name", list_sources())
 def test_every_source_names_its_licence_and_turns_its_own_raw_rows_into_valid_ones(name):
-    module = find_source(name)
-    assert isinstance(module.LICENCE, str) and module.LICENCE
-    if hasattr(module, "generate"):
-        converted = [(kind, row) for kind in kinds_of(name) for row in load_rows(f"{name}=7", kind)]
-        assert len(converted) == 7 * len(kinds_of(name))
+    source = find_source(name)
+    assert isinstance(source.licence, str) and source.licence
+    if source.is_generated:
+        converted = [(kind, row) for kind in find_source(name).kinds for row in load_rows(f"{name}=7", kind)]
+        assert len(converted) == 7 * len(find_source(name).kinds)
     else:
-        converted = [(module.KIND, module.convert(raw)) for raw in module.RAW]
+        converted = [(source.kinds[0], source.convert(raw)) for raw in source.raw]
         converted = [(kind, row.row if isinstance(row, RepairedRow) else row) for kind, row in converted]
         assert len(converted) >= 1
     for kind, row in converted:
@@ -73,21 +68,21 @@ NOT_ROWS = [
 
 @pytest.mark.parametrize("name", CONVERTING)
 def test_whatever_stands_where_a_row_should_be_is_kept_or_rejected_and_never_a_traceback(name, tmp_path):
-    module = find_source(name)
-    good = next(raw for raw in module.RAW if not isinstance(raw, str))
+    source = find_source(name)
+    good = next(raw for raw in source.raw if not isinstance(raw, str))
     path = written(tmp_path, "rows.jsonl", json_lines(*NOT_ROWS, good))
-    rows, loaded = read(f"{name}={path}", module.KIND)
+    rows, loaded = read(f"{name}={path}", source.kinds[0])
     assert loaded.stats.rows_in == len(NOT_ROWS) + 1
     assert loaded.stats.rejects["wrong type"] >= 3
     for row in rows:
-        CHECKS[module.KIND](row)
+        CHECKS[source.kinds[0]](row)
         json.dumps(row, ensure_ascii=False).encode()  # what a tokenizer needs: text that has UTF-8
 
 
 @pytest.mark.parametrize("name", CONVERTING)
 def test_a_row_cut_to_pieces_is_kept_or_rejected(name):
     """Every raw row with any part of it missing, null, a number, a list or empty."""
-    draw, module, tried = random.Random(0), find_source(name), 0
+    draw, source, tried = random.Random(0), find_source(name), 0
 
     def damaged(value):
         if draw.random() < 0.15:
@@ -97,13 +92,13 @@ def test_a_row_cut_to_pieces_is_kept_or_rejected(name):
         return [damaged(part) for part in value if draw.random() > 0.1] if isinstance(value, list) else value
 
     for _ in range(300):
-        for raw in module.RAW:
+        for raw in source.raw:
             tried += 1
             try:
-                CHECKS[module.KIND](module.convert(damaged(raw)))
+                CHECKS[source.kinds[0]](source.convert(damaged(raw)))
             except RejectedRow as reject:
                 assert reject.reason
-    assert tried == 300 * len(module.RAW)
+    assert tried == 300 * len(source.raw)
 
 
 # One line of bad bytes, one of bad JSON, and rows that are unusable in one way each, with the reason for each.
@@ -208,13 +203,15 @@ def test_an_unknown_source_suggests_its_neighbour():
 
 
 def test_a_source_of_another_kind_says_which_ones_fit():
-    with pytest.raises(UsageError, match="'alpaca' gives conversations, but here go documents: .*text"):
+    with pytest.raises(
+        UsageError, match="'alpaca' has conversations, but documents are expected here: use one of .*text"
+    ):
         load_rows("alpaca=x", "document")
 
 
 @pytest.mark.parametrize("amount", ["", "0", "-3", "many", "1e3"])
 def test_a_generated_source_wants_an_amount(amount):
-    with pytest.raises(UsageError, match="is generated: say how many rows, as in tinytown=1000"):
+    with pytest.raises(UsageError, match="is generated and needs a number of rows, as in tinytown=1000"):
         load_rows(f"tinytown={amount}", "document")
 
 
@@ -236,14 +233,14 @@ def test_a_hub_that_cannot_be_reached_is_one_line_that_names_the_local_way(monke
 
 
 NOTHING_TO_READ = [
-    ("empty.txt", b"", "is empty: there is no row in it"),
-    ("empty.jsonl", b"", "is empty: there is no row in it"),
-    ("blank.jsonl", b"\n \n\n", "is empty: there is no row in it"),
+    ("empty.txt", b"", "is empty: it has no rows"),
+    ("empty.jsonl", b"", "is empty: it has no rows"),
+    ("blank.jsonl", b"\n \n\n", "is empty: it has no rows"),
     ("empty.json", b"", "No row of .* can be used"),
-    ("array.json", b"[]", "is empty: there is no row in it"),
-    ("empty.txt.gz", gzip.compress(b"", mtime=0), "is empty: there is no row in it"),
-    ("numbers.jsonl", b"1\n2\n", "No row of .* can be used: 2 wrong type, first at .*Mend them .*--rejects"),
-    ("table.xml", b"a,b\n", r"cannot read \.xml; known are \.txt"),
+    ("array.json", b"[]", "is empty: it has no rows"),
+    ("empty.txt.gz", gzip.compress(b"", mtime=0), "is empty: it has no rows"),
+    ("numbers.jsonl", b"1\n2\n", "No row of .* can be used: 2 wrong type, first at .*Correct them .*--rejects"),
+    ("table.xml", b"a,b\n", r"cannot read \.xml; supported are \.txt"),
     ("plain", b"a", "cannot read a file without suffix"),
 ]
 
@@ -260,13 +257,13 @@ def test_a_file_without_a_usable_row_is_a_data_error_of_one_line(name, content, 
 @pytest.mark.parametrize("name", CONVERTING)
 def test_a_missing_path_or_a_folder_with_nothing_fitting_is_a_data_error_of_one_line(name, tmp_path):
     with pytest.raises(DataError, match=f"No file or folder {tmp_path / 'nowhere'}") as failure:
-        list(load_rows(f"{name}={tmp_path / 'nowhere'}", find_source(name).KIND))
+        list(load_rows(f"{name}={tmp_path / 'nowhere'}", find_source(name).kinds[0]))
     assert "\n" not in str(failure.value)
-    with pytest.raises(DataError, match="but nothing"):
-        list(load_rows(f"{name}={tmp_path}", find_source(name).KIND))
+    with pytest.raises(DataError, match="only nothing"):
+        list(load_rows(f"{name}={tmp_path}", find_source(name).kinds[0]))
     written(tmp_path, "picture.png", "")
-    with pytest.raises(DataError, match=r"holds none of .* but picture\.png") as failure:
-        list(load_rows(f"{name}={tmp_path}", find_source(name).KIND))
+    with pytest.raises(DataError, match=r"has no file that matches .*, only picture\.png") as failure:
+        list(load_rows(f"{name}={tmp_path}", find_source(name).kinds[0]))
     assert "\n" not in str(failure.value)
 
 
@@ -274,7 +271,7 @@ def test_a_summary_remembers_licence_and_counts(tmp_path):
     _, loaded = read(f"text={written(tmp_path, 'a.jsonl', json_lines(5, {'text': 'good'}))}", "document")
     assert loaded.stats.summary() == {
         "source": loaded.spec,
-        "licence": find_source("text").LICENCE,
+        "licence": find_source("text").licence,
         "rows_in": 2,
         "kept": 1,
         "rejects": {"wrong type": 1},

@@ -10,8 +10,8 @@ import pytest
 from support import COPIES, DOCUMENTS, KEPT, SHARE, decoded, files_of, write_documents
 
 from rorchat.errors import MismatchError
-from rorchat.reading import slices
-from rorchat.sources.registry import find_source, source_parts
+from rorchat.reading import parts
+from rorchat.sources.registry import source_parts
 from rorchat.tokens import tokenize_shard
 from rorchat.tokens.prepare import prepare
 from rorchat.tokens.store import Manifest
@@ -24,7 +24,7 @@ def interrupted(*_):
 @pytest.fixture
 def folder_of_parts(tmp_path, monkeypatch) -> str:
     """The documents in seven files of two formats, in parts so small that a file is read in several."""
-    monkeypatch.setattr(slices, "SMALLEST_PART", 300)
+    monkeypatch.setattr(parts, "SMALLEST_PART", 300)
     folder = tmp_path / "parts"
     folder.mkdir()
     for number in range(7):
@@ -69,11 +69,11 @@ def test_a_preparation_killed_in_the_middle_and_run_again_gives_the_same_bytes(p
         write_documents(folder, [f"{text} {number}" for text in DOCUMENTS], f"{number:02d}.jsonl")
     script = (
         "import sys, time\n"
-        "from rorchat.reading import slices\n"
+        "from rorchat.reading import parts\n"
         "from rorchat.tokens import tokenize_shard\n"
         "from rorchat.tokens.prepare import prepare\n"
         "from rorchat.tokenizer import train_tokenizer\n"
-        "slices.SMALLEST_PART = 5000\n"
+        "parts.SMALLEST_PART = 5000\n"
         "slow = tokenize_shard.ShardTokenizer.tokenize\n"
         "def prepared(*arguments):\n"
         "    time.sleep(float(sys.argv[3])); slow(*arguments)\n"
@@ -167,7 +167,7 @@ def test_a_part_that_was_another_piece_of_the_source_is_prepared_again(folder_of
     left = tmp_path / ".again.unfinished"
     before = len(list(left.glob("part-*.json")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slices, "SMALLEST_PART", 2000)
+        patch.setattr(parts, "SMALLEST_PART", 2000)
         assert 2 < len(source_parts(folder_of_parts)) < before
         again = prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
     assert again.manifest.rejects == {"duplicate": len(COPIES)} and again.manifest.rows_in == len(DOCUMENTS)
@@ -178,7 +178,7 @@ def test_a_part_that_was_another_piece_of_the_source_is_prepared_again(folder_of
 def test_a_renamed_file_loses_and_repeats_no_document_of_a_preparation_that_was_stopped(
     tokenizer, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(slices, "SMALLEST_PART", 1000)
+    monkeypatch.setattr(parts, "SMALLEST_PART", 1000)
     folder = tmp_path / "texts"
     folder.mkdir()
     texts = [f"Document {number} says hello." for number in range(200)]
@@ -278,7 +278,7 @@ def test_a_preparation_from_the_hub_begins_anew_where_the_dataset_moved_on_and_a
     assert store.manifest.hub_fingerprint == "second"
     rows._fingerprint = "third"
     assert prepare("tinystories", **settings).manifest == store.manifest
-    monkeypatch.setattr(find_source("tinystories"), "HUB", {"path": "roneneldan/TinyStories", "split": "validation"})
+    monkeypatch.setattr("rorchat.sources.tinystories.HUB", {"path": "roneneldan/TinyStories", "split": "validation"})
     with pytest.raises(MismatchError, match="location on the Hub. has changed"):
         prepare("tinystories", **settings)
 

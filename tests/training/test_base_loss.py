@@ -291,7 +291,7 @@ def test_below_the_cap_all_of_it_is_measured_each_token_once(store, spec, tokeni
 def test_a_text_that_cannot_be_had_is_refused_before_training(tokenizer, saved, tmp_path):
     for given, error, said in (
         ("tinytwn=5", UsageError, "Did you mean 'tinytown'"),
-        ("persona=5", UsageError, "here go documents"),
+        ("persona=5", UsageError, "documents are expected here"),
         (f"text={tmp_path}/none.txt", DataError, "none.txt"),
         (f"store={tmp_path}", DataError, "no token store"),
     ):

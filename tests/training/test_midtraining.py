@@ -12,7 +12,7 @@ from rorchat.mixture.config import MixtureConfig, read_mixture
 from rorchat.mixture.stores import prepare_stores
 from rorchat.model import build_model
 from rorchat.persona import DEFAULT_PERSONA, load_persona
-from rorchat.sources.registry import find_source, load_rows, source_kinds
+from rorchat.sources.registry import find_source, load_rows
 from rorchat.tokenizer import load_tokenizer
 from rorchat.tokens.prepare import prepare
 from rorchat.training.arguments import parse
@@ -31,10 +31,10 @@ def documents_of(store, split: str) -> set[tuple[int, ...]]:
 
 
 def test_chat_before_a_source_is_its_conversations():
-    assert source_kinds("tinytown")[0] == "document" and source_kinds("chat:tinytown") == ("conversation",)
+    assert find_source("tinytown").kinds[0] == "document" and find_source("chat:tinytown").kinds == ("conversation",)
     rows = list(load_rows("chat:tinytown=3", "conversation"))
     assert rows == list(load_rows("tinytown=3", "conversation")) and "messages" in rows[0]
-    assert source_kinds("chat:alpaca") == ("conversation",)
+    assert find_source("chat:alpaca").kinds == ("conversation",)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_unusable_sources_raise(places, spec, tokenizer, tmp_path):
     for tokens, max_length, message in ((1, 64, "tokens is 1"), (9, 1, "max_length is 1")):
         with pytest.raises(UsageError, match=message):
             replay_rows(spec, tokenizer, tokens, max_length, 0, SHARE)
-    with pytest.raises(UsageError, match="'persona' gives conversations and preferences, but here go documents"):
+    with pytest.raises(UsageError, match="'persona' has conversations and preferences, but documents are expected"):
         replay_rows("persona=5", tokenizer, 9, 64, 0, SHARE)
     prepare("chat:tinytown=60", tokenizer, tmp_path / "talk", validation_share=SHARE)
     with pytest.raises(UsageError, match="holds conversations, but only documents can be replayed"):

@@ -1,0 +1,71 @@
+"""Finds the data files of a folder and computes a digest of them."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from rorchat.errors import DataError
+from rorchat.reading.encodings import COMPRESSIONS, content_suffix
+from rorchat.reading.formats import READERS
+
+SAMPLES, SAMPLE_BYTES = 16, 2**16  # of a file, for the digest
+
+
+def find_files(path: Path, patterns: tuple[str, ...], *, any_suffix: bool = False) -> list[Path]:
+    """The file at `path`, or the files of a folder that match, sorted by name. Hidden files are ignored.
+
+    Args:
+        patterns: glob patterns inside the folder. The first that matches any file is used, with and without .gz or
+        .zst. any_suffix: also return files for which this package has no reader.
+
+    Raises:
+        DataError: the path does not exist, the file cannot be read, or no file of the folder matches.
+    """
+    if path.is_file():
+        if not any_suffix and content_suffix(path) not in READERS:
+            raise DataError(
+                f"{path}: cannot read {path.suffix or 'a file without suffix'}; "
+                f"supported are {', '.join(READERS)}, optionally with {' or '.join(COMPRESSIONS)}."
+            )
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"No file or folder {path}.")
+    for pattern in patterns:
+        files = {
+            file
+            for suffix in ("", *COMPRESSIONS)
+            for file in path.glob(pattern + suffix)
+            if file.is_file() and not is_hidden(file, path) and (any_suffix or content_suffix(file) in READERS)
+        }
+        if files:
+            return sorted(files)
+    names = sorted(entry.name for entry in path.iterdir())
+    raise DataError(f"{path} has no file that matches {', '.join(patterns)}, only {', '.join(names[:8]) or 'nothing'}.")
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Whether the name of a file, or of a folder between `folder` and the file, begins with a dot."""
+    return any(name.startswith(".") for name in file.relative_to(folder).parts)
+
+
+def files_digest(files: Iterable[Path], root: Path) -> str:
+    """sha256 of the names of files below `root`, their sizes and samples of their bytes.
+
+    Every start of a run computes it, also for corpora that take minutes to read. Therefore only SAMPLES pieces of a
+    large file are hashed, the first and the last bytes among them. A copy of the folder has the same digest, which it
+    would not have if modification times were used. An edit that keeps the size and falls between two samples is not
+    detected.
+    """
+    sha256 = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        sha256.update(os.fsencode(os.path.relpath(file, root)) + f"\0{size}\0".encode())
+        with file.open("rb") as data:
+            if size <= SAMPLES * SAMPLE_BYTES:
+                sha256.update(data.read())
+                continue
+            for number in range(SAMPLES):
+                data.seek((size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+                sha256.update(data.read(SAMPLE_BYTES))
+    return sha256.hexdigest()
