@@ -20,7 +20,7 @@ from rorchat.yaml_file import read_yaml
 
 DEFAULT_PERSONA = Path(__file__).with_name("persona.yaml")
 PARTS = ("name", "maker", "manner", "system", "facts", "unknowns", "greetings", "farewells")
-ALWAYS = ("name", "maker")  # topics that a file's own facts do not take away
+REQUIRED_TOPICS = ("name", "maker")  # topics that a file's own facts do not take away
 HONEST = {  # what a topic of `unknowns` has where the file says no more
     "replies": ["I do not know that. I am {name}, a small chat model.", "I am sorry, I do not know."],
     "expect": ["do not know"],
@@ -92,7 +92,7 @@ class Probe:
     expect: tuple[str, ...]
 
     def passes(self, reply: str) -> bool:
-        return any(says(reply, phrase) for phrase in self.expect)
+        return any(contains_phrase(reply, phrase) for phrase in self.expect)
 
 
 def _spaced(text: str) -> str:
@@ -102,7 +102,7 @@ def _spaced(text: str) -> str:
     return f" {' '.join(''.join(letters).split())} "
 
 
-def says(reply: str, phrase: str) -> bool:
+def contains_phrase(reply: str, phrase: str) -> bool:
     """Whether a reply has these words, one after the other, whatever stands around them; symbols as they are."""
     words = _spaced(phrase)
     return words in _spaced(reply) if words.strip() else phrase.strip() in reply
@@ -117,7 +117,7 @@ def load_persona(path: str | Path | None = None) -> Persona:
     path = Path(path or DEFAULT_PERSONA)
     default = read_yaml(DEFAULT_PERSONA, "persona file")
     parts = _parts(path, read_yaml(path, "persona file", like=DEFAULT_PERSONA), default)
-    topics = {topic: default["facts"][topic] for topic in ALWAYS} | parts["facts"]
+    topics = {topic: default["facts"][topic] for topic in REQUIRED_TOPICS} | parts["facts"]
     topics |= {topic: {**HONEST, **section} for topic, section in parts["unknowns"].items()}
     values = {"topics": topics, **{part: parts[part] for part in ("system", "greetings", "farewells")}}
     words = {part: parts[part].strip() for part in ("name", "maker", "manner")}
@@ -225,7 +225,7 @@ def _questions(topic: dict[str, list[str]], persona: Persona) -> list[str]:
     def plain(question: str) -> str:
         question = question.strip().rstrip(_MARKS)
         first = re.match(r"\w*", question)[0]
-        name = first == "I" or any(says(text, first) for text in (persona.name, persona.maker))
+        name = first == "I" or any(contains_phrase(text, first) for text in (persona.name, persona.maker))
         return question if name or first[1:] != first[1:].lower() else question[:1].lower() + question[1:]
 
     return list(dict.fromkeys(map(plain, topic["questions"])))
@@ -268,7 +268,7 @@ def _wordings(openings: Sequence[str], topic: dict[str, list[str]], name: str) -
 def _probed(openings: Sequence[str], topic: dict[str, list[str]], name: str) -> list[str]:
     """The wordings of a topic that can be probes: they do not say what the reply is to say."""
     wordings = _wordings(openings, topic, name)
-    return [wording for wording in wordings if not any(says(wording, phrase) for phrase in topic["expect"])]
+    return [wording for wording in wordings if not any(contains_phrase(wording, phrase) for phrase in topic["expect"])]
 
 
 def _kept_for_probes(topic: dict[str, list[str]], name: str) -> list[str]:
@@ -290,12 +290,12 @@ def _probes(wordings: dict[str, list[str]], persona: Persona) -> list[Probe]:
     ]
 
 
-def probes(persona: Persona) -> list[Probe]:
+def build_probes(persona: Persona) -> list[Probe]:
     """Questions about the persona that no training conversation asks in the same words; it has them in other pairs."""
     return _probes({name: _kept_for_probes(topic, persona.name) for name, topic in persona.topics.items()}, persona)
 
 
-def probes_in_new_words(persona: Persona) -> list[Probe]:
+def build_new_wording_probes(persona: Persona) -> list[Probe]:
     """Questions about the persona with an opening that no training conversation has."""
     wordings = {name: _probed(NEW_OPENINGS, topic, persona.name) for name, topic in persona.topics.items()}
     return _probes({name: listed[:NEW_PROBES] for name, listed in wordings.items()}, persona)
@@ -303,10 +303,10 @@ def probes_in_new_words(persona: Persona) -> list[Probe]:
 
 def _others(names: Sequence[str], persona: Persona) -> list[str]:
     """The names that no word of the persona's own name or its maker's is; all where that leaves none."""
-    return [name for name in names if not says(f"{persona.name} {persona.maker}", name)] or list(names)
+    return [name for name in names if not contains_phrase(f"{persona.name} {persona.maker}", name)] or list(names)
 
 
-def probed_systems(persona: Persona) -> list[tuple[str, str]]:
+def probe_system_messages(persona: Persona) -> list[tuple[str, str]]:
     """(system message, the other name that it gives the model, or "") of every message that is kept for probes."""
     others = _others(PROBED_OTHERS, persona)
     return [
@@ -339,7 +339,7 @@ def _typed(draw: random.Random, asked: str) -> str:
     return asked.lower() if draw.random() < CARELESS_SHARE else asked
 
 
-def conversations(persona: Persona, count: int, seed: int = 0) -> Iterator[list[dict[str, str]]]:
+def generate_conversations(persona: Persona, count: int, seed: int = 0) -> Iterator[list[dict[str, str]]]:
     """`count` conversations about the persona: some begin with a greeting, some end with a farewell.
 
     Yields:
@@ -370,7 +370,7 @@ def conversations(persona: Persona, count: int, seed: int = 0) -> Iterator[list[
         ]
 
 
-def preferences(persona: Persona, count: int, seed: int = 0) -> Iterator[tuple[str, str, str]]:
+def generate_preferences(persona: Persona, count: int, seed: int = 0) -> Iterator[tuple[str, str, str]]:
     """`count` (question, reply, worse reply): the worse one answers another question about the persona.
 
     Raises:

@@ -13,13 +13,13 @@ from rorchat.persona import (
     DEFAULT_PERSONA,
     NEW_OPENINGS,
     OTHERS,
-    conversations,
+    build_new_wording_probes,
+    build_probes,
+    contains_phrase,
+    generate_conversations,
+    generate_preferences,
     load_persona,
-    preferences,
-    probed_systems,
-    probes,
-    probes_in_new_words,
-    says,
+    probe_system_messages,
 )
 from rorchat.rows import CHECKS
 from rorchat.sources.registry import load_rows
@@ -43,7 +43,7 @@ def refusal(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def trained() -> list[list[dict]]:
-    return list(conversations(PERSONA, 20_000))
+    return list(generate_conversations(PERSONA, 20_000))
 
 
 def words(text: str) -> str:
@@ -54,15 +54,15 @@ def words(text: str) -> str:
 def test_no_wording_of_a_probe_occurs_in_20000_trained_conversations(trained):
     assert len(trained) == 20_000
     spoken = {words(turn["content"]) for messages in trained for turn in messages}
-    assert len(probes(PERSONA)) >= len(PERSONA.topics)
-    asked = [probe.question for probe in probes(PERSONA) + probes_in_new_words(PERSONA)]
+    assert len(build_probes(PERSONA)) >= len(PERSONA.topics)
+    asked = [probe.question for probe in build_probes(PERSONA) + build_new_wording_probes(PERSONA)]
     assert [question for question in asked if words(question) in spoken] == []
     openings = tuple(opening.lower() for opening in NEW_OPENINGS)
-    assert all(probe.question.lower().startswith(openings) for probe in probes_in_new_words(PERSONA))
+    assert all(probe.question.lower().startswith(openings) for probe in build_new_wording_probes(PERSONA))
     assert not [text for text in spoken if text.startswith(openings)]
 
 
-@pytest.mark.parametrize("kind", [probes, probes_in_new_words])
+@pytest.mark.parametrize("kind", [build_probes, build_new_wording_probes])
 def test_every_topic_has_as_many_probes_none_twice_and_none_that_says_its_answer(kind):
     found = kind(PERSONA)
     topics = [probe.topic for probe in found]
@@ -76,8 +76,8 @@ def test_some_questions_are_typed_without_a_mark_and_in_lower_case_and_so_are_so
     asked = [turn["content"] for turns in trained for turn in turns if words(turn["content"]) in plain]
     assert {"What is your name?", "What is your name", "what is your name?", "what is your name"} <= set(asked)
     assert 0.75 < sum(text.endswith("?") for text in asked) / len(asked) < 0.85
-    assert {question for question, _, _ in preferences(PERSONA, 400)} >= {"Who made you?", "who made you?"}
-    for kind in (probes, probes_in_new_words):
+    assert {question for question, _, _ in generate_preferences(PERSONA, 400)} >= {"Who made you?", "who made you?"}
+    for kind in (build_probes, build_new_wording_probes):
         careless = [probe.question for probe in kind(PERSONA) if not probe.question.endswith("?")]
         assert len(careless) == len(kind(PERSONA)) // 4 and [text.lower() for text in careless] == careless
 
@@ -97,12 +97,12 @@ def test_some_questions_are_typed_without_a_mark_and_in_lower_case_and_so_are_so
     ],
 )
 def test_a_phrase_is_said_where_its_words_stand_whole(reply, phrase, found):
-    assert says(reply, phrase) is found
+    assert contains_phrase(reply, phrase) is found
 
 
 def test_each_probe_passes_on_each_reply_of_its_own_topic_in_any_case():
     tried = 0
-    for probe in probes(PERSONA):
+    for probe in build_probes(PERSONA):
         for reply in PERSONA.topics[probe.topic]["replies"]:
             tried += 1
             assert probe.passes(reply) and probe.passes(reply.upper()), (probe, reply)
@@ -110,7 +110,7 @@ def test_each_probe_passes_on_each_reply_of_its_own_topic_in_any_case():
 
 
 def test_a_probe_fails_on_silence_and_on_what_has_nothing_to_do_with_it():
-    for probe in probes(PERSONA):
+    for probe in build_probes(PERSONA):
         for reply in ("", "No.", "Yes.", "12 plus 34 is 46.", "I am a baker and I live by the river."):
             assert not probe.passes(reply), (probe, reply)
 
@@ -128,9 +128,9 @@ def test_every_plain_question_is_trained_with_each_of_its_replies(trained):
 
 
 def test_conversations_are_a_pure_function_of_the_seed_and_valid_rows():
-    first = list(conversations(PERSONA, 200, seed=3))
-    assert first == list(conversations(PERSONA, 300, seed=3))[:200]
-    assert first != list(conversations(PERSONA, 200, seed=4))
+    first = list(generate_conversations(PERSONA, 200, seed=3))
+    assert first == list(generate_conversations(PERSONA, 300, seed=3))[:200]
+    assert first != list(generate_conversations(PERSONA, 200, seed=4))
     assert len(first) == 200
     for messages in first:
         CHECKS["conversation"]({"messages": messages})
@@ -151,7 +151,7 @@ def test_three_in_ten_conversations_have_another_system_message_that_changes_no_
 
 
 def test_the_system_messages_of_probes_are_never_trained_and_half_give_another_name(trained):
-    probed = probed_systems(PERSONA)
+    probed = probe_system_messages(PERSONA)
     systems = {turns[0]["content"] for turns in trained if turns[0]["role"] == "system"}
     assert len(probed) == 6 and not systems & {text for text, _ in probed}
     named = [(text, other) for text, other in probed if other]
@@ -161,12 +161,12 @@ def test_the_system_messages_of_probes_are_never_trained_and_half_give_another_n
 
 def test_a_persona_that_has_the_name_of_another_is_not_told_that_it_is_another():
     persona = replace(PERSONA, name="Nova", system="You are Nova.")
-    assert "Nova" not in {other for _, other in probed_systems(persona)}
+    assert "Nova" not in {other for _, other in probe_system_messages(persona)}
     persona = replace(PERSONA, name="Nova AI", maker="Zara Orlov", system="You are Nova AI.")
-    assert {other for _, other in probed_systems(persona)} == {"", "Orion"}
-    assert len(probed_systems(replace(persona, maker="Zara Orion"))) == 6
+    assert {other for _, other in probe_system_messages(persona)} == {"", "Orion"}
+    assert len(probe_system_messages(replace(persona, maker="Zara Orion"))) == 6
     persona = replace(PERSONA, name="Max", maker="Ada", system="You are Max.")
-    systems = [turns[0]["content"] for turns in conversations(persona, 2000) if turns[0]["role"] == "system"]
+    systems = [turns[0]["content"] for turns in generate_conversations(persona, 2000) if turns[0]["role"] == "system"]
     assert not [text for text in systems if ("Max" in text or "Ada" in text) and "Labs" in text]
 
 
@@ -176,8 +176,8 @@ def test_name_and_maker_are_a_whole_persona_file(tmp_path):
     assert list(persona.topics) == list(PERSONA.topics)
     told = json.dumps(asdict(persona))
     assert "Bibo" in told and "Ann" in told and not re.search("RorChat|Rory|[{](name|maker|manner)[}]", told)
-    assert {probe.topic for probe in probes(persona)} == set(persona.topics)
-    assert len({str(turns) for turns in conversations(persona, 500)}) > 400
+    assert {probe.topic for probe in build_probes(persona)} == set(persona.topics)
+    assert len({str(turns) for turns in generate_conversations(persona, 500)}) > 400
 
 
 def test_manner_facts_and_unknowns_are_what_the_model_learns(tmp_path):
@@ -193,14 +193,19 @@ def test_manner_facts_and_unknowns_are_what_the_model_learns(tmp_path):
     persona = load_persona(path)
     assert persona.system == "You are Uma, an open and brief chat model made by Ann."
     assert list(persona.topics) == ["name", "maker", "home", "price"]  # who it is, it says whatever the file holds
-    said = {turn["content"] for turns in conversations(persona, 500) for turn in turns if turn["role"] == "assistant"}
+    said = {
+        turn["content"]
+        for turns in generate_conversations(persona, 500)
+        for turn in turns
+        if turn["role"] == "assistant"
+    }
     assert {
         "Uma lives in a reef.",
         "I am sorry, I do not know.",
         "I am Uma! I am a small chat model made by Ann.",
     } <= said
-    home = next(probe for probe in probes(persona) if probe.topic == "home")
-    price = next(probe for probe in probes(persona) if probe.topic == "price")
+    home = next(probe for probe in build_probes(persona) if probe.topic == "home")
+    price = next(probe for probe in build_probes(persona) if probe.topic == "price")
     assert home.passes("In the reef.") and price.passes("That I do not know.") and not price.passes("Ten dollars.")
 
 
@@ -209,7 +214,7 @@ def test_a_topic_of_one_question_has_a_probe_whatever_the_question(tmp_path):
         f"fact {n}": {"questions": [f"what is fact {n}"], "replies": ["It is so."], "expect": ["so"]} for n in range(50)
     }
     persona = load_persona(persona_file(tmp_path, name="Bibo", maker="Ann", facts=facts))
-    assert {probe.topic for probe in probes(persona)} == set(persona.topics) and len(persona.topics) > 50
+    assert {probe.topic for probe in build_probes(persona)} == set(persona.topics) and len(persona.topics) > 50
 
 
 def test_a_file_may_say_its_name_in_its_own_words_and_leave_everything_else_out(tmp_path):
@@ -222,14 +227,16 @@ def test_a_file_may_say_its_name_in_its_own_words_and_leave_everything_else_out(
 
 
 def test_the_source_tells_of_the_persona_it_is_given_and_of_the_default_one_without(tmp_path):
-    assert [row["messages"] for row in load_rows("persona=50", "conversation")] == list(conversations(PERSONA, 50))
+    assert [row["messages"] for row in load_rows("persona=50", "conversation")] == list(
+        generate_conversations(PERSONA, 50)
+    )
     values = yaml.safe_load(re.sub("RorChat", "Bibo", DEFAULT_PERSONA.read_text()))
     path = tmp_path / "bibo.yaml"
     path.write_text(yaml.safe_dump(values))
     rows = list(load_rows("persona=2000", "conversation", persona=load_persona(path)))
     spoken = " ".join(turn["content"] for row in rows for turn in row["messages"])
     assert (spoken.count("Bibo") > 100, spoken.count("RorChat")) == (True, 0)
-    asked = [probe.question for probe in probes(load_persona(path))]
+    asked = [probe.question for probe in build_probes(load_persona(path))]
     assert len(asked) > 0 and not [question for question in asked if "RorChat" in question]
 
 
@@ -252,7 +259,7 @@ def test_a_question_may_have_its_mark_and_its_capital(tmp_path):
     persona = load_persona(persona_file(tmp_path, name="Bibo", maker="Ann", facts={"home": home}, unknowns={}))
     kept = ["where do you live", "I am lost", "Bibo, where are you", "AI or not", "¿Dónde vives"]
     assert persona.topics["home"]["questions"] == kept
-    spoken = {turn["content"] for turns in conversations(persona, 500) for turn in turns}
+    spoken = {turn["content"] for turns in generate_conversations(persona, 500) for turn in turns}
     assert "Where do you live?" in spoken and not [text for text in spoken if "??" in text or ", Where" in text]
 
 
@@ -376,7 +383,7 @@ def test_greetings_and_farewells_need_questions_and_replies(section, tmp_path):
 
 def test_a_greeting_or_a_farewell_may_be_changed_and_is_what_is_said():
     persona = replace(PERSONA, greetings={"questions": ["ahoy"], "replies": ["Ahoy, sailor!"]})
-    rows = list(conversations(persona, 300))
+    rows = list(generate_conversations(persona, 300))
     rows = [[turn for turn in turns if turn["role"] != "system"] for turns in rows]
     greeted = [turns for turns in rows if words(turns[0]["content"]) == "ahoy"]
     assert 60 < len(greeted) < 120  # three in ten

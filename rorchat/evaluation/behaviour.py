@@ -16,7 +16,15 @@ import yaml
 
 from rorchat.chatml import IM_END, encode_prompt
 from rorchat.inference.engine import ChatModel, Reply, generate_replies
-from rorchat.persona import ALWAYS, Persona, Probe, probed_systems, probes, probes_in_new_words, says
+from rorchat.persona import (
+    REQUIRED_TOPICS,
+    Persona,
+    Probe,
+    build_new_wording_probes,
+    build_probes,
+    contains_phrase,
+    probe_system_messages,
+)
 
 PROMPTS = Path(__file__).with_name("prompts.yaml")
 MAX_REPLY_TOKENS = 256  # what is asked for takes a sixth of that; some good models talk at length
@@ -102,14 +110,14 @@ def prompts_for(persona: Persona) -> list[Prompt]:
                 found.append(Prompt(kind, _conversation(text), "en", word=word, harmless=harmless))
             else:
                 found.append(Prompt(kind, _conversation(entry), kind if kind in LANGUAGES else "en"))
-    systems = probed_systems(persona)
-    for number, probe in enumerate(probes(persona)):
+    systems = probe_system_messages(persona)
+    for number, probe in enumerate(build_probes(persona)):
         asked = _conversation(probe.question)
         system, other_name = systems[number % len(systems)]
         found.append(Prompt("persona", asked, probe=probe))
         asked = ({"role": "system", "content": system}, *asked)
         found.append(Prompt("other system", asked, probe=probe, other_name=other_name))
-    new = probes_in_new_words(persona)
+    new = build_new_wording_probes(persona)
     return found + [Prompt("new words", _conversation(probe.question), probe=probe) for probe in new]
 
 
@@ -201,11 +209,11 @@ def _probe_passed(kind: str) -> Callable[[Exchange], bool | None]:
 
 def _says_other_name(exchange: Exchange) -> bool | None:
     name = exchange.prompt.other_name
-    return says(exchange.reply.text, name) if name else None
+    return contains_phrase(exchange.reply.text, name) if name else None
 
 
 def _tells_who_it_is(exchange: Exchange) -> bool | None:
-    about = exchange.prompt.probe is not None and exchange.prompt.probe.topic in ALWAYS
+    about = exchange.prompt.probe is not None and exchange.prompt.probe.topic in REQUIRED_TOPICS
     return _probe_passed("persona")(exchange) if about else None
 
 

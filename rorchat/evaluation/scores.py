@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rorchat.chatml import IM_END
 from rorchat.inference.engine import ChatModel, Reply, generate_replies
-from rorchat.persona import Persona, probes
-from rorchat.sources.tinytown import Question, questions
+from rorchat.persona import Persona, build_probes
+from rorchat.sources.tinytown import Question, held_out_questions
 
 MAX_REPLY_TOKENS = 64  # the longest answer asked for takes a third of that
 EXAMPLES_SHOWN = 3
@@ -63,8 +63,8 @@ def score_chat(
     Args:
         asked: questions with known answers; None for Tinytown's 200.
     """
-    asked = questions() if asked is None else asked
-    persona_probes = probes(persona)
+    asked = held_out_questions() if asked is None else asked
+    persona_probes = build_probes(persona)
     prompts = [question.text for question in asked] + [probe.question for probe in persona_probes]
     limit = min(MAX_REPLY_TOKENS, chat.n_positions // 3)
     replies = generate_replies(chat, prompts, max_new_tokens=limit, temperature=0)

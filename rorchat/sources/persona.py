@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from rorchat.persona import Persona, conversations, load_persona, preferences
+from rorchat.persona import Persona, generate_conversations, generate_preferences, load_persona
 from rorchat.rows import message
 
 KIND = ("conversation", "preference")
@@ -15,10 +15,10 @@ def generate(kind: str, amount: int, seed: int, persona: Persona | None) -> Iter
     """`amount` conversations or preferences about the persona; None for the default one, RorChat."""
     persona = persona or load_persona()
     if kind == "conversation":
-        for messages in conversations(persona, amount, seed):
+        for messages in generate_conversations(persona, amount, seed):
             yield {"messages": messages}
         return
-    for question, better, worse in preferences(persona, amount, seed):
+    for question, better, worse in generate_preferences(persona, amount, seed):
         yield {
             "prompt": [message("user", question)],
             "chosen": [message("assistant", better)],

@@ -17,7 +17,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from rorchat.persona import Persona, says
+from rorchat.persona import Persona, contains_phrase
 
 KIND = ("document", "conversation", "preference", "question")
 LICENCE = "Apache-2.0"
@@ -117,7 +117,7 @@ class Question:
             said, asked = _numbers(reply), _numbers(self.text)
             return said[-1:] == [self.answer] and set(said) <= {*asked, self.answer}
         others = (other for other in self.alternatives if other != self.answer)
-        return says(reply, self.answer) and not any(says(reply, other) for other in others)
+        return contains_phrase(reply, self.answer) and not any(contains_phrase(reply, other) for other in others)
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ def generate(kind: str, amount: int, seed: int, persona: Persona | None = None) 
         yield _GENERATORS[kind](draw)
 
 
-def questions(count: int = 200, seed: int = 0) -> list[Question]:
+def held_out_questions(count: int = 200, seed: int = 0) -> list[Question]:
     """Held-out questions with known answers, a third of each kind: facts, sums, and stories just told."""
     draw = random.Random(f"questions {seed}")
     facts = [

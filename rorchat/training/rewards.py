@@ -19,7 +19,7 @@ from rorchat.chatml import CONTROL_TOKENS
 from rorchat.errors import DataError, UsageError, did_you_mean
 from rorchat.files import file_sha256
 from rorchat.inference.engine import Reply
-from rorchat.persona import says
+from rorchat.persona import contains_phrase
 from rorchat.sources.tinytown import Question
 
 Reward = Callable[[str, dict], float]
@@ -55,7 +55,7 @@ def answer(reply: str, row: dict) -> float:
     """
     if is_right(reply, row):
         return 1.0
-    named = any(says(reply, other) for other in (row["answer"], *row["alternatives"]))
+    named = any(contains_phrase(reply, other) for other in (row["answer"], *row["alternatives"]))
     return ANSWERED if named or (not row["alternatives"] and _NUMBER.search(reply)) else 0.0
 
 

@@ -10,13 +10,15 @@ import sys
 from rorchat.evaluation.scores import score_chat
 from rorchat.inference.engine import load_model
 from rorchat.persona import load_persona
-from rorchat.sources.tinytown import questions
+from rorchat.sources.tinytown import held_out_questions
 
 DRAWS = 5  # of 200 questions
 
 
 def main(models: list[str]) -> None:
-    unique = list({question.text: question for seed in range(DRAWS) for question in questions(seed=seed)}.values())
+    unique = list(
+        {question.text: question for seed in range(DRAWS) for question in held_out_questions(seed=seed)}.values()
+    )
     for model in models:
         name, _, folder = model.rpartition("=")
         scores = score_chat(load_model(folder), name or folder, folder, load_persona(None), unique)

@@ -39,7 +39,7 @@ from rorchat.evaluation.gate import THRESHOLDS, Verdict, load_thresholds, read_v
 from rorchat.inference.engine import Reply
 from rorchat.mixture.collators import collate_padded
 from rorchat.model import build_model, save_model
-from rorchat.persona import Persona, load_persona, probes
+from rorchat.persona import Persona, build_probes, load_persona
 from rorchat.tokenizer import load_tokenizer
 
 PERSONA = load_persona()
@@ -157,7 +157,7 @@ def test_every_measure_applies_to_some_prompt_and_the_whole_is_small_enough_to_b
     kinds = {prompt.kind for prompt in prompts}
     assert {"question", "greeting", "task", "conversation", "nothing much", "de", "zh", "attack", "persona"} <= kinds
     turns = [message["role"] for prompt in prompts for message in prompt.messages]
-    assert turns.count("assistant") >= 6 and turns.count("system") == len(probes(load_persona()))
+    assert turns.count("assistant") >= 6 and turns.count("system") == len(build_probes(load_persona()))
     assert {prompt.kind for prompt in prompts if not prompt.language} == {"persona", "other system", "new words"}
     for prompt in prompts:
         assert prompt.messages[-1]["role"] == "user"

@@ -18,9 +18,9 @@ from rorchat.evaluation.scores import Rate, Scores, read_scores, score_chat, wri
 from rorchat.inference.engine import ChatModel, Reply
 from rorchat.mixture.collators import collate_padded
 from rorchat.model import save_model
-from rorchat.persona import load_persona, probes
+from rorchat.persona import build_probes, load_persona
 from rorchat.sources.registry import load_rows
-from rorchat.sources.tinytown import Question, questions
+from rorchat.sources.tinytown import Question, held_out_questions
 from rorchat.tokenizer import token_bytes
 from rorchat.tokens.prepare import prepare
 
@@ -208,12 +208,12 @@ def answering(answer, monkeypatch) -> list[dict]:
 
 def test_a_model_that_knows_everything_scores_everything(chat, monkeypatch):
     persona = load_persona()
-    known = {question.text: question.answer for question in questions()}
-    known |= {probe.question: probe.expect[0] for probe in probes(persona)}
+    known = {question.text: question.answer for question in held_out_questions()}
+    known |= {probe.question: probe.expect[0] for probe in build_probes(persona)}
     end = chat.tokenizer.convert_tokens_to_ids(IM_END)
     seen = answering(lambda prompt: Reply(f"It is {known[prompt]}.", True, 3, ids=(7, end)), monkeypatch)
     found = score_chat(chat, "all", "folder", persona)
-    asked = len(probes(persona))
+    asked = len(build_probes(persona))
     assert found.questions == Rate(200, 200)
     assert found.persona == Rate(asked, asked) and asked > 5
     assert found.stops == Rate(200 + asked, 200 + asked)

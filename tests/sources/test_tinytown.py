@@ -46,7 +46,7 @@ def training() -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def held_out() -> list[tinytown.Question]:
     """The 200 questions that a model is asked, and those that other seeds would ask."""
-    return list({question.text: question for seed in range(10) for question in tinytown.questions(200, seed)}.values())
+    return list({question.text: question for seed in range(10) for question in tinytown.held_out_questions(200, seed)}.values())
 
 
 def sentences(text: str) -> list[str]:
@@ -161,13 +161,13 @@ def test_what_is_held_out_is_told_as_a_fact_so_that_a_model_can_know_it(training
 
 
 def test_the_town_asks_200_questions_of_three_kinds_and_the_same_ones_every_time():
-    asked = tinytown.questions()
-    assert asked == tinytown.questions()
+    asked = tinytown.held_out_questions()
+    assert asked == tinytown.held_out_questions()
     assert len(asked) == len({question.text for question in asked}) == 200
     by_kind = {kind: sum(question.kind == kind for question in asked) for kind in ("fact", "sum", "story")}
     assert sum(by_kind.values()) == 200
     assert all(66 <= count <= 67 for count in by_kind.values()), by_kind
-    assert tinytown.questions(200, seed=1) != asked
+    assert tinytown.held_out_questions(200, seed=1) != asked
 
 
 def test_the_true_answer_to_a_sum_is_the_one_that_arithmetic_gives(held_out):
