@@ -2,144 +2,157 @@
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
-from recipe_commands import VARIABLES
+from recipe_commands import VARIABLES, inside
 
+from rorchat.cli import app
+from rorchat.cli.launch import split_flags
 from rorchat.mixture.config import read_mixture
+from rorchat.recipes.tokenizer import TokenizerArguments
+from rorchat.stories import STORIES_FOLDER, list_stories
 from rorchat.training.arguments import parse
+from rorchat.training.dpo import DPOArguments
+from rorchat.training.grpo import GRPOArguments
+from rorchat.training.pretrain import PretrainArguments
+from rorchat.training.sft import SFTArguments
 
-ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted(path for path in STORIES_FOLDER.glob("*/*.yaml") if path.parent.name != "accelerate")
+ARGUMENTS = {
+    "tokenizer": TokenizerArguments, "pretrain": PretrainArguments, "midtrain": PretrainArguments,
+    "sft": SFTArguments, "dpo": DPOArguments, "grpo": GRPOArguments,
+}  # fmt: skip
+COMMANDS = {"train-tokenizer": "tokenizer", "pretrain": "pretrain", "sft": "sft", "dpo": "dpo", "grpo": "grpo"}
 
 
-def arguments_of(stage: str) -> type:
-    """The dataclass of a recipe's settings."""
-    from rorchat.training import dpo, grpo, pretrain, sft
-
-    if stage == "tokenizer":
-        return runpy.run_path(str(ROOT / "recipes" / "tokenizer.py"))["TokenizerArguments"]
-    classes = {"pretrain": pretrain.PretrainArguments, "sft": sft.SFTArguments, "dpo": dpo.DPOArguments}
-    return (classes | {"midtrain": pretrain.PretrainArguments, "grpo": grpo.GRPOArguments})[stage]
+@pytest.fixture(autouse=True)
+def data_variables(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "x")
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "recipes").glob("*/*.yaml"), key=str), ids=lambda path: f"{path.parent.name}/{path.stem}"
-)
-def test_every_yaml_fits_its_recipe(path, monkeypatch):
-    if path.parent.name == "accelerate":
-        assert yaml.safe_load(path.read_text())["num_processes"] >= 1
-        return
-    for variable in VARIABLES:
-        monkeypatch.setenv(variable, "x")
-    monkeypatch.chdir(ROOT)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_yaml_fits_its_recipe(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # nothing of the checkout is needed
     if path.stem == "mixture":
         assert len(read_mixture(path).sources) >= 4
         return
-    given = yaml.safe_load(os.path.expandvars(path.read_text()))
-    missing = [
-        flag
-        for key, flag in (("sources", ["--sources", "text=x"]), ("output_dir", ["--output_dir", "x"]))
-        if key not in given and not (key == "sources" and "mixture" in given)
-        for flag in flag
-    ]
-    if path.stem == "dpo" and "model" not in given:
-        missing += ["--model", "x"]
-    parsed = parse(arguments_of(path.stem), ["--config", str(path), *missing])
-    assert {key: parsed.given[key] for key in given if key != "sample_prompts"} == {
-        key: pytest.approx(float(value)) if isinstance(parsed.given[key], float) else value
-        for key, value in given.items()
-        if key != "sample_prompts"
-    }
+    settings = yaml.safe_load(os.path.expandvars(path.read_text()))
+    required = {"output_dir": "x", "sources": "text=x"} | ({"model": "x"} if path.stem == "dpo" else {})
+    if "mixture" in settings:
+        del required["sources"]
+        settings["mixture"] = f"{path.parent.name}/{settings['mixture']}"
+    missing = [word for name, value in required.items() if name not in settings for word in (f"--{name}", value)]
+    parsed = parse(ARGUMENTS[path.stem], ["--config", f"{path.parent.name}/{path.name}", *missing])
+    for name, value in settings.items():
+        expected = pytest.approx(float(value)) if isinstance(parsed.given[name], float) else value
+        assert parsed.given[name] == expected, name
 
 
-def said_by(script: Path, folder: Path, *words: object, verdict: int = 0) -> tuple[int, list[list[str]]]:
-    """(exit code, commands in their order) of a script; none is run, its variables are set, the gate ends as told."""
+def run_script(story: str, folder: Path, *words: object, gate_exit_code: int = 0) -> tuple[int, list[list[str]]]:
+    """(exit code, `rorchat` commands in order) of a story's script; a stand-in records the commands."""
     log, commands = folder / "commands.txt", folder / "bin"
     log.unlink(missing_ok=True)
     commands.mkdir(exist_ok=True)
-    for name in ("accelerate", "rorchat"):
-        (commands / name).write_text(
-            f'#!/bin/sh\nprintf "%s\\t" {name} "$@" >> "{log}"\necho >> "{log}"\n[ "$1" != chat ] || cat > /dev/null\n'
-            f'[ "$1" != gate ] || exit {verdict}\n'
-        )
-        (commands / name).chmod(0o755)
+    (commands / "rorchat").write_text(
+        f'#!/bin/sh\nprintf "%s\\t" "$@" >> "{log}"\necho >> "{log}"\n'
+        f'[ "$1" != chat ] || cat > /dev/null\n[ "$1" != gate ] || exit {gate_exit_code}\n'
+    )
+    (commands / "rorchat").chmod(0o755)
     environment = os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
-    environment |= dict.fromkeys(VARIABLES, "x")
-    done = subprocess.run(["bash", script, *map(str, words)], env=environment, capture_output=True, text=True)
+    script = ["bash", STORIES_FOLDER / story / "run.sh", *map(str, words)]
+    done = subprocess.run(script, env=environment, cwd=folder, capture_output=True, text=True)
     return done.returncode, [line.split("\t")[:-1] for line in log.read_text().splitlines()]
 
 
-RORCHAT_124M = ["pretrain", "sft", "dpo"]
+def leave_dpo_model(out: Path) -> None:
+    """What the last training command of a script leaves."""
+    (out / "dpo" / "model").mkdir(parents=True)
+    (out / "dpo" / "model" / "config.json").write_text("{}")
 
 
-@pytest.mark.parametrize(
-    ("script", "more", "launched", "asked"),
-    [
-        ("first_words.sh", [], RORCHAT_124M, ["evaluate", "gate", "report", "chat"]),
-        ("rorchat_124m.sh", [], RORCHAT_124M, ["evaluate", "gate", "report"]),
-        ("rorchat_124m.sh", ["me/mine"], RORCHAT_124M, ["evaluate", "gate", "report", "push"]),
-        ("rorchat_124m.sh", ["--smoke"], RORCHAT_124M, ["report"]),
-    ],
-)
-def test_every_command_of_a_script_is_one_that_there_is(script, more, launched, asked, tmp_path, monkeypatch):
-    import typer
-
-    from rorchat.cli import app
-
-    (tmp_path / "out" / "dpo" / "model").mkdir(parents=True)
-    (tmp_path / "out" / "dpo" / "model" / "config.json").write_text("{}")
-    monkeypatch.chdir(ROOT)
-    for name in VARIABLES:
-        monkeypatch.setenv(name, "x")
-    code, said = said_by(ROOT / "scripts" / script, tmp_path, tmp_path, tmp_path / "out", *more)
-    assert code == 0
-    recipes = [words for words in said if words[0] == "accelerate"]
-    assert [Path(words[5]).stem for words in recipes] == launched
-    for _, _, _, _, config, recipe, *flags in recipes:
-        assert (ROOT / config).is_file()
-        parsed = parse(arguments_of(Path(recipe).stem), flags)
-        assert getattr(parsed, "smoke", False) == ("--smoke" in more)
-        assert parsed.output_dir.startswith(str(tmp_path / "out"))
-    commands = [words for words in said if words[0] == "rorchat"]
-    assert [words[1] for words in commands] == asked
-    for _, name, *words in commands:
-        typer.main.get_command(app).commands[name].make_context(name, words)  # refuses what it does not know
+CHAT_STAGES = ["pretrain", "sft", "dpo"]
+SCRIPTS = [
+    ("demo", [], ["train-tokenizer", "pretrain", *CHAT_STAGES, "evaluate", "gate", "report"]),
+    ("first-words", ["data", "out"], ["pretrain", "evaluate", "sft", "dpo", "gate", "report", "chat"]),
+    ("rorchat-124m", ["data", "out"], [*CHAT_STAGES, "evaluate", "gate", "report"]),
+    ("rorchat-124m", ["data", "out", "me/mine"], [*CHAT_STAGES, "evaluate", "gate", "report", "push"]),
+    ("rorchat-124m", ["data", "out", "--smoke"], [*CHAT_STAGES, "report"]),
+    ("rangeflow-124m", ["data", "--smoke"], ["pretrain"]),
+    ("bookcorpus-51m", ["--smoke"], ["train-tokenizer", "pretrain"]),
+    ("fineweb-124m", ["--smoke"], ["data", "pretrain"]),
+    ("nanochat-561m", ["--smoke"], ["train-tokenizer", "data", "pretrain"]),
+]
 
 
-@pytest.mark.parametrize("verdict", [70, 78])
-@pytest.mark.parametrize(
-    ("script", "words", "story"),
-    [
-        ("demo.sh", [], "runs/demo"),
-        ("first_words.sh", ["data", "out"], "out"),
-        ("rorchat_124m.sh", ["data", "out", "me/mine"], "out"),
-    ],
-)
-def test_a_verdict_is_this_models_and_what_is_none_ends_the_story(script, words, story, verdict, tmp_path):
-    (tmp_path / "scripts").mkdir()
-    copy = shutil.copy(ROOT / "scripts" / script, tmp_path / "scripts")  # the demo writes beside its own folder
+def test_every_story_has_a_script_that_is_tested():
+    assert {story for story, _, _ in SCRIPTS} == set(list_stories())
+    assert {path.parent.name for path in CONFIGS} == set(list_stories())
+
+
+@pytest.mark.parametrize(("story", "words", "commands"), SCRIPTS)
+def test_the_commands_of_a_script_exist(story, words, commands, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    (tmp_path / story / "dpo" / "model").mkdir(parents=True)
-    (tmp_path / story / "dpo" / "model" / "config.json").write_text("{}")
-    (tmp_path / story / "behaviour.json").write_text("of an earlier model")
-    words = [word if "/" in word else tmp_path / word for word in words]
-    code, said = said_by(copy, tmp_path, *words, verdict=verdict)
-    asked = [command[1] for command in said if command[0] == "rorchat"]
-    goes_on = verdict == 70 and "me/mine" not in words
-    assert (code == 0) == goes_on and "push" not in asked
-    assert ("report" in asked) == (goes_on or "me/mine" in words)
-    assert not (tmp_path / story / "behaviour.json").exists()
+    leave_dpo_model(tmp_path / ("runs/demo" if story == "demo" else "out"))
+    code, recorded = run_script(story, tmp_path, *words)
+    assert code == 0
+    assert [name for name, *_ in recorded] == commands
+    for name, *flags in recorded:
+        if name in COMMANDS:
+            launcher, recipe = split_flags(flags)
+            parsed = parse(ARGUMENTS[COMMANDS[name]], recipe)
+            assert launcher in ([], ["--num_processes=1"])
+            assert ("--smoke" in flags) == bool(vars(parsed).get("smoke"))
+            assert (tmp_path / parsed.output_dir).is_relative_to(tmp_path)
+        else:
+            group = typer.main.get_command(app)
+            if name == "data":
+                group, name, *flags = group.commands["data"], *flags
+            group.commands[name].make_context(name, flags)  # raises on unknown flags
+
+
+@pytest.mark.parametrize("gate_exit_code", [70, 78])
+@pytest.mark.parametrize(
+    ("story", "words", "out"),
+    [
+        ("demo", [], "runs/demo"),
+        ("first-words", ["data", "out"], "out"),
+        ("rorchat-124m", ["data", "out", "me/mine"], "out"),
+    ],
+)
+def test_a_failed_gate_stops_a_push_and_an_error_stops_the_script(story, words, out, gate_exit_code, tmp_path):
+    (tmp_path / "data").mkdir()
+    leave_dpo_model(tmp_path / out)
+    (tmp_path / out / "behaviour.json").write_text("of an earlier model")
+    code, recorded = run_script(story, tmp_path, *words, gate_exit_code=gate_exit_code)
+    commands = [name for name, *_ in recorded]
+    pushes = "me/mine" in words
+    continues = gate_exit_code == 70 and not pushes
+    assert (code == 0) == continues and "push" not in commands
+    assert ("report" in commands) == (continues or pushes)
+    assert not (tmp_path / out / "behaviour.json").exists()
+
+
+def test_a_copied_script_uses_the_settings_beside_it(tmp_path):
+    shutil.copytree(STORIES_FOLDER / "rangeflow-124m", tmp_path / "mine")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "rorchat").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "bin" / "rorchat").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    words = ["bash", tmp_path / "mine" / "run.sh", tmp_path]
+    done = subprocess.run(words, env=environment, cwd="/", capture_output=True, text=True)
+    assert f"--config {tmp_path / 'mine' / 'pretrain.yaml'}" in done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("story", "ends_with"),
+    ("story", "final_shares"),
     [
         (
             "rorchat-124m",
@@ -149,20 +162,20 @@ def test_a_verdict_is_this_models_and_what_is_none_ends_the_story(script, words,
         ("rangeflow-124m", {"c4": 0.10, "cosmopedia": 0.45, "alpaca": 0.27, "python": 0.18}),
     ],
 )  # fmt: skip
-def test_the_mixture_of_a_story_is_prepared_from_real_data_and_trains(story, ends_with, shared_data, tmp_path):
-    environment = os.environ | {name: str(shared_data / place) for name, place in VARIABLES.items()}
-    words = [
-        sys.executable, "recipes/pretrain.py", "--mixture", f"recipes/{story}/mixture.yaml", "--size", "demo",
-        "--tokenizer", shared_data / "gpt2_tokenizer", "--block_size", 256, "--per_device_train_batch_size", 4,
+def test_the_mixture_of_a_story_trains_on_real_data(story, final_shares, shared_data, tmp_path, monkeypatch):
+    for name, path in VARIABLES.items():
+        monkeypatch.setenv(name, str(shared_data / path))
+    done = inside(
+        "pretrain", "--mixture", f"{story}/mixture.yaml", "--size", "demo", "--block_size", 256,
+        "--tokenizer", shared_data / "gpt2_tokenizer", "--per_device_train_batch_size", 4,
         "--global_batch_tokens", 1024, "--max_steps", 20, "--logging_steps", 1, "--eval_strategy", "no",
         "--validation_share", 0.02, "--learning_rate", "3e-3", "--output_dir", tmp_path / "run",
-    ]  # fmt: skip
-    done = subprocess.run(list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     last = record["plan"]["phases"][-1]
-    assert {part["name"]: part["share_at_end"] for part in last["sources"]} == pytest.approx(ends_with)
-    assert sum(part["tokens"] for part in record["plan"]["sources"]) == 20 * 1024
+    assert {source["name"]: source["share_at_end"] for source in last["sources"]} == pytest.approx(final_shares)
+    assert sum(source["tokens"] for source in record["plan"]["sources"]) == 20 * 1024
     for source in record["data"]:
         assert source["rows_in"] == source["kept"] + sum(source["rejects"].values()) > 100
     losses = [line["loss"] for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()) if "loss" in line]
