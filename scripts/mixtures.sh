@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Plans and prepares the mixtures of two stories and trains on them for 20 steps in the demo's size, in minutes on two cores.
-# It shows whether rorchat-124m and rangeflow-124m can read your files, before you rent a GPU.
+# Plans and prepares the mixtures of two stories and trains on them for 20 steps in the demo's size, in minutes on two
+# cores. It shows whether rorchat-124m and rangeflow-124m can read your files, before you rent a GPU.
 #
 #   bash scripts/mixtures.sh DATA OUT
 #

@@ -3,8 +3,8 @@
 #
 #   bash run.sh DATA OUT
 #
-# DATA holds gpt2_tokenizer/ (vocab.json, merges.txt), corpus_prose/ (train-*.parquet, val.jsonl), alpaca/, dailydialog/,
-# chat/ and preference/, each in its original format.
+# DATA holds gpt2_tokenizer/ (vocab.json, merges.txt), corpus_prose/ (train-*.parquet, val.jsonl), alpaca/,
+# dailydialog/, chat/ and preference/, each in its original format.
 set -euo pipefail
 data=$(realpath "${1:?usage: run.sh DATA OUT}")
 out=$(realpath -m "${2:?usage: run.sh DATA OUT}")

@@ -3,9 +3,9 @@
 #
 #   bash run.sh DATA [SETTINGS]
 #
-# DATA holds the datasets in their original formats or as their Hub folders, in subfolders of these names: c4, cosmopedia,
-# alpaca, python_code. A variable below, if set, gives another place. SETTINGS are flags of `rorchat pretrain`. Everything
-# is written to runs/rangeflow-124m in the working directory.
+# DATA holds the datasets in their original formats or as their Hub folders, in subfolders of these names: c4,
+# cosmopedia, alpaca, python_code. A variable below, if set, gives another place. SETTINGS are flags of `rorchat
+# pretrain`. Everything is written to runs/rangeflow-124m in the working directory.
 set -euo pipefail
 DATA=$(realpath "${1:?usage: run.sh DATA [SETTINGS]}")
 shift

@@ -16,7 +16,8 @@ last=${3:-}
 GPT2=${GPT2:-gpt2}
 story=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-export PILE=${PILE:-$DATA/pile} DAILYDIALOG=${DAILYDIALOG:-$DATA/dailydialog} CORNELL=${CORNELL:-$DATA/cornell_movie_dialogs}
+export PILE=${PILE:-$DATA/pile} DAILYDIALOG=${DAILYDIALOG:-$DATA/dailydialog}
+export CORNELL=${CORNELL:-$DATA/cornell_movie_dialogs}
 export NATURAL_QUESTIONS=${NATURAL_QUESTIONS:-$DATA/natural_questions} OPENBOOKQA=${OPENBOOKQA:-$DATA/openbookqa}
 export MATHEMATICS=${MATHEMATICS:-$DATA/math_dataset} MBPP=${MBPP:-$DATA/mbpp}
 export ULTRAFEEDBACK=${ULTRAFEEDBACK:-$DATA/ultrafeedback} HH_RLHF=${HH_RLHF:-$DATA/hh_rlhf}
