@@ -1,6 +1,6 @@
-"""Train a chat model on preferences: direct preference optimization.
+"""Train a chat model on preferences: direct preference optimization (DPO).
 
-accelerate launch recipes/dpo.py --config recipes/demo/dpo.yaml
+rorchat dpo --config demo/dpo.yaml
 accelerate launch recipes/dpo.py --model runs/gpt2-chat --sources preference=my_pairs.jsonl --output_dir runs/gpt2-dpo
 """
 

@@ -1,6 +1,6 @@
-"""Let a chat model learn from rewards: group relative policy optimization on questions with known answers.
+"""Train a chat model on rewards: group relative policy optimization (GRPO) on questions with known answers.
 
-accelerate launch recipes/grpo.py --config recipes/demo/grpo.yaml
+rorchat grpo --config demo/grpo.yaml
 accelerate launch recipes/grpo.py --model runs/gpt2-chat --sources gsm8k --output_dir runs/gpt2-grpo
 """
 

@@ -1,6 +1,6 @@
 """Pretrain a stock GPT-2 on documents.
 
-accelerate launch recipes/pretrain.py --config recipes/demo/pretrain.yaml
+rorchat pretrain --config demo/pretrain.yaml
 accelerate launch --num_processes 8 recipes/pretrain.py --config my.yaml --learning_rate 1e-3
 """
 

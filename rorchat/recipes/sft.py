@@ -1,6 +1,6 @@
-"""Teach a model to chat: supervised fine-tuning on conversations.
+"""Teach a model to chat: supervised fine-tuning (SFT) on conversations.
 
-accelerate launch recipes/sft.py --config recipes/demo/sft.yaml
+rorchat sft --config demo/sft.yaml
 accelerate launch recipes/sft.py --model gpt2 --sources alpaca persona=500 --output_dir runs/gpt2-chat
 """
 

@@ -1,6 +1,6 @@
-"""Train a byte-level BPE tokenizer with the ChatML control tokens in it.
+"""Train a byte-level BPE tokenizer with the ChatML control tokens.
 
-accelerate launch recipes/tokenizer.py --config recipes/demo/tokenizer.yaml
+rorchat train-tokenizer --config demo/tokenizer.yaml
 python recipes/tokenizer.py --sources text=my_texts/ --vocab_size 8192 --output_dir runs/tokenizer
 """
 
@@ -24,9 +24,9 @@ from rorchat.training.arguments import DataArguments, parse
 class TokenizerArguments(DataArguments):
     """Settings of this recipe."""
 
-    vocab_size: int = field(default=32_768, metadata={"help": "Tokens in all, a multiple of 64."})
-    max_characters: int = field(default=1_000_000_000, metadata={"help": "Text that is read at most; bounds memory."})
-    output_dir: str = field(default="", metadata={"help": "Where the tokenizer goes."})
+    vocab_size: int = field(default=32_768, metadata={"help": "Vocabulary size, a multiple of 64."})
+    max_characters: int = field(default=1_000_000_000, metadata={"help": "Maximum characters to read; bounds memory."})
+    output_dir: str = field(default="", metadata={"help": "The folder for the tokenizer."})
 
     def __post_init__(self):
         self.check_data()
@@ -41,14 +41,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     folder = Path(arguments.output_dir)
     config = folder / "config.yaml"
     if os.environ.get("RANK", "0") != "0":
-        return {}  # one process trains a tokenizer
+        return {}  # the first process trains it
     if folder.is_dir() and any(folder.iterdir()):
         if not config.is_file() or yaml.safe_load(config.read_text()) != arguments.given:
             raise MismatchError(
-                f"The output folder {folder} holds another tokenizer or other files. "
-                "Choose another output_dir, or delete it."
+                f"The output folder {folder} contains another tokenizer or other files. "
+                "Choose another output_dir, or delete the folder."
             )
-        print(f"{folder}: trained before with these settings; delete the folder to train it again")
+        print(f"{folder}: already trained with these settings; delete the folder to train again")
         return {}
     started = time.monotonic()
     persona = load_persona(arguments.persona)
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     print(
         f"{folder}: {len(tokenizer):,} tokens, trained on {text.characters:,} characters "
         f"({text.utf8_bytes:,} UTF-8 bytes) in {metrics['seconds']} s "
-        f"({'stopped at max_characters' if text.stopped else 'all of the text'})"
+        f"({'stopped at max_characters' if text.stopped else 'all of the text was read'})"
     )
     return metrics
 
