@@ -260,8 +260,8 @@ def encode_preferences(
         if max_length is not None and longest > max_length:
             encoded.append(None)
             continue
-        prompt_ids = [token for turn in prompt for token in turn.ids] + chosen.ids[: chosen.head]
-        replies = (reply.ids[reply.head : len(reply.ids) - newline] for reply in (chosen, rejected))
+        prompt_ids = [token for turn in prompt for token in turn.ids] + chosen.ids[: chosen.n_header]
+        replies = (reply.ids[reply.n_header : len(reply.ids) - newline] for reply in (chosen, rejected))
         encoded.append(EncodedPreference(prompt_ids, *replies))
     return encoded
 

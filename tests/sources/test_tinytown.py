@@ -46,7 +46,9 @@ def training() -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def held_out() -> list[tinytown.Question]:
     """The 200 questions that a model is asked, and those that other seeds would ask."""
-    return list({question.text: question for seed in range(10) for question in tinytown.held_out_questions(200, seed)}.values())
+    return list(
+        {question.text: question for seed in range(10) for question in tinytown.held_out_questions(200, seed)}.values()
+    )
 
 
 def sentences(text: str) -> list[str]:

@@ -243,7 +243,9 @@ def test_settings_that_cannot_be_are_refused_before_anything_starts(words, flags
 
 
 def test_a_source_without_known_answers_is_refused(chat, words):
-    with pytest.raises(UsageError, match="'alpaca' has conversations, but questions are expected here: use one of gsm8"):
+    with pytest.raises(
+        UsageError, match="'alpaca' has conversations, but questions are expected here: use one of gsm8"
+    ):
         load_questions(parse(GRPOArguments, [*words, "--sources", "alpaca=x"]), chat.tokenizer, 128)
 
 

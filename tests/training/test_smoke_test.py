@@ -101,6 +101,7 @@ def test_the_story_on_bookcorpus_runs_three_steps(words, novels, tmp_path):
     assert record["data"][0]["rows_in"] == 40  # of a hundred sentences each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("story", ["rangeflow-124m", "rorchat-124m"])
 def test_the_stories_with_mixtures_run_three_steps_on_real_data(story, words, shared_data, tmp_path, monkeypatch):
     for name, place in VARIABLES.items():
@@ -158,6 +159,7 @@ print(len(talk.tokenizer), talk.model.generation_config.eos_token_id, said[-1]["
 """
 
 
+@pytest.mark.slow
 def test_gpt2_of_the_hub_becomes_a_chat_model_in_six_steps(gpt2, shared_data, tmp_path, monkeypatch):
     for name, place in VARIABLES.items():
         monkeypatch.setenv(name, str(shared_data / place))

@@ -72,7 +72,7 @@ def ours(tokenizer, data, tmp_path_factory) -> Path:
     return folder / "run" / "model"
 
 
-@pytest.fixture(scope="module", params=["qwen2_5", "qwen3"])
+@pytest.fixture(scope="module", params=["qwen2_5", pytest.param("qwen3", marks=pytest.mark.slow)])
 def theirs(request, base, tmp_path_factory) -> Path:
     """The folder of a chat model that TRL made of the base model: Qwen's tokens and template, padded with its eos."""
     source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp(request.param)
