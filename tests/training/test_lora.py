@@ -352,7 +352,7 @@ def run(sandbox, chat_base) -> Path:
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-@pytest.mark.parametrize("load_in_4bit", [False, True])
+@pytest.mark.parametrize("load_in_4bit", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_interrupted_run_resumes_to_the_same_bits(sandbox, chat_base, stage, load_in_4bit):
     flags = RUN | {"stage": stage, "load_in_4bit": load_in_4bit, "model": str(chat_base)}
     whole, out = sandbox.new_folder(), sandbox.new_folder()
