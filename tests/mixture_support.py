@@ -1,11 +1,46 @@
-"""Random mixtures: weights, configs and plans."""
+"""Mixture files, random mixtures and plans, and a store whose tokens are consecutive numbers."""
+
+from pathlib import Path
 
 import numpy as np
 
 from rorchat.mixture.config import MixtureConfig, Phase, Source
 from rorchat.mixture.plan import Plan
 
-WORST = 1.4  # rows: what plans of more than four sources, many of them alone in turn, are allowed
+MAX_DEVIATION = 1.5  # rows: allowed in plans of five to eight sources
+
+MIXTURE = """
+sources:
+  c4: c4=data/c4
+  tales: {from: cosmopedia=data/tales, max_epochs: 4, optional: true}
+  alpaca: alpaca=data/alpaca
+phases:
+  - {share: 60%, weights: {c4: 1}}
+  - {share: 0.2, ramp_to: {tales: 50, alpaca: 6e-1}, replay: 10%}
+  - {share: 20%}
+  - {tokens: 2_000}
+"""
+
+
+def write_mixture(folder: Path, text: str) -> Path:
+    path = folder / "mixture.yaml"
+    path.write_text(text)
+    return path
+
+
+class CountingStore:
+    """A store with the tokens `first`, `first` + 1, ..., so that a row shows where it was read."""
+
+    def __init__(self, name: str, train: int, validation: int = 0, first: int = 0):
+        self.name, self.folder, self.first = name, Path(name), first
+        self._tokens = {"train": train, "validation": validation}
+
+    def tokens(self, split: str) -> int:
+        return self._tokens[split]
+
+    def slice(self, split: str, start: int, stop: int) -> np.ndarray:
+        assert 0 <= start < stop <= self._tokens[split]
+        return np.arange(self.first + start, self.first + stop)
 
 
 def config_of(*phases: Phase, sources: int = 3, **options) -> MixtureConfig:
@@ -17,7 +52,7 @@ def config_of(*phases: Phase, sources: int = 3, **options) -> MixtureConfig:
 def drawn_weights(draw: np.random.Generator, names: list[str]) -> dict[str, float]:
     kind = draw.integers(3)
     if kind == 0:
-        return {str(draw.choice(names)): 1.0}  # alone
+        return {str(draw.choice(names)): 1.0}  # one source only
     weights = draw.random(len(names)) ** 3 + 1e-4
     if kind == 1:
         weights *= draw.random(len(names)) < 0.5
@@ -26,13 +61,13 @@ def drawn_weights(draw: np.random.Generator, names: list[str]) -> dict[str, floa
 
 
 def drawn_plan(number: int) -> Plan:
-    """A random plan: 2 to 8 sources, 1 to 5 phases, ramps, replay, zero weights, sources alone, caps, optional ones."""
+    """A random plan: 2 to 8 sources, 1 to 5 phases, ramps, replay, zero weights, limits of epochs, optional sources."""
     draw = np.random.default_rng(number)
     names = [f"s{n}" for n in range(2 + number % 7)]
     sources = {
         name: Source(name, max_epochs=float(draw.integers(1, 4)) if draw.random() < 0.2 else None) for name in names
     }
-    sources["s0"] = Source("s0")  # somebody must be able to go on
+    sources["s0"] = Source("s0")  # at least one source is never exhausted
     windows = {name: int(draw.integers(20, 200)) for name in names}
     missing = names[-1] if len(names) > 2 and draw.random() < 0.2 else None
     sources[names[-1]] = Source(names[-1], optional=True)

@@ -1,18 +1,18 @@
-"""A mixture file -> sources and phases, checked before anything is read.
+"""The mixture file: sources and phases, checked before any data is read.
 
     sources:
       c4: c4=../data/c4                                             # NAME: SPEC
       tales: {from: cosmopedia=$DATA/tales, max_epochs: 4, optional: true, filters: {min_characters: 200}}
-      talk: chat:tinytown=5000                                      # conversations of a source with documents too
-      mine: store=../tokens/mine                                    # a token store that is there already
-    against: [../data/gsm8k/test.jsonl]                             # no document with 13 words in a row of these
+      talk: chat:tinytown=5000                                      # conversations of a source that also has documents
+      mine: store=../tokens/mine                                    # an existing token store
+    against: [../data/gsm8k/test.jsonl]                             # reject documents that share 13 consecutive words
     phases:
-      - {share: 60%, weights: {c4: 1}}                              # of the tokens; or `tokens: 2_000_000`
-      - {share: 20%, ramp_to: {c4: 1, tales: 3}, replay: 10%}       # in a straight line; a tenth stays as it was
-      - {share: 20%}                                                # as the phase before ended
+      - {share: 60%, weights: {c4: 1}}                              # of the tokens; alternatively `tokens: 2_000_000`
+      - {share: 20%, ramp_to: {c4: 1, tales: 3}, replay: 10%}       # linear; 10 % keep the previous mixture
+      - {share: 20%}                                                # continues as the phase before ended
 
-Weights are shares of tokens, in any scale. `$NAME` stands for an environment variable. Of a mixture that is appended to
-a run (`--new_phase`) the first phase may begin with `ramp_to` or `replay`, and shares are of the tokens that are left.
+Weights are shares of tokens on any scale. `$NAME` is an environment variable. In a mixture that is appended to a run
+(`--new_phase`), the first phase may use `ramp_to` or `replay`, and shares refer to the remaining tokens.
 """
 
 import math
@@ -33,7 +33,7 @@ PHASE_KEYS = ("share", "tokens", "weights", "ramp_to", "replay")
 
 @dataclass(frozen=True)
 class Source:
-    """One source of a mixture: its spec (`NAME=PATH`), how often its rows may be repeated, and what is filtered out."""
+    """One source of a mixture: its spec (such as `NAME=PATH`), the limit of its epochs, and its filters."""
 
     spec: str
     max_epochs: float | None = None
@@ -43,9 +43,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the plan: its length, as `share` of what phases with `tokens` leave or as `tokens`, and weights.
+    """A phase of the mixture: its length, and weights.
 
-    Without `weights` and `ramp_to` it goes on as the phase before ended; the first one then mixes by size.
+    The length is given as `tokens`, or as a `share` of the tokens that remain after all phases with `tokens`. Without
+    `weights` and `ramp_to` a phase continues as the phase before ended; the first phase then mixes by size.
     """
 
     share: float | None = None
@@ -57,51 +58,52 @@ class Phase:
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """What is mixed and how, as the user said it; `where` is the file, for messages."""
+    """The sources and phases of a mixture, as configured; `where` is the file, for messages."""
 
     sources: dict[str, Source]
     phases: tuple[Phase, ...] = (Phase(share=1.0),)
     where: str = "the mixture"
-    against: tuple[str, ...] = ()  # evaluation sets that no document may have 13 words in common with
+    against: tuple[str, ...] = ()  # evaluation sets; documents that share 13 consecutive words are rejected
 
     @classmethod
     def from_specs(cls, specs: Sequence[str], weights: Sequence[float] | None = None) -> "MixtureConfig":
-        """One phase over some specs; a second `text=...` is named text-2. Without weights they are mixed by size.
+        """A mixture of one phase; a second `text=...` is named text-2. Without weights, sources are mixed by size.
 
         Raises:
-            UsageError: weights of another number than sources, or not positive.
+            UsageError: the number of weights is not that of the sources, or a weight is not positive.
         """
         sources: dict[str, Source] = {}
         for spec in specs:
-            name = spec.partition("=")[0].replace(":", "-")  # it becomes a folder's
+            name = spec.partition("=")[0].replace(":", "-")  # it is also the name of a folder
             free = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in sources)
             sources[free] = Source(spec)
         if not weights:
             return cls(sources)
         if len(weights) != len(specs) or not all(0 < weight < math.inf for weight in weights):
             raise UsageError(
-                f"{len(weights)} weights {list(weights)} for {len(specs)} sources: give one positive number a source."
+                f"{len(weights)} weights {list(weights)} for {len(specs)} sources: give one positive number per source."
             )
         return cls(sources, (Phase(share=1.0, weights=dict(zip(sources, weights, strict=True))),))
 
     @classmethod
-    def from_dict(cls, resolved: dict) -> "MixtureConfig":
-        """What `resolved` was made of, but for the name of the file."""
+    def from_dict(cls, values: dict) -> "MixtureConfig":
+        """The inverse of `to_dict`, except for `where`."""
         sources = {
-            name: Source(**said | {"filters": Filters(**said["filters"])}) for name, said in resolved["sources"].items()
+            name: Source(**source | {"filters": Filters(**source["filters"])})
+            for name, source in values["sources"].items()
         }
-        return cls(sources, tuple(Phase(**phase) for phase in resolved["phases"]), against=tuple(resolved["against"]))
+        return cls(sources, tuple(Phase(**phase) for phase in values["phases"]), against=tuple(values["against"]))
 
     def require_standalone(self) -> None:
-        """Raises UsageError where the first phase goes on from a phase before it."""
+        """Raises UsageError if the first phase needs a phase before it."""
         for key in ("ramp_to", "replay"):
             if self.phases and getattr(self.phases[0], key):
                 raise UsageError(
-                    f"{self.where}: phase 1: {key} goes on from the phase before, and this is the first: give weights."
+                    f"{self.where}: phase 1: {key} needs a phase before it, and this is the first: give weights."
                 )
 
     def to_dict(self) -> dict[str, object]:
-        """All that the plan depends on, for JSON: two files that say the same in other words are equal here."""
+        """Everything the plan depends on, as JSON. Equivalent files give equal values."""
         return {
             "sources": {name: asdict(source) for name, source in self.sources.items()},
             "phases": [asdict(phase) for phase in self.phases],
@@ -110,23 +112,26 @@ class MixtureConfig:
 
 
 def read_mixture(path: str | Path, is_continuation: bool = False) -> MixtureConfig:
-    """The mixture that a YAML file describes; the head of this module shows one.
+    """Reads a mixture from a YAML file; the docstring of this module shows one.
 
     Args:
-        is_continuation: the first phase may go on from another mixture; whether there is one, `require_standalone` asks.
+        is_continuation: the first phase may continue a previous mixture. The caller must call `require_standalone` if
+            there is none.
 
     Raises:
-        UsageError: what is wrong, in which phase or source: one line.
+        UsageError: the file is invalid; the message names the phase or source.
     """
     path = find_story_file(path)
     where = str(path)
     content = read_yaml(path, "mixture", UsageError)
-    _known_keys(where, content, KEYS)
+    _require_known_keys(where, content, KEYS)
     if not isinstance(content.get("sources"), dict) or not content["sources"]:
         raise UsageError(f"{where}: no sources; give them by name, as in `sources: {{text: text=my_texts/}}`.")
-    sources = {name: _read_source(f"{where}: source {name!r}", name, said) for name, said in content["sources"].items()}
+    sources = {
+        name: _read_source(f"{where}: source {name!r}", name, value) for name, value in content["sources"].items()
+    }
     if "phases" in content and "weights" in content:
-        raise UsageError(f"{where}: both phases and weights: give the weights to the phases.")
+        raise UsageError(f"{where}: both phases and weights: move the weights into the phases.")
     if "phases" not in content:
         weights = {} if content.get("weights") is None else {"weights": content["weights"]}
         phases = [_read_phase(where, {"share": 1.0} | weights, sources)]
@@ -134,13 +139,13 @@ def read_mixture(path: str | Path, is_continuation: bool = False) -> MixtureConf
         raise UsageError(f"{where}: phases must be a list, as in `phases: [{{share: 100%}}]`.")
     else:
         phases = [
-            _read_phase(f"{where}: phase {number}", said, sources) for number, said in enumerate(content["phases"], 1)
+            _read_phase(f"{where}: phase {number}", value, sources) for number, value in enumerate(content["phases"], 1)
         ]
     shares = [phase.share for phase in phases if phase.share is not None]
     if shares and abs(sum(shares) - 1) > 1e-6:
         raise UsageError(
-            f"{where}: the shares of the phases sum to {100 * sum(shares):.6g} %: they must sum to 100 % (of what "
-            "phases with `tokens` leave)."
+            f"{where}: the shares of the phases sum to {100 * sum(shares):.6g} %: they must sum to 100 % (of the "
+            "tokens that phases with `tokens` leave)."
         )
     against = content.get("against") or []
     if not isinstance(against, list) or not all(isinstance(path, str) for path in against):
@@ -153,43 +158,45 @@ def read_mixture(path: str | Path, is_continuation: bool = False) -> MixtureConf
     return config
 
 
-def expand_variables(where: str, said: str) -> str:
-    """A path or spec with its environment variables put in; `where` is for the message.
+def expand_variables(where: str, value: str) -> str:
+    """Replaces environment variables in a path or spec; `where` is for the message.
 
     Raises:
-        UsageError: one is not set.
+        UsageError: a variable is not set.
     """
-    expanded = os.path.expandvars(said)
+    expanded = os.path.expandvars(value)
     if "$" in expanded:
-        raise UsageError(f"{where} is {said!r}, but {expanded[expanded.index('$') :].split('/')[0]} is not set.")
+        raise UsageError(f"{where} is {value!r}, but {expanded[expanded.index('$') :].split('/')[0]} is not set.")
     return expanded
 
 
-def _known_keys(where: str, said: object, known: Sequence[str]) -> None:
-    if not isinstance(said, dict):
-        raise UsageError(f"{where} must hold `key: value` lines, it holds a {type(said).__name__}.")
-    for key in said:
+def _require_known_keys(where: str, value: object, known: Sequence[str]) -> None:
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} must have `key: value` lines, it is a {type(value).__name__}.")
+    for key in value:
         if key not in known:
             raise UsageError(f"{where}: unknown key {key!r}.{did_you_mean(str(key), known)} Known: {', '.join(known)}.")
 
 
-def _read_source(where: str, name: object, said: object) -> Source:
+def _read_source(where: str, name: object, value: object) -> Source:
     if not isinstance(name, str) or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-        raise UsageError(f"{where}: its name becomes a folder's: letters, digits, '-', '_', '.' only; quote a number.")
-    if isinstance(said, str):
-        said = {"from": said}
-    _known_keys(where, said, SOURCE_KEYS)
-    spec, optional, epochs = said.get("from"), said.get("optional", False), said.get("max_epochs")
+        raise UsageError(
+            f"{where}: its name is also the name of a folder: use letters, digits, '-', '_' and '.'; quote a number."
+        )
+    if isinstance(value, str):
+        value = {"from": value}
+    _require_known_keys(where, value, SOURCE_KEYS)
+    spec, optional, epochs = value.get("from"), value.get("optional", False), value.get("max_epochs")
     if not isinstance(spec, str) or not spec.strip():
         raise UsageError(f"{where}: from is {spec!r}; give NAME, NAME=PATH or NAME=AMOUNT.")
     if not isinstance(optional, bool):
         raise UsageError(f"{where}: optional is {optional!r}; give true or false.")
     if epochs is not None:
-        epochs = _number(f"{where}: max_epochs", epochs)
+        epochs = _read_number(f"{where}: max_epochs", epochs)
         if epochs == 0:
-            raise UsageError(f"{where}: max_epochs is 0; give a positive number, or leave the source out.")
-    filters = {} if said.get("filters") is None else said["filters"]
-    _known_keys(f"{where}: filters", filters, [field.name for field in fields(Filters)])
+            raise UsageError(f"{where}: max_epochs is 0; give a positive number, or remove the source.")
+    filters = {} if value.get("filters") is None else value["filters"]
+    _require_known_keys(f"{where}: filters", filters, [field.name for field in fields(Filters)])
     try:
         chosen = Filters(**filters)
     except UsageError as error:
@@ -197,50 +204,50 @@ def _read_source(where: str, name: object, said: object) -> Source:
     return Source(expand_variables(f"{where}: from", spec), epochs, optional, chosen)
 
 
-def _read_phase(where: str, said: object, sources: dict[str, Source]) -> Phase:
-    _known_keys(where, said, PHASE_KEYS)
-    if ("share" in said) == ("tokens" in said):
-        raise UsageError(f"{where}: give its length as share (of the tokens, as 60%) or as tokens: one of the two.")
-    if "weights" in said and "ramp_to" in said:
+def _read_phase(where: str, value: object, sources: dict[str, Source]) -> Phase:
+    _require_known_keys(where, value, PHASE_KEYS)
+    if ("share" in value) == ("tokens" in value):
+        raise UsageError(f"{where}: give its length either as share (of the tokens, as 60%) or as tokens.")
+    if "weights" in value and "ramp_to" in value:
         raise UsageError(f"{where}: both weights and ramp_to: give one of the two.")
-    if "replay" in said and "weights" not in said and "ramp_to" not in said:
-        raise UsageError(f"{where}: replay without weights or ramp_to: all of it goes on as the one before ended.")
+    if "replay" in value and "weights" not in value and "ramp_to" not in value:
+        raise UsageError(f"{where}: replay without weights or ramp_to: the whole phase continues the one before.")
     values = {
-        key: _read_weights(f"{where}: {key}", said[key], sources) for key in ("weights", "ramp_to") if key in said
+        key: _read_weights(f"{where}: {key}", value[key], sources) for key in ("weights", "ramp_to") if key in value
     }
     for key in ("share", "replay", "tokens"):
-        if key in said:
-            values[key] = _number(f"{where}: {key}", said[key])
+        if key in value:
+            values[key] = _read_number(f"{where}: {key}", value[key])
             if values[key] == 0 or (key != "tokens" and values[key] > 1):
                 allowed = "a positive number" if key == "tokens" else "more than 0 and at most 100 %, as 60% or 0.6"
-                raise UsageError(f"{where}: {key} is {said[key]!r}; give {allowed}.")
+                raise UsageError(f"{where}: {key} is {value[key]!r}; give {allowed}.")
     if "tokens" in values:
         if values["tokens"] != int(values["tokens"]):
-            raise UsageError(f"{where}: tokens is {said['tokens']!r}; give a whole number.")
+            raise UsageError(f"{where}: tokens is {value['tokens']!r}; give a whole number.")
         values["tokens"] = int(values["tokens"])
     return Phase(**values)
 
 
-def _read_weights(where: str, said: object, sources: dict[str, Source]) -> dict[str, float]:
-    if not isinstance(said, dict) or not said:
-        raise UsageError(f"{where} is {said!r}; give one number a source, as {{{next(iter(sources))}: 1}}.")
-    for name in said:
+def _read_weights(where: str, value: object, sources: dict[str, Source]) -> dict[str, float]:
+    if not isinstance(value, dict) or not value:
+        raise UsageError(f"{where} is {value!r}; give one number per source, as {{{next(iter(sources))}: 1}}.")
+    for name in value:
         if name not in sources:
             hint = did_you_mean(str(name), sources)
-            raise UsageError(f"{where} names {name!r}, which is no source.{hint} Sources: {', '.join(sources)}.")
-    weights = {name: _number(f"{where}: {name}", weight) for name, weight in said.items()}
+            raise UsageError(f"{where} names {name!r}, which is not a source.{hint} Sources: {', '.join(sources)}.")
+    weights = {name: _read_number(f"{where}: {name}", weight) for name, weight in value.items()}
     if not any(weights.values()):
         raise UsageError(f"{where} are all 0: give at least one source a positive number.")
     return weights
 
 
-def _number(where: str, said: object) -> float:
-    """A number >= 0, from a number, from `60%`, or from `6e-4`, which YAML reads as a string."""
+def _read_number(where: str, value: object) -> float:
+    """A number >= 0, given as a number, as `60%`, or as `6e-4`, which YAML reads as a string."""
+    is_percent = isinstance(value, str) and value.strip().endswith("%")
     try:
-        percent = isinstance(said, str) and said.strip().endswith("%")
-        value = math.nan if isinstance(said, bool) else float(said.strip().rstrip("%") if percent else said)
+        number = math.nan if isinstance(value, bool) else float(value.strip().rstrip("%") if is_percent else value)
     except (TypeError, ValueError):
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise UsageError(f"{where} is {said!r}; give a number that is not negative.")
-    return value / 100 if percent else value
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise UsageError(f"{where} is {value!r}; give a number that is not negative.")
+    return number / 100 if is_percent else number

@@ -1,7 +1,7 @@
-"""Shards -> rows: which tokens of which source make the i-th row of training, as a pure function of plan and seed.
+"""Token stores -> training and validation rows. Row i is a pure function of the plan and the seed.
 
-The plan says which row of which source comes i-th. Within a source, rows are windows of its token stream in an order
-that (seed, name of the source, epoch) decide; any place of that order is computed by itself.
+The plan says which source row i comes from, and how many of its rows came before. Every epoch of a source visits its
+rows in a random order that depends only on the seed, the source's name and the number of the epoch.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ class Mixture(Dataset):
     """Training rows: `mixture[i]` is {"input_ids": (block_size,), "labels": (block_size,)}, both int64 and equal.
 
     Args:
-        stores: the token stores of the plan's sources, in any order; others are not read. Those that only the plan's
-            past has may be missing: its rows cannot be had then.
-        plan: which row of which source comes i-th.
-        seed: of the order within sources.
+        stores: the token stores of the plan's sources, in any order. Stores that only a previous plan needs may be
+            missing; its rows are then not available.
+        plan: the source of every row.
+        seed: seed of the order within sources.
     """
 
     def __init__(self, stores: Sequence[TokenStore], plan: Plan, seed: int):
@@ -37,17 +37,18 @@ class Mixture(Dataset):
         return {"input_ids": ids, "labels": ids}
 
     def locate(self, row: int) -> tuple[int, int]:
-        """(index of the source in the plan, offset in its token stream) of a row."""
+        """(index of the source in the plan, offset in its tokens) of a row."""
         source, number = self.plan.locate(row)
-        epoch, place = divmod(number, self.plan.windows[source])
+        rows_per_epoch = self.plan.rows_per_epoch[source]
+        epoch, index = divmod(number, rows_per_epoch)
         keys = permutation_keys(f"{self.seed}/{self.plan.names[source]}/{epoch}")  # independent of other sources
-        return source, permute(place, self.plan.windows[source], keys) * self.plan.block_size
+        return source, permute(index, rows_per_epoch, keys) * self.plan.block_size
 
 
 class ValidationRows(Dataset):
-    """The held-out tokens of a store in rows that overlap by one, so that every token but the first is predicted once.
+    """The validation tokens of a store in rows that overlap by one token, so that all but the first are predicted once.
 
-    `rows[i]` is {"input_ids": (T,), "labels": (T,)} with T = block_size, the last row shorter.
+    `rows[i]` is {"input_ids": (T,), "labels": (T,)} with T = block_size; the last row may be shorter.
     """
 
     def __init__(self, store: TokenStore, block_size: int):

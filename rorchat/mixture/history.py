@@ -1,12 +1,12 @@
-"""Mixtures that are over: how a run keeps them, so that its whole plan can be made again when their data are gone.
+"""The mixture history of a run: its earlier mixtures, kept so that the whole plan can be rebuilt without their data.
 
-A part of the past is JSON in the run's identity, and so in every checkpoint:
+An entry is JSON in the run's record, and so in every checkpoint:
 
-    until     the row at which it ended, counted from the beginning
-    mixture   what was mixed (`MixtureConfig.resolved`)
-    sources   {spec: digest} of what it was mixed of
-    windows   {name: rows of an epoch} of the sources that could be had
-    data      the summaries of all stores up to here, licences too
+    until     the row at which the mixture ended, counted from the start of the run
+    mixture   the mixture (`MixtureConfig.to_dict`)
+    sources   {spec: digest} of its sources
+    windows   {name: rows per epoch} of the available sources
+    data      the summaries of all stores up to this mixture, with their licences
 """
 
 from collections.abc import Sequence
@@ -18,99 +18,101 @@ from rorchat.sources.registry import find_source
 from rorchat.tokens.store import TokenStore
 
 
-def history_entry(identity: dict, until: int) -> dict[str, object]:
-    """What a run mixes as a part of its past that ended at a row."""
-    inputs = {key: identity["inputs"][key] for key in ("mixture", "sources")}
-    return {"until": until, **inputs, "windows": identity["windows"], "data": identity["data"]}
+def history_entry(record: dict, until: int) -> dict[str, object]:
+    """The history entry for the current mixture of a run, which ended at row `until`."""
+    inputs = {key: record["inputs"][key] for key in ("mixture", "sources")}
+    return {"until": until, **inputs, "windows": record["windows"], "data": record["data"]}
 
 
 def spec_without_path(spec: str) -> str:
-    """A source's spec; of one that is read from files its kind alone, for they may lie elsewhere tomorrow."""
+    """A spec reduced to its kind if it reads local files, which may be moved; else the whole spec."""
     kind, _, where = spec.partition("=")
     is_local = bool(where) and (kind == "store" or not find_source(kind).is_generated)
     return kind if is_local else spec
 
 
 def without_paths(inputs: dict) -> dict:
-    """The inputs of an identity without the places of files: sources have the names of the mixture and their digests.
+    """The inputs of a run without paths: sources are identified by their name in the mixture and their digest.
 
-    Where there is no mixture, their names are kinds and digests.
+    Without a mixture, kind and digest are the name.
     """
     sources = inputs.get("sources", {})
     if "mixture" not in inputs:
         return inputs | {"sources": {name: sources[spec] for spec, name in names_without_paths(sources).items()}}
     mixed = inputs["mixture"]["sources"]
-    placeless = {name: source | {"spec": spec_without_path(source["spec"])} for name, source in mixed.items()}
+    specs = {name: source | {"spec": spec_without_path(source["spec"])} for name, source in mixed.items()}
     digests = {name: sources.get(source["spec"], "") for name, source in mixed.items()}
-    return inputs | {"sources": digests, "mixture": inputs["mixture"] | {"sources": placeless}}
+    return inputs | {"sources": digests, "mixture": inputs["mixture"] | {"sources": specs}}
 
 
 def names_without_paths(sources: dict[str, str]) -> dict[str, str]:
-    """For {spec: digest}, of each spec a name that does not say where files lie."""
-    places = {spec: spec_without_path(spec) for spec in sources}
-    return {spec: kind if kind == spec else f"{kind}={sources[spec] or spec}" for spec, kind in places.items()}
+    """{spec: digest} -> {spec: a name without paths}."""
+    kinds = {spec: spec_without_path(spec) for spec in sources}
+    return {spec: kind if kind == spec else f"{kind}={sources[spec] or spec}" for spec, kind in kinds.items()}
 
 
-def require_same_data(past: Sequence[dict], inputs: dict) -> None:
-    """Raises MismatchError where a source has the name of one of the past and is made of something else."""
-    now = _made_of(inputs)
-    for part in past:
-        for name, before in _made_of(part).items():
-            if name in now and _differ(before, now[name]):
+def require_same_data(mixture_history: Sequence[dict], inputs: dict) -> None:
+    """Raises MismatchError if a source has the name of an earlier one but other data."""
+    current = _content_by_name(inputs)
+    for entry in mixture_history:
+        for name, before in _content_by_name(entry).items():
+            if name in current and _differs(before, current[name]):
                 raise MismatchError(
-                    f"Source {name!r} was {_said(part, name)} up to row {part['until']:,} and is "
-                    f"{_said(inputs, name)} now: what goes on under its name must be the same data, filters included. "
-                    "Give it another name in a mixture file."
+                    f"Source {name!r} was {_describe_source(entry, name)} up to row {entry['until']:,} and is now "
+                    f"{_describe_source(inputs, name)}: a source that continues under its name must have the same data "
+                    "and filters. Give it another name in a mixture file."
                 )
 
 
-def _made_of(part: dict) -> dict[str, tuple]:
-    """What the data of each source hang on, by name; where a store lies plays no part."""
-    mixture, found = part["mixture"], {}
+def _content_by_name(entry: dict) -> dict[str, tuple]:
+    """What determines the data of each source, by name; paths are ignored."""
+    mixture, content = entry["mixture"], {}
     for name, source in mixture["sources"].items():
-        digest = part["sources"].get(source["spec"])
-        what = spec_without_path(source["spec"])
-        found[name] = (digest,) if what == "store" else (digest, what, source["filters"], list(mixture["against"]))
-    return found
+        digest = entry["sources"].get(source["spec"])
+        kind = spec_without_path(source["spec"])
+        content[name] = (digest,) if kind == "store" else (digest, kind, source["filters"], list(mixture["against"]))
+    return content
 
 
-def _differ(before: tuple, now: tuple) -> bool:
-    """Whether two sources are made of something else; files that are gone have not changed."""
-    known = before[0] and now[0]
-    return before[1:] != now[1:] or bool(known and before[0] != now[0])
+def _differs(before: tuple, now: tuple) -> bool:
+    """Whether two sources have other data. Missing files have no digest and count as unchanged."""
+    both_exist = before[0] and now[0]
+    return before[1:] != now[1:] or bool(both_exist and before[0] != now[0])
 
 
-def _said(part: dict, name: str) -> str:
-    spec = part["mixture"]["sources"][name]["spec"]
-    return f"{spec} ({(part['sources'].get(spec) or 'gone')[:12]})"
+def _describe_source(entry: dict, name: str) -> str:
+    spec = entry["mixture"]["sources"][name]["spec"]
+    return f"{spec} ({(entry['sources'].get(spec) or 'missing')[:12]})"
 
 
 def build_plan(
-    past: Sequence[dict], config: MixtureConfig, windows: dict[str, int], rows: int, block_size: int
+    mixture_history: Sequence[dict], config: MixtureConfig, rows_per_epoch: dict[str, int], rows: int, block_size: int
 ) -> Plan:
-    """The plan of all rows of a run: those of the past as they were, and behind them those of `config`.
+    """The plan of all rows of a run: those of earlier mixtures unchanged, then those of `config`.
 
     Args:
-        windows: rows of one epoch of the sources that there are now.
+        rows_per_epoch: source -> rows in one epoch, for the sources of `config`.
 
     Raises:
-        MismatchError: a source that goes on has another number of rows than it had.
-        UsageError, DataError: as `Plan`.
+        MismatchError: a source that continues has another number of rows than before.
+        UsageError, DataError: as for `Plan`.
     """
     plan, start = None, 0
-    for part in past:
-        for name, before in part["windows"].items():
-            if windows.get(name, before) != before:
+    for entry in mixture_history:
+        for name, before in entry["windows"].items():
+            if rows_per_epoch.get(name, before) != before:
                 raise MismatchError(
-                    f"Source {name!r} had {before:,} rows up to row {part['until']:,} and has {windows[name]:,} now: "
-                    "what goes on under its name must be the same data. Give it another name in a mixture file."
+                    f"Source {name!r} had {before:,} rows up to row {entry['until']:,} and has now "
+                    f"{rows_per_epoch[name]:,}: a source that continues under its name must have the same data. Give "
+                    "it another name in a mixture file."
                 )
-        plan = Plan(MixtureConfig.from_dict(part["mixture"]), part["windows"], rows, block_size, plan, start)
-        start = part["until"]
-    return Plan(config, windows, rows, block_size, plan, start)
+        plan = Plan(MixtureConfig.from_dict(entry["mixture"]), entry["windows"], rows, block_size, plan, start)
+        start = entry["until"]
+    return Plan(config, rows_per_epoch, rows, block_size, plan, start)
 
 
-def data_summaries(past: Sequence[dict], stores: Sequence[TokenStore]) -> list[dict[str, object]]:
-    """The summaries of all stores that a run has read or will read, those of the past first."""
-    before = past[-1]["data"] if past else []
-    return [*before, *(found for store in stores if (found := store.manifest.summary()) not in before)]
+def data_summaries(mixture_history: Sequence[dict], stores: Sequence[TokenStore]) -> list[dict[str, object]]:
+    """The summaries of all stores of a run, those of earlier mixtures first."""
+    before = mixture_history[-1]["data"] if mixture_history else []
+    summaries = [store.manifest.summary() for store in stores]
+    return [*before, *(summary for summary in summaries if summary not in before)]

@@ -1,8 +1,8 @@
-"""Sequences of various lengths -> rows of one length, with next to nothing left empty.
+"""Packs sequences of different lengths into rows of one length, with almost no padding. No sequence is cut.
 
-Row after row: the longest sequence that is left, then what fills the row to the last token, alone or as one of two,
-else the longest that fits. Best-fit decreasing (Johnson 1973), which looks at one sequence at a time, leaves five times
-as much empty on real conversations. No sequence is cut.
+Each row takes the longest remaining sequence. Then it is filled: with one sequence, or with two, that fill the rest
+exactly; otherwise with the longest that fits. Best-fit decreasing (Johnson 1973), which considers one sequence at
+a time, leaves five times as much padding on real conversations.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,14 +16,14 @@ from rorchat.chatml import IGNORE_INDEX
 
 
 def pack(lengths: Sequence[int], window: int) -> list[list[int]]:
-    """Which sequences share a row.
+    """Assigns sequences to rows.
 
     Args:
-        lengths: tokens of each sequence; of equal ones, the first come first.
-        window: tokens a row holds.
+        lengths: tokens in each sequence; of equal ones, the first are used first.
+        window: tokens in a row.
 
     Returns:
-        The numbers of the sequences in each row; each stands in one.
+        The indices of the sequences in each row; each index occurs once.
 
     Raises:
         ValueError: a sequence is empty or longer than the window.
@@ -36,40 +36,41 @@ def pack(lengths: Sequence[int], window: int) -> list[list[int]]:
     waiting: list[list[int]] = [[] for _ in range(window + 1)]  # the sequences of each length, the first one last
     for index in range(len(lengths) - 1, -1, -1):
         waiting[lengths[index]].append(index)
-    # Of which lengths there are any: as bits, counted from 0 up and from the window down. A length n has a partner that
-    # fills the room together with it where both have a bit: the second is shifted so that n stands for room - n.
-    there = sum(1 << length for length in range(window + 1) if waiting[length])
+    # Two integers as bit sets of the lengths that are left: bit n of `available` stands for length n, bit n of
+    # `mirrored` for length window - n. Shifted right by window - room, bit n of `mirrored` stands for length room - n.
+    # Where both have bit n, sequences of length n and room - n fill the room exactly.
+    available = sum(1 << length for length in range(window + 1) if waiting[length])
     mirrored = sum(1 << (window - length) for length in range(window + 1) if waiting[length])
     rows = []
-    while there:
+    while available:
         row, room = [], window
-        while fitting := there & ((2 << room) - 1):
-            of_two = fitting & (mirrored >> (window - room)) if row else 0
-            length = room if fitting >> room else (of_two or fitting).bit_length() - 1
+        while fitting := available & ((2 << room) - 1):
+            pairs = fitting & (mirrored >> (window - room)) if row else 0
+            length = room if fitting >> room else (pairs or fitting).bit_length() - 1
             row.append(waiting[length].pop())
             room -= length
             if not waiting[length]:
-                there ^= 1 << length
+                available ^= 1 << length
                 mirrored ^= 1 << (window - length)
         rows.append(row)
     return rows
 
 
 class Sequences:
-    """Encoded sequences side by side in three flat arrays, of 6 bytes a token.
+    """Encoded sequences in flat arrays, which take 5 bytes per token.
 
     Args:
-        encoded: (ids, labels) of each; labels are the ids or -100.
+        encoded: (input_ids, labels) of each sequence; labels equal the ids or are -100.
     """
 
     def __init__(self, encoded: Iterable[tuple[Sequence[int], Sequence[int]]]):
-        ids, asked, lengths = [np.zeros(0, np.int32)], [np.zeros(0, bool)], [0]
+        ids, is_target, lengths = [np.zeros(0, np.int32)], [np.zeros(0, bool)], [0]
         for input_ids, labels in encoded:
             ids.append(np.asarray(input_ids, np.int32))
-            asked.append(np.asarray(labels) != IGNORE_INDEX)
-            asked[-1][:1] = False  # the first token is no target: what stands before it in a row is another sequence
+            is_target.append(np.asarray(labels) != IGNORE_INDEX)
+            is_target[-1][:1] = False  # in a packed row, another sequence precedes the first token
             lengths.append(len(input_ids))
-        self.input_ids, self.asked = np.concatenate(ids), np.concatenate(asked)
+        self.input_ids, self.is_target = np.concatenate(ids), np.concatenate(is_target)
         self.starts = np.cumsum(lengths)
 
     def __len__(self) -> int:
@@ -85,28 +86,28 @@ class Sequences:
             raise IndexError(index)
         span = slice(self.starts[index], self.starts[index + 1])
         input_ids = torch.from_numpy(self.input_ids[span].astype(np.int64))
-        return {"input_ids": input_ids, "labels": input_ids.where(torch.from_numpy(self.asked[span]), IGNORE_INDEX)}
+        return {"input_ids": input_ids, "labels": input_ids.where(torch.from_numpy(self.is_target[span]), IGNORE_INDEX)}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return map(self.__getitem__, range(len(self)))
 
 
 class PackedRows(Dataset):
-    """Rows of packed sequences, epoch after epoch: packed anew for each, and in random order.
+    """Rows of packed sequences. Every epoch is packed anew and shuffled.
 
     Args:
-        window: tokens a row holds.
-        count: how many rows; it may end within an epoch.
+        window: tokens in a row.
+        count: number of rows; the last epoch may be incomplete.
     """
 
     def __init__(self, sequences: Sequences, window: int, count: int, seed: int):
         self.sequences, self.rows = sequences, []
         epoch = 0
         while len(self.rows) < count:
-            draw = np.random.default_rng([seed, epoch])
-            order = draw.permutation(len(sequences))  # who shares a row with whom, where lengths leave it open
+            generator = np.random.default_rng([seed, epoch])
+            order = generator.permutation(len(sequences))  # varies which sequences of equal length share a row
             rows = pack(sequences.lengths[order], window)
-            self.rows += [order[rows[number]].tolist() for number in draw.permutation(len(rows))]
+            self.rows += [order[rows[number]].tolist() for number in generator.permutation(len(rows))]
             epoch += 1
         del self.rows[count:]
 
@@ -115,7 +116,7 @@ class PackedRows(Dataset):
 
     @property
     def tokens(self) -> np.ndarray:
-        """Tokens of each row, (R,)."""
+        """Tokens in each row, (R,)."""
         lengths = self.sequences.lengths
         return np.array([lengths[row].sum() for row in self.rows])
 

@@ -1,4 +1,4 @@
-"""The token stores of a mixture: prepared or opened below one folder, and how many rows each one gives."""
+"""The token stores of a mixture: created or opened, and the number of rows in each."""
 
 import os
 import sys
@@ -14,19 +14,19 @@ from rorchat.tokens.store import TokenStore, open_store
 
 
 def count_rows_per_epoch(stores: Sequence[TokenStore], block_size: int) -> dict[str, int]:
-    """Rows of one epoch, by the name of the store.
+    """store name -> number of training rows in one epoch.
 
     Raises:
-        DataError: a store is smaller than one row.
+        DataError: a store has less than one row.
     """
-    windows = {store.name: store.tokens("train") // block_size for store in stores}
+    rows_per_epoch = {store.name: store.tokens("train") // block_size for store in stores}
     for store in stores:
-        if not windows[store.name]:
+        if not rows_per_epoch[store.name]:
             raise DataError(
                 f"{store.folder} has {store.tokens('train'):,} training tokens, less than one row of "
                 f"{block_size}: give more text or a smaller block_size."
             )
-    return windows
+    return rows_per_epoch
 
 
 def prepare_stores(
@@ -40,20 +40,20 @@ def prepare_stores(
     persona: Persona | None = None,
     first: Callable[[], AbstractContextManager] = nullcontext,
 ) -> list[TokenStore]:
-    """The token store of every source of a mixture, below `root` and under the source's name.
+    """The token store of every source of a mixture, in a folder of `root` with the source's name.
 
-    A source that fails and is `optional` is reported and left out, in every process if it fails in one: their plans
-    must be the same. `store=FOLDER` is a store that is there already.
+    `store=FOLDER` opens an existing store. If an `optional` source fails, this is reported and the source is omitted;
+    if it fails in one process, all processes omit it, because their plans must be equal.
 
     Args:
-        first: a context in which one of several processes goes first. The others wait while it tokenizes, and a group
-            of processes that waits longer than its timeout (`ddp_timeout`, 30 minutes unless set) is given up: prepare
-            what is large before the launch, with `rorchat data prepare`.
+        first: a context manager in which one process runs before the others, which wait while it tokenizes. Waiting
+            longer than `ddp_timeout` (30 minutes by default) ends the run: prepare large sources before the launch,
+            with `rorchat data prepare`.
 
     Raises:
-        DataError: a source is smaller than one row, or none could be had.
-        MismatchError: a store was made with another tokenizer or other settings, or holds out another share of its
-            documents than the rest of the mixture.
+        DataError: a source has less than one row, or no source is left.
+        MismatchError: a store was made with another tokenizer or other settings, or with another validation share than
+            the mixture's.
     """
     stores = []
     for name, source in config.sources.items():
@@ -62,7 +62,7 @@ def prepare_stores(
             if kind == "store":
                 store = open_store(where, tokenizer, name)
                 if len(config.sources) > 1:
-                    _require_hold_out(store, validation_share)
+                    _require_validation_share(store, validation_share)
             else:
                 with first():
                     store = prepare(
@@ -74,20 +74,20 @@ def prepare_stores(
         except RorchatError as error:
             if not source.optional:
                 raise
-            _tell(f"source {name} is optional and left out: {error}")
-    stores = _had_by_all(stores)
+            _print_once(f"optional source {name} is omitted: {error}")
+    stores = _common_stores(stores)
     if not stores:
-        raise DataError(f"{config.where}: none of its sources could be had, all are optional.")
+        raise DataError(f"{config.where}: all sources are optional, and none is available.")
     return stores
 
 
-def _tell(line: str) -> None:
+def _print_once(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)  # noqa: T201
 
 
-def _had_by_all(stores: list[TokenStore]) -> list[TokenStore]:
-    """The stores that every process of a launch has: a disk or the Hub may fail for one of them alone."""
+def _common_stores(stores: list[TokenStore]) -> list[TokenStore]:
+    """The stores that all processes could open: a disk or the Hub may fail for one of them only."""
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -96,18 +96,21 @@ def _had_by_all(stores: list[TokenStore]) -> list[TokenStore]:
     distributed.all_gather_object(names, [store.name for store in stores])
     common = set.intersection(*map(set, names))
     for name in sorted(set().union(*names) - common):
-        _tell(f"source {name} is optional and left out: not every process could open it")
+        _print_once(f"optional source {name} is omitted: not every process could open it")
     return [store for store in stores if store.name in common]
 
 
-def _require_hold_out(store: TokenStore, validation_share: float) -> None:
-    """Raises MismatchError where documents that other sources hold out could be among a store's training documents."""
-    theirs = store.manifest.validation_share
-    if not theirs:  # adopted: whole arrays are its validation
-        _tell(f"{store.folder} was tokenized elsewhere: what other sources hold out may stand in its training text.")
-    elif theirs != validation_share:
+def _require_validation_share(store: TokenStore, validation_share: float) -> None:
+    """Raises MismatchError if training documents of a store may be validation documents of other sources."""
+    share = store.manifest.validation_share
+    if not share:  # imported: its validation split consists of whole arrays
+        _print_once(
+            f"{store.folder} was tokenized elsewhere: its training text may contain validation documents of other "
+            "sources."
+        )
+    elif share != validation_share:
         raise MismatchError(
-            f"{store.folder} holds out {theirs} of its documents, this mixture {validation_share}: a document of both "
-            f"would be trained on in one and validated on in the other. Set validation_share to {theirs}, or prepare "
-            "the store again."
+            f"{store.folder} has a validation share of {share}, this mixture {validation_share}: a document that is in "
+            f"both could be training data in one and validation data in the other. Set validation_share to {share}, or "
+            "prepare the store again."
         )

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from mixture_support import WORST, config_of, drawn_plan, drawn_weights
+from mixture_support import MAX_DEVIATION, config_of, drawn_plan, drawn_weights
 from support import located
 
 from rorchat.errors import DataError, MismatchError, UsageError
@@ -25,10 +25,12 @@ def appended(past: Plan, number: int) -> Plan:
     kept = [name for name in past.names if name == "s0" or draw.random() < 0.6]
     names = [*kept, *(f"n{number}-{n}" for n in range(draw.integers(0, 3)))]
     windows = {name: int(draw.integers(20, 200)) for name in names}
-    windows |= {name: past.windows[past.names.index(name)] for name in kept}
+    windows |= {name: past.rows_per_epoch[past.names.index(name)] for name in kept}
     start = int(draw.integers(past.start + 1, (past.start + past.rows) // 2))
     ends_on = [
-        past.names[source] for source, share in enumerate(past._until(start, len(past.names))[-1].ends_with) if share
+        past.names[source]
+        for source, share in enumerate(past.phases_until(start, len(past.names))[-1].ends_with)
+        if share
     ]
     phases = []
     for phase, share in enumerate(draw.dirichlet(np.full(draw.integers(1, 4), 3.0)).tolist()):
@@ -71,11 +73,11 @@ def test_the_rows_before_stay_those_behind_are_exact_and_every_source_goes_on_wh
                 for source in range(len(plan.names)):
                     assert plan.count(source, rows) == (found[:rows, 0] == source).sum(), (number, part, rows)
             worst = worst_behind(plan, found[:, 0])
-            assert worst <= (1 if len(plan.own) <= 4 else WORST) + 1e-9, (number, part, worst)
+            assert worst <= (1 if len(plan.active) <= 4 else MAX_DEVIATION) + 1e-9, (number, part, worst)
             off = [abs(count - plan.budget(source, plan.rows)) for source, count in enumerate(counts)]
             assert max(off) <= plan.bound + 1e-6
             assert {plan.names[source] for source in set(found[plan.start :, 0].tolist())} <= set(plan.config.sources)
-            for name, windows, count in zip(plan.names, plan.windows, counts, strict=True):
+            for name, windows, count in zip(plan.names, plan.rows_per_epoch, counts, strict=True):
                 cap = plan.config.sources[name].max_epochs if name in plan.config.sources else None
                 before = past.count(past.names.index(name), plan.start) if name in past.names else 0
                 assert cap is None or count <= max(before, cap * windows), (number, part, name)
@@ -93,7 +95,7 @@ def test_phases_share_what_is_left():
     ]  # fmt: skip
     with pytest.raises(UsageError, match="tokens sum to 1,600, the run has left 960: give less"):
         Plan(config_of(Phase(tokens=1600)), HALF, 100, 16, past, 40)
-    with pytest.raises(UsageError, match="phase 1 is less than one row of 16 tokens, of 960 in all"):
+    with pytest.raises(UsageError, match="phase 1 is less than one row of 16 tokens, of 960 in total"):
         Plan(config_of(Phase(tokens=3), Phase(share=1.0)), HALF, 100, 16, past, 40)
 
 
@@ -107,7 +109,7 @@ def test_a_first_phase_ramps_and_replays_from_where_the_past_was_cut_off():
         plan = Plan(config_of(phase), {"s0": 900, "s1": 900, "s2": 900}, 1000, 16, past, 750)
         first = plan.summary()["phases"][2]["sources"]
         assert [part["share_at_start"] for part in first] == pytest.approx(at_start)
-    with pytest.raises(UsageError, match="phase 1: ramp_to goes on from the phase before, and this is the first"):
+    with pytest.raises(UsageError, match="phase 1: ramp_to needs a phase before it, and this is the first"):
         Plan(config_of(Phase(share=1.0, ramp_to={"s2": 1})), HALF, 100, 16)
 
 
@@ -116,11 +118,13 @@ def test_the_part_of_a_source_that_is_gone_is_shared_by_the_others_and_with_none
     sources = {"s1": Source("text=s1"), "s2": Source("text=s2"), "new": Source("text=new")}
     config = MixtureConfig(sources, (Phase(share=1.0, ramp_to={"new": 1}),))
     plan = Plan(config, {"s1": 50, "s2": 50, "new": 70}, 100, 16, past, 60)
-    assert plan.names == ["s0", "s1", "s2", "new"] and plan.windows == [50, 50, 50, 70]
+    assert plan.names == ["s0", "s1", "s2", "new"] and plan.rows_per_epoch == [50, 50, 50, 70]
     assert [share / UNIT for share in plan.phases[1].starts_with] == pytest.approx([0, 0.5, 0.5, 0])
     assert plan.count(0, 100) == 30 and plan.phases[1].jump == pytest.approx(0.5)
     alone = MixtureConfig({"new": Source("text=new")}, (Phase(share=1.0, ramp_to={"new": 1}),))
-    with pytest.raises(UsageError, match="which was of s0, s1, s2, and has none of it: keep a source, or give weights"):
+    with pytest.raises(
+        UsageError, match="of s0, s1, s2, but uses none of its sources: keep one of them"
+    ):
         Plan(alone, {"new": 70}, 100, 16, past, 60)
 
 
@@ -200,7 +204,7 @@ def test_a_mixture_is_restored_from_what_it_resolved_to(tmp_path):
         "against: [eval.jsonl]\n"
         "phases: [{tokens: 100, ramp_to: {a: 1}, replay: 5%}, {share: 100%, weights: {b: 0.1}}]\n"
     )
-    with pytest.raises(UsageError, match="phase 1: ramp_to goes on from the phase before"):
+    with pytest.raises(UsageError, match="phase 1: ramp_to needs a phase before it"):
         read_mixture(path)
     config = read_mixture(path, is_continuation=True)
     restored = MixtureConfig.from_dict(json.loads(json.dumps(config.to_dict())))
@@ -219,7 +223,7 @@ def test_a_plan_is_made_again_from_what_a_checkpoint_keeps():
     plan = build_plan(kept, third, HALF, 100, 16)
     past = Plan(second, HALF, 100, 16, Plan(first, HALF, 100, 16), 40)
     assert (located(plan) == located(Plan(third, HALF, 100, 16, past, 70))).all()
-    with pytest.raises(MismatchError, match="Source 's1' had 50 rows up to row 40 and has 51 now: .* another name"):
+    with pytest.raises(MismatchError, match="Source 's1' had 50 rows up to row 40 and has now 51: .* another name"):
         build_plan(kept, third, HALF | {"s1": 51}, 100, 16)
     assert build_plan([], first, HALF, 100, 16).count(0, 100) == 100
 

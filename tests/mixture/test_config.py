@@ -1,0 +1,106 @@
+"""The mixture file is read as written, and mistakes in it are reported in one line."""
+
+import json
+
+import pytest
+from mixture_support import MIXTURE, write_mixture
+
+from rorchat.errors import UsageError
+from rorchat.mixture.config import MixtureConfig, Phase, Source, read_mixture
+
+
+def test_a_mixture_file_is_read_as_it_says(tmp_path):
+    config = read_mixture(write_mixture(tmp_path, MIXTURE))
+    assert config.sources["c4"] == Source("c4=data/c4")
+    assert config.sources["tales"] == Source("cosmopedia=data/tales", 4.0, True)
+    assert config.phases == (
+        Phase(share=0.6, weights={"c4": 1.0}),
+        Phase(share=0.2, ramp_to={"tales": 50.0, "alpaca": 0.6}, replay=0.1),
+        Phase(share=0.2),
+        Phase(tokens=2000),
+    )
+    assert json.loads(json.dumps(config.to_dict()))["phases"][3]["tokens"] == 2000
+
+
+def test_a_mixture_file_without_phases_is_one_phase_by_its_weights_or_by_size(tmp_path):
+    plain = read_mixture(write_mixture(tmp_path, "sources: {a: text=a, b: text=b}\n"))
+    assert plain.phases == (Phase(share=1.0),)
+    weighed = read_mixture(write_mixture(tmp_path, "sources: {a: text=a, b: text=b}\nweights: {a: 1, b: 30%}\n"))
+    assert weighed.phases == (Phase(share=1.0, weights={"a": 1.0, "b": 0.3}),)
+
+
+def test_two_files_that_say_the_same_in_other_words_resolve_alike_and_others_do_not(tmp_path):
+    first = read_mixture(write_mixture(tmp_path, MIXTURE)).to_dict()
+    other_words = MIXTURE.replace("60%", "0.6").replace("c4: c4=data/c4", "c4: {from: c4=data/c4}")
+    assert read_mixture(write_mixture(tmp_path, other_words)).to_dict() == first
+    assert read_mixture(write_mixture(tmp_path, MIXTURE.replace("50", "51"))).to_dict() != first
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("phases:", "phaess:", "unknown key 'phaess'. Did you mean 'phases'"),
+        ("optional: true", "optinal: true", "source 'tales': unknown key 'optinal'. Did you mean 'optional'"),
+        ("optional: true", "optional: maybe", "source 'tales': optional is 'maybe'; give true or false"),
+        ("max_epochs: 4", "max_epochs: -1", "source 'tales': max_epochs is -1; give a number that is not negative"),
+        ("max_epochs: 4", "max_epochs: 0", "max_epochs is 0; give a positive number"),
+        ("c4: c4=data/c4", "c4: 5", "source 'c4' must have `key: value` lines, it is a int"),
+        ("c4: c4=data/c4", "c4/x: c4=data/c4", "source 'c4/x': its name is also the name of a folder"),
+        ("alpaca: alpaca=data/alpaca", "c4: c4=twice", "key 'c4' stands twice"),
+        ("{c4: 1}", "{alpaka: 1}", "phase 1: weights names 'alpaka', which is not a source. Did you mean 'alpaca'"),
+        ("{c4: 1}", "{c4: -1}", "phase 1: weights: c4 is -1; give a number that is not negative"),
+        ("{c4: 1}", "{c4: true}", "phase 1: weights: c4 is True; give a number"),
+        ("{c4: 1}", "{c4: .nan}", "phase 1: weights: c4 is nan; give a number"),
+        ("{c4: 1}", "{c4: .inf}", "phase 1: weights: c4 is inf; give a number"),
+        ("{c4: 1}", "{c4: 0}", "phase 1: weights are all 0"),
+        ("{c4: 1}", "[1, 2]", r"phase 1: weights is \[1, 2\]; give one number per source"),
+        ("share: 60%, weights", "share: 60%, weigths", "phase 1: unknown key 'weigths'. Did you mean 'weights'"),
+        ("share: 60%", "share: 50%", "shares of the phases sum to 90 %: they must sum to 100 %"),
+        ("share: 60%", "share: 160%", "phase 1: share is '160%'; give more than 0 and at most 100 %"),
+        ("share: 60%", "share: 0", "phase 1: share is 0; give more than 0"),
+        ("share: 60%", "share: 60%, tokens: 5", "phase 1: give its length either as share .* or as tokens"),
+        ("share: 60%, weights", "weights", "phase 1: give its length either as share"),
+        ("60%, weights", "60%, ramp_to", "phase 1: ramp_to needs a phase before it, and this is the first"),
+        ("60%, weights", "60%, replay: 5%, weights", "phase 1: replay needs a phase before it"),
+        ("0.2, ramp_to", "0.2, weights: {c4: 1}, ramp_to", "phase 2: both weights and ramp_to"),
+        ("replay: 10%", "replay: lots", "phase 2: replay is 'lots'; give a number"),
+        ("share: 20%}", "share: 20%, replay: 10%}", "phase 3: replay without weights or ramp_to"),
+        ("tokens: 2_000", "tokens: 0.5", "phase 4: tokens is 0.5; give a whole number"),
+        ("phases:", "weights: {c4: 1}\nphases:", "both phases and weights"),
+        ("phases:", "phases: []\nother:", "unknown key 'other'"),
+    ],
+)
+def test_a_mistake_in_a_mixture_file_is_one_line_that_says_where(old, new, said, tmp_path):
+    assert old in MIXTURE
+    path = write_mixture(tmp_path, MIXTURE.replace(old, new, 1))
+    with pytest.raises(UsageError, match=said) as failure:
+        read_mixture(path)
+    assert str(path) in str(failure.value) and "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "5", "sources: []", "sources: {}", "sources: {a: text=a}\nphases: 3", "{", "? {a: 1}\n: 2"]
+)
+def test_what_is_no_mixture_file_is_one_line_too(text, tmp_path):
+    with pytest.raises(UsageError) as failure:
+        read_mixture(write_mixture(tmp_path, text))
+    assert str(tmp_path) in str(failure.value) and "\n" not in str(failure.value)
+    with pytest.raises(UsageError, match="Cannot read the mixture .*missing.yaml: No such file"):
+        read_mixture(tmp_path / "missing.yaml")
+
+
+def test_specs_and_weights_make_a_mixture_whose_names_are_unique():
+    config = MixtureConfig.from_specs(["text=a", "text=b", "tinytown=5", "text=c"], [1, 2, 3, 4])
+    assert list(config.sources) == ["text", "text-2", "tinytown", "text-3"]
+    assert config.phases[0].weights == {"text": 1, "text-2": 2, "tinytown": 3, "text-3": 4}
+    assert MixtureConfig.from_specs(["text=a"]).phases == (Phase(share=1.0),)
+
+
+@pytest.mark.parametrize(
+    "weights", [[1.0], [1.0, 2.0], [1, 2, 3, 4], [1, 0, 1], [1, -1, 1], [1, float("nan"), 1], [1, float("inf"), 1]]
+)
+def test_wrong_weights_are_a_usage_error(weights):
+    with pytest.raises(
+        UsageError, match=rf"{len(weights)} weights .* for 3 sources: give one positive number per source"
+    ):
+        MixtureConfig.from_specs(["a", "b", "c"], weights)

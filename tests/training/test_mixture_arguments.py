@@ -1,0 +1,69 @@
+"""Mixture files as an argument of pretraining, and how runs with other mixtures are compared."""
+
+from pathlib import Path
+
+import pytest
+from mixture_support import MIXTURE, write_mixture
+
+from rorchat.errors import UsageError
+from rorchat.mixture.config import read_mixture
+
+
+def pretrain_arguments(folder: Path, **more):
+    from rorchat.training.pretrain import PretrainArguments
+
+    settings = {"output_dir": str(folder / "run"), "block_size": 16, "global_batch_tokens": 16, "max_steps": 9}
+    return PretrainArguments(**settings | {"per_device_train_batch_size": 1, "use_cpu": True} | more)
+
+
+def test_a_mixture_excludes_sources_and_weights_and_stands_for_them(tmp_path):
+    path = str(write_mixture(tmp_path, MIXTURE))
+    for more in ({"sources": ["text=a"]}, {"weights": [1.0]}):
+        with pytest.raises(UsageError, match=f"Both mixture and {next(iter(more))}"):
+            pretrain_arguments(tmp_path, mixture=path, **more)
+    assert pretrain_arguments(tmp_path, mixture=path).specs() == [
+        "c4=data/c4",
+        "cosmopedia=data/tales",
+        "alpaca=data/alpaca",
+    ]
+    with pytest.raises(UsageError, match="No sources"):
+        pretrain_arguments(tmp_path)
+
+
+def test_a_run_compares_what_its_mixture_file_says_and_not_its_name(tmp_path):
+    from rorchat.training.checkpointing.fingerprint import data_fingerprint
+
+    path = write_mixture(tmp_path, MIXTURE)
+    first = data_fingerprint(pretrain_arguments(tmp_path, mixture=str(path)))
+    path.write_text(MIXTURE.replace("50", "51"))
+    assert data_fingerprint(pretrain_arguments(tmp_path, mixture=str(path))) != first
+    path.write_text(MIXTURE + "# a comment\n")
+    assert data_fingerprint(pretrain_arguments(tmp_path, mixture=str(path))) == first
+
+
+def test_a_difference_between_mixtures_is_said_by_its_place(tmp_path):
+    from rorchat.training.checkpointing.fingerprint import differences
+
+    before = read_mixture(write_mixture(tmp_path, MIXTURE)).to_dict()
+    now = read_mixture(write_mixture(tmp_path, MIXTURE.replace("{c4: 1}", "{c4: 2}"))).to_dict()
+    (found,) = differences({"mixture": before}, {"mixture": now}, elastic=True)
+    assert (found.name, found.before, found.now, found.is_fatal) == ("mixture.phases.1.weights.c4", 1.0, 2.0, True)
+    assert differences({"mixture": before}, {"mixture": before}, elastic=True) == []
+    (found,) = differences({"a": {"b": [1]}}, {"a": {"b": [1, 2]}}, elastic=True)
+    assert (found.name, found.before, found.now) == ("a.b", [1], [1, 2])
+
+
+def test_what_changes_roundings_alone_is_told_and_what_decides_is_fatal():
+    from rorchat.training.checkpointing.fingerprint import differences
+
+    before = {"settings": {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "logging_steps": 5}, "processes": 1}
+    before |= {"versions": {"torch": "2.12"}}
+    now = {"settings": {"learning_rate": 1e-4, "per_device_train_batch_size": 2, "logging_steps": 1}, "processes": 2}
+    now |= {"versions": {"torch": "2.13"}}
+    elastic, rigid = (
+        {each.name: each.is_fatal for each in differences(before, now, elastic=elastic)} for elastic in (True, False)
+    )
+    assert elastic == {
+        "learning_rate": True, "per_device_train_batch_size": False, "processes": False, "versions.torch": False,
+    }  # fmt: skip
+    assert [name for name in rigid if rigid[name]] == ["learning_rate", "per_device_train_batch_size", "processes"]
