@@ -66,7 +66,7 @@ def read_devices(path: str | Path | None = None) -> dict[str, Device]:
 
 
 def _read(path: Path) -> dict[str, Device]:
-    table = read_yaml(path, "devices file", UsageError, like=DEVICES)
+    table = read_yaml(path, "devices file", UsageError, example=DEVICES)
     if not all(isinstance(entry, dict) for entry in table.values()):
         raise UsageError(f"{path} must hold `NAME: {{memory_gb: ..., peak_tflops: ...}}` lines, as {DEVICES} does.")
     return {str(name): _device(str(name), entry, path) for name, entry in table.items()}

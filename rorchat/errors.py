@@ -1,7 +1,7 @@
-"""What a failure says, and the exit code it ends with.
+"""Errors with a message for the user and an exit code.
 
-Every failure a user can cause or meet is a `RorchatError`: one line that says what came, what is allowed and what to
-do next. Commands print that line and exit with its code; anything else is a bug of ours and keeps its traceback.
+Every error that a user can cause is a `RorchatError`. Its message is one line: the problem, what is allowed, what to do
+next. Commands print it and exit with its code. Any other exception is a bug and keeps its traceback.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 
 class RorchatError(Exception):
-    """A failure with a sentence for the user and an exit code for scripts (numbers as in BSD sysexits.h)."""
+    """An error with a one-line message and an exit code (as in BSD sysexits.h)."""
 
     exit_code = 1
 
@@ -31,7 +31,7 @@ class DataError(RorchatError):
 
 
 class DivergedError(RorchatError):
-    """The loss or the gradient is no number any more: training has diverged."""
+    """Training has diverged: the loss or the gradient norm is not finite."""
 
     exit_code = 70
 
@@ -43,7 +43,7 @@ class StorageError(RorchatError):
 
 
 class Interrupted(RorchatError):
-    """A signal asked the run to stop; the same command goes on."""
+    """A signal stopped the run. The same command resumes it."""
 
     exit_code = 75
 
@@ -55,41 +55,41 @@ class RemoteError(RorchatError):
 
 
 class PermissionRefused(RorchatError):
-    """A remote service or the file system says that you may not."""
+    """A remote service or the file system denies permission."""
 
     exit_code = 77
 
 
 class MismatchError(RorchatError):
-    """Two things do not belong together: tokenizer and model, config and run folder, block size and positions."""
+    """Two things do not match: tokenizer and model, config and run folder, block size and context window."""
 
     exit_code = 78
 
 
-#: What to do about an error of the file system, by its number.
+#: What to do about an OSError, by its errno.
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place",
     errno.EDQUOT: "free some space, or choose another place",
     errno.EROFS: "choose a place that can be written",
     errno.EACCES: "choose another place, or ask its owner",
     errno.EPERM: "choose another place, or ask its owner",
-    errno.EEXIST: "choose another place, or move away what lies there",
+    errno.EEXIST: "choose another place, or move away what is there",
     errno.ENOTDIR: "a part of this path is a file: choose another place, or move it away",
     errno.EISDIR: "a file is expected there",
-    errno.ENOENT: "make it first, or give another path",
+    errno.ENOENT: "create it first, or give another path",
 }
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'gsm8k'?"`, or nothing when no known name is close."""
+    """`" Did you mean 'gsm8k'?"`, or an empty string if no known name is similar."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def exits_with_one_line(main: Callable) -> Callable:
-    """Decorate a command's `main`: a `RorchatError` becomes one line on stderr and its exit code.
+    """Decorator for a command's `main` that prints errors as one line on stderr and exits with their code.
 
-    With several processes the others say which one they are: they need not fail alike.
+    Processes of a distributed run other than the first print their rank, because their errors may differ.
     """
 
     @functools.wraps(main)
@@ -98,8 +98,8 @@ def exits_with_one_line(main: Callable) -> Callable:
             return main(*args, **kwargs)
         except RorchatError as error:
             rank = os.environ.get("RANK", "0")
-            who = "error" if rank == "0" else f"process {rank}"
-            print(f"{who}: {error}", file=sys.stderr, flush=True)
+            prefix = "error" if rank == "0" else f"process {rank}"
+            print(f"{prefix}: {error}", file=sys.stderr, flush=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)

@@ -1,25 +1,25 @@
-"""JSON lines files: append strict JSON, read records, and drop a line that was only partly written."""
+"""Appends to JSON lines files, reads them, and repairs them after a crash."""
 
 import json
 import math
 from pathlib import Path
 
 
-def _strict(value: object) -> object:
-    """JSON has no NaN and no infinity: they become "nan", "inf" and "-inf"."""
+def _to_strict_json(value: object) -> object:
+    """Replaces NaN and infinity, which JSON does not have, by "nan", "inf" and "-inf"."""
     if isinstance(value, dict):
-        return {key: _strict(inner) for key, inner in value.items()}
+        return {key: _to_strict_json(item) for key, item in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def append_json_line(path: Path, record: dict) -> None:
-    """Adds one record to a JSON lines file, strict JSON whatever its numbers are."""
+    """Appends one record as strict JSON."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_strict(record), ensure_ascii=False, allow_nan=False) + "\n")
+        file.write(json.dumps(_to_strict_json(record), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def drop_partial_line(path: Path) -> None:
-    """Cuts off a last line that was only half written when a run was killed."""
+    """Removes an incomplete last line, which a killed run may have left."""
     if path.is_file():
         content = path.read_bytes()
         if content and not content.endswith(b"\n"):

@@ -1,10 +1,10 @@
-"""Who the model is: a persona file becomes a system message, identity conversations and probes.
+"""The persona of the model: turns a persona file into a system message, conversations about the model, and probes.
 
-No API is asked for synthetic data: questions, openings and replies combine into some hundred different conversations.
-A share of the wordings, chosen by a hash, is never trained: those are the probes, so that a probe tests what the model
-learned and not what it memorised. Harder ones begin with an opening that training never has. A share of the
-conversations has another system message than the persona's, so that the model is the same one whatever a server sends;
-other such messages are kept for the probes.
+Questions, openings and replies are combined to several hundred different conversations, without an API. Probes are
+questions that measure whether the model has learned its persona. Some wordings, chosen by a hash, are only used in
+probes, so that probes do not test memorization. Harder probes begin with an opening that training never uses. Some of
+the conversations have a foreign system message, so that the model keeps its persona whatever system message a server
+sends; other foreign messages are only used in probes.
 """
 
 import hashlib
@@ -19,9 +19,10 @@ from rorchat.errors import DataError, did_you_mean
 from rorchat.yaml_file import read_yaml
 
 DEFAULT_PERSONA = Path(__file__).with_name("persona.yaml")
-PARTS = ("name", "maker", "manner", "system", "facts", "unknowns", "greetings", "farewells")
-REQUIRED_TOPICS = ("name", "maker")  # topics that a file's own facts do not take away
-HONEST = {  # what a topic of `unknowns` has where the file says no more
+FILE_KEYS = ("name", "maker", "manner", "system", "facts", "unknowns", "greetings", "farewells")
+SECTION_KEYS = ("questions", "replies", "expect")
+REQUIRED_TOPICS = ("name", "maker")  # added to a file that has other facts
+UNKNOWN_DEFAULTS = {  # for keys that a topic of `unknowns` omits
     "replies": ["I do not know that. I am {name}, a small chat model.", "I am sorry, I do not know."],
     "expect": ["do not know"],
 }
@@ -36,14 +37,14 @@ OPENINGS = (
     "well, ",
     "I wonder, ",
 )
-PROBE_SHARE = 8  # one wording in so many is a probe and never trained
+PROBE_INTERVAL = 8  # one of this many wordings is a probe and never trained
 NEW_OPENINGS = ("hello there, ", "good morning, ", "can you tell me, ", "one more question: ", "I want to know, ")
-NEW_PROBES = 2  # of a topic, that begin with one of these
-CARELESS_SHARE = 0.2  # of the questions has no mark, and as many are in lower case: that is how people type
-CARELESS_PROBES = 4  # one probe in so many is both
+NEW_PROBES_PER_TOPIC = 2  # with one of these openings
+CARELESS_SHARE = 0.2  # of the questions have no question mark, and of the questions are in lower case
+CARELESS_PROBE_INTERVAL = 4  # one of this many probes has neither question mark nor capitals
 
-SYSTEM_SHARE = 0.3  # of the conversations have one of these instead of the persona's own system message
-SYSTEMS = (
+FOREIGN_SYSTEM_SHARE = 0.3  # of the conversations have one of these system messages instead of the persona's
+FOREIGN_SYSTEMS = (
     "",
     "You are {name}.",
     "Your name is {name}, and {maker} made you.",
@@ -55,8 +56,8 @@ SYSTEMS = (
     "Your name is {other}.",
     "You are {other}, a chat model made by {other_maker}.",
 )
-OTHERS = ("Ada", "Bolt", "Echo", "Juno", "Max", "Milo", "Pixel", "Robo")  # names that are not the model's
-PROBED_SYSTEMS = (
+FOREIGN_NAMES = ("Ada", "Bolt", "Echo", "Juno", "Max", "Milo", "Pixel", "Robo")
+PROBE_SYSTEMS = (
     "You are a careful assistant who answers questions.",
     "Be polite and honest.",
     "You are a friend of the user.",
@@ -64,16 +65,16 @@ PROBED_SYSTEMS = (
     "You are called {other}, and {other_maker} built you.",
     "This is {other}, a helpful chat model.",
 )
-PROBED_OTHERS = ("Nova", "Orion", "Zara")
-_MARKS = " ?!.\uff1f\u3002"  # that end a question, full-width ones too
-_ALLOWED = f"A persona has {', '.join(PARTS)}; name and maker are needed."
+PROBE_NAMES = ("Nova", "Orion", "Zara")
+_END_MARKS = " ?!.\uff1f\u3002"  # removed from questions, including full-width ones
+_ALLOWED = f"Allowed are {', '.join(FILE_KEYS)}; name and maker are required."
 _EXAMPLES = {"name": "RorChat", "maker": "Rory", "manner": "small and friendly", "system": "You are kind."}
 _PLACEHOLDER = re.compile(r"(\ba )?\{(\w+)\}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Persona:
-    """A parsed persona file; `system` is the default system message, `topics` are its facts and its unknowns."""
+    """A parsed persona file. `system` is the default system message; `topics` are its facts and unknowns."""
 
     name: str
     maker: str
@@ -85,7 +86,7 @@ class Persona:
 
 @dataclass(frozen=True)
 class Probe:
-    """A question about the persona in an untrained wording; a reply passes when it says any of `expect`."""
+    """A question about the persona in an untrained wording. A reply passes if it contains any phrase of `expect`."""
 
     topic: str
     question: str
@@ -95,296 +96,300 @@ class Probe:
         return any(contains_phrase(reply, phrase) for phrase in self.expect)
 
 
-def _spaced(text: str) -> str:
-    """The words of a text in lower case, a blank on each side; each letter of a script that writes no capitals."""
-    # Such scripts (Chinese, Japanese, Korean, Thai) mostly write no blank between a name and the words around it
+def _separate_words(text: str) -> str:
+    """The words of a text in lower case with a space before and after each.
+
+    In scripts without capitals (Chinese, Japanese, Korean, Thai), each letter counts as a word, because most of them
+    are written without spaces.
+    """
     letters = (c if c.isdecimal() or c != c.upper() else f" {c} " if c.isalnum() else " " for c in text.lower())
     return f" {' '.join(''.join(letters).split())} "
 
 
 def contains_phrase(reply: str, phrase: str) -> bool:
-    """Whether a reply has these words, one after the other, whatever stands around them; symbols as they are."""
-    words = _spaced(phrase)
-    return words in _spaced(reply) if words.strip() else phrase.strip() in reply
+    """Whether a reply contains these words in sequence, regardless of case and punctuation."""
+    words = _separate_words(phrase)
+    return words in _separate_words(reply) if words.strip() else phrase.strip() in reply
 
 
 def load_persona(path: str | Path | None = None) -> Persona:
-    """The persona in a YAML file, or RorChat himself. `persona.yaml` says what a file may hold; name and maker it must.
+    """The persona in a YAML file, by default RorChat. The comments in `persona.yaml` describe the format.
 
     Raises:
-        DataError: the file is missing, is not YAML, lacks its name or maker, or has a part that cannot be used.
+        DataError: the file is missing, not YAML, has no name or maker, or contains something invalid.
     """
     path = Path(path or DEFAULT_PERSONA)
     default = read_yaml(DEFAULT_PERSONA, "persona file")
-    parts = _parts(path, read_yaml(path, "persona file", like=DEFAULT_PERSONA), default)
+    parts = _merge_defaults(path, read_yaml(path, "persona file", example=DEFAULT_PERSONA), default)
     topics = {topic: default["facts"][topic] for topic in REQUIRED_TOPICS} | parts["facts"]
-    topics |= {topic: {**HONEST, **section} for topic, section in parts["unknowns"].items()}
+    topics |= {topic: {**UNKNOWN_DEFAULTS, **section} for topic, section in parts["unknowns"].items()}
     values = {"topics": topics, **{part: parts[part] for part in ("system", "greetings", "farewells")}}
     words = {part: parts[part].strip() for part in ("name", "maker", "manner")}
-    persona = Persona(words["name"], words["maker"], **_filled(values, words, path))
+    persona = Persona(words["name"], words["maker"], **_fill_placeholders(values, words, path))
     _check_texts(persona, path)
-    topics = {name: {**topic, "questions": _questions(topic, persona)} for name, topic in persona.topics.items()}
+    topics = {
+        name: {**topic, "questions": _normalize_questions(topic, persona)} for name, topic in persona.topics.items()
+    }
     persona = replace(persona, topics=topics)
     _check_questions(persona, path)
     return persona
 
 
-def _parts(path: Path, given: dict, default: dict) -> dict:
-    """What a file holds, checked, and the default's parts for what it leaves out."""
-    for part in given:
-        if part not in PARTS:
-            raise DataError(f"{path}: no part is called {part!r}.{did_you_mean(str(part), PARTS)} {_ALLOWED}")
+def _merge_defaults(path: Path, given: dict, default: dict) -> dict:
+    """The checked values of a file, and the default values of the keys that it omits."""
+    for key in given:
+        if key not in FILE_KEYS:
+            raise DataError(f"{path}: unknown key {key!r}.{did_you_mean(str(key), FILE_KEYS)} {_ALLOWED}")
     parts = {**default, "name": None, "maker": None, **given}
     for part in ("name", "maker", "manner", "system"):
         _check_text(path, part, parts[part])
     for part in ("facts", "unknowns"):
         if not isinstance(parts[part], dict):
-            raise DataError(f"{path}: {part!r} is {_short(parts[part])}: give topics with their questions.")
+            raise DataError(f"{path}: {part!r} is {_shorten(parts[part])}, expected topics with their questions.")
     for part, other in (("facts", "unknowns"), ("unknowns", "facts")):
-        if part not in given:  # a topic of the file is not a default one of the other part as well
+        if part not in given:  # topics of the file replace default topics of the same name
             parts[part] = {topic: section for topic, section in parts[part].items() if topic not in parts[other]}
     _check_sections(path, parts)
     return parts
 
 
-def _short(value: object) -> str:
-    said = repr(value)
-    return said if len(said) <= 60 else said[:60] + "..."
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def _check_text(path: Path, part: str, value: object) -> None:
-    """Raises DataError unless a part is text; only the system message may be empty, for none."""
+    """Raises DataError unless a value is text. Only the system message may be empty."""
     if not isinstance(value, str) or (part != "system" and not value.strip()):
-        given = "is missing" if value is None else f"is {_short(value)}"
-        raise DataError(f"{path}: {part!r} {given}: give it as text, as in `{part}: {_EXAMPLES[part]}`.")
+        problem = "is missing" if value is None else f"is {_shorten(value)}"
+        raise DataError(f"{path}: {part!r} {problem}; it must be text, as in `{part}: {_EXAMPLES[part]}`.")
 
 
 def _check_sections(path: Path, parts: dict) -> None:
-    """Raises DataError unless facts and unknowns share no topic and every section is a mapping with known keys."""
-    both = [topic for topic in parts["facts"] if topic in parts["unknowns"]]
-    if both:
-        raise DataError(f"{path}: the topic {both[0]!r} stands in facts and in unknowns: leave one out.")
+    """Raises DataError if a topic is in both facts and unknowns, or a section is not a mapping with known keys."""
+    duplicates = [topic for topic in parts["facts"] if topic in parts["unknowns"]]
+    if duplicates:
+        raise DataError(f"{path}: the topic {duplicates[0]!r} is in both facts and unknowns: remove one.")
     sections = {**parts["facts"], **parts["unknowns"]} | {part: parts[part] for part in ("greetings", "farewells")}
     for name, section in sections.items():
         if not isinstance(section, dict):
-            raise DataError(f"{path}: {name!r} is {_short(section)}: give its questions and its replies.")
+            raise DataError(f"{path}: {name!r} is {_shorten(section)}, expected its questions and replies.")
         for key in section:
-            if key not in ("questions", "replies", "expect"):
-                hint = did_you_mean(str(key), ("questions", "replies", "expect"))
-                raise DataError(f"{path}: {name!r} has {key!r}.{hint} Known are questions, replies, expect.")
+            if key not in SECTION_KEYS:
+                hint = did_you_mean(str(key), SECTION_KEYS)
+                raise DataError(f"{path}: {name!r} has {key!r}.{hint} Allowed are {', '.join(SECTION_KEYS)}.")
 
 
-def _filled(value: object, words: dict[str, str], path: Path):
-    """A value of the file with the placeholders of all texts in it filled; "a {manner}" may become "an ..."."""
+def _fill_placeholders(value: object, words: dict[str, str], path: Path):
+    """A value of the file with all placeholders filled. "a {manner}" becomes "an ..." before a vowel."""
 
     def fill(match: re.Match) -> str:
         article, name = match.groups()
         if name not in words:
             known = ", ".join(f"{{{word}}}" for word in words)
-            raise DataError(f"{path}: {match[0]!r} is no placeholder.{did_you_mean(name, words)} Known are {known}.")
+            raise DataError(
+                f"{path}: {match[0]!r} is not a placeholder.{did_you_mean(name, words)} Allowed are {known}."
+            )
         vowel = article and words[name][0].lower() in "aeiou"
         return (article.replace(" ", "n ") if vowel else article or "") + words[name]
 
     if isinstance(value, str):
         return _PLACEHOLDER.sub(fill, value)
     if isinstance(value, list):
-        return [_filled(each, words, path) for each in value]
+        return [_fill_placeholders(item, words, path) for item in value]
     if isinstance(value, dict):
-        return {key: _filled(each, words, path) for key, each in value.items()}
+        return {key: _fill_placeholders(item, words, path) for key, item in value.items()}
     return value
 
 
 def _check_texts(persona: Persona, path: Path) -> None:
-    """Raises DataError unless every topic and courtesy has its lists of texts, and every reply passes its own probe."""
-    sections = [
-        (f"topic {name!r}", topic, ("questions", "replies", "expect")) for name, topic in persona.topics.items()
-    ]
-    sections += [(name, getattr(persona, name), ("questions", "replies")) for name in ("greetings", "farewells")]
-    for name, section, parts in sections:
-        texts = {part: section.get(part) for part in parts}
-        lacking = [
-            part
-            for part, listed in texts.items()
-            if not isinstance(listed, list) or not listed or not all(isinstance(t, str) and t.strip() for t in listed)
-        ]
-        if lacking:
-            raise DataError(f"{path}: {name} lacks {', '.join(lacking)}: give each as a list of texts.")
+    """Raises DataError unless every section has its lists of texts and every reply passes the probes of its topic."""
+    sections = [(f"topic {name!r}", topic, SECTION_KEYS) for name, topic in persona.topics.items()]
+    sections += [(name, getattr(persona, name), SECTION_KEYS[:2]) for name in ("greetings", "farewells")]
+    for name, section, keys in sections:
+        missing = [key for key in keys if not _is_list_of_texts(section.get(key))]
+        if missing:
+            raise DataError(f"{path}: {name} lacks {', '.join(missing)}: give a list of texts.")
     for name, topic in persona.topics.items():
         probe = Probe(name, "", tuple(topic["expect"]))
         failing = next((reply for reply in topic["replies"] if not probe.passes(reply)), None)
         if failing:
             raise DataError(
-                f"{path}: topic {name!r} expects one of {', '.join(map(repr, topic['expect']))}, but its own reply "
-                f"{_short(failing)} has none of them: a model that says it would fail."
+                f"{path}: topic {name!r} expects one of {', '.join(map(repr, topic['expect']))}, but its reply "
+                f"{_shorten(failing)} contains none of them, so it would fail its own probe."
             )
 
 
-def _questions(topic: dict[str, list[str]], persona: Persona) -> list[str]:
-    """A topic's questions as an opening can stand before them: without their mark, and small where that is right."""
+def _is_list_of_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) and text.strip() for text in value)
 
-    def plain(question: str) -> str:
-        question = question.strip().rstrip(_MARKS)
+
+def _normalize_questions(topic: dict[str, list[str]], persona: Persona) -> list[str]:
+    """The questions of a topic, without end mark and initial capital, so that an opening can precede them."""
+
+    def normalize(question: str) -> str:
+        question = question.strip().rstrip(_END_MARKS)
         first = re.match(r"\w*", question)[0]
-        name = first == "I" or any(contains_phrase(text, first) for text in (persona.name, persona.maker))
-        return question if name or first[1:] != first[1:].lower() else question[:1].lower() + question[1:]
+        is_name = first == "I" or any(contains_phrase(text, first) for text in (persona.name, persona.maker))
+        return question if is_name or first[1:] != first[1:].lower() else question[:1].lower() + question[1:]
 
-    return list(dict.fromkeys(map(plain, topic["questions"])))
+    return list(dict.fromkeys(map(normalize, topic["questions"])))
 
 
 def _check_questions(persona: Persona, path: Path) -> None:
-    """Raises DataError where a question is empty, has two answers, or can only be asked with the answer in it."""
+    """Raises DataError if a question is empty or has two answers, or if every question contains its answer."""
     courtesies = {part: getattr(persona, part) for part in ("greetings", "farewells")}
-    homes: dict[str, str] = {}
+    section_names: dict[str, str] = {}
     for name, section in (persona.topics | courtesies).items():
-        for question in _questions(section, persona):
-            home = homes.setdefault(question.lower(), name)
+        for question in _normalize_questions(section, persona):
+            first_name = section_names.setdefault(question.lower(), name)
             if not question:
-                raise DataError(f"{path}: {name!r} has a question without words: leave it out.")
-            if home != name:
+                raise DataError(f"{path}: {name!r} has a question without words: remove it.")
+            if first_name != name:
                 raise DataError(
-                    f"{path}: the question {_short(question)} stands in {home!r} and in {name!r}, whose replies would "
-                    f"contradict each other: leave one out. What the file lacks is taken from {DEFAULT_PERSONA}."
+                    f"{path}: the question {_shorten(question)} is in both {first_name!r} and {name!r}, so replies "
+                    f"would contradict each other: remove one. Omitted keys are taken from {DEFAULT_PERSONA}."
                 )
     for name, topic in persona.topics.items():
-        if not _probed(OPENINGS, topic, persona.name):
+        if not _list_probe_wordings(OPENINGS, topic, persona.name):
             raise DataError(
                 f"{path}: topic {name!r} expects one of {', '.join(map(repr, topic['expect']))}, which each of its "
-                "questions says already: a model that repeats the question would pass. Ask, or expect, in other words."
+                "questions already contains, so repeating the question would pass. Reword the questions or `expect`."
             )
 
 
-def _asked(opening: str, question: str, mark: str) -> str:
+def _join_question(opening: str, question: str, mark: str) -> str:
     sentence = opening + question
     return sentence[0].upper() + sentence[1:] + mark
 
 
-def _wordings(openings: Sequence[str], topic: dict[str, list[str]], name: str) -> list[str]:
-    """Every question of a topic with every opening, in the order of their hashes."""
-    combined = itertools.product(openings, topic["questions"])
-    asked = {_asked(opening.replace("{name}", name), question, "?") for opening, question in combined}
-    return sorted(asked, key=lambda wording: hashlib.sha256(wording.encode()).digest())
+def _list_wordings(openings: Sequence[str], topic: dict[str, list[str]], name: str) -> list[str]:
+    """Every question of a topic with every opening, sorted by hash."""
+    pairs = itertools.product(openings, topic["questions"])
+    wordings = {_join_question(opening.replace("{name}", name), question, "?") for opening, question in pairs}
+    return sorted(wordings, key=lambda wording: hashlib.sha256(wording.encode()).digest())
 
 
-def _probed(openings: Sequence[str], topic: dict[str, list[str]], name: str) -> list[str]:
-    """The wordings of a topic that can be probes: they do not say what the reply is to say."""
-    wordings = _wordings(openings, topic, name)
+def _list_probe_wordings(openings: Sequence[str], topic: dict[str, list[str]], name: str) -> list[str]:
+    """The wordings of a topic that do not contain the expected answer."""
+    wordings = _list_wordings(openings, topic, name)
     return [wording for wording in wordings if not any(contains_phrase(wording, phrase) for phrase in topic["expect"])]
 
 
-def _kept_for_probes(topic: dict[str, list[str]], name: str) -> list[str]:
-    """The wordings of a topic that are probes and never trained: one in PROBE_SHARE, and one at least."""
-    count = len(OPENINGS) * len(topic["questions"]) // PROBE_SHARE
-    return _probed(OPENINGS, topic, name)[: max(1, count)]
+def _reserve_wordings(topic: dict[str, list[str]], name: str) -> list[str]:
+    """The wordings of a topic that are used for probes and never trained, at least one."""
+    count = len(OPENINGS) * len(topic["questions"]) // PROBE_INTERVAL
+    return _list_probe_wordings(OPENINGS, topic, name)[: max(1, count)]
 
 
-def _probes(wordings: dict[str, list[str]], persona: Persona) -> list[Probe]:
-    """Probes of the wordings of each topic, every fourth without its mark and in lower case."""
-    asked = [(name, wording) for name, listed in wordings.items() for wording in listed]
-    return [
-        Probe(
-            name,
-            wording if number % CARELESS_PROBES else wording.rstrip("?").lower(),
-            tuple(persona.topics[name]["expect"]),
-        )
-        for number, (name, wording) in enumerate(asked, 1)
-    ]
+def _build_probes(wordings_by_topic: dict[str, list[str]], persona: Persona) -> list[Probe]:
+    """Probes of the wordings of each topic, some of them in lower case and without a question mark."""
+    pairs = [(name, wording) for name, wordings in wordings_by_topic.items() for wording in wordings]
+    probes = []
+    for number, (name, wording) in enumerate(pairs, 1):
+        question = wording if number % CARELESS_PROBE_INTERVAL else wording.rstrip("?").lower()
+        probes.append(Probe(name, question, tuple(persona.topics[name]["expect"])))
+    return probes
 
 
 def build_probes(persona: Persona) -> list[Probe]:
-    """Questions about the persona that no training conversation asks in the same words; it has them in other pairs."""
-    return _probes({name: _kept_for_probes(topic, persona.name) for name, topic in persona.topics.items()}, persona)
+    """Probes that combine a trained opening with a trained question, but are never trained in this combination."""
+    wordings = {name: _reserve_wordings(topic, persona.name) for name, topic in persona.topics.items()}
+    return _build_probes(wordings, persona)
 
 
 def build_new_wording_probes(persona: Persona) -> list[Probe]:
-    """Questions about the persona with an opening that no training conversation has."""
-    wordings = {name: _probed(NEW_OPENINGS, topic, persona.name) for name, topic in persona.topics.items()}
-    return _probes({name: listed[:NEW_PROBES] for name, listed in wordings.items()}, persona)
+    """Probes with an opening that is never trained."""
+    wordings = {
+        name: _list_probe_wordings(NEW_OPENINGS, topic, persona.name)[:NEW_PROBES_PER_TOPIC]
+        for name, topic in persona.topics.items()
+    }
+    return _build_probes(wordings, persona)
 
 
-def _others(names: Sequence[str], persona: Persona) -> list[str]:
-    """The names that no word of the persona's own name or its maker's is; all where that leaves none."""
+def _foreign_names(names: Sequence[str], persona: Persona) -> list[str]:
+    """The names that do not occur in those of the model and its maker, or all names if there are no others."""
     return [name for name in names if not contains_phrase(f"{persona.name} {persona.maker}", name)] or list(names)
 
 
 def probe_system_messages(persona: Persona) -> list[tuple[str, str]]:
-    """(system message, the other name that it gives the model, or "") of every message that is kept for probes."""
-    others = _others(PROBED_OTHERS, persona)
+    """(system message, the foreign name in it or "") of every foreign system message that is only used in probes."""
+    names = itertools.cycle(_foreign_names(PROBE_NAMES, persona))
     return [
-        (_system(text, persona, other), other if "{other}" in text else "")
-        for text, other in zip(PROBED_SYSTEMS, itertools.cycle(others), strict=False)
+        (_fill_system(template, persona, name), name if "{other}" in template else "")
+        for template, name in zip(PROBE_SYSTEMS, names, strict=False)
     ]
 
 
-def _system(template: str, persona: Persona, other: str) -> str:
+def _fill_system(template: str, persona: Persona, other: str) -> str:
     words = {"{name}": persona.name, "{maker}": persona.maker, "{other}": other, "{other_maker}": f"{other} Labs"}
     for placeholder, word in words.items():
         template = template.replace(placeholder, word)
     return template
 
 
-def _trained(persona: Persona) -> list[tuple[str, str]]:
-    """(topic, wording) of every question that is trained. A plain one counts as often as its variants."""
-    trained = []
+def _list_trained_questions(persona: Persona) -> list[tuple[str, str]]:
+    """(topic, question) of all trained questions. Plain ones are repeated to balance those with openings."""
+    questions = []
     for name, topic in persona.topics.items():
-        kept = _kept_for_probes(topic, persona.name)
-        varied = [asked for asked in _wordings(OPENINGS, topic, persona.name) if asked not in kept]
-        plain = [_asked("", question, "?") for question in topic["questions"]]
-        trained += [(name, asked) for asked in varied + plain * (len(varied) // len(plain))]
-    return trained
+        reserved = _reserve_wordings(topic, persona.name)
+        varied = [wording for wording in _list_wordings(OPENINGS, topic, persona.name) if wording not in reserved]
+        plain = [_join_question("", question, "?") for question in topic["questions"]]
+        questions += [(name, wording) for wording in varied + plain * (len(varied) // len(plain))]
+    return questions
 
 
-def _typed(draw: random.Random, asked: str) -> str:
-    """A question as people type it: now and then without its mark, now and then in lower case."""
-    asked = asked.rstrip("?!.") if draw.random() < CARELESS_SHARE else asked
-    return asked.lower() if draw.random() < CARELESS_SHARE else asked
+def _type_carelessly(rng: random.Random, question: str) -> str:
+    """Sometimes removes the question mark, sometimes the capitals."""
+    question = question.rstrip("?!.") if rng.random() < CARELESS_SHARE else question
+    return question.lower() if rng.random() < CARELESS_SHARE else question
 
 
 def generate_conversations(persona: Persona, count: int, seed: int = 0) -> Iterator[list[dict[str, str]]]:
-    """`count` conversations about the persona: some begin with a greeting, some end with a farewell.
+    """`count` conversations about the persona. Some begin with a greeting, some end with a farewell.
 
     Yields:
-        Messages without a system turn, to which the chat template adds the persona's own; three in ten with another.
+        Messages. Most have no system message, so that the chat template adds that of the persona; the others have a
+        foreign one.
     """
-    draw = random.Random(f"persona {seed}")
-    trained = _trained(persona)
-    others = _others(OTHERS, persona)
+    rng = random.Random(f"persona {seed}")
+    trained = _list_trained_questions(persona)
+    foreign_names = _foreign_names(FOREIGN_NAMES, persona)
 
-    def courtesy(section: dict[str, list[str]]) -> tuple[str, list[str]]:
-        return _asked("", draw.choice(section["questions"]), draw.choice("!.")), section["replies"]
+    def draw_courtesy(section: dict[str, list[str]]) -> tuple[str, list[str]]:
+        return _join_question("", rng.choice(section["questions"]), rng.choice("!.")), section["replies"]
 
     for _ in range(count):
-        turns = [courtesy(persona.greetings)] if draw.random() < 0.3 else []
-        turns += [
-            (asked, persona.topics[name]["replies"]) for name, asked in draw.sample(trained, draw.choice((1, 1, 2)))
-        ]
-        turns += [courtesy(persona.farewells)] if draw.random() < 0.2 else []
-        strange = draw.random() < SYSTEM_SHARE
-        system = _system(draw.choice(SYSTEMS), persona, draw.choice(others))
-        yield [{"role": "system", "content": system}] * strange + [
-            message
-            for question, replies in turns
-            for message in (
-                {"role": "user", "content": _typed(draw, question)},
-                {"role": "assistant", "content": draw.choice(replies)},
-            )
-        ]
+        turns = [draw_courtesy(persona.greetings)] if rng.random() < 0.3 else []
+        chosen = rng.sample(trained, rng.choice((1, 1, 2)))
+        turns += [(question, persona.topics[name]["replies"]) for name, question in chosen]
+        turns += [draw_courtesy(persona.farewells)] if rng.random() < 0.2 else []
+        has_foreign_system = rng.random() < FOREIGN_SYSTEM_SHARE
+        system = _fill_system(rng.choice(FOREIGN_SYSTEMS), persona, rng.choice(foreign_names))
+        messages = [{"role": "system", "content": system}] if has_foreign_system else []
+        for question, replies in turns:
+            messages.append({"role": "user", "content": _type_carelessly(rng, question)})
+            messages.append({"role": "assistant", "content": rng.choice(replies)})
+        yield messages
 
 
 def generate_preferences(persona: Persona, count: int, seed: int = 0) -> Iterator[tuple[str, str, str]]:
-    """`count` (question, reply, worse reply): the worse one answers another question about the persona.
+    """`count` (question, reply, worse reply). The worse reply belongs to another topic.
 
     Raises:
-        DataError: the persona has only one topic, so that no reply is worse.
+        DataError: the persona has only one topic.
     """
     if len(persona.topics) < 2:
-        raise DataError("Preferences about a persona need at least two topics: the worse reply is another topic's.")
-    draw = random.Random(f"persona preferences {seed}")
-    trained = _trained(persona)
+        raise DataError(
+            "Preferences about a persona need at least two topics: the worse reply comes from another topic."
+        )
+    rng = random.Random(f"persona preferences {seed}")
+    trained = _list_trained_questions(persona)
     for _ in range(count):
-        name, question = draw.choice(trained)
-        other = draw.choice([topic for topic in persona.topics if topic != name])
+        name, question = rng.choice(trained)
+        other = rng.choice([topic for topic in persona.topics if topic != name])
         yield (
-            _typed(draw, question),
-            draw.choice(persona.topics[name]["replies"]),
-            draw.choice(persona.topics[other]["replies"]),
+            _type_carelessly(rng, question),
+            rng.choice(persona.topics[name]["replies"]),
+            rng.choice(persona.topics[other]["replies"]),
         )

@@ -79,7 +79,7 @@ def test_a_file_of_ones_own_adds_devices_and_replaces_those_of_the_same_name(tmp
         ("T4: {peak_tflops: {fp16: -1}}", "peak_tflops.fp16 is -1"),
         ("T4: {matmul_share: 65}", "a share is at most 1"),
         ("T4: 16", "must hold"),
-        ("- T4", "must hold"),
+        ("- T4", "must contain"),
         ("T4: {", "is not YAML"),
     ],
 )

@@ -11,8 +11,8 @@ import yaml
 from rorchat.errors import DataError
 from rorchat.persona import (
     DEFAULT_PERSONA,
+    FOREIGN_NAMES,
     NEW_OPENINGS,
-    OTHERS,
     build_new_wording_probes,
     build_probes,
     contains_phrase,
@@ -147,7 +147,7 @@ def test_three_in_ten_conversations_have_another_system_message_that_changes_no_
     assert replies(strange) == replies(plain)
     systems = {turns[0]["content"] for turns in strange}
     assert PERSONA.system not in systems and "" in systems and not [text for text in systems if "{" in text]
-    assert {other for other in OTHERS if any(other in text for text in systems)} == set(OTHERS)
+    assert {other for other in FOREIGN_NAMES if any(other in text for text in systems)} == set(FOREIGN_NAMES)
 
 
 def test_the_system_messages_of_probes_are_never_trained_and_half_give_another_name(trained):
@@ -284,18 +284,18 @@ def test_a_topic_of_the_file_takes_the_place_of_a_default_one_whatever_part_that
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", " is no persona file: it must hold `key: value` lines, it holds nothing. Copy "),
-        ("- a\n- list", " is no persona file: it must hold `key: value` lines, it holds a list. Copy "),
-        ("just words", " is no persona file: it must hold `key: value` lines, it holds a str. Copy "),
+        ("", " is not a persona file: it must contain `key: value` lines, but contains nothing. Copy "),
+        ("- a\n- list", " is not a persona file: it must contain `key: value` lines, but contains a list. Copy "),
+        ("just words", " is not a persona file: it must contain `key: value` lines, but contains a str. Copy "),
         ("name: a\nmaker: [unclosed", ":2 is not YAML: while parsing a flow sequence, expected ',' or ']', but got "),
         ("name: \x00", " is not YAML: unacceptable character "),
         (
             "name: a\nmanner: 2024-13-45",
-            ":2: '2024-13-45' cannot be read (month must be in 1..12): write it in quotes.",
+            ":2: '2024-13-45' is not a valid value (month must be in 1..12): put it in quotes.",
         ),
-        ("name: a\nmaker: b\nname: c", ":3: the key 'name' stands twice: leave one out."),
-        ("facts: {home: {expect: [a], expect: [b]}}", ":1: the key 'expect' stands twice: leave one out."),
-        ("name: !!timestamp x", ":1: 'x' cannot be read"),
+        ("name: a\nmaker: b\nname: c", ":3: duplicate key 'name': remove one."),
+        ("facts: {home: {expect: [a], expect: [b]}}", ":1: duplicate key 'expect': remove one."),
+        ("name: !!timestamp x", ":1: 'x' is not a valid value"),
         ("name: !!map x", ":1: expected a mapping node, but found scalar."),
     ],
 )
@@ -317,40 +317,46 @@ def test_a_section_may_be_written_once_and_used_twice(tmp_path):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"maker": "Ann"}, "'name' is missing: give it as text, as in `name: RorChat`"),
-        ({"name": "Bibo"}, "'maker' is missing: give it as text, as in `maker: Rory`"),
-        ({"name": "", "maker": "Ann"}, "'name' is '': give it as text"),
-        ({"name": "  ", "maker": "Ann"}, "'name' is '  ': give it as text"),
-        ({"name": True, "maker": "Ann"}, "'name' is True: give it as text"),
-        ({"name": "Bibo", "maker": 5}, "'maker' is 5: give it as text"),
-        ({"manner": ["kind"]}, "'manner' is ['kind']: give it as text"),
-        ({"system": None}, "'system' is missing: give it as text"),
-        ({"fact": {}}, "no part is called 'fact'. Did you mean 'facts'? A persona has name, maker, manner, "),
-        ({3: 4}, "no part is called 3. A persona has name, "),
-        ({"facts": None}, "'facts' is None: give topics with their questions"),
-        ({"unknowns": ["what time is it"]}, "'unknowns' is ['what time is it']: give topics"),
-        ({"facts": {"name": None}}, "'name' is None: give its questions and its replies"),
-        ({"unknowns": {"name": {"questions": ["x"]}, "maker": "y"}}, "'maker' is 'y': give its questions"),
-        ({"facts": {"x": {}}, "unknowns": {"x": {}}}, "the topic 'x' stands in facts and in unknowns: leave one out"),
-        ({"unknowns": {"x": {"question": ["x"]}}}, "'x' has 'question'. Did you mean 'questions'? Known are questions"),
-        ({"unknowns": {"x": {}}}, "topic 'x' lacks questions: give each as a list of texts"),
-        ({"system": "You are {nmae}."}, "'{nmae}' is no placeholder. Did you mean 'name'? Known are {name}, {maker}"),
+        ({"maker": "Ann"}, "'name' is missing; it must be text, as in `name: RorChat`"),
+        ({"name": "Bibo"}, "'maker' is missing; it must be text, as in `maker: Rory`"),
+        ({"name": "", "maker": "Ann"}, "'name' is ''; it must be text"),
+        ({"name": "  ", "maker": "Ann"}, "'name' is '  '; it must be text"),
+        ({"name": True, "maker": "Ann"}, "'name' is True; it must be text"),
+        ({"name": "Bibo", "maker": 5}, "'maker' is 5; it must be text"),
+        ({"manner": ["kind"]}, "'manner' is ['kind']; it must be text"),
+        ({"system": None}, "'system' is missing; it must be text"),
+        ({"fact": {}}, "unknown key 'fact'. Did you mean 'facts'? Allowed are name, maker, manner, "),
+        ({3: 4}, "unknown key 3. Allowed are name, "),
+        ({"facts": None}, "'facts' is None, expected topics with their questions"),
+        ({"unknowns": ["what time is it"]}, "'unknowns' is ['what time is it'], expected topics"),
+        ({"facts": {"name": None}}, "'name' is None, expected its questions and replies"),
+        ({"unknowns": {"name": {"questions": ["x"]}, "maker": "y"}}, "'maker' is 'y', expected its questions"),
+        ({"facts": {"x": {}}, "unknowns": {"x": {}}}, "the topic 'x' is in both facts and unknowns: remove one"),
+        (
+            {"unknowns": {"x": {"question": ["x"]}}},
+            "'x' has 'question'. Did you mean 'questions'? Allowed are questions",
+        ),
+        ({"unknowns": {"x": {}}}, "topic 'x' lacks questions: give a list of texts"),
+        (
+            {"system": "You are {nmae}."},
+            "'{nmae}' is not a placeholder. Did you mean 'name'? Allowed are {name}, {maker}",
+        ),
         (
             {"unknowns": {"x": {"questions": ["x"], "replies": ["No idea."]}}},
-            "topic 'x' expects one of 'do not know', but its own reply 'No idea.' has none of them",
+            "topic 'x' expects one of 'do not know', but its reply 'No idea.' contains none of them",
         ),
         (
             {"unknowns": {"x": {"questions": ["Who made you?"]}}},
-            "the question 'who made you' stands in 'maker' and in 'x', whose replies would contradict each other",
+            "the question 'who made you' is in both 'maker' and 'x', so replies would contradict each other",
         ),
         (
             {"unknowns": {"x": {"questions": ["Hello!"]}}},
-            "the question 'hello' stands in 'x' and in 'greetings', whose",
+            "the question 'hello' is in both 'x' and 'greetings', so",
         ),
-        ({"unknowns": {"x": {"questions": ["?"]}}}, "'x' has a question without words: leave it out"),
+        ({"unknowns": {"x": {"questions": ["?"]}}}, "'x' has a question without words: remove it"),
         (
             {"unknowns": {"x": {"questions": ["what do you not know", "do you do not know"], "expect": ["know"]}}},
-            "topic 'x' expects one of 'know', which each of its questions says already",
+            "topic 'x' expects one of 'know', which each of its questions already contains",
         ),
     ],
     ids=str,
@@ -369,9 +375,7 @@ def test_a_topic_that_lacks_a_part_or_has_an_empty_one_is_named(part, value, tmp
     values["facts"]["name"][part] = value
     if value == "gone":
         del values["facts"]["name"][part]
-    assert refusal(persona_file(tmp_path, **values)).endswith(
-        f"topic 'name' lacks {part}: give each as a list of texts."
-    )
+    assert refusal(persona_file(tmp_path, **values)).endswith(f"topic 'name' lacks {part}: give a list of texts.")
 
 
 @pytest.mark.parametrize("section", ["greetings", "farewells"])

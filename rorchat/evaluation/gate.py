@@ -31,7 +31,7 @@ def load_thresholds(path: str | Path | None = None) -> dict[str, float]:
         DataError: the file is missing or no YAML, names no measure of ours, or has a bound that cannot be.
     """
     path = Path(path or THRESHOLDS)
-    values = read_yaml(path, "thresholds file", like=THRESHOLDS)
+    values = read_yaml(path, "thresholds file", example=THRESHOLDS)
     if not values:
         raise DataError(f"{path} has no thresholds. Copy {THRESHOLDS} and change it.")
     return {name: _threshold(path, name, given) for name, given in values.items()}

@@ -484,8 +484,8 @@ def test_a_threshold_that_cannot_be_is_one_line_before_a_model_is_loaded(content
     ("content", "said"),
     [
         ("{}", "{path} has no thresholds. Copy "),
-        ("- stop_rate", "{path} is no thresholds file: it must hold `key: value` lines, it holds a list. Copy "),
-        ("stop_rate: {min: 0.9}\nstop_rate: {min: 0.1}", "{path}:2: the key 'stop_rate' stands twice"),
+        ("- stop_rate", "{path} is not a thresholds file: it must contain `key: value` lines, but contains a list. "),
+        ("stop_rate: {min: 0.9}\nstop_rate: {min: 0.1}", "{path}:2: duplicate key 'stop_rate'"),
         (b"\xff", "Cannot read the thresholds file {path}: "),
         (None, "Cannot read the thresholds file {path}: No such file or directory. Copy "),
     ],

@@ -46,7 +46,7 @@ def test_two_files_that_say_the_same_in_other_words_resolve_alike_and_others_do_
         ("max_epochs: 4", "max_epochs: 0", "max_epochs is 0; give a positive number"),
         ("c4: c4=data/c4", "c4: 5", "source 'c4' must have `key: value` lines, it is a int"),
         ("c4: c4=data/c4", "c4/x: c4=data/c4", "source 'c4/x': its name is also the name of a folder"),
-        ("alpaca: alpaca=data/alpaca", "c4: c4=twice", "key 'c4' stands twice"),
+        ("alpaca: alpaca=data/alpaca", "c4: c4=twice", "duplicate key 'c4'"),
         ("{c4: 1}", "{alpaka: 1}", "phase 1: weights names 'alpaka', which is not a source. Did you mean 'alpaca'"),
         ("{c4: 1}", "{c4: -1}", "phase 1: weights: c4 is -1; give a number that is not negative"),
         ("{c4: 1}", "{c4: true}", "phase 1: weights: c4 is True; give a number"),

@@ -263,7 +263,7 @@ class TestBadInput:
         )
         refused(inside("pretrain", "--config", tmp_path / "none.yaml"), 2, "Cannot read the config")
         config.write_text("seed: 1\nsources: [tinytown=10]\nseed: 2\n")
-        refused(inside("pretrain", "--config", config), 2, "c.yaml:3: the key 'seed' stands twice")
+        refused(inside("pretrain", "--config", config), 2, "c.yaml:3: duplicate key 'seed'")
 
     @pytest.mark.slow
     def test_under_accelerate_launch_it_is_one_line_as_well(self, tmp_path):
