@@ -19,7 +19,8 @@ from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
 from rorchat.sources.registry import find_source, hub_fingerprint, source_digest, source_parts
 from rorchat.tokenizer import chat_template_sha256, tokenizer_sha256
-from rorchat.tokens.decontamination import EvaluationText, evaluation_digests
+from rorchat.tokens.decontamination import EvaluationText
+from rorchat.tokens.evaluation_sets import evaluation_digests
 from rorchat.tokens.merge_shards import merge_shards
 from rorchat.tokens.store import Manifest, TokenStore
 from rorchat.tokens.tokenize_shard import ShardTokenizer

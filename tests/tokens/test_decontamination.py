@@ -11,7 +11,8 @@ from rorchat.errors import DataError, UsageError
 from rorchat.rows import RejectedRow
 from rorchat.sources.registry import load_rows
 from rorchat.tokens import decontamination
-from rorchat.tokens.decontamination import EvaluationText, evaluation_digests, words
+from rorchat.tokens.decontamination import EvaluationText, words
+from rorchat.tokens.evaluation_sets import evaluation_digests
 
 CLEAN = "It is a far better thing that I do, than I have ever done before this day. " * 3
 
@@ -68,7 +69,7 @@ def test_a_spec_of_a_source_is_an_evaluation_set_too(tmp_path):
 
 
 def test_equal_hashes_are_no_match_unless_the_words_are_equal(tmp_path, monkeypatch):
-    monkeypatch.setattr(decontamination, "_hashes", lambda ids, windows, n: np.zeros(len(windows), np.uint64))
+    monkeypatch.setattr(decontamination, "_hash_windows", lambda ids, windows, n: np.zeros(len(windows), np.uint64))
     text = evaluation(tmp_path, {"a": numbered(1, 13)}, {"b": numbered(20, 40)})
     assert len(text.hashes) == 1
     assert text.find(numbered(1, 13)).ngrams == 1
@@ -101,9 +102,9 @@ def test_a_long_text_is_looked_at_in_pieces_and_no_window_is_lost_or_counted_twi
     sample = f"{CLEAN} {numbered(3, 400)}, {CLEAN} {numbered(1, 4)} {numbered(450, 500)} {CLEAN}"
     whole = text.find(sample)
     assert whole.ngrams == 394 + 47
-    monkeypatch.setattr(decontamination, "_PIECE", max(piece, 50))
+    monkeypatch.setattr(decontamination, "CHUNK_CHARACTERS", max(piece, 50))
     assert text.find(sample) == whole
-    monkeypatch.setattr(decontamination, "_PIECE", 1)
+    monkeypatch.setattr(decontamination, "CHUNK_CHARACTERS", 1)
     text.find("a" * 1000 + " " * 1000 + "b")  # ends
 
 
@@ -175,8 +176,7 @@ def test_it_travels_to_another_process(tmp_path):
 def test_arrays_take_24_bytes_a_word_at_most(shared_data):
     text = EvaluationText.read([str(shared_data / "gsm8k" / "test.jsonl")])
     count = np.count_nonzero(text.text >= 0)
-    arrays = (text.text, text.hashes, text.positions, text._marks)
-    assert sum(array.nbytes for array in arrays) <= 24.5 * count
+    assert text.nbytes <= 24.5 * count
 
 
 def test_an_evaluation_set_that_cannot_be_read_whole_is_an_error_of_one_line(tmp_path):
@@ -234,7 +234,7 @@ def test_a_file_of_a_set_that_nobody_can_read_is_an_error_that_names_it(name, tm
     evaluation(tmp_path, {"a": numbered(1, 20)})
     (tmp_path / name).write_bytes(b"questions")
     with pytest.raises(
-        DataError, match=f"evaluation text of {tmp_path / name} cannot be read: name the files"
+        DataError, match=f"evaluation text of {tmp_path / name} cannot be read: name the readable files"
     ) as failure:
         EvaluationText.read([str(tmp_path)])
     assert "\n" not in str(failure.value)
@@ -258,7 +258,7 @@ def test_what_datasets_saves_to_disk_is_an_evaluation_set(tmp_path, shared_data)
 def test_a_cell_of_a_table_may_be_long_and_one_that_is_too_long_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "long.csv").write_text(f'"{numbered(1, 40_000)}",x\n')
     assert EvaluationText.read([str(tmp_path / "long.csv")]).find(numbered(30_000, 30_013)) is not None
-    monkeypatch.setattr(decontamination, "LONGEST_LINE", 1000)
+    monkeypatch.setattr("rorchat.tokens.evaluation_sets.LONGEST_LINE", 1000)
     with pytest.raises(DataError, match=r"long\.csv cannot be read: field larger than field limit"):
         EvaluationText.read([str(tmp_path / "long.csv")])
 
