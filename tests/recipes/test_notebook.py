@@ -1,0 +1,47 @@
+"""Recipes called from Python: `main` returns metrics and raises exceptions, in a notebook too."""
+
+import nbclient
+import nbformat
+import pytest
+
+from rorchat.errors import MismatchError, UsageError
+from rorchat.recipes import sft
+from rorchat.recipes import tokenizer as tokenizer_recipe
+
+TRAIN = """
+from rorchat.recipes import pretrain
+
+flags = ["--sources", "tinytown=200", "--tokenizer", {tokenizer!r}, "--size", "2x2x32", "--block_size", "64",
+         "--per_device_train_batch_size", "2", "--global_batch_tokens", "512", "--validation_share", "0.05",
+         "--bf16", "false", "--output_dir", "run"]
+metrics = pretrain.main([*flags, "--max_steps", "2"])
+print(sorted(name for name in metrics if name in ("eval_loss", "eval_bits_per_byte")))
+"""
+AGAIN = """
+from rorchat import RorchatError
+
+try:
+    pretrain.main([*flags, "--max_steps", "3"])
+except RorchatError as error:
+    print(type(error).__name__, error.exit_code)
+"""
+
+
+def test_a_recipe_trains_in_a_notebook_and_raises_there(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cells = [nbformat.v4.new_code_cell(source) for source in (TRAIN.format(tokenizer=str(saved)), AGAIN)]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    printed = ["".join(output.text for output in cell.outputs if output.get("name") == "stdout") for cell in cells]
+    assert "['eval_bits_per_byte', 'eval_loss']" in printed[0]
+    assert printed[1] == "MismatchError 78\n"
+
+
+def test_a_recipe_called_from_python_raises(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="Unknown option --modl"):
+        sft.main(["--modl", "x"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(MismatchError, match="contains another tokenizer or other files"):
+        tokenizer_recipe.main(["--sources", "tinytown=20", "--output_dir", "out"])
