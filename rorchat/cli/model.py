@@ -34,12 +34,12 @@ def chat(
     """Chat with a model in the terminal, or through a pipe with one message per line."""
     _silence_transformers()
     from rorchat.inference.engine import load_model
-    from rorchat.inference.terminal import talk
+    from rorchat.inference.terminal import run_chat
 
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a pipe may carry any bytes
     model = load_model(folder, require_chat=True)
-    talk(model, system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+    run_chat(model, system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
 
 
 def evaluate(
@@ -57,7 +57,7 @@ def evaluate(
 ) -> None:
     """Score models side by side."""
     _silence_transformers()
-    from rorchat.evaluation.compare import compare
+    from rorchat.evaluation.compare import compare_models
     from rorchat.evaluation.scores import write_scores
     from rorchat.report import format_score_table
 
@@ -65,7 +65,7 @@ def evaluate(
     for model in models:
         name, sign, folder = model.partition("=")
         named.append((name or folder, folder) if sign else (Path(model).name, model))
-    columns, notes = compare(named, untrained=untrained, text=text, ask=chat, persona=persona)
+    columns, notes = compare_models(named, untrained=untrained, text=text, ask=chat, persona=persona)
     print(format_score_table(columns))
     print(*notes, sep="\n")
     if out:
@@ -87,14 +87,15 @@ def gate(
 
     if out and not out.absolute().parent.is_dir():
         raise UsageError(f"--out {out}: no folder {out.parent}. Create it, or choose another place.")
-    verdict = behaviour_gate.gate(model, load_persona(persona), behaviour_gate.load_thresholds(thresholds), before)
+    limits = behaviour_gate.load_thresholds(thresholds)
+    verdict = behaviour_gate.judge_model(model, load_persona(persona), limits, before)
     if out:
         behaviour_gate.write_verdict(verdict, out)
     print_table(*verdict.table())
     for measure, question, reply in verdict.examples():
         print(f"\n  {measure}: {question} -> {reply}")
     if verdict.failures():
-        raise behaviour_gate.BehaviourFailure(verdict.sentence())
+        raise behaviour_gate.BehaviourFailure(verdict.summary())
 
 
 def report(folder: Annotated[Path, typer.Argument(help="The folder of a run, or of the runs of a story.")]) -> None:

@@ -1,1 +1,1 @@
-"""SCORES: loss and bits per byte, held-out questions, and how a chat model behaves."""
+"""Evaluation: loss and bits per byte, questions with known answers, chat behaviour, and `evaluate` metrics."""

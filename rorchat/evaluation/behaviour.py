@@ -1,12 +1,10 @@
-"""How a chat model behaves: what users complain about, measured on fixed prompts.
+"""How a chat model behaves: measures of its replies to fixed prompts and to the probes of its persona.
 
-The prompts stand in `prompts.yaml`. Every prompt is answered twice, with the likeliest words and sampled as the model's
-own preset has it; a measure is a pure function of one exchange, and its value the mean over all that it applies to.
-Where there are many prompts of one kind and few of another, each kind has the same weight, not each prompt.
+Every prompt of `prompts.yaml` is answered twice: greedily, and sampled with the model's own generation config. A measure
+is a pure function of one exchange; its value is the mean over all exchanges that it applies to, or the mean of group
+means, so that a kind with few prompts counts as much as one with many.
 """
 
-import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +13,14 @@ from pathlib import Path
 import yaml
 
 from rorchat.chatml import IM_END, encode_prompt
+from rorchat.evaluation.text_measures import (
+    LANGUAGES,
+    closes_turn,
+    is_in_language,
+    is_repetitive,
+    leaks_template,
+    speaks_for_user,
+)
 from rorchat.inference.engine import ChatModel, Reply, generate_replies
 from rorchat.persona import (
     REQUIRED_TOPICS,
@@ -26,50 +32,34 @@ from rorchat.persona import (
     probe_system_messages,
 )
 
-PROMPTS = Path(__file__).with_name("prompts.yaml")
-MAX_REPLY_TOKENS = 256  # what is asked for takes a sixth of that; some good models talk at length
-REPEATS = 0.3  # of a reply's 4-grams: prose stays far below that, a loop comes near 1
-OPEN_KINDS = ("question", "task", "conversation")  # of prompts to which no two replies are to be the same
+PROMPTS_FILE = Path(__file__).with_name("prompts.yaml")
+MAX_REPLY_TOKENS = 256  # the prompts need a sixth of that; some good models give long replies
+OPEN_KINDS = ("question", "task", "conversation")  # kinds of prompts that must all get different replies
 SEED = 0  # of the sampled replies
 EXAMPLES_SHOWN = 2
 EXAMPLE_CHARACTERS = 100
 
-_LEAK = re.compile(
-    r"<\|(?:im_|endof|pad|reserved)|im_start|im_end|endoftext"  # ChatML's own, whole or in part
-    r"|\[/?INST\]|<</?SYS>>|### (?:Instruction|Response)"  # of templates that data may have been made with
-    r"|(?:^|\n)[ \t]*(?:system|assistant|user)[ \t]*\n"  # a role's header
-)
-_USER_SPEAKS = re.compile(
-    r"<\|im_start\|>\s*user|(?i:(?:^|\n)[ \t]*(?:user|human)[ \t]*[:\n])|\b(?:User|Human):|\n(?:user|human)\s*$"
-)
-
-# Frequent words that tell these languages apart; a word of several counts for each. Of the others' none is an English
-# word as well: "No.", "They die." and "Come here!" are English.
-STOP_WORDS = {
-    "en": "the a an and is are of to in it you that was for with not have this what i my do can am be at on its he she",
-    "de": "der das und ist nicht ich ein eine zu mit auf wie du sie es im mir habe von wir er sind dem",
-    "fr": "le la les de et est une un des je ne pas que dans vous ce en du il suis tu mon avec sont au",
-    "es": "el la los las de y es una un que en por para se lo del yo mi soy muy como su al tu más",
-    "it": "il la lo e è un una che di non sono gli le del mi io si della nel molto",
-}
-EVIDENCE = 2  # different stop words of a language: one alone may be a name or a word of another language
-STOP_WORDS = {language: frozenset(words.split()) for language, words in STOP_WORDS.items()}
-SCRIPTS = {"ru": "CYRILLIC", "zh": "CJK"}  # the others are written in Latin letters
-LANGUAGES = (*STOP_WORDS, *SCRIPTS)
+Message = dict[str, str]
 
 
-# -- prompts ---------------------------------------------------------------------------------------------------------
+# -- prompts and exchanges -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked. `probe`: about the persona; `other_name`: that the system message gives; `word`: an attack's.
+    """One prompt of the gate.
 
-    `language` is the one that the reply is to be in, "" for any: a persona speaks the language of its file.
+    Attributes:
+        kind: a kind of `prompts.yaml`, or "persona", "other system", "new words" for the probes of a persona.
+        language: the expected language of the reply; "" for any (probes: the language of the persona file).
+        probe: the persona probe that is asked.
+        other_name: the name that the system message gives to the model, if it is not the persona's.
+        word: the word that an attack tries to plant in the reply.
+        harmless: an attack's text without the attack.
     """
 
     kind: str
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Message, ...]
     language: str = ""
     probe: Probe | None = None
     other_name: str = ""
@@ -79,132 +69,97 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt and what came of it: all that a measure looks at.
+    """A prompt with its reply: everything that a measure looks at.
 
-    `said` is the reply with its control tokens spelled out, without the one that ended it. `harmless` is what came of
-    an attack without its sting. `alike` is how many of the likeliest replies to OPEN_KINDS are this one; 0 for others.
+    Attributes:
+        text: the reply decoded with its control tokens, without the token that ended it.
+        harmless: the exchange for `prompt.harmless`.
+        duplicates: number of greedy replies to OPEN_KINDS equal to this one, itself included; 0 for other exchanges.
     """
 
     prompt: Prompt
     prompt_ids: tuple[int, ...]
     reply: Reply
-    said: str
+    text: str
     control_ids: frozenset[int]
     end_of_turn: int
     harmless: "Exchange | None" = None
-    alike: int = 0
+    duplicates: int = 0
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The reply's token ids without the one that ended it."""
+        return self.reply.ids[: len(self.reply.ids) - self.reply.stopped]
+
+    @property
+    def group(self) -> str:
+        """The kind of prompt, with all languages and all probes as one kind each."""
+        kind = self.prompt.kind
+        return "another language" if kind in LANGUAGES else "probe" if self.prompt.probe else kind
+
+    @property
+    def topic(self) -> str:
+        return self.prompt.probe.topic if self.prompt.probe else ""
 
 
-def _conversation(turns: str | list[str]) -> tuple[dict[str, str], ...]:
+def _to_messages(turns: str | list[str]) -> tuple[Message, ...]:
     turns = [turns] if isinstance(turns, str) else turns
     return tuple({"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns))
 
 
-def prompts_for(persona: Persona) -> list[Prompt]:
-    """All that a model is asked: the fixed prompts and the persona's probes, under another system message too."""
-    found = []
-    for kind, entries in yaml.safe_load(PROMPTS.read_text(encoding="utf-8")).items():
+def build_prompts(persona: Persona) -> list[Prompt]:
+    """The fixed prompts, and the persona's probes under its own system message, under others, and reworded."""
+    prompts = []
+    for kind, entries in yaml.safe_load(PROMPTS_FILE.read_text(encoding="utf-8")).items():
         for entry in entries:
             if isinstance(entry, dict):
-                text, harmless, word = entry["text"], entry["harmless"], entry["word"]
-                found.append(Prompt(kind, _conversation(text), "en", word=word, harmless=harmless))
+                messages = _to_messages(entry["text"])
+                prompts.append(Prompt(kind, messages, "en", word=entry["word"], harmless=entry["harmless"]))
             else:
-                found.append(Prompt(kind, _conversation(entry), kind if kind in LANGUAGES else "en"))
+                prompts.append(Prompt(kind, _to_messages(entry), kind if kind in LANGUAGES else "en"))
     systems = probe_system_messages(persona)
     for number, probe in enumerate(build_probes(persona)):
-        asked = _conversation(probe.question)
+        messages = _to_messages(probe.question)
         system, other_name = systems[number % len(systems)]
-        found.append(Prompt("persona", asked, probe=probe))
-        asked = ({"role": "system", "content": system}, *asked)
-        found.append(Prompt("other system", asked, probe=probe, other_name=other_name))
-    new = build_new_wording_probes(persona)
-    return found + [Prompt("new words", _conversation(probe.question), probe=probe) for probe in new]
+        prompts.append(Prompt("persona", messages, probe=probe))
+        messages = ({"role": "system", "content": system}, *messages)
+        prompts.append(Prompt("other system", messages, probe=probe, other_name=other_name))
+    reworded = build_new_wording_probes(persona)
+    return prompts + [Prompt("new words", _to_messages(probe.question), probe=probe) for probe in reworded]
 
 
 def _ask(chat: ChatModel, prompts: Sequence[Prompt], limit: int, temperature: float | None) -> list[Exchange]:
-    harmless = [Prompt("harmless", _conversation(prompt.harmless)) for prompt in prompts if prompt.word]
+    """One exchange per prompt; the harmless versions of the attacks are asked in the same batches."""
+    harmless = [Prompt("harmless", _to_messages(prompt.harmless)) for prompt in prompts if prompt.word]
     asked = [*prompts, *harmless]
     replies = generate_replies(
         chat, [prompt.messages for prompt in asked], max_new_tokens=limit, temperature=temperature
     )
     end_of_turn = chat.tokenizer.convert_tokens_to_ids(IM_END)
-    control = frozenset(chat.tokenizer.all_special_ids)
+    control_ids = frozenset(chat.tokenizer.all_special_ids)
     exchanges = []
     for prompt, reply in zip(asked, replies, strict=True):
         encoded = encode_prompt(chat.tokenizer, prompt.messages, n_positions=chat.n_positions, max_new_tokens=limit)
-        words = reply.ids[: len(reply.ids) - reply.stopped]
-        said = chat.tokenizer.decode(words, skip_special_tokens=False)
-        exchanges.append(Exchange(prompt, tuple(encoded.input_ids), reply, said, control, end_of_turn))
-    without_sting = iter(exchanges[len(prompts) :])
+        exchange = Exchange(prompt, tuple(encoded.input_ids), reply, "", control_ids, end_of_turn)
+        exchanges.append(replace(exchange, text=chat.tokenizer.decode(exchange.ids, skip_special_tokens=False)))
+    harmless_exchanges = iter(exchanges[len(prompts) :])
     return [
-        replace(exchange, harmless=next(without_sting)) if exchange.prompt.word else exchange
+        replace(exchange, harmless=next(harmless_exchanges)) if exchange.prompt.word else exchange
         for exchange in exchanges[: len(prompts)]
     ]
 
 
-# -- measures: pure functions of what was said -----------------------------------------------------------------------
+# -- measures --------------------------------------------------------------------------------------------------------
 
 
-def leaks_template(ids: Sequence[int], said: str, control_ids: frozenset[int]) -> bool:
-    """Whether a reply shows the user what a template is made of.
+def _passes_probe(kind: str, topics: Sequence[str] = ()) -> Callable[[Exchange], bool | None]:
+    def passes(exchange: Exchange) -> bool | None:
+        prompt = exchange.prompt
+        if prompt.probe is None or prompt.kind != kind or (topics and prompt.probe.topic not in topics):
+            return None
+        return prompt.probe.passes(exchange.reply.text)
 
-    Args:
-        ids: of the reply, without the token that ended it: a control token among them is a leak.
-        said: the reply; a control string spelled with ordinary tokens, or the header of a role, is one too.
-    """
-    return not control_ids.isdisjoint(ids) or _LEAK.search(said) is not None
-
-
-def speaks_for_user(said: str) -> bool:
-    """Whether a reply goes on with the user's next message, as ChatML or as a script of `User:` and `Human:` has it."""
-    return _USER_SPEAKS.search(said) is not None
-
-
-def _repeated(items: Sequence) -> float | None:
-    grams = list(zip(*(items[start:] for start in range(4)), strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else None
-
-
-def repetition(ids: Sequence[int], text: str) -> float | None:
-    """The share of a reply's 4-grams that were there before; None where it has fewer than four words and tokens.
-
-    Of words or of tokens, whichever is more: a loop may have no blanks ("Yes!!!!!!"), or take turns of many tokens.
-    Welleck et al. 2019 call it seq-rep-4 (arXiv:1908.04319).
-    """
-    shares = [share for share in (_repeated(text.split()), _repeated(ids)) if share is not None]
-    return max(shares, default=None)
-
-
-def _script(text: str) -> str | None:
-    """The script that most of a text's letters are of; None without letters. Chinese and Japanese count as one."""
-    names = [unicodedata.name(character, "").split() for character in text if character.isalpha()]
-    scripts = [name[0] if name[0] not in ("HIRAGANA", "KATAKANA") else "CJK" for name in names if name]
-    return max(set(scripts), key=scripts.count) if scripts else None
-
-
-def in_language(text: str, language: str) -> bool | None:
-    """Whether a text seems to be in a language: by its script and, among languages in Latin letters, its stop words.
-
-    A heuristic: it takes sentences of the five languages of `STOP_WORDS` apart, not any two languages, and a text
-    without two stop words of any is none of its business.
-
-    Returns:
-        None where it cannot tell.
-    """
-    script = _script(text)
-    if script is None or language in SCRIPTS or script != "LATIN":
-        return None if script is None else script == SCRIPTS.get(language, "LATIN")
-    words = set(re.findall(r"[^\W\d_]+", text.lower()))
-    hits = {name: len(words & known) for name, known in STOP_WORDS.items()}
-    most = max(hits.values())
-    return hits[language] == most if most >= EVIDENCE else None
-
-
-def _probe_passed(kind: str) -> Callable[[Exchange], bool | None]:
-    def passed(exchange: Exchange) -> bool | None:
-        return exchange.prompt.probe.passes(exchange.reply.text) if exchange.prompt.kind == kind else None
-
-    return passed
+    return passes
 
 
 def _says_other_name(exchange: Exchange) -> bool | None:
@@ -212,109 +167,105 @@ def _says_other_name(exchange: Exchange) -> bool | None:
     return contains_phrase(exchange.reply.text, name) if name else None
 
 
-def _tells_who_it_is(exchange: Exchange) -> bool | None:
-    about = exchange.prompt.probe is not None and exchange.prompt.probe.topic in REQUIRED_TOPICS
-    return _probe_passed("persona")(exchange) if about else None
-
-
-def _language(foreign: bool) -> Callable[[Exchange], bool | None]:
-    def stays(exchange: Exchange) -> bool | None:
+def _keeps_language(foreign: bool) -> Callable[[Exchange], bool | None]:
+    def keeps(exchange: Exchange) -> bool | None:
         language = exchange.prompt.language
-        judged = language and (language != "en") == foreign
-        return in_language(exchange.reply.text, language) if judged else None
+        applies = language and (language != "en") == foreign
+        return is_in_language(exchange.reply.text, language) if applies else None
 
-    return stays
-
-
-def _control_tokens(exchange: Exchange) -> int:
-    return sum(token in exchange.control_ids for token in exchange.prompt_ids)
+    return keeps
 
 
-def _changes_ids(exchange: Exchange) -> bool | None:
-    """Whether an attack's prompt has more or fewer control tokens than the same words without its sting."""
-    return _control_tokens(exchange) != _control_tokens(exchange.harmless) if exchange.harmless else None
+def _attack_changes_ids(exchange: Exchange) -> bool | None:
+    """Whether an attack's prompt has another number of control tokens than the same text without the attack."""
+    if exchange.harmless is None:
+        return None
+    attack, harmless = (
+        sum(token in exchange.control_ids for token in ids)
+        for ids in (exchange.prompt_ids, exchange.harmless.prompt_ids)
+    )
+    return attack != harmless
 
 
-def _obeyed(exchange: Exchange) -> bool | None:
-    """Whether the reply has the attack's word more often than the reply to the same words without its sting."""
+def _obeys_attack(exchange: Exchange) -> bool | None:
+    """Whether the reply contains the attack's word more often than the reply to the text without the attack."""
     if exchange.harmless is None:
         return None
     word = exchange.prompt.word
-    return exchange.said.lower().count(word) > exchange.harmless.said.lower().count(word)
-
-
-def _words(exchange: Exchange) -> tuple[int, ...]:
-    """The ids of a reply without the token that ended it."""
-    return exchange.reply.ids[: len(exchange.reply.ids) - exchange.reply.stopped]
-
-
-def _repeats(exchange: Exchange) -> bool | None:
-    share = repetition(_words(exchange), exchange.said)
-    return None if share is None else share > REPEATS
-
-
-def _kind(exchange: Exchange) -> str:
-    """The kind of a prompt, to which each measure that is a mean of kinds gives the same weight."""
-    kind = exchange.prompt.kind
-    return "another language" if kind in LANGUAGES else "probe" if exchange.prompt.probe else kind
-
-
-def _topic(exchange: Exchange) -> str:
-    return exchange.prompt.probe.topic
+    return exchange.text.lower().count(word) > exchange.harmless.text.lower().count(word)
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A share of replies, or of something in them. `of` gives None for an exchange that it does not apply to.
+    """A share between 0 and 1.
 
-    `by` puts exchanges into groups: the value is then the mean of the groups' means, so that a group of a few prompts
-    counts as much as one of many.
+    Attributes:
+        title: shown in tables.
+        unit: what is counted, shown beside the value.
+        score: the value of one exchange; None if the measure does not apply to it.
+        group_by: groups exchanges; the value is then the mean of the group means.
     """
 
-    says: str  # in the table
+    title: str
     unit: str
     more_is_better: bool
-    of: Callable[[Exchange], float | None]
-    by: Callable[[Exchange], str] = lambda exchange: ""
+    score: Callable[[Exchange], float | None]
+    group_by: Callable[[Exchange], str] = lambda exchange: ""
 
     @property
     def bound(self) -> str:
+        """The name of its threshold in a thresholds file."""
         return "min" if self.more_is_better else "max"
 
 
+def _by_kind(exchange: Exchange) -> str:
+    return exchange.group
+
+
+def _by_topic(exchange: Exchange) -> str:
+    return exchange.topic
+
+
 MEASURES = {
-    "stop_rate": Measure("stops by itself", "replies", True, lambda x: x.reply.closes_turn(x.end_of_turn), _kind),
+    "stop_rate": Measure(
+        "closes its turn", "replies", True, lambda x: closes_turn(x.reply.ids, x.end_of_turn), _by_kind
+    ),
     "template_leaks": Measure(
-        "shows the template", "replies", False, lambda x: leaks_template(_words(x), x.said, x.control_ids)
+        "leaks the template", "replies", False, lambda x: leaks_template(x.text, x.ids, x.control_ids)
     ),
-    "speaks_for_user": Measure("speaks for the user", "replies", False, lambda x: speaks_for_user(x.said)),
-    "repetition": Measure("repeats itself", "replies", False, _repeats, _kind),
-    "empty_replies": Measure("says nothing", "replies", False, lambda x: not x.reply.text.strip()),
+    "speaks_for_user": Measure("speaks for the user", "replies", False, lambda x: speaks_for_user(x.text)),
+    "repetition": Measure("repeats itself", "replies", False, lambda x: is_repetitive(x.text, x.ids), _by_kind),
+    "empty_replies": Measure("empty replies", "replies", False, lambda x: not x.reply.text.strip()),
     "distinct_replies": Measure(
-        "says something else to each question", "replies", True, lambda x: 1 / x.alike if x.alike else None
+        "different replies to different questions",
+        "replies",
+        True,
+        lambda x: 1 / x.duplicates if x.duplicates else None,
     ),
-    "language": Measure("English stays English", "replies", True, _language(foreign=False)),
-    "other_languages": Measure("another language stays", "replies", True, _language(foreign=True)),
-    "persona": Measure("persona probes", "probes", True, _probe_passed("persona"), _topic),
-    "identity": Measure("- of its name and its maker", "probes", True, _tells_who_it_is, _topic),
+    "language": Measure("replies to English in English", "replies", True, _keeps_language(foreign=False)),
+    "other_languages": Measure("replies in other languages", "replies", True, _keeps_language(foreign=True)),
+    "persona": Measure("persona probes", "probes", True, _passes_probe("persona"), _by_topic),
+    "identity": Measure(
+        "- on its name and its maker", "probes", True, _passes_probe("persona", REQUIRED_TOPICS), _by_topic
+    ),
     "persona_in_new_words": Measure(
-        "- with an opening of no training", "probes", True, _probe_passed("new words"), _topic
+        "- with an opening not seen in training", "probes", True, _passes_probe("new words"), _by_topic
     ),
     "persona_under_other_system": Measure(
-        "- under another system message", "probes", True, _probe_passed("other system"), _topic
+        "- under another system message", "probes", True, _passes_probe("other system"), _by_topic
     ),
-    "says_other_name": Measure("- says the name of that one", "probes", False, _says_other_name),
-    "attack_changes_ids": Measure("attacks that become control tokens", "attacks", False, _changes_ids),
-    "attack_obeyed": Measure("attacks that are obeyed", "attacks", False, _obeyed),
-}  # fmt: skip
+    "says_other_name": Measure("- takes the name of that message", "probes", False, _says_other_name),
+    "attack_changes_ids": Measure("attacks that become control tokens", "attacks", False, _attack_changes_ids),
+    "attack_obeyed": Measure("attacks that are obeyed", "attacks", False, _obeys_attack),
+}
 
 
-# -- a model's behaviour -----------------------------------------------------------------------------------------------
+# -- a model's behaviour ---------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Value:
-    """A measure over `count` exchanges, 0 to 1, and the worst of them: (what was asked, what was said)."""
+    """The value of a measure over `count` exchanges, and the worst of these as (prompt, reply)."""
 
     value: float | None = None
     count: int = 0
@@ -323,7 +274,7 @@ class Value:
 
 @dataclass
 class Behaviour:
-    """What the gate measured on one model, asked about one persona."""
+    """All measures of one model, with one persona."""
 
     name: str
     max_new_tokens: int
@@ -337,43 +288,41 @@ def measure_behaviour(chat: ChatModel, name: str, persona: Persona, seed: int = 
     import torch
 
     limit = min(MAX_REPLY_TOKENS, chat.n_positions // 3)
-    prompts = prompts_for(persona)
-    likeliest = _ask(chat, prompts, limit, temperature=0)
+    prompts = build_prompts(persona)
+    greedy = _ask(chat, prompts, limit, temperature=0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sampled = _ask(chat, prompts, limit, temperature=None)
-    return Behaviour(name, limit, seed, measured(likeliest, sampled), persona.name)
+    return Behaviour(name, limit, seed, compute_measures(greedy, sampled), persona.name)
 
 
-def measured(likeliest: Sequence[Exchange], sampled: Sequence[Exchange]) -> dict[str, Value]:
-    """The value of each measure over what was said with the likeliest words and what was sampled."""
-    said = Counter(exchange.said for exchange in likeliest if exchange.prompt.kind in OPEN_KINDS)
+def compute_measures(greedy: Sequence[Exchange], sampled: Sequence[Exchange]) -> dict[str, Value]:
+    """The value of every measure over the greedy and the sampled exchanges."""
+    counts = Counter(exchange.text for exchange in greedy if exchange.prompt.kind in OPEN_KINDS)
     exchanges = [
-        replace(exchange, alike=said[exchange.said]) if exchange.prompt.kind in OPEN_KINDS else exchange
-        for exchange in likeliest
+        replace(exchange, duplicates=counts[exchange.text]) if exchange.prompt.kind in OPEN_KINDS else exchange
+        for exchange in greedy
     ]
-    return {name: _value(measure, [*exchanges, *sampled]) for name, measure in MEASURES.items()}
+    return {name: _compute_value(measure, [*exchanges, *sampled]) for name, measure in MEASURES.items()}
 
 
-def _value(measure: Measure, exchanges: Sequence[Exchange]) -> Value:
-    found = [(measure.of(exchange), exchange) for exchange in exchanges]
-    found = [(float(value), exchange) for value, exchange in found if value is not None]
-    if not found:
+def _compute_value(measure: Measure, exchanges: Sequence[Exchange]) -> Value:
+    scored = [(float(score), x) for x in exchanges if (score := measure.score(x)) is not None]
+    if not scored:
         return Value()
     groups = defaultdict(list)
-    for value, exchange in found:
-        groups[measure.by(exchange)].append(value)
-    means = [sum(values) / len(values) for values in groups.values()]
-    sign = 1 if measure.more_is_better else -1
-    worst = sorted(found, key=lambda pair: sign * pair[0])[:EXAMPLES_SHOWN]
-    examples = [_example(exchange) for value, exchange in worst if value != float(measure.more_is_better)]
-    return Value(sum(means) / len(means), len(found), examples)
+    for score, exchange in scored:
+        groups[measure.group_by(exchange)].append(score)
+    means = [sum(scores) / len(scores) for scores in groups.values()]
+    worst = sorted(scored, key=lambda pair: pair[0], reverse=not measure.more_is_better)[:EXAMPLES_SHOWN]
+    examples = [
+        (quote_short(exchange.prompt.messages[-1]["content"]), quote_short(exchange.text))
+        for score, exchange in worst
+        if score != float(measure.more_is_better)
+    ]
+    return Value(sum(means) / len(means), len(scored), examples)
 
 
-def _example(exchange: Exchange) -> tuple[str, str]:
-    return short(exchange.prompt.messages[-1]["content"]), short(exchange.said)
-
-
-def short(text: str) -> str:
-    """A text on one line that a terminal can take, as Python spells it."""
+def quote_short(text: str) -> str:
+    """The repr of a text, which fits on one line, cut to EXAMPLE_CHARACTERS."""
     return repr(text if len(text) <= EXAMPLE_CHARACTERS else text[:EXAMPLE_CHARACTERS] + "...")

@@ -1,4 +1,4 @@
-"""Validation loss in nats per token, and bits per byte, which compares across tokenizers and with a file compressor."""
+"""Validation loss in nats per token, and bits per byte, which is comparable between tokenizers and with gzip."""
 
 import gzip
 import math
@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-POSITIONS_AT_ONCE = 1024  # logits held at a time: 1,024 x 50,304 x 4 bytes = 206 MB
+from rorchat.chatml import IGNORE_INDEX
+from rorchat.evaluation.text_measures import bits_per_byte
+
+TOKENS_PER_CHUNK = 1024  # logits held at once: 1,024 x 50,304 x 4 bytes = 206 MB
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Sums over predicted tokens, so that parts add up and averages weigh tokens, not rows.
+    """Sums over predicted tokens. They can be added, so averages weigh tokens and not rows.
 
-    `nats`, `tokens`: over all labelled tokens. `text_nats`, `utf8_bytes`: over those that stand for text, without
-    control tokens, which have no bytes.
+    Attributes:
+        nats, tokens: over all labelled tokens.
+        text_nats, utf8_bytes: over labelled tokens that stand for text, i.e. without control tokens.
     """
 
     nats: float = 0.0
@@ -35,40 +39,37 @@ class Loss:
 
     @property
     def per_token(self) -> float:
-        """Nats per token; nan when nothing was counted."""
+        """Nats per token; NaN for no tokens."""
         return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits the model needs per byte of UTF-8; nan when nothing was counted."""
-        return self.text_nats / math.log(2) / self.utf8_bytes if self.utf8_bytes else math.nan
+        """Bits per UTF-8 byte of text; NaN for no bytes."""
+        return bits_per_byte(self.text_nats, self.utf8_bytes)
 
 
 @torch.no_grad()
-def compute_batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], bytes_of: Tensor) -> Loss:
-    """The loss of one batch, with the vocabulary head on labelled positions only.
+def compute_batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], token_bytes: Tensor) -> Loss:
+    """The loss of one batch; the language-model head runs on labelled positions only.
 
     Args:
         model: a stock GPT-2.
-        batch: `input_ids` (B, T), `labels` (B, T) with -100 where nothing is asked, perhaps `attention_mask` (B, T).
-        bytes_of: (V,) UTF-8 bytes of each token, 0 for control tokens.
+        batch: `input_ids` (B, T), `labels` (B, T) with -100 at positions without a label, optionally
+            `attention_mask` and `position_ids` (B, T).
+        token_bytes: (V,) UTF-8 length of each token, 0 for control tokens.
     """
     inputs = {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask", "position_ids")}
     hidden = model.transformer(**inputs, use_cache=False).last_hidden_state[:, :-1]  # (B, T, D) -> (B, T-1, D)
     labels = batch["labels"][:, 1:]
-    asked = labels != -100
-    hidden, labels = hidden[asked], labels[asked]  # (N, D), (N,)
-    nats = (
-        torch.cat(
-            [
-                F.cross_entropy((part @ model.lm_head.weight.T.to(part.dtype)).float(), wanted, reduction="none")
-                for part, wanted in zip(hidden.split(POSITIONS_AT_ONCE), labels.split(POSITIONS_AT_ONCE), strict=True)
-            ]
-        )
-        .cpu()
-        .double()
-    )  # Apple's GPUs have no float64
-    utf8_bytes = bytes_of[labels].cpu()
+    labelled = labels != IGNORE_INDEX
+    hidden, labels = hidden[labelled], labels[labelled]  # (B, T-1, D) -> (N, D), (B, T-1) -> (N,)
+    chunks = zip(hidden.split(TOKENS_PER_CHUNK), labels.split(TOKENS_PER_CHUNK), strict=True)
+    losses = [
+        F.cross_entropy((chunk @ model.lm_head.weight.T.to(chunk.dtype)).float(), targets, reduction="none")
+        for chunk, targets in chunks
+    ]
+    nats = torch.cat(losses).cpu().double()  # on the CPU: Apple's GPUs have no float64
+    utf8_bytes = token_bytes[labels].cpu()
     return Loss(float(nats.sum()), labels.numel(), float(nats[utf8_bytes > 0].sum()), int(utf8_bytes.sum()))
 
 
@@ -76,19 +77,19 @@ def compute_dataset_loss(
     model: torch.nn.Module,
     rows: Sequence[dict[str, Tensor]],
     collate: Callable[[list[dict]], dict[str, Tensor]],
-    bytes_of: Tensor,
+    token_bytes: Tensor,
     batch_size: int,
 ) -> Loss:
-    """The loss over all rows, in order."""
+    """The loss over all rows, in batches of consecutive rows."""
     device = next(model.parameters()).device
-    bytes_of = bytes_of.to(device)
+    token_bytes = token_bytes.to(device)
     total = Loss()
     for start in range(0, len(rows), batch_size):
         batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
-        total += compute_batch_loss(model, {key: value.to(device) for key, value in batch.items()}, bytes_of)
+        total += compute_batch_loss(model, {key: value.to(device) for key, value in batch.items()}, token_bytes)
     return total
 
 
 def gzip_bits_per_byte(text: bytes) -> float:
-    """What `gzip -9` needs for the same bytes: the figure that a language model must beat."""
+    """Bits per byte of `gzip -9`: a baseline that every language model should beat."""
     return 8 * len(gzip.compress(text, compresslevel=9)) / len(text)

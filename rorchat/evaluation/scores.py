@@ -1,4 +1,4 @@
-"""A chat model's scores: held-out questions by kind, stop rate, persona probes, and loss on held-out text."""
+"""Scores of a chat model: questions with known answers by kind, stop rate, persona probes, and validation loss."""
 
 import json
 from collections import defaultdict
@@ -6,17 +6,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rorchat.chatml import IM_END
-from rorchat.inference.engine import ChatModel, Reply, generate_replies
+from rorchat.evaluation.text_measures import closes_turn
+from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.persona import Persona, build_probes
 from rorchat.sources.tinytown import Question, held_out_questions
 
-MAX_REPLY_TOKENS = 64  # the longest answer asked for takes a third of that
+MAX_REPLY_TOKENS = 64  # three times the longest expected answer
 EXAMPLES_SHOWN = 3
 
 
 @dataclass
 class Rate:
-    """So many right of so many asked."""
+    """`right` answers of `asked` questions."""
 
     right: int = 0
     asked: int = 0
@@ -30,9 +31,12 @@ class Rate:
 
 @dataclass
 class Scores:
-    """One column of the table. `loss` (nats per token) and `bits_per_byte` are of held-out text, where given.
+    """The scores of one model, which are one column of the table.
 
-    `stops` counts replies that close their turn, as the gate's `stop_rate` does.
+    Attributes:
+        stops: replies that close their turn, as in the gate's `stop_rate`.
+        loss: nats per token of the validation text, if one was given; `bits_per_byte` of the same text.
+        examples: (question, reply), one of each kind.
     """
 
     name: str
@@ -46,22 +50,22 @@ class Scores:
     examples: list[tuple[str, str]] = field(default_factory=list)
 
     def rows(self) -> dict[str, str]:
-        """What the table shows, by the names of its rows."""
-        shown = {"held-out questions": str(self.questions)}
-        shown |= {f"- {kind}": str(rate) for kind, rate in self.kinds.items()}
-        shown |= {"stops by itself": str(self.stops), "persona probes": str(self.persona)}
+        """{name of a table row: cell}."""
+        cells = {"held-out questions": str(self.questions)}
+        cells |= {f"- {kind}": str(rate) for kind, rate in self.kinds.items()}
+        cells |= {"stop rate": str(self.stops), "persona probes": str(self.persona)}
         if self.bits_per_byte is not None:
-            shown |= {"loss, nats/token": f"{self.loss:.3f}", "bits per byte": f"{self.bits_per_byte:.3f}"}
-        return shown
+            cells |= {"loss, nats/token": f"{self.loss:.3f}", "bits per byte": f"{self.bits_per_byte:.3f}"}
+        return cells
 
 
 def score_chat(
     chat: ChatModel, name: str, folder: str, persona: Persona, asked: list[Question] | None = None
 ) -> Scores:
-    """Asks the held-out questions and the persona probes, all with the likeliest words, and counts.
+    """Scores of a model's greedy replies to questions and persona probes.
 
     Args:
-        asked: questions with known answers; None for Tinytown's 200.
+        asked: questions with known answers; None for the 200 held-out questions of Tinytown.
     """
     asked = held_out_questions() if asked is None else asked
     persona_probes = build_probes(persona)
@@ -70,26 +74,20 @@ def score_chat(
     replies = generate_replies(chat, prompts, max_new_tokens=limit, temperature=0)
     scores = Scores(name, folder)
     kinds: dict[str, Rate] = defaultdict(Rate)
+    first_of_kind: dict[str, tuple[str, str]] = {}
     for question, reply in zip(asked, replies, strict=False):
         right = question.is_right(reply.text)
         scores.questions.add(right)
         kinds[question.kind].add(right)
+        first_of_kind.setdefault(question.kind, (question.text, reply.text))
     for probe, reply in zip(persona_probes, replies[len(asked) :], strict=True):
         scores.persona.add(probe.passes(reply.text))
     end_of_turn = chat.tokenizer.convert_tokens_to_ids(IM_END)
     for reply in replies:
-        scores.stops.add(reply.closes_turn(end_of_turn))
+        scores.stops.add(closes_turn(reply.ids, end_of_turn))
     scores.kinds = dict(kinds)
-    scores.examples = _examples(asked, prompts, replies)
+    scores.examples = list(first_of_kind.values())[:EXAMPLES_SHOWN]
     return scores
-
-
-def _examples(asked: list[Question], prompts: list[str], replies: list[Reply]) -> list[tuple[str, str]]:
-    """One exchange of each kind of question."""
-    first: dict[str, tuple[str, str]] = {}
-    for question, prompt, reply in zip(asked, prompts, replies, strict=False):
-        first.setdefault(question.kind, (prompt, reply.text))
-    return list(first.values())[:EXAMPLES_SHOWN]
 
 
 def write_scores(columns: list[Scores], path: Path) -> None:
@@ -97,6 +95,7 @@ def write_scores(columns: list[Scores], path: Path) -> None:
 
 
 def read_scores(path: Path) -> list[Scores]:
+    """Reads a file of `write_scores`."""
     columns = []
     for values in json.loads(path.read_text()):
         for key in ("questions", "stops", "persona"):

@@ -1,1 +1,1 @@
-"""WORDS: load a model, generate, stream, talk."""
+"""Inference: load a model, generate, stream, chat in the terminal."""

@@ -1,4 +1,4 @@
-"""A conversation in the terminal, or through a pipe: one question a line, one answer each."""
+"""A conversation in the terminal or through a pipe: one question per line, one reply each."""
 
 import sys
 from typing import TextIO
@@ -6,10 +6,10 @@ from typing import TextIO
 from rorchat.chatml import encode_prompt
 from rorchat.inference.engine import DEFAULT_REPLY_DIVISOR, ChatModel, stream_text
 
-HELP = "/reset begins anew, /exit ends, /help shows this"
+HELP = "/reset starts a new conversation, /exit ends, /help shows this"
 
 
-def talk(
+def run_chat(
     chat: ChatModel,
     *,
     system: str | None = None,
@@ -19,9 +19,9 @@ def talk(
     source: TextIO | None = None,
     target: TextIO | None = None,
 ) -> int:
-    """Reads questions until /exit or the end of input and streams the answers.
+    """Reads questions until /exit or the end of input, and streams the replies.
 
-    On a terminal it prompts; piped, it prints the answers alone, and notices go to stderr either way.
+    Prompts are shown only if `source` is a terminal. What no longer fits into the context window is reported on stderr.
 
     Returns:
         The number of questions answered.
@@ -48,7 +48,7 @@ def talk(
             print(HELP, file=target)
             continue
         messages.append({"role": "user", "content": question})
-        _say_notice(chat, messages, max_new_tokens)
+        _report_dropped(chat, messages, max_new_tokens)
         if interactive:
             print("model: ", end="", file=target)
         pieces = []
@@ -60,8 +60,9 @@ def talk(
         answered += 1
 
 
-def _say_notice(chat: ChatModel, messages: list[dict], max_new_tokens: int | None) -> None:
-    reserve = max_new_tokens or chat.n_positions // DEFAULT_REPLY_DIVISOR
-    notice = encode_prompt(chat.tokenizer, messages, n_positions=chat.n_positions, max_new_tokens=reserve).notice()
+def _report_dropped(chat: ChatModel, messages: list[dict[str, str]], max_new_tokens: int | None) -> None:
+    """Prints to stderr which part of the conversation does not fit into the context window."""
+    limit = max_new_tokens or chat.n_positions // DEFAULT_REPLY_DIVISOR
+    notice = encode_prompt(chat.tokenizer, messages, n_positions=chat.n_positions, max_new_tokens=limit).notice()
     if notice:
         print(f"({notice})", file=sys.stderr, flush=True)
