@@ -1,7 +1,6 @@
-"""MODEL: a stock GPT-2, from random weights or from a checkpoint, that fits its tokenizer.
+"""A stock GPT-2 with random weights or from a checkpoint, with embeddings that fit its tokenizer.
 
-Nothing here is an architecture: `GPT2Config` and `GPT2LMHeadModel` are Transformers' own, and what is saved is a folder
-that every tool which reads GPT-2 can load.
+The architecture is Transformers' `GPT2LMHeadModel`, and a saved model is a folder that any tool for GPT-2 can load.
 """
 
 from dataclasses import dataclass
@@ -15,21 +14,21 @@ from rorchat.errors import DataError, MismatchError, RemoteError, UsageError, di
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-INITIALIZER_RANGE = 0.02  # GPT-2's
+INITIALIZER_RANGE = 0.02  # standard deviation of random weights, as in GPT-2
 WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Layers, heads and width; the head's width is n_embd / n_head."""
+    """The size of a GPT-2: layers, heads, width. A head is n_embd / n_head wide."""
 
     n_layer: int
     n_head: int
     n_embd: int
 
 
-#: Named by their parameters with GPT-2's vocabulary, but for `demo` (1M with 1,024 tokens) and `561m`, which with
-#: 65,536 tokens holds what nanochat's d20 (20 layers, an untied head) holds.
+#: Named by their number of parameters with GPT-2's vocabulary. Exceptions: `demo` (1M with 1,024 tokens), and `561m`,
+#: which has as many as nanochat's d20 (20 layers, untied head) with 65,536 tokens.
 SIZES = {
     "demo": Shape(4, 4, 128),
     "51m": Shape(8, 8, 512),
@@ -42,41 +41,41 @@ SIZES = {
 
 
 def parse_shape(size: str) -> Shape:
-    """The shape of a size by name, or of an explicit "layers x heads x width" such as "6x5x160".
+    """The shape with this name, or an explicit layers x heads x width such as "6x5x160".
 
     Raises:
-        UsageError: no such size, or a width that the heads do not divide.
+        UsageError: there is no such size, or the heads do not divide the width.
     """
     if size.lower() in SIZES:
         return SIZES[size.lower()]
     parts = size.lower().split("x")
     if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
         raise UsageError(
-            f"No model size {size!r}.{did_you_mean(size.lower(), SIZES)} Known: {', '.join(SIZES)}, or layers x heads "
-            "x width as in 6x5x160."
+            f"No model size {size!r}.{did_you_mean(size.lower(), SIZES)} Available: {', '.join(SIZES)}, or layers x "
+            "heads x width as in 6x5x160."
         )
     shape = Shape(*map(int, parts))
     if shape.n_embd % shape.n_head:
-        raise UsageError(f"Size {size!r}: a width of {shape.n_embd} cannot be divided among {shape.n_head} heads.")
+        raise UsageError(f"Size {size!r}: a width of {shape.n_embd} is not divisible by {shape.n_head} heads.")
     return shape
 
 
-def count_parameters(shape: Shape, vocabulary: int, n_positions: int) -> int:
-    """Numbers in a stock GPT-2, the tied head counted once."""
+def count_parameters(shape: Shape, vocab_size: int, n_positions: int) -> int:
+    """Parameters of a stock GPT-2, with the tied language-model head counted once."""
     width = shape.n_embd
-    block = 12 * width**2 + 13 * width  # four matrices with biases, two norms
-    return (vocabulary + n_positions) * width + shape.n_layer * block + 2 * width
+    block = 12 * width**2 + 13 * width  # four matrices with biases, two layer norms
+    return (vocab_size + n_positions) * width + shape.n_layer * block + 2 * width
 
 
-def count_scaling_parameters(shape: Shape, vocabulary: int) -> int:
-    """N of scaling laws and of FLOPs: the matrices of the body, and the vocabulary matrix once.
+def count_scaling_parameters(shape: Shape, vocab_size: int) -> int:
+    """N of scaling laws and of FLOPs: the matrices of the blocks, and the token embedding once.
 
-    Positions, biases and norms are left out (1 % of 124M): no matrix product is made with them.
+    Position embeddings, biases and norms (1 % of 124M) are left out: no matrix product uses them.
     """
-    return 12 * shape.n_layer * shape.n_embd**2 + vocabulary * shape.n_embd
+    return 12 * shape.n_layer * shape.n_embd**2 + vocab_size * shape.n_embd
 
 
-def flops_per_token(shape: Shape, vocabulary: int, block_size: int) -> float:
+def flops_per_token(shape: Shape, vocab_size: int, block_size: int) -> float:
     """FLOPs of training on one token, forward and backward: 6 N + 12 L d T.
 
     N is `count_scaling_parameters`, with the head; there are L layers of width d, and rows of T tokens. The attention
@@ -84,16 +83,16 @@ def flops_per_token(shape: Shape, vocabulary: int, block_size: int) -> float:
     2022, arXiv:2204.02311, appendix B) and of nanoGPT, so MFU values are comparable. Recomputation by gradient
     checkpointing is not counted.
     """
-    return 6.0 * count_scaling_parameters(shape, vocabulary) + 12.0 * shape.n_layer * shape.n_embd * block_size
+    return 6.0 * count_scaling_parameters(shape, vocab_size) + 12.0 * shape.n_layer * shape.n_embd * block_size
 
 
 def build_model(size: str, tokenizer, n_positions: int, seed: int = 0) -> "GPT2LMHeadModel":
-    """A stock GPT-2 with random weights, without dropout, in float32.
+    """A stock GPT-2 with random weights in float32, without dropout.
 
     Args:
-        size: a name in `SIZES` or "layers x heads x width".
-        tokenizer: gives the vocabulary and the special ids.
-        n_positions: the longest row the model will ever see, in tokens.
+        size: a name in `SIZES`, or layers x heads x width.
+        tokenizer: determines the vocabulary size and the special token ids.
+        n_positions: the context window in tokens.
     """
     from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
@@ -104,7 +103,7 @@ def build_model(size: str, tokenizer, n_positions: int, seed: int = 0) -> "GPT2L
         n_layer=shape.n_layer,
         n_head=shape.n_head,
         n_embd=shape.n_embd,
-        # A small model on much text does not overfit; on a CPU dropout also sends attention to the slow kernel.
+        # A small model does not overfit a large text, and on a CPU dropout disables the fast attention kernel.
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -115,14 +114,15 @@ def build_model(size: str, tokenizer, n_positions: int, seed: int = 0) -> "GPT2L
     )
     set_seed(seed)
     model = GPT2LMHeadModel(config)
-    _set_generation(model, tokenizer)
+    _set_generation_config(model, tokenizer)
     return model
 
 
 def zero_output_projections(model: "GPT2LMHeadModel") -> None:
-    """Lets every block of a new model begin as the identity: the output projections of attention and MLP are zero.
+    """Sets the output projections of attention and MLP to zero, so that every block starts as the identity.
 
-    Under Muon, which gives an update the same size whatever the gradient's, this saves tokens (docs/LOG.md).
+    With Muon, whose updates have the same size whatever the gradient, this reaches the same loss with fewer tokens
+    (docs/LOG.md).
     """
     for block in model.transformer.h:
         for projection in (block.attn.c_proj, block.mlp.c_proj):
@@ -130,16 +130,17 @@ def zero_output_projections(model: "GPT2LMHeadModel") -> None:
 
 
 def load_checkpoint(name_or_path: str, tokenizer, seed: int = 0) -> "GPT2LMHeadModel":
-    """A GPT-2 from a folder or the Hub, in float32 and without dropout, its embeddings grown to fit the tokenizer.
+    """A GPT-2 from a folder or the Hub in float32, without dropout, with embeddings enlarged to fit the tokenizer.
 
-    New rows are the mean of the old ones plus noise of the old rows' own spread: `mean_resizing` of Transformers leaves
-    them 2e-6 apart, so that `<|im_start|>`, `<|im_end|>` and `<|pad|>` would begin as one token. The logits of the old
-    rows do not change. A folder that holds an adapter gives its base with the adapter merged into it.
+    New embedding rows are the mean of the old ones plus noise with the standard deviation of the old rows. The
+    `mean_resizing` of Transformers puts them only 2e-6 apart, so `<|im_start|>`, `<|im_end|>` and `<|pad|>` would start
+    as the same token. The logits of the old tokens do not change. If the folder holds an adapter, the adapter is merged
+    into its base model.
 
     Raises:
-        DataError: there is no model, or it is no GPT-2.
+        DataError: there is no model, or it is not a GPT-2.
         RemoteError: the Hub cannot be reached.
-        MismatchError: the model has more rows than the tokenizer has tokens, or the adapter is of another base.
+        MismatchError: model and tokenizer do not fit together, or the adapter belongs to another base model.
     """
     import torch
     from safetensors import SafetensorError
@@ -158,24 +159,21 @@ def load_checkpoint(name_or_path: str, tokenizer, seed: int = 0) -> "GPT2LMHeadM
     except (OSError, SafetensorError) as error:
         raise DataError(f"Cannot load the weights of {name_or_path!r}: {' '.join(str(error).split())[:200]}") from None
     if info["missing_keys"]:
-        raise DataError(f"{name_or_path!r} lacks weights of a GPT-2: {', '.join(sorted(info['missing_keys'])[:4])}.")
+        raise DataError(f"{name_or_path!r} has no weights for {', '.join(sorted(info['missing_keys'])[:4])}.")
     rows = model.get_input_embeddings().num_embeddings
-    if rows > len(tokenizer):
+    # vocab_size counts no added tokens: GPT-2's 50,257 match the 50,257 rows of its model
+    if not tokenizer.vocab_size <= rows <= len(tokenizer):
         raise MismatchError(
-            f"The model {name_or_path!r} has {rows:,} embedding rows but the tokenizer only {len(tokenizer):,} tokens: "
-            "they do not belong together. Give the tokenizer that the model was trained with."
-        )
-    if rows < tokenizer.vocab_size:  # without what was added to it: GPT-2's 50,257 fit its 50,257 rows
-        raise MismatchError(
-            f"The tokenizer has {tokenizer.vocab_size:,} tokens of its own but the model {name_or_path!r} only "
-            f"{rows:,} embedding rows: they do not belong together. Give the tokenizer that the model was trained with."
+            f"The model {name_or_path!r} has {rows:,} embedding rows, but the tokenizer has {tokenizer.vocab_size:,} "
+            f"tokens ({len(tokenizer):,} with added ones), so they do not belong together. Give the tokenizer that the "
+            "model was trained with."
         )
     set_seed(seed)
     if rows < len(tokenizer):
-        _grow_embeddings(model, len(tokenizer))
+        _enlarge_embeddings(model, len(tokenizer))
     model.config.bos_token_id = model.config.eos_token_id = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     model.config.pad_token_id = tokenizer.convert_tokens_to_ids(PAD)
-    _set_generation(model, tokenizer)
+    _set_generation_config(model, tokenizer)
     return model
 
 
@@ -190,11 +188,11 @@ def _read_config(name_or_path: str) -> "GPT2Config":
         failure = DataError if Path(name_or_path).is_dir() else RemoteError
         raise failure(f"No model can be loaded from {name_or_path!r}: {' '.join(str(error).split())[:200]}") from None
     if config.model_type != "gpt2":
-        raise DataError(f"{name_or_path!r} is a {config.model_type} model; rorchat trains GPT-2 (model_type 'gpt2').")
+        raise DataError(f"{name_or_path!r} is a {config.model_type} model; rorchat needs a GPT-2 (model_type 'gpt2').")
     return config
 
 
-def _grow_embeddings(model: "GPT2LMHeadModel", rows: int) -> None:
+def _enlarge_embeddings(model: "GPT2LMHeadModel", rows: int) -> None:
     import torch
 
     old = model.get_input_embeddings().weight.detach().clone()
@@ -206,8 +204,8 @@ def _grow_embeddings(model: "GPT2LMHeadModel", rows: int) -> None:
     model.tie_weights()
 
 
-def _set_generation(model: "GPT2LMHeadModel", tokenizer) -> None:
-    """Stops at the end of a turn or a text, pads with pad, samples carefully, and never runs past the positions."""
+def _set_generation_config(model: "GPT2LMHeadModel", tokenizer) -> None:
+    """Sets defaults for `generate`: stop at the end of a turn or a document, sample, stay in the context window."""
     from transformers import GenerationConfig
 
     end_of_turn, end_of_text, pad = tokenizer.convert_tokens_to_ids([IM_END, END_OF_TEXT, PAD])
@@ -223,24 +221,24 @@ def _set_generation(model: "GPT2LMHeadModel", tokenizer) -> None:
 
 
 def check_fit(model: "GPT2LMHeadModel", tokenizer, length: int | None = None, setting: str = "block_size") -> None:
-    """Raises MismatchError unless model and tokenizer belong together and rows of `length` fit into the positions."""
+    """Raises MismatchError unless model and tokenizer fit together and `length` tokens fit into the context window."""
     rows = model.get_input_embeddings().num_embeddings
     if rows != len(tokenizer):
         raise MismatchError(
-            f"The model has {rows:,} embedding rows but the tokenizer {len(tokenizer):,} tokens: "
-            "they do not belong together."
+            f"The model has {rows:,} embedding rows, but the tokenizer has {len(tokenizer):,} tokens: use the "
+            "tokenizer that was saved with the model."
         )
     outside = [token for token in CONTROL_TOKENS if not 0 <= tokenizer.convert_tokens_to_ids(token) < rows]
     if outside:
         raise MismatchError(f"The control tokens {', '.join(outside)} have no embedding row.")
     if length and length > model.config.n_positions:
         raise MismatchError(
-            f"{setting} is {length} but the model has only {model.config.n_positions} positions: give at most that."
+            f"{setting} is {length}, but the model has only {model.config.n_positions} positions: give at most that."
         )
 
 
 def save_model(model: "GPT2LMHeadModel", tokenizer, folder: str | Path) -> None:
-    """Writes a plain Transformers folder: safetensors, tokenizer, chat template, generation config."""
+    """Writes a standard Transformers folder: safetensors, config, generation config, tokenizer, chat template."""
     tokenizer.model_max_length = model.config.n_positions
     model.config.architectures = ["GPT2LMHeadModel"]
     model.save_pretrained(folder)

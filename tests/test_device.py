@@ -1,4 +1,4 @@
-"""Devices: a table that can be edited, names as torch gives them, and peaks that are measured where none is known."""
+"""The table of devices, names in torch, and measured peaks."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from rorchat import device as device_module
 from rorchat.device import (
-    DEVICES,
+    DEVICES_FILE,
     detect_device,
     find_device,
     get_peak_flops,
@@ -20,7 +20,7 @@ from rorchat.device import (
 from rorchat.errors import UsageError
 
 
-def test_every_gpu_has_what_a_plan_needs_and_no_precision_that_it_only_emulates():
+def test_every_gpu_has_all_figures_and_no_emulated_precision():
     devices = read_devices()
     gpus = {name: device for name, device in devices.items() if name != "cpu"}
     assert len(gpus) >= 20
@@ -33,7 +33,7 @@ def test_every_gpu_has_what_a_plan_needs_and_no_precision_that_it_only_emulates(
 
 
 @pytest.mark.parametrize(
-    ("said", "name"),
+    ("torch_name", "name"),
     [
         ("Tesla T4", "T4"),
         ("Tesla V100-SXM2-32GB", "V100-32"),
@@ -53,23 +53,23 @@ def test_every_gpu_has_what_a_plan_needs_and_no_precision_that_it_only_emulates(
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ],
 )
-def test_what_torch_calls_a_gpu_is_found_to_the_last_letter(said, name):
-    found = match_torch_name(said, read_devices())
-    assert (found and found.name) == name
+def test_a_torch_name_is_matched_to_its_end(torch_name, name):
+    device = match_torch_name(torch_name, read_devices())
+    assert (device and device.name) == name
 
 
-def test_a_file_of_ones_own_adds_devices_and_replaces_those_of_the_same_name(tmp_path):
-    own = tmp_path / "own.yaml"
-    own.write_text("T4: {memory_gb: 15, peak_tflops: {fp16: 60}}\nMine: {memory_gb: 8, dollars_per_hour: 0.1}\n")
-    assert find_device("t4", own).peak_flops == {"fp16": 60e12}
-    assert find_device("t4", own).bandwidth is None
-    assert find_device("mine", own).memory_bytes == 8e9
-    assert find_device("L4", own) == find_device("L4")
+def test_a_users_file_adds_and_replaces_devices(tmp_path):
+    path = tmp_path / "devices.yaml"
+    path.write_text("T4: {memory_gb: 15, peak_tflops: {fp16: 60}}\nMine: {memory_gb: 8, dollars_per_hour: 0.1}\n")
+    assert find_device("t4", path).peak_flops == {"fp16": 60e12}
+    assert find_device("t4", path).bandwidth is None
+    assert find_device("mine", path).memory_bytes == 8e9
+    assert find_device("L4", path) == find_device("L4")
     assert find_device("T4").memory_bytes == 16e9
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("T4: {memory: 16}", "unknown key 'memory'. Did you mean 'memory_gb'?"),
         ("T4: {memory_gb: 0}", "T4: memory_gb is 0; expected a positive number"),
@@ -78,59 +78,58 @@ def test_a_file_of_ones_own_adds_devices_and_replaces_those_of_the_same_name(tmp
         ("T4: {peak_tflops: {int8: 130}}", "expected figures for bf16, fp16, fp32"),
         ("T4: {peak_tflops: {fp16: -1}}", "peak_tflops.fp16 is -1"),
         ("T4: {matmul_share: 65}", "a share is at most 1"),
-        ("T4: 16", "must hold"),
-        ("- T4", "must contain"),
+        ("T4: 16", "must be"),
+        ("- T4", "devices.yaml"),
         ("T4: {", "is not YAML"),
     ],
 )
-def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, said):
-    own = tmp_path / "own.yaml"
-    own.write_text(text)
+def test_an_invalid_file_is_refused_in_one_line(tmp_path, text, message):
+    path = tmp_path / "devices.yaml"
+    path.write_text(text)
     with pytest.raises(UsageError) as refused:
-        read_devices(own)
-    assert said in str(refused.value) and "\n" not in str(refused.value)
+        read_devices(path)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_an_unknown_device_or_file_names_what_there_is(tmp_path):
-    with pytest.raises(UsageError, match="No device 'A100'. Did you mean 'A100-[48]0'.*Known: T4, V100"):
+def test_an_unknown_device_is_refused_with_the_available_ones(tmp_path):
+    with pytest.raises(UsageError, match="No device 'A100'. Did you mean 'A100-[48]0'.*Available: T4, V100"):
         find_device("A100")
     with pytest.raises(UsageError, match="Cannot read the devices .*none.yaml: No such file"):
         read_devices(tmp_path / "none.yaml")
 
 
-def test_the_cpu_has_this_machines_memory_unless_a_file_says_another(tmp_path):
+def test_the_cpu_has_the_memory_of_this_machine(tmp_path):
     assert find_device("cpu").memory_bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    own = tmp_path / "own.yaml"
-    own.write_text("cpu: {memory_gb: 4}\n")
-    assert find_device("cpu", own).memory_bytes == 4e9
+    path = tmp_path / "devices.yaml"
+    path.write_text("cpu: {memory_gb: 4}\n")
+    assert find_device("cpu", path).memory_bytes == 4e9
 
 
-def test_on_a_cpu_the_peak_is_measured_once_and_quickly(monkeypatch):
+def test_the_peak_of_a_cpu_is_measured_once_and_quickly(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     get_peak_flops.cache_clear()
     started = time.process_time()
-    flops, how = get_peak_flops("fp32")
+    flops, source = get_peak_flops("fp32")
     assert time.process_time() - started < 3  # of CPU, over two threads
-    assert how == "measured" and 1e9 < flops < 1e14
-    monkeypatch.setattr(device_module, "_measured_flops", lambda precision, where: 1 / 0)
+    assert source == "measured" and 1e9 < flops < 1e14
+    monkeypatch.setattr(device_module, "measure_flops", lambda precision, where: 1 / 0)
     assert get_peak_flops("fp32") == (flops, "measured")
     assert 1e8 < measure_bandwidth() < 1e13
     with pytest.raises(UsageError, match="No precision 'tf32'"):
         get_peak_flops("tf32")
 
 
-def test_a_measured_peak_is_that_of_the_best_product(monkeypatch):
-    """The figure is FLOPs by seconds: a product that is made to take a known time gives a known peak."""
+def test_a_measured_peak_is_flops_over_seconds(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(device_module, "_best_seconds", lambda work, where: 0.5)
-    assert device_module._measured_flops("fp32", "cpu") == 2 * 2048 * 768 * 3072 / 0.5
+    monkeypatch.setattr(device_module, "time_fastest", lambda work, where: 0.5)
+    assert device_module.measure_flops("fp32", "cpu") == 2 * 2048 * 768 * 3072 / 0.5
 
 
-def test_a_gpu_of_the_table_is_known_and_another_is_measured(monkeypatch):
+def test_listed_gpus_are_known_and_others_are_measured(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -142,7 +141,7 @@ def test_a_gpu_of_the_table_is_known_and_another_is_measured(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: type("Properties", (), {"total_memory": 5})()
     )
-    monkeypatch.setattr(device_module, "_measured_flops", lambda precision, where: 7e14)
+    monkeypatch.setattr(device_module, "measure_flops", lambda precision, where: 7e14)
     get_peak_flops.cache_clear()
     assert detect_device().name == "NVIDIA B300 SXM6 AC" and detect_device().memory_bytes == 5
     assert get_peak_flops("bf16") == (7e14, "measured")
@@ -152,4 +151,4 @@ def test_a_gpu_of_the_table_is_known_and_another_is_measured(monkeypatch):
 def test_reading_the_table_imports_no_torch():
     code = "import sys, rorchat.device as d; d.find_device('T4'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    assert DEVICES.is_file()
+    assert DEVICES_FILE.is_file()

@@ -1,4 +1,4 @@
-"""Models: stock GPT-2 by name or shape, and checkpoints whose embeddings grow without changing what was learned."""
+"""Stock GPT-2 models of every size, and checkpoints with enlarged embeddings."""
 
 import json
 import shutil
@@ -42,27 +42,27 @@ def test_a_size_has_the_parameters_of_its_name(size, tokens, millions):
     assert count / 1e6 == pytest.approx(millions, abs=0.06)
 
 
-def test_an_explicit_shape_is_taken_and_nonsense_is_refused_with_what_is_known():
+def test_a_shape_is_parsed_and_an_invalid_one_is_refused():
     assert parse_shape("6x5x160") == parse_shape("6X5X160")
     assert (parse_shape("6x5x160").n_layer, parse_shape("6x5x160").n_embd) == (6, 160)
-    for size, said in (
+    for size, message in (
         ("124", "Did you mean '124m'"),
         ("6x5", "layers x heads x width"),
-        ("2x3x64", "divided among 3"),
+        ("2x3x64", "not divisible by 3"),
         ("0x1x8", "No model size"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             parse_shape(size)
     assert set(SIZES) == {"demo", "51m", "124m", "355m", "561m", "774m", "1.5b"}
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_others(tokenizer):
+def test_the_seed_determines_the_weights(tokenizer):
     first, again, other = (build_model("2x2x32", tokenizer, 64, seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["transformer.wte.weight"], other["transformer.wte.weight"])
 
 
-def test_a_saved_model_is_stock_and_loads_with_plain_transformers(tokenizer, tmp_path):
+def test_a_saved_model_loads_with_plain_transformers(tokenizer, tmp_path):
     model = build_model("2x2x32", tokenizer, 64)
     save_model(model, tokenizer, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -80,7 +80,7 @@ def test_a_saved_model_is_stock_and_loads_with_plain_transformers(tokenizer, tmp
     assert not list(tmp_path.glob("*.bin"))
 
 
-def test_growing_the_embeddings_leaves_the_old_logits_alone(small_gpt2, gpt2_tokenizer):
+def test_enlarged_embeddings_keep_the_old_logits(small_gpt2, gpt2_tokenizer):
     folder, stock = small_gpt2
     model = load_checkpoint(str(folder), gpt2_tokenizer).eval()
     assert model.get_input_embeddings().num_embeddings == 50_304
@@ -90,7 +90,7 @@ def test_growing_the_embeddings_leaves_the_old_logits_alone(small_gpt2, gpt2_tok
     assert difference < 1e-5
 
 
-def test_new_rows_differ_from_each_other_as_any_two_tokens_do(small_gpt2, gpt2_tokenizer):
+def test_new_embedding_rows_are_as_far_apart_as_old_ones(small_gpt2, gpt2_tokenizer):
     model = load_checkpoint(str(small_gpt2[0]), gpt2_tokenizer)
     weight = model.get_input_embeddings().weight.detach()
     old = weight[:50_257]
@@ -101,7 +101,7 @@ def test_new_rows_differ_from_each_other_as_any_two_tokens_do(small_gpt2, gpt2_t
             assert 0.5 * usual < (rows[one] - rows[other]).norm() < 2 * usual
 
 
-def test_grown_weights_stay_tied_after_save_and_load(small_gpt2, gpt2_tokenizer, tmp_path):
+def test_enlarged_embeddings_stay_tied_after_saving(small_gpt2, gpt2_tokenizer, tmp_path):
     model = load_checkpoint(str(small_gpt2[0]), gpt2_tokenizer)
     save_model(model, gpt2_tokenizer, tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
@@ -110,12 +110,12 @@ def test_grown_weights_stay_tied_after_save_and_load(small_gpt2, gpt2_tokenizer,
     assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
-def test_a_model_with_more_rows_than_the_tokenizer_has_tokens_is_a_mismatch(small_gpt2, tokenizer):
+def test_more_embedding_rows_than_tokens_are_a_mismatch(small_gpt2, tokenizer):
     with pytest.raises(MismatchError, match="50,257 embedding rows"):
         load_checkpoint(str(small_gpt2[0]), tokenizer)
 
 
-def test_what_is_no_gpt2_is_refused_by_name(tmp_path, tokenizer):
+def test_another_architecture_is_refused(tmp_path, tokenizer):
     with pytest.raises(DataError, match="No model folder"):
         load_checkpoint(str(tmp_path / "nothing"), tokenizer)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
@@ -129,11 +129,11 @@ def test_a_checkpoint_with_missing_weights_is_refused(tokenizer, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop("transformer.h.1.mlp.c_fc.weight")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DataError, match="lacks weights"):
+    with pytest.raises(DataError, match="has no weights for"):
         load_checkpoint(str(tmp_path), tokenizer)
 
 
-def test_a_weight_file_that_was_cut_off_is_one_sentence(tokenizer, tmp_path):
+def test_a_truncated_weight_file_is_refused(tokenizer, tmp_path):
     save_model(build_model("2x2x32", tokenizer, 64), tokenizer, tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:1000])
@@ -141,7 +141,7 @@ def test_a_weight_file_that_was_cut_off_is_one_sentence(tokenizer, tmp_path):
         load_checkpoint(str(tmp_path), tokenizer)
 
 
-def test_rows_longer_than_the_positions_are_a_mismatch(tokenizer):
+def test_rows_longer_than_the_context_window_are_a_mismatch(tokenizer):
     model = build_model("2x2x32", tokenizer, 64)
     check_fit(model, tokenizer, 64)
     with pytest.raises(MismatchError, match="only 64 positions"):

@@ -1,8 +1,8 @@
 """How a chat model behaves: measures of its replies to fixed prompts and to the probes of its persona.
 
-Every prompt of `prompts.yaml` is answered twice: greedily, and sampled with the model's own generation config. A measure
-is a pure function of one exchange; its value is the mean over all exchanges that it applies to, or the mean of group
-means, so that a kind with few prompts counts as much as one with many.
+Every prompt of `prompts.yaml` is answered twice: greedily, and sampled with the model's own generation config. A
+measure is a pure function of one exchange. Its value is the mean over all exchanges that it applies to, or the mean of
+group means, so that a kind with few prompts counts as much as one with many.
 """
 
 from collections import Counter, defaultdict

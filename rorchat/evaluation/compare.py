@@ -28,8 +28,7 @@ def compare_models(
     Args:
         models: (name, folder or Hub id).
         untrained: adds a first column for the first model's architecture with random weights.
-        text: measures loss and bits per byte on this text: the specification of a source, or the folder of a token store,
-            of which the validation split is used.
+        text: measures loss and bits per byte on this text: a source, or the validation split of a token store's folder.
         ask: asks Tinytown's questions and the persona probes.
         persona: the persona file; None for the default persona.
     """
@@ -77,8 +76,8 @@ def load_validation_documents(text: str, tokenizer) -> list[str]:
     store = TokenStore(folder)
     if store.manifest.tokenizer_sha256 != tokenizer_sha256(tokenizer):
         raise MismatchError(
-            f"The token store {text} was written with another tokenizer than the first model's, so it cannot be decoded. "
-            "Name a model with the store's tokenizer first, or give the text as a source."
+            f"The token store {text} was written with another tokenizer than the first model's, so it cannot be "
+            "decoded. Name a model with the store's tokenizer first, or give the text as a source."
         )
     ids = store.slice("validation", 0, store.tokens("validation"))
     starts = (ids == store.manifest.end_of_text_id).nonzero()[0].tolist() + [len(ids)]

@@ -52,7 +52,7 @@ def _parse_threshold(path: Path, name: object, entry: object) -> float:
 
 @dataclass
 class Verdict:
-    """A model's behaviour, the thresholds it is judged by, and optionally the behaviour of the previous stage's model."""
+    """A model's behaviour, its thresholds, and optionally the behaviour of the previous stage's model."""
 
     model: Behaviour
     thresholds: dict[str, float]

@@ -18,8 +18,8 @@ _USER_TURN = re.compile(
     r"<\|im_start\|>\s*user|(?i:(?:^|\n)[ \t]*(?:user|human)[ \t]*[:\n])|\b(?:User|Human):|\n(?:user|human)\s*$"
 )
 
-# Frequent words of each language. A word of several languages counts for each of them. No word of the other four is also
-# an English word that is common in short replies ("No.", "They die.", "Come here!").
+# Frequent words of each language. A word of several languages counts for each of them. The lists of the other four have
+# no word that is common in short English replies ("No.", "They die.", "Come here!").
 STOP_WORDS = {
     language: frozenset(words.split())
     for language, words in {

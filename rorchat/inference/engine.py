@@ -1,7 +1,7 @@
 """Load a model, and generate: replies to conversations in batches or as a stream, and continuations of documents.
 
-Every prompt is encoded by `encode_prompt`, so that text never becomes a control token and no sequence exceeds the context
-window. Generation itself is Transformers' `generate`.
+Every prompt is encoded by `encode_prompt`, so that text never becomes a control token and no sequence exceeds the
+context window. Generation itself is Transformers' `generate`.
 """
 
 import math

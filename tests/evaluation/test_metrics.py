@@ -57,9 +57,10 @@ def test_an_answer_with_an_alternative_is_wrong():
 @pytest.mark.parametrize("metric", CLASSES)
 def test_evaluate_load_finds_the_metric_of_a_file(metric, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "metrics"))
-    monkeypatch.setattr(
-        "evaluate.loading.init_dynamic_modules", lambda: str(make_package(tmp_path / "modules_of_test"))
-    )
+    package = tmp_path / "evaluate_test_modules"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.setattr("evaluate.loading.init_dynamic_modules", lambda: str(package))
     monkeypatch.syspath_prepend(tmp_path)
     loaded = evaluate.load(sys.modules[metric.__module__].__file__)
     assert (type(loaded).__name__, loaded.inputs_description) == (metric.__name__, metric().inputs_description)

@@ -1,7 +1,7 @@
 """Our measures as `evaluate.Metric` classes, which need no network.
 
-One file per metric, so that `evaluate.load("rorchat/evaluation/metrics/stop_rate.py")` works too. Importing this package
-imports `evaluate`, which takes a second or two; nothing else in rorchat does.
+One file per metric, so that `evaluate.load("rorchat/evaluation/metrics/stop_rate.py")` works too. This package imports
+`evaluate`, which takes seconds; no other module of rorchat does.
 """
 
 from rorchat.evaluation.metrics.bits_per_byte import BitsPerByte

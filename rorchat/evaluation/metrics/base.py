@@ -14,7 +14,7 @@ CITATION = """\
 
 
 class InMemoryMetric(evaluate.Metric, abc.ABC):
-    """A metric that stores its inputs in memory instead of evaluate's cache folder, unless several processes share it."""
+    """A metric that keeps its inputs in memory, not in evaluate's cache folder, unless several processes share it."""
 
     def __init__(self, config_name: str | None = None, keep_in_memory: bool = False, num_process: int = 1, **kwargs):
         super().__init__(

@@ -19,7 +19,7 @@ Returns:
     exact_answer: 0 to 1, higher is better.
 Examples:
     >>> from rorchat.evaluation.metrics import ExactAnswer
-    >>> ExactAnswer().compute(predictions=["It is in the mill.<|im_end|>", "In the harbour."], references=["mill", "lake"])
+    >>> ExactAnswer().compute(predictions=["In the mill.<|im_end|>", "In the harbour."], references=["mill", "lake"])
     {'exact_answer': 0.5}
     >>> question = {"kind": "place", "text": "Where is it?", "answer": "mill", "alternatives": ["mill", "lake"]}
     >>> ExactAnswer().compute(predictions=["In the mill or the lake."], references=[question])

@@ -24,8 +24,8 @@ INPUTS = """
 Args:
     predictions: replies, with or without the token that ended them.
 Constructor args:
-    tokenize: splits a reply into tokens, e.g. `tokenizer.tokenize`. 4-grams are then counted of words and of tokens, and
-        the larger share is taken: a loop without spaces has no words. Defaults to words only.
+    tokenize: splits a reply into tokens, e.g. `tokenizer.tokenize`. The larger share of words and of tokens is then
+        taken, because a loop without spaces is a single word. Defaults to words only.
 Returns:
     repetition: share of repetitive replies, 0 to 1, lower is better; NaN if every reply is too short.
     seq_rep_4: mean share of repeated 4-grams, 0 to 1, lower is better; NaN if every reply is too short.
