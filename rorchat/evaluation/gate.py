@@ -135,7 +135,7 @@ def judge_model(model: str, persona: Persona, thresholds: dict[str, float], befo
         MismatchError: a model has no chat template, or its chat template belongs to another persona while persona
             measures have thresholds.
     """
-    chats = [(name, load_model(name, must_chat=True)) for name in (model, before) if name]
+    chats = [(name, load_model(name, require_chat=True)) for name in (model, before) if name]
     _check_persona(*chats[0], persona, thresholds)
     behaviours = [measure_behaviour(chat, name.rstrip("/"), persona) for name, chat in chats]
     return Verdict(behaviours[0], thresholds, *behaviours[1:])

@@ -75,21 +75,21 @@ def resolve_model_path(path: str) -> str:
     return str(inner) if (inner / "config.json").is_file() else path
 
 
-def load_model(name_or_path: str, device: str | None = None, *, must_chat: bool = False) -> ChatModel:
+def load_model(name_or_path: str, device: str | None = None, *, require_chat: bool = False) -> ChatModel:
     """A model with its tokenizer, from a model's folder, a run's folder or the Hub.
 
     Args:
         device: "cuda", "cpu" ...; None uses a GPU if there is one.
-        must_chat: refuse a base model, which has no chat template.
+        require_chat: refuse a base model, which has no chat template.
 
     Raises:
         DataError, RemoteError: it cannot be loaded.
-        MismatchError: model and tokenizer do not belong together, or `must_chat` and it is a base model.
+        MismatchError: model and tokenizer do not belong together, or `require_chat` and it is a base model.
     """
     import torch
 
     folder = resolve_model_path(name_or_path)
-    tokenizer = load_tokenizer(folder, must_chat=must_chat)
+    tokenizer = load_tokenizer(folder, require_chat=require_chat)
     model = load_checkpoint(folder, tokenizer)
     check_fit(model, tokenizer)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
