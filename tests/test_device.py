@@ -77,7 +77,7 @@ def test_a_users_file_adds_and_replaces_devices(tmp_path):
         ("T4: {memory_gb: true}", "memory_gb is True"),
         ("T4: {peak_tflops: {int8: 130}}", "expected figures for bf16, fp16, fp32"),
         ("T4: {peak_tflops: {fp16: -1}}", "peak_tflops.fp16 is -1"),
-        ("T4: {matmul_share: 65}", "a share is at most 1"),
+        ("T4: {matmul_share: 65}", "expected a share of at most 1"),
         ("T4: 16", "must be"),
         ("- T4", "devices.yaml"),
         ("T4: {", "is not YAML"),

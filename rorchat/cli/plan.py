@@ -56,7 +56,7 @@ def plan(
 
     from rorchat.device import detect_device, find_device
     from rorchat.plan.budget import Request, make_plan
-    from rorchat.plan.show import as_yaml, draw
+    from rorchat.plan.show import draw_isoflop_curves, to_yaml
 
     request = Request(
         device=find_device(device, devices) if device else detect_device(devices),
@@ -69,13 +69,13 @@ def plan(
     if probe:
         training_plan, measured = _measure(training_plan)
     if yaml:
-        print(as_yaml(training_plan), end="")
+        print(to_yaml(training_plan), end="")
     else:
         _print_plan(training_plan, measured)
     if out:
-        out.write_text(as_yaml(training_plan), encoding="utf-8")
+        out.write_text(to_yaml(training_plan), encoding="utf-8")
     if picture:
-        draw(training_plan, picture)
+        draw_isoflop_curves(training_plan, picture)
     if not yaml:
         for name, path in (("run", out), ("plot", picture)):
             if path:
@@ -93,9 +93,9 @@ def _check_outputs(out: Path | None, picture: Path | None) -> None:
 def _measure(training_plan: "Plan") -> "tuple[Plan, Probe]":
     """The plan with the measured speed, for the same model size."""
     from rorchat.plan.budget import make_plan
-    from rorchat.plan.probe import probe
+    from rorchat.plan.probe import measure_speed
 
-    measured = probe(training_plan)
+    measured = measure_speed(training_plan)
     request = replace(training_plan.request, size=training_plan.size)
     updated = make_plan(request, measured=measured.seconds_per_token(training_plan))
     if not training_plan.request.size:
@@ -106,10 +106,10 @@ def _measure(training_plan: "Plan") -> "tuple[Plan, Probe]":
 
 def _print_plan(training_plan: "Plan", measured: "Probe | None") -> None:
     from rorchat.cli.tables import print_table
-    from rorchat.plan.show import as_yaml, assumptions, fit_lines, plan_rows
+    from rorchat.plan.show import build_rows, describe_fits, list_assumptions, to_yaml
 
-    print_table(["", "planned", "how"], plan_rows(training_plan))
-    print("", *assumptions(training_plan, measured), sep="\n")
+    print_table(["", "planned", "how"], build_rows(training_plan))
+    print("", *list_assumptions(training_plan, measured), sep="\n")
     if not training_plan.request.size:
-        print("", *fit_lines(training_plan.request), sep="\n")
-    print("", as_yaml(training_plan), sep="\n", end="")
+        print("", *describe_fits(training_plan.request), sep="\n")
+    print("", to_yaml(training_plan), sep="\n", end="")

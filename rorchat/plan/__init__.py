@@ -1,8 +1,8 @@
-"""A budget -> the model to train on it: shape, tokens, batches, memory, hours, money.
+"""From a budget to a training run: model size, tokens, batches, memory, hours, money.
 
-scaling.py   which model and how many tokens give the lowest loss
-cost.py      what a step takes: seconds, and memory by part
-budget.py    a request -> a plan, or what would fit instead
-probe.py     measured seconds in place of assumed ones
-show.py      a plan as a table, as the YAML of a pretraining run, as a picture
+scaling.py   which model and how many tokens reach the lowest loss
+cost.py      the seconds of a step, and its memory by part
+budget.py    a request -> a plan, or an error that says what would fit
+probe.py     measured instead of assumed speed
+show.py      a plan as a table, as the YAML of a pretraining run, as a figure
 """

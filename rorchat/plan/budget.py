@@ -1,4 +1,4 @@
-"""A request -> a plan, or one line that says what would fit."""
+"""A request -> a plan, or an error in one line that says what would fit."""
 
 import math
 from collections.abc import Iterator
@@ -12,26 +12,26 @@ from rorchat.plan.cost import (
     OUTSIDE_STEPS,
     STATE_BYTES,
     Setup,
-    largest_micro_batch,
-    memory,
-    mfu,
-    seconds_per_token,
-    total,
-    what_helps,
+    compute_mfu,
+    estimate_memory,
+    estimate_seconds_per_token,
+    find_largest_micro_batch,
+    find_memory_savers,
 )
-from rorchat.plan.scaling import FITS, Fit, family, size_name
+from rorchat.plan.scaling import FITS, Fit, format_size, list_shapes
 
-GLOBAL_BATCH_TOKENS = 524_288  # GPT-3's for its smallest model, and every reproduction of GPT-2's
-FEWEST_STEPS = 2_000  # a short run takes smaller batches, so that it still has so many steps
-SHORTEST_RUN = 100  # steps: what is shorter is no training
-FITTED = (70e6, 5e9)  # parameters and tokens of the smallest models that the fits saw (Hoffmann et al. 2022, abstract)
-WORTH_SAYING = 0.05  # nats: by so much another size must be better to be named
-MICRO_BATCH_TOKENS = {True: 8_192, False: 65_536}  # on a CPU, on a GPU: more do not make it faster
+GLOBAL_BATCH_TOKENS = 524_288  # of GPT-3's smallest model, and of all reproductions of GPT-2
+TARGET_STEPS = 2_000  # the batch of a short run is halved until the run has so many steps
+MIN_STEPS = 100  # a shorter run is refused
+#: Parameters and tokens of the smallest models that the fits were fitted on (Hoffmann et al. 2022, abstract)
+FITTED_FROM = (70e6, 5e9)
+NOTABLE_LOSS = 0.05  # nats: another size is mentioned only if it is better by this much
+MICRO_BATCH_TOKENS = {True: 8_192, False: 65_536}  # on a CPU, on a GPU: larger micro-batches are no faster
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted: one budget (dollars, hours or FLOPs), with or without a size or tokens; or a size and tokens."""
+    """What the user wants: one budget (dollars, hours or FLOPs), optionally a size or tokens; or a size and tokens."""
 
     device: Device
     money: float | None = None
@@ -52,34 +52,31 @@ class Request:
     mfu: float | None = None
     fit: str = "epoch"
 
-    def __post_init__(self):
-        self._check_budget()
+    def __post_init__(self) -> None:
+        budgets = [name for name in ("money", "hours", "flops") if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            raise UsageError(f"--{budgets[0]} and --{budgets[1]} are two budgets: give one.")
+        if not budgets and not (self.tokens is not None and self.size):
+            raise UsageError("No budget: give --money DOLLARS, --hours H or --flops F, or --size with --tokens.")
         for option in ("money", "hours", "flops", "tokens", "mfu", "dollars_per_hour"):
-            _positive(option, getattr(self, option), 1.0 if option == "mfu" else math.inf)
+            _check_positive(option, getattr(self, option), 1.0 if option == "mfu" else math.inf)
         for option in ("gpus", "vocabulary", "block_size", "global_batch_tokens", "micro_batch"):
-            _positive(option, getattr(self, option))
-        known = (("optimizer", STATE_BYTES), ("kernels", KERNELS), ("fit", FITS), ("precision", PRECISIONS))
-        for option, names in known:
+            _check_positive(option, getattr(self, option))
+        choices = (("optimizer", STATE_BYTES), ("kernels", KERNELS), ("fit", FITS), ("precision", PRECISIONS))
+        for option, names in choices:
             value = getattr(self, option)
             if value is not None and value not in names:
-                raise UsageError(f"--{option} {value!r}.{did_you_mean(value, names)} Known: {', '.join(names)}.")
+                raise UsageError(f"--{option} {value!r}.{did_you_mean(value, names)} Available: {', '.join(names)}.")
         if self.block_size < 2:
             raise UsageError(f"--block-size is {self.block_size}: a row needs at least 2 tokens.")
         if self.device.is_cpu and self.gpus > 1:
             raise UsageError(f"--gpus is {self.gpus} on a CPU: name a GPU with --device.")
 
-    def _check_budget(self) -> None:
-        given = [name for name in ("money", "hours", "flops") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise UsageError(f"--{given[0]} and --{given[1]} are two budgets: give one.")
-        if not given and not (self.tokens is not None and self.size):
-            raise UsageError("No budget: give --money DOLLARS, --hours H or --flops F, or --size with --tokens.")
-
     @property
     def price(self) -> float | None:
-        """Dollars for an hour of all devices."""
-        each = self.dollars_per_hour or self.device.dollars_per_hour
-        return each * self.gpus if each else None
+        """Dollars per hour of all devices."""
+        price = self.dollars_per_hour or self.device.dollars_per_hour
+        return price * self.gpus if price else None
 
     @property
     def setup(self) -> Setup:
@@ -90,13 +87,39 @@ class Request:
             vocabulary=self.vocabulary,
             block_size=self.block_size,
             optimizer=self.optimizer,
-            kernels=self.kernels or ("eager" if self.device.is_cpu else "compiled"),  # as pretraining decides
+            kernels=self.kernels or ("eager" if self.device.is_cpu else "compiled"),  # the defaults of pretraining
             gradient_checkpointing=self.gradient_checkpointing,
             mfu=self.mfu,
         )
 
+    @property
+    def budget(self) -> str:
+        """The budget and the devices in words."""
+        devices = f"{self.gpus} x {self.device.name}" if self.gpus > 1 else f"one {self.device.name}"
+        if self.money:
+            return f"${self.money:,.2f} on {devices}"
+        if self.hours:
+            return f"{self.hours:g} hours on {devices}"
+        return f"{self.flops:.3g} FLOPs on {devices}" if self.flops else f"{self.tokens:,.0f} tokens on {devices}"
 
-def _positive(option: str, value: float | None, most: float = math.inf) -> None:
+    def affordable_tokens(self, setup: Setup, shape: Shape, seconds_per_token: float) -> float:
+        """Tokens that the budget pays for; infinity without a budget.
+
+        Raises:
+            UsageError: the budget is money and the device has no price.
+        """
+        if self.flops:
+            return self.flops / setup.flops(shape)
+        if self.money and not self.price:
+            raise UsageError(
+                f"{self.device.name} has no price: give --dollars-per-hour, or name a device that has one, as in "
+                "--device H100."
+            )
+        hours = self.money / self.price if self.money else self.hours
+        return hours / compute_hours(1, seconds_per_token) if hours else math.inf
+
+
+def _check_positive(option: str, value: float | None, most: float = math.inf) -> None:
     if value is not None and not (0 < value <= most and math.isfinite(value)):
         allowed = "a share above 0, at most 1" if most == 1 else "a positive, finite number"
         raise UsageError(f"--{option.replace('_', '-')} is {value}: give {allowed}.")
@@ -104,7 +127,10 @@ def _positive(option: str, value: float | None, most: float = math.inf) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that its budget pays for. `seconds_per_token` is over all devices; `hours` adds what lies between steps."""
+    """A run that its budget pays for.
+
+    `seconds_per_token` is for all devices together. `hours` includes the time outside of steps.
+    """
 
     request: Request
     setup: Setup
@@ -117,12 +143,12 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """N, as the fits and the FLOPs count it."""
+        """N of the fits and of the FLOPs."""
         return count_scaling_parameters(self.shape, self.setup.vocabulary)
 
     @property
     def size(self) -> str:
-        return size_name(self.shape)
+        return format_size(self.shape)
 
     @property
     def steps(self) -> int:
@@ -130,6 +156,7 @@ class Plan:
 
     @property
     def accumulation(self) -> int:
+        """Micro-batches per step on each device."""
         return self.global_batch_tokens // (self.micro_batch * self.setup.block_size * self.setup.gpus)
 
     @property
@@ -138,11 +165,11 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        return mfu(self.setup, self.shape, self.seconds_per_token)
+        return compute_mfu(self.setup, self.shape, self.seconds_per_token)
 
     @property
     def hours(self) -> float:
-        return hours_of(self.tokens, self.seconds_per_token)
+        return compute_hours(self.tokens, self.seconds_per_token)
 
     @property
     def money(self) -> float | None:
@@ -158,117 +185,132 @@ class Plan:
 
     @property
     def is_extrapolated(self) -> bool:
-        """Whether the fits saw no model so small or tokens so few."""
-        return self.parameters < FITTED[0] or self.tokens < FITTED[1]
+        """Whether model or tokens are smaller than any that the fits were fitted on."""
+        return self.parameters < FITTED_FROM[0] or self.tokens < FITTED_FROM[1]
 
     @property
     def memory(self) -> dict[str, float]:
-        return memory(self.setup, self.shape, self.micro_batch, accumulates=self.accumulation > 1)
+        return estimate_memory(self.setup, self.shape, self.micro_batch, accumulates=self.accumulation > 1)
+
+    @property
+    def affordable_tokens(self) -> float:
+        return self.request.affordable_tokens(self.setup, self.shape, self.seconds_per_token)
+
+    def with_note(self, note: str) -> "Plan":
+        return replace(self, notes=(*self.notes, note))
 
 
-def hours_of(tokens: float, seconds: float) -> float:
-    """Hours that tokens take at so many seconds each in steps, and the time outside of steps."""
-    return tokens * seconds * (1 + OUTSIDE_STEPS) / 3600
-
-
-def make_plan(request: Request, measured: float | None = None) -> Plan:
-    """The plan of a request.
-
-    Args:
-        measured: seconds per token of the request's size, over all devices, in place of the model of speed.
-
-    Raises:
-        UsageError: the budget buys no such run, or it does not fit into memory; says what would.
-    """
-    if not request.size:
-        return _best_plan(request)
-    plan = _plan(request, parse_shape(request.size), measured)
-    if isinstance(plan, _TooLarge):
-        raise UsageError(_no_memory(request, plan))
-    if request.tokens and plan.tokens > _affordable(request, plan):
-        raise UsageError(_too_dear(request, plan))
-    plan = _with_notes(_long_enough(plan))
-    return plan if request.tokens or measured else _with_better_size(plan)
-
-
-def _with_better_size(plan: Plan) -> Plan:
-    """The plan of a size that was asked for, with a note where the same budget buys much less loss with another."""
-    # of whatever micro-batch fits it: that changes the speed a little
-    free = replace(plan.request, size=None, micro_batch=None)
-    others = [other for other in plans(free) if isinstance(other, Plan)]
-    best = min(others, key=lambda other: other.loss, default=plan)
-    if best.loss > plan.loss - WORTH_SAYING:
-        return plan
-    note = (
-        f"By the {plan.fit.name} fit, {best.size} on {best.tokens:,} tokens would end at a loss of {best.loss:.2f} for "
-        f"the same budget, {plan.size} at {plan.loss:.2f}."
-    )
-    return replace(plan, notes=(*plan.notes, note))
-
-
-def choices(request: Request) -> dict[str, Plan]:
-    """What each fit would choose, by its name."""
-    return {name: make_plan(replace(request, fit=name)) for name in FITS}
-
-
-def _with_notes(plan: Plan) -> Plan:
-    if not plan.is_extrapolated:
-        return plan
-    note = (
-        f"The fits saw models from {FITTED[0] / 1e6:.0f}M parameters and {FITTED[1] / 1e9:.0f}B tokens up: here they "
-        "are extrapolated, and their loss is a way to compare choices, no forecast."
-    )
-    return replace(plan, notes=(*plan.notes, note))
+def compute_hours(tokens: float, seconds_per_token: float) -> float:
+    """Hours of a run: the time in steps and outside of them."""
+    return tokens * seconds_per_token * (1 + OUTSIDE_STEPS) / 3600
 
 
 @dataclass(frozen=True)
-class _TooLarge:
-    """One row of this shape does not fit into memory, or the micro-batch that was asked for; then `says` what does."""
+class DoesNotFit:
+    """A shape that does not fit into memory with one row, or (with a `reason`) with the requested micro-batch."""
 
     shape: Shape
-    says: str = ""
+    reason: str = ""
 
 
-def _plan(request: Request, shape: Shape, measured: float | None = None) -> Plan | _TooLarge:
-    """The plan for a shape, with the tokens asked for or else those the budget buys."""
+def make_plan(request: Request, measured: float | None = None) -> Plan:
+    """The plan for a request.
+
+    Args:
+        measured: seconds per token of the requested size on all devices, instead of the estimate.
+
+    Raises:
+        UsageError: the budget does not pay for such a run, or it does not fit into memory. The message says what would.
+    """
+    if not request.size:
+        return _choose_size(request)
+    plan = _plan_shape(request, parse_shape(request.size), measured)
+    if isinstance(plan, DoesNotFit):
+        raise UsageError(_explain_memory(request, plan))
+    if request.tokens and plan.tokens > plan.affordable_tokens:
+        raise UsageError(_explain_price(plan))
+    plan = _add_extrapolation_note(_check_steps(plan))
+    return plan if request.tokens or measured else _add_better_size_note(plan)
+
+
+def compare_fits(request: Request) -> dict[str, Plan]:
+    """{name of a fit: the plan by this fit}."""
+    return {name: make_plan(replace(request, fit=name)) for name in FITS}
+
+
+def iterate_plans(request: Request) -> Iterator[Plan | DoesNotFit]:
+    """A plan for every shape that the budget can train, from small to large; then a DoesNotFit if memory ends it."""
+    for shape in list_shapes():
+        plan = _plan_shape(request, shape)
+        if isinstance(plan, DoesNotFit):
+            yield plan
+            return
+        if plan.steps < MIN_STEPS or plan.tokens > plan.affordable_tokens * (1 + 1e-9):
+            return
+        yield plan
+
+
+def _choose_size(request: Request) -> Plan:
+    """The plan with the lowest loss of all shapes."""
+    candidates = list(iterate_plans(request))
+    fitting = [plan for plan in candidates if isinstance(plan, Plan)]
+    if not fitting:
+        smallest = _plan_shape(request, list_shapes()[0])
+        if isinstance(smallest, DoesNotFit):
+            raise UsageError(_explain_memory(request, smallest))
+        if request.tokens:
+            raise UsageError(_explain_price(smallest))
+        return _check_steps(smallest)
+    best = min(fitting, key=lambda plan: plan.loss)
+    too_large = candidates[-1]
+    if best is fitting[-1] and isinstance(too_large, DoesNotFit) and not request.tokens:
+        reason = too_large.reason
+        if not reason:
+            savers = find_memory_savers(request.setup, too_large.shape)
+            remedy = f" (it would with {' or with '.join(savers)})" if savers else ""
+            reason = f"{format_size(too_large.shape)} does not fit into {request.device.name}'s memory{remedy}."
+        best = best.with_note(f"A larger model would have a lower loss, but {reason}")
+    return _add_extrapolation_note(best)
+
+
+def _plan_shape(request: Request, shape: Shape, measured: float | None = None) -> Plan | DoesNotFit:
+    """The plan for a shape, with the requested tokens or else all that the budget pays for."""
     setup = replace(request.setup, seconds_per_token=measured)
-    tokens, batch = request.tokens, request.global_batch_tokens or GLOBAL_BATCH_TOKENS
-    for _ in range(2):  # the batch depends on the tokens, and through the speed a little on the batch
-        rows = _rows(request, batch)
-        most = request.micro_batch or MICRO_BATCH_TOKENS[setup.device.is_cpu] // setup.block_size
-        micro_batch = largest_micro_batch(setup, shape, rows, most)
+    limit = request.micro_batch or MICRO_BATCH_TOKENS[setup.device.is_cpu] // setup.block_size
+    batch = request.global_batch_tokens or GLOBAL_BATCH_TOKENS
+    for _ in range(2):  # the batch depends on the tokens, which depend a little on the speed with this batch
+        rows = _choose_rows(request, batch)
+        micro_batch = find_largest_micro_batch(setup, shape, rows, limit)
         if not micro_batch:
-            return _TooLarge(shape)
-        seconds = seconds_per_token(setup, shape, micro_batch, rows * setup.block_size * setup.gpus)
-        bought = request.tokens or _buys(request, setup, shape, seconds)
-        tokens = bought
-        batch = request.global_batch_tokens or _batch(request, bought)
+            return DoesNotFit(shape)
+        seconds = estimate_seconds_per_token(setup, shape, micro_batch, rows * setup.block_size * setup.gpus)
+        tokens = request.tokens or request.affordable_tokens(setup, shape, seconds)
+        batch = request.global_batch_tokens or _choose_batch_tokens(request, tokens)
     if request.micro_batch and rows % request.micro_batch:
         raise UsageError(
-            f"--micro-batch {request.micro_batch} does not divide the {rows} rows that a device reads in a step: "
+            f"--micro-batch {request.micro_batch} does not divide the {rows} rows that a device reads per step: "
             "change it or --global-batch-tokens."
         )
     if request.micro_batch and micro_batch != request.micro_batch:
-        device = request.device.name
-        return _TooLarge(
-            shape,
-            f"--micro-batch {request.micro_batch} of {size_name(shape)} does not fit into {device}'s memory: at most "
-            f"{micro_batch} does.",
+        reason = (
+            f"--micro-batch {request.micro_batch} of {format_size(shape)} does not fit into {request.device.name}'s "
+            f"memory: at most {micro_batch} does."
         )
+        return DoesNotFit(shape, reason)
     batch = rows * setup.block_size * setup.gpus
     return Plan(request, setup, shape, int(tokens // batch * batch), batch, micro_batch, seconds)
 
 
-def _rows(request: Request, batch: int) -> int:
-    """Rows a device reads in a step."""
-    each = request.block_size * request.gpus
-    if request.global_batch_tokens and batch % each:
+def _choose_rows(request: Request, batch_tokens: int) -> int:
+    """Rows that one device reads per step: a power of two, unless the request fixes the batch or the micro-batch."""
+    unit = request.block_size * request.gpus
+    if request.global_batch_tokens and batch_tokens % unit:
         raise UsageError(
-            f"--global-batch-tokens {batch:,} is no multiple of block size {request.block_size} x {request.gpus} "
-            f"devices = {each:,}: the nearest that fit are {max(1, batch // each) * each:,} and "
-            f"{(batch // each + 1) * each:,}."
+            f"--global-batch-tokens {batch_tokens:,} is not a multiple of block size {request.block_size} x "
+            f"{request.gpus} devices = {unit:,}: the nearest that fit are {max(1, batch_tokens // unit) * unit:,} and "
+            f"{(batch_tokens // unit + 1) * unit:,}."
         )
-    rows = max(1, batch // each)
+    rows = max(1, batch_tokens // unit)
     if request.global_batch_tokens:
         return rows
     if request.micro_batch:
@@ -276,121 +318,72 @@ def _rows(request: Request, batch: int) -> int:
     return 2 ** int(math.log2(rows))
 
 
-def _batch(request: Request, tokens: float) -> int:
-    """GPT-3's batch, halved until the run has enough steps."""
+def _choose_batch_tokens(request: Request, tokens: float) -> int:
+    """GPT-3's batch, halved until the run has TARGET_STEPS."""
     batch = GLOBAL_BATCH_TOKENS
-    while batch > request.block_size * request.gpus and tokens / batch < FEWEST_STEPS:
+    while batch > request.block_size * request.gpus and tokens / batch < TARGET_STEPS:
         batch //= 2
     return batch
 
 
-def _buys(request: Request, setup: Setup, shape: Shape, seconds: float) -> float:
-    """Tokens that the budget pays for at so many seconds each."""
-    if request.flops:
-        return request.flops / setup.flops(shape)
-    hours = request.hours
-    if request.money:
-        if not request.price:
-            raise UsageError(
-                f"{request.device.name} has no price: give --dollars-per-hour, or name a device that has one, as in "
-                "--device H100."
-            )
-        hours = request.money / request.price
-    return hours / hours_of(1, seconds)
-
-
-def _affordable(request: Request, plan: Plan) -> float:
-    if not (request.money or request.hours or request.flops):
-        return math.inf
-    return _buys(request, plan.setup, plan.shape, plan.seconds_per_token)
-
-
-def _long_enough(plan: Plan) -> Plan:
-    if plan.steps < SHORTEST_RUN:
+def _check_steps(plan: Plan) -> Plan:
+    if plan.steps < MIN_STEPS:
         raise UsageError(
-            f"{_budget(plan.request)} buys {plan.tokens:,} tokens of {plan.size}, {plan.steps} steps of "
-            f"{plan.global_batch_tokens:,}: too few to train on. Give more, a smaller --size, or a smaller "
+            f"{plan.request.budget} pays for {plan.tokens:,} tokens of {plan.size}, {plan.steps} steps of "
+            f"{plan.global_batch_tokens:,}: too few to train on. Give a larger budget, a smaller --size, or a smaller "
             "--global-batch-tokens."
         )
     return plan
 
 
-def plans(request: Request) -> Iterator[Plan | _TooLarge]:
-    """A plan for every shape of the family that the budget can train on the tokens asked for, small to large."""
-    for shape in family():
-        plan = _plan(request, shape)
-        if isinstance(plan, _TooLarge):
-            yield plan
-            return  # nor does a larger one fit
-        if plan.steps < SHORTEST_RUN or plan.tokens > _affordable(request, plan) * (1 + 1e-9):
-            return
-        yield plan
+def _add_extrapolation_note(plan: Plan) -> Plan:
+    if not plan.is_extrapolated:
+        return plan
+    return plan.with_note(
+        f"The fits are based on models from {FITTED_FROM[0] / 1e6:.0f}M parameters and {FITTED_FROM[1] / 1e9:.0f}B "
+        "tokens up. Here they are extrapolated: use the loss to compare choices, not as a forecast."
+    )
 
 
-def _best_plan(request: Request) -> Plan:
-    found = list(plans(request))
-    fitting = [plan for plan in found if isinstance(plan, Plan)]
-    if not fitting:
-        smallest = _plan(request, family()[0])
-        if isinstance(smallest, _TooLarge):
-            raise UsageError(_no_memory(request, smallest))
-        if request.tokens:
-            raise UsageError(_too_dear(request, smallest))
-        return _long_enough(smallest)
-    best = min(fitting, key=lambda plan: plan.loss)
-    if best is fitting[-1] and isinstance(found[-1], _TooLarge) and not request.tokens:
-        best = replace(best, notes=(f"A larger model would have the lower loss, but {_why_not(request, found[-1])}",))
-    return _with_notes(best)
+def _add_better_size_note(plan: Plan) -> Plan:
+    """Names the best size for the budget if it has a much lower loss than the requested one."""
+    request = replace(plan.request, size=None, micro_batch=None)
+    others = [other for other in iterate_plans(request) if isinstance(other, Plan)]
+    best = min(others, key=lambda other: other.loss, default=plan)
+    if best.loss > plan.loss - NOTABLE_LOSS:
+        return plan
+    return plan.with_note(
+        f"By the {plan.fit.name} fit, {best.size} on {best.tokens:,} tokens would reach a loss of {best.loss:.2f} with "
+        f"the same budget, {plan.size} reaches {plan.loss:.2f}."
+    )
 
 
-def _why_not(request: Request, large: _TooLarge) -> str:
-    if large.says:
-        return large.says
-    helps = what_helps(request.setup, large.shape)
-    more = f" ({' or '.join(helps)} would let it)" if helps else ""
-    return f"{size_name(large.shape)} does not fit into {request.device.name}'s memory{more}."
-
-
-def _budget(request: Request) -> str:
-    who = f"{request.gpus} x {request.device.name}" if request.gpus > 1 else f"one {request.device.name}"
-    for value, said in (
-        (request.money, "${:,.2f}"),
-        (request.hours, "{:g} hours"),
-        (request.flops, "{:.3g} FLOPs"),
-    ):
-        if value:
-            return f"{said.format(value)} on {who}"
-    return f"{request.tokens:,.0f} tokens on {who}"
-
-
-def _too_dear(request: Request, plan: Plan) -> str:
+def _explain_price(plan: Plan) -> str:
+    """Why the requested tokens are too expensive, and which model can be trained on them."""
     price = f" (${plan.money:,.2f})" if plan.money else ""
-    needs = f"{plan.flops:.3g} FLOPs, {plan.hours:,.3g} hours{price}"
-    buys = _affordable(request, plan)
-    largest = [other for other in plans(replace(request, size=None)) if isinstance(other, Plan)]
-    fits = (
-        f"the largest model that fits them is {largest[-1].size}"
-        if largest
-        else "no model fits them: give fewer tokens"
-    )
+    others = [other for other in iterate_plans(replace(plan.request, size=None)) if isinstance(other, Plan)]
+    remedy = "no model fits them: give fewer tokens"
+    if others:
+        remedy = f"the largest model that fits them is {others[-1].size}"
     return (
-        f"{plan.size} on {request.tokens:,.0f} tokens needs {needs}; {_budget(request)} buys {buys:,.3g} tokens of it, "
-        f"and {fits}."
+        f"{plan.size} on {plan.request.tokens:,.0f} tokens needs {plan.flops:.3g} FLOPs, {plan.hours:,.3g} hours{price}"
+        f"; {plan.request.budget} pays for {plan.affordable_tokens:,.3g} tokens of it, and {remedy}."
     )
 
 
-def _no_memory(request: Request, large: _TooLarge) -> str:
-    if large.says:
-        return large.says
+def _explain_memory(request: Request, too_large: DoesNotFit) -> str:
+    """Why a shape does not fit into memory, and what would."""
+    if too_large.reason:
+        return too_large.reason
     setup = request.setup
-    need = total(memory(setup, large.shape, 1))
-    helps = what_helps(setup, large.shape)
-    fitting = [shape for shape in family() if largest_micro_batch(setup, shape, 1, 1)]
-    remedy = (
-        f"It fits with {' or with '.join(helps)}" if helps else "Neither --gradient-checkpointing nor adamw_8bit helps"
-    )
-    largest = f"; as it is, the largest that fits is {size_name(fitting[-1])}" if fitting else "; no shape fits"
+    need = sum(estimate_memory(setup, too_large.shape, 1).values())
+    savers = find_memory_savers(setup, too_large.shape)
+    remedy = "Neither --gradient-checkpointing nor adamw_8bit is enough"
+    if savers:
+        remedy = f"It fits with {' or with '.join(savers)}"
+    fitting = [shape for shape in list_shapes() if find_largest_micro_batch(setup, shape, 1, 1)]
+    largest = f"the largest that fits now is {format_size(fitting[-1])}" if fitting else "no shape fits now"
     return (
-        f"{size_name(large.shape)} needs {need / 1e9:.1f} GB at a micro-batch of one row of {setup.block_size} tokens; "
-        f"{setup.device.name} has {setup.device.memory_bytes / 1e9:.1f} GB. {remedy}{largest}."
+        f"{format_size(too_large.shape)} needs {need / 1e9:.1f} GB for a micro-batch of one row of {setup.block_size} "
+        f"tokens; {setup.device.name} has {setup.device.memory_bytes / 1e9:.1f} GB. {remedy}; {largest}."
     )

@@ -23,7 +23,13 @@ from rorchat.sources.tinytown import Question
 
 CLASSES = [getattr(metrics, name) for name in metrics.__all__]
 REPLIES = ["The mill.<|im_end|>", "The mill or the lake.<|im_end|> user", "la " * 20 + "<|im_end|>", "Hi"]
-RESULTS = {"stop_rate": 0.5, "template_leaks": 0.25, "repetition": 0.5, "seq_rep_4": 0.5 * 16 / 17, "exact_answer": 0.5}
+RESULTS = {
+    "stop_rate": 0.5,
+    "template_leaks": 0.25,
+    "repetition": 0.5,
+    "seq_rep_4": 0.5 * 16 / 17,
+    "exact_answer": 0.75,
+}
 
 
 def combine_reply_metrics():
@@ -51,13 +57,13 @@ def test_combined_metrics_are_computed_at_once_and_in_batches():
 def test_an_answer_with_an_alternative_is_wrong():
     question = {"kind": "place", "text": "Where?", "answer": "mill", "alternatives": ["mill", "lake"]}
     result = ExactAnswer().compute(predictions=REPLIES[:2], references=[question] * 2)
-    assert result == {"exact_answer": 0.5}
+    assert result == {"exact_answer": 0.75}
 
 
 @pytest.mark.parametrize("metric", CLASSES)
 def test_evaluate_load_finds_the_metric_of_a_file(metric, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "metrics"))
-    package = tmp_path / "evaluate_test_modules"
+    package = tmp_path / f"modules_of_{metric.__name__}"  # imported modules are cached by name
     package.mkdir()
     (package / "__init__.py").touch()
     monkeypatch.setattr("evaluate.loading.init_dynamic_modules", lambda: str(package))
