@@ -1,8 +1,9 @@
-"""Run folders -> curves.png and report.md: what was done, how it went, what came of it, stage by stage."""
+"""Run folders -> report.md and curves.png: what was done, how it went, and what came of it, stage by stage."""
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from rorchat.errors import DataError
 from rorchat.evaluation.gate import read_verdict
@@ -13,83 +14,77 @@ STAGE_ORDER = ("pretrain", "sft", "dpo", "grpo")
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The runs of a story, in the order of their stages: the folder itself, or those in it that have a run.json."""
+    """The runs of a story in the order of their stages: the folder itself, or its subfolders with a run.json.
+
+    Raises:
+        DataError: there is no run.
+    """
     runs = [folder] if (folder / "run.json").is_file() else sorted(path.parent for path in folder.glob("*/run.json"))
     if not runs:
-        raise DataError(f"{folder} holds no run: there is no run.json in it or one level below.")
+        raise DataError(f"{folder} contains no run: there is no run.json in it or in its subfolders.")
 
     def position(run: Path) -> tuple[int, bool, str]:
         record = read_run_record(run)
         stage = STAGE_ORDER.index(record["stage"]) if record["stage"] in STAGE_ORDER else len(STAGE_ORDER)
-        went_on = "model" in (record.get("settings") or {})  # from a model, as midtraining does
-        return stage, went_on, run.name
+        is_continued = "model" in (record.get("settings") or {})  # pretraining that starts from a model: midtraining
+        return stage, is_continued, run.name
 
     return sorted(runs, key=position)
 
 
-def read_run_record(run: Path) -> dict:
+def read_run_record(run: Path) -> dict[str, Any]:
+    """The content of a run's run.json.
+
+    Raises:
+        DataError: it cannot be read or is not the record of a run.
+    """
     try:
         record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{run}/run.json cannot be read: {error}") from None
     if not isinstance(record, dict) or "stage" not in record:
-        raise DataError(f"{run}/run.json cannot be read: it is no record of a run, which names its stage.")
+        raise DataError(f"{run}/run.json cannot be read: it is not the record of a run, which has a 'stage'.")
     return record
 
 
 def drop_superseded_lines(records: list[dict]) -> list[dict]:
-    """The records of metrics.jsonl that count: a restart takes back those of later steps, which it does again.
+    """The records of metrics.jsonl without those of steps that a resumed run has repeated.
 
-    And a phase that was appended at its step: no checkpoint has it.
+    A phase that was started at the step of the checkpoint is dropped too: the checkpoint does not contain it.
     """
     kept: list[dict] = []
     for record in records:
         if record.get("event") == "resumed":
             step = record["step"]
-            kept = [each for each in kept if each["step"] < step + (each.get("event") != "new phase")]
+            kept = [line for line in kept if line["step"] < step + (line.get("event") != "new phase")]
         kept.append(record)
     return kept
 
 
-def _points(records: list[dict], key: str, scale: float) -> list[tuple[int, float]]:
-    """(step, value) by step; "nan" and "inf", which stand as words in JSON, are no points."""
-    return sorted({r["step"]: r[key] * scale for r in records if isinstance(r.get(key), (int, float))}.items())
+# -- curves ----------------------------------------------------------------------------------------------------------
 
-
-def _source_losses(runs: list[list[dict]]) -> tuple[tuple[str, str, float], ...]:
-    keys = dict.fromkeys(key for records in runs for record in records for key in record)
-    found = [re.fullmatch(r"eval_(.+)_loss", key) for key in keys]
-    return tuple((match[0], match[1], 1) for match in found if match)
+Line = tuple[str, str, float]  # key of metrics.jsonl, label, scale
 
 
 def draw_curves(runs: list[Path], target: Path) -> None:
-    """One column of panels a run, by step: losses, reward, learning rates, gradient norm, speed, MFU and memory.
+    """One column of panels per run, by step: losses, reward, learning rates, gradient norm, speed, MFU and memory.
 
-    Panels without a value in any run are left out. A dotted line is a restart, a red one the step that diverged.
+    Panels without a value in any run are left out. Dotted lines are restarts, red lines are divergences.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    logged = [drop_superseded_lines(read_json_lines(run / "metrics.jsonl")) for run in runs]
-    panels = (
-        ("loss\n(nats/token; dpo: a pair)", (("loss", "training", 1), ("eval_loss", "validation", 1))),
-        ("validation loss by source\n(nats/token)", _source_losses(logged)),
-        ("reward", (("reward", "training", 1), ("eval_reward", "validation", 1))),
-        ("learning rate", (("learning_rate", "AdamW", 1), ("matrix_learning_rate", "Muon", 1))),
-        ("gradient norm", (("grad_norm", "gradient norm", 1),)),
-        ("tokens per second", (("tokens_per_second", "tokens/s", 1),)),
-        ("MFU (%)", (("mfu", "MFU", 100),)),
-        ("peak memory (GB)", (("memory_bytes", "memory", 1e-9),)),
-    )
-    keys = {key for records in logged for record in records for key in record}
-    panels = [panel for panel in panels if any(key in keys for key, _, _ in panel[1])] or [panels[0]]
+    logs = [drop_superseded_lines(read_json_lines(run / "metrics.jsonl")) for run in runs]
+    keys = dict.fromkeys(key for records in logs for record in records for key in record)
+    panels = [panel for panel in _list_panels([*keys]) if any(key in keys for key, _, _ in panel[1])]
+    panels = panels or _list_panels([])[:1]
     figure, axes = pyplot.subplots(
         len(panels), len(runs), figsize=(5.2 * len(runs), 0.6 + 2 * len(panels)), squeeze=False,
         constrained_layout=True, sharex="col",
     )  # fmt: skip
-    for column, (run, records) in enumerate(zip(runs, logged, strict=True)):
+    for column, (run, records) in enumerate(zip(runs, logs, strict=True)):
         for axis, (label, lines) in zip(axes[:, column], panels, strict=True):
             _draw_panel(axis, records, lines)
             if column == 0:
@@ -100,15 +95,31 @@ def draw_curves(runs: list[Path], target: Path) -> None:
     pyplot.close(figure)
 
 
-def _draw_panel(axis, records: list[dict], lines: tuple[tuple[str, str, float], ...]) -> None:
+def _list_panels(keys: list[str]) -> tuple[tuple[str, tuple[Line, ...]], ...]:
+    """(label, lines) of every panel."""
+    sources = [match for key in keys if (match := re.fullmatch(r"eval_(.+)_loss", key))]
+    return (
+        ("loss\n(nats/token; dpo: per pair)", (("loss", "training", 1), ("eval_loss", "validation", 1))),
+        ("validation loss by source\n(nats/token)", tuple((match[0], match[1], 1) for match in sources)),
+        ("reward", (("reward", "training", 1), ("eval_reward", "validation", 1))),
+        ("learning rate", (("learning_rate", "AdamW", 1), ("matrix_learning_rate", "Muon", 1))),
+        ("gradient norm", (("grad_norm", "gradient norm", 1),)),
+        ("tokens per second", (("tokens_per_second", "tokens/s", 1),)),
+        ("MFU (%)", (("mfu", "MFU", 100),)),
+        ("peak memory (GB)", (("memory_bytes", "memory", 1e-9),)),
+    )
+
+
+def _draw_panel(axis: Any, records: list[dict], lines: tuple[Line, ...]) -> None:
     highest = 0.0
-    for key, name, scale in lines:
-        points = _points(records, key, scale)
-        if not points:
+    for key, label, scale in lines:
+        # numbers only: JSON lines hold NaN and infinity as strings
+        values = {r["step"]: r[key] * scale for r in records if isinstance(r.get(key), (int, float))}
+        if not values:
             continue
-        highest = max(highest, *(value for _, value in points))
-        marker = "o" if len(points) < 12 else None
-        axis.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3, linewidth=1.2)
+        highest = max(highest, *values.values())
+        marker = "o" if len(values) < 12 else None
+        axis.plot(*zip(*sorted(values.items()), strict=True), label=label, marker=marker, markersize=3, linewidth=1.2)
     for record in records:
         if record.get("event") in ("resumed", "diverged"):
             red = record["event"] == "diverged"
@@ -124,6 +135,9 @@ def _draw_panel(axis, records: list[dict], lines: tuple[tuple[str, str, float], 
         axis.set_ylim(0, 1.1 * highest)
 
 
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -133,74 +147,77 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def format_score_table(columns: list[Scores]) -> str:
-    """Scores side by side, a model a column."""
-    return _side_by_side([(column.name, column.rows()) for column in columns])
+    """Scores side by side, one column per model."""
+    return _format_columns([(column.name, column.rows()) for column in columns])
 
 
-def _side_by_side(columns: list[tuple[str, dict[str, str]]]) -> str:
+def _format_columns(columns: list[tuple[str, dict[str, str]]]) -> str:
+    """A table of (title, {row: cell}) columns; missing cells are "-"."""
     names = list(dict.fromkeys(name for _, cells in columns for name in cells))
     rows = [[name, *(cells.get(name, "-") for _, cells in columns)] for name in names]
     return format_table(["", *(title for title, _ in columns)], rows)
 
 
 def format_stage_table(folder: Path) -> str:
-    """What was measured on the stages of a story, side by side: scores.json, behaviour.json and the forgetting meter.
+    """Everything measured on the stages of a story: scores.json, behaviour.json and the loss on the base's text.
 
     Returns:
-        A Markdown table with a column a stage, behind models that are of no run here; empty where nothing was measured.
+        A Markdown table with one column per stage, after columns for other models; empty if nothing was measured.
     """
     runs = {run.resolve(): run.name for run in find_runs(folder)}
     scores = read_scores(folder / "scores.json") if (folder / "scores.json").is_file() else []
-    of_runs = {place: column for column in scores if (place := _place_of(column.folder)) in runs}
-    others = [column for column in scores if column not in of_runs.values()]
-    behaviour, losses = _behaviour_cells(folder / "behaviour.json"), _base_losses([*runs])
-    columns = [(column.name, column.rows()) for column in others]
-    for place, name in runs.items():
-        column = of_runs.get(place)
-        cells = (column.rows() if column else {}) | behaviour.get(place, {}) | losses.get(place, {})
+    run_scores = {run: column for column in scores if (run := _find_run_folder(column.folder)) in runs}
+    columns = [(column.name, column.rows()) for column in scores if column not in run_scores.values()]
+    behaviour, losses = _read_behaviour_cells(folder / "behaviour.json"), _read_base_losses([*runs])
+    for run, name in runs.items():
+        column = run_scores.get(run)
+        cells = (column.rows() if column else {}) | behaviour.get(run, {}) | losses.get(run, {})
         if cells:
             columns.append((column.name if column else name, cells))
-    return _side_by_side(columns) if columns else ""
+    return _format_columns(columns) if columns else ""
 
 
-def _place_of(model: str) -> Path:
-    """The folder of the run that a model's folder stands for."""
+def _find_run_folder(model: str) -> Path:
+    """The folder of the run to which a model's folder belongs."""
     folder = Path(model).resolve()
     return folder.parent if folder.name == "model" else folder
 
 
-def _behaviour_cells(path: Path) -> dict[Path, dict[str, str]]:
-    """{run: {row: cell}} of what the gate judged, on its model and that of the stage before."""
+def _read_behaviour_cells(path: Path) -> dict[Path, dict[str, str]]:
+    """{run: {row: cell}} of a verdict, for its model and the previous stage's."""
     if not path.is_file():
         return {}
-    verdict, found = read_verdict(path), {}
+    verdict = read_verdict(path)
+    columns: dict[Path, dict[str, str]] = {}
     for behaviour in filter(None, (verdict.before, verdict.model)):
         values = {name: behaviour.measures[name].value for name in verdict.thresholds}
-        found[_place_of(behaviour.name)] = {
+        columns[_find_run_folder(behaviour.name)] = {
             f"gate: {name.replace('_', ' ')}": "-" if value is None else f"{100 * value:.1f} %"
             for name, value in values.items()
         }
-    found[_place_of(verdict.model.name)]["gate"] = "FAIL" if verdict.failures() else "pass"
-    return found
+    columns[_find_run_folder(verdict.model.name)]["gate"] = "FAIL" if verdict.failures() else "pass"
+    return columns
 
 
-def _base_losses(runs: list[Path]) -> dict[Path, dict[str, str]]:
-    """{run: {row: cell}} of the loss on the base's text: after each stage, and of the model that a stage began with."""
+def _read_base_losses(runs: list[Path]) -> dict[Path, dict[str, str]]:
+    """{run: {row: cell}} of the loss on the base's text; the loss before a stage belongs to the run it started from."""
     records = [(run, record) for run in runs if "base_loss" in (record := read_run_record(run)).get("metrics") or {}]
     texts = dict.fromkeys(record.get("base_text", "") for _, record in records)
-    found: dict[Path, dict[str, str]] = {}
+    columns: dict[Path, dict[str, str]] = {}
     for run, record in records:
         text, metrics = record.get("base_text", ""), record["metrics"]
         row = "base validation loss, nats/token" if "held-out" in text else "base loss, nats/token"
         row += f", on {text}" if len(texts) > 1 else ""
-        began_with = record["settings"].get("model")
-        if began_with and "base_loss_before" in metrics:
-            found.setdefault(_place_of(began_with), {}).setdefault(row, f"{metrics['base_loss_before']:.3f}")
-        found.setdefault(run, {})[row] = f"{metrics['base_loss']:.3f}"
-    return found
+        start = record["settings"].get("model")
+        if start and "base_loss_before" in metrics:
+            cells = columns.setdefault(_find_run_folder(start), {})
+            cells.setdefault(row, f"{metrics['base_loss_before']:.3f}")
+        columns.setdefault(run, {})[row] = f"{metrics['base_loss']:.3f}"
+    return columns
 
 
 def format_run_table(runs: list[Path]) -> str:
+    """Size, duration and validation loss, one row per run."""
     rows = []
     for run in runs:
         record = read_run_record(run)
@@ -209,7 +226,7 @@ def format_run_table(runs: list[Path]) -> str:
             rows.append([run.name, "unfinished", *["-"] * 6])
             continue
         loss, bits = metrics.get("eval_loss"), metrics.get("eval_bits_per_byte")
-        unit = "a pair" if record["stage"] == "dpo" else "nats/token"
+        unit = "per pair" if record["stage"] == "dpo" else "nats/token"
         rows.append(
             [
                 run.name,
@@ -227,7 +244,7 @@ def format_run_table(runs: list[Path]) -> str:
 
 
 def format_forgetting_table(runs: list[Path]) -> str:
-    """What each stage cost the base: its loss on one text, before and after; empty where nobody has measured it."""
+    """The loss on the base's text before and after every stage; empty if it was not measured."""
     rows = []
     for run in runs:
         record = read_run_record(run)
@@ -237,8 +254,8 @@ def format_forgetting_table(runs: list[Path]) -> str:
         cells = [run.name, record.get("base_text", "-")]
         for key in ("base_loss", "base_bits_per_byte"):
             before, after = metrics.get(f"{key}_before"), metrics[key]
-            was, change = ("-", "-") if before is None else (f"{before:.3f}", f"{after - before:+.3f}")
-            cells += [was, f"{after:.3f}", change]
+            shown, change = ("-", "-") if before is None else (f"{before:.3f}", f"{after - before:+.3f}")
+            cells += [shown, f"{after:.3f}", change]
         rows.append(cells)
     if not rows:
         return ""
@@ -247,7 +264,7 @@ def format_forgetting_table(runs: list[Path]) -> str:
 
 
 def format_data_table(runs: list[Path], public: bool = False) -> str:
-    """Where every row went; `public` tables name a source without the path it was read from."""
+    """The rows kept and rejected of every source; a `public` table omits the paths of sources."""
     rows = [
         [
             run.name,
@@ -263,33 +280,32 @@ def format_data_table(runs: list[Path], public: bool = False) -> str:
 
 
 def format_samples(runs: list[Path]) -> str:
+    """The first and the last sample of every prompt, one table per run."""
     parts = []
     for run in runs:
-        samples = read_json_lines(run / "samples.jsonl")
-        prompts = list(dict.fromkeys(sample["prompt"] for sample in samples))
-        rows = []
-        for prompt in prompts:
-            texts = [sample["text"] for sample in samples if sample["prompt"] == prompt]
-            rows.append([prompt, texts[0], texts[-1]])
-        if rows:
+        texts: dict[str, list[str]] = {}
+        for sample in read_json_lines(run / "samples.jsonl"):
+            texts.setdefault(sample["prompt"], []).append(sample["text"])
+        if texts:
+            rows = [[prompt, samples[0], samples[-1]] for prompt, samples in texts.items()]
             parts.append(f"### {run.name}\n\n" + format_table(["prompt", "before", "after"], rows))
-    return "\n\n".join(parts) or "No samples were taken."
+    return "\n\n".join(parts) or "No samples were generated."
 
 
 def format_behaviour(path: Path) -> str:
-    """A verdict of `rorchat gate` as a table, and what was said where a measure failed."""
+    """A verdict of `rorchat gate` as a table, with examples of the failed measures."""
     verdict = read_verdict(path)
     parts = [format_table(*verdict.table())]
     if verdict.failures():
-        parts += [format_table(["failed", "user", "model"], [list(example) for example in verdict.examples()])]
+        parts.append(format_table(["failed", "user", "model"], [list(example) for example in verdict.examples()]))
     return "\n\n".join(parts)
 
 
 def write_report(folder: Path) -> tuple[Path, Path]:
-    """Writes report.md and curves.png into a run's or a story's folder.
+    """Writes report.md and curves.png into the folder of a run or of a story.
 
     Returns:
-        The two paths, report first.
+        (path of the report, path of the curves).
     """
     runs = find_runs(folder)
     curves, report = folder / "curves.png", folder / "report.md"
@@ -298,28 +314,20 @@ def write_report(folder: Path) -> tuple[Path, Path]:
     if stages := format_stage_table(folder):
         parts += ["## Stages", stages]
     if (folder / "scores.json").is_file():
-        columns = read_scores(folder / "scores.json")
-        parts += [
-            "Answers are the likeliest words. A question is right if the reply has the answer and no other of its kind."
-        ]
-        if columns[-1].examples:
-            parts += [
-                "### Exchanges with " + columns[-1].name,
-                format_table(["user", "model"], [list(e) for e in columns[-1].examples]),
-            ]
+        last = read_scores(folder / "scores.json")[-1]
+        parts.append(
+            "Replies are greedy. A reply is right if it contains the answer and no alternative answer of the same kind."
+        )
+        if last.examples:
+            table = format_table(["user", "model"], [list(example) for example in last.examples])
+            parts += [f"### Exchanges with {last.name}", table]
     if (folder / "behaviour.json").is_file():
         parts += ["## Behaviour", format_behaviour(folder / "behaviour.json")]
     if forgetting := format_forgetting_table(runs):
-        said = "The loss on the text that a line names, before that stage and after it."
-        parts += ["## What the base forgot", said, forgetting]
+        parts += ["## Forgetting", "Loss on the text named in each row, before and after the stage.", forgetting]
     parts += ["## Samples", format_samples(runs), "## Data", format_data_table(runs)]
-    versions = read_run_record(runs[-1])["versions"]
-    parts += [
-        "Made with rorchat "
-        + read_run_record(runs[-1])["rorchat"]
-        + ", "
-        + ", ".join(f"{k} {v}" for k, v in versions.items())
-        + "."
-    ]
+    record = read_run_record(runs[-1])
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    parts.append(f"Made with rorchat {record['rorchat']}, {versions}.")
     report.write_text("\n\n".join(parts) + "\n")
     return report, curves

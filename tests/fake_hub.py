@@ -1,8 +1,8 @@
-"""A Hugging Face Hub small enough to hold in a test: loopback only, everything in memory, no git.
+"""A fake Hugging Face Hub for tests: on loopback, in memory, without git.
 
-It speaks what `huggingface_hub` asks when it creates a repository, uploads a folder and pulls it back. Weights go the
-way of LFS (batch, PUT, verify, pointer in the commit), all else lies base64-encoded in the commit, as on the real Hub;
-Xet is not spoken, so a client must have HF_HUB_DISABLE_XET=1 (see `FakeHub.environment`).
+It implements the requests with which `huggingface_hub` creates a repository, uploads a folder and downloads it. Weights
+are uploaded by LFS (batch, PUT, verify, pointer in the commit), all other files base64-encoded in the commit, as on the
+real Hub. Xet is not implemented, so clients need HF_HUB_DISABLE_XET=1 (see `FakeHub.environment`).
 
     with FakeHub() as hub:
         subprocess.run([...], env=hub.environment(home))
@@ -21,22 +21,22 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_fakeTokenThatNobodyMaySee0123456789"
-# What would lead a client past the fake, or to somebody's real account.
+# Variables that would lead a client past the fake Hub, or to a real account
 _NOT_INHERITED = re.compile(r"(HF|HUGGING|TRANSFORMERS|XDG_CACHE)|.*_proxy$", re.IGNORECASE)
 
 
 class FakeHub:
-    """A Hub with one account, whose token is `TOKEN`; everybody may read.
+    """A Hub with one account, whose token is `TOKEN`; reading needs no token.
 
     Attributes:
-        files: the content of each repository's newest revision, by repository and path.
-        commits: (repository, summary, paths) in their order.
-        private: the repositories that were created so.
-        lfs: what came by LFS, by sha256.
-        requests: (method, path) of all that was asked.
-        received: every body that a client sent, as it came.
-        failing: a status for requests whose "METHOD /path" matches a pattern: `{"POST .*/commit/": 500}`.
-        changed: bytes that are served for a path instead of what was uploaded.
+        files: {repository: {path: content}} of the newest revisions.
+        commits: (repository, summary, paths) in order.
+        private: the repositories created as private.
+        lfs: {sha256: content} of LFS uploads.
+        requests: (method, path) of all requests.
+        received: the bodies of all requests.
+        failing: {pattern of "METHOD /path": status}, as in `{"POST .*/commit/": 500}`.
+        changed: {path: content} served instead of the uploaded content.
     """
 
     def __init__(self):
@@ -67,18 +67,18 @@ class FakeHub:
         self._thread.join()
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
-        """The environment of a process that takes this for the Hub; `home` holds its cache and its log-in."""
+        """The environment of a process that uses this Hub; `home` holds its cache and its login."""
         inherited = {name: value for name, value in os.environ.items() if not _NOT_INHERITED.match(name)}
-        own = {
+        settings = {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
-        return inherited | own | ({"HF_TOKEN": token} if token else {})
+        return inherited | settings | ({"HF_TOKEN": token} if token else {})
 
     def revision(self, repository: str) -> str:
-        """What git would call the newest commit: 40 hexadecimal digits."""
+        """The id of the newest commit: 40 hexadecimal digits, as git's."""
         number = sum(commit[0] == repository for commit in self.commits)
         return hashlib.sha1(f"{repository} {number}".encode()).hexdigest()
 
@@ -87,7 +87,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address) -> None:
-        """A client that ended without a word is nothing to report; anything else is a bug of the fake."""
+        """Reports errors, except of clients that closed the connection."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -97,14 +97,14 @@ def is_lfs(path: str) -> bool:
 
 
 def _oid(path: str, content: bytes) -> str:
-    """What the client compares with its own file to see whether it changed: git's blob id, of LFS files the sha256."""
+    """The id by which the client recognizes unchanged files: the sha256 of LFS files, git's blob id of others."""
     if is_lfs(path):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class _Refused(Exception):
-    """An answer that is no success, with what the client reads in its headers."""
+    """An error response, with the code and message that the client reads from its headers."""
 
     def __init__(self, status: int, message: str, code: str = "", **more: str):
         self.status, self.message, self.code, self.more = status, message, code, more
@@ -113,7 +113,7 @@ class _Refused(Exception):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    # method, path, handler, whether one must be logged in
+    # (method, path, handler, whether it needs the token)
     ROUTES = (
         ("POST", r"/api/repos/create", "create", True),
         ("POST", r"/api/validate-yaml", "validate_card", False),
@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/models/(?P<repository>[^/]+/[^/]+)/preupload/main", "preupload", True),
         ("POST", r"/api/models/(?P<repository>[^/]+/[^/]+)/commit/main", "commit", True),
         ("POST", r"/(?P<repository>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch", True),
-        ("PUT", r"/lfs/upload/(?P<oid>[0-9a-f]{64})", "lfs_upload", False),  # the address is the permission, as on S3
+        ("PUT", r"/lfs/upload/(?P<oid>[0-9a-f]{64})", "lfs_upload", False),  # the URL is the permission, as on S3
         ("POST", r"/lfs/verify", "lfs_verify", True),
         ("GET", r"/api/models/(?P<repository>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?", "info", False),
         ("GET", r"/api/models/(?P<repository>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", "tree", False),
@@ -134,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.server.hub
 
     def log_message(self, *arguments) -> None:
-        pass  # a test's output is for failures
+        pass  # no log in the output of tests
 
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -145,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 for pattern, status in self.hub.failing.items():
                     if re.match(pattern, f"{self.command} {path}"):
-                        raise _Refused(status, f"the fake was told to answer {status}")
+                        raise _Refused(status, f"fake failure {status}")
                 status, headers, content = self.dispatch(path, body)
             except _Refused as refused:
                 headers = {"X-Error-Message": refused.message, "X-Error-Code": refused.code}
@@ -173,15 +173,15 @@ class _Handler(BaseHTTPRequestHandler):
     def dispatch(self, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
         method = "GET" if self.command == "HEAD" else self.command
         for wanted, pattern, name, logged_in in self.ROUTES:
-            found = re.fullmatch(pattern, path)
-            if wanted != method or not found:
+            match = re.fullmatch(pattern, path)
+            if wanted != method or not match:
                 continue
             if logged_in and self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 raise _Refused(401, "Invalid username or password.")
-            given = {key: value for key, value in found.groupdict().items() if value is not None}
+            given = {key: value for key, value in match.groupdict().items() if value is not None}
             reply = getattr(self, name)(body, **given)
             return reply if isinstance(reply, tuple) else (200, {}, json.dumps(reply).encode())
-        raise _Refused(404, f"the fake has no {method} {path}")
+        raise _Refused(404, f"the fake Hub has no {method} {path}")
 
     def repository_files(self, repository: str) -> dict[str, bytes]:
         if repository not in self.hub.files:
@@ -287,7 +287,7 @@ class _Handler(BaseHTTPRequestHandler):
                 for path in [path for path in files if path.startswith(value["path"])]:
                     del files[path]
             else:
-                raise _Refused(400, f"the fake knows no {kind}")
+                raise _Refused(400, f"the fake Hub does not know {kind}")
         self.hub.commits.append((repository, summary, paths))
         oid = self.hub.revision(repository)
         return {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repository}/commit/{oid}"}

@@ -1,4 +1,4 @@
-"""Folders laid out like those of the Hub."""
+"""Model folders as on the Hub."""
 
 import torch
 from safetensors.torch import save_file
@@ -6,7 +6,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 
 def hub_gpt2(folder, **config) -> GPT2LMHeadModel:
-    """A folder as the Hub's `gpt2` is: no `transformer.` prefix, causal masks stored, 50,257 rows, no chat template."""
+    """A folder like the Hub's `gpt2`: no `transformer.` prefix, stored causal masks, 50,257 rows, no chat template."""
     torch.manual_seed(1)
     model = GPT2LMHeadModel(GPT2Config(**config))
     folder.mkdir(parents=True, exist_ok=True)

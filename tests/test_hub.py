@@ -1,4 +1,4 @@
-"""Pushing: the real client against a Hub on loopback, from the command line to the bytes that arrive and come back."""
+"""Publishing with the real client and a Hub on loopback, from the command line to the uploaded bytes."""
 
 import errno
 import hashlib
@@ -22,7 +22,7 @@ from rorchat.tokenizer import train_tokenizer
 
 NAME = "owner/small-talk"
 TEXTS = ["A dog sleeps in the sun.", "A cat sits on the mat.", "The sun is warm, and the dog is old."]
-# The same command without the two fresh processes that load the model, which take ten seconds and have their own tests.
+# The command without verification, which starts two processes that take ten seconds and have their own tests
 UNVERIFIED = """
 import rorchat.hub
 rorchat.hub.verify_model = lambda folder: {"answer": "not asked"}
@@ -33,7 +33,7 @@ main()
 
 @pytest.fixture(scope="session")
 def fresh_model(tmp_path_factory) -> Path:
-    """What a stage saves: six files. Not to be changed; copy it."""
+    """The six files of a saved model. Shared: copy it before changing it."""
     folder = tmp_path_factory.mktemp("fresh") / "model"
     tokenizer = train_tokenizer(TEXTS, vocab_size=320)
     save_model(build_model("2x2x32", tokenizer, n_positions=128), tokenizer, folder)
@@ -64,7 +64,7 @@ def story(tmp_path, fresh_model) -> Path:
 
 
 def make_story(folder: Path, fresh_model: Path) -> Path:
-    """Three stages; the model in the middle one is whole, of the others only the weights' fingerprint matters."""
+    """Three stages. Only the middle one has a complete model; the others have a file of weights."""
     weights = (fresh_model / "model.safetensors").read_bytes()
     shutil.copytree(fresh_model, folder / "sft" / "model")
     write_run(folder / "pretrain", "pretrain", b"first", None, {"tinytown=1000": "Apache-2.0"}, loss=2.719)
@@ -76,7 +76,7 @@ def make_story(folder: Path, fresh_model: Path) -> Path:
 
 
 def push(hub: FakeHub, home: Path, folder: Path, *options: str, verified: bool = True, token: str | None = TOKEN):
-    """`rorchat push` in a process of its own: the client reads its settings when it is imported."""
+    """`rorchat push` in a new process, because the client reads its settings on import."""
     start = ["-m", "rorchat.cli"] if verified else ["-c", UNVERIFIED]
     return subprocess.run(
         [sys.executable, *start, "push", str(folder), NAME, *options],
@@ -88,7 +88,7 @@ def push(hub: FakeHub, home: Path, folder: Path, *options: str, verified: bool =
 
 
 def assert_refused(done: subprocess.CompletedProcess, codes: set[int]) -> str:
-    """Ended with one of the codes, one line and nothing else; gives the line."""
+    """The single line of output of a command that failed with one of these exit codes."""
     assert done.returncode in codes, done.stderr
     assert done.stdout == ""
     lines = done.stderr.splitlines()
@@ -99,7 +99,7 @@ def assert_refused(done: subprocess.CompletedProcess, codes: set[int]) -> str:
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory, fresh_model):
-    """A run whose model was pushed: the Hub, what the command said, the model's folder."""
+    """A pushed model: the Hub, the finished command, the model's folder."""
     folder = make_story(tmp_path_factory.mktemp("pushed") / "story", fresh_model) / "sft" / "model"
     (folder / "README.md").write_text("an old card")
     (folder / "training_args.bin").write_bytes(b"a pickle")
@@ -123,32 +123,32 @@ def test_push_sends_the_weights_and_nothing_else_by_lfs(pushed, fresh_model):
     assert pushed.hub.lfs == {sha256(weights): weights}
 
 
-def test_push_says_verified_released_verified(pushed):
+def test_push_prints_verified_released_verified(pushed):
     lines = pushed.done.stdout.splitlines()
     assert lines[0].startswith(f"verified  {pushed.folder}: ")
     assert lines[1] == f"released  {pushed.hub.url}/{NAME}"
-    assert lines[2].startswith("verified  what came back from the Hub: ")
+    assert lines[2].startswith("verified  download from the Hub: ")
     assert len(lines) == 3
     assert pushed.done.stderr == ""
 
 
-def test_push_private_makes_a_private_repository(pushed):
+def test_push_private_creates_a_private_repository(pushed):
     assert pushed.hub.private == {NAME}
 
 
-def test_push_compares_every_file_with_what_came_back(pushed):
+def test_push_downloads_every_file(pushed):
     fetched = {path.split("/", 5)[5] for method, path in pushed.hub.requests if method == "GET" and "/resolve/" in path}
     assert fetched == set(pushed.hub.files[NAME])
 
 
-def test_the_token_is_in_nothing_that_is_uploaded_or_said(pushed):
+def test_the_token_is_neither_uploaded_nor_printed(pushed):
     sent = [*pushed.hub.received, *pushed.hub.files[NAME].values(), *pushed.hub.lfs.values()]
     said = [pushed.done.stdout.encode(), pushed.done.stderr.encode()]
     assert len(sent) > 20
     assert [part for part in sent + said if TOKEN.encode() in part] == []
 
 
-def test_a_pushed_model_answers_in_a_process_that_knows_only_transformers(pushed, tmp_path):
+def test_a_pushed_model_answers_with_transformers_alone(pushed, tmp_path):
     code = (
         "import json, sys; from transformers import pipeline\n"
         "messages = [{'role': 'user', 'content': 'Who is old?'}]\n"
@@ -165,9 +165,9 @@ def test_a_pushed_model_answers_in_a_process_that_knows_only_transformers(pushed
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    from_hub, from_folder = found["asked"]
-    assert found["own"] is False
+    result = json.loads(done.stdout.splitlines()[-1])
+    from_hub, from_folder = result["asked"]
+    assert result["own"] is False
     assert from_hub == from_folder
     assert [message["role"] for message in from_hub[0]["generated_text"]] == ["user", "assistant"]
     assert list((tmp_path / "home").rglob("model.safetensors")) != []  # it did come from the Hub
@@ -186,18 +186,18 @@ def truncate_weights(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1000])
 
 
-def forget_chat_template(folder: Path) -> None:
+def delete_chat_template(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
 
 
-def never_end_a_turn(folder: Path) -> None:
+def remove_stop_token(folder: Path) -> None:
     file = folder / "generation_config.json"
     config = json.loads(file.read_text())
     assert len(config["eos_token_id"]) == 2
     file.write_text(json.dumps(config | {"eos_token_id": config["bos_token_id"]}))
 
 
-@pytest.mark.parametrize("damage", [truncate_weights, forget_chat_template, never_end_a_turn])
+@pytest.mark.parametrize("damage", [truncate_weights, delete_chat_template, remove_stop_token])
 def test_a_model_that_cannot_chat_is_refused_before_anything_is_uploaded(damage, fresh_model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(fresh_model, folder)
@@ -206,10 +206,10 @@ def test_a_model_that_cannot_chat_is_refused_before_anything_is_uploaded(damage,
         line = assert_refused(push(hub, tmp_path / "home", folder), {65, 78})
         assert hub.requests == []
     assert str(folder) in line
-    assert ("<|im_end|>" in line) == (damage is never_end_a_turn)
+    assert ("<|im_end|>" in line) == (damage is remove_stop_token)
 
 
-def test_a_folder_whose_only_weights_are_a_pickle_is_refused(fresh_model, tmp_path, monkeypatch):
+def test_pickled_weights_are_refused(fresh_model, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(fresh_model, folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
@@ -218,18 +218,18 @@ def test_a_folder_whose_only_weights_are_a_pickle_is_refused(fresh_model, tmp_pa
         rorchat_hub.push_model(str(folder), NAME)
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(DataError, match="No model folder"):
         rorchat_hub.push_model(str(tmp_path / "nowhere"), NAME)
 
 
 @pytest.mark.parametrize("name", ["owner/two words", "owner/-name", "owner/name.git", "a/b/c"])
-def test_a_name_that_the_hub_cannot_have_is_a_mistake_in_the_command(name, fresh_model):
-    with pytest.raises(UsageError, match="no Hub id"):
+def test_an_invalid_repository_name_is_a_usage_error(name, fresh_model):
+    with pytest.raises(UsageError, match="not a valid name of a Hub repository"):
         rorchat_hub.push_model(str(fresh_model), name)
 
 
-def test_a_model_that_takes_too_long_to_load_is_refused(fresh_model, monkeypatch):
+def test_a_model_that_loads_too_slowly_is_refused(fresh_model, monkeypatch):
     monkeypatch.setattr(rorchat_hub, "VERIFY_SECONDS", 0.01)
     with pytest.raises(DataError, match=r"within 0\.01 s"):
         rorchat_hub.verify_model(fresh_model)
@@ -243,31 +243,29 @@ def test_a_model_that_takes_too_long_to_load_is_refused(fresh_model, monkeypatch
         ("POST .*/commit/main", 500, 76),
     ],
 )
-def test_what_the_hub_refuses_or_fails_at_gives_one_line_and_its_exit_code(
-    request_pattern, status, code, fresh_model, tmp_path
-):
+def test_an_error_of_the_hub_is_one_line_with_an_exit_code(request_pattern, status, code, fresh_model, tmp_path):
     with FakeHub() as hub:
         hub.failing[request_pattern] = status
         line = assert_refused(push(hub, tmp_path, fresh_model, verified=False), {code})
     assert NAME in line
-    assert f"{status}, the fake was told to answer {status}" in line
+    assert f"{status}, fake failure {status}" in line
     assert TOKEN not in line
 
 
-def test_without_a_log_in_push_says_how_to_log_in(fresh_model, tmp_path):
+def test_push_without_login_explains_how_to_log_in(fresh_model, tmp_path):
     with FakeHub() as hub:
         line = assert_refused(push(hub, tmp_path, fresh_model, verified=False, token=None), {77})
         assert hub.files == {}
     assert "hf auth login" in line
 
 
-def test_a_hub_that_is_not_there_gives_one_line(fresh_model, tmp_path):
+def test_an_unreachable_hub_is_one_line(fresh_model, tmp_path):
     with FakeHub() as hub:
         gone = hub
     assert "refused" in assert_refused(push(gone, tmp_path, fresh_model, verified=False), {76})
 
 
-def test_a_file_that_comes_back_changed_is_not_called_released(fresh_model, tmp_path):
+def test_a_changed_download_is_not_released(fresh_model, tmp_path):
     weights = (fresh_model / "model.safetensors").read_bytes()
     with FakeHub() as hub:
         hub.changed["model.safetensors"] = weights[:-1] + bytes([weights[-1] ^ 1])
@@ -278,14 +276,14 @@ def test_a_file_that_comes_back_changed_is_not_called_released(fresh_model, tmp_
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text("other")])
-def test_files_in_subfolders_are_compared_as_well(damage, tmp_path):
+def test_files_in_subfolders_are_compared(damage, tmp_path):
     for folder in ("here", "there"):
         (tmp_path / folder / "more").mkdir(parents=True)
         (tmp_path / folder / "more" / "template.jinja").write_text("same")
-    rorchat_hub._same_files(tmp_path / "here", tmp_path / "there", NAME)
+    rorchat_hub.compare_files(tmp_path / "here", tmp_path / "there", NAME)
     damage(tmp_path / "there" / "more" / "template.jinja")
     with pytest.raises(RemoteError, match="more/template.jinja"):
-        rorchat_hub._same_files(tmp_path / "here", tmp_path / "there", NAME)
+        rorchat_hub.compare_files(tmp_path / "here", tmp_path / "there", NAME)
 
 
 @pytest.mark.parametrize(
@@ -306,17 +304,17 @@ def test_files_in_subfolders_are_compared_as_well(damage, tmp_path):
     ],
     ids=repr,
 )
-def test_only_what_the_hub_did_is_called_a_failure_of_the_hub(raised, becomes):
-    with pytest.raises(BaseException) as caught, rorchat_hub._remote_failures(NAME):
+def test_only_remote_errors_are_translated(raised, becomes):
+    with pytest.raises(BaseException) as caught, rorchat_hub.translate_hub_errors(NAME):
         raise raised
     assert caught.type is becomes
 
 
-def test_a_failure_that_the_client_wrapped_is_told_by_its_cause():
-    with pytest.raises(RemoteError, match="no route"), rorchat_hub._remote_failures(NAME):
+def test_a_wrapped_error_is_judged_by_its_cause():
+    with pytest.raises(RemoteError, match="no route"), rorchat_hub.translate_hub_errors(NAME):
         raise RuntimeError("Error while uploading") from httpx2.ConnectError("no route")
     full = OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(RuntimeError), rorchat_hub._remote_failures(NAME):
+    with pytest.raises(RuntimeError), rorchat_hub.translate_hub_errors(NAME):
         raise RuntimeError("Error while downloading") from full
 
 
@@ -330,7 +328,7 @@ def test_the_card_names_sources_licences_and_numbers(story):
     assert f"**Not for commercial use**, because of its data: alpaca ({licence})." in lines
 
 
-def test_the_card_leaves_out_what_was_made_of_the_model_later(story):
+def test_the_card_omits_later_stages(story):
     card = build_model_card(story / "sft" / "model", NAME)
     assert "dailydialog" not in card
     assert "0.577" not in card
@@ -338,19 +336,19 @@ def test_the_card_leaves_out_what_was_made_of_the_model_later(story):
     assert "Not for commercial use" not in build_model_card(story / "pretrain" / "model", NAME)
 
 
-def test_the_card_of_a_copied_model_tells_the_runs_that_made_it(story):
+def test_the_card_of_a_copied_model_names_its_runs(story):
     shutil.copytree(story / "sft" / "model", story / "model")
     assert build_model_card(story / "model", NAME) == build_model_card(story / "sft" / "model", NAME)
 
 
-def test_a_card_names_every_source_where_a_run_behind_the_model_is_not_found(story):
+def test_a_card_names_every_source_if_a_run_is_missing(story):
     (story / "pretrain" / "model" / "model.safetensors").unlink()
     card = build_model_card(story / "sft" / "model", NAME)
     assert [source in card for source in ("tinytown", "alpaca", "persona", "dailydialog")] == [True] * 4
     assert "=" not in card.split("## Data")[1].split("##")[0]  # no path of the machine it was trained on
 
 
-def test_a_card_names_every_source_where_a_run_began_with_an_adapter(story):
+def test_a_card_names_every_source_if_a_run_started_from_an_adapter(story):
     record = json.loads((story / "sft" / "run.json").read_text())
     record["inputs"]["start"] = {"adapter_model.safetensors": "0" * 64}
     (story / "sft" / "run.json").write_text(json.dumps(record))
@@ -359,6 +357,6 @@ def test_a_card_names_every_source_where_a_run_began_with_an_adapter(story):
 
 def test_the_card_of_a_model_without_runs_says_so(fresh_model):
     card = build_model_card(fresh_model, NAME)
-    assert card.endswith("No record of its training lies beside the model.\n")
+    assert card.endswith("There is no record of its training.\n")
     assert "Not for commercial use" not in card
     assert f'model="{NAME}"' in card

@@ -1,4 +1,4 @@
-"""REPORT: run folders become one page that says what is in them, and nothing in them can break it."""
+"""Reports of run folders."""
 
 import json
 import struct
@@ -71,7 +71,7 @@ def metrics(steps: int) -> list[dict]:
 
 @pytest.fixture
 def story(tmp_path) -> Path:
-    """Two runs, named so that the order of their names is not that of their stages."""
+    """Two runs whose order by name is not their order by stage."""
     samples = [
         {"step": 0, "prompt": "Who are you?", "text": "and and | and"},
         {"step": 9, "prompt": "Who are you?", "text": "half-way"},
@@ -82,7 +82,7 @@ def story(tmp_path) -> Path:
     return tmp_path / "story"
 
 
-def test_a_story_of_two_runs_becomes_one_page_and_one_picture(story):
+def test_a_story_of_two_runs_has_one_report_and_one_figure(story):
     report, curves = write_report(story)
     assert (report, curves) == (story / "report.md", story / "curves.png")
     lines = report.read_text().splitlines()
@@ -97,7 +97,7 @@ def test_a_story_of_two_runs_becomes_one_page_and_one_picture(story):
     assert "## Scores" not in lines
 
 
-def test_the_picture_is_a_png_with_a_column_a_run(story):
+def test_the_curves_have_one_column_per_run(story):
     _, both = write_report(story)
     content = both.read_bytes()
     assert content[:8] == PNG and content[-8:-4] == b"IEND"
@@ -108,7 +108,7 @@ def test_the_picture_is_a_png_with_a_column_a_run(story):
     assert single[0] > 300 and single[1] > 600
 
 
-def test_the_scores_stand_side_by_side_with_the_exchanges_of_the_last_model(story):
+def test_the_report_has_scores_and_examples_of_the_last_model(story):
     columns = [
         Scores("before", "x", Rate(1, 200), {"sum": Rate(1, 67)}, Rate(0, 9), Rate(0, 9)),
         Scores(
@@ -127,7 +127,7 @@ def test_the_scores_stand_side_by_side_with_the_exchanges_of_the_last_model(stor
 
 
 @pytest.mark.parametrize("half", ['{"step": 6, "lo', '{"step": 6, "text": "你'.encode()[:-1], "{", "\x00\x00\x00"])
-def test_a_half_written_last_line_is_passed_over(half, story):
+def test_a_partly_written_line_is_skipped(half, story):
     path = story / "b-first" / "metrics.jsonl"
     before = read_json_lines(path)
     with path.open("ab") as file:
@@ -135,29 +135,21 @@ def test_a_half_written_last_line_is_passed_over(half, story):
     assert len(before) == 31 and read_json_lines(path) == before
     report, curves = write_report(story)
     assert curves.read_bytes()[:8] == PNG
-    with path.open("ab") as file:  # a resumed run goes on behind it
+    with path.open("ab") as file:  # a resumed run appends
         file.write(b'\n{"step": 7, "loss": 0.5}\n')
     assert read_json_lines(path) == [*before, {"step": 7, "loss": 0.5}]
 
 
-def test_a_text_with_any_kind_of_line_end_in_it_is_one_record(tmp_path):
-    rows = [{"text": f"a{end}b"} for end in ("\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\r", "\n", "\r\n")]
-    path = tmp_path / "samples.jsonl"
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), newline="\n")
-    assert read_json_lines(path) == rows
-    assert read_json_lines(tmp_path / "nowhere.jsonl") == []
-
-
-def test_a_run_without_metrics_or_samples_is_reported_all_the_same(tmp_path):
+def test_a_run_without_metrics_or_samples_is_reported(tmp_path):
     run = write_run(tmp_path / "only", "pretrain", [], metrics={}, data=[])
     (run / "metrics.jsonl").unlink()
     report, curves = write_report(run)
     assert "| only | 924,416 | 0 | 0 | 0 | - | - | cpu |" in report.read_text().splitlines()
-    assert "No samples were taken." in report.read_text()
+    assert "No samples were generated." in report.read_text()
     assert curves.read_bytes()[:8] == PNG
 
 
-def test_runs_are_found_in_the_order_of_their_stages_and_a_run_is_a_story_of_one(tmp_path):
+def test_runs_are_sorted_by_stage(tmp_path):
     for name, stage in (("a", "grpo"), ("b", "some"), ("c", "sft"), ("d", "pretrain"), ("e", "sft"), ("f", "dpo")):
         write_run(tmp_path / name, stage, [])
     (tmp_path / "empty").mkdir()
@@ -166,36 +158,36 @@ def test_runs_are_found_in_the_order_of_their_stages_and_a_run_is_a_story_of_one
 
 
 @pytest.mark.parametrize("inside", [[], ["metrics.jsonl"], ["deep/deeper/run.json"]])
-def test_a_folder_without_a_run_is_a_data_error_of_one_line(inside, tmp_path):
+def test_a_folder_without_a_run_is_a_data_error(inside, tmp_path):
     for name in inside:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match=f"{tmp_path} holds no run: there is no run.json in it") as failure:
+    with pytest.raises(DataError, match=f"{tmp_path} contains no run: there is no run.json in it") as failure:
         write_report(tmp_path)
     assert "\n" not in str(failure.value)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_folder_that_is_not_there_is_a_data_error(tmp_path):
-    with pytest.raises(DataError, match="nowhere holds no run"):
+def test_a_missing_folder_is_a_data_error(tmp_path):
+    with pytest.raises(DataError, match="nowhere contains no run"):
         write_report(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"stage": "sft"', b"\xff\xfe", b"[]", b"5"])
-def test_a_run_whose_record_cannot_be_read_is_a_data_error_that_names_it(content, tmp_path):
+def test_an_unreadable_record_is_a_data_error(content, tmp_path):
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(DataError, match=f"{tmp_path}/run.json cannot be read"):
         read_run_record(tmp_path)
 
 
-def test_a_table_keeps_its_columns_whatever_stands_in_its_cells():
+def test_cells_with_bars_and_line_ends_keep_the_table_intact():
     assert (
         format_table(["a", "b"], [["x|y", "1\n2"], ["", "-"]]) == "| a | b |\n| --- | --- |\n| x\\|y | 1 2 |\n|  | - |"
     )
 
 
-def test_samples_show_the_first_and_the_last_words_of_every_prompt(tmp_path):
+def test_samples_show_the_first_and_last_reply_to_every_prompt(tmp_path):
     samples = [{"step": step, "prompt": prompt, "text": f"{prompt} at {step}"} for step in (0, 5, 9) for prompt in "pq"]
     run = write_run(tmp_path / "run", "sft", [], samples)
     assert format_samples([run]).splitlines()[2:] == [
@@ -206,8 +198,8 @@ def test_samples_show_the_first_and_the_last_words_of_every_prompt(tmp_path):
     ]
 
 
-def test_all_that_was_measured_on_a_stage_is_one_column(tmp_path):
-    """Whatever folder a model was named by; a stage's base loss is what the next one found before its first step."""
+def test_all_measures_of_a_stage_are_one_column(tmp_path):
+    """Models are named by run or model folder; the base loss of a stage may come from the next one."""
     story, text = tmp_path / "story", "90 held-out tokens of runs/pretrain/tokens/town"
     write_run(story / "pretrain", "pretrain", [])
     for name, before, losses in (("sft", "pretrain", (0.5, 5.25)), ("dpo", "sft/model", (5.25, 6.125))):
@@ -239,13 +231,13 @@ def test_all_that_was_measured_on_a_stage_is_one_column(tmp_path):
     assert "| base loss, nats/token, on 7 tokens of text=mine.txt | - | - | 5.250 | 6.125 |" in lines
 
 
-def test_a_verdict_of_the_gate_is_a_section_of_the_report(story):
+def test_a_verdict_is_a_section_of_the_report(story):
     measures = {name: Value(1.0, 10) for name in MEASURES}
     measures["template_leaks"].examples = [("'Hi'", "'<|im_start|>'")]
     write_verdict(Verdict(Behaviour("dpo", 128, 0, measures), {"template_leaks": 0.0}), story / "behaviour.json")
     lines = write_report(story)[0].read_text().splitlines()
     assert lines.index("## Behaviour") < lines.index("## Samples")
-    assert "| shows the template (template_leaks) | 100.0 % of 10 replies | max 0 % | FAIL |" in lines
+    assert "| leaks the template (template_leaks) | 100.0 % of 10 replies | max 0 % | FAIL |" in lines
     assert "| template_leaks | 'Hi' | '<\\|im_start\\|>' |" in lines
     (story / "behaviour.json").unlink()
     assert "## Behaviour" not in write_report(story)[0].read_text()
