@@ -8,7 +8,7 @@ import typer
 
 from rorchat.cli.app import App
 from rorchat.errors import DataError, UsageError
-from rorchat.training.checkpointing.checkpoint import DAMAGED, MANIFEST, Checkpoint, Checkpoints, Damaged
+from rorchat.training.checkpointing.checkpoint import DAMAGED, MANIFEST, Checkpoint, Checkpoints, DamagedCheckpoint
 
 VALID = "valid"
 app = App("List, verify and export the checkpoints of a run.")
@@ -26,7 +26,7 @@ def list_checkpoints(run: Annotated[Path, typer.Argument(help="The folder of a r
     for checkpoint in Checkpoints(run).committed():
         loss = checkpoint.validation_loss
         cells = [f"{checkpoint.step:,}", f"{checkpoint.bytes / 1e6:,.1f} MB", "" if loss is None else f"{loss:.4f}"]
-        rows.append([checkpoint.folder.name, *cells, _check(checkpoint.check_sizes)])
+        rows.append([checkpoint.folder.name, *cells, _check(checkpoint.verify_sizes)])
     listed = {row[0] for row in rows}
     for folder in sorted(run.glob("checkpoint-*")):
         if folder.is_dir() and folder.name not in listed:
@@ -91,14 +91,14 @@ def export(
 
 
 def _require_valid(checkpoint: Path) -> None:
-    """Raises Damaged, naming another checkpoint of the run that is valid."""
+    """Raises DamagedCheckpoint, naming another checkpoint of the run that is valid."""
     try:
         Checkpoint.read(checkpoint).verify()
-    except Damaged as damage:
+    except DamagedCheckpoint as damage:
         others = (other for other in Checkpoints(checkpoint.parent).committed() if other.folder != checkpoint)
         valid = next((other.folder for other in others if _check(other.verify) == VALID), None)
         advice = f"{valid} is valid: export that one." if valid else "The run has no other valid checkpoint."
-        raise Damaged(f"{damage} {advice}") from None
+        raise DamagedCheckpoint(f"{damage} {advice}") from None
 
 
 def _require_folder(folder: Path) -> None:
@@ -115,5 +115,5 @@ def _check(check: Callable[[], None]) -> str:
     try:
         check()
         return VALID
-    except Damaged as damage:
+    except DamagedCheckpoint as damage:
         return str(damage)

@@ -10,19 +10,27 @@ from rorchat.model import build_model, check_fit, load_checkpoint, zero_output_p
 from rorchat.persona import load_persona
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
-from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, details_of, show_plan, stores_of
-from rorchat.training.run_folder import Run
+from rorchat.training.pretrain import (
+    PretrainArguments,
+    PretrainTrainer,
+    build_mixture,
+    describe_mixture,
+    prepare_token_stores,
+    show_plan,
+)
+from rorchat.training.run import train
+from rorchat.training.run_folder import RunFolder
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     arguments = parse(PretrainArguments, argv)
     base = resolve_model_path(arguments.model) if arguments.model else None
-    source = base or arguments.tokenizer
-    run = Run(arguments, "pretrain", {"start": source})
-    if run.finished:
-        return run.already_finished()
+    run = RunFolder(arguments, "pretrain", {"start": base or arguments.tokenizer})
+    if run.is_finished:
+        return run.finished_metrics()
 
-    tokenizer = load_tokenizer(source, load_persona(arguments.persona) if arguments.persona else None)
+    persona = load_persona(arguments.persona) if arguments.persona else None
+    tokenizer = load_tokenizer(base or arguments.tokenizer, persona)
     if base:
         model = load_checkpoint(base, tokenizer, arguments.seed)
     else:
@@ -30,10 +38,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if arguments.optimizer == "muon":
             zero_output_projections(model)
     check_fit(model, tokenizer, arguments.block_size)
-    stores = stores_of(arguments, tokenizer, run.past)
-    trainer = PretrainTrainer(model, arguments, tokenizer, stores, run.past)
-    plan = trainer.mixture.plan
-    return run.train(trainer, details_of(plan, stores, run.past), told=show_plan(plan, run.folder))
+
+    history = run.mixture_history
+    stores = prepare_token_stores(arguments, tokenizer, history)
+    mixture = build_mixture(arguments, stores, history)
+    context = run.context(describe_mixture(mixture.plan, stores, history))
+    trainer = PretrainTrainer(model, arguments, tokenizer, mixture, stores, context)
+    return train(run, trainer, startup_messages=show_plan(mixture.plan, run.folder))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,41 @@
-"""What every stage is told, and how it is read: defaults < YAML < command line, checked before anything starts."""
+"""The settings of every stage, and how they are parsed: defaults < YAML < command line."""
 
 import argparse
+import importlib.util
+import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
+import torch
+from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import SaveStrategy
 from trl import TrlParser
 
 from rorchat.errors import UsageError, did_you_mean
 from rorchat.mixture.config import expand_variables
 from rorchat.stories import find_beside, find_story_file
+from rorchat.training.checkpointing.checkpoint import KEPT
+from rorchat.training.distributed import check_sharding, use_gloo_on_cpu
 from rorchat.training.help import format_help
+from rorchat.training.optim import ADAMW_BETAS, OPTIMIZERS
+from rorchat.training.runtime import best_precision, keep_freed_memory, use_all_cores
 from rorchat.yaml_file import read_yaml
 
 Arguments = TypeVar("Arguments")
+TOKENS_FOLDER = "tokens"  # default folder of token stores, inside the folder of a run
+SMOKE_ROWS_PER_SOURCE = 64
+SMOKE_REPLY_TOKENS = 16  # a model that has not learned to stop would fill a quarter of the window
+COOLDOWN_SCHEDULE, COSINE_SCHEDULE = "warmup_stable_decay", "cosine_with_min_lr"
+#: The trackers that are tested, and the packages of which one must be installed.
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+NOT_NEGATIVE = (
+    "learning_rate", "matrix_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "sample_steps",
+    "price_per_hour", "save_steps", "eval_steps", "logging_steps",
+)  # fmt: skip
 
 
 @dataclass
@@ -26,25 +45,232 @@ class DataArguments:
     sources: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Each NAME (from the Hub), NAME=PATH (local files) or NAME=AMOUNT (generated); chat:NAME for the "
-            "conversations of a source with documents."
+            "help": "NAME (from the Hub), NAME=PATH (local files) or NAME=AMOUNT (generated), one or several; "
+            "chat:NAME takes the conversations of a source that also has documents."
         },
     )
-    persona: str | None = field(default=None, metadata={"help": "A persona file; default: RorChat's own."})
+    persona: str | None = field(default=None, metadata={"help": "A persona file; default: RorChat's."})
     validation_share: float = field(
-        default=0.01, metadata={"help": "Share of documents or conversations held out, in (0, 1)."}
+        default=0.01, metadata={"help": "Share of documents or conversations in the validation split, in (0, 1)."}
     )
     data_seed: int = field(default=0, metadata={"help": "Seed of generated sources and of the order of rows."})
 
-    def specs(self) -> list[str]:
+    def source_specs(self) -> list[str]:
         """Every source that the stage reads."""
         return self.sources
 
     def check_data(self) -> None:
-        if not self.specs():
+        """Raises UsageError if there is no source, or the validation share is out of range."""
+        if not self.source_specs():
             raise UsageError("No sources: give at least one, as in --sources text=my_texts/")
         if not 0 < self.validation_share < 1:
             raise UsageError(f"validation_share is {self.validation_share}: it must lie between 0 and 1.")
+
+
+@dataclass
+class StageArguments(DataArguments):
+    """The settings that all training stages share, beside those of Transformers' Trainer.
+
+    A stage's class lists this one before Transformers' or TRL's, so that the defaults below take precedence.
+    """
+
+    #: Settings of Transformers that would have no effect, and why.
+    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = {
+        "optim": "the optimizer is chosen by `optimizer`: adamw, adamw_8bit or muon",
+        "optim_args": "the optimizer is chosen by `optimizer`: adamw, adamw_8bit or muon",
+        "adam_beta1": f"AdamW's betas are {ADAMW_BETAS}",
+        "adam_beta2": f"AdamW's betas are {ADAMW_BETAS}",
+        "adam_epsilon": "AdamW's epsilon is 1e-8",
+        "train_sampling_strategy": "the order of rows is determined by the data, see `data_seed`",
+        "remove_unused_columns": "rows contain only what the model reads",
+        "logging_nan_inf_filter": "NaN is always logged as NaN",
+        "ddp_find_unused_parameters": "every parameter is used",
+        "accelerator_config": "batches are dispatched and copied as fast as possible already",
+        "average_tokens_across_devices": "every token has the same weight on every process",
+        "auto_find_batch_size": "micro-batches are halved automatically when memory runs out",
+        "load_best_model_at_end": "the best checkpoint is kept, see `rorchat checkpoint list` and `export`",
+        "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss",
+        "save_only_model": "checkpoints are for resuming; `rorchat checkpoint export` extracts the model",
+        "restore_callback_states_from_checkpoint": "it would restore the request to stop",
+        "resume_from_checkpoint": "the same command resumes automatically",
+        "enable_jit_checkpoint": "SIGTERM already saves a checkpoint at the end of the step",
+        "push_to_hub": "`rorchat push` verifies and pushes; `mirror` copies checkpoints",
+        "ignore_data_skip": "a run resumes after the rows that it has read",
+        "activation_offloading": "`gradient_checkpointing` saves that memory",
+        "torch_empty_cache_steps": "every step reuses the memory of the previous one",
+        "include_num_input_tokens_seen": "metrics.jsonl has the number of tokens",
+    }
+
+    smoke: bool = field(
+        default=False, metadata={"help": "Try the run: 3 steps with tiny batches, in OUTPUT_DIR-smoke."}
+    )
+    optimizer: str = field(
+        default="adamw", metadata={"help": "adamw, adamw_8bit, or muon (matrices; the rest uses adamw)."}
+    )
+    matrix_learning_rate: float = field(
+        default=6e-3, metadata={"help": "Muon's learning rate; learning_rate is AdamW's, x10 for the embedding."}
+    )
+    cooldown_share: float = field(
+        default=0.7, metadata={"help": f"Share of the steps in which {COOLDOWN_SCHEDULE} decays to 0."}
+    )
+    sample_prompts: list[str] = field(
+        default_factory=list, metadata={"help": "Prompts to generate samples for, before and after training."}
+    )
+    sample_steps: int = field(default=0, metadata={"help": "Also generate samples every N steps; 0: never."})
+    price_per_hour: float = field(
+        default=0.0, metadata={"help": "Dollars per hour of the whole machine: shows and logs the cost."}
+    )
+    base_text: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text (a token store or a source) on which the loss is measured before and after the stage; "
+            "default: the validation split of the model's pretraining."
+        },
+    )
+    weights_only: bool = field(
+        default=False, metadata={"help": "Resume from weights only (optimizer state lost or changed)."}
+    )
+    mirror: str | None = field(
+        default=None,
+        metadata={"help": "Back up checkpoints to this folder or Hub id, and resume from it."},
+    )
+
+    # settings of Transformers and TRL with other defaults
+    lr_scheduler_type: str = COOLDOWN_SCHEDULE
+    gradient_checkpointing: bool = False
+    bf16: bool | None = None
+    save_total_limit: int = 2
+    report_to: str = "none"
+    disable_tqdm: bool = True
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether training will run on a CUDA device; known before Transformers initializes one."""
+        return torch.cuda.is_available() and not self.use_cpu
+
+    @property
+    def rows_per_source(self) -> int | None:
+        """Rows of each source that a chat stage reads; None for all."""
+        return SMOKE_ROWS_PER_SOURCE if self.smoke else None
+
+    @property
+    def reply_tokens(self) -> int | None:
+        """The length of a sample of a chat stage; None for the default of the engine."""
+        return SMOKE_REPLY_TOKENS if self.smoke else None
+
+    def max_row_length(self) -> int | None:
+        """Tokens of the longest row of a chat stage; None for all positions of the model."""
+        return None
+
+    def create_adapter(self, model, tokenizer, base: str):
+        """The LoRA adapter to be trained, added to the model; None to train the model itself."""
+        return None
+
+    # What identifies a run beyond its settings. Stages that have such inputs override these.
+
+    def appends_phase(self) -> bool:
+        """Whether a changed mixture is appended to the run."""
+        return False
+
+    def rows_per_step(self) -> int:
+        """Rows of the mixture that one optimizer step reads; 0 for stages without a mixture."""
+        return 0
+
+    def resolved_mixture(self) -> dict | None:
+        """The mixture with all its sources, as JSON; None for stages without a mixture."""
+        return None
+
+    def replay_source(self) -> str | None:
+        """The pretraining documents that are mixed into a later stage."""
+        return None
+
+    def reward_files(self) -> dict[str, str]:
+        """The sha256 of every file that defines a reward of the user."""
+        return {}
+
+    # Checks
+
+    def check_stage(self) -> None:
+        """Raises UsageError for the first setting that is out of range or contradicts another one."""
+        if self.optimizer not in OPTIMIZERS:
+            raise UsageError(
+                f"No optimizer {self.optimizer!r}.{did_you_mean(self.optimizer, OPTIMIZERS)} "
+                f"Available: {', '.join(OPTIMIZERS)}."
+            )
+        if not 0 <= self.cooldown_share <= 1:
+            raise UsageError(f"cooldown_share is {self.cooldown_share}: it must lie between 0 and 1.")
+        self._check_ranges()
+        if self.save_total_limit is not None and self.save_total_limit < KEPT:
+            raise UsageError(
+                f"save_total_limit is {self.save_total_limit}: give {KEPT} or more, because the newest checkpoint may "
+                "be damaged by the disk."
+            )
+        if self.mirror and self.save_strategy == SaveStrategy.NO:
+            raise UsageError("mirror copies checkpoints, but save_strategy is no: remove one of them.")
+        if self.max_steps < -1 or self.max_steps == 0:
+            raise UsageError(f"max_steps is {self.max_steps}: give a positive number, or leave it out.")
+        if not self.output_dir:
+            raise UsageError("No output folder: give --output_dir runs/my-run")
+
+    def _check_ranges(self) -> None:
+        for name in NOT_NEGATIVE:
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name)}: give 0 or a positive number.")
+        for name in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**32:
+                raise UsageError(f"{name} is {getattr(self, name)}: give a number from 0 to 2^32 - 1.")
+
+    def check_devices(self) -> None:
+        """Raises UsageError if one process sees several GPUs: the Trainer would use DataParallel."""
+        if self.n_gpu > 1:
+            raise UsageError(
+                f"One process sees {self.n_gpu} GPUs. Launch one process per GPU, accelerate launch --num_processes "
+                f"{self.n_gpu} ..., or show it one GPU with CUDA_VISIBLE_DEVICES=0."
+            )
+
+    def resolve_defaults(self) -> None:
+        """Checks the settings and sets what must not be left to Transformers' defaults. Call before its own checks."""
+        self.check_stage()
+        self.report_to = parse_trackers(self.report_to)
+        if self.bf16 is None and not self.fp16:
+            precision = best_precision(self.on_gpu)
+            self.bf16, self.fp16 = precision["bf16"], precision["fp16"]
+        if self.fp16 and not self.on_gpu:
+            raise UsageError("fp16 needs a GPU: on a CPU leave the precision out, or give --bf16 true.")
+        if self.bf16 and not self.on_gpu:
+            self.use_cpu = True  # transformers 5.23 requires a GPU for bf16 otherwise
+        check_sharding(self)
+        use_gloo_on_cpu()
+        self.ddp_find_unused_parameters = False  # there are none, and the search traverses the graph in every step
+        use_all_cores()
+        keep_freed_memory()
+        self.dataloader_pin_memory = self.on_gpu  # torch warns on a CPU
+        if self.on_gpu and self.accelerator_config is None:
+            self.accelerator_config = {"non_blocking": True}  # overlaps the copy of a batch with computation
+        self.train_sampling_strategy = "sequential"  # the dataset is already in training order
+        self.remove_unused_columns = False
+        self.logging_nan_inf_filter = False  # it would log NaN as 0
+        self.include_num_input_tokens_seen = "no"  # the datasets count tokens
+
+
+def parse_trackers(report_to: str | list[str] | None) -> list[str]:
+    """The experiment trackers, given as one name, names separated by commas, or a list; "none" for none.
+
+    Raises:
+        UsageError: Transformers does not know a tracker, or its package is not installed.
+    """
+    names = report_to.split(",") if isinstance(report_to, str) else report_to or []
+    names = [name.strip() for name in names if name.strip() != "none"]
+    for name in names:
+        if name not in (*INTEGRATION_TO_CALLBACK, "all"):
+            known = (*TRACKERS, *(known for known in INTEGRATION_TO_CALLBACK if known not in TRACKERS))
+            raise UsageError(
+                f"report_to: no tracker {name!r}.{did_you_mean(name, known)} Available: {', '.join(known)}."
+            )
+        packages = TRACKERS.get(name, ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            raise UsageError(f"report_to {name} needs a package that is not installed: pip install {packages[0]}")
+    return names
 
 
 class StageParser(TrlParser):
@@ -58,20 +284,20 @@ class StageParser(TrlParser):
 
 
 def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
-    """Arguments from defaults, `--config FILE.yaml` and the command line, in rising order.
+    """Settings from defaults, `--config FILE.yaml` and the command line; later ones take precedence.
 
-    In the file's sources `$NAME` stands for an environment variable, as in a mixture.
-    The result carries `given`: what was set by file or flags, which is what a run's config.yaml holds.
+    In the `sources` of the file, `$NAME` is replaced by an environment variable, as in a mixture file. The attribute
+    `given` of the result has the settings of the file and the command line; it is written to the run's config.yaml.
 
     Raises:
-        UsageError: unknown key or flag (naming the nearest), a value of the wrong type, an unreadable file, a
-            variable that is not set.
+        UsageError: an unknown key or flag (the message suggests the nearest one), a value of the wrong type, an
+            unreadable file, or an environment variable that is not set.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = StageParser(dataclass_type)
     _show_help(dataclass_type, parser, argv)
     options = {action.dest: action for action in parser._actions}
-    argv, config, path = _without_config(argv)
+    argv, config, path = _split_config(argv)
     _check_config(config, path, options)
     flags = [word[2:].split("=")[0].replace("-", "_") for word in argv if re.match(r"--[a-zA-Z]", word)]
     for flag in flags:
@@ -81,18 +307,14 @@ def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) ->
         config["sources"] = [expand_variables(f"{path}: sources", spec) for spec in config["sources"]]
     names = {entry.name for entry in fields(dataclass_type)}
     given = {name.removeprefix("no_") if name not in names else name for name in (*config, *flags)}
-    decided = sorted(given & set(getattr(dataclass_type, "UNSUPPORTED_ARGS", ())))
-    if decided:
-        raise UsageError(f"{decided[0]} cannot be set: {dataclass_type.UNSUPPORTED_ARGS[decided[0]]}.")
+    unsupported = getattr(dataclass_type, "UNSUPPORTED_ARGS", {})
+    for name in sorted(given & set(unsupported)):
+        raise UsageError(f"{name} cannot be set: {unsupported[name]}.")
     parser.set_defaults_with_config(**config)
     try:
         (arguments,) = parser.parse_args_into_dataclasses(args=argv)
     except (ValueError, argparse.ArgumentTypeError) as error:
-        said = " ".join(str(error).split())
-        # Transformers names the value, and not the setting that has it
-        values = config | {flag: value for flag, value in zip(argv, argv[1:], strict=False) if flag.startswith("--")}
-        of = [name.removeprefix("--") for name, value in values.items() if isinstance(value, str) and value in said]
-        raise UsageError(f"{of[0]}: {said}" if len(of) == 1 and of[0] not in said else said) from None
+        raise UsageError(_name_setting(" ".join(str(error).split()), config, argv)) from None
     arguments.given = {name: _plain(getattr(arguments, name)) for name in sorted(given & names)}
     return arguments
 
@@ -108,11 +330,21 @@ def _show_help(dataclass_type: type, parser: StageParser, argv: list[str]) -> No
     sys.exit(0)
 
 
+def _name_setting(message: str, config: dict, argv: list[str]) -> str:
+    """A message of Transformers with the setting that it is about; Transformers names only the value."""
+    values = config | {flag: value for flag, value in zip(argv, argv[1:], strict=False) if flag.startswith("--")}
+    settings = [
+        name.removeprefix("--") for name, value in values.items() if isinstance(value, str) and value in message
+    ]
+    return f"{settings[0]}: {message}" if len(settings) == 1 and settings[0] not in message else message
+
+
 def _plain(value: object) -> object:
     return value.value if hasattr(value, "value") else value  # enums of Transformers
 
 
-def _without_config(argv: list[str]) -> tuple[list[str], dict, str]:
+def _split_config(argv: list[str]) -> tuple[list[str], dict, str]:
+    """(other words, values of the config file, its path)"""
     if "--config" not in argv:
         return argv, {}, ""
     at = argv.index("--config")
@@ -130,8 +362,8 @@ def _without_config(argv: list[str]) -> tuple[list[str], dict, str]:
 FILE_SETTINGS = ("mixture", "persona")
 
 
-#: Our own settings that are strings and nothing else; TrlParser would take a number for them.
-OWN_STRINGS = {
+#: Settings of rorchat that are strings. TrlParser would accept a number for them.
+STRING_SETTINGS = {
     "tokenizer", "size", "model", "token_store", "persona", "optimizer", "output_dir", "mixture", "mirror", "base_text",
     "replay",
 }  # fmt: skip
@@ -139,20 +371,20 @@ _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def _check_config(config: dict, path: str, options: dict[str, argparse.Action]) -> None:
-    """TrlParser checks neither: it takes a list for an int, and YAML's unquoted `no` for a string."""
+    """Checks keys and types. TrlParser accepts a list for an int, and YAML's unquoted `no` for a string."""
     lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
     for key, value in config.items():
         line = next((n for n, text in enumerate(lines, 1) if re.match(rf"{re.escape(str(key))}\s*:", text)), 0)
         where = f"{path}:{line}: "
         if key not in options or key == "help":
             raise UsageError(f"{where}unknown key {key!r}.{did_you_mean(str(key), options)}")
-        wanted = _wanted(options[key])
-        if not _fits(value, options[key], wanted):
+        expected = _expected_type(options[key])
+        if not _has_type(value, options[key], expected):
             hint = " (write yes and no in quotes)" if isinstance(value, bool) else ""
-            raise UsageError(f"{where}{key} is {value!r}, a {type(value).__name__}; expected {wanted}{hint}.")
+            raise UsageError(f"{where}{key} is {value!r}, a {type(value).__name__}; expected {expected}{hint}.")
 
 
-def _wanted(option: argparse.Action) -> str:
+def _expected_type(option: argparse.Action) -> str:
     name = getattr(option.type, "__name__", "")
     if option.nargs in ("+", "*"):
         return {"float": "a list of numbers", "int": "a list of numbers"}.get(name, "a list of strings")
@@ -161,21 +393,21 @@ def _wanted(option: argparse.Action) -> str:
     return {"int": "an int", "float": "a number"}.get(name, "a string")
 
 
-def _fits(value: object, option: argparse.Action, wanted: str) -> bool:
+def _has_type(value: object, option: argparse.Action, expected: str) -> bool:
     if value is None:
         return option.default is None
-    if wanted.startswith("a list"):
-        numbers = wanted.endswith("numbers")
-        kinds = (int, float) if numbers else (str,)
-        return isinstance(value, list) and all(isinstance(v, kinds) and not isinstance(v, bool) for v in value)
-    if wanted == "true or false":
-        return isinstance(value, bool) or str(value).lower() in ("true", "false", "yes", "no")
-    if wanted == "an int":
-        return isinstance(value, int) and not isinstance(value, bool)
-    if wanted == "a number":
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number or (isinstance(value, str) and bool(_NUMBER.fullmatch(value)))  # YAML reads 6e-4 as a string
-    if option.dest in OWN_STRINGS:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    match expected:
+        case "a list of numbers" | "a list of strings":
+            kinds = (int, float) if expected.endswith("numbers") else (str,)
+            return isinstance(value, list) and all(isinstance(v, kinds) and not isinstance(v, bool) for v in value)
+        case "true or false":
+            return isinstance(value, bool) or str(value).lower() in ("true", "false", "yes", "no")
+        case "an int":
+            return isinstance(value, int) and is_number
+        case "a number":  # YAML reads 6e-4 as a string
+            return is_number or (isinstance(value, str) and bool(_NUMBER.fullmatch(value)))
+    if option.dest in STRING_SETTINGS:
         return isinstance(value, str)
-    # Transformers has fields that take a string or a dictionary or a number: those it checks itself
+    # Transformers has settings that are a string or a dict or a number: it checks them itself
     return not isinstance(value, bool) and (not isinstance(value, list) or option.dest == "report_to")

@@ -25,8 +25,8 @@ from rorchat.mixture.dataset import ValidationRows
 from rorchat.sources.registry import load_rows
 from rorchat.tokenizer import find_run
 from rorchat.tokens.store import Manifest, TokenStore, open_store, store_folder
-from rorchat.training.checkpointing.fingerprint import fingerprint
-from rorchat.training.run_folder import TOKENS
+from rorchat.training.arguments import TOKENS_FOLDER
+from rorchat.training.checkpointing.fingerprint import fingerprint_model
 
 MOST_TOKENS = 50_000  # that are measured, twice a stage
 
@@ -44,7 +44,7 @@ class BaseText:
     of: int | None  # None where the rest was not read
     held_out: float = 0.0
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """What it is, in words."""
         if self.of is None:
             many = f"the first {self.tokens:,}"
@@ -77,14 +77,14 @@ def _run_before(folder: Path, record: dict) -> tuple[Path, dict] | None:
     if not said:
         return None
     for place in (Path(said), folder.parent / Path(said).name):
-        if place.is_dir() and fingerprint(resolve_model_path(str(place))) == record["inputs"].get("start"):
+        if place.is_dir() and fingerprint_model(resolve_model_path(str(place))) == record["inputs"].get("start"):
             return find_run(str(place))
     return None
 
 
 def stores_of(folder: Path, record: dict, tokenizer) -> list[TokenStore]:
     """The token stores that a pretraining run read and that are still there, made with this tokenizer."""
-    root = Path(record["settings"].get("token_store") or folder / TOKENS)
+    root = Path(record["settings"].get("token_store") or folder / TOKENS_FOLDER)
     stores = {}
     for part in (*record.get("past", []), record["inputs"]):
         for name, source in part.get("mixture", {}).get("sources", {}).items():
@@ -171,12 +171,12 @@ class Forgetting(TrainerCallback):
                 )
             return
         if state.is_world_process_zero:
-            meter = self.trainer.meter
-            named = {"text": self.text.told(), "sha256": self.text.sha256()}
-            append_json_line(meter.path, {"step": 0, "event": "base text", "tokens": 0} | named | meter.spent())
+            metrics = self.trainer.metrics
+            named = {"text": self.text.describe(), "sha256": self.text.sha256()}
+            append_json_line(metrics.path, {"step": 0, "event": "base text", "tokens": 0} | named | metrics.elapsed())
         self._measure()
 
-    def after(self) -> dict[str, float]:
+    def measure_after(self) -> dict[str, float]:
         """The loss now and before the first step, for run.json; without the latter where it is not of this text."""
         text, before = self._logged()
         if text.get("sha256") != self.text.sha256():
@@ -185,7 +185,7 @@ class Forgetting(TrainerCallback):
 
     def _logged(self) -> tuple[dict, dict[str, float]]:
         """(text, loss on it) before the first step; both empty where nothing was measured then."""
-        path, text = self.trainer.meter.path, {}
+        path, text = self.trainer.metrics.path, {}
         for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
             record = json.loads(line) if line else {}
             if record.get("event") == "base text":
@@ -196,11 +196,11 @@ class Forgetting(TrainerCallback):
 
     def _measure(self) -> dict[str, float]:
         trainer = self.trainer
-        with trainer.meter.pause():
-            loss: Loss = trainer.loss_over({"": self.text.rows})[""]
+        with trainer.metrics.pause():
+            loss: Loss = trainer.loss_on({"": self.text.rows})[""]
         found = {"base_loss": loss.per_token, "base_bits_per_byte": loss.bits_per_byte, "base_tokens": loss.tokens}
         # not through TRL's `log`, which would add its averages of the steps since the last line
-        Trainer.log(trainer, trainer.meter.completed(dict(found), trainer.state.global_step))
+        Trainer.log(trainer, trainer.metrics.complete(dict(found), trainer.state.global_step))
         return found
 
 
@@ -210,7 +210,7 @@ def forgetting_of(trainer, arguments, positions: int) -> Forgetting | None:
     Raises:
         UsageError: what it would be measured on is among what is replayed or mixed.
     """
-    model, given = getattr(arguments, "model", None), arguments.base_text
+    model, given = arguments.model, arguments.base_text
     if not model and not given:
         return None
     text = base_text(given, model, trainer.chat.tokenizer, positions)
@@ -223,8 +223,8 @@ def forgetting_of(trainer, arguments, positions: int) -> Forgetting | None:
 
 def _require_unseen(text: BaseText, arguments) -> None:
     """Raises UsageError where the documents that come are those that are measured on."""
-    replay = getattr(arguments, "replay", None)
-    mixed = arguments.specs() if hasattr(arguments, "mixture_config") else [replay]
+    replay = arguments.replay_source()
+    mixed = [replay] if arguments.resolved_mixture() is None else arguments.source_specs()
     if not text.held_out and set(mixed) & set(text.where):
         raise UsageError(
             f"base_text {text.where[0]} is what is trained on, and a source is measured whole: name other text, or a "
@@ -244,7 +244,7 @@ def _told(text: BaseText | None, model: str, arguments) -> str:
             f"forgetting is not measured: no pretraining with its token stores is known behind {model}. Give "
             "--base_text, a token store or a source."
         )
-    said = f"forgetting is measured on {text.told()}"
+    said = f"forgetting is measured on {text.describe()}"
     share = _share_here(text, arguments)
     if share is not None and share < text.held_out:
         said += (
@@ -256,9 +256,9 @@ def _told(text: BaseText | None, model: str, arguments) -> str:
 
 def _share_here(text: BaseText, arguments) -> float | None:
     """The share that is held out of the documents that come here; None where none come, or those of the base."""
-    if hasattr(arguments, "mixture_config"):
+    if arguments.resolved_mixture() is not None:
         return arguments.validation_share
-    folder = store_folder(getattr(arguments, "replay", None) or "")
+    folder = store_folder(arguments.replay_source() or "")
     if not folder or folder.resolve() in {Path(place).resolve() for place in text.where}:
         return None
     return Manifest.read(folder).validation_share

@@ -28,21 +28,21 @@ from trl.trainer.utils import FusedCausalLMOutput
 from rorchat.adapter import is_adapter
 from rorchat.chatml import encode_preferences
 from rorchat.errors import UsageError, did_you_mean
-from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.jsonl import append_json_line
 from rorchat.rows import RejectedRow
 from rorchat.sources.base import RowStats
 from rorchat.training import reference_logps
-from rorchat.training.arguments import DataArguments
-from rorchat.training.checkpointing.trainer_mixin import storage_failure
+from rorchat.training.arguments import StageArguments
+from rorchat.training.checkpointing.trainer_mixin import find_storage_failure
+from rorchat.training.context import StageContext
 from rorchat.training.data import Split, load_split, row_lengths
 from rorchat.training.distributed import any_rank, sharding_strategy
 from rorchat.training.kernels.dpo_logps import patch_dpo_logps, reply_masks
 from rorchat.training.kernels.lm_head_loss import patch_gelu
 from rorchat.training.lora import LoraArguments
 from rorchat.training.sampler import count_steps, training_order
-from rorchat.training.smoke_test import SmokeTestArguments, make_small
-from rorchat.training.stage import OptimizationArguments, StageTrainer
+from rorchat.training.smoke_test import shrink_chat_stage
+from rorchat.training.stage import ChatStageTrainer
 
 NOT_FORMED = ("entropy", "logits/chosen", "logits/rejected")  # rorchat/training/kernels/dpo_logps.py leaves them out
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -72,10 +72,10 @@ STOCK = "the model is a stock GPT-2"
 
 
 @dataclass
-class DPOArguments(DataArguments, SmokeTestArguments, LoraArguments, OptimizationArguments, DPOConfig):
+class DPOArguments(LoraArguments, StageArguments, DPOConfig):
     """Settings of `recipes/dpo.py`."""
 
-    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = OptimizationArguments.UNSUPPORTED_ARGS | {
+    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = StageArguments.UNSUPPORTED_ARGS | {
         "precompute_ref_log_probs": "the reference's log-probabilities are computed once; a second model, which TRL "
         "would load for them, would be the base where the run begins with an adapter",
         "sync_ref_model": FIRST_MODEL,
@@ -115,12 +115,15 @@ class DPOArguments(DataArguments, SmokeTestArguments, LoraArguments, Optimizatio
     logging_steps: float = 10
     eval_strategy: str = "no"
 
+    def max_row_length(self) -> int | None:
+        return self.max_length
+
     def __post_init__(self):
         self.check_data()
         if not self.model:
             raise UsageError("No model: give the chat model to train, as in --model runs/gpt2-chat")
         self.check_lora()
-        self.settle()
+        self.resolve_defaults()
         self._check_limits()
         self._check_loss()
         if sharding_strategy(self) == "FSDP" and is_adapter(self.model):
@@ -131,7 +134,7 @@ class DPOArguments(DataArguments, SmokeTestArguments, LoraArguments, Optimizatio
         super().__post_init__()
         self.check_devices()
         if self.smoke:
-            make_small(self)
+            shrink_chat_stage(self)
 
     def _check_limits(self) -> None:
         for name, (fits, allowed) in LIMITS.items():
@@ -203,17 +206,25 @@ def collate_pairs(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
     return batch | reference
 
 
-class PreferenceTrainer(StageTrainer, DPOTrainer):
+class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
     """DPOTrainer over encoded pairs."""
 
-    def __init__(self, model, arguments: DPOArguments, tokenizer, train: Dataset, validation: Dataset):
+    def __init__(
+        self,
+        model,
+        arguments: DPOArguments,
+        tokenizer,
+        train: Dataset,
+        validation: Dataset,
+        context: StageContext,
+    ):
         micro = arguments.per_device_train_batch_size
         arguments.max_steps = count_steps(arguments, len(train))
         rows = arguments.max_steps * micro * arguments.gradient_accumulation_steps * arguments.world_size
         prompts, chosen, rejected = (row_lengths(train, name) for name in PAIR_COLUMNS)
         lengths = 2 * prompts + chosen + rejected
         order = training_order(lengths, rows, micro, arguments.data_seed)
-        read = np.cumsum([0, *lengths[order].reshape(arguments.max_steps, -1).sum(1)])
+        self._tokens_read = np.cumsum([0, *lengths[order].reshape(arguments.max_steps, -1).sum(1)])
         needed, order = np.unique(order, return_inverse=True)
         train = train.select(needed)
         # mean tokens of a chosen reply, in the step and in validation
@@ -226,19 +237,13 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
             train_dataset=train,  # each pair once, for the reference's log-probabilities
             eval_dataset=validation,
             processing_class=tokenizer,
+            context=context,
             data_collator=partial(collate_pairs, pad_id=tokenizer.pad_token_id),
         )
         self.train_dataset = self.train_dataset.select(order)
-        chat = ChatModel(model, tokenizer)
-        self.begin_stage(
-            chat,
-            Path(arguments.output_dir),
-            tokens_after=lambda step: int(read[step]),
-            speak=lambda prompts: [
-                reply.text
-                for reply in generate_replies(chat, prompts, max_new_tokens=arguments.reply_tokens, temperature=0)
-            ],
-        )
+
+    def tokens_after(self, step: int) -> int:
+        return int(self._tokens_read[step])
 
     # The reference
 
@@ -258,7 +263,7 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         if missing:
             found = self._of_reference(dataset, name, batch_size)
         if self.is_world_process_zero():
-            failure = storage_failure(lambda: reference_logps.write(path, key, found)) if missing else None
+            failure = find_storage_failure(lambda: reference_logps.write(path, key, found)) if missing else None
             how = "computed" if missing else f"read from {path}"
             lost = f"; they could not be kept ({' '.join(str(failure).split())})" if failure else ""
             print(f"reference: log-probabilities of {len(dataset):,} {name} pairs {how}{lost}", file=sys.stderr)  # noqa: T201
@@ -283,10 +288,6 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         return torch.cat(found, dim=1)
 
     # Steps
-
-    def _halve(self) -> None:
-        super()._halve()
-        self.forget_step()  # which is done again
 
     def _prepare_dataset(self, dataset, *_):
         """Replaces TRL's tokenization: pairs come encoded, see `load_preferences`."""
@@ -344,9 +345,9 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         if not self.args.chosen_drop or not change < -self.args.chosen_drop:
             return
         self.control.should_training_stop = True
-        self.stopped, step = CHOSEN_FELL, self.state.global_step
+        self.stop_reason, step = CHOSEN_FELL, self.state.global_step
         if self.is_world_process_zero():
-            append_json_line(self.meter.path, {"step": step, "event": CHOSEN_FELL, "chosen_change": change})
+            append_json_line(self.metrics.path, {"step": step, "event": CHOSEN_FELL, "chosen_change": change})
             tqdm.write(
                 f"Stopped at step {step}: the chosen replies have lost {-change:.2f} nats a token against the "
                 f"reference, more than chosen_drop {self.args.chosen_drop:g}. Lower learning_rate, raise beta, or keep "
@@ -356,7 +357,7 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
 
     def evaluate(self, *args, **kwargs):
         metrics = DPOTrainer.evaluate(self, *args, **kwargs)  # a pair's loss, accuracy and margin, not a token's
-        self._validated = self.state.global_step, metrics["eval_loss"]
+        self._validation = self.state.global_step, metrics["eval_loss"]
         return metrics
 
 

@@ -25,20 +25,21 @@ from trl.trainer import add_fused_lm_head
 from rorchat.chatml import encode_prompt
 from rorchat.errors import MismatchError, UsageError
 from rorchat.files import file_sha256
-from rorchat.inference.engine import DEFAULT_REPLY_DIVISOR, ChatModel, Reply, generate_ids, generate_replies
+from rorchat.inference.engine import DEFAULT_REPLY_DIVISOR, Reply, generate_ids, generate_replies
 from rorchat.jsonl import append_json_line
 from rorchat.rows import RejectedRow, row_text
 from rorchat.sources.base import RowStats
-from rorchat.training.arguments import DataArguments
+from rorchat.training.arguments import StageArguments
 from rorchat.training.callbacks.divergence import DIVERGED_ROWS
+from rorchat.training.context import StageContext
 from rorchat.training.data import Split, load_split
 from rorchat.training.distributed import sharding_strategy
 from rorchat.training.kernels.attention import skip_padding_warning
 from rorchat.training.kernels.lm_head_loss import patch_gelu
 from rorchat.training.rewards import WEIGHTS, Scorer, as_replies, find_reward, is_right
 from rorchat.training.sampler import training_order
-from rorchat.training.smoke_test import SmokeTestArguments, make_small
-from rorchat.training.stage import OptimizationArguments, StageTrainer
+from rorchat.training.smoke_test import shrink_grpo
+from rorchat.training.stage import ChatStageTrainer
 
 LEAST_SPREAD = 0.1  # share of groups in which replies must differ in reward, and in being right
 SAME = 1e-6  # rewards that differ by less are the same
@@ -58,10 +59,10 @@ NO_TABLES = "rewards are in metrics.jsonl, replies to `sample_prompts` in sample
 
 
 @dataclass
-class GRPOArguments(DataArguments, SmokeTestArguments, OptimizationArguments, GRPOConfig):
+class GRPOArguments(StageArguments, GRPOConfig):
     """Settings of `recipes/grpo.py`."""
 
-    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = OptimizationArguments.UNSUPPORTED_ARGS | {
+    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = StageArguments.UNSUPPORTED_ARGS | {
         "num_iterations": ONCE,
         "steps_per_generation": ONCE,
         "generation_batch_size": ONCE,
@@ -111,7 +112,7 @@ class GRPOArguments(DataArguments, SmokeTestArguments, OptimizationArguments, GR
         self.check_data()
         if not self.model:
             raise UsageError("No model: give the chat model to train, as in --model runs/gpt2-chat")
-        self.settle()
+        self.resolve_defaults()
         self._check_groups()
         self._check_rewards()
         if sharding_strategy(self):
@@ -133,7 +134,7 @@ class GRPOArguments(DataArguments, SmokeTestArguments, OptimizationArguments, GR
         super().__post_init__()
         self.check_devices()
         if self.smoke:
-            make_small(self)
+            shrink_grpo(self)
 
     def _check_groups(self) -> None:
         if self.num_generations < 2:
@@ -162,7 +163,6 @@ class GRPOArguments(DataArguments, SmokeTestArguments, OptimizationArguments, GR
                 f"({', '.join(self.rewards)}): give one each."
             )
 
-    @property
     def reward_files(self) -> dict[str, str]:
         """The sha256 of every file that has a reward of the user's: with another one it would be another run."""
         files = {name.rpartition(":")[0] for name in self.rewards if ":" in name}
@@ -175,7 +175,7 @@ def load_questions(arguments: GRPOArguments, tokenizer, n_positions: int) -> Spl
     A question is rejected as over-long if it does not fit into the positions together with a reply: the answer may
     depend on the part that would be cut. See `load_split` for the errors.
     """
-    reserve = arguments.max_completion_length
+    reserve = arguments.max_completion_length = reply_length(arguments, n_positions)
 
     def encode(rows: list[dict], _: RowStats) -> Iterator[dict | RejectedRow]:
         for row in rows:
@@ -203,10 +203,18 @@ def reply_length(arguments: GRPOArguments, positions: int) -> int:
     return longest
 
 
-class PolicyTrainer(StageTrainer, GRPOTrainer):
+class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
     """GRPOTrainer over encoded questions."""
 
-    def __init__(self, model, arguments: GRPOArguments, tokenizer, train: Dataset, validation: Dataset):
+    def __init__(
+        self,
+        model,
+        arguments: GRPOArguments,
+        tokenizer,
+        train: Dataset,
+        validation: Dataset,
+        context: StageContext,
+    ):
         replies = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         self.questions_per_step = replies // arguments.num_generations
         if arguments.max_steps <= 0:
@@ -215,6 +223,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         questions = arguments.max_steps * self.questions_per_step
         order = training_order([1] * len(train), questions, self.questions_per_step, arguments.data_seed)
         stops, control = set(model.generation_config.eos_token_id), set(tokenizer.all_special_ids)
+        self._tokens: dict[int, int] = {}  # read and generated after so many steps
         patch_gelu(model)
         skip_padding_warning(model)
         reference, beta = copy.deepcopy(model) if arguments.beta else None, arguments.beta
@@ -227,22 +236,15 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
             train_dataset=train.select(order),
             eval_dataset=validation,
             processing_class=tokenizer,
+            context=context,
         )
         if reference:
             self._hold_to(reference, beta)
-        chat = ChatModel(model, tokenizer)
         self.questions = train.shuffle(seed=arguments.data_seed)  # of every source some, where few are asked
-        self._tokens: dict[int, int] = {}  # read and written after so many steps
-        self.begin_stage(
-            chat,
-            Path(arguments.output_dir),
-            tokens_after=lambda step: self._tokens.get(step, self.state.num_input_tokens_seen),
-            speak=lambda prompts: [
-                reply.text
-                for reply in generate_replies(chat, prompts, max_new_tokens=arguments.reply_tokens, temperature=0)
-            ],
-        )
         self.add_callback(_Readiness(self))
+
+    def tokens_after(self, step: int) -> int:
+        return self._tokens.get(step, self.state.num_input_tokens_seen)
 
     # What TRL would do otherwise
 
@@ -306,13 +308,13 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         columns |= {"completion_ids": slice(end), "completion_mask": slice(end)}
         return kept | {name: kept[name][:, part] for name, part in columns.items()}
 
-    def _halve(self) -> None:
+    def halve_micro_batch(self) -> None:
         raise UsageError(
             f"Out of memory at step {self.state.global_step + 1}: give a smaller per_device_train_batch_size with as "
             "many more gradient_accumulation_steps, or a smaller max_completion_length."
         )
 
-    def _write_rows(self, step: int) -> None:
+    def write_diverged_rows(self, step: int) -> None:
         path = self.checkpoints.folder / DIVERGED_ROWS
         for number in range((step - 1) * self.questions_per_step, step * self.questions_per_step):
             append_json_line(path, {"step": step, "row": number, "text": row_text(self.train_dataset[number])})
@@ -371,7 +373,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = list(self.questions.take(min(self.args.readiness_questions, len(self.questions))))
         rows = rows[rank::world] or rows[:1]
-        with self.meter.pause(), torch.random.fork_rng([self.args.device] if self.args.on_gpu else []):
+        with self.metrics.pause(), torch.random.fork_rng([self.args.device] if self.args.on_gpu else []):
             torch.manual_seed(self.args.seed + rank)
             replies = self.sample(rows)
         rows = [row for row in rows for _ in range(self.num_generations)]
@@ -386,7 +388,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
         found |= dict(zip(("spread", "mixed", "reward", "right"), (each / questions for each in sums), strict=True))
         if self.is_world_process_zero():
             record = {"step": 0, "event": "readiness", "tokens": 0} | found
-            append_json_line(self.meter.path, record | self.meter.spent())
+            append_json_line(self.metrics.path, record | self.metrics.elapsed())
             print(_told(found, self.num_generations), file=sys.stderr)  # noqa: T201
         if found["spread"] < LEAST_SPREAD or ("answer" in self.args.rewards and found["mixed"] < LEAST_SPREAD):
             raise UsageError(_refusal(found))
@@ -395,7 +397,7 @@ class PolicyTrainer(StageTrainer, GRPOTrainer):
 class _Readiness(TrainerCallback):
     """Looks before the first step whether there is anything to learn; a run that goes on has looked before."""
 
-    def __init__(self, trainer: PolicyTrainer):
+    def __init__(self, trainer: ChatGRPOTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):

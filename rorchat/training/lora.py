@@ -45,6 +45,10 @@ class LoraArguments:
         default=False, metadata={"help": "Hold the frozen model in 4 bits (QLoRA); with lora_rank."}
     )
 
+    def create_adapter(self, model: GPT2LMHeadModel, tokenizer, base: str) -> "Adapter | None":
+        """The adapter to be trained, added to the model; None to train the model itself."""
+        return Adapter(model, tokenizer, self, base) if self.lora_rank else None
+
     def check_lora(self) -> None:
         """Raises UsageError where the settings contradict each other."""
         if self.lora_rank < 0:
@@ -61,11 +65,6 @@ class LoraArguments:
                 f"lora_rank is {self.lora_rank}, and {how} would shard the model: LoRA needs little memory. Launch "
                 "with recipes/accelerate/ddp.yaml."
             )
-
-
-def build_adapter(model: GPT2LMHeadModel, tokenizer, arguments: LoraArguments, base: str) -> "Adapter | None":
-    """The adapter to train, added to the model; None if the whole model is trained (`lora_rank` 0)."""
-    return Adapter(model, tokenizer, arguments, base) if arguments.lora_rank else None
 
 
 class Adapter:

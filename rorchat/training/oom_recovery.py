@@ -1,11 +1,11 @@
-"""Memory that runs out in a step: its micro-batches are divided and the step is done again, on the same rows.
+"""Recovers from running out of memory in a step: the step is repeated on the same rows with smaller micro-batches.
 
-Transformers' `auto_find_batch_size` starts the whole run anew with a smaller batch, and so with smaller steps.
+Transformers' `auto_find_batch_size` restarts the whole run with a smaller batch, and so with other training steps.
 """
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,96 +16,97 @@ from transformers import Trainer
 from rorchat.errors import Interrupted, UsageError
 from rorchat.files import write_atomically
 
-MICRO_BATCH = "micro_batch.json"  # what fits, so that a run that goes on need not find out again
+MICRO_BATCH_FILE = "micro_batch.json"  # the size that fits, so that a resumed run need not search again
+Batch = dict[str, Tensor]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no memory for a tensor."""
+    """Whether a device or the host could not allocate a tensor."""
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 class OOMRecoveryMixin(Trainer):
-    """A Trainer whose step, when memory runs out in it, is done again in micro-batches of half the rows.
+    """A Trainer that halves its micro-batches when a step runs out of memory, and repeats the step.
 
-    The samples of the step, their order and the sum of their losses stay; sums are formed in another order. `remember`
-    must be called before it trains.
+    The samples of the step, their order and the total of their losses stay the same; floating-point sums are formed in
+    another order. The micro-batch size that fits is stored in the folder of the run and used by the next start.
     """
 
-    def remember(self, folder: Path) -> None:
-        """Keeps how many rows fit in a file of the run's folder, and begins with what it says."""
-        self._micro_batch = folder / MICRO_BATCH
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._micro_batch_file = Path(self.args.output_dir) / MICRO_BATCH_FILE
         self.micro_batch_rows = self.args.per_device_train_batch_size
         try:
-            rows = int(json.loads(self._micro_batch.read_text())["rows"])
-        except (OSError, ValueError, KeyError, TypeError):  # there is none, or none any more: it is found out again
+            rows = int(json.loads(self._micro_batch_file.read_text())["rows"])
+        except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: search again
             return
         if 0 < rows < self.micro_batch_rows:
             self.micro_batch_rows = rows
             if self.is_world_process_zero():
-                print(f"{rows} rows at a time, which is what {self._micro_batch} says did fit", file=sys.stderr)  # noqa: T201
+                print(f"micro-batches of {rows} rows, which fit before ({self._micro_batch_file})", file=sys.stderr)  # noqa: T201
 
-    def micro_step(self, model, inputs: dict[str, Tensor], num_items_in_batch) -> Tensor:
-        """Forward and backward of a micro-batch or a part of one; its loss, detached."""
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def divided(self, inputs: dict[str, Tensor], rows: int) -> Sequence[dict[str, Tensor]]:
-        """A micro-batch in parts of at most so many rows."""
+    def split_batch(self, inputs: Batch, rows: int) -> Sequence[Batch]:
+        """A micro-batch in parts of at most `rows` rows."""
         split = {name: tensor.split(rows) for name, tensor in inputs.items()}
         return [dict(zip(split, part, strict=True)) for part in zip(*split.values(), strict=True)]
 
-    def ran_out(self, step: int, rows: int) -> None:
-        """Tells that from a step on micro-batches have so many rows."""
-
     def get_batch_samples(self, *args, **kwargs):
-        found = super().get_batch_samples(*args, **kwargs)
-        self._micro_batches, self._reached = found[0], 0
-        return found
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._micro_batches, self._position = batches, 0  # of this optimizer step
+        return batches, num_items
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        earlier, self._reached = self._micro_batches[: self._reached], self._reached + 1
-        to_do = [inputs]
+    def retry_on_oom(self, step_fn: Callable[[Batch], Tensor], inputs: Batch) -> Tensor:
+        """Calls `step_fn` (forward and backward) on a micro-batch, or on smaller parts of it if memory runs out.
+
+        When memory runs out, the gradients of the failed micro-batch are partly added to those of the earlier ones. So
+        all of them are dropped, and the earlier micro-batches of the optimizer step are computed again.
+
+        Returns:
+            The loss of the micro-batch, detached.
+        """
+        earlier, self._position = self._micro_batches[: self._position], self._position + 1
+        pending = [inputs]
         while True:
             try:
-                return [self._in_parts(model, each, num_items_in_batch) for each in to_do][-1]
+                return [self._step_in_parts(step_fn, batch) for batch in pending][-1]
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-            # not above, where the traceback holds on to what did not fit
-            self._halve()
-            model.zero_grad()
-            to_do = [*earlier, inputs]  # whose gradients had a part of this one's added
+            # outside of the handler, whose traceback keeps the tensors that did not fit
+            self.halve_micro_batch()
+            self.model.zero_grad()
+            pending = [*earlier, inputs]
 
-    def _in_parts(self, model, inputs: dict[str, Tensor], num_items_in_batch) -> Tensor:
+    def _step_in_parts(self, step_fn: Callable[[Batch], Tensor], inputs: Batch) -> Tensor:
         if self.micro_batch_rows >= self.args.per_device_train_batch_size:
-            return self.micro_step(model, inputs, num_items_in_batch)
+            return step_fn(inputs)
         steps, losses = self.current_gradient_accumulation_steps, []
-        for part in self.divided(inputs, self.micro_batch_rows):
+        for part in self.split_batch(inputs, self.micro_batch_rows):
             share = len(next(iter(part.values()))) / len(next(iter(inputs.values())))
-            self.current_gradient_accumulation_steps = steps / share  # by which a loss is divided that is a mean
-            losses.append(self.micro_step(model, part, num_items_in_batch))
+            self.current_gradient_accumulation_steps = steps / share  # the divisor of a loss that is a mean over rows
+            losses.append(step_fn(part))
         self.current_gradient_accumulation_steps = steps
         return torch.stack(losses).sum()
 
-    def _halve(self) -> None:
-        """Makes micro-batches smaller.
+    def halve_micro_batch(self) -> None:
+        """Halves the micro-batches from this step on.
 
         Raises:
-            UsageError: one row does not fit.
-            Interrupted: there are other processes, who have their part of this step behind them.
+            UsageError: a single row does not fit.
+            Interrupted: there are several processes. The others cannot repeat the step, so the run must be restarted.
         """
-        step, before = self.state.global_step + 1, self.micro_batch_rows
-        if before == 1:
+        step, rows_before = self.state.global_step + 1, self.micro_batch_rows
+        if rows_before == 1:
             raise UsageError(
-                f"Out of memory at step {step} with one row at a time: give a smaller model, shorter rows (block_size, "
-                "max_length), or --gradient_checkpointing true."
+                f"Out of memory at step {step} with micro-batches of one row: use a smaller model, shorter rows "
+                "(block_size, max_length), or --gradient_checkpointing true."
             )
-        self.micro_batch_rows = before // 2
-        write_atomically(self._micro_batch, json.dumps({"rows": self.micro_batch_rows}))
+        self.micro_batch_rows = rows_before // 2
+        write_atomically(self._micro_batch_file, json.dumps({"rows": self.micro_batch_rows}))
         if self.args.world_size > 1:
             raise Interrupted(
-                f"Out of memory at step {step} with micro-batches of {before}: the same command goes on from the last "
-                f"checkpoint with {self.micro_batch_rows}."
+                f"Out of memory at step {step} with micro-batches of {rows_before} rows. Run the same command again to "
+                f"resume from the last checkpoint with {self.micro_batch_rows}."
             )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.ran_out(step, self.micro_batch_rows)

@@ -1,327 +1,234 @@
-"""A run and its folder: begin, resume or find finished; train; save a stock model. The tail that every stage shares.
+"""The folder of a run: its lock, its record, and the decision to start, resume, or leave a finished run alone.
 
-config.yaml     what was set; itself a valid --config
-run.json        versions, device, what went in (with sha256), results; `finished` once the model is saved, and why it
-                `stopped` where that was before the last step
-metrics.jsonl   one line a log step, see docs/metrics.md; it only grows
-mixture.png     the share of every source from the first token to the last (pretraining)
-micro_batch.json  how many rows fit, where memory ran out once
-.reference_*.json  what the reference gives to every pair, see rorchat/training/reference_logps.py
-samples.jsonl   what the model says to fixed prompts, before, in between and after
-checkpoint-N/   what a run goes on from, see rorchat/training/checkpointing/checkpoint.py; those that did not verify have
-                another name
-adapter/        what was trained, where that is an adapter (LoRA)
+config.yaml     the settings; itself a valid --config
+run.json        versions, device, inputs with their sha256, results; `finished` once the model has been saved, and why
+                training `stopped` if that was before the last step
+metrics.jsonl   one line per logging step, see docs/metrics.md; append-only
+mixture.png     the share of every source over the run (pretraining)
+micro_batch.json  the micro-batch size that fits, if a step ran out of memory
+.reference_*.json  log-probabilities of the reference model, see rorchat/training/reference_logps.py
+samples.jsonl   generated samples for fixed prompts: before, during and after training
+checkpoint-N/   see rorchat/training/checkpointing/checkpoint.py; damaged ones are renamed
+adapter/        the LoRA adapter, if one was trained
 model/          the result: a plain Transformers folder
 """
 
 import json
 import sys
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
 import yaml
 from accelerate import PartialState
 
-from rorchat.errors import DataError, DivergedError, Interrupted, MismatchError, StorageError, UsageError
+from rorchat.errors import DataError, MismatchError
 from rorchat.files import folder_lock, write_atomically
-from rorchat.mixture.history import history_entry, require_same_data, without_paths
-from rorchat.model import save_model
+from rorchat.training.arguments import TOKENS_FOLDER, StageArguments
 from rorchat.training.callbacks.divergence import DIVERGED_ROWS
 from rorchat.training.callbacks.signals import handle_signals
 from rorchat.training.checkpointing.checkpoint import KEPT, Checkpoint, Checkpoints
-from rorchat.training.checkpointing.fingerprint import WEIGHTS_ALONE, Difference, differences, identity_of, table
-from rorchat.training.checkpointing.mirror import GRACE, mirror_of
-from rorchat.training.checkpointing.trainer_mixin import storage_failure
-from rorchat.training.distributed import gather_model, is_lost_peer, run_on_main_process
-from rorchat.training.oom_recovery import MICRO_BATCH, is_out_of_memory
+from rorchat.training.checkpointing.fingerprint import (
+    Difference,
+    collect_run_metadata,
+    compare_metadata,
+    format_differences,
+)
+from rorchat.training.checkpointing.mirror import GRACE_SECONDS, Mirror, open_mirror
+from rorchat.training.checkpointing.resume_plan import FolderState, ResumePlan, ResumeRequest, plan_resume
+from rorchat.training.context import StageContext
+from rorchat.training.distributed import run_on_main_process
+from rorchat.training.lora import Adapter
+from rorchat.training.oom_recovery import MICRO_BATCH_FILE
 
-TOKENS = "tokens"  # the folder of token stores in a run that names no other
-REMEDY = "Choose another place, or delete the folder."
+REMEDY = "Choose another output_dir, or delete the folder."
 
 
-def _brief(value: object) -> str:
-    """A value of an identity as an error can name it: the table above has it whole."""
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."
-
-
-class Run:
-    """The folder of one run of one stage.
+class RunFolder:
+    """The folder of one run, locked against other processes until the run ends.
 
     Args:
-        arguments: a stage's, as `parse` gives them; `output_dir` is the folder.
-        stage: "pretrain", "sft", "dpo" ...
-        inputs: folders (or Hub ids) of tokenizer and model that go in, by role.
+        arguments: of a stage; `output_dir` is the folder.
+        stage: "pretrain", "sft", "dpo" or "grpo".
+        inputs: folders or Hub ids of the tokenizer and the model that the run starts from, by role.
 
     Raises:
-        MismatchError: the folder holds another run, or files that are no run's.
+        MismatchError: the folder contains another run, or files that do not belong to a run.
+        DataError: the folder contains checkpoints, and none of them is valid.
     """
 
-    def __init__(self, arguments, stage: str, inputs: dict[str, str]):
+    def __init__(self, arguments: StageArguments, stage: str, inputs: dict[str, str]):
         self.folder, self.arguments = Path(arguments.output_dir), arguments
-        self.record = identity_of(arguments, stage, inputs)
-        self.mirror = self.checkpoint = None
-        self.appends = False  # whether another mixture goes on from the checkpoint
-        self.weights_alone = False  # whether nothing else of the checkpoint goes on
-        self._held = ExitStack()  # until the run ends, or the process
-        self._held.enter_context(handle_signals())
-        run_on_main_process(self._take)
-        self._look()
-        if getattr(arguments, "new_phase", False) and self._found is None:
-            raise MismatchError(
-                f"The output folder {self.folder} has no checkpoint, so that there is nothing to go on with: leave "
-                "new_phase out."
-            )
+        self.request = ResumeRequest(
+            collect_run_metadata(arguments, stage, inputs),
+            new_phase=arguments.appends_phase(),
+            weights_only=arguments.weights_only,
+            rows_per_step=arguments.rows_per_step(),
+            max_steps=arguments.max_steps,
+        )
+        self.mirror: Mirror | None = None  # on the main process
+        self.held = ExitStack()  # the lock, the signal handlers and the mirror, until the run ends
+        self.held.enter_context(handle_signals())
+        run_on_main_process(self._lock_and_restore)
+        self.plan = self._make_plan()
         PartialState().wait_for_everyone()  # before any process writes into the folder that another one is reading
-        self.finished = bool(self._found and self._found.get("finished"))
 
     @property
     def model_folder(self) -> Path:
         return self.folder / "model"
 
     @property
-    def past(self) -> list[dict]:
-        """What was mixed before, as `rorchat.mixture.history` keeps it; empty while the first mixture goes on."""
-        return self.record.get("past", [])
+    def is_finished(self) -> bool:
+        return self.plan.finished is not None
 
-    def _take(self) -> None:
-        """Locks the folder, and brings what is newer in the mirror, from another machine or before a reset."""
-        self._held.enter_context(folder_lock(self.folder))
-        self.mirror = mirror_of(self.arguments.mirror, self.folder)
+    @property
+    def mixture_history(self) -> list[dict]:
+        """The mixtures before the present one, see `rorchat.mixture.history`; empty while the first one lasts."""
+        return self.plan.metadata.get("past", [])
+
+    def _lock_and_restore(self) -> None:
+        """Locks the folder and copies a newer checkpoint from the mirror, as after a machine was lost."""
+        self.held.enter_context(folder_lock(self.folder))
+        self.mirror = open_mirror(self.arguments.mirror, self.folder)
         if self.mirror is None:
             return
-        self._held.callback(self.mirror.finish, GRACE)
+        self.held.callback(self.mirror.finish, GRACE_SECONDS)
         checkpoints = Checkpoints(self.folder, self.arguments.save_total_limit or KEPT)
-        copied = self.mirror.look()
-        if (self._read() or {}).get("finished"):
+        copies = self.mirror.list_copies()
+        if (self._read_record() or {}).get("finished"):
             return
-        for where, there in ((self.folder, checkpoints.committed()), (self.mirror.told, copied)):
-            if there:
-                new_phase = getattr(self.arguments, "new_phase", False)
-                identity = there[0].about["identity"]
-                self._require_same(identity, self.record, where, new_phase, self.arguments.weights_only, tell=False)
+        for place, committed in ((self.folder, checkpoints.committed()), (self.mirror.name, copies)):
+            if committed:
+                differences = self._compare(
+                    committed[0].metadata, self.request.metadata, self.request.new_phase, self.request.weights_only
+                )
+                self._refuse_fatal(differences, place)
         try:
-            brought = self.mirror.bring(checkpoints)
+            restored = self.mirror.restore_newest(checkpoints)
         except DataError:
-            if not self.arguments.weights_only:
+            if not self.request.weights_only:
                 raise
             return
-        if brought:
-            self._replace_record(brought.about["identity"])
+        if restored:
+            self._write_record(restored.metadata)
 
-    def _read(self) -> dict | None:
-        """What run.json says, None where the folder holds nothing.
+    def _make_plan(self) -> ResumePlan:
+        state = FolderState(self._read_record())
+        if state.record is not None and not state.record.get("finished"):
+            checkpoint, only_weights_are_valid = self._newest_checkpoint()
+            state = FolderState(state.record if checkpoint else None, checkpoint, only_weights_are_valid)
+        plan = plan_resume(str(self.folder), state, self.request)
+        self._print_differences(plan.differences)
+        self._refuse_fatal(plan.differences, self.folder, plan.checkpoint, printed=True)
+        return plan
 
-        Raises:
-            MismatchError: it holds something else.
-        """
-        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        if not {name for name in there if name != TOKENS and not name.startswith(".")}:
-            return None
-        try:
-            found = json.loads((self.folder / "run.json").read_text())
-        except (OSError, ValueError):
-            found = None
-        if not isinstance(found, dict):
-            if committed := Checkpoints(self.folder).committed():  # whose manifests say it too, under seal
-                return committed[0].about["identity"]
-            raise MismatchError(f"The output folder {self.folder} is not empty and holds no run of rorchat. {REMEDY}")
-        return found
-
-    def _look(self) -> None:
-        """Refuses to touch what another run achieved; what achieved nothing is taken over."""
-        self._found, self.checkpoint = self._read(), None
-        if self._found is None:
-            return
-        if not self._found.get("finished"):
-            self.checkpoint = self._newest()
-            if self.checkpoint is None:
-                self._found = None  # it broke off before it had anything to lose
-                return
-        # run.json is of the last start, which may not have come as far as a checkpoint
-        before = self.checkpoint.about["identity"] if self.checkpoint else self._found
-        carried = {"past": self._past_behind(before), "weights_only": before.get("weights_only", [])}
-        self.record |= {key: value for key, value in carried.items() if value}
-        may_lose = self.arguments.weights_only and self.checkpoint is not None
-        found = self._require_same({**before, **carried}, self.record, self.folder, self.appends, may_lose)
-        self.weights_alone |= any(each.follows == WEIGHTS_ALONE for each in found)
-        if self.weights_alone:
-            self.record["weights_only"] = [*carried["weights_only"], self.checkpoint.step]
-
-    def _newest(self) -> Checkpoint | None:
-        """The checkpoint to go on from; one of which the weights alone verify, where that was asked for."""
+    def _newest_checkpoint(self) -> tuple[Checkpoint | None, bool]:
+        """The newest valid checkpoint, and whether only its weights are valid (with `weights_only`)."""
         checkpoints, newest = Checkpoints(self.folder), None
         try:
             newest = checkpoints.newest()
         except DataError:
-            if not self.arguments.weights_only:
+            if not self.request.weights_only:
                 raise
-        if newest is None and self.arguments.weights_only and checkpoints.damaged():
-            newest, self.weights_alone = checkpoints.newest_weights(), True
-        return newest
+        if newest is None and self.request.weights_only and checkpoints.damaged():
+            return checkpoints.newest_weights(), True
+        return newest, False
 
-    def _past_behind(self, before: dict) -> list[dict]:
-        """The past of what goes on; with `new_phase`, where another mixture was asked for, that of before is closed."""
-        past, arguments = before.get("past", []), self.arguments
-        if not (self.checkpoint and getattr(arguments, "new_phase", False) and "windows" in before):
-            return past
-        step = self.checkpoint.step
-        own = history_entry(before, step * (arguments.global_batch_tokens // arguments.block_size))
-        require_same_data([*past, own], self.record["inputs"])
-        if without_paths(own)["mixture"] == without_paths(self.record["inputs"])["mixture"]:
-            return past
-        if step >= arguments.max_steps:
-            raise MismatchError(
-                f"{self.checkpoint.folder} is of the last step: there are no tokens left for a new phase. Leave "
-                "new_phase out, and give the mixture of before."
-            )
-        self.appends = True
-        return [*past, own]
-
-    def _require_same(
-        self,
-        before: dict,
-        now: dict,
-        where: object,
-        new_phase: bool = False,
-        weights_only: bool = False,
-        tell: bool = True,
-    ) -> list[Difference]:
-        """Raises MismatchError where two identities differ in what decides; tells, and gives, where they differ."""
-        found = differences(before, now, self.record["stage"] == "pretrain", new_phase, weights_only)
-        fatal = [each for each in found if each.is_fatal]
-        if (fatal or (found and tell)) and PartialState().is_main_process:
-            print(*table(found), sep="\n", file=sys.stderr)  # noqa: T201
-        if fatal:
-            said = "; ".join(f"{each.name} {_brief(each.before)}, now {_brief(each.now)}" for each in fatal)
-            raise MismatchError(f"{where} holds another run: {said}. {self._way_out(fatal)}{REMEDY}")
-        return found
-
-    def _way_out(self, fatal: list[Difference]) -> str:
-        """What goes on all the same, where something does; data alone may not change."""
-        if self.checkpoint and all(each.is_mixture for each in fatal):
-            if any(each.name.startswith("inputs.mixture") for each in fatal):
-                return "Give --new_phase to go on with another mixture. "
-        return ""
-
-    def already_finished(self) -> dict[str, float]:
-        """Says so, and gives the metrics that the run ended with."""
-        checkpoints = Checkpoints(self.folder)
-        if self.mirror and (here := checkpoints.committed()):  # what a signal kept from being copied
-            self.mirror.offer(here[0], checkpoints.in_use)
-            self.mirror.finish()
-        self._held.close()
-        print(f"{self.folder}: finished before with these settings; delete the folder to run it again", file=sys.stderr)  # noqa: T201
-        return self._found["metrics"]
-
-    def begin(self, plan: object = None) -> None:
-        """Writes config.yaml and run.json; clears what an unfinished run without a checkpoint left behind."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.checkpoint is None:
-            for name in ("metrics.jsonl", "samples.jsonl", DIVERGED_ROWS, MICRO_BATCH):
-                (self.folder / name).unlink(missing_ok=True)
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.arguments.given, sort_keys=True))
-        self._write({"plan": plan} if plan else {})
-
-    def _write(self, more: dict) -> None:
-        self._replace_record({**self.record, **more})
-
-    def _replace_record(self, record: dict) -> None:
-        """Replaces run.json at once: without it the folder would be no run's."""
-        write_atomically(self.folder / "run.json", json.dumps(record, indent=2) + "\n")
-
-    def train(self, trainer, details: dict, told: Iterable[object] = ()) -> dict[str, float]:
-        """As `_train`; then other processes may have the folder."""
-        with self._held:
-            try:
-                return self._train(trainer, details, told)
-            except RuntimeError as error:
-                said = " ".join(str(error).split())[:160]
-                if is_lost_peer(error):
-                    raise Interrupted(
-                        f"Another process of the run is gone or does not answer ({said}). The same command goes on "
-                        "from the last checkpoint, if there is one."
-                    ) from None
-                if not is_out_of_memory(error):
-                    raise
-                raise UsageError(
-                    f"Out of memory, and not in a forward or backward pass ({said}): give a smaller model, another "
-                    "optimizer (adamw_8bit) or a smaller per_device_eval_batch_size."
-                ) from None
-
-    def _train(self, trainer, details: dict, told: Iterable[object]) -> dict[str, float]:
-        """Trains, going on from the newest checkpoint if there is one, measures, and saves the stock model.
+    def context(self, details: dict, adapter: Adapter | None = None) -> StageContext:
+        """What the trainer needs from the run.
 
         Args:
-            details: what run.json should remember: data and plan.
-            told: lines that are printed before the first step: where the rows went, what is mixed.
+            details: recorded in run.json and in every checkpoint: the data, and the plan of a mixture.
 
-        Returns:
-            The final metrics, which are also in run.json.
+        Raises:
+            MismatchError: the checkpoint was trained on another plan of the mixture, as after its data changed.
         """
-        plan = json.loads(json.dumps(details.get("plan")))
-        trainer.identity = {**self.record, **json.loads(json.dumps(details))}
-        trainer.mirror = self.mirror
-        if self.appends:
-            trainer.meter.new_phase = {"sources": [*self.record["inputs"]["mixture"]["sources"]]}
-        elif self.checkpoint:
-            self._require_same(self.checkpoint.about["identity"], {"plan": plan}, self.folder)
-        run_on_main_process(lambda: self.begin(plan) or trainer.require_room())
-        if trainer.is_world_process_zero():
-            for line in told:
-                print(line, file=sys.stderr)  # noqa: T201
-        trainer.train(resume_from_checkpoint=self._start(trainer))
-        if trainer.interruptions.stopping:
-            step = trainer.state.global_step
-            saved = any(each.step == step for each in trainer.checkpoints.committed())
-            raise Interrupted(
-                f"Stopped at step {step}, which is {'saved: the same command goes on' if saved else 'not saved'}."
-            )
-        seconds = round(trainer.meter.spent()["seconds"], 1)  # of all starts
-        if not trainer.is_finite():
-            raise DivergedError(
-                "The last step left weights that are no numbers. The same command goes on from the last checkpoint, if "
-                "there is one; lower learning_rate in a new output_dir."
-            )
-        metrics = trainer.final_metrics() | {"train_seconds": seconds, "steps": trainer.state.global_step}
-        metrics["tokens"] = trainer.tokens_after(trainer.state.global_step)
-        if trainer.forgetting:
-            metrics |= trainer.forgetting.after()
-            details = details | {"base_text": trainer.forgetting.text.told()}
-        self._save(trainer, details, metrics)
-        trainer.accelerator.wait_for_everyone()
-        if self.mirror:  # for which nobody else waits
-            self.mirror.finish()
-        return metrics
+        details = json.loads(json.dumps(details))
+        if self.plan.checkpoint and not self.plan.appends_phase:
+            differences = self._compare(self.plan.checkpoint.metadata, {"plan": details.get("plan")})
+            self._print_differences(differences)
+            self._refuse_fatal(differences, self.folder, self.plan.checkpoint, printed=True)
+        return StageContext(self.plan, details, self.mirror, adapter)
 
-    def _save(self, trainer, details: dict, metrics: dict[str, float]) -> None:
-        """Saves the stock model, and then says that the run has finished."""
-        model = gather_model(trainer.accelerator.unwrap_model(trainer.model))  # on every process: shards are gathered
-        if not trainer.is_world_process_zero():
+    # Comparison
+
+    def _compare(self, before: dict, now: dict, new_phase: bool = False, weights_only: bool = False):
+        elastic = self.request.is_elastic
+        return compare_metadata(before, now, elastic=elastic, new_phase=new_phase, weights_only=weights_only)
+
+    def _print_differences(self, differences: list[Difference]) -> None:
+        if differences and PartialState().is_main_process:
+            print(*format_differences(differences), sep="\n", file=sys.stderr)  # noqa: T201
+
+    def _refuse_fatal(
+        self,
+        differences: list[Difference],
+        place: object,
+        checkpoint: Checkpoint | None = None,
+        printed: bool = False,
+    ) -> None:
+        fatal = [difference for difference in differences if difference.is_fatal]
+        if not fatal:
             return
-        failure = None
-        if trainer.adapter:
-            failure = storage_failure(lambda: trainer.adapter.save(self.folder / "adapter", trainer.processing_class))
-            model = trainer.adapter.merged()
-        failure = failure or storage_failure(lambda: save_model(model, trainer.processing_class, self.model_folder))
-        if failure:
-            raise StorageError(
-                f"The model could not be written into {self.model_folder} ({' '.join(str(failure).split())}). Free "
-                "some space; the same command goes on from the last checkpoint, if there is one."
-            )
-        found = {"device": str(model.device), "parameters": model.num_parameters(), "metrics": metrics}
-        if trainer.stopped:
-            found["stopped"] = trainer.stopped
-        self._write({**details, **found, "finished": True})
+        if not printed:
+            self._print_differences(differences)
+        listed = "; ".join(f"{d.name} {_shorten(d.before)}, now {_shorten(d.now)}" for d in fatal)
+        advice = ""
+        is_other_mixture = all(d.is_mixture for d in fatal)
+        if checkpoint and is_other_mixture and any(d.name.startswith("inputs.mixture") for d in fatal):
+            advice = "Give --new_phase to continue with another mixture. "
+        raise MismatchError(f"{place} contains another run: {listed}. {advice}{REMEDY}")
 
-    def _start(self, trainer) -> str | None:
-        """The folder that the Trainer goes on from, on every process."""
-        if self.checkpoint is None:
+    # The record
+
+    def _read_record(self) -> dict | None:
+        """run.json, or None if the folder holds nothing.
+
+        Raises:
+            MismatchError: it holds files that do not belong to a run.
+        """
+        names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if not {name for name in names if name != TOKENS_FOLDER and not name.startswith(".")}:
             return None
-        if not self.weights_alone:
-            if self.mirror:
-                self.mirror.offer(self.checkpoint, trainer.checkpoints.in_use)
-            return str(self.checkpoint.folder)
-        trainer.meter.from_weights = True
-        return trainer.begin_at(self.checkpoint)
+        try:
+            record = json.loads((self.folder / "run.json").read_text())
+        except (OSError, ValueError):
+            record = None
+        if isinstance(record, dict):
+            return record
+        if committed := Checkpoints(self.folder).committed():  # their manifests hold the same metadata
+            return committed[0].metadata
+        raise MismatchError(f"The output folder {self.folder} is not empty, and it is not a run of rorchat. {REMEDY}")
+
+    def _write_record(self, record: dict) -> None:
+        """Replaces run.json in one step: without it, the folder would not count as a run's."""
+        write_atomically(self.folder / "run.json", json.dumps(record, indent=2) + "\n")
+
+    def begin(self, mixture_plan: object = None) -> None:
+        """Writes config.yaml and run.json, and deletes the logs of an earlier start that saved no checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.plan.checkpoint is None:
+            for name in ("metrics.jsonl", "samples.jsonl", DIVERGED_ROWS, MICRO_BATCH_FILE):
+                (self.folder / name).unlink(missing_ok=True)
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.arguments.given, sort_keys=True))
+        self._write_record(self.plan.metadata | ({"plan": mixture_plan} if mixture_plan else {}))
+
+    def finish(self, results: dict) -> None:
+        """Records that the run has finished, with its results."""
+        self._write_record({**self.plan.metadata, **results, "finished": True})
+
+    def finished_metrics(self) -> dict[str, float]:
+        """The metrics of a finished run; prints that there is nothing to do, and completes its mirror."""
+        checkpoints = Checkpoints(self.folder)
+        if self.mirror and (committed := checkpoints.committed()):  # a signal may have interrupted the last copy
+            self.mirror.offer(committed[0], checkpoints.in_use)
+            self.mirror.finish()
+        self.held.close()
+        message = f"{self.folder}: already finished with these settings; delete the folder to run it again"
+        print(message, file=sys.stderr)  # noqa: T201
+        return self.plan.finished["metrics"]
+
+
+def _shorten(value: object) -> str:
+    """A value for an error message; the table of differences shows all of it."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."

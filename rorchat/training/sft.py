@@ -8,7 +8,6 @@ row of the batch and a mask of all its pairs. The loss is on the assistant's wor
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -18,19 +17,19 @@ from trl import SFTConfig, SFTTrainer
 
 from rorchat.chatml import encode_conversations
 from rorchat.errors import UsageError
-from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.mixture.collators import collate_packed
 from rorchat.mixture.packing import PackedRows, Sequences, pack
 from rorchat.rows import RejectedRow
 from rorchat.sources.base import RowStats
-from rorchat.training.arguments import DataArguments
+from rorchat.training.arguments import StageArguments
+from rorchat.training.context import StageContext
 from rorchat.training.data import ROWS_PER_CALL, Split, load_split, row_lengths
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.lora import LoraArguments
 from rorchat.training.replay import replay_rows
 from rorchat.training.sampler import count_steps
-from rorchat.training.smoke_test import SmokeTestArguments, make_small
-from rorchat.training.stage import OptimizationArguments, StageTrainer
+from rorchat.training.smoke_test import shrink_chat_stage
+from rorchat.training.stage import ChatStageTrainer
 
 OWN_ROWS = "rows are encoded and packed by rorchat: no conversation sees another, and the loss is on replies"
 OWN_TOKENS = "the chat template and its control tokens are rorchat's: no text of a user becomes one of them"
@@ -38,10 +37,10 @@ TOKENS_AT_ONCE = 2048  # on a CPU, whose products are no faster for more: a larg
 
 
 @dataclass
-class SFTArguments(DataArguments, SmokeTestArguments, LoraArguments, OptimizationArguments, SFTConfig):
+class SFTArguments(LoraArguments, StageArguments, SFTConfig):
     """Settings of `recipes/sft.py`."""
 
-    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = OptimizationArguments.UNSUPPORTED_ARGS | {
+    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = StageArguments.UNSUPPORTED_ARGS | {
         "packing": OWN_ROWS,
         "packing_strategy": OWN_ROWS,
         "eval_packing": OWN_ROWS,
@@ -80,10 +79,13 @@ class SFTArguments(DataArguments, SmokeTestArguments, LoraArguments, Optimizatio
     eval_strategy: str = "steps"
     eval_steps: float = field(default=0.25, metadata={"help": "Steps, or below 1 a share of them."})
 
+    def max_row_length(self) -> int | None:
+        return self.max_length
+
     def __post_init__(self):
         self.check_data()
         self.check_lora()
-        self.settle()
+        self.resolve_defaults()
         if self.max_length is not None and self.max_length < 1:
             raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
         if not 0 <= self.replay_share < 1:
@@ -93,7 +95,10 @@ class SFTArguments(DataArguments, SmokeTestArguments, LoraArguments, Optimizatio
         if not self.replay_share:
             self.replay = None
         if self.smoke:
-            make_small(self)
+            shrink_chat_stage(self)
+
+    def replay_source(self) -> str | None:
+        return self.replay
 
 
 def load_conversations(arguments: SFTArguments, tokenizer, max_length: int) -> Split:
@@ -126,10 +131,18 @@ def _as_columns(input_ids: list[int], labels: list[int]) -> dict[str, np.ndarray
     return {"input_ids": np.array(input_ids, np.int32), "labels": np.array(labels, np.int32)}
 
 
-class ChatTrainer(StageTrainer, SFTTrainer):
+class ChatSFTTrainer(ChatStageTrainer, SFTTrainer):
     """SFTTrainer over packed conversations, with rorchat's fused head instead of TRL's."""
 
-    def __init__(self, model, arguments: SFTArguments, tokenizer, train: Dataset, validation: Dataset):
+    def __init__(
+        self,
+        model,
+        arguments: SFTArguments,
+        tokenizer,
+        train: Dataset,
+        validation: Dataset,
+        context: StageContext,
+    ):
         self.window = arguments.max_length or model.config.n_positions
         patch_lm_head_loss(model)
         patch_gelu(model)
@@ -140,20 +153,14 @@ class ChatTrainer(StageTrainer, SFTTrainer):
             eval_dataset=validation,
             processing_class=tokenizer,
             data_collator=partial(collate_packed, pad_id=tokenizer.pad_token_id),
+            context=context,
         )
-        read = np.cumsum([0, *self.train_dataset.tokens.reshape(arguments.max_steps, -1).sum(1)])
-        chat = ChatModel(model, tokenizer)
-        self.begin_stage(
-            chat,
-            Path(arguments.output_dir),
-            tokens_after=lambda step: int(read[step]),
-            speak=lambda prompts: [
-                reply.text
-                for reply in generate_replies(chat, prompts, max_new_tokens=arguments.reply_tokens, temperature=0)
-            ],
-        )
+        self._tokens_read = np.cumsum([0, *self.train_dataset.tokens.reshape(arguments.max_steps, -1).sum(1)])
         if self.args.device.type == "cpu":
             self.micro_batch_rows = min(self.micro_batch_rows, max(1, TOKENS_AT_ONCE // self.window))
+
+    def tokens_after(self, step: int) -> int:
+        return int(self._tokens_read[step])
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """Replaces TRL's tokenization and packing: rows come encoded, and no packed conversation attends to another.
@@ -177,4 +184,4 @@ class ChatTrainer(StageTrainer, SFTTrainer):
 
     def log(self, logs, start_time=None):
         # without TRL's entropy and accuracy, which `patch_lm_head_loss` does not compute
-        Trainer.log(self, self.meter.completed(logs, self.state.global_step), start_time)
+        Trainer.log(self, self.complete_logs(logs), start_time)

@@ -116,7 +116,7 @@ def run_rorchat_sft(recorder: Recorder, flags: tuple[str, ...] = ()) -> dict:
         argv += ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(packed // size)]
         arguments = parse(sft.SFTArguments, [*argv, *flags])
         model = load_initial_model(work, recorder.folder)
-        trainer = with_row_recorder(sft.ChatTrainer, recorder, tokenizer)(
+        trainer = with_row_recorder(sft.ChatSFTTrainer, recorder, tokenizer)(
             model, arguments, tokenizer, train, validation
         )
         return train_sft(recorder, trainer, get_precision(arguments))
@@ -169,7 +169,7 @@ def run_trl_dpo(recorder: Recorder, **settings) -> dict:
 def run_rorchat_dpo(recorder: Recorder, flags: tuple[str, ...] = (), sft_term: bool = False) -> dict:
     """The trainer of recipes/dpo.py."""
     from rorchat.training.arguments import parse
-    from rorchat.training.dpo import DPOArguments, PreferenceTrainer
+    from rorchat.training.dpo import ChatDPOTrainer, DPOArguments
 
     work, tokenizer, rows = recorder.work, make_tokenizer(recorder.work), read_rows(recorder)
     size = micro_batch(len(rows), work.rows)
@@ -182,9 +182,7 @@ def run_rorchat_dpo(recorder: Recorder, flags: tuple[str, ...] = (), sft_term: b
         model = load_initial_model(work, recorder.folder)
         start_recording(recorder, model, get_precision(arguments))
         train, validation = Dataset.from_list(rows), Dataset.from_list(rows[:1])
-        trainer = with_row_recorder(PreferenceTrainer, recorder, tokenizer)(
-            model, arguments, tokenizer, train, validation
-        )
+        trainer = with_row_recorder(ChatDPOTrainer, recorder, tokenizer)(model, arguments, tokenizer, train, validation)
         return train_dpo(recorder, trainer, comparable=not sft_term)
 
 

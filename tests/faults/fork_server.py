@@ -58,14 +58,14 @@ from rorchat.training.checkpointing import trainer_mixin
 from rorchat.training.checkpointing.checkpoint import Checkpoints
 from rorchat.training.checkpointing.mirror import FolderPlace, Mirror
 from rorchat.training.checkpointing.trainer_mixin import CheckpointMixin
-from rorchat.training.dpo import PreferenceTrainer
+from rorchat.training.dpo import ChatDPOTrainer
 from rorchat.training.pretrain import PretrainTrainer
-from rorchat.training.sft import ChatTrainer
+from rorchat.training.sft import ChatSFTTrainer
 from rorchat.training.stage import StageTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("pretrain", "sft", "dpo", "grpo")
-TRAINERS = (PretrainTrainer, ChatTrainer, PreferenceTrainer)
+TRAINERS = (PretrainTrainer, ChatSFTTrainer, ChatDPOTrainer)
 GRACE_SECONDS = 2.5  # until the other ranks are killed after one has failed
 OPERATIONS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")
 

@@ -269,19 +269,19 @@ def test_what_is_measured_is_capped_and_evenly_spaced(most, store, spec, tokeniz
     text = base_text(str(store.folder), "gpt2", tokenizer, 16)
     assert text.of == store.tokens("validation") - 1 > 2 * most
     assert most - 15 <= text.tokens <= most + 15
-    assert text.told() == f"{text.tokens:,} of {text.of:,} held-out tokens of {store.folder}"
+    assert text.describe() == f"{text.tokens:,} of {text.of:,} held-out tokens of {store.folder}"
     rows = [text.rows[at] for at in range(len(text.rows))]
     assert text.tokens == sum(len(row["input_ids"]) - 1 for row in rows)
     gaps = np.diff([*(row["number"] for row in rows), len(ValidationRows(store, 16))])
     assert rows[0]["number"] == 0 and gaps.min() > 0 and np.ptp(gaps) <= 1
     text = base_text(spec, "gpt2", tokenizer, 16)
-    assert (text.tokens, text.of, text.told()) == (most, None, f"the first {most} tokens of {spec}")
+    assert (text.tokens, text.of, text.describe()) == (most, None, f"the first {most} tokens of {spec}")
 
 
 def test_below_the_cap_all_of_it_is_measured_each_token_once(store, spec, tokenizer):
     text = base_text(str(store.folder), "gpt2", tokenizer, 16)
     assert text.tokens == text.of == store.tokens("validation") - 1
-    assert text.told() == f"{text.of:,} held-out tokens of {store.folder}"
+    assert text.describe() == f"{text.of:,} held-out tokens of {store.folder}"
     text = base_text(spec, "gpt2", tokenizer, 16)
     ids = [token for row in text.rows for token in row["input_ids"][:-1].tolist()]
     assert len(ids) == text.tokens == text.of

@@ -13,7 +13,7 @@ from support import json_lines
 from rorchat.errors import UsageError
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
-from rorchat.training.dpo import CHOSEN_FELL, DPOArguments, PreferenceTrainer
+from rorchat.training.dpo import CHOSEN_FELL, ChatDPOTrainer, DPOArguments
 
 FLAGS = ["--model", "given-as-an-object", "--sources", "tinytown=1", "--bf16", "false", "--logging_steps", "1"]
 DROP = 0.1  # nats a token, in every reply of those tests that name it
@@ -30,11 +30,11 @@ def rows_of(lengths: list[int], seed: int = 0) -> Dataset:
 
 @pytest.fixture
 def trainer_of(tokenizer, tmp_path):
-    def make(train: Dataset, *flags: object, validation: Dataset | None = None) -> PreferenceTrainer:
+    def make(train: Dataset, *flags: object, validation: Dataset | None = None) -> ChatDPOTrainer:
         arguments = parse(DPOArguments, [*FLAGS, "--output_dir", str(tmp_path / "run"), *map(str, flags)])
         torch.manual_seed(0)
         model = build_model("1x2x16", tokenizer, n_positions=64)
-        return PreferenceTrainer(model, arguments, tokenizer, train, validation or rows_of([2, 2, 20], seed=1))
+        return ChatDPOTrainer(model, arguments, tokenizer, train, validation or rows_of([2, 2, 20], seed=1))
 
     return make
 
@@ -42,29 +42,29 @@ def trainer_of(tokenizer, tmp_path):
 @pytest.fixture
 def asked(monkeypatch) -> list[int]:
     """How many pairs each call of the reference was asked for."""
-    found, real = [], PreferenceTrainer.compute_ref_log_probs
+    found, real = [], ChatDPOTrainer.compute_ref_log_probs
 
     def counted(trainer, model, inputs):
         found.append(len(inputs["input_ids"]))
         return real(trainer, model, inputs)
 
-    monkeypatch.setattr(PreferenceTrainer, "compute_ref_log_probs", counted)
+    monkeypatch.setattr(ChatDPOTrainer, "compute_ref_log_probs", counted)
     return found
 
 
 @pytest.fixture
 def shifted(monkeypatch) -> None:
     """A reference that knew every chosen token by DROP better than the model does."""
-    real = PreferenceTrainer.compute_ref_log_probs
+    real = ChatDPOTrainer.compute_ref_log_probs
 
     def better(trainer, model, inputs):
         chosen, rejected = real(trainer, model, inputs)
         return chosen + DROP * inputs["group_sizes"][:, 1], rejected
 
-    monkeypatch.setattr(PreferenceTrainer, "compute_ref_log_probs", better)
+    monkeypatch.setattr(ChatDPOTrainer, "compute_ref_log_probs", better)
 
 
-def lines_of(trainer: PreferenceTrainer, name: str) -> list[float]:
+def lines_of(trainer: ChatDPOTrainer, name: str) -> list[float]:
     return [line[name] for line in trainer.state.log_history if name in line]
 
 
@@ -150,13 +150,13 @@ def test_a_run_whose_chosen_replies_fall_stops_and_says_so(tokenizer, tmp_path):
 
 
 def test_a_step_that_is_no_number_leaves_nothing_in_the_log_and_does_not_stop_the_run(trainer_of, monkeypatch):
-    real = PreferenceTrainer.compute_ref_log_probs
+    real = ChatDPOTrainer.compute_ref_log_probs
 
     def poisoned(trainer, model, inputs):
         chosen, rejected = real(trainer, model, inputs)
         return chosen.masked_fill(inputs["group_sizes"][:, 1] == 20, math.nan), rejected
 
-    monkeypatch.setattr(PreferenceTrainer, "compute_ref_log_probs", poisoned)
+    monkeypatch.setattr(ChatDPOTrainer, "compute_ref_log_probs", poisoned)
     trainer = trainer_of(rows_of([20, 20] + [2] * 6), "--per_device_train_batch_size", 2, "--logging_steps", 4)
     trainer.train()
     assert len(lines_of(trainer, "loss")) == 1 and trainer.state.global_step == 4

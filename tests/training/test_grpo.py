@@ -14,7 +14,7 @@ from rorchat.errors import DataError, MismatchError, UsageError, exits_with_one_
 from rorchat.inference.engine import ChatModel, Reply
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
-from rorchat.training.grpo import GRPOArguments, PolicyTrainer, load_questions, reply_length
+from rorchat.training.grpo import ChatGRPOTrainer, GRPOArguments, load_questions, reply_length
 
 ROOT = Path(__file__).resolve().parents[2]
 REWARDS = """
@@ -48,10 +48,10 @@ def words(tmp_path) -> list[str]:
     return [str(word) for name, value in given.items() for word in (f"--{name}", value)]
 
 
-def trainer_of(chat, words) -> PolicyTrainer:
+def trainer_of(chat, words) -> ChatGRPOTrainer:
     arguments = parse(GRPOArguments, words)
     train, validation, _ = load_questions(arguments, chat.tokenizer, chat.n_positions)
-    return PolicyTrainer(copy.deepcopy(chat.model), arguments, chat.tokenizer, train, validation)
+    return ChatGRPOTrainer(copy.deepcopy(chat.model), arguments, chat.tokenizer, train, validation)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_the_reference_is_the_model_as_it_was_given_wherever_its_config_says_tha
     model.transformer.wte.weight.data.add_(torch.randn(32))
     arguments = parse(GRPOArguments, [*words, "--beta", "0.1", "--warmup_steps", "0"])
     train, validation, _ = load_questions(arguments, chat.tokenizer, chat.n_positions)
-    trainer = PolicyTrainer(model, arguments, chat.tokenizer, train, validation)
+    trainer = ChatGRPOTrainer(model, arguments, chat.tokenizer, train, validation)
     trainer.train()
     first, second = [record["kl"] for record in trainer.state.log_history if "kl" in record]
     assert abs(first) < 1e-6 < second

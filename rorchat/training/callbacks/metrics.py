@@ -1,6 +1,6 @@
-"""What a run shows while it goes on: metrics.jsonl, samples.jsonl, a line a person can read; and when it must stop.
+"""Writes metrics.jsonl and shows the progress of a run.
 
-docs/metrics.md has every field of metrics.jsonl with its unit and formula.
+docs/metrics.md lists every field of metrics.jsonl with its unit and formula.
 """
 
 import json
@@ -23,21 +23,36 @@ from transformers.trainer_utils import IntervalStrategy
 from rorchat.errors import DivergedError
 from rorchat.jsonl import append_json_line, drop_partial_line
 
-MIXTURE = "mixture/"  # how the share of a source is called in the flat logs that trackers get
-MOST_SKIPS = 25  # in a row under fp16: the loss scale has then fallen from 65,536 below 1
-WINDOWS = 5  # log lines whose median speed gives the time left
+MIXTURE = "mixture/"  # prefix of the share of a source in the flat logs that trackers receive
+MAX_SKIPPED_STEPS = 25  # consecutive, under fp16: the loss scale has then fallen from 65,536 below 1
+SPEED_WINDOW = 5  # log lines whose median speed gives the remaining time
+#: What a progress line shows of a record, in this order.
+PROGRESS_FIELDS = {
+    "loss": "loss {:.3f}",
+    "eval_loss": "validation loss {:.3f}",
+    "eval_bits_per_byte": "bits/byte {:.3f}",
+    "base_loss": "base loss {:.3f}",
+    "base_bits_per_byte": "bits/byte {:.3f}",
+    "rewards/accuracies": "preferred {:.2f}",
+    "reward": "reward {:.3f}",
+    "eval_reward": "validation reward {:.3f}",
+    "eval_right": "right {:.1%}",
+    "learning_rate": "lr {:.2e}",
+    "tokens_per_second": "{:,} tokens/s",
+    "mfu": "MFU {:.1%}",
+}
 
 
 def peak_memory_bytes() -> int:
-    """The most memory held so far: the device's on a GPU, else the process's resident set."""
+    """The most memory used so far: of the device on a GPU, otherwise the resident set of the process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():  # 0 with --use_cpu
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, kilobytes here
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, kilobytes on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def spent_before(path: Path) -> tuple[float, float]:
-    """(seconds, dollars) in the last record of a metrics file that has them; zeros where there is none."""
+def read_elapsed(path: Path) -> tuple[float, float]:
+    """(seconds, dollars) of the last record of metrics.jsonl that has them; zeros if there is none."""
     if path.is_file():
         for line in reversed(path.read_text(encoding="utf-8").split("\n")):
             record = json.loads(line) if line else {}
@@ -48,12 +63,12 @@ def spent_before(path: Path) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Utilization:
-    """What tokens a second are worth on this device.
+    """Converts tokens per second to model FLOPs utilization.
 
     Args:
-        flops_per_token: `rorchat.model.flops_per_token`: 6 N + 12 L d T, the head counted.
-        peak_flops: FLOP/s of all devices of the run together, in the precision of its matrix products.
-        peak: "known" from the table of devices, or "measured" on this one.
+        flops_per_token: 6 N + 12 L d T, see `rorchat.model.flops_per_token`; includes the vocabulary head.
+        peak_flops: FLOP/s of all devices of the run together, in the precision of the matrix products.
+        peak: "known" if it comes from the table of devices, "measured" if it was measured on this device.
     """
 
     flops_per_token: float
@@ -61,128 +76,150 @@ class Utilization:
     peak: str
 
     def mfu(self, tokens_per_second: float) -> float:
-        """Model FLOPs utilization: tokens/s x (6 N + 12 L d T) / peak FLOP/s, in 0 to 1."""
+        """Model FLOPs utilization, from 0 to 1."""
         return tokens_per_second * self.flops_per_token / self.peak_flops
 
 
-class MetricsCallback(TrainerCallback):
-    """Writes metrics.jsonl, one line a log step, and shows the progress: a bar on a terminal, plain lines in a log.
-
-    The file only grows: a restart adds `{"event": "resumed", "step": N}`, which takes back the lines of later steps
-    (`rorchat.report.drop_superseded_lines`). What is derived here is put into the logs before any tracker sees them
-    (`completed`).
+@dataclass(frozen=True)
+class StartEvents:
+    """What metrics.jsonl records about the start of a resumed run.
 
     Args:
-        folder: the run's.
-        count_tokens: tokens read after so many steps, over all processes.
-        mixture: the share of every source in the rows of the steps from one to another; None where it is not known.
-        price_per_hour: dollars an hour of the whole machine; 0 where nobody asked for the cost.
-        measure: gives the work of a token and the peak of the devices; called once, when training begins.
+        weights_only: only the weights of the checkpoint were loaded.
+        new_phase: names of the sources of the mixture that was appended; empty if there is none.
+    """
+
+    weights_only: bool = False
+    new_phase: tuple[str, ...] = ()
+
+
+class MetricsCallback(TrainerCallback):
+    """Writes metrics.jsonl, one line per logging step, and shows a bar on a terminal or plain lines in a log.
+
+    The file is append-only: a resumed run adds `{"event": "resumed", "step": N}`, which supersedes the lines of later
+    steps. Derived values are added to the logs before trackers receive them (`complete`).
+
+    Args:
+        folder: of the run.
+        tokens_after: returns the tokens read after N steps, over all processes.
+        mixture_shares: returns the share of every source in the rows after one step and up to another; None without a
+            mixture.
+        price_per_hour: dollars per hour of the whole machine; 0 if the cost is not reported.
+        measure_utilization: returns FLOPs per token and the peak of the devices. Called when training begins.
+        start: what is recorded when the run resumes.
     """
 
     def __init__(
         self,
         folder: Path,
-        count_tokens: Callable[[int], int],
-        mixture: Callable[[int, int], dict[str, float]] | None = None,
+        tokens_after: Callable[[int], int],
+        mixture_shares: Callable[[int, int], dict[str, float]] | None = None,
         price_per_hour: float = 0.0,
-        measure: Callable[[], Utilization] | None = None,
+        measure_utilization: Callable[[], Utilization] | None = None,
+        start: StartEvents | None = None,
     ):
-        self.path, self.count_tokens, self.mixture = folder / "metrics.jsonl", count_tokens, mixture
-        self.price_per_hour, self.measure, self.utilization = price_per_hour, measure, None
-        self.matrix_learning_rate: float | None = None  # Muon's in the last step, told by the trainer
-        self.bar, self.started, self.is_first = None, None, True
-        self.from_weights = False  # told by the run: nothing but the weights went on
-        self.interrupted = False  # told by the trainer: what ends is not the run
-        self.new_phase: dict[str, object] = {}  # told by the run: what was appended to it at this start
-        self.seconds_before = self.dollars_before = self.paused = 0.0
+        self.path, self.tokens_after, self.mixture_shares = folder / "metrics.jsonl", tokens_after, mixture_shares
+        self.price_per_hour, self.measure_utilization = price_per_hour, measure_utilization
+        self.start = start or StartEvents()
+        self.utilization: Utilization | None = None
+        self.peak_is_logged = False
+        self.bar: tqdm | None = None
+        self.start_time: float | None = None
+        self.is_main_process = True
+        self.counts_skipped_steps = False
+        self.seconds_before = self.dollars_before = self.paused_seconds = 0.0
         self.skipped_steps = self.skipped_in_a_row = self.last_step = 0
-        self.last_mixture = 0  # the step up to which shares were logged: a resumed run's speed begins later
-        self.seconds_per_step: deque[float] = deque(maxlen=WINDOWS)
+        self.last_mixture = 0  # the step of the last logged shares; saved in checkpoints, so that no step is left out
+        self.seconds_per_step: deque[float] = deque(maxlen=SPEED_WINDOW)
 
-    # What is derived
+    # Derived values
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time that is no training time: it counts in `seconds`, not in `tokens_per_second`."""
+        """Excludes time from `tokens_per_second`; it still counts in `seconds`."""
         began = time.monotonic()
         yield
-        self.paused += time.monotonic() - began
+        self.paused_seconds += time.monotonic() - began
 
-    def spent(self) -> dict[str, float]:
-        """Seconds since the run began, over all restarts, and what they cost."""
-        here = time.monotonic() - self.started if self.started is not None else 0.0
-        spent = {"seconds": round(self.seconds_before + here, 2)}
+    def elapsed(self) -> dict[str, float]:
+        """Seconds since the run began, over all of its starts, and their cost in dollars."""
+        seconds = time.monotonic() - self.start_time if self.start_time is not None else 0.0
+        elapsed = {"seconds": round(self.seconds_before + seconds, 2)}
         if self.price_per_hour:
-            spent["dollars"] = round(self.dollars_before + here / 3600 * self.price_per_hour, 6)
-        return spent
+            elapsed["dollars"] = round(self.dollars_before + seconds / 3600 * self.price_per_hour, 6)
+        return elapsed
 
-    def completed(self, logs: dict[str, float], step: int) -> dict[str, float]:
-        """The Trainer's logs of a step with what we derive, flat, as trackers want them."""
-        if "train_runtime" in logs:  # the Trainer's own summary of rows and seconds
+    def complete(self, logs: dict[str, float], step: int, matrix_learning_rate: float | None = None) -> dict:
+        """The Trainer's logs of a step with the derived values, flat, as trackers expect them."""
+        if "train_runtime" in logs:  # the Trainer's summary at the end
             return logs
-        logs = {**logs, "tokens": self.count_tokens(step)}
+        logs = {**logs, "tokens": self.tokens_after(step)}
         if "loss" in logs:
             logs |= self._speed(step)
-            if self.matrix_learning_rate is not None:
-                logs["matrix_learning_rate"] = self.matrix_learning_rate
-            if self.mixture and step > self.last_mixture:
-                logs |= {MIXTURE + name: share for name, share in self.mixture(self.last_mixture, step).items()}
+            if matrix_learning_rate is not None:
+                logs["matrix_learning_rate"] = matrix_learning_rate
+            if self.mixture_shares and step > self.last_mixture:
+                shares = self.mixture_shares(self.last_mixture, step)
+                logs |= {MIXTURE + name: share for name, share in shares.items()}
             self.last_step = self.last_mixture = step
-        else:  # an evaluation: its time is no training time
-            self.paused += logs.get("eval_seconds", logs.get("eval_runtime", 0.0))
-        return logs | {"memory_bytes": peak_memory_bytes()} | self.spent()
+        else:  # an evaluation, whose time is not training time
+            self.paused_seconds += logs.get("eval_seconds", logs.get("eval_runtime", 0.0))
+        return logs | {"memory_bytes": peak_memory_bytes()} | self.elapsed()
 
     def _speed(self, step: int) -> dict[str, float]:
         now = time.monotonic()
-        took = max(now - self.last_time - self.paused, 1e-9)
-        self.last_time, self.paused = now, 0.0
-        self.seconds_per_step.append(took / max(1, step - self.last_step))
-        speed = (self.count_tokens(step) - self.count_tokens(self.last_step)) / took
-        found = {"tokens_per_second": round(speed)}
+        seconds = max(now - self.last_time - self.paused_seconds, 1e-9)
+        self.last_time, self.paused_seconds = now, 0.0
+        self.seconds_per_step.append(seconds / max(1, step - self.last_step))
+        tokens_per_second = (self.tokens_after(step) - self.tokens_after(self.last_step)) / seconds
+        speed: dict[str, float] = {"tokens_per_second": round(tokens_per_second)}
         if self.utilization:
-            found["mfu"] = round(self.utilization.mfu(speed), 5)
-        if self.counts_skips:
-            found["skipped_steps"], self.skipped_steps = self.skipped_steps, 0
-        return found
+            speed["mfu"] = round(self.utilization.mfu(tokens_per_second), 5)
+        if self.counts_skipped_steps:
+            speed["skipped_steps"], self.skipped_steps = self.skipped_steps, 0
+        return speed
 
-    # When
+    # Events
+
+    def record_event(self, step: int, event: str, **values: object) -> None:
+        """Appends an event to metrics.jsonl; only on the main process."""
+        record = {"step": step, "event": event, "tokens": self.tokens_after(step), **values}
+        if self.is_main_process:
+            append_json_line(self.path, record | self.elapsed())
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.counts_skips = args.fp16
-        if self.measure and self.utilization is None:
-            self.utilization = self.measure()
-        self.untold = self.utilization
-        self.is_first = state.is_world_process_zero
-        if self.is_first:
+        self.counts_skipped_steps = args.fp16
+        if self.measure_utilization and self.utilization is None:
+            self.utilization = self.measure_utilization()
+        self.peak_is_logged = False
+        self.is_main_process = state.is_world_process_zero
+        if self.is_main_process:
             drop_partial_line(self.path)
-            self.seconds_before, self.dollars_before = spent_before(self.path)
-        self.started = self.last_time = time.monotonic()
+            self.seconds_before, self.dollars_before = read_elapsed(self.path)
+        self.start_time = self.last_time = time.monotonic()
         self.last_step = self.last_mixture = state.global_step
-        if not state.is_world_process_zero:
+        if not self.is_main_process:
             return
         if state.global_step:
-            resumed = {"event": "resumed", "step": state.global_step} | self.spent()
-            append_json_line(self.path, resumed | ({"weights_only": True} if self.from_weights else {}))
-        if self.new_phase:
-            told = {"event": "new phase", "step": state.global_step, "tokens": self.count_tokens(state.global_step)}
-            append_json_line(self.path, told | self.new_phase | self.spent())
+            resumed = {"event": "resumed", "step": state.global_step} | self.elapsed()
+            append_json_line(self.path, resumed | ({"weights_only": True} if self.start.weights_only else {}))
+        if self.start.new_phase:
+            self.record_event(state.global_step, "new phase", sources=[*self.start.new_phase])
         if sys.stderr.isatty():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if (
-            self.counts_skips
-        ):  # Accelerate's optimizer: the gradients were infinite, so the loss scale was halved instead
-            skipped = bool(optimizer.step_was_skipped)
-            self.skipped_steps += skipped
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-            if self.skipped_in_a_row == MOST_SKIPS:
-                self.close()
-                raise DivergedError(
-                    f"{MOST_SKIPS} steps in a row, up to step {state.global_step + 1}, had gradients that are no "
-                    "numbers at any loss scale. Lower learning_rate in a new output_dir, or train in --bf16 true."
-                )
+        if not self.counts_skipped_steps:
+            return
+        skipped = bool(optimizer.step_was_skipped)  # Accelerate: gradients overflowed, and the loss scale was halved
+        self.skipped_steps += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row == MAX_SKIPPED_STEPS:
+            self.close()
+            raise DivergedError(
+                f"The gradients of {MAX_SKIPPED_STEPS} consecutive steps, up to step {state.global_step + 1}, are NaN "
+                "or infinite at every loss scale. Lower learning_rate in a new output_dir, or train with --bf16 true."
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -196,9 +233,9 @@ class MetricsCallback(TrainerCallback):
         shares = {key: record.pop(key) for key in [*record] if key.startswith(MIXTURE)}
         if shares:
             record["mixture"] = {key.removeprefix(MIXTURE): round(share, 6) for key, share in shares.items()}
-        if "mfu" in record and self.untold:
-            record |= {"peak": self.untold.peak, "peak_flops": self.untold.peak_flops}
-            record["flops_per_token"], self.untold = self.untold.flops_per_token, None
+        if "mfu" in record and self.utilization and not self.peak_is_logged:
+            record |= {"peak": self.utilization.peak, "peak_flops": self.utilization.peak_flops}
+            record["flops_per_token"], self.peak_is_logged = self.utilization.flops_per_token, True
         append_json_line(self.path, record)
         self._show(record, args, state)
 
@@ -206,32 +243,15 @@ class MetricsCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Takes the bar off the terminal."""
+        """Removes the progress bar from the terminal."""
         if self.bar is not None:
             self.bar.close()
 
-    # What a person reads
+    # Progress
 
     def _show(self, record: dict, args, state) -> None:
         parts = [f"step {record['step']}/{state.max_steps}"]
-        parts += [
-            said.format(record[key])
-            for key, said in (
-                ("loss", "loss {:.3f}"),
-                ("eval_loss", "validation loss {:.3f}"),
-                ("eval_bits_per_byte", "bits/byte {:.3f}"),
-                ("base_loss", "base loss {:.3f}"),
-                ("base_bits_per_byte", "bits/byte {:.3f}"),
-                ("rewards/accuracies", "preferred {:.2f}"),
-                ("reward", "reward {:.3f}"),
-                ("eval_reward", "validation reward {:.3f}"),
-                ("eval_right", "right {:.1%}"),
-                ("learning_rate", "lr {:.2e}"),
-                ("tokens_per_second", "{:,} tokens/s"),
-                ("mfu", "MFU {:.1%}"),
-            )
-            if key in record
-        ]
+        parts += [form.format(record[key]) for key, form in PROGRESS_FIELDS.items() if key in record]
         if record.get("skipped_steps"):
             parts.append(f"{record['skipped_steps']} steps skipped (infinite gradients)")
         if "loss" in record:
@@ -246,16 +266,16 @@ class MetricsCallback(TrainerCallback):
         self.bar.write("  ".join(parts), file=sys.stderr)
 
     def _time_left(self, args, state) -> str:
-        """From the median speed of the last windows: the first one holds compilation and warm-up."""
+        """From the median speed of the last log lines: the first one includes compilation and warm-up."""
         seconds = statistics.median(self.seconds_per_step) * (state.max_steps - state.global_step)
-        to_come = []
+        pending = []
         if args.eval_strategy == IntervalStrategy.STEPS:
-            to_come.append((_multiples(state.global_step, state.max_steps, state.eval_steps), "evaluation"))
+            pending.append((_count_multiples(state.global_step, state.max_steps, state.eval_steps), "evaluation"))
         if args.sample_prompts and args.sample_steps:
-            to_come.append((_multiples(state.global_step, state.max_steps, args.sample_steps), "sampling"))
-        said = ", ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in to_come if count)
-        return f"{timedelta(seconds=round(seconds))} left" + (f" without {said}" if said else "")
+            pending.append((_count_multiples(state.global_step, state.max_steps, args.sample_steps), "sampling"))
+        extras = " and ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in pending if count)
+        return f"{timedelta(seconds=round(seconds))} left" + (f", plus {extras}" if extras else "")
 
 
-def _multiples(after: int, until: int, of: float) -> int:
+def _count_multiples(after: int, until: int, of: float) -> int:
     return int(until // of - after // of)

@@ -7,26 +7,32 @@ from transformers import TrainerCallback
 
 from rorchat.jsonl import append_json_line, drop_partial_line
 from rorchat.training.callbacks.metrics import MetricsCallback
+from rorchat.training.callbacks.signals import SignalCallback
 
 
 class SamplesCallback(TrainerCallback):
-    """Writes what the model says to fixed prompts to samples.jsonl: before the first step, after the last, in between.
+    """Generates samples for fixed prompts before the first step, after the last one, and every `sample_steps` steps.
 
-    The first process speaks; the others wait for it in the next step.
+    The main process generates; the others wait for it in the next step.
 
     Args:
-        speak: gives the model's words for each prompt, in order.
-        metrics: whose clock stands still meanwhile.
+        folder: of the run.
+        prompts: may be empty.
+        generate_samples: returns one text per prompt, in order.
+        metrics: excludes the time of generation from the training speed.
+        signals: after an interruption there is no sample: the run has not ended.
     """
 
     def __init__(
         self,
         folder: Path,
         prompts: Sequence[str],
-        speak: Callable[[Sequence[str]], list[str]],
+        generate_samples: Callable[[Sequence[str]], list[str]],
         metrics: MetricsCallback,
+        signals: SignalCallback,
     ):
-        self.path, self.prompts, self.speak, self.metrics = folder / "samples.jsonl", list(prompts), speak, metrics
+        self.path, self.prompts = folder / "samples.jsonl", list(prompts)
+        self.generate_samples, self.metrics, self.signals = generate_samples, metrics, signals
 
     def _write(self, state, model) -> None:
         if not state.is_world_process_zero or not self.prompts:
@@ -34,9 +40,9 @@ class SamplesCallback(TrainerCallback):
         was_training = model.training
         model.eval()
         with self.metrics.pause():
-            texts = self.speak(self.prompts)
+            texts = self.generate_samples(self.prompts)
         model.train(was_training)
-        record = {"step": state.global_step, "tokens": self.metrics.count_tokens(state.global_step)}
+        record = {"step": state.global_step, "tokens": self.metrics.tokens_after(state.global_step)}
         for prompt, text in zip(self.prompts, texts, strict=True):
             append_json_line(self.path, record | {"prompt": prompt, "text": text})
 
@@ -51,5 +57,5 @@ class SamplesCallback(TrainerCallback):
             self._write(state, model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        if not self.metrics.interrupted:
+        if not self.signals.stopping:
             self._write(state, model)

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and a SAVE file: save a checkpoint at the end of the step."""
+"""Saves a checkpoint on SIGTERM, SIGINT, or when a file named SAVE appears in the run's folder."""
 
 import os
 import signal
@@ -13,40 +13,39 @@ from transformers import TrainerCallback
 from rorchat.errors import Interrupted
 from rorchat.training.distributed import any_rank, sharding_strategy
 
-SAVE = "SAVE"  # a file of this name in the run's folder asks for a checkpoint
-
-SECOND_SIGNAL = 1.0  # seconds: a launcher passes the first one on, so that it may come twice
+SAVE_FILE = "SAVE"
+REPEAT_SECONDS = 1.0  # launchers forward a signal, so that the same one may arrive twice within this time
 
 
 class SignalCallback(TrainerCallback):
-    """SIGTERM, SIGINT and the file SAVE: a checkpoint at the end of the step, on which all processes agree."""
+    """Saves a checkpoint at the end of the step, and stops after it if a signal was received. All processes agree."""
 
-    training: "SignalCallback | None" = None  # of the run that trains in this process
+    active: "SignalCallback | None" = None  # of the run that trains in this process, for the signal handlers
 
     def __init__(self, folder: Path):
-        self.save_file = folder / SAVE
+        self.save_file = folder / SAVE_FILE
         self.received: int | None = None
+        self.received_at = 0.0
         self.stopping = False
-        self.since = 0.0
 
-    def take(self, number: int) -> None:
-        """The first signal is acted on between two steps; another one ends the process, wherever it is."""
+    def receive(self, number: int) -> None:
+        """Records the first signal. A second one ends the process at once."""
         if self.received is None:
-            self.received, self.since = number, time.monotonic()
+            self.received, self.received_at = number, time.monotonic()
             name = signal.Signals(number).name
-            said = f"{name}: a checkpoint is saved after this step; another one, a second later, stops at once\n"
-            os.write(2, said.encode())  # print is not safe inside a signal
-        elif time.monotonic() - self.since > SECOND_SIGNAL:
+            message = f"{name}: saving a checkpoint after this step; send it again to stop at once\n"
+            os.write(2, message.encode())  # print is not safe in a signal handler
+        elif time.monotonic() - self.received_at > REPEAT_SECONDS:
             os._exit(128 + number)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        SignalCallback.training = self
+        SignalCallback.active = self
 
     def on_step_end(self, args, state, control, **kwargs):
-        wants_save = state.is_world_process_zero and self.save_file.exists()
-        stop, save = any_rank(self.received is not None, wants_save)
+        save_requested = state.is_world_process_zero and self.save_file.exists()
+        stop, save = any_rank(self.received is not None, save_requested)
         self.stopping = stop
-        if stop and sharding_strategy(args):  # whose checkpoints would be in pieces
+        if stop and sharding_strategy(args):  # sharded checkpoints are not supported
             control.should_training_stop = True
         elif stop or save:
             control.should_save = True
@@ -54,35 +53,35 @@ class SignalCallback(TrainerCallback):
             self.save_file.unlink(missing_ok=True)
 
     def on_save(self, args, state, control, **kwargs):
-        if self.stopping:  # not before: the checkpoint would hold it, and stop whoever goes on from it
+        if self.stopping:  # not earlier: the checkpoint would contain the flag, and stop the resumed run
             control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        SignalCallback.training = None
+        SignalCallback.active = None
 
 
 @contextmanager
 def handle_signals() -> Iterator[None]:
-    """Takes SIGTERM and SIGINT over: they stop a run between two steps, and outside of training at once.
+    """Handles SIGTERM and SIGINT: during training after the current step, otherwise at once.
 
     Raises:
-        SystemExit: from wherever the process is, when a signal comes outside of training.
+        SystemExit: wherever the process is, when a signal arrives outside of training.
     """
-    if threading.current_thread() is not threading.main_thread():  # no other may
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may install handlers
         yield
         return
 
-    def take(number: int, frame) -> None:
-        if SignalCallback.training is None:
-            said = f"error: {signal.Signals(number).name} outside of training: the same command goes on.\n"
-            os.write(2, said.encode())
-            raise SystemExit(Interrupted.exit_code)  # no Exception, which a library might catch
-        SignalCallback.training.take(number)
+    def handle(number: int, frame) -> None:
+        if SignalCallback.active is None:
+            message = f"error: {signal.Signals(number).name} outside of training. Run the same command to resume.\n"
+            os.write(2, message.encode())
+            raise SystemExit(Interrupted.exit_code)  # not an Exception, which a library might catch
+        SignalCallback.active.receive(number)
 
-    before = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        SignalCallback.training = None
-        for number, handler in before.items():
+        SignalCallback.active = None
+        for number, handler in previous.items():
             signal.signal(number, handler)

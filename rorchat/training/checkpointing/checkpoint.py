@@ -1,16 +1,16 @@
-"""Checkpoints on disk: written aside, sealed by a manifest, verified before they are used, the old ones removed last.
+"""Checkpoints on disk: written to a staging folder, sealed by a manifest, and verified before they are used.
 
-    .staging/checkpoint-120/   being written; nobody reads it
+    .staging/checkpoint-120/   being written; never read
     checkpoint-120/            committed: MANIFEST.json has the size and the sha256 of every file
-    checkpoint-120.damaged-1/  did not verify; set aside, never deleted
-    .trash-checkpoint-80/      on its way out
+    checkpoint-120.damaged-1/  failed verification; renamed, never deleted
+    .trash-checkpoint-80/      being deleted
 
-The manifest is the commit point: it is written when every other file is on the disk, and what has one that fits is
-whole, wherever it lies. The rename behind it only tidies up, so that file systems whose renames are not atomic (Drive,
-some network mounts) lose nothing. The order of checkpoints is that of the steps in their manifests: times of change and
-names do not survive a copy.
+The manifest is the commit point. It is written last, after every other file has reached the disk; a folder with a
+matching manifest is complete, wherever it is. The rename that follows is only cosmetic, so that nothing is lost on file
+systems without atomic renames (Google Drive, some network mounts). Checkpoints are ordered by the step in their
+manifests, because modification times and folder names do not survive copying.
 
-Nothing here imports torch.
+This module does not import torch.
 """
 
 import errno
@@ -30,148 +30,152 @@ from rorchat.model import WEIGHTS
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
 STAGING, TRASH, DAMAGED = ".staging", ".trash-", ".damaged-"
-KEPT = 2  # verified checkpoints at least: the newest may be the one that a disk damages
-#: What a file system says that has no such rename.
+KEPT = 2  # verified checkpoints, at least: the newest one may be damaged by the disk
+#: Errors of file systems that cannot rename a folder.
 _NO_RENAME = {errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-
-#: What one says that flushes no folders: many that live in user space or on the network.
+#: Errors of file systems that cannot fsync a folder: many FUSE and network file systems.
 _NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
-class Damaged(DataError):
-    """A folder that is no checkpoint, or no longer."""
+class DamagedCheckpoint(DataError):
+    """A folder that is not a checkpoint, or whose files differ from its manifest."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with a manifest; whether its files are those of the manifest, `verify` says.
+    """A folder with a manifest. Call `verify` to compare its files with the manifest.
 
     Args:
-        about: what the manifest says besides: the step, the run's identity, the validation loss.
-        files: (bytes, sha256) by path inside the folder.
+        manifest: step, metadata of the run ("identity"), validation loss and number of processes.
+        files: (bytes, sha256) by path relative to the folder.
     """
 
     folder: Path
-    about: dict
+    manifest: dict
     files: dict[str, tuple[int, str]]
 
     @property
     def step(self) -> int:
-        return self.about["step"]
+        return self.manifest["step"]
+
+    @property
+    def metadata(self) -> dict:
+        """The metadata of the run, see `rorchat.training.checkpointing.fingerprint`."""
+        return self.manifest.get("identity", {})
 
     @property
     def validation_loss(self) -> float | None:
-        return self.about.get("validation_loss")
+        return self.manifest.get("validation_loss")
 
     @property
-    def mixed_before(self) -> list:
-        """What was mixed before the mixture that was trained on: over that seam validation losses do not compare."""
-        return self.about.get("identity", {}).get("past", [])
+    def mixture_history(self) -> list:
+        """The mixtures before the present one. Validation losses are comparable only if these are equal."""
+        return self.metadata.get("past", [])
 
     @property
     def bytes(self) -> int:
         return sum(size for size, _ in self.files.values())
 
     @property
-    def weights(self) -> list[str]:
-        """The files with what was trained: the model's, or an adapter's and what it is."""
+    def weight_files(self) -> list[str]:
+        """The files with the trained weights: of the model, or of an adapter with its config."""
         return [WEIGHTS] if WEIGHTS in self.files else [ADAPTER_WEIGHTS, ADAPTER_CONFIG]
 
     @classmethod
     def read(cls, folder: str | Path) -> "Checkpoint":
-        """The checkpoint in a folder, as its manifest has it.
+        """Reads the manifest in a folder.
 
         Raises:
-            Damaged: there is no manifest, or it was changed since it was written.
+            DamagedCheckpoint: there is no manifest, or it has changed since it was written.
         """
         folder = Path(folder)
         try:
-            said = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise Damaged(f"{folder} has no {MANIFEST}: it was never finished.") from None
+            raise DamagedCheckpoint(f"{folder} has no {MANIFEST}: it was never completed.") from None
         except (OSError, ValueError) as error:
-            raise Damaged(f"{folder / MANIFEST} cannot be read: {' '.join(str(error).split())}.") from None
-        seal = said.pop("sha256", None) if isinstance(said, dict) else None
-        if seal is None or seal != json_sha256(said):
-            raise Damaged(f"{folder / MANIFEST} is not as it was written.")
-        if said["format"] != FORMAT:
-            raise Damaged(f"{folder / MANIFEST} has format {said['format']}; this version reads {FORMAT}.")
-        return cls.of(folder, said)
+            raise DamagedCheckpoint(f"Cannot read {folder / MANIFEST}: {' '.join(str(error).split())}.") from None
+        sha256 = manifest.pop("sha256", None) if isinstance(manifest, dict) else None
+        if sha256 is None or sha256 != json_sha256(manifest):
+            raise DamagedCheckpoint(f"{folder / MANIFEST} has changed since it was written.")
+        if manifest["format"] != FORMAT:
+            raise DamagedCheckpoint(
+                f"{folder / MANIFEST} has format {manifest['format']}; this version reads {FORMAT}."
+            )
+        return cls.from_manifest(folder, manifest)
 
     @classmethod
-    def of(cls, folder: Path, said: dict) -> "Checkpoint":
-        """The checkpoint in a folder whose manifest says so."""
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in said["files"].items()}
-        return cls(folder, {key: value for key, value in said.items() if key != "files"}, files)
+    def from_manifest(cls, folder: Path, manifest: dict) -> "Checkpoint":
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        return cls(folder, {key: value for key, value in manifest.items() if key != "files"}, files)
 
     def verify(self) -> None:
-        """Reads every file.
+        """Reads every file and compares it with the manifest.
 
         Raises:
-            Damaged: one is missing, of another size or other content than when it was written; or one is too many.
+            DamagedCheckpoint: a file is missing, unexpected, or has another size or content than the manifest says.
         """
-        self.check_sizes()
+        self.verify_sizes()
         for name in self.files:
             self.verify_file(name)
 
     def verify_file(self, name: str) -> None:
-        """Reads one file; raises Damaged as `verify` does."""
+        """Reads one file; raises DamagedCheckpoint as `verify` does."""
         try:
-            found = file_sha256(self.folder / name)
-        except OSError as error:  # gone, or on a disk that cannot read
-            raise Damaged(f"{self.folder / name} cannot be read: {error.strerror}.") from None
-        if found != self.files[name][1]:
-            raise Damaged(f"{self.folder / name} is not what was written: its sha256 differs.")
+            sha256 = file_sha256(self.folder / name)
+        except OSError as error:  # deleted, or on a failing disk
+            raise DamagedCheckpoint(f"Cannot read {self.folder / name}: {error.strerror}.") from None
+        if sha256 != self.files[name][1]:
+            raise DamagedCheckpoint(f"{self.folder / name} is damaged: its sha256 differs from the manifest.")
 
-    def check_sizes(self) -> None:
-        """The quick part of `verify`: every file is there, with its size, and no other."""
-        there = set(_files_in(self.folder)) - {MANIFEST}
+    def verify_sizes(self) -> None:
+        """The fast part of `verify`: all files exist with their sizes, and there are no others."""
+        existing = set(_list_files(self.folder)) - {MANIFEST}
         for name, (size, _) in self.files.items():
-            if name not in there:
-                raise Damaged(f"{self.folder / name} is missing.")
+            if name not in existing:
+                raise DamagedCheckpoint(f"{self.folder / name} is missing.")
             try:
-                found = (self.folder / name).stat().st_size
-            except OSError as error:  # rotated away meanwhile
-                raise Damaged(f"{self.folder / name} cannot be read: {error.strerror}.") from None
-            if found != size:
-                raise Damaged(f"{self.folder / name} has {found:,} bytes, it had {size:,} when it was written.")
-        more = sorted(there - set(self.files))
-        if more:
-            raise Damaged(f"{self.folder / more[0]} is not one of the checkpoint's files.")
+                actual = (self.folder / name).stat().st_size
+            except OSError as error:  # rotated away in the meantime
+                raise DamagedCheckpoint(f"Cannot read {self.folder / name}: {error.strerror}.") from None
+            if actual != size:
+                raise DamagedCheckpoint(f"{self.folder / name} has {actual:,} bytes; the manifest says {size:,}.")
+        unexpected = sorted(existing - set(self.files))
+        if unexpected:
+            raise DamagedCheckpoint(f"{self.folder / unexpected[0]} does not belong to the checkpoint.")
+
+    def has_all_files(self) -> bool:
+        try:
+            self.verify_sizes()
+            return True
+        except DamagedCheckpoint:
+            return False
 
 
-def _is_complete(checkpoint: Checkpoint) -> bool:
-    try:
-        checkpoint.check_sizes()
-        return True
-    except Damaged:
-        return False
-
-
-def _files_in(folder: Path) -> list[str]:
+def _list_files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
-def seal(folder: Path, about: dict) -> Checkpoint:
-    """Makes the files of a folder a checkpoint: flushes them to the disk, and then writes their manifest.
+def seal(folder: Path, manifest: dict) -> Checkpoint:
+    """Turns a folder into a checkpoint: flushes its files to the disk, then writes the manifest.
 
     Args:
-        about: what the manifest says besides; `step` at least, JSON.
+        manifest: entries in addition to the files; JSON, with at least `step`.
     """
     files = {}
-    for name in _files_in(folder):
+    for name in _list_files(folder):
         path = folder / name
         fsync_file(path)
         files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    _flush_folder(folder)
-    said = json.loads(json.dumps({"format": FORMAT, **about, "files": files}))
-    write_atomically(folder / MANIFEST, json.dumps({**said, "sha256": json_sha256(said)}, indent=2))
-    _flush_folder(folder)
-    return Checkpoint.of(folder, said)
+    _fsync_folder(folder)
+    manifest = json.loads(json.dumps({"format": FORMAT, **manifest, "files": files}))
+    write_atomically(folder / MANIFEST, json.dumps({**manifest, "sha256": json_sha256(manifest)}, indent=2))
+    _fsync_folder(folder)
+    return Checkpoint.from_manifest(folder, manifest)
 
 
-def _flush_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened
+def _fsync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere, a folder cannot be opened
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -184,7 +188,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Renames a folder; where the file system cannot, copies it, its manifest last, and removes the original."""
+    """Renames a folder. If the file system cannot, copies it, the manifest last, and deletes the original."""
     try:
         os.rename(source, target)
     except OSError as error:
@@ -192,101 +196,101 @@ def move(source: Path, target: Path) -> None:
             raise
         copy(source, target)
         shutil.rmtree(source)
-    _flush_folder(target.parent)
+    _fsync_folder(target.parent)
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copies a folder so that it has a manifest only when all else is there."""
+    """Copies a checkpoint. The manifest is copied last, so that an incomplete copy has none."""
     target.mkdir(exist_ok=True)
-    names = _files_in(source)
-    for name in sorted(names, key=lambda name: (name == MANIFEST, name)):
+    for name in sorted(_list_files(source), key=lambda name: (name == MANIFEST, name)):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
         fsync_file(target / name)
-    _flush_folder(target)
+    _fsync_folder(target)
 
 
 class Checkpoints:
-    """The checkpoints in the folder of a run. One process at a time may change them.
+    """The checkpoints in the folder of a run. Only one process at a time may change them.
 
     Args:
-        kept: how many stay, the newest ones, and beside them the one with the lowest validation loss.
+        kept: how many of the newest ones are kept, in addition to the one with the lowest validation loss.
     """
 
     def __init__(self, folder: str | Path, kept: int = KEPT):
         self.folder, self.kept = Path(folder), kept
-        self.in_use: set[Path] = set()  # what rotation leaves, because somebody reads it
+        self.in_use: set[Path] = set()  # not rotated, because a copy is in progress
 
     # Writing
 
     def begin(self, step: int) -> Path:
-        """An empty folder for the files of a checkpoint, which `commit` makes one."""
-        self.give_up()
+        """Creates an empty staging folder for the files of a checkpoint, for `commit`."""
+        self.discard_staging()
         staging = self.folder / STAGING / f"checkpoint-{step}"
         staging.mkdir(parents=True)
         return staging
 
-    def commit(self, staging: Path, about: dict) -> Checkpoint:
-        """Seals what `begin` gave and gives it its name; only then the oldest ones go. That may fail and is told."""
-        return self._place(seal(staging, about))
+    def commit(self, staging: Path, manifest: dict) -> Checkpoint:
+        """Seals a staging folder, renames it, and then rotates. A failed rotation is reported, and not an error."""
+        return self._publish(seal(staging, manifest))
 
-    def adopt(self, step: int, fetch: Callable[[Path], None]) -> Checkpoint:
-        """Takes in a checkpoint from elsewhere as `commit` does one that was written here.
+    def import_copy(self, step: int, fetch: Callable[[Path], None]) -> Checkpoint:
+        """Adds a checkpoint from another place.
 
         Args:
-            fetch: puts its files into an empty folder, the manifest last.
+            fetch: copies the files into an empty folder, the manifest last.
 
         Raises:
-            Damaged: what came does not verify; it is not taken in.
+            DamagedCheckpoint: the copy is damaged; it is not added.
         """
         staging = self.begin(step)
         fetch(staging)
         fetched = Checkpoint.read(staging)
         fetched.verify()
-        return self._place(fetched)
+        return self._publish(fetched)
 
-    def _place(self, staged: Checkpoint) -> Checkpoint:
+    def _publish(self, staged: Checkpoint) -> Checkpoint:
         target = self.folder / f"checkpoint-{staged.step}"
         if target.exists():
-            self._remove(target)
+            self._delete(target)
         move(staged.folder, target)
         try:
-            self.give_up()
+            self.discard_staging()
             self.rotate(target)
         except OSError as error:
-            print(f"{target.name} is saved, but older ones could not be removed: {error}", file=sys.stderr)  # noqa: T201
+            print(f"{target.name} is saved, but older checkpoints could not be deleted: {error}", file=sys.stderr)  # noqa: T201
         return replace(staged, folder=target)
 
-    def give_up(self) -> None:
-        """Removes what was being written."""
+    def discard_staging(self) -> None:
+        """Deletes an incomplete checkpoint."""
         if (self.folder / STAGING).exists():
             shutil.rmtree(self.folder / STAGING)
 
     def rotate(self, new: Path) -> None:
-        """Removes all but the new one, the newest ones and the best; and what it left half done.
+        """Deletes all checkpoints but the new one, the newest complete ones, and the best one.
 
-        What lacks files counts as none of them. The best is the one with the lowest validation loss among those that
-        were measured on the same sources as the new one.
+        The best one has the lowest validation loss among those that were validated on the same sources as the new one.
         """
         self._empty_trash()
-        committed = [each for each in self.committed() if _is_complete(each)]
-        mixed_before = next((each.mixed_before for each in committed if each.folder == new), [])
-        measured = [
-            each for each in committed if each.validation_loss is not None and each.mixed_before == mixed_before
+        committed = [checkpoint for checkpoint in self.committed() if checkpoint.has_all_files()]
+        history = next((checkpoint.mixture_history for checkpoint in committed if checkpoint.folder == new), [])
+        comparable = [
+            checkpoint
+            for checkpoint in committed
+            if checkpoint.validation_loss is not None and checkpoint.mixture_history == history
         ]
-        stay = {each.folder for each in committed[: self.kept]}
-        stay |= {min(measured, key=lambda each: each.validation_loss).folder} if measured else set()
-        stay |= {new, *self.in_use}
-        for each in committed:
-            if each.folder not in stay:
-                self._remove(each.folder)
+        keep = {new, *self.in_use, *(checkpoint.folder for checkpoint in committed[: self.kept])}
+        if comparable:
+            keep.add(min(comparable, key=lambda checkpoint: checkpoint.validation_loss).folder)
+        for checkpoint in committed:
+            if checkpoint.folder not in keep:
+                self._delete(checkpoint.folder)
 
     def _empty_trash(self) -> None:
         for trash in self.folder.glob(f"{TRASH}*"):
             shutil.rmtree(trash)
 
-    def _remove(self, folder: Path) -> None:
-        """Takes a checkpoint's name before its files, so that what is half deleted is none."""
+    def _delete(self, folder: Path) -> None:
+        """Renames a checkpoint before deleting its files, so that an interrupted deletion leaves no checkpoint."""
         trash = self.folder / f"{TRASH}{folder.name}"
         if trash.exists():
             shutil.rmtree(trash)
@@ -302,121 +306,121 @@ class Checkpoints:
     # Reading
 
     def newest(self) -> Checkpoint | None:
-        """As `recover`, on every process: the first one looks and clears up, the others take what it left."""
+        """`recover` on the main process; every process gets the checkpoint that it leaves as the newest."""
         from rorchat.training.distributed import run_on_main_process
 
         run_on_main_process(self.recover)
         return next(iter(self.committed()), None)
 
     def committed(self) -> list[Checkpoint]:
-        """What has a manifest, the newest first; nothing is verified."""
-        found = []
-        for folder in self._folders():
+        """All checkpoints with a readable manifest, the newest first; their files are not verified."""
+        checkpoints = []
+        for folder in self._list_folders():
             try:
-                found.append(Checkpoint.read(folder))
-            except Damaged:
+                checkpoints.append(Checkpoint.read(folder))
+            except DamagedCheckpoint:
                 continue
-        return sorted(found, key=lambda each: each.step, reverse=True)
+        return sorted(checkpoints, key=lambda checkpoint: checkpoint.step, reverse=True)
 
-    def _folders(self) -> list[Path]:
-        """Every folder with a checkpoint's name, by the number in it, the highest first."""
+    def _list_folders(self) -> list[Path]:
+        """Every folder named like a checkpoint, in descending order of its number."""
         folders = [path for path in self.folder.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir()]
         return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
 
     def damaged(self) -> list[Path]:
-        """What was set aside."""
-        there = [path for path in self.folder.glob(f"checkpoint-*{DAMAGED}*") if path.is_dir()]
-        return sorted(there, key=lambda path: (int(path.name.split("-")[1].split(".")[0]), path.name))
+        """The folders that failed verification, the newest last."""
+        folders = [path for path in self.folder.glob(f"checkpoint-*{DAMAGED}*") if path.is_dir()]
+        return sorted(folders, key=lambda path: (int(path.name.split("-")[1].split(".")[0]), path.name))
 
     def newest_weights(self) -> Checkpoint:
-        """Of what was set aside the newest whose weights are as they were written, whatever became of the rest.
+        """The newest damaged checkpoint whose weights are valid.
 
         Raises:
             DataError: there is none.
         """
-        found = []
+        checkpoints = []
         for folder in self.damaged():
             try:
                 checkpoint = Checkpoint.read(folder)
-                for name in checkpoint.weights:
+                for name in checkpoint.weight_files:
                     checkpoint.verify_file(name)
-                found.append(checkpoint)
-            except Damaged as damage:
+                checkpoints.append(checkpoint)
+            except DamagedCheckpoint as damage:
                 print(damage, file=sys.stderr)  # noqa: T201
-        if not found:
+        if not checkpoints:
             raise DataError(
-                f"No checkpoint in {self.folder} verifies, nor the weights of one. Bring one back from a copy, or "
-                "delete them to start anew."
+                f"No checkpoint in {self.folder} is valid, and neither are the weights of one. Restore one from a "
+                "backup, or delete them to start from step 0."
             )
-        return max(found, key=lambda each: each.step)
+        return max(checkpoints, key=lambda checkpoint: checkpoint.step)
 
     @property
-    def weights(self) -> Path:
-        """Where `lay_out_weights` puts them: a place that the next save clears."""
+    def weights_folder(self) -> Path:
+        """The target of `copy_weights`. The next save deletes it."""
         return self.folder / STAGING / "weights"
 
-    def lay_out_weights(self, checkpoint: Checkpoint) -> None:
-        """Copies a checkpoint's weights, and nothing else, into a folder."""
-        self.give_up()
-        self.weights.mkdir(parents=True)
-        for name in checkpoint.weights:
-            shutil.copyfile(checkpoint.folder / name, self.weights / name)
+    def copy_weights(self, checkpoint: Checkpoint) -> None:
+        """Copies the weights of a checkpoint, and nothing else, into a folder to resume from."""
+        self.discard_staging()
+        self.weights_folder.mkdir(parents=True)
+        for name in checkpoint.weight_files:
+            shutil.copyfile(checkpoint.folder / name, self.weights_folder / name)
 
     def recover(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies, after what a killed run left behind is finished or cleared away.
+        """The newest valid checkpoint, after completing or deleting what a killed run left behind.
 
-        Damaged ones that are newer are set aside under another name, and told.
+        Newer checkpoints that are damaged are renamed, with a message.
 
         Returns:
-            None where nothing was ever committed.
+            None if no checkpoint was ever committed.
 
         Raises:
-            DataError: there were checkpoints, and none verifies: to start anew would hide the loss.
+            DataError: there were checkpoints, and none is valid. Starting from step 0 would hide the loss.
         """
         for staging in sorted(self.folder.glob(f"{STAGING}/*")):
-            self._finish(staging)
-        self.give_up()
+            self._complete_staging(staging)
+        self.discard_staging()
         self._empty_trash()
-        for folder in self._by_step():
+        for folder in self._list_by_step():
             try:
                 checkpoint = Checkpoint.read(folder)
                 checkpoint.verify()
                 return checkpoint
-            except Damaged as damage:
-                self.set_aside(folder, damage)
-        if self.damaged():
+            except DamagedCheckpoint as damage:
+                self.quarantine(folder, damage)
+        if damaged := self.damaged():
             raise DataError(
-                f"No checkpoint in {self.folder} verifies; {self.damaged()[-1].name} is one of {len(self.damaged())} "
-                "that were set aside. Bring one back from a copy, delete them to start anew, or give --weights_only to "
-                "go on from the weights of one, if they are whole."
+                f"No checkpoint in {self.folder} is valid; {len(damaged)} are damaged, such as {damaged[-1].name}. "
+                "Restore one from a backup, delete them to start from step 0, or give --weights_only to resume from "
+                "the weights of one, if they are valid."
             )
         return None
 
-    def _by_step(self) -> list[Path]:
-        """Every folder of a checkpoint, the newest first: by its manifest, or by its name where it has none."""
-        committed = {each.folder: each.step for each in self.committed()}
-        return sorted(self._folders(), key=lambda path: committed.get(path, int(path.name[11:])), reverse=True)
+    def _list_by_step(self) -> list[Path]:
+        """Every folder named like a checkpoint, the newest first: by its manifest, or else by its name."""
+        steps = {checkpoint.folder: checkpoint.step for checkpoint in self.committed()}
+        return sorted(self._list_folders(), key=lambda path: steps.get(path, int(path.name[11:])), reverse=True)
 
-    def _finish(self, staging: Path) -> None:
-        """Gives a checkpoint its name if it is whole, unless the one that has the name is."""
+    def _complete_staging(self, staging: Path) -> None:
+        """Publishes a staged checkpoint that is complete, unless there is a valid one of the same step."""
         try:
             checkpoint = Checkpoint.read(staging)
             checkpoint.verify()
-        except Damaged:
+        except DamagedCheckpoint:
             return
         target = self.folder / f"checkpoint-{checkpoint.step}"
         if target.exists():
             try:
                 Checkpoint.read(target).verify()
                 return
-            except Damaged as damage:  # a rename that was a copy, and was interrupted
-                self.set_aside(target, damage)
+            except DamagedCheckpoint as damage:  # an interrupted copy, on a file system without rename
+                self.quarantine(target, damage)
         move(staging, target)
 
-    def set_aside(self, folder: Path, damage: Damaged) -> None:
-        """Takes its name from what does not verify, and says so."""
+    def quarantine(self, folder: Path, damage: DamagedCheckpoint) -> None:
+        """Renames a damaged checkpoint, and prints why."""
         number = 1
-        while (aside := folder.with_name(f"{folder.name}{DAMAGED}{number}")).exists():
+        while (renamed := folder.with_name(f"{folder.name}{DAMAGED}{number}")).exists():
             number += 1
-        shutil.move(folder, aside)
-        print(f"{damage} Set aside as {aside.name}.", file=sys.stderr)  # noqa: T201
+        shutil.move(folder, renamed)
+        print(f"{damage} It was renamed to {renamed.name}.", file=sys.stderr)  # noqa: T201

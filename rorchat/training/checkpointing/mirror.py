@@ -1,8 +1,8 @@
-"""A second place for checkpoints, written in the background: a folder (Drive, a network mount) or a Hub repository.
+"""Copies checkpoints in the background to a folder (Google Drive, a network mount) or a Hub repository.
 
-What was committed is copied by a thread, verified where it arrived, and only then older copies go. Whatever fails there
-is told and tried again with the next checkpoint; training neither waits for it nor ends because of it. A run whose own
-folder is gone, or behind, goes on from the mirror.
+A thread copies every committed checkpoint, verifies the copy, and only then deletes older copies. A failure is reported
+and retried with the next checkpoint; training neither waits for a copy nor ends because of one. A run whose own folder
+is lost or outdated resumes from the mirror.
 """
 
 import hashlib
@@ -17,204 +17,208 @@ from typing import Protocol
 from tqdm.auto import tqdm
 
 from rorchat.errors import DataError, MismatchError, PermissionRefused, RemoteError, StorageError, UsageError
-from rorchat.training.checkpointing.checkpoint import KEPT, MANIFEST, Checkpoint, Checkpoints, Damaged, copy
+from rorchat.training.checkpointing.checkpoint import KEPT, MANIFEST, Checkpoint, Checkpoints, DamagedCheckpoint, copy
 
-#: Not run.json: it may say already that the run has finished, and the model that it speaks of is not copied.
+#: Without run.json: it may already say that the run has finished, and the final model is not copied.
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl")
-UNTOLD = 1.0  # seconds in which nobody asks what is waited for
-GRACE = 20.0  # seconds for what is being copied when a run is stopped
+SILENT_SECONDS = 1.0  # a shorter wait is not announced
+GRACE_SECONDS = 20.0  # to complete a copy when a run is stopped
 
 
-class Place(Protocol):
-    """Where copies lie."""
+class MirrorStorage(Protocol):
+    """Where the copies are."""
 
-    def found(self) -> list[Checkpoint]:
-        """The checkpoints there, the newest first, as their manifests say."""
+    def list_checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints, the newest first, as their manifests describe them."""
 
-    def put(self, checkpoint: Checkpoint, run: Path) -> None:
-        """Copies a checkpoint and the run's own files there, verifies the copy, and removes the oldest ones."""
+    def upload(self, checkpoint: Checkpoint, run: Path) -> None:
+        """Copies a checkpoint and the files of the run, verifies the copy, and deletes the oldest ones."""
 
-    def get(self, checkpoint: Checkpoint, target: Path) -> None:
-        """Copies the files of a checkpoint that was found into an empty folder."""
+    def download(self, checkpoint: Checkpoint, target: Path) -> None:
+        """Copies the files of a listed checkpoint into an empty folder."""
 
-    def set_aside(self, checkpoint: Checkpoint, damage: Damaged) -> None:
-        """Takes its name from a copy that does not verify: else it would count as one, and newer ones go for it."""
+    def quarantine(self, checkpoint: Checkpoint, damage: DamagedCheckpoint) -> None:
+        """Makes sure that a damaged copy no longer counts as one, so that no valid copy is deleted in its favour."""
 
-    def get_run_files(self, run: Path) -> None:
-        """Copies the run's own files, as far as they are there."""
+    def download_run_files(self, run: Path) -> None:
+        """Copies those files of the run that exist."""
 
 
 class Mirror:
-    """Copies of a run's checkpoints in another place. One thread copies; all else is called by the main one.
+    """Copies of the checkpoints of a run. One thread copies; the main thread calls everything else.
 
     Args:
-        place: where.
-        run: the run's folder.
-        told: for messages, what the user called the place.
+        storage: where the copies are.
+        run: the folder of the run.
+        name: of the storage, for messages.
     """
 
-    def __init__(self, place: Place, run: Path, told: str):
-        self.place, self.run, self.told = place, run, told
-        self._waiting: Checkpoint | None = None
-        self._done: int | None = None  # the step of the newest copy
+    def __init__(self, storage: MirrorStorage, run: Path, name: str):
+        self.storage, self.run, self.name = storage, run, name
+        self._pending: Checkpoint | None = None
+        self._copied_step: int | None = None  # of the newest copy
         self._newest: Checkpoint | None = None
         self._in_use: set[Path] = set()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def bring(self, checkpoints: Checkpoints) -> Checkpoint | None:
-        """Takes in the newest copy that verifies, if it is newer than all that verifies here; None where none is.
+    def restore_newest(self, checkpoints: Checkpoints) -> Checkpoint | None:
+        """Copies the newest valid checkpoint into the run's folder, if it is newer than all that are valid there.
 
         Raises:
-            DataError: nothing verifies here, and nothing there.
+            DataError: there are checkpoints here, and none is valid, here or in the mirror.
         """
-        lost, here = None, None
+        lost, local = None, None
         try:
-            here = checkpoints.recover()
+            local = checkpoints.recover()
         except DataError as error:
             lost = error
-        for copied in self.look():
-            if here and copied.step <= here.step:
+        for copied in self.list_copies():
+            if local and copied.step <= local.step:
                 break
             try:
-                brought = checkpoints.adopt(copied.step, lambda target, copied=copied: self.place.get(copied, target))
-            except Damaged as damage:
-                _tell(f"mirror {self.told}: its copy of step {copied.step} does not verify, and is set aside there:")
-                self.place.set_aside(copied, damage)
-                self._done = None
+                restored = checkpoints.import_copy(
+                    copied.step, lambda target, copied=copied: self.storage.download(copied, target)
+                )
+            except DamagedCheckpoint as damage:
+                _report(f"mirror {self.name}: the copy of step {copied.step} is damaged and is no longer used.")
+                self.storage.quarantine(copied, damage)
+                self._copied_step = None
                 continue
-            self._done = brought.step
-            self.place.get_run_files(self.run)
-            _tell(f"mirror {self.told}: checkpoint-{brought.step} was brought from there")
-            return brought
+            self._copied_step = restored.step
+            self.storage.download_run_files(self.run)
+            _report(f"mirror {self.name}: checkpoint-{restored.step} was restored from it")
+            return restored
         if lost:
             raise lost
         return None
 
-    def look(self) -> list[Checkpoint]:
-        """The copies that are there, the newest first."""
-        there = self.place.found()
-        self._done = there[0].step if there else None
-        return there
+    def list_copies(self) -> list[Checkpoint]:
+        """The copies, the newest first."""
+        copies = self.storage.list_checkpoints()
+        self._copied_step = copies[0].step if copies else None
+        return copies
 
     def offer(self, checkpoint: Checkpoint, in_use: set[Path]) -> None:
-        """Has a committed checkpoint copied, in place of one that waits; nothing where its copy is the newest there.
+        """Queues a checkpoint to be copied, in place of one that is still queued.
 
         Args:
-            in_use: folders that rotation must leave; the one that is copied is in it as long as it takes.
+            in_use: folders that rotation must not delete; contains the checkpoint while it is being copied.
         """
-        if checkpoint.step == self._done:
+        if checkpoint.step == self._copied_step:
             return
         with self._changed:
-            if self._waiting:
-                in_use.discard(self._waiting.folder)
-            self._waiting = self._newest = checkpoint
+            if self._pending:
+                in_use.discard(self._pending.folder)
+            self._pending = self._newest = checkpoint
             self._in_use = in_use
             in_use.add(checkpoint.folder)
             self._changed.notify_all()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+            self._thread = threading.Thread(target=self._copy_pending, name="mirror", daemon=True)
             self._thread.start()
 
     def finish(self, seconds: float | None = None) -> None:
-        """Waits until all is copied, or for so many seconds; says what the newest copy is where it is not the last.
+        """Waits until everything is copied, or for so many seconds. Without a limit, a failed copy is retried once.
 
-        What could not be copied before is tried once more.
+        Prints which copy is the newest, if it is not the last checkpoint.
         """
-        newest, self._newest = self._newest, None  # once, also where a signal ends the waiting
+        newest, self._newest = self._newest, None  # only once, even if a signal interrupts the wait
         if newest is None:
             return
         with self._changed:
-            if not self._changed.wait_for(self._idle, UNTOLD):
-                _tell(f"mirror {self.told}: waiting for checkpoint-{newest.step}; Ctrl-C does not wait")
-            idle = self._changed.wait_for(self._idle, seconds)
-        if idle and self._done != newest.step and seconds is None:
+            if not self._changed.wait_for(self._is_idle, SILENT_SECONDS):
+                _report(f"mirror {self.name}: waiting for checkpoint-{newest.step}; Ctrl-C does not wait")
+            idle = self._changed.wait_for(self._is_idle, seconds)
+        if idle and self._copied_step != newest.step and seconds is None:
             self.offer(newest, self._in_use)
             with self._changed:
-                self._changed.wait_for(self._idle)
-        if self._done != newest.step:
-            there = "nothing" if self._done is None else f"checkpoint-{self._done}"
-            _tell(f"mirror {self.told}: {there} is the newest there, checkpoint-{newest.step} the newest here")
+                self._changed.wait_for(self._is_idle)
+        if self._copied_step != newest.step:
+            copied = "empty" if self._copied_step is None else f"at checkpoint-{self._copied_step}"
+            _report(f"mirror {self.name}: the mirror is {copied}; the newest checkpoint is checkpoint-{newest.step}")
 
-    def _idle(self) -> bool:
+    def _is_idle(self) -> bool:
         return not self._in_use
 
-    def _work(self) -> None:
+    def _copy_pending(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None)
-                checkpoint, self._waiting = self._waiting, None
+                self._changed.wait_for(lambda: self._pending is not None)
+                checkpoint, self._pending = self._pending, None
             try:
-                self.place.put(checkpoint, self.run)
-                self._done = checkpoint.step
-            except Exception as failure:  # whatever it is, it must not stop the training
-                why = " ".join(str(failure).split()) or type(failure).__name__
-                _tell(
-                    f"mirror {self.told}: checkpoint-{checkpoint.step} could not be copied ({why}). Training goes on; "
-                    "the next one is tried."
+                self.storage.upload(checkpoint, self.run)
+                self._copied_step = checkpoint.step
+            except Exception as failure:  # no failure of a copy may stop the training
+                reason = " ".join(str(failure).split()) or type(failure).__name__
+                _report(
+                    f"mirror {self.name}: checkpoint-{checkpoint.step} could not be copied ({reason}). Training "
+                    "continues, and the next checkpoint will be tried."
                 )
             with self._changed:
                 self._in_use.discard(checkpoint.folder)
                 self._changed.notify_all()
 
 
-def mirror_of(place: str | None, run: Path) -> Mirror | None:
-    """The mirror that a setting names; None where none is named.
+def open_mirror(name: str | None, run: Path) -> Mirror | None:
+    """The mirror with this name, a folder or a Hub id; None for no mirror.
 
     Raises:
-        UsageError: the name is no folder and no Hub id, or the run's own folder.
-        StorageError: the folder's parent is not there: a drive that is not mounted.
-        PermissionRefused, RemoteError: the Hub refuses the repository, or cannot be asked.
+        UsageError: the name is neither a folder nor a Hub id, or it is inside the run's folder.
+        StorageError: the parent of the folder does not exist, as when a drive is not mounted.
+        PermissionRefused, RemoteError: the Hub refuses access to the repository, or cannot be reached.
     """
-    if place is None:
+    if name is None:
         return None
-    if _is_local(place):
-        return Mirror(FolderPlace(Path(place).expanduser(), run), run, place)
-    return Mirror(HubPlace(place), run, place)
+    if _is_local(name):
+        return Mirror(FolderStorage(Path(name).expanduser(), run), run, name)
+    return Mirror(HubStorage(name), run, name)
 
 
-def _is_local(place: str) -> bool:
-    """As with models: runs/copy could be a Hub id, but not where there is a folder runs."""
-    return place.startswith((".", "/", "~")) or "/" not in place or Path(place).parent.is_dir()
+def _is_local(name: str) -> bool:
+    """Whether a name is a path. As for models, `runs/copy` is a path if there is a folder `runs`."""
+    return name.startswith((".", "/", "~")) or "/" not in name or Path(name).parent.is_dir()
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-class FolderPlace:
-    """Copies in a folder, which has the form of a run's: `rorchat checkpoint list` reads it, too."""
+class FolderStorage:
+    """Copies in a folder with the layout of a run, so that `rorchat checkpoint list` can read it."""
 
     def __init__(self, folder: Path, run: Path):
         if run.resolve() in (folder.resolve(), *folder.resolve().parents):
-            raise UsageError(f"mirror {folder} lies in the run's own folder: give another place, best on another disk.")
+            raise UsageError(f"mirror {folder} is inside the run's folder: give another place, best on another disk.")
         if not folder.resolve().parent.is_dir():
-            raise StorageError(f"mirror {folder}: there is no {folder.resolve().parent}. Mount the drive, or make it.")
+            raise StorageError(
+                f"mirror {folder}: {folder.resolve().parent} does not exist. Mount the drive, or create it."
+            )
         folder.mkdir(exist_ok=True)
         self.checkpoints = Checkpoints(folder, KEPT)
-        strange = sorted(path.name for path in folder.iterdir() if path.name not in RUN_FILES and path.name[0] != ".")
-        if strange and not self.found():
+        others = sorted(path.name for path in folder.iterdir() if path.name not in RUN_FILES and path.name[0] != ".")
+        if others and not self.list_checkpoints():
             raise MismatchError(
-                f"mirror {folder} holds {strange[0]} and no checkpoint: give a folder of its own, it need not be there."
+                f"mirror {folder} contains {others[0]} and no checkpoint: give an empty folder, or one to be created."
             )
 
-    def found(self) -> list[Checkpoint]:
+    def list_checkpoints(self) -> list[Checkpoint]:
         return self.checkpoints.committed()
 
-    def put(self, checkpoint: Checkpoint, run: Path) -> None:
+    def upload(self, checkpoint: Checkpoint, run: Path) -> None:
         folder = self.checkpoints.folder
-        if not folder.is_dir():  # not made anew: it would lie where the drive was mounted
-            raise FileNotFoundError(f"{folder} is not there any more")
-        self.checkpoints.adopt(checkpoint.step, lambda target: copy(checkpoint.folder, target))
+        if not folder.is_dir():  # not created again: it would be on the disk below the mount point
+            raise FileNotFoundError(f"{folder} no longer exists")
+        self.checkpoints.import_copy(checkpoint.step, lambda target: copy(checkpoint.folder, target))
         _copy_run_files(run, folder)
 
-    def get(self, checkpoint: Checkpoint, target: Path) -> None:
+    def download(self, checkpoint: Checkpoint, target: Path) -> None:
         copy(checkpoint.folder, target)
 
-    def set_aside(self, checkpoint: Checkpoint, damage: Damaged) -> None:
-        self.checkpoints.set_aside(checkpoint.folder, damage)
+    def quarantine(self, checkpoint: Checkpoint, damage: DamagedCheckpoint) -> None:
+        self.checkpoints.quarantine(checkpoint.folder, damage)
 
-    def get_run_files(self, run: Path) -> None:
+    def download_run_files(self, run: Path) -> None:
         _copy_run_files(self.checkpoints.folder, run)
 
 
@@ -226,119 +230,118 @@ def _copy_run_files(source: Path, target: Path) -> None:
             staged.replace(target / name)
 
 
-class HubPlace:
-    """Copies in a private repository of the Hub, a commit each. Its history keeps what was deleted.
+class HubStorage:
+    """Copies in a private repository of the Hub, one commit each. Its history keeps deleted copies.
 
     Raises:
-        UsageError: the name is no Hub id.
-        PermissionRefused, RemoteError: the Hub refuses to have it written, or cannot be asked.
+        UsageError: the name is not a Hub id.
+        PermissionRefused, RemoteError: the Hub refuses write access, or cannot be reached.
     """
 
     def __init__(self, repository: str):
         from huggingface_hub import HfApi
         from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
 
-        disable_progress_bars()  # a thread's would be drawn over the training's
+        disable_progress_bars()  # the thread's bars would be drawn over the training's
         self.api, self.repository = HfApi(), repository
         try:
             validate_repo_id(repository)
         except HFValidationError as error:
-            raise UsageError(f"mirror {repository!r} is no folder and no Hub id: {error}") from None
-        self._ask(lambda: self.api.create_repo(repository, private=True, exist_ok=True))
-        self._ask(lambda: self.api.auth_check(repository, write=True))  # one that is there may be somebody else's
-        if not self._ask(lambda: self.api.repo_info(repository)).private:
-            raise MismatchError(f"mirror {repository} is public, and checkpoints are nobody's to see: make it private.")
+            raise UsageError(f"mirror {repository!r} is neither a folder nor a Hub id: {error}") from None
+        self._request(lambda: self.api.create_repo(repository, private=True, exist_ok=True))
+        self._request(lambda: self.api.auth_check(repository, write=True))  # it may exist and belong to someone else
+        if not self._request(lambda: self.api.repo_info(repository)).private:
+            raise MismatchError(f"mirror {repository} is a public repository: make it private, or give another one.")
 
-    def _ask(self, question: Callable[[], object]) -> object:
-        """Asks the Hub before training, when a failure may still be told."""
+    def _request(self, request: Callable[[], object]):
+        """Sends a request before training, when a failure can still end the run."""
         import httpx2
         from huggingface_hub.errors import LocalTokenNotFoundError
 
         try:
-            return question()
+            return request()
         except (httpx2.HTTPError, LocalTokenNotFoundError, ConnectionError, ValueError) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
-            why = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
             if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
                 raise PermissionRefused(
-                    f"mirror {self.repository}: the Hub refuses it ({why}). Log in with `hf auth login` as its owner, "
-                    f"or give a folder, ./{self.repository}."
+                    f"mirror {self.repository}: the Hub refuses access ({reason}). Log in as its owner with `hf auth "
+                    f"login`, or give a folder, ./{self.repository}."
                 ) from None
             raise RemoteError(
-                f"mirror {self.repository}: the Hub cannot be asked ({why}), and a run may be there to go on from. "
-                "Try again, or leave the mirror out."
+                f"mirror {self.repository}: the Hub cannot be reached ({reason}), so it is unknown whether there is a "
+                "run to resume. Try again, or leave the mirror out."
             ) from None
 
-    def _files(self) -> dict[str, tuple[int, str]]:
-        """(bytes, what the Hub knows its content by) of every file there."""
+    def _list_files(self) -> dict[str, tuple[int, str]]:
+        """(bytes, hash) of every file: the sha256 for LFS files, otherwise git's blob id."""
         entries = self.api.list_repo_tree(self.repository, recursive=True)
         return {
             entry.path: (entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
             for entry in entries
-            if hasattr(entry, "size")
+            if hasattr(entry, "size")  # folders have none
         }
 
-    def found(self) -> list[Checkpoint]:
-        names = [path.split("/")[0] for path in self._ask(self._files) if path.endswith(f"/{MANIFEST}")]
-        found = []
+    def list_checkpoints(self) -> list[Checkpoint]:
+        names = [path.split("/")[0] for path in self._request(self._list_files) if path.endswith(f"/{MANIFEST}")]
+        checkpoints = []
         with tempfile.TemporaryDirectory() as folder:
             for name in names:
-                self._ask(lambda name=name: self._download(f"{name}/{MANIFEST}", folder))
+                self._request(lambda name=name: self._download_file(f"{name}/{MANIFEST}", folder))
                 try:
-                    found.append(Checkpoint.read(Path(folder) / name))
-                except Damaged as damage:
-                    _tell(f"mirror {self.repository}: {damage}")
-        return sorted(found, key=lambda each: each.step, reverse=True)
+                    checkpoints.append(Checkpoint.read(Path(folder) / name))
+                except DamagedCheckpoint as damage:
+                    _report(f"mirror {self.repository}: {damage}")
+        return sorted(checkpoints, key=lambda checkpoint: checkpoint.step, reverse=True)
 
-    def _download(self, path: str, folder: str | Path) -> None:
+    def _download_file(self, path: str, folder: str | Path) -> None:
         self.api.hf_hub_download(self.repository, path, local_dir=folder)
 
-    def get(self, checkpoint: Checkpoint, target: Path) -> None:
+    def download(self, checkpoint: Checkpoint, target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             for name in (*checkpoint.files, MANIFEST):
-                self._ask(lambda name=name: self._download(f"{checkpoint.folder.name}/{name}", folder))
+                self._request(lambda name=name: self._download_file(f"{checkpoint.folder.name}/{name}", folder))
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(Path(folder) / checkpoint.folder.name / name, target / name)
 
-    def set_aside(self, checkpoint: Checkpoint, damage: Damaged) -> None:
+    def quarantine(self, checkpoint: Checkpoint, damage: DamagedCheckpoint) -> None:
         name = checkpoint.folder.name
-        self._ask(lambda: self.api.delete_file(f"{name}/{MANIFEST}", self.repository))
-        _tell(f"mirror {self.repository}: {damage} Its {MANIFEST} was deleted, so that it counts no more.")
+        self._request(lambda: self.api.delete_file(f"{name}/{MANIFEST}", self.repository))
+        _report(f"mirror {self.repository}: {damage} Its {MANIFEST} was deleted, so that it is ignored.")
 
-    def get_run_files(self, run: Path) -> None:
-        there = self._ask(self._files)
+    def download_run_files(self, run: Path) -> None:
+        existing = self._request(self._list_files)
         with tempfile.TemporaryDirectory() as folder:
             for name in RUN_FILES:
-                if name in there:
-                    self._ask(lambda name=name: self._download(name, folder))
+                if name in existing:
+                    self._request(lambda name=name: self._download_file(name, folder))
             _copy_run_files(Path(folder), run)
 
-    def put(self, checkpoint: Checkpoint, run: Path) -> None:
+    def upload(self, checkpoint: Checkpoint, run: Path) -> None:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        name = f"checkpoint-{checkpoint.step}"
-        sent = {f"{name}/{each}": checkpoint.folder / each for each in (*checkpoint.files, MANIFEST)}
-        # bytes, for they grow meanwhile
-        own = {each: (run / each).read_bytes() for each in RUN_FILES if (run / each).is_file()}
-        operations = [CommitOperationAdd(path, file) for path, file in {**sent, **own}.items()]
+        folder = f"checkpoint-{checkpoint.step}"
+        files = {f"{folder}/{name}": checkpoint.folder / name for name in (*checkpoint.files, MANIFEST)}
+        # as bytes, because these files grow during the upload
+        run_files = {name: (run / name).read_bytes() for name in RUN_FILES if (run / name).is_file()}
+        operations = [CommitOperationAdd(path, content) for path, content in {**files, **run_files}.items()]
         self.api.create_commit(self.repository, operations, commit_message=f"step {checkpoint.step}")
-        there = self._files()
-        for path, file in sent.items():
-            if there.get(path) not in ((file.stat().st_size, each) for each in _known_by(file)):
-                raise RemoteError(f"{path} did not arrive as it was sent")
-        copied = {path.split("/")[0] for path in there if path.endswith(f"/{MANIFEST}")}
-        others = sorted(copied - {name}, key=lambda each: int(each.rpartition("-")[2]), reverse=True)
-        old = [CommitOperationDelete(f"{each}/", is_folder=True) for each in others[KEPT - 1 :]]
-        if old:
-            self.api.create_commit(self.repository, old, commit_message="older checkpoints")
+        uploaded = self._list_files()
+        for path, file in files.items():
+            if uploaded.get(path) not in ((file.stat().st_size, digest) for digest in _hub_hashes(file)):
+                raise RemoteError(f"{path} differs from the uploaded file")
+        copies = {path.split("/")[0] for path in uploaded if path.endswith(f"/{MANIFEST}")}
+        others = sorted(copies - {folder}, key=lambda name: int(name.rpartition("-")[2]), reverse=True)
+        outdated = [CommitOperationDelete(f"{name}/", is_folder=True) for name in others[KEPT - 1 :]]
+        if outdated:
+            self.api.create_commit(self.repository, outdated, commit_message="delete older checkpoints")
 
 
-def _known_by(file: Path) -> tuple[str, str]:
-    """What the Hub calls a file's content: git's blob id, or its sha256 where it lies in LFS."""
-    size = file.stat().st_size
-    blob, content = hashlib.sha1(b"blob %d\0" % size), hashlib.sha256()
+def _hub_hashes(file: Path) -> tuple[str, str]:
+    """Both hashes by which the Hub may identify a file: git's blob id, and the sha256 of LFS files."""
+    blob_id, sha256 = hashlib.sha1(b"blob %d\0" % file.stat().st_size), hashlib.sha256()
     with file.open("rb") as data:
-        while part := data.read(2**20):
-            blob.update(part)
-            content.update(part)
-    return blob.hexdigest(), content.hexdigest()
+        while chunk := data.read(2**20):
+            blob_id.update(chunk)
+            sha256.update(chunk)
+    return blob_id.hexdigest(), sha256.hexdigest()

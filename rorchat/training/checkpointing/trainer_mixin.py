@@ -1,8 +1,8 @@
-"""A run that stops goes on as if it had not: saving, loading, signals and divergence inside Transformers' loop.
+"""Saving, loading, signals and recovery from divergence inside the training loop of Transformers.
 
-The Trainer of transformers 5.23 resumes exactly in good weather. What is added: a checkpoint is committed whole or not
-at all (`rorchat.training.checkpointing.checkpoint`), loaded strictly, and holds what the Trainer forgets: the open
-window of the log.
+The Trainer of transformers 5.23 resumes exactly if nothing goes wrong. This adds: checkpoints are committed completely
+or not at all (`rorchat.training.checkpointing.checkpoint`), loaded strictly, and contain what the Trainer forgets, the
+losses that have been summed for the next log line. NaN or infinite values are never applied or saved.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import random
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy
@@ -29,40 +29,74 @@ from rorchat.errors import DataError, DivergedError, MismatchError, StorageError
 from rorchat.jsonl import append_json_line
 from rorchat.model import WEIGHTS
 from rorchat.training.callbacks.divergence import DIVERGED_ROWS
+from rorchat.training.callbacks.metrics import MetricsCallback
 from rorchat.training.callbacks.signals import SignalCallback
 from rorchat.training.checkpointing.checkpoint import KEPT, MANIFEST, STAGING, Checkpoint, Checkpoints
 from rorchat.training.checkpointing.mirror import Mirror
+from rorchat.training.checkpointing.resume_plan import ResumePlan
 from rorchat.training.distributed import any_rank, set_collective_timeout
 from rorchat.training.lora import Adapter
 
-STATE = "run_state_{}.json"  # what the Trainer forgets, by process
-KEPT_BY_TRL = ("_metrics", "_total_train_tokens")  # of its trainers (1.16): what is averaged into the next log line
-MOST_FAILED_SAVES = 3  # in a row
-MOST_SKIPPED = 3  # steps in a row, before the run goes back to a checkpoint
-#: How PyTorch's writer, which is no Python, says that the disk is full (torch 2.13, inline_container.cc).
-_WRITER_FAILED = ("unexpected pos", "PytorchStreamWriter failed", "inline_container")
+STATE_FILE = "run_state_{}.json"  # what the Trainer forgets; one file per process
+MAX_FAILED_SAVES = 3  # in a row
+MAX_SKIPPED_STEPS = 3  # in a row; then the run rolls back to a checkpoint
+#: Parts of the messages of PyTorch's C++ writer when the disk is full (torch 2.13, inline_container.cc).
+_WRITER_FAILURES = ("unexpected pos", "PytorchStreamWriter failed", "inline_container")
+
+
+def find_storage_failure(write: Callable[[], object]) -> Exception | None:
+    """Calls `write` and returns the failure of the disk, if there was one; other exceptions are raised."""
+    try:
+        write()
+    except (OSError, SafetensorError) as failure:
+        return failure
+    except RuntimeError as failure:
+        if any(text in str(failure) for text in _WRITER_FAILURES):
+            return failure
+        raise
+    return None
 
 
 class CheckpointMixin(Trainer):
-    """A Trainer whose checkpoints are committed and verified; `attend` must be called before it trains."""
+    """A Trainer whose checkpoints are committed, verified, and resumed exactly.
 
-    adapter: Adapter | None = None  # what is trained, where the model itself is frozen
+    Args:
+        resume: what the run resumes from.
+        run_metadata: recorded in every checkpoint, see `rorchat.training.checkpointing.fingerprint`.
+        adapter: what is trained, if the model itself is frozen.
+        mirror: receives a copy of every checkpoint; on the main process.
+    """
 
-    def attend(self, folder: Path) -> None:
-        """Keeps the checkpoints of this run in a folder, listens to signals, and waits for no process for ever."""
-        set_collective_timeout(self.args.ddp_timeout)
+    #: Attributes of TRL's trainers (1.16) that accumulate values for the next log line.
+    trl_state: tuple[str, ...] = ()
+    metrics: MetricsCallback  # set by the subclass, which knows the tokens of a step
+
+    def __init__(
+        self,
+        *args,
+        resume: ResumePlan,
+        run_metadata: dict,
+        adapter: Adapter | None = None,
+        mirror: Mirror | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.resume, self.run_metadata, self.adapter, self.mirror = resume, run_metadata, adapter, mirror
+        folder = Path(self.args.output_dir)
         self.checkpoints = Checkpoints(folder, self.args.save_total_limit or KEPT)
-        self.interruptions = SignalCallback(folder)
-        self.identity: dict = {}  # told by the run, as is the mirror
-        self.mirror: Mirror | None = None
+        self.signals = SignalCallback(folder)
         self.failed_saves = self.skipped_in_a_row = 0
-        self._began_with_weights = False  # and has saved nothing of its own since
-        self.rolled_back = self._mended = False
-        self._staging: Path | None = None
-        self._validated: tuple[int, float] | None = None
+        self.rolled_back = self._step_was_skipped = False
         self._resumed_from: Path | None = None
-        self.add_callback(self.interruptions)
-        self.add_callback(_State(self))
+        self._optimizer_is_new = resume.weights_only  # until the first checkpoint of this start
+        self._staging: Path | None = None
+        self._validation: tuple[int, float] | None = None  # (step, loss) of the last evaluation
+        set_collective_timeout(self.args.ddp_timeout)
+
+    def checkpoint_callbacks(self) -> Iterator[TrainerCallback]:
+        """The callbacks of this mixin, in order; the subclass adds them among its own."""
+        yield self.signals
+        yield _RestoreCallback(self)
 
     # Saving
 
@@ -70,25 +104,25 @@ class CheckpointMixin(Trainer):
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
-        step, main = self.state.global_step, self.is_world_process_zero()
+        step, is_main = self.state.global_step, self.is_world_process_zero()
         if not self.is_finite():
             self._refuse_to_save(step)
             return
         staging = self.checkpoints.folder / STAGING / f"checkpoint-{step}"
-        with self.meter.pause():
-            stages = [
-                (main, lambda: self.checkpoints.begin(step)),
-                (True, lambda: self._write(staging, model, trial)),
-                (main, lambda: self._commit(staging)),
+        with self.metrics.pause():
+            phases = [
+                (is_main, lambda: self.checkpoints.begin(step)),
+                (True, lambda: self._write_checkpoint(staging, model, trial)),
+                (is_main, lambda: self._commit(staging)),
             ]
-            for mine, stage in stages:
-                failure = storage_failure(stage) if mine else None
+            for takes_part, phase in phases:
+                failure = find_storage_failure(phase) if takes_part else None
                 if any_rank(failure is not None)[0]:
-                    self._failed_to_save(step, failure)
+                    self._handle_failed_save(step, failure)
                     return
         self.failed_saves = 0
 
-    def _write(self, staging: Path, model, trial) -> None:
+    def _write_checkpoint(self, staging: Path, model, trial) -> None:
         self._staging = staging.parent
         try:
             super()._save_checkpoint(model, trial)
@@ -97,56 +131,61 @@ class CheckpointMixin(Trainer):
         state = {
             "summed_loss": self._tr_loss.item(),
             "last_logged": self._globalstep_last_logged,
-            "last_mixture": self.meter.last_mixture,
+            "last_mixture": self.metrics.last_mixture,
             "skipped_in_a_row": self.skipped_in_a_row,
             "rolled_back": self.rolled_back,
-            "trl": {name: getattr(self, name) for name in KEPT_BY_TRL if hasattr(self, name)},
+            "trl": {name: vars(self)[name] for name in self.trl_state},
         }
-        (staging / STATE.format(self.args.process_index)).write_text(json.dumps(state))
+        (staging / STATE_FILE.format(self.args.process_index)).write_text(json.dumps(state))
 
     def _commit(self, staging: Path) -> None:
-        committed = self.checkpoints.commit(staging, self._about(staging))
-        self._began_with_weights = False
+        checkpoint = self.checkpoints.commit(staging, self._manifest(staging))
+        self._optimizer_is_new = False
         if self.mirror:
-            self.mirror.offer(committed, self.checkpoints.in_use)
+            self.mirror.offer(checkpoint, self.checkpoints.in_use)
 
-    def _about(self, staging: Path) -> dict:
-        missing = sorted(self._required() - {path.name for path in staging.iterdir()})
+    def _manifest(self, staging: Path) -> dict:
+        missing = sorted(self._required_files() - {path.name for path in staging.iterdir()})
         if missing:
-            raise RuntimeError(f"The Trainer did not write {', '.join(missing)}: of this nothing could go on.")
+            raise RuntimeError(f"The Trainer did not write {', '.join(missing)}: the checkpoint could not be resumed.")
         step = self.state.global_step
-        loss = self._validated[1] if self._validated and self._validated[0] == step else None
+        loss = self._validation[1] if self._validation and self._validation[0] == step else None
         return {
             "step": step,
             "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
             "world_size": self.args.world_size,
-            "identity": self.identity,
+            "identity": self.run_metadata,
         }
 
-    def _required(self) -> set[str]:
+    def _required_files(self) -> set[str]:
         world = self.args.world_size
         random_states = ["rng_state.pth"] if world == 1 else [f"rng_state_{rank}.pth" for rank in range(world)]
         weights = {ADAPTER_WEIGHTS, ADAPTER_CONFIG} if self.adapter else {WEIGHTS, "config.json"}
         names = {*weights, "optimizer.pt", "scheduler.pt", "trainer_state.json"}
-        names |= {*random_states, *(STATE.format(rank) for rank in range(world))}
+        names |= {*random_states, *(STATE_FILE.format(rank) for rank in range(world))}
         return names | ({"scaler.pt"} if self.accelerator.scaler is not None else set())
 
-    def _failed_to_save(self, step: int, failure: Exception | None) -> None:
+    def _handle_failed_save(self, step: int, failure: Exception | None) -> None:
+        """Continues training after a failed save.
+
+        Raises:
+            StorageError: several saves in a row have failed, or the run is about to stop.
+        """
         self.failed_saves += 1
         if self.is_world_process_zero():
-            self.checkpoints.give_up()
-        safe = self.checkpoints.committed()
-        left = f"{safe[0].folder.name} is the newest" if safe else "there is none yet"
-        why = f" ({' '.join(str(failure).split())})" if failure else ""
-        said = f"The checkpoint of step {step} could not be written{why}; {left}."
-        if self.failed_saves == MOST_FAILED_SAVES or self.interruptions.stopping:
-            goes_on = "goes on from there" if safe else "begins anew"
-            raise StorageError(f"{said} Free some space; the same command {goes_on}.")
+            self.checkpoints.discard_staging()
+        committed = self.checkpoints.committed()
+        newest = f"the newest checkpoint is {committed[0].folder.name}" if committed else "there is no checkpoint yet"
+        reason = f" ({' '.join(str(failure).split())})" if failure else ""
+        message = f"The checkpoint of step {step} could not be written{reason}; {newest}."
+        if self.failed_saves == MAX_FAILED_SAVES or self.signals.stopping:
+            effect = "resume from it" if committed else "start again"
+            raise StorageError(f"{message} Free some space, and run the same command again to {effect}.")
         if self.is_world_process_zero():
-            print(f"{said} Training goes on, and tries again at the next save.", file=sys.stderr)  # noqa: T201
+            print(f"{message} Training continues, and the next save will be tried.", file=sys.stderr)  # noqa: T201
 
     def is_finite(self) -> bool:
-        """Whether every weight and every number of the optimizer's state is one, on every process."""
+        """Whether all weights and the state of the optimizer are finite, on every process."""
         tensors = [*self.model.parameters()]
         if not self.is_deepspeed_enabled:
             tensors += [value for state in self.optimizer.state.values() for value in state.values()]
@@ -154,17 +193,25 @@ class CheckpointMixin(Trainer):
         tensors = [tensor for tensor in tensors if torch.is_tensor(tensor) and tensor.is_floating_point()]
         return not any_rank(not all(bool(tensor.isfinite().all()) for tensor in tensors))[0]
 
-    def require_room(self) -> None:
-        """Raises StorageError where the disk has no room for the checkpoints that there will be at once."""
+    def _refuse_to_save(self, step: int) -> None:
+        message = f"The weights or the optimizer state of step {step} contain NaN or infinite values: not saved."
+        if self.signals.stopping:
+            raise DivergedError(f"{message} Run the same command again to resume from the last checkpoint.")
+        if self.is_world_process_zero():
+            print(message, file=sys.stderr)  # noqa: T201
+
+    def require_disk_space(self) -> None:
+        """Raises StorageError if the disk has no room for the checkpoints that will exist at the same time."""
         if self.args.save_strategy == SaveStrategy.NO:
             return
-        there = self.checkpoints.committed()
-        # weights and, at most, two numbers of the optimizer for each
+        committed = self.checkpoints.committed()
+        # weights, and at most two numbers of optimizer state per weight, 4 bytes each
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        each = there[0].bytes if there else 12 * trained
-        # the oldest goes when the new one is there; and one may be the best
+        checkpoint_bytes = committed[0].bytes if committed else 12 * trained
+        # the oldest is deleted only after the new one is complete; one more may be kept as the best
         most = self.checkpoints.kept + 1 + (self.args.eval_strategy != IntervalStrategy.NO)
-        needed = each * max(0, min(most - len(there), self._saves_to_come(there[0].step if there else 0)))
+        upcoming = self._count_upcoming_saves(committed[0].step if committed else 0)
+        needed = checkpoint_bytes * max(0, min(most - len(committed), upcoming))
         free = shutil.disk_usage(self.checkpoints.folder).free
         if free < needed:
             raise StorageError(
@@ -172,90 +219,96 @@ class CheckpointMixin(Trainer):
                 "space, choose another output_dir, or give --save_strategy no."
             )
 
-    def _saves_to_come(self, step: int) -> int:
+    def _count_upcoming_saves(self, step: int) -> int:
         every, steps = self.args.save_steps, self.args.max_steps
         if self.args.save_strategy != SaveStrategy.STEPS or steps <= 0:
             return self.checkpoints.kept + 2
         return math.ceil((steps - step) / (every if every >= 1 else math.ceil(every * steps)))
 
-    def _refuse_to_save(self, step: int) -> None:
-        said = f"The weights or the optimizer's state of step {step} hold what is no number: they are not saved."
-        if self.interruptions.stopping:
-            raise DivergedError(f"{said} The same command goes on from the last checkpoint, if there is one.")
-        if self.is_world_process_zero():
-            print(said, file=sys.stderr)  # noqa: T201
-
     # Divergence
 
-    def mend(self, step: int) -> str:
-        """Makes good a step whose loss or gradient is no number, and says how; "" where nothing is left to try.
+    def handle_divergence(self, step: int) -> str:
+        """Recovers from a step whose loss or gradient is not finite, and returns what was done; "" if nothing is left.
 
-        Its rows are written out and nothing steps on its gradients. When that has happened MOST_SKIPPED times in a
-        row, the weights are to blame: they and the optimizer's state go back to the last checkpoint, once in a run,
-        while the rows and the learning rate go on from here.
+        The rows of the step are written to a file, and its gradients are dropped. After MAX_SKIPPED_STEPS such steps in
+        a row, the weights are the likely cause: they and the optimizer state are restored from the last checkpoint,
+        once per run, while the rows and the learning rate continue from here.
         """
         if self.is_world_process_zero():
-            self._write_rows(step)
-        self._tr_loss.copy_(self._summed_before)  # else a window of the log would be no number either
+            self.write_diverged_rows(step)
+        self._tr_loss.copy_(self._loss_before_step)  # otherwise the next log line would be NaN, too
         self._globalstep_last_logged += 1
-        self.forget_step()
-        self._mended = True
+        self.discard_step_metrics()
+        self._step_was_skipped = True
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row <= MOST_SKIPPED:
-            done = "skipped"
+        if self.skipped_in_a_row <= MAX_SKIPPED_STEPS:
+            action = "skipped"
         elif not self.rolled_back and (checkpoint := self._roll_back()):
             self.rolled_back, self.skipped_in_a_row = True, 0
-            done = f"rolled back to the weights of step {checkpoint.step}"
+            action = f"rolled back to the weights of step {checkpoint.step}"
         else:
             return ""
-        if not self.args.fp16:  # there the scaler leaves the step out, and wants to see why
+        if not self.args.fp16:  # the gradient scaler skips the step, and must see the gradients
             self.model.zero_grad()
-        return done
+        return action
 
-    def forget_step(self) -> None:
-        """Takes back what TRL has noted since the step began, for the next line of the log."""
-        metrics = getattr(self, "_metrics", {}).get("train", {})
+    def discard_step_metrics(self) -> None:
+        """Removes what TRL has recorded since the step began from the averages of the next log line."""
+        if "_metrics" not in self.trl_state:
+            return
+        metrics = self._metrics["train"]
         for name in [*metrics]:
-            del metrics[name][self._noted_before.get(name, 0) :]
-            if not metrics[name]:  # of which TRL would take the mean
+            del metrics[name][self._metric_counts.get(name, 0) :]
+            if not metrics[name]:  # TRL would average an empty list
                 del metrics[name]
 
     def _roll_back(self) -> Checkpoint | None:
         try:
             checkpoint = self.checkpoints.newest()
-        except DataError:  # none verifies
+        except DataError:  # none is valid
             return None
         if checkpoint:
             self._load_from_checkpoint(str(checkpoint.folder))
-            if self._began_with_weights:  # its optimizer is what was left behind
+            if self._optimizer_is_new:  # the checkpoint has the state of the previous optimizer
                 self.optimizer.state.clear()
                 return checkpoint
             state = torch.load(checkpoint.folder / "optimizer.pt", map_location=self.args.device, weights_only=True)
             self.optimizer.load_state_dict(state)
         return checkpoint
 
-    def _write_rows(self, step: int) -> None:
+    def write_diverged_rows(self, step: int) -> None:
+        """Appends the decoded rows of a step to a file of the run."""
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         for number in range((step - 1) * rows, min(step * rows, len(self.train_dataset))):
-            row = self.train_dataset[number]
-            for part in row if isinstance(row, list) else [row]:  # a packed row has several
-                ids = part["input_ids"] if "input_ids" in part else [*part["prompt_ids"], *part["chosen_ids"]]
-                text = self.processing_class.decode(ids)
+            for text in self.decode_row(self.train_dataset[number]):
                 append_json_line(self.checkpoints.folder / DIVERGED_ROWS, {"step": step, "row": number, "text": text})
+
+    def decode_row(self, row: dict) -> Iterator[str]:
+        """The texts of a row of the training dataset."""
+        yield self.processing_class.decode(row["input_ids"])
 
     # Loading
 
-    def begin_at(self, checkpoint: Checkpoint) -> str:
-        """A folder to go on from at a checkpoint's step with its weights alone; all processes must call this."""
-        self._began_with_weights = True
+    def prepare_resume(self) -> str | None:
+        """The folder to pass to `train(resume_from_checkpoint=...)`; every process must call this."""
+        checkpoint = self.resume.checkpoint
+        if checkpoint is None:
+            return None
+        if not self.resume.weights_only:
+            if self.mirror:
+                self.mirror.offer(checkpoint, self.checkpoints.in_use)
+            return str(checkpoint.folder)
         if self.is_world_process_zero():
-            self.checkpoints.lay_out_weights(checkpoint)
-            at = {"global_step": checkpoint.step, "train_batch_size": self.args.train_batch_size}
-            dataclasses.replace(self.state, **at).save_to_json(str(self.checkpoints.weights / TRAINER_STATE_NAME))
-            said = f"The weights of step {checkpoint.step} go on alone: optimizer and random state begin anew."
-            print(said, file=sys.stderr)  # noqa: T201
+            self.checkpoints.copy_weights(checkpoint)
+            position = {"global_step": checkpoint.step, "train_batch_size": self.args.train_batch_size}
+            state = dataclasses.replace(self.state, **position)
+            state.save_to_json(str(self.checkpoints.weights_folder / TRAINER_STATE_NAME))
+            print(  # noqa: T201
+                f"Resuming from the weights of step {checkpoint.step} only: optimizer and random state start anew.",
+                file=sys.stderr,
+            )
         self.accelerator.wait_for_everyone()
-        return str(self.checkpoints.weights)
+        return str(self.checkpoints.weights_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self.adapter:
@@ -263,20 +316,23 @@ class CheckpointMixin(Trainer):
             return
         model = self.model if model is None else model
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        own = model.state_dict()
-        loaded = {own[name].data_ptr() for name in weights if name in own}
-        missing = sorted(name for name, value in own.items() if name not in weights and value.data_ptr() not in loaded)
-        unexpected = sorted(weights.keys() - own.keys())
-        shapes = sorted(name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape)
-        for what, names in (("lacks", missing), ("has besides", unexpected), ("has in another shape", shapes)):
+        expected = model.state_dict()
+        # a tied weight is saved under one of its names
+        loaded = {expected[name].data_ptr() for name in weights if name in expected}
+        missing = sorted(n for n, value in expected.items() if n not in weights and value.data_ptr() not in loaded)
+        unexpected = sorted(weights.keys() - expected.keys())
+        shapes = sorted(n for n in weights.keys() & expected.keys() if weights[n].shape != expected[n].shape)
+        for problem, names in (("lacks", missing), ("also has", unexpected), ("has another shape of", shapes)):
             if names:
-                raise MismatchError(f"{resume_from_checkpoint} {what} {', '.join(names[:3])}: it is of another model.")
-        model.load_state_dict(weights, strict=False)  # what is tied is there under one name
+                raise MismatchError(
+                    f"{resume_from_checkpoint} {problem} {', '.join(names[:3])}: it is of another model."
+                )
+        model.load_state_dict(weights, strict=False)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self._resumed_from = Path(checkpoint) if checkpoint else None
-        if checkpoint and not _is_whole(checkpoint):
-            with warnings.catch_warnings():  # that no optimizer stepped yet
+        if checkpoint and not _is_complete(checkpoint):
+            with warnings.catch_warnings():  # "lr_scheduler.step() before optimizer.step()"
                 warnings.simplefilter("ignore")
                 for _ in range(self.state.global_step):
                     self.lr_scheduler.step()
@@ -284,71 +340,56 @@ class CheckpointMixin(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if self.accelerator.scaler is not None:  # another device may compute in another precision
+        if self.accelerator.scaler is not None:  # the checkpoint may be of a device with another precision
             super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if _is_whole(checkpoint) and Checkpoint.read(checkpoint).about["world_size"] == self.args.world_size:
+        if _is_complete(checkpoint) and Checkpoint.read(checkpoint).manifest["world_size"] == self.args.world_size:
             super()._load_rng_state(checkpoint)
             return
-        # with weights alone, or other processes, there is no state to go on with, but one that nobody else has
+        # only weights, or another number of processes: there is no state to restore, so derive a distinct one
         step = self.state.global_step
-        drawn = numpy.random.SeedSequence([self.args.seed, step, self.args.process_index]).generate_state(3)
-        random.seed(int(drawn[0]))
-        numpy.random.seed(drawn[1])
-        torch.manual_seed(int(drawn[2]))
+        seeds = numpy.random.SeedSequence([self.args.seed, step, self.args.process_index]).generate_state(3)
+        random.seed(int(seeds[0]))
+        numpy.random.seed(seeds[1])
+        torch.manual_seed(int(seeds[2]))
 
 
-class _State(TrainerCallback):
-    """Goes on with what the Trainer forgets: the losses that were summed and not yet logged, what was tried."""
+class _RestoreCallback(TrainerCallback):
+    """Restores what the Trainer forgets when it resumes, and remembers the state at the start of each step."""
 
     def __init__(self, trainer: CheckpointMixin):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        state.compute_steps(args, state.max_steps)  # transformers 5.23 goes on with those of the checkpoint
+        state.compute_steps(args, state.max_steps)  # transformers 5.23 keeps the intervals of the checkpoint
         trainer, folder = self.trainer, self.trainer._resumed_from
-        path = folder / STATE.format(args.process_index) if folder else None
-        if path is None or not path.is_file():  # of another number of processes
+        path = folder / STATE_FILE.format(args.process_index) if folder else None
+        if path is None or not path.is_file():  # only weights, or another number of processes
             return
-        found = json.loads(path.read_text())
-        trainer._tr_loss.fill_(found["summed_loss"])
-        trainer._globalstep_last_logged = found["last_logged"]
-        trainer.meter.last_mixture = found["last_mixture"]
-        trainer.skipped_in_a_row, trainer.rolled_back = found["skipped_in_a_row"], found["rolled_back"]
-        for mode, metrics in found["trl"].pop("_metrics", {}).items():
+        saved = json.loads(path.read_text())
+        trainer._tr_loss.fill_(saved["summed_loss"])
+        trainer._globalstep_last_logged = saved["last_logged"]
+        trainer.metrics.last_mixture = saved["last_mixture"]
+        trainer.skipped_in_a_row, trainer.rolled_back = saved["skipped_in_a_row"], saved["rolled_back"]
+        for mode, metrics in saved["trl"].pop("_metrics", {}).items():
             trainer._metrics[mode].update(metrics)
-        vars(trainer).update(found["trl"])
-
-    def on_save(self, args, state, control, **kwargs):
-        self.trainer.meter.interrupted = self.trainer.interruptions.stopping
+        vars(trainer).update(saved["trl"])
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer._summed_before = self.trainer._tr_loss.clone()
-        noted = getattr(self.trainer, "_metrics", {}).get("train", {})
-        self.trainer._noted_before = {name: len(values) for name, values in noted.items()}
-        self.trainer._mended = False
+        trainer = self.trainer
+        trainer._loss_before_step = trainer._tr_loss.clone()
+        if "_metrics" in trainer.trl_state:
+            trainer._metric_counts = {name: len(values) for name, values in trainer._metrics["train"].items()}
+        trainer._step_was_skipped = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.trainer._mended:
+        if not self.trainer._step_was_skipped:
             self.trainer.skipped_in_a_row = 0
 
 
-def _is_whole(folder: str) -> bool:
-    """Whether what a run goes on from is a checkpoint, and not the weights of one."""
+def _is_complete(folder: str) -> bool:
+    """Whether a folder to resume from is a whole checkpoint, and not only its weights."""
     return (Path(folder) / MANIFEST).is_file()
-
-
-def storage_failure(stage: Callable[[], object]) -> Exception | None:
-    """What kept a stage of saving from the disk; anything else is raised."""
-    try:
-        stage()
-    except (OSError, SafetensorError) as failure:
-        return failure
-    except RuntimeError as failure:
-        if any(words in str(failure) for words in _WRITER_FAILED):
-            return failure
-        raise
-    return None

@@ -22,7 +22,7 @@ from rorchat.training.arguments import parse
 from rorchat.training.callbacks.metrics import Utilization
 from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, stores_of
 from rorchat.training.run_folder import Run
-from rorchat.training.sft import ChatTrainer, SFTArguments, load_conversations
+from rorchat.training.sft import ChatSFTTrainer, SFTArguments, load_conversations
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE = [
@@ -351,7 +351,7 @@ def test_fine_tuning_writes_the_same_lines_without_what_it_does_not_know(tokeniz
     flags += ["--output_dir", str(tmp_path), "--eval_strategy", "no", "--bf16", "false", "--price_per_hour", "1"]
     arguments = parse(SFTArguments, flags)
     train, validation, _ = load_conversations(arguments, tokenizer, 96)
-    ChatTrainer(build_model("2x2x32", tokenizer, 96), arguments, tokenizer, train, validation).train()
+    ChatSFTTrainer(build_model("2x2x32", tokenizer, 96), arguments, tokenizer, train, validation).train()
     lines = strict_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4]
     fields = {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"}

@@ -1,0 +1,46 @@
+"""Runs a chat stage (SFT, DPO, GRPO) from its arguments to a saved model. The recipes differ only in the parts."""
+
+from collections.abc import Callable
+
+from rorchat.inference.engine import resolve_model_path
+from rorchat.model import check_fit, load_checkpoint
+from rorchat.persona import load_persona
+from rorchat.tokenizer import load_tokenizer
+from rorchat.training.data import Split
+from rorchat.training.run import train
+from rorchat.training.run_folder import RunFolder
+from rorchat.training.stage import ChatStageTrainer
+
+
+def run_chat_stage(
+    stage: str,
+    arguments,
+    load_data: Callable[..., Split],
+    trainer_class: type[ChatStageTrainer],
+    *,
+    add_control_tokens: bool = False,
+) -> dict[str, float]:
+    """Loads the model and the data, trains, and saves the model.
+
+    Args:
+        stage: "sft", "dpo" or "grpo".
+        load_data: (arguments, tokenizer, max_length) -> Split; `max_length` is the longest row in tokens.
+        add_control_tokens: accept a model that cannot chat yet, and add the ChatML control tokens to it.
+
+    Returns:
+        The final metrics, which are also in run.json.
+    """
+    base = resolve_model_path(arguments.model)
+    run = RunFolder(arguments, stage, {"start": base})
+    if run.is_finished:
+        return run.finished_metrics()
+
+    persona = load_persona(arguments.persona) if add_control_tokens and arguments.persona else None
+    tokenizer = load_tokenizer(base, persona, require_chat=not add_control_tokens)
+    model = load_checkpoint(base, tokenizer, arguments.seed)
+    check_fit(model, tokenizer, arguments.max_row_length(), "max_length")
+    adapter = arguments.create_adapter(model, tokenizer, base)
+    split = load_data(arguments, tokenizer, arguments.max_row_length() or model.config.n_positions)
+    context = run.context({"data": [stats.summary() for stats in split.row_stats]}, adapter)
+    trainer = trainer_class(model, arguments, tokenizer, split.train, split.validation, context)
+    return train(run, trainer, startup_messages=split.row_stats)
