@@ -1,7 +1,7 @@
-"""recipes/accelerate: every file is read by accelerate's own loader, and started as far as a machine without GPUs goes.
+"""recipes/accelerate: Accelerate reads every file, and starts it as far as a machine without GPUs allows.
 
-One process and several on a CPU run to the end. FSDP and DeepSpeed stop where they need GPUs, or DeepSpeed itself;
-what of them works without is tested without them.
+Runs with one or several processes on a CPU train to the end. FSDP and DeepSpeed stop where they need a GPU or the
+DeepSpeed package; the parts that need neither are tested separately.
 """
 
 import contextlib
@@ -24,11 +24,12 @@ from recipe_commands import ENVIRONMENT, inside, metrics_of, refused, succeeded
 from support import ROOT
 
 from rorchat.errors import UsageError
+from rorchat.stories import ACCELERATE_FOLDER
 from rorchat.training.distributed import check_sharding, gather_model
 
-FILES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
-# What accelerate's loader finds in each: how it distributes, over how many processes and machines
-MEANT = {
+FILES = sorted(ACCELERATE_FOLDER.glob("*.yaml"))
+# File -> (distributed type, processes, machines)
+EXPECTED = {
     "cpu": ("MULTI_GPU", 2, 1),
     "ddp": ("MULTI_GPU", 8, 1),
     "deepspeed_zero2": ("DEEPSPEED", 8, 1),
@@ -38,32 +39,33 @@ MEANT = {
     "one_gpu": ("NO", 1, 1),
     "one_process": ("NO", 1, 1),
 }
-needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a GPU")
 
 
 def config(name: str) -> Path:
-    return ROOT / "recipes" / "accelerate" / f"{name}.yaml"
+    return ACCELERATE_FOLDER / f"{name}.yaml"
 
 
-def launching(name: str, *flags: str):
-    """The launcher's arguments after it has read a file, as it has them when it starts processes."""
-    words = ["--config_file", str(config(name)), *flags, "recipes/pretrain.py"]
-    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+def launcher_arguments(name: str, *flags: str):
+    """The launcher's arguments after it has read a configuration."""
+    flags_and_script = ["--config_file", str(config(name)), *flags, "recipes/pretrain.py"]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(flags_and_script))
     if arguments.use_deepspeed:
         arguments.deepspeed_fields_from_accelerate_config = ",".join([*defaults.deepspeed_config, "mixed_precision"])
     return arguments
 
 
 @pytest.fixture(scope="module")
-def words(tokenizer, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("words") / "tokenizer"
+def tokenizer_folder(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("accelerate") / "tokenizer"
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def small(words: Path, output: Path, *more: object) -> list[str]:
+def tiny_run(tokenizer_folder: Path, output: Path, *more: object) -> list[str]:
+    """Flags of a pretraining run of five steps."""
     flags = [
-        "--sources", "tinytown=200", "--tokenizer", words, "--size", "2x2x32", "--block_size", 64,
+        "--sources", "tinytown=200", "--tokenizer", tokenizer_folder, "--size", "2x2x32", "--block_size", 64,
         "--per_device_train_batch_size", 2, "--global_batch_tokens", 512, "--max_steps", 5, "--logging_steps", 1,
         "--validation_share", 0.05, "--bf16", "false", "--eval_steps", 5, "--lr_scheduler_type", "constant",
         "--output_dir", output, *more,
@@ -71,134 +73,139 @@ def small(words: Path, output: Path, *more: object) -> list[str]:
     return list(map(str, flags))
 
 
-def launch(name: str, *words: object, flags: tuple = ()) -> subprocess.Popen:
-    command = ["accelerate", "launch", "--quiet", "--config_file", config(name), *flags, "recipes/pretrain.py", *words]
+def launch(name: str, *recipe_flags: object, flags: tuple = ()) -> subprocess.Popen:
+    launcher = ["accelerate", "launch", "--quiet", "--config_file", config(name), *flags]
+    command = [*launcher, "recipes/pretrain.py", *recipe_flags]
     return subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
     )
 
 
-def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    out, said = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, said)
+def wait(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    out, errors = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
-def results(run: Path) -> tuple[list[float], float, int]:
-    """(the losses of five steps, the validation loss, validation tokens)"""
+def read_results(run: Path) -> tuple[list[float], float, int]:
+    """(losses of five steps, validation loss, validation tokens)"""
     losses = [record["loss"] for record in metrics_of(run) if "loss" in record]
     metrics = json.loads((run / "run.json").read_text())["metrics"]
     return losses, metrics["eval_loss"], metrics["eval_tokens"]
 
 
 @pytest.fixture(scope="module")
-def alone(words, tmp_path_factory) -> tuple[list[float], float, int]:
-    """What one process without a launcher comes to."""
-    output = tmp_path_factory.mktemp("alone") / "run"
-    assert inside("pretrain", *small(words, output)).returncode == 0
-    return results(output)
+def one_process(tokenizer_folder, tmp_path_factory) -> tuple[list[float], float, int]:
+    """The results of one process without a launcher."""
+    output = tmp_path_factory.mktemp("one_process") / "run"
+    assert inside("pretrain", *tiny_run(tokenizer_folder, output)).returncode == 0
+    return read_results(output)
 
 
-def check_equal(found: tuple, alone: tuple) -> None:
-    assert len(found[0]) == 5 and found[0][0] != found[0][4]
-    assert found[0] == pytest.approx(alone[0], rel=1e-5)
-    assert found[1] == pytest.approx(alone[1], rel=1e-5)
-    assert found[2] == alone[2]
+def check_equal(results: tuple, one_process: tuple) -> None:
+    assert len(results[0]) == 5 and results[0][0] != results[0][4]
+    assert results[0] == pytest.approx(one_process[0], rel=1e-5)
+    assert results[1] == pytest.approx(one_process[1], rel=1e-5)
+    assert results[2] == one_process[2]
 
 
-def test_there_is_a_file_for_every_way_of_launching():
-    assert {path.stem for path in FILES} == set(MEANT)
+def test_there_is_a_file_for_every_way_of_launcher_arguments():
+    assert {path.stem for path in FILES} == set(EXPECTED)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_accelerate_reads_every_file_as_it_is_meant(path):
-    found = load_config_from_file(str(path))
-    assert (found.distributed_type.value, found.num_processes, found.num_machines) == MEANT[path.stem]
-    assert found.mixed_precision == "no", "precision is the recipe's affair"
+def test_accelerate_reads_every_file_as_expected(path):
+    config = load_config_from_file(str(path))
+    assert (config.distributed_type.value, config.num_processes, config.num_machines) == EXPECTED[path.stem]
+    assert config.mixed_precision == "no", "the recipe chooses the precision"
     text = path.read_text()
     assert text.startswith("# ") and (path.stem == "one_process" or "# To change: " in text)
     assert path.stem == "one_process" or f"recipes/accelerate/{path.stem}.yaml" in text
 
 
 class TestPlugins:
-    """What accelerate makes of a file for the processes that it starts."""
+    """What Accelerate passes to the processes that it starts."""
 
-    def test_fsdp_shards_every_block_with_the_second_version(self):
-        with patch_environment(**prepare_multi_gpu_env(launching("fsdp", "--main_process_port", "0"))):
+    def test_fsdp2_shards_every_block(self):
+        with patch_environment(**prepare_multi_gpu_env(launcher_arguments("fsdp", "--main_process_port", "0"))):
             plugin = FullyShardedDataParallelPlugin()
         assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.cpu_ram_efficient_loading) == (2, True, False)
         assert plugin.transformer_cls_names_to_wrap == ["GPT2Block"]
         assert plugin.state_dict_type.name == "FULL_STATE_DICT"
 
     @pytest.mark.parametrize("stage", [2, 3])
-    def test_deepspeed_shards_as_its_file_says_and_takes_the_rest_from_the_recipe(self, stage):
-        _, environment = prepare_deepspeed_cmd_env(launching(f"deepspeed_zero{stage}", "--main_process_port", "0"))
+    def test_deepspeed_takes_the_stage_from_its_file_and_the_rest_from_the_recipe(self, stage):
+        _, environment = prepare_deepspeed_cmd_env(
+            launcher_arguments(f"deepspeed_zero{stage}", "--main_process_port", "0")
+        )
         with patch_environment(**environment):
-            made = DeepSpeedPlugin().deepspeed_config
-        assert made["zero_optimization"]["stage"] == stage
-        assert made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
-        assert made["zero_optimization"]["offload_optimizer"]["device"] == "none"
+            config = DeepSpeedPlugin().deepspeed_config
+        assert config["zero_optimization"]["stage"] == stage
+        assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
+        assert config["zero_optimization"]["offload_optimizer"]["device"] == "none"
         for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-            assert made[name] == "auto"
-        assert made["gradient_clipping"] == "auto"
+            assert config[name] == "auto"
+        assert config["gradient_clipping"] == "auto"
 
-    def test_multi_node_divides_its_processes_among_machines(self):
-        arguments = launching("multi_node", "--main_process_ip", "10.0.0.1", "--machine_rank", "1")
+    def test_multi_node_divides_processes_among_machines(self):
+        arguments = launcher_arguments("multi_node", "--main_process_ip", "10.0.0.1", "--machine_rank", "1")
         prepare_multi_gpu_env(arguments)
         assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "8", 1)
         assert arguments.rdzv_endpoint == "10.0.0.1:29500"
 
     def test_cpu_hides_the_gpus(self):
-        assert prepare_multi_gpu_env(launching("cpu"))["CUDA_VISIBLE_DEVICES"] == "-1,-1"
+        assert prepare_multi_gpu_env(launcher_arguments("cpu"))["CUDA_VISIBLE_DEVICES"] == "-1,-1"
 
 
 class TestPrecision:
-    """The recipe's own bf16 or fp16 counts, whatever the launcher says, and the launcher's only where it has none."""
+    """The precision of the recipe takes precedence over that of the launcher."""
 
     @pytest.mark.parametrize(
-        ("launcher", "bf16", "counts"), [("no", True, "bf16"), ("no", False, "no"), ("fp16", True, "bf16")]
+        ("launcher", "bf16", "expected"), [("no", True, "bf16"), ("no", False, "no"), ("fp16", True, "bf16")]
     )
-    def test_accelerator_has_the_precision_of_the_recipe(self, launcher, bf16, counts, chat, tmp_path, monkeypatch):
+    def test_accelerator_has_the_precision_of_the_recipe(self, launcher, bf16, expected, chat, tmp_path, monkeypatch):
         from transformers import Trainer, TrainingArguments
 
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
         arguments = TrainingArguments(str(tmp_path), bf16=bf16, use_cpu=True, report_to="none")
-        assert Trainer(chat.model, arguments).accelerator.mixed_precision == counts
+        assert Trainer(chat.model, arguments).accelerator.mixed_precision == expected
 
 
-def test_two_processes_on_a_cpu_come_to_what_one_comes_to(words, alone, tmp_path):
-    succeeded(ended(launch("cpu", *small(words, tmp_path / "run"))))
-    check_equal(results(tmp_path / "run"), alone)
+def test_two_processes_on_a_cpu_equal_one(tokenizer_folder, one_process, tmp_path):
+    succeeded(wait(launch("cpu", *tiny_run(tokenizer_folder, tmp_path / "run"))))
+    check_equal(read_results(tmp_path / "run"), one_process)
     tokens = [record["tokens"] for record in metrics_of(tmp_path / "run") if "loss" in record]
     assert tokens == [512, 1024, 1536, 2048, 2560]
 
 
 @pytest.mark.slow
 @needs_no_gpu
-def test_two_machines_come_to_what_one_comes_to(words, alone, tmp_path):
-    """Two launchers on this machine, of one process each."""
+def test_two_machines_equal_one_process(tokenizer_folder, one_process, tmp_path):
+    """Two launchers on this machine with one process each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = ("--num_processes", 2, "--main_process_port", port, "--machine_rank")
-    nodes = [launch("multi_node", *small(words, tmp_path / "run"), flags=(*flags, rank)) for rank in (0, 1)]
+    nodes = [
+        launch("multi_node", *tiny_run(tokenizer_folder, tmp_path / "run"), flags=(*flags, rank)) for rank in (0, 1)
+    ]
     for node in nodes:
-        succeeded(ended(node))
-    check_equal(results(tmp_path / "run"), alone)
+        succeeded(wait(node))
+    check_equal(read_results(tmp_path / "run"), one_process)
 
 
 @pytest.mark.slow
 @needs_no_gpu
 @pytest.mark.parametrize(("name", "flags"), [("one_gpu", ()), ("ddp", ("--num_processes", 2))])
-def test_the_files_for_gpus_run_on_cpus_where_there_are_none(name, flags, words, alone, tmp_path):
-    succeeded(ended(launch(name, *small(words, tmp_path / "run"), flags=flags)))
-    check_equal(results(tmp_path / "run"), alone)
+def test_configurations_for_gpus_run_on_cpus_without_a_gpu(name, flags, tokenizer_folder, one_process, tmp_path):
+    succeeded(wait(launch(name, *tiny_run(tokenizer_folder, tmp_path / "run"), flags=flags)))
+    check_equal(read_results(tmp_path / "run"), one_process)
 
 
 class TestSharding:
     @pytest.mark.slow
     @needs_no_gpu
-    def test_fsdp_starts_and_says_that_it_needs_gpus(self, words, tmp_path):
-        done = ended(launch("fsdp", *small(words, tmp_path / "run"), flags=("--num_processes", 1)))
+    def test_fsdp_without_gpus_is_refused(self, tokenizer_folder, tmp_path):
+        done = wait(launch("fsdp", *tiny_run(tokenizer_folder, tmp_path / "run"), flags=("--num_processes", 1)))
         assert done.returncode != 0
         assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
             "error: FSDP needs GPUs, and there is none here. To try several processes on CPUs: "
@@ -208,30 +215,30 @@ class TestSharding:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("stage", [2, 3])
-    def test_deepspeed_is_started_where_it_is_installed(self, stage, words, tmp_path):
+    def test_deepspeed_that_is_not_installed_is_reported(self, stage, tokenizer_folder, tmp_path):
         try:
             import deepspeed  # noqa: F401
 
-            pytest.skip("DeepSpeed is installed: this says what happens where it is not")
+            pytest.skip("tests an environment without DeepSpeed")
         except ImportError:
-            done = ended(launch(f"deepspeed_zero{stage}", *small(words, tmp_path / "run")))
+            done = wait(launch(f"deepspeed_zero{stage}", *tiny_run(tokenizer_folder, tmp_path / "run")))
             assert done.returncode != 0 and "DeepSpeed is not installed" in done.stderr
 
     @pytest.mark.parametrize(
-        ("environment", "how"),
+        ("environment", "method"),
         [
             ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
             ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "ZeRO-2"),
             ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ZeRO-3"),
         ],
     )
-    def test_muon_is_refused_in_one_line(self, environment, how, words, tmp_path, monkeypatch):
+    def test_muon_with_sharding_is_refused(self, environment, method, tokenizer_folder, tmp_path, monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        done = inside("pretrain", *small(words, tmp_path / "run", "--optimizer", "muon"))
-        refused(done, 2, "muon", f"cannot be sharded by {how}", "--optimizer adamw")
+        done = inside("pretrain", *tiny_run(tokenizer_folder, tmp_path / "run", "--optimizer", "muon"))
+        refused(done, 2, "muon", f"cannot be sharded by {method}", "--optimizer adamw")
 
-    def test_checkpoints_in_pieces_are_refused(self, monkeypatch):
+    def test_sharded_checkpoints_are_refused(self, monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         arguments = {"fsdp": None, "deepspeed": None, "optimizer": "adamw"}
@@ -240,20 +247,20 @@ class TestSharding:
             check_sharding(SimpleNamespace(**arguments, save_strategy="steps"))
 
     @pytest.mark.slow
-    def test_a_sharded_model_has_the_loss_and_gradients_of_a_whole_one_and_can_be_put_together(self):
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/sharded.py"]
+    def test_a_sharded_model_has_the_loss_and_gradients_of_a_whole_one(self):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/sharded.py"]
         environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
-            [sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
+            [sys.executable, *launch], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
         )
-        found = json.loads(succeeded(done).stdout.splitlines()[-1])
-        assert found["sharded"] == found["parameters"] == 28
-        assert found["loss"] < 1e-6 and found["gradients"] < 1e-5 and found["logits"] < 1e-6
-        assert 0 <= found["norm"] < 1e-5
-        assert found["type"] == "GPT2LMHeadModel"
+        difference = json.loads(succeeded(done).stdout.splitlines()[-1])
+        assert difference["sharded"] == difference["parameters"] == 28
+        assert difference["loss"] < 1e-6 and difference["gradients"] < 1e-5 and difference["logits"] < 1e-6
+        assert 0 <= difference["norm"] < 1e-5
+        assert difference["type"] == "GPT2LMHeadModel"
 
-    def test_under_zero_3_weights_are_gathered_by_deepspeed(self, chat, monkeypatch):
-        """DeepSpeed's part is played by a stand-in that gives parameters their weights for as long as it is entered."""
+    def test_zero_3_gathers_the_weights_through_deepspeed(self, chat, monkeypatch):
+        """A stand-in for DeepSpeed restores the weights of parameters while its context is entered."""
         model = copy.deepcopy(chat.model)
         full = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -276,12 +283,12 @@ class TestSharding:
             assert torch.equal(whole(ids).logits, chat.model(ids).logits)
         assert all(parameter.numel() == 0 for parameter in model.parameters())
 
-    def test_a_model_that_is_not_sharded_is_whole_as_it_is(self, chat):
+    def test_a_model_that_is_not_sharded_is_returned_unchanged(self, chat):
         assert gather_model(chat.model) is chat.model
 
 
 @needs_no_gpu
-def test_processes_without_a_gpu_meet(monkeypatch):
+def test_several_processes_without_a_gpu_use_gloo(monkeypatch):
     from rorchat.training.distributed import use_gloo_on_cpu
 
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
