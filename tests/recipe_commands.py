@@ -1,4 +1,4 @@
-"""Recipes and `rorchat ...` as commands: in a process of their own, or in this one."""
+"""Runs recipes and `rorchat ...` as commands, in another process or in this one."""
 
 import contextlib
 import io
@@ -39,10 +39,10 @@ def recipe(name: str, *flags: object) -> subprocess.CompletedProcess:
 
 
 def inside(name: str, *flags: object) -> subprocess.CompletedProcess:
-    """A recipe's `main` or `rorchat ...` in this process: what it wrote to stderr, and its exit code."""
+    """Runs a recipe or `rorchat ...` in this process; returns its stderr and exit code."""
     words = [str(flag) for flag in flags]
-    said, code = io.StringIO(), 0
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    errors, code = io.StringIO(), 0
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:
             if name == "rorchat":
                 with pytest.MonkeyPatch.context() as patch:
@@ -50,16 +50,23 @@ def inside(name: str, *flags: object) -> subprocess.CompletedProcess:
                     rorchat.cli.main()
             else:
                 exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))["main"])(words)
-        except SystemExit as stopped:
-            code = stopped.code
-    return subprocess.CompletedProcess([name, *words], code, "", said.getvalue())
+        except SystemExit as stop:
+            code = stop.code or 0
+    return subprocess.CompletedProcess([name, *words], code, "", errors.getvalue())
 
 
 def launch(name: str, *flags: object, processes: int = 1) -> subprocess.CompletedProcess:
-    where = ["--cpu", "--num_processes", 1, "--mixed_precision", "no"]
-    if processes > 1:  # with --cpu, accelerate 1.15 starts one whatever the number
-        where = ["--config_file", "recipes/accelerate/cpu.yaml", "--num_processes", processes, "--main_process_port", 0]
-    return command("accelerate", "launch", "--quiet", *where, f"recipes/{name}.py", *flags)
+    launcher = ["--cpu", "--num_processes", 1, "--mixed_precision", "no"]
+    if processes > 1:  # accelerate 1.15 ignores the number with --cpu
+        launcher = [
+            "--config_file",
+            "recipes/accelerate/cpu.yaml",
+            "--num_processes",
+            processes,
+            "--main_process_port",
+            0,
+        ]
+    return command("accelerate", "launch", "--quiet", *launcher, f"recipes/{name}.py", *flags)
 
 
 def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
@@ -67,20 +74,20 @@ def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     return done
 
 
-def refused(done: subprocess.CompletedProcess, code: int, *said: str) -> None:
-    """One line that begins with "error:", the exit code, and no traceback."""
+def refused(done: subprocess.CompletedProcess, code: int, *messages: str) -> None:
+    """Asserts the exit code, one line that starts with "error:", and no traceback."""
     assert done.returncode == code, done.stderr[-3000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    for words in said:
-        assert words in lines[0]
+    for message in messages:
+        assert message in lines[0]
 
 
 def metrics_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-# Variable of a story -> where it lies in the folder of real data; corpus_prose stands in for Cosmopedia
+# Variable of a story -> path in the folder of real data; corpus_prose replaces Cosmopedia
 VARIABLES = {
     "PILE": "pile/pile_sample.jsonl.zst",
     "DAILYDIALOG": "dailydialog",

@@ -1,4 +1,4 @@
-"""The recipes through their real command lines: a whole small story, the same samples with two processes, bad input."""
+"""The recipes through their command lines: a small story, equal results with two processes, bad input."""
 
 import json
 import resource
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory) -> Path:
-    """tokenizer -> pretrain -> sft -> dpo on a little of Tinytown, with a model of 20 thousand parameters."""
+    """tokenizer -> pretrain -> sft -> dpo on a little of Tinytown, with 20 thousand parameters."""
     out = tmp_path_factory.mktemp("story")
     succeeded(
         inside(
@@ -56,7 +56,7 @@ def story(tmp_path_factory) -> Path:
     return out
 
 
-def test_every_stage_leaves_a_stock_folder_and_its_record(story):
+def test_every_stage_writes_a_stock_model_and_its_record(story):
     assert not list(story.rglob("training_args.bin"))  # a pickle
     for stage in ("pretrain", "sft", "dpo"):
         run = story / stage
@@ -91,14 +91,14 @@ def test_samples_are_taken_before_and_after(story):
     assert [(sample["step"], sample["prompt"]) for sample in samples] == [(0, "One day"), (6, "One day")]
 
 
-def test_a_finished_run_is_not_run_again_and_another_config_is_a_mismatch(story):
+def test_a_finished_run_is_not_repeated_and_other_settings_are_a_mismatch(story):
     config = story / "sft" / "config.yaml"
     again = succeeded(inside("sft", "--config", config))
     assert "finished before" in again.stderr
     refused(inside("sft", "--config", config, "--learning_rate", "0.5"), 78, "another run", "learning_rate")
 
 
-def test_a_config_yaml_of_a_run_is_itself_a_config_with_the_same_content(story):
+def test_the_config_yaml_of_a_run_is_a_valid_config(story):
     from rorchat.training.arguments import parse
     from rorchat.training.pretrain import PretrainArguments
 
@@ -106,7 +106,7 @@ def test_a_config_yaml_of_a_run_is_itself_a_config_with_the_same_content(story):
     assert parse(PretrainArguments, ["--config", str(path)]).given == yaml.safe_load(path.read_text())
 
 
-def test_plain_pipeline_answers_in_a_process_without_rorchat(story):
+def test_the_model_works_in_a_plain_pipeline_without_rorchat(story):
     code = (
         "import sys\nfrom transformers import pipeline\n"
         f"talk = pipeline('text-generation', model={str(story / 'dpo' / 'model')!r})\n"
@@ -117,7 +117,7 @@ def test_plain_pipeline_answers_in_a_process_without_rorchat(story):
     assert done.stdout.split() == ["2", "assistant", "False"]
 
 
-def test_report_and_scores_of_a_story(story):
+def test_a_story_is_scored_and_reported(story):
     models = [f"{name}={story / name}" for name in ("pretrain", "sft", "dpo")]
     store = story / "pretrain" / "tokens" / "tinytown"
     scores = succeeded(
@@ -134,10 +134,10 @@ def test_report_and_scores_of_a_story(story):
     assert (story / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_terminal_answers_through_a_pipe_and_says_what_no_longer_fits(story):
+def test_chat_answers_through_a_pipe_and_reports_dropped_turns(story):
     long = "word " * 400
     done = subprocess.run(
-        ["rorchat", "chat", str(story / "dpo"), "--temperature", "0", "--max-new-tokens", "8"],
+        ["rorchat", "chat", str(story / "dpo"), "--temperature", "0", "--max_new_tokens", "8"],
         input=f"Hello\n{long}\n/exit\nnever\n", capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -152,8 +152,8 @@ PRETRAIN = [
 ]  # fmt: skip
 
 
-def test_twenty_steps_are_the_same_in_one_pass_in_eight_and_on_two_processes(story, tmp_path):
-    """Losses in float32 within 1e-5: the same samples, and gradients added up in another order."""
+def test_micro_batches_and_processes_do_not_change_the_loss(story, tmp_path):
+    """Within 1e-5 in float32: the samples are the same, gradients are summed in another order."""
     flags = [
         *PRETRAIN, "--global_batch_tokens", 512, "--max_steps", 20, "--logging_steps", 1, "--eval_strategy", "no",
         "--optimizer", "muon", "--tokenizer", story / "tokenizer", "--token_store", tmp_path / "tokens",
@@ -172,7 +172,7 @@ def test_twenty_steps_are_the_same_in_one_pass_in_eight_and_on_two_processes(sto
 
 
 @pytest.mark.slow
-def test_the_hubs_gpt2_goes_through_sft_at_124m_within_six_gigabytes(shared_data, tmp_path):
+def test_sft_of_gpt2_124m_needs_less_than_six_gigabytes(shared_data, tmp_path):
     from hub_folders import hub_gpt2
 
     hub_gpt2(tmp_path / "gpt2")
@@ -195,7 +195,7 @@ def test_the_hubs_gpt2_goes_through_sft_at_124m_within_six_gigabytes(shared_data
 
 
 class TestBadInput:
-    """Each is one line and the right exit code, without a traceback."""
+    """Every mistake is one line with the right exit code, without a traceback."""
 
     @pytest.fixture
     def flags(self, story, tmp_path):
@@ -212,7 +212,7 @@ class TestBadInput:
         (tmp_path / "empty.jsonl").touch()
         refused(self.pretrain(flags, f"text={tmp_path / 'empty.jsonl'}"), 65, "empty")
 
-    def test_a_file_of_rejects_alone(self, flags, tmp_path):
+    def test_a_file_with_only_rejected_rows(self, flags, tmp_path):
         (tmp_path / "bad.jsonl").write_text("not json\n{}\n")
         refused(self.pretrain(flags, f"text={tmp_path / 'bad.jsonl'}"), 65, "No row", "bad.jsonl:1")
 
@@ -222,10 +222,10 @@ class TestBadInput:
     def test_a_source_of_another_kind(self, flags):
         refused(self.pretrain(flags, "preference=x"), 2, "gives preferences", "documents or conversations")
 
-    def test_no_validation_documents(self, flags):
+    def test_a_source_without_validation_documents(self, flags):
         refused(self.pretrain(flags, "tinytown=3", more=["--validation_share", "1e-9"]), 65, "no validation documents")
 
-    def test_no_tokenizer(self, flags, tmp_path):
+    def test_a_missing_tokenizer(self, flags, tmp_path):
         refused(self.pretrain(flags, "tinytown=50", more=["--tokenizer", tmp_path / "nothing"]), 65, "No tokenizer at")
 
     def test_a_tokenizer_that_does_not_fit_the_model(self, story, gpt2_tokenizer, tmp_path):
@@ -240,7 +240,7 @@ class TestBadInput:
         refused(inside("sft", "--model", tmp_path / "other", *flags[2:]), 78, "50,257 tokens", "384")
         refused(inside("rorchat", "chat", tmp_path / "other"), 78, "50,257 tokens")
 
-    def test_a_run_that_failed_before_it_began_does_not_block_the_next(self, flags):
+    def test_a_run_that_failed_before_its_first_step_does_not_block_the_next(self, flags):
         refused(self.pretrain(flags, "tinytown=200", more=["--weights", "1", "2"]), 2, "2 weights")
         assert self.pretrain(flags, "tinytown=200", more=["--max_steps", "1"]).returncode == 0
 
@@ -266,28 +266,28 @@ class TestBadInput:
         refused(inside("pretrain", "--config", config), 2, "c.yaml:3: duplicate key 'seed'")
 
     @pytest.mark.slow
-    def test_under_accelerate_launch_it_is_one_line_as_well(self, tmp_path):
+    def test_under_accelerate_launch_an_error_is_one_line_too(self, tmp_path):
         done = launch("sft", "--model", tmp_path / "none", "--sources", "tinytown=10", "--output_dir", tmp_path / "x")
         assert done.returncode != 0 and "Traceback" not in done.stderr
         assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
             f"error: No model folder {tmp_path / 'none'}."
         ]
 
-    def test_conversations_in_which_nobody_answers(self, story, tmp_path):
+    def test_conversations_without_a_reply(self, story, tmp_path):
         rows = [{"messages": [{"role": "user", "content": f"Is anybody there? {n}"}]} for n in range(3)]
         (tmp_path / "asked.jsonl").write_text(json_lines(*rows))
         flags = ["--model", story / "sft", "--output_dir", tmp_path / "out"]
         done = inside("sft", "--sources", "tinytown=20", f"messages={tmp_path / 'asked.jsonl'}", *flags)
         refused(done, 65, "3 no assistant turn", "asked.jsonl:1")
 
-    def test_pairs_of_which_both_sides_are_the_same(self, story, tmp_path):
+    def test_pairs_with_equal_sides(self, story, tmp_path):
         pairs = [{"prompt": f"Hello {n}", "chosen": "Hi!", "rejected": " Hi!\n"} for n in range(3)]
         (tmp_path / "pairs.jsonl").write_text(json_lines(*pairs))
         flags = ["--model", story / "sft", "--output_dir", tmp_path / "out"]
         done = inside("dpo", "--sources", "tinytown=20", f"preference={tmp_path / 'pairs.jsonl'}", *flags)
         refused(done, 65, "3 identical chosen and rejected", "pairs.jsonl:1")
 
-    def test_a_model_that_is_not_there_in_chat_and_evaluate(self, tmp_path):
+    def test_a_missing_model_in_chat_evaluate_and_report(self, tmp_path):
         for words in (("chat", tmp_path / "none"), ("evaluate", tmp_path / "none"), ("report", tmp_path)):
             refused(inside("rorchat", *words), 65)
         refused(inside("rorchat", "push", tmp_path, "noslash"), 2, "owner/name")
@@ -299,16 +299,16 @@ def test_a_full_disk_is_exit_code_74(capsys):
         with open("/dev/full", "w") as file:
             file.write("x" * 100_000)
 
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as stop:
         fill()
-    assert stopped.value.code == 74
+    assert stop.value.code == 74
     assert capsys.readouterr().err == "error: no space left on device; free some space, or choose another place\n"
 
 
-def test_a_file_in_the_way_of_a_folder_is_named_with_what_to_do(capsys, tmp_path):
+def test_a_file_at_the_path_of_a_folder_is_named(capsys, tmp_path):
     (tmp_path / "runs").write_text("mine")
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as stop:
         exits_with_one_line((tmp_path / "runs").mkdir)()
-    assert stopped.value.code == 74
-    told = f"error: {tmp_path / 'runs'}: file exists; choose another place, or move away what lies there\n"
-    assert capsys.readouterr().err == told
+    assert stop.value.code == 74
+    message = f"error: {tmp_path / 'runs'}: file exists; choose another place, or move away what lies there\n"
+    assert capsys.readouterr().err == message
