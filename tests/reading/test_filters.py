@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 
 from rorchat.errors import UsageError
-from rorchat.reading.filters import Filters, latin, letters, repetition
+from rorchat.reading.filters import Filters, latin_share, letter_share, repetition_share
 from rorchat.rows import RejectedRow
 
 
@@ -56,15 +56,15 @@ def test_a_filter_keeps_what_is_at_its_threshold_and_rejects_what_is_beyond(filt
 
 
 def test_shares_are_what_counting_by_hand_gives():
-    assert letters("ab1.") == 0.5
-    assert letters("हिन्दी") == 1.0  # vowel signs belong to their letters
-    assert letters("—…“”") == 0.0
-    assert latin("abc абв") == 0.5
-    assert latin("1 + 2 = 3 €") == 1.0  # no letter of another script
-    assert latin("日本") == 0.0
-    assert repetition("") == repetition("\n \n\n") == 0.0
-    assert repetition("one\n\ntwo\n\n\nthree") == 0.0
-    assert repetition("one\ntwo\none\n \n") == pytest.approx(3 / 9)
+    assert letter_share("ab1.") == 0.5
+    assert letter_share("हिन्दी") == 1.0  # vowel signs belong to their letters
+    assert letter_share("—…“”") == 0.0
+    assert latin_share("abc абв") == 0.5
+    assert latin_share("1 + 2 = 3 €") == 1.0  # no letter of another script
+    assert latin_share("日本") == 0.0
+    assert repetition_share("") == repetition_share("\n \n\n") == 0.0
+    assert repetition_share("one\n\ntwo\n\n\nthree") == 0.0
+    assert repetition_share("one\ntwo\none\n \n") == pytest.approx(3 / 9)
 
 
 def test_letters_and_script_are_those_of_unicode_for_every_character():
@@ -73,9 +73,9 @@ def test_letters_and_script_are_those_of_unicode_for_every_character():
     for code in [*range(0x3000), 0x4E00, 0xFB01, 0xFF21, 0x1F600, 0x20000]:
         character = chr(code)
         is_letter = unicodedata.category(character)[0] in "LM"
-        assert letters(character) == (is_letter or character.isspace() and not 0x1C <= code <= 0x1F), hex(code)
+        assert letter_share(character) == (is_letter or character.isspace() and not 0x1C <= code <= 0x1F), hex(code)
         if is_letter:
-            assert latin(character) == ("LATIN" in unicodedata.name(character, "")), hex(code)
+            assert latin_share(character) == ("LATIN" in unicodedata.name(character, "")), hex(code)
 
 
 def test_a_reject_says_the_share_it_saw_and_never_rounds_it_to_the_threshold():
@@ -111,7 +111,7 @@ def test_all_filters_together_are_fast(shared_data):
     text = "\n".join((shared_data / "tinystories" / "tinystories_sample_2mb.txt").read_text().splitlines())
     texts = [text[start : start + 5000] + "’" for start in range(0, len(text), 5000)]
     filters = Filters(10, 10**6, 0.9, 0.5, 0.5)
-    latin("é")  # makes the table of characters
+    latin_share("é")  # makes the table of characters
     fastest = min(_seconds(filters, texts) for _ in range(3))
     assert len(text) / fastest > 30e6  # 190 MB/s on an idle core; a busy one must not fail the test
 
