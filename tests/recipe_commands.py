@@ -58,14 +58,8 @@ def inside(name: str, *flags: object) -> subprocess.CompletedProcess:
 def launch(name: str, *flags: object, processes: int = 1) -> subprocess.CompletedProcess:
     launcher = ["--cpu", "--num_processes", 1, "--mixed_precision", "no"]
     if processes > 1:  # accelerate 1.15 ignores the number with --cpu
-        launcher = [
-            "--config_file",
-            "recipes/accelerate/cpu.yaml",
-            "--num_processes",
-            processes,
-            "--main_process_port",
-            0,
-        ]
+        config = ["--config_file", "recipes/accelerate/cpu.yaml"]
+        launcher = [*config, "--num_processes", processes, "--main_process_port", 0]
     return command("accelerate", "launch", "--quiet", *launcher, f"recipes/{name}.py", *flags)
 
 
