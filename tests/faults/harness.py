@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from rorchat.files import file_sha256
-from rorchat.training.checkpointing.checkpoint import Checkpoints, Damaged
+from rorchat.training.checkpointing.checkpoint import Checkpoints, DamagedCheckpoint
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -137,7 +137,7 @@ def verified_steps(run: Path) -> list[int]:
 def _is_intact(checkpoint) -> bool:
     try:
         checkpoint.verify()
-    except Damaged:
+    except DamagedCheckpoint:
         return False
     return True
 

@@ -13,7 +13,7 @@ from rorchat.errors import DataError
 from rorchat.files import folder_lock
 from rorchat.tokens.store import TokenStore
 from rorchat.training.checkpointing import mirror
-from rorchat.training.checkpointing.checkpoint import Checkpoint, Checkpoints, Damaged, copy, seal
+from rorchat.training.checkpointing.checkpoint import Checkpoint, Checkpoints, DamagedCheckpoint, copy, seal
 
 
 def test_without_verification_a_flipped_bit_is_accepted(sandbox, stopped_at_4, monkeypatch):
@@ -74,7 +74,7 @@ def test_without_verification_a_mirror_keeps_a_damaged_copy(sandbox, stopped_at_
     monkeypatch.setattr(mirror, "copy", damaging)
     place = mirror.FolderPlace(tmp_path / "copy", stopped_at_4)
     checkpoint = Checkpoint.read(stopped_at_4 / "checkpoint-4")
-    with pytest.raises(Damaged, match="sha256 differs"):
+    with pytest.raises(DamagedCheckpoint, match="sha256 differs"):
         place.put(checkpoint, stopped_at_4)
     assert place.found() == []
     monkeypatch.setattr(Checkpoint, "verify", Checkpoint.check_sizes)
