@@ -87,9 +87,9 @@ def verify_model(folder: str | Path) -> dict[str, Any]:
         "it does not stop at <|im_end|>": model["end_of_turn"] not in stops,
         "it stops at the padding token": model["pad"] in stops,
     }
-    found = [problem for problem, is_present in problems.items() if is_present]
-    if found:
-        raise MismatchError(f"{folder} cannot be published: {'; '.join(found)}.")
+    present = [problem for problem, is_present in problems.items() if is_present]
+    if present:
+        raise MismatchError(f"{folder} cannot be published: {'; '.join(present)}.")
     return model
 
 
