@@ -1,4 +1,4 @@
-# Two commands do everything, set-up included: `make demo` and `make test`.
+# Two commands do everything, including the set-up: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
