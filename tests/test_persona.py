@@ -1,4 +1,4 @@
-"""CHAT: who the model is, taught in some wordings and probed in others."""
+"""The persona is trained in some wordings and probed in others."""
 
 import json
 import re
@@ -33,8 +33,8 @@ def persona_file(folder: Path, **values: object) -> Path:
     return path
 
 
-def refusal(path: Path) -> str:
-    """The one line with which a persona file is refused."""
+def error_of(path: Path) -> str:
+    """The one-line message of the error that a persona file raises."""
     with pytest.raises(DataError) as failure:
         load_persona(path)
     assert "\n" not in str(failure.value)
@@ -47,11 +47,11 @@ def trained() -> list[list[dict]]:
 
 
 def words(text: str) -> str:
-    """A question as it is in any case and with any mark."""
+    """A question in lower case without its end mark."""
     return text.lower().rstrip("?!.")
 
 
-def test_no_wording_of_a_probe_occurs_in_20000_trained_conversations(trained):
+def test_no_probe_wording_is_trained(trained):
     assert len(trained) == 20_000
     spoken = {words(turn["content"]) for messages in trained for turn in messages}
     assert len(build_probes(PERSONA)) >= len(PERSONA.topics)
@@ -63,7 +63,7 @@ def test_no_wording_of_a_probe_occurs_in_20000_trained_conversations(trained):
 
 
 @pytest.mark.parametrize("kind", [build_probes, build_new_wording_probes])
-def test_every_topic_has_as_many_probes_none_twice_and_none_that_says_its_answer(kind):
+def test_topics_have_equally_many_probes_that_do_not_contain_the_answer(kind):
     found = kind(PERSONA)
     topics = [probe.topic for probe in found]
     assert {topics.count(topic) for topic in PERSONA.topics} == {len(found) // len(PERSONA.topics)}
@@ -71,7 +71,7 @@ def test_every_topic_has_as_many_probes_none_twice_and_none_that_says_its_answer
     assert not [probe for probe in found if probe.passes(probe.question)]
 
 
-def test_some_questions_are_typed_without_a_mark_and_in_lower_case_and_so_are_some_probes(trained):
+def test_some_questions_and_probes_are_in_lower_case_without_mark(trained):
     plain = {words("What is your name?"), words("Who made you?")}
     asked = [turn["content"] for turns in trained for turn in turns if words(turn["content"]) in plain]
     assert {"What is your name?", "What is your name", "what is your name?", "what is your name"} <= set(asked)
@@ -83,7 +83,7 @@ def test_some_questions_are_typed_without_a_mark_and_in_lower_case_and_so_are_so
 
 
 @pytest.mark.parametrize(
-    ("reply", "phrase", "found"),
+    ("reply", "phrase", "expected"),
     [
         ("I cannot say that.", "Ann", False),
         ("I also think so.", "Al", False),
@@ -96,11 +96,11 @@ def test_some_questions_are_typed_without_a_mark_and_in_lower_case_and_so_are_so
         ("", "🙂", False),
     ],
 )
-def test_a_phrase_is_said_where_its_words_stand_whole(reply, phrase, found):
-    assert contains_phrase(reply, phrase) is found
+def test_contains_phrase_matches_whole_words(reply, phrase, expected):
+    assert contains_phrase(reply, phrase) is expected
 
 
-def test_each_probe_passes_on_each_reply_of_its_own_topic_in_any_case():
+def test_probes_pass_on_every_reply_of_their_topic():
     tried = 0
     for probe in build_probes(PERSONA):
         for reply in PERSONA.topics[probe.topic]["replies"]:
@@ -109,13 +109,13 @@ def test_each_probe_passes_on_each_reply_of_its_own_topic_in_any_case():
     assert tried >= 2 * len(PERSONA.topics)
 
 
-def test_a_probe_fails_on_silence_and_on_what_has_nothing_to_do_with_it():
+def test_probes_fail_on_unrelated_replies():
     for probe in build_probes(PERSONA):
         for reply in ("", "No.", "Yes.", "12 plus 34 is 46.", "I am a baker and I live by the river."):
             assert not probe.passes(reply), (probe, reply)
 
 
-def test_every_plain_question_is_trained_with_each_of_its_replies(trained):
+def test_every_plain_question_is_trained_with_every_reply(trained):
     pairs = {(a["content"], b["content"]) for turns in trained for a, b in zip(turns, turns[1:], strict=False)}
     expected = {
         (question[0].upper() + question[1:] + "?", reply)
@@ -127,7 +127,7 @@ def test_every_plain_question_is_trained_with_each_of_its_replies(trained):
     assert expected - pairs == set()
 
 
-def test_conversations_are_a_pure_function_of_the_seed_and_valid_rows():
+def test_conversations_are_valid_rows_that_depend_only_on_the_seed():
     first = list(generate_conversations(PERSONA, 200, seed=3))
     assert first == list(generate_conversations(PERSONA, 300, seed=3))[:200]
     assert first != list(generate_conversations(PERSONA, 200, seed=4))
@@ -136,21 +136,21 @@ def test_conversations_are_a_pure_function_of_the_seed_and_valid_rows():
         CHECKS["conversation"]({"messages": messages})
 
 
-def test_three_in_ten_conversations_have_another_system_message_that_changes_no_reply(trained):
-    plain = [turns for turns in trained if turns[0]["role"] == "user"]  # the chat template adds the persona's own
-    strange = [turns for turns in trained if turns[0]["role"] == "system"]
-    assert 0.29 < len(strange) / len(trained) < 0.31
+def test_foreign_system_messages_do_not_change_the_replies(trained):
+    plain = [turns for turns in trained if turns[0]["role"] == "user"]  # the chat template adds the persona's
+    foreign = [turns for turns in trained if turns[0]["role"] == "system"]
+    assert 0.29 < len(foreign) / len(trained) < 0.31
 
     def replies(conversations: list) -> set[str]:
         return {turn["content"] for turns in conversations for turn in turns if turn["role"] == "assistant"}
 
-    assert replies(strange) == replies(plain)
-    systems = {turns[0]["content"] for turns in strange}
+    assert replies(foreign) == replies(plain)
+    systems = {turns[0]["content"] for turns in foreign}
     assert PERSONA.system not in systems and "" in systems and not [text for text in systems if "{" in text]
     assert {other for other in FOREIGN_NAMES if any(other in text for text in systems)} == set(FOREIGN_NAMES)
 
 
-def test_the_system_messages_of_probes_are_never_trained_and_half_give_another_name(trained):
+def test_probe_system_messages_are_never_trained(trained):
     probed = probe_system_messages(PERSONA)
     systems = {turns[0]["content"] for turns in trained if turns[0]["role"] == "system"}
     assert len(probed) == 6 and not systems & {text for text, _ in probed}
@@ -159,7 +159,7 @@ def test_the_system_messages_of_probes_are_never_trained_and_half_give_another_n
     assert not [other for _, other in named if any(other in text for text in systems)]
 
 
-def test_a_persona_that_has_the_name_of_another_is_not_told_that_it_is_another():
+def test_foreign_names_differ_from_those_of_the_persona():
     persona = replace(PERSONA, name="Nova", system="You are Nova.")
     assert "Nova" not in {other for _, other in probe_system_messages(persona)}
     persona = replace(PERSONA, name="Nova AI", maker="Zara Orlov", system="You are Nova AI.")
@@ -170,17 +170,17 @@ def test_a_persona_that_has_the_name_of_another_is_not_told_that_it_is_another()
     assert not [text for text in systems if ("Max" in text or "Ada" in text) and "Labs" in text]
 
 
-def test_name_and_maker_are_a_whole_persona_file(tmp_path):
+def test_name_and_maker_are_a_complete_persona_file(tmp_path):
     persona = load_persona(persona_file(tmp_path, name="Bibo", maker="Ann"))
     assert persona.system == "You are Bibo, a small and friendly chat model made by Ann."
     assert list(persona.topics) == list(PERSONA.topics)
-    told = json.dumps(asdict(persona))
-    assert "Bibo" in told and "Ann" in told and not re.search("RorChat|Rory|[{](name|maker|manner)[}]", told)
+    dumped = json.dumps(asdict(persona))
+    assert "Bibo" in dumped and "Ann" in dumped and not re.search("RorChat|Rory|[{](name|maker|manner)[}]", dumped)
     assert {probe.topic for probe in build_probes(persona)} == set(persona.topics)
     assert len({str(turns) for turns in generate_conversations(persona, 500)}) > 400
 
 
-def test_manner_facts_and_unknowns_are_what_the_model_learns(tmp_path):
+def test_manner_facts_and_unknowns_are_trained(tmp_path):
     reef = {"questions": ["where do you live"], "replies": ["{name} lives in a reef."], "expect": ["reef"]}
     path = persona_file(
         tmp_path,
@@ -192,8 +192,8 @@ def test_manner_facts_and_unknowns_are_what_the_model_learns(tmp_path):
     )
     persona = load_persona(path)
     assert persona.system == "You are Uma, an open and brief chat model made by Ann."
-    assert list(persona.topics) == ["name", "maker", "home", "price"]  # who it is, it says whatever the file holds
-    said = {
+    assert list(persona.topics) == ["name", "maker", "home", "price"]  # name and maker are always present
+    replies = {
         turn["content"]
         for turns in generate_conversations(persona, 500)
         for turn in turns
@@ -203,13 +203,13 @@ def test_manner_facts_and_unknowns_are_what_the_model_learns(tmp_path):
         "Uma lives in a reef.",
         "I am sorry, I do not know.",
         "I am Uma! I am a small chat model made by Ann.",
-    } <= said
+    } <= replies
     home = next(probe for probe in build_probes(persona) if probe.topic == "home")
     price = next(probe for probe in build_probes(persona) if probe.topic == "price")
     assert home.passes("In the reef.") and price.passes("That I do not know.") and not price.passes("Ten dollars.")
 
 
-def test_a_topic_of_one_question_has_a_probe_whatever_the_question(tmp_path):
+def test_a_topic_of_one_question_has_a_probe(tmp_path):
     facts = {
         f"fact {n}": {"questions": [f"what is fact {n}"], "replies": ["It is so."], "expect": ["so"]} for n in range(50)
     }
@@ -217,7 +217,7 @@ def test_a_topic_of_one_question_has_a_probe_whatever_the_question(tmp_path):
     assert {probe.topic for probe in build_probes(persona)} == set(persona.topics) and len(persona.topics) > 50
 
 
-def test_a_file_may_say_its_name_in_its_own_words_and_leave_everything_else_out(tmp_path):
+def test_a_file_may_redefine_its_name_topic(tmp_path):
     name = {"questions": ["who are you"], "replies": ["Bibo it is."], "expect": ["{name}"]}
     persona = load_persona(
         persona_file(tmp_path, name="Bibo", maker="Ann", system="", facts={"name": name}, unknowns={})
@@ -226,7 +226,7 @@ def test_a_file_may_say_its_name_in_its_own_words_and_leave_everything_else_out(
     assert persona.topics["name"]["replies"] == ["Bibo it is."]
 
 
-def test_the_source_tells_of_the_persona_it_is_given_and_of_the_default_one_without(tmp_path):
+def test_the_source_uses_the_given_persona_or_the_default(tmp_path):
     assert [row["messages"] for row in load_rows("persona=50", "conversation")] == list(
         generate_conversations(PERSONA, 50)
     )
@@ -240,13 +240,13 @@ def test_the_source_tells_of_the_persona_it_is_given_and_of_the_default_one_with
     assert len(asked) > 0 and not [question for question in asked if "RorChat" in question]
 
 
-def test_the_system_message_is_in_the_chat_template_of_a_tokenizer(tokenizer):
+def test_the_chat_template_contains_the_system_message(tokenizer):
     from rorchat.chatml import system_message
 
     assert system_message(tokenizer) == PERSONA.system
 
 
-def test_a_question_may_have_its_mark_and_its_capital(tmp_path):
+def test_questions_are_normalized(tmp_path):
     asked = [
         "Where do you live?",
         "where do you live",
@@ -263,14 +263,14 @@ def test_a_question_may_have_its_mark_and_its_capital(tmp_path):
     assert "Where do you live?" in spoken and not [text for text in spoken if "??" in text or ", Where" in text]
 
 
-def test_a_missing_persona_file_is_one_line_that_names_one_to_copy(tmp_path):
+def test_a_missing_persona_file_names_an_example(tmp_path):
     path = tmp_path / "no.yaml"
-    assert refusal(path) == (
+    assert error_of(path) == (
         f"Cannot read the persona file {path}: No such file or directory. Copy {DEFAULT_PERSONA} and change it."
     )
 
 
-def test_a_topic_of_the_file_takes_the_place_of_a_default_one_whatever_part_that_is_in(tmp_path):
+def test_topics_of_the_file_replace_default_topics(tmp_path):
     job = {"questions": ["what is the job of {maker}"], "replies": ["{maker} is a doctor."], "expect": ["doctor"]}
     unknowns = {"size": {"questions": ["how tall are you"]}}
     persona = load_persona(persona_file(tmp_path, name="Bibo", maker="Ann", facts={"about_maker": job}))
@@ -282,7 +282,7 @@ def test_a_topic_of_the_file_takes_the_place_of_a_default_one_whatever_part_that
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("", " is not a persona file: it must contain `key: value` lines, but contains nothing. Copy "),
         ("- a\n- list", " is not a persona file: it must contain `key: value` lines, but contains a list. Copy "),
@@ -299,13 +299,13 @@ def test_a_topic_of_the_file_takes_the_place_of_a_default_one_whatever_part_that
         ("name: !!map x", ":1: expected a mapping node, but found scalar."),
     ],
 )
-def test_a_file_that_is_no_persona_is_one_line_that_names_it_and_where(content, said, tmp_path):
+def test_an_invalid_file_raises_one_line_with_its_place(content, message, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(content)
-    assert refusal(path).startswith(f"{path}{said}")
+    assert error_of(path).startswith(f"{path}{message}")
 
 
-def test_a_section_may_be_written_once_and_used_twice(tmp_path):
+def test_yaml_anchors_can_be_merged(tmp_path):
     path = tmp_path / "merged.yaml"
     path.write_text(
         "name: Bibo\nmaker: Ann\nunknowns:\n  a: &a {questions: [how old is a tree], expect: [know]}\n"
@@ -315,7 +315,7 @@ def test_a_section_may_be_written_once_and_used_twice(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"maker": "Ann"}, "'name' is missing; it must be text, as in `name: RorChat`"),
         ({"name": "Bibo"}, "'maker' is missing; it must be text, as in `maker: Rory`"),
@@ -361,31 +361,31 @@ def test_a_section_may_be_written_once_and_used_twice(tmp_path):
     ],
     ids=str,
 )
-def test_what_is_wrong_with_a_persona_file_is_one_line_that_names_file_and_key(values, said, tmp_path):
+def test_an_invalid_value_raises_one_line_with_file_and_key(values, message, tmp_path):
     names = {} if "name" in values or "maker" in values else {"name": "Bibo", "maker": "Ann"}
     path = tmp_path / "bad.yaml"
     path.write_text(yaml.safe_dump({**names, **values}))
-    assert refusal(path).startswith(f"{path}: {said}")
+    assert error_of(path).startswith(f"{path}: {message}")
 
 
 @pytest.mark.parametrize("part", ["questions", "replies", "expect"])
 @pytest.mark.parametrize("value", ["gone", None, [], "a string", [5], [""]])
-def test_a_topic_that_lacks_a_part_or_has_an_empty_one_is_named(part, value, tmp_path):
+def test_an_incomplete_topic_is_named(part, value, tmp_path):
     values = yaml.safe_load(DEFAULT_PERSONA.read_text())
     values["facts"]["name"][part] = value
     if value == "gone":
         del values["facts"]["name"][part]
-    assert refusal(persona_file(tmp_path, **values)).endswith(f"topic 'name' lacks {part}: give a list of texts.")
+    assert error_of(persona_file(tmp_path, **values)).endswith(f"topic 'name' lacks {part}: give a list of texts.")
 
 
 @pytest.mark.parametrize("section", ["greetings", "farewells"])
 def test_greetings_and_farewells_need_questions_and_replies(section, tmp_path):
     for value in ({}, {"questions": ["hello"]}):
-        said = refusal(persona_file(tmp_path, name="Bibo", maker="Ann", **{section: value}))
-        assert re.search(f": {section} lacks .*replies", said)
+        message = error_of(persona_file(tmp_path, name="Bibo", maker="Ann", **{section: value}))
+        assert re.search(f": {section} lacks .*replies", message)
 
 
-def test_a_greeting_or_a_farewell_may_be_changed_and_is_what_is_said():
+def test_greetings_can_be_replaced():
     persona = replace(PERSONA, greetings={"questions": ["ahoy"], "replies": ["Ahoy, sailor!"]})
     rows = list(generate_conversations(persona, 300))
     rows = [[turn for turn in turns if turn["role"] != "system"] for turns in rows]

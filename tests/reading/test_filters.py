@@ -1,4 +1,4 @@
-"""Filters of documents: each rejects what it names, at its threshold, and says the share it saw."""
+"""Filters reject documents beyond their thresholds and report the share."""
 
 import json
 import time
@@ -20,14 +20,14 @@ def rejected(filters: Filters, text: str) -> str:
     return ""
 
 
-def test_all_filters_are_off_by_default_and_let_everything_through():
+def test_filters_are_off_by_default():
     filters = Filters()
     assert not filters.active and filters.describe() == {}
     for text in ("", " ", "1234", "Привет", "a\n" * 1000, "\ud800", "x" * 10**6):
         filters.check(text)
 
 
-def test_a_manifest_names_the_filters_that_are_on():
+def test_describe_names_the_active_filters():
     filters = Filters(min_characters=200, min_latin=0.9)
     assert filters.active
     assert filters.describe() == {"min_characters": 200, "min_latin": 0.9}
@@ -50,12 +50,12 @@ THRESHOLDS = [
 @pytest.mark.parametrize(
     ("filters", "good", "bad", "reason"), THRESHOLDS, ids=[str(t[0].describe()) for t in THRESHOLDS]
 )
-def test_a_filter_keeps_what_is_at_its_threshold_and_rejects_what_is_beyond(filters, good, bad, reason):
+def test_filters_keep_texts_at_their_threshold_and_reject_beyond(filters, good, bad, reason):
     assert rejected(filters, good) == ""
     assert rejected(filters, bad) == reason
 
 
-def test_shares_are_what_counting_by_hand_gives():
+def test_shares_equal_a_count_by_hand():
     assert letter_share("ab1.") == 0.5
     assert letter_share("हिन्दी") == 1.0  # vowel signs belong to their letters
     assert letter_share("—…“”") == 0.0
@@ -67,7 +67,7 @@ def test_shares_are_what_counting_by_hand_gives():
     assert repetition_share("one\ntwo\none\n \n") == pytest.approx(3 / 9)
 
 
-def test_letters_and_script_are_those_of_unicode_for_every_character():
+def test_character_classes_match_unicodedata():
     import unicodedata
 
     for code in [*range(0x3000), 0x4E00, 0xFB01, 0xFF21, 0x1F600, 0x20000]:
@@ -78,7 +78,7 @@ def test_letters_and_script_are_those_of_unicode_for_every_character():
             assert latin_share(character) == ("LATIN" in unicodedata.name(character, "")), hex(code)
 
 
-def test_a_reject_says_the_share_it_saw_and_never_rounds_it_to_the_threshold():
+def test_a_rejected_row_shows_its_share_rounded_down():
     with pytest.raises(RejectedRow, match=r"few letters: 59\.9% letters and white space, less than 60%"):
         Filters(min_letters=0.6).check("a" * 5999 + "1" * 4001)
 
@@ -91,14 +91,14 @@ WRONG = [
 
 
 @pytest.mark.parametrize("settings", WRONG, ids=str)
-def test_a_setting_out_of_range_is_a_usage_error_of_one_line_that_names_it(settings):
+def test_a_threshold_out_of_range_raises_a_usage_error(settings):
     with pytest.raises(UsageError, match=next(iter(settings))) as failure:
         Filters(**settings)
     assert "\n" not in str(failure.value) and failure.value.exit_code == 2
     assert set(settings) <= {field.name for field in fields(Filters)}
 
 
-def test_the_pile_loses_its_greek_and_bulgarian_parliament_to_min_latin(shared_data):
+def test_min_latin_rejects_greek_and_bulgarian_in_the_pile(shared_data):
     rows = [json.loads(line) for line in (shared_data / "pile" / "pile_sample.jsonl").read_text().splitlines()]
     filters = Filters(min_latin=0.5)
     lost = [row["meta"]["pile_set_name"] for row in rows if rejected(filters, row["text"])]
@@ -107,7 +107,7 @@ def test_the_pile_loses_its_greek_and_bulgarian_parliament_to_min_latin(shared_d
     assert sorted(few) == ["DM Mathematics"] * 4 + ["Github", "StackExchange"]
 
 
-def test_all_filters_together_are_fast(shared_data):
+def test_filters_are_fast(shared_data):
     text = "\n".join((shared_data / "tinystories" / "tinystories_sample_2mb.txt").read_text().splitlines())
     texts = [text[start : start + 5000] + "’" for start in range(0, len(text), 5000)]
     filters = Filters(10, 10**6, 0.9, 0.5, 0.5)

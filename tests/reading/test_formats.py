@@ -1,4 +1,4 @@
-"""RAW DATA, formats: the same rows come out of every one, and damage costs the rows that it hits."""
+"""Every format gives the same rows, and damage costs only the damaged rows."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from rorchat.sources.registry import SourceRows, find_source, load_rows, source_
 @pytest.mark.parametrize(
     "form", ["jsonl", "jsonl.gz", "json", "json.gz", "parquet", "lines.json", "ndjson", "object.json"]
 )
-def test_the_same_rows_come_out_of_every_format(name, form, tmp_path):
+def test_every_format_gives_the_same_rows(name, form, tmp_path):
     module = find_source(name)
     raw = [row for row in module.raw if isinstance(row, dict)][:1] * (1 if form == "object.json" else 3)
     path = tmp_path / f"rows.{form}"
@@ -37,14 +37,14 @@ def test_the_same_rows_come_out_of_every_format(name, form, tmp_path):
     assert len(rows) == len(raw) >= 1
 
 
-def test_one_object_over_many_lines_is_one_row_although_some_of_its_lines_are_json_too(tmp_path):
+def test_an_object_over_many_lines_is_one_row(tmp_path):
     row = {**exchange(), "tags": ["chat", "short"]}
     path = written(tmp_path, "row.json", json.dumps(row, indent=2))
     rows, loaded = read(f"messages={path}", "conversation")
     assert (rows, loaded.stats.rows_in) == ([exchange()], 1)
 
 
-def test_a_damaged_json_array_gives_the_rows_before_the_damage_and_one_reject(tmp_path):
+def test_a_truncated_array_gives_the_rows_before_the_damage(tmp_path):
     text = json.dumps([exchange(), exchange()], indent=1)
     written(tmp_path, "a.json", text[: text.rindex("assistant") - 2])
     written(tmp_path, "b.json", json.dumps([exchange()]))
@@ -79,7 +79,7 @@ DAMAGES = (
 
 @pytest.mark.parametrize("between", [", ", ",", ",\n", ",\n  "], ids=["one line", "compact", "lines", "indented"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_element_of_an_array_costs_itself_alone(damage, between, tmp_path):
+def test_a_damaged_array_element_costs_only_itself(damage, between, tmp_path):
     path = written(tmp_path, "rows.json", damaged_array(damage, between))
     rows, loaded = read(f"text={path}", "document")
     reason = "duplicate keys" if damage == "duplicate keys" else "not JSON"
@@ -88,7 +88,7 @@ def test_a_damaged_element_of_an_array_costs_itself_alone(damage, between, tmp_p
     assert loaded.stats.places[reason][0].startswith(f"{path}, row 10 (")
 
 
-def test_no_nested_object_is_taken_for_the_next_element_of_an_array_on_one_line(tmp_path):
+def test_a_nested_object_is_not_taken_for_the_next_element(tmp_path):
     rows = [json.dumps(exchange(f"question {number}")) for number in range(50)]
     rows[7] = rows[7].replace('{"messages"', '{"messages":, "messages"')
     path = written(tmp_path, "rows.json", f"[{', '.join(rows)}]")
@@ -96,7 +96,7 @@ def test_no_nested_object_is_taken_for_the_next_element_of_an_array_on_one_line(
     assert (len(kept), loaded.stats.rows_in, loaded.stats.rejects) == (49, 50, {"not JSON": 1})
 
 
-def test_where_nobody_knows_how_to_go_on_the_reject_says_that_the_rest_is_lost(tmp_path):
+def test_an_array_without_a_next_element_reports_the_lost_rest(tmp_path):
     path = written(tmp_path, "rows.json", '[["a"], [7, ], ["b"]]')
     _, loaded = read_all(f"text={path}")
     assert loaded.stats.rejects == {"wrong type": 1, "not JSON": 1}
@@ -122,7 +122,7 @@ BAD_BYTES = {
 
 @pytest.mark.parametrize("bad", [0, 500, 999])
 @pytest.mark.parametrize("name", BAD_BYTES)
-def test_a_byte_that_is_no_utf8_costs_its_row_in_every_format(name, bad, tmp_path):
+def test_an_invalid_byte_costs_only_its_row(name, bad, tmp_path):
     content = "".join(BAD_BYTES[name].format(number) for number in range(1000))
     if name.endswith(("csv", "tsv", "csv.gz")):
         content = "text\n" + content
@@ -136,7 +136,7 @@ def test_a_byte_that_is_no_utf8_costs_its_row_in_every_format(name, bad, tmp_pat
 
 
 @pytest.mark.parametrize("bad", [[0], [10], [10, 11, 500], [999]])
-def test_a_quotation_mark_that_nothing_closes_costs_its_row_of_a_table(bad, tmp_path):
+def test_an_unclosed_quotation_mark_costs_only_its_row(bad, tmp_path):
     lines = [f'{number},"row {number},\n""two"" lines"' for number in range(1000)]
     for number in bad:
         lines[number] = f'{number},"row'
@@ -155,7 +155,7 @@ def test_a_quotation_mark_that_nothing_closes_costs_its_row_of_a_table(bad, tmp_
         assert loaded.stats.rows_in == 1000 and loaded.stats.rejects == {"not CSV": 3}
 
 
-def test_a_header_that_names_a_column_twice_rejects_its_rows_and_columns_without_a_name_do_not(tmp_path):
+def test_duplicate_columns_are_rejected_but_unnamed_ones_are_not(tmp_path):
     twice = written(tmp_path, "twice.csv", "text,text\na,b\nc,d\n")
     _, loaded = read_all(f"text={twice}")
     assert (loaded.stats.rows_in, loaded.stats.rejects) == (2, {"duplicate keys": 2})
@@ -168,7 +168,7 @@ def test_a_header_that_names_a_column_twice_rejects_its_rows_and_columns_without
     }
 
 
-def test_a_table_is_read_row_by_row_and_not_held(tmp_path):
+def test_csv_is_read_in_the_memory_of_one_row(tmp_path):
     path = written(tmp_path, "rows.csv", "text\n" + "".join(f"{'a story ' * 100}{n}\n" for n in range(10_000)))
     assert path.stat().st_size > 8_000_000
     tracemalloc.start()
@@ -186,7 +186,7 @@ def bad_strings() -> object:
     return pyarrow.Array.from_buffers(pyarrow.binary(), 3, pyarrow.array([b"good", b"bad\xff", b"fine"]).buffers())
 
 
-def test_a_value_of_parquet_that_cannot_be_had_costs_its_row_or_nothing_where_nobody_wants_it(tmp_path):
+def test_a_parquet_value_without_python_type_costs_at_most_its_row(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -203,7 +203,7 @@ def test_a_value_of_parquet_that_cannot_be_had_costs_its_row_or_nothing_where_no
     assert loaded.stats.rejects == {"wrong type": 2, "missing field": 1}
 
 
-def test_a_damaged_row_group_costs_its_rows_alone_and_says_how_many(tmp_path):
+def test_a_damaged_row_group_costs_only_its_rows(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -221,7 +221,7 @@ def test_a_damaged_row_group_costs_its_rows_alone_and_says_how_many(tmp_path):
     assert loaded.stats.places["not Parquet"][0].endswith("; rows 300 to 399 are lost)")
 
 
-def test_a_large_parquet_file_with_a_damaged_end_has_one_part_that_is_one_reject(tmp_path, monkeypatch):
+def test_a_damaged_parquet_footer_gives_one_part_and_one_rejected_row(tmp_path, monkeypatch):
     import pyarrow
     import pyarrow.parquet
 
@@ -238,7 +238,7 @@ def test_a_large_parquet_file_with_a_damaged_end_has_one_part_that_is_one_reject
 
 
 @pytest.mark.parametrize("name", CONVERTING)
-def test_a_source_in_parts_gives_the_rows_that_it_gives_in_one_piece(name, tmp_path, monkeypatch):
+def test_parts_have_the_same_rows_as_the_whole_source(name, tmp_path, monkeypatch):
     import pyarrow
     import pyarrow.parquet
 
@@ -259,7 +259,7 @@ def test_a_source_in_parts_gives_the_rows_that_it_gives_in_one_piece(name, tmp_p
     assert len(pieces) == 1 if name in ("wikitext", "oasst") else len(pieces) >= 3
 
 
-def test_a_damaged_parquet_file_is_one_reject_beside_the_good_ones(tmp_path):
+def test_a_damaged_parquet_file_is_one_rejected_row(tmp_path):
     written(tmp_path, "a.parquet", b"PAR1 this is none")
     written(tmp_path, "b.jsonl", json_lines({"text": "good"}))
     rows, loaded = read(f"text={tmp_path}", "document")
@@ -268,7 +268,7 @@ def test_a_damaged_parquet_file_is_one_reject_beside_the_good_ones(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["txt", "jsonl", "json"])
-def test_a_gzip_file_that_was_cut_short_is_counted_and_not_a_traceback(form, tmp_path):
+def test_a_truncated_gzip_file_is_counted(form, tmp_path):
     draw = random.Random(0)
     lines = json_lines(*({"text": str(draw.random())} for _ in range(2000)))
     whole = gzip.compress(lines.encode() if form != "json" else json.dumps(lines).encode())
@@ -280,7 +280,7 @@ def test_a_gzip_file_that_was_cut_short_is_counted_and_not_a_traceback(form, tmp
     assert (len(rows) > 500) == (form == "jsonl")  # lines before the damage are good
 
 
-def test_documents_of_a_text_file_stand_between_separators_and_know_their_lines(tmp_path):
+def test_documents_know_their_lines(tmp_path):
     text = "one\ntwo\n<|endoftext|>\n\nthree\n<|endoftext|>\n \n<|endoftext|>four\n<|endoftext|>\n"
     path = written(tmp_path, "a.txt", text)
     loaded = load_rows(f"text={path}", "document")
@@ -295,7 +295,7 @@ def test_documents_of_a_text_file_stand_between_separators_and_know_their_lines(
     assert loaded.stats.rejects == {"empty text": 1}
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_text(tmp_path):
+def test_byte_order_mark_and_windows_line_ends_are_removed(tmp_path):
     path = written(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\n<|endoftext|>\r\ntwo\r\n")
     rows, _ = read(f"text={path}", "document")
     assert rows == [{"text": "one"}, {"text": "two"}]
@@ -310,7 +310,7 @@ def test_a_text_that_is_not_utf8_is_rejected_with_its_first_bad_byte(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["<|endoftext|>\n", "cut off", "<|endoftext|>", "\n\n"])
-def test_a_large_text_is_read_in_parts_that_begin_behind_separators_and_know_their_lines(end, tmp_path, monkeypatch):
+def test_parts_of_a_large_text_have_the_same_documents(end, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "SMALLEST_PART", 500)
     monkeypatch.setattr(parts, "BLOCK_BYTES", 64)
     draw = random.Random(0)
@@ -322,14 +322,14 @@ def test_a_large_text_is_read_in_parts_that_begin_behind_separators_and_know_the
     assert [row for part in pieces for row in load_rows(f"text={path}", "document", part=part).raw] == whole
 
 
-def test_a_text_without_a_separator_is_one_part_however_large(tmp_path, monkeypatch):
+def test_a_text_without_separator_is_one_part(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "SMALLEST_PART", 500)
     path = written(tmp_path, "a.txt", "It was the best of times. " * 1000)
     assert len(source_parts(f"text={path}")) == 1
 
 
 @pytest.mark.parametrize("suffix", ["py", "md"])
-def test_a_separator_inside_source_code_or_notes_is_a_word_of_theirs(suffix, tmp_path):
+def test_a_separator_in_code_or_markdown_is_ordinary_text(suffix, tmp_path):
     code = 'END = "<|endoftext|>"\n\ndef end():\n    return END'
     rows, _ = read(f"text={written(tmp_path, f'a.{suffix}', code)}", "document")
     assert rows == [{"text": code}]

@@ -1,4 +1,4 @@
-"""HOSTILE DATA: thousands of malformed rows and files of garbage cost themselves alone, in bounded memory."""
+"""Malformed rows and garbage files cost only themselves, in bounded memory."""
 
 import copy
 import gzip
@@ -23,7 +23,7 @@ from rorchat.inspection import check, guess_row_format
 from rorchat.rows import CHECKS
 from rorchat.sources.registry import find_source, load_rows
 
-GATHERING = [name for name in CONVERTING if find_source(name).gather]  # a row is not a line of theirs
+GATHERING = [name for name in CONVERTING if find_source(name).gather]  # their rows are not lines
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def nested(depth: int) -> list:
 
 
 def places_in(value: object, path: tuple = ()) -> Iterator[tuple]:
-    """The path of every part of a raw row, the row itself first."""
+    """The key path of every part of a raw row, beginning with the row itself."""
     yield path
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in pairs:
@@ -73,7 +73,7 @@ def without(row: object, path: tuple) -> object:
 
 
 def malformed(raw: object, draw: random.Random) -> Iterator[str | bytes]:
-    """Lines made of one good raw row: each part of it replaced, missing or given twice, its JSON cut and garbled."""
+    """Lines made from a valid raw row: with parts replaced, missing or duplicated, and with damaged JSON."""
     good = json.dumps(raw)
     for path in places_in(raw):
         for value in [*REPLACEMENTS, nested(50)]:
@@ -99,47 +99,47 @@ def hostile_lines(name: str) -> list[bytes]:
     return [line for line in lines if line.strip()]
 
 
-def accounted(path: Path, name: str) -> tuple[object, list[dict]]:
-    """What `check` counts in a file, after comparing it with the rejects that were written and the rows that pass."""
+def check_counts(path: Path, name: str) -> tuple[object, list[dict]]:
+    """(statistics of `check`, rejected rows that it wrote), after comparing their counts."""
     rejects = io.StringIO()
-    tally = check(str(path), shape=name, rejects=rejects).stats
-    said = [json.loads(line) for line in rejects.getvalue().splitlines()]
-    assert tally.rows_in == tally.kept + sum(tally.rejects.values())
-    assert len(said) == sum(tally.rejects.values())
-    assert {reject["reason"] for reject in said} == set(tally.rejects)
-    str(tally).encode()
-    return tally, said
+    stats = check(str(path), shape=name, rejects=rejects).stats
+    rejected_rows = [json.loads(line) for line in rejects.getvalue().splitlines()]
+    assert stats.rows_in == stats.kept + sum(stats.rejects.values())
+    assert len(rejected_rows) == sum(stats.rejects.values())
+    assert {reject["reason"] for reject in rejected_rows} == set(stats.rejects)
+    str(stats).encode()
+    return stats, rejected_rows
 
 
 @pytest.mark.parametrize("name", CONVERTING)
-def test_no_malformed_row_of_a_source_is_lost_or_ends_the_reading(name, tmp_path):
+def test_no_malformed_row_is_lost_or_stops_reading(name, tmp_path):
     lines = hostile_lines(name)
     lines += [json.dumps(next(raw for raw in find_source(name).raw if not isinstance(raw, str))).encode()]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n")
-    tally, said = accounted(path, name)
-    assert len(lines) > 100 and tally.kept > 0
-    assert tally.rejects["not JSON"] > 10 and tally.rejects["invalid UTF-8"] > 4
+    stats, rejected_rows = check_counts(path, name)
+    assert len(lines) > 100 and stats.kept > 0
+    assert stats.rejects["not JSON"] > 10 and stats.rejects["invalid UTF-8"] > 4
     if name not in GATHERING:
-        assert tally.rows_in == len(lines)
-        assert len({reject["place"] for reject in said}) == len(said)
+        assert stats.rows_in == len(lines)
+        assert len({reject["place"] for reject in rejected_rows}) == len(rejected_rows)
     else:
         with open(path, "rb") as file:
             assert file.read().count(b"\n") == len(lines)
         kind = find_source(name).kinds[0]
-        assert tally.rows_in == sum(1 for _ in load_rows(f"{name}={path}", kind).raw)
+        assert stats.rows_in == sum(1 for _ in load_rows(f"{name}={path}", kind).raw)
     for row in load_rows(f"{name}={path}", find_source(name).kinds[0]):
         CHECKS[find_source(name).kinds[0]](row)
         json.dumps(row, ensure_ascii=False).encode()
 
 
-def test_the_malformed_rows_are_thousands():
+def test_there_are_thousands_of_malformed_rows():
     counts = {name: len(hostile_lines(name)) for name in CONVERTING}
     assert len(counts) >= 30 and sum(counts.values()) > 10_000 and min(counts.values()) > 100
 
 
 @pytest.mark.parametrize("name", CONVERTING)
-def test_an_array_and_a_table_of_malformed_rows_are_accounted_for(name, tmp_path):
+def test_malformed_rows_in_arrays_and_tables_are_counted(name, tmp_path):
     rows = []
     for line in hostile_lines(name):
         try:
@@ -154,16 +154,16 @@ def test_an_array_and_a_table_of_malformed_rows_are_accounted_for(name, tmp_path
     table = pyarrow.Table.from_pylist([{key: row.get(key) for key in columns} for row in texts])
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     for file in ("rows.json", "rows.parquet"):
-        tally, _ = accounted(tmp_path / file, name)
+        stats, _ = check_counts(tmp_path / file, name)
         if name not in GATHERING:
-            assert (file, tally.rows_in) == (file, len(objects))
+            assert (file, stats.rows_in) == (file, len(objects))
 
 
 ROWS = 120
 
 
-# What may happen to the bytes of one row of a file, by its format; none of it makes two rows of one, or one of two
-HARM = {
+# Damage to the bytes of one row, by format; it never splits or joins rows
+DAMAGE = {
     "jsonl": [
         (b'"text"', b'"text'),
         (b'"text"', b'"text": "a", "text"'),
@@ -174,11 +174,11 @@ HARM = {
     "csv": [(b"It", b"\xff"), (b'"It', b'"I"t'), (b'"It', b'It"'), (b'"\n', b'"x\n')],
     "txt": [(b"It", b"\xff"), (b"It", b"\xe9t"), (b"It", b"\0")],
 }
-HARM |= {"array.json": HARM["jsonl"], "one-line.json": HARM["jsonl"]}
+DAMAGE |= {"array.json": DAMAGE["jsonl"], "one-line.json": DAMAGE["jsonl"]}
 
 
 def written_rows(form: str) -> list[bytes]:
-    """The bytes of each row of a file of ROWS documents of two lines, separators and all."""
+    """The bytes of the rows of a file with ROWS documents of two lines, including separators."""
     texts = [f"It was number {number},\nthe best of times." for number in range(ROWS)]
     if form == "csv":
         return [f'{number},"{text}"\n'.encode() for number, text in enumerate(texts)]
@@ -188,26 +188,26 @@ def written_rows(form: str) -> list[bytes]:
     return [(row + {"jsonl": "\n", "array.json": ",\n", "one-line.json": ", "}[form]).encode() for row in objects]
 
 
-@pytest.mark.parametrize("form", HARM)
-def test_every_row_of_a_damaged_file_is_counted_and_only_damaged_ones_are_lost(form, tmp_path):
+@pytest.mark.parametrize("form", DAMAGE)
+def test_only_damaged_rows_of_a_file_are_lost(form, tmp_path):
     """The number of rows is known from the writing of the file, not from its reading."""
     draw, harmed, path = random.Random(form), 0, tmp_path / f"rows.{form}"
     for _ in range(60):
         rows = written_rows(form)
         bad = sorted(draw.sample(range(0, ROWS, 2), draw.randrange(1, 9)))  # never two in a row
         for number in bad:
-            old, new = draw.choice(HARM[form])
+            old, new = draw.choice(DAMAGE[form])
             assert old in rows[number]
             rows[number] = rows[number].replace(old, new, 1)
         content = b"".join(rows)
         if form.endswith("json"):
             content = b"[" + (b"\n" if form == "array.json" else b"") + content.rstrip(b", \n") + b"]"
         path.write_bytes((b"id,text\n" if form == "csv" else b"") + content)
-        tally, said = accounted(path, "text")
+        stats, rejected_rows = check_counts(path, "text")
         good = [f"It was number {number},\nthe best of times." for number in range(ROWS) if number not in bad]
         assert [row["text"] for row in load_rows(f"text={path}", "document")] == good
         # the second line of a row of CSV that was cut short there may be a row to its reader, and is a reject
-        assert tally.rows_in == ROWS if form != "csv" else ROWS <= tally.rows_in <= ROWS + len(bad)
+        assert stats.rows_in == ROWS if form != "csv" else ROWS <= stats.rows_in <= ROWS + len(bad)
         harmed += len(bad)
     assert harmed > 200
 
@@ -228,7 +228,7 @@ PACKINGS = {"": bytes, ".gz": gzip.compress, ".zst": lambda data: pyarrow.compre
 
 
 @pytest.mark.parametrize("name", CONVERTING)
-def test_a_file_of_garbage_in_any_format_is_accounted_for_or_refused_with_one_line(name, tmp_path):
+def test_garbage_files_are_counted_or_raise_one_line(name, tmp_path):
     draw, read = random.Random(name), 0
     for suffix in SUFFIXES:
         for packing, pack in PACKINGS.items():
@@ -237,40 +237,40 @@ def test_a_file_of_garbage_in_any_format_is_accounted_for_or_refused_with_one_li
                 path = tmp_path / f"movie_conversations{suffix}{packing}"
                 path.write_bytes(content)
                 try:
-                    accounted(path, name)
+                    check_counts(path, name)
                     read += 1
                 except RorchatError as error:
                     assert str(error).count("\n") == 0 and error.exit_code == 65
     assert read > 60
 
 
-def test_an_archive_of_garbage_is_accounted_for(tmp_path):
+def test_an_archive_of_garbage_is_counted(tmp_path):
     with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
         archive.writestr("train/dialogues_train.txt", b"a __eou__ b __eou__\n" + garbage(random.Random(0), 500))
-    tally, _ = accounted(tmp_path / "train.zip", "dailydialog")
-    assert tally.rows_in > 20 and tally.kept > 0
+    stats, _ = check_counts(tmp_path / "train.zip", "dailydialog")
+    assert stats.rows_in > 20 and stats.kept > 0
 
 
-def test_garbage_in_any_format_has_a_shape_or_one_line(tmp_path):
-    draw, told = random.Random(1), 0
+def test_garbage_is_assigned_a_format_or_raises(tmp_path):
+    draw, guessed = random.Random(1), 0
     for suffix in SUFFIXES:
         path = tmp_path / f"rows{suffix}"
         path.write_bytes(garbage(draw, 200))
         try:
             assert guess_row_format(path) in CONVERTING
-            told += 1
+            guessed += 1
         except DataError as error:
             assert error.exit_code == 65
-    assert told >= 2
+    assert guessed >= 2
 
 
-def test_brackets_of_any_depth_are_a_row_and_its_reject_is_written(tmp_path):
+def test_brackets_of_any_depth_are_one_row(tmp_path):
     depths = [*range(850, 1010, 3), 5000, 200_000]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join('{"text": ' + "[" * depth + "]" * depth + "}\n" for depth in depths))
-    tally, said = accounted(path, "text")
-    assert tally.rows_in == len(depths) == len(said)
-    assert set(tally.rejects) <= {"wrong type", "not JSON"}
+    stats, rejected_rows = check_counts(path, "text")
+    assert stats.rows_in == len(depths) == len(rejected_rows)
+    assert set(stats.rejects) <= {"wrong type", "not JSON"}
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""HOSTILE DATA, texts: thousands of messages and documents that spell control tokens, and none becomes one."""
+"""Messages and documents that spell control tokens never encode to them."""
 
 import base64
 import json
@@ -104,14 +104,14 @@ def assert_rendered(ids: list[int], messages: list[dict], tokenizer) -> None:
         assert tokenizer.decode(ids[begins + 1 : ends]) == f"{message['role']}\n{content}"
 
 
-def test_the_spellings_hold_every_control_token_of_the_tokenizer(tokenizer):
+def test_the_spellings_contain_every_control_token(tokenizer):
     assert set(tokenizer.all_special_tokens) >= set(CONTROL)
     every = "".join(fuzzed(random.Random(seed)) for seed in range(3000))
     assert [token for token in CONTROL if every.count(token) < 20] == []
     assert len({character for character in every}) > 2000
 
 
-def test_no_control_token_comes_from_the_words_of_10_000_messages(tokenizer):
+def test_messages_never_encode_to_control_tokens(tokenizer):
     conversations = fuzzed_conversations(0, MESSAGES)
     assert sum(map(len, conversations)) >= MESSAGES
     together = encode_conversations(tokenizer, conversations)
@@ -126,13 +126,13 @@ def test_no_control_token_comes_from_the_words_of_10_000_messages(tokenizer):
         assert encode_conversation(tokenizer, messages) == encoded
 
 
-def test_no_control_token_comes_from_the_words_with_gpt2s_vocabulary(gpt2_tokenizer):
+def test_messages_never_encode_to_control_tokens_of_gpt2(gpt2_tokenizer):
     conversations = fuzzed_conversations(1, 1000)
     for messages, encoded in zip(conversations, encode_conversations(gpt2_tokenizer, conversations), strict=True):
         assert_rendered(encoded.input_ids, messages, gpt2_tokenizer)
 
 
-def test_the_chat_template_gives_a_server_no_control_token_from_the_words(tokenizer):
+def test_rendered_templates_contain_only_the_control_tokens_of_roles(tokenizer):
     """A server renders the template and reads the text with control tokens on: only those of the roles may come."""
     special = set(tokenizer.all_special_ids)
     start, end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
@@ -151,7 +151,7 @@ def test_the_chat_template_gives_a_server_no_control_token_from_the_words(tokeni
     assert len(conversations) // 20 < alike < len(conversations)
 
 
-def test_half_characters_are_refused_before_they_reach_the_tokenizer(tokenizer):
+def test_surrogates_are_refused_before_tokenization(tokenizer):
     draw = random.Random(3)
     for _ in range(200):
         content = fuzzed(draw) + chr(draw.randrange(0xD800, 0xE000)) + fuzzed(draw)
@@ -168,7 +168,7 @@ def documents_of(store: TokenStore, split: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "gpt2_tokenizer"])
-def test_documents_of_a_store_decode_to_their_texts_and_only_begin_with_a_control_token(name, request, tmp_path):
+def test_stored_documents_decode_to_their_texts(name, request, tmp_path):
     tokenizer, draw = request.getfixturevalue(name), random.Random(4)
     texts = [f"{number}. {fuzzed(draw)}" for number in range(4000)]
     texts += [SPELLINGS[0] * 5000, "x" * 60_000, "x" * 70_000, "\u200b" * 9000, "a'" * 9000, " " * 9000 + "a"]
@@ -190,7 +190,7 @@ def test_documents_of_a_store_decode_to_their_texts_and_only_begin_with_a_contro
     assert [text for text, ids in zip(held, encode_text(tokenizer, held), strict=True) if tuple(ids) not in known] == []
 
 
-def test_conversations_of_a_store_have_the_control_tokens_of_their_roles_alone(tokenizer, tmp_path):
+def test_stored_conversations_have_only_the_control_tokens_of_roles(tokenizer, tmp_path):
     conversations = fuzzed_conversations(5, 4000, tag="conversation ")
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))

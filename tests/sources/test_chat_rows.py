@@ -1,4 +1,4 @@
-"""RAW DATA: rows of the Hub and of other releases become exactly these conversations, or are refused with a reason."""
+"""Rows of published chat datasets are converted exactly, or rejected with a reason."""
 
 import json
 
@@ -139,12 +139,12 @@ HUB_ROWS = [
 
 
 @pytest.mark.parametrize(("name", "raw", "row"), HUB_ROWS, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(HUB_ROWS)])
-def test_rows_of_the_hub_and_of_other_releases_become_exactly_these(name, raw, row):
+def test_published_row_formats_are_converted(name, raw, row):
     assert converted(name, raw) == row
 
 
 # (source, raw row, reason)
-REFUSED = [
+REJECTED = [
     ("alpaca", {"instruction": "I", "instances": []}, "missing field"),
     ("cornell_movie_dialogs", {"lines": [{"speaker": "a", "text": text} for text in "bc"]}, "no messages"),
     ("cornell_movie_dialogs", {"utterance": {"text": ["na\ufffdve", "b"]}}, "replacement character"),
@@ -168,38 +168,38 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "raw", "reason"), REFUSED, ids=[f"{n}-{r}" for n, _, r in REFUSED])
-def test_a_row_that_cannot_be_used_is_refused_with_its_reason(name, raw, reason):
+@pytest.mark.parametrize(("name", "raw", "reason"), REJECTED, ids=[f"{n}-{r}" for n, _, r in REJECTED])
+def test_unusable_rows_are_rejected_with_their_reason(name, raw, reason):
     assert rejected(name, raw) == reason
 
 
-def test_a_kto_file_is_told_that_it_holds_no_pairs(shared_data):
+def test_kto_rows_are_rejected_as_preferences(shared_data):
     with pytest.raises(DataError, match=r"300 missing field.*a reply with a label \(KTO\) is not a pair of replies"):
         list(load_rows(f"preference={shared_data / 'preference' / 'kto_en_demo.json'}", "preference"))
 
 
-def said(key: str, text: str, parent: str | None = None, role: str = "", **more: object) -> dict:
+def oasst(key: str, text: str, parent: str | None = None, role: str = "", **more: object) -> dict:
     role = role or ("prompter" if parent is None else "assistant")
     return {"message_id": key, "parent_id": parent, "message_tree_id": key[0], "text": text, "role": role, **more}
 
 
 OASST_FLAT = [
-    said("a", "Hello"),
-    said("a1", "worse", "a", rank=1),
-    said("a2", "deleted", "a", rank=0, deleted=True),
-    said("a3", "spam", "a", rank=0, labels={"name": ["quality", "spam"], "value": [1.0, 0.6], "count": [1, 3]}),
-    said("a5", "refused", "a", rank=0, review_result=False),
-    said("a4", "best", "a", rank=0, labels={"name": ["spam"], "value": [0.1], "count": [3]}),
-    said("a6", "unranked", "a"),
-    said("a7", "And?", "a4", "prompter"),
-    said("a8", "So.", "a7", rank=None),
-    said("a9", "Unanswered?", "a8", "prompter"),
+    oasst("a", "Hello"),
+    oasst("a1", "worse", "a", rank=1),
+    oasst("a2", "deleted", "a", rank=0, deleted=True),
+    oasst("a3", "spam", "a", rank=0, labels={"name": ["quality", "spam"], "value": [1.0, 0.6], "count": [1, 3]}),
+    oasst("a5", "refused", "a", rank=0, review_result=False),
+    oasst("a4", "best", "a", rank=0, labels={"name": ["spam"], "value": [0.1], "count": [3]}),
+    oasst("a6", "unranked", "a"),
+    oasst("a7", "And?", "a4", "prompter"),
+    oasst("a8", "So.", "a7", rank=None),
+    oasst("a9", "Unanswered?", "a8", "prompter"),
 ]
 HELLO = exchange("Hello", "best", "And?", "So.")
 
 
 def tree_of(flat: list[dict], parent: str | None = None) -> list[dict]:
-    """The release's nested form of flat messages, with its labels as objects."""
+    """Flat messages in the nested format of the release, with labels as objects."""
     nested = []
     for row in (row for row in flat if row["parent_id"] == parent):
         labels = row.get("labels")
@@ -208,10 +208,13 @@ def tree_of(flat: list[dict], parent: str | None = None) -> list[dict]:
     return nested
 
 
-def test_oasst_follows_the_best_ranked_replies_past_those_that_are_deleted_refused_or_spam(tmp_path):
+def test_oasst_follows_the_best_usable_replies(tmp_path):
     (tree,) = tree_of(OASST_FLAT)
-    other = [said("b", "Bye"), said("b1", "Bye!", "b", rank=0)]
-    broken = [said("c1", "lost its question", "c"), said("d", "spam", labels={"name": ["spam"], "value": [1.0]})]
+    other = [oasst("b", "Bye"), oasst("b1", "Bye!", "b", rank=0)]
+    broken = [
+        oasst("c1", "lost its question", "c"),
+        oasst("d", "spam", labels={"name": ["spam"], "value": [1.0]}),
+    ]
     flat = written(
         tmp_path, "oasst_ready.messages.jsonl", json_lines(*OASST_FLAT, *other) + "{\n" + json_lines(*broken)
     )
@@ -224,12 +227,16 @@ def test_oasst_follows_the_best_ranked_replies_past_those_that_are_deleted_refus
     assert read(f"oasst={tmp_path}")[0] == [HELLO]  # of a folder with both, the trees
 
 
-def test_oasst_walks_no_circle_of_parents():
-    circle = [said("a", "Hello"), said("a1", "Hi!", "a"), said("a", "Hello?", "a1", "prompter")]
+def test_oasst_does_not_loop_on_circular_parents():
+    circle = [
+        oasst("a", "Hello"),
+        oasst("a1", "Hi!", "a"),
+        oasst("a", "Hello?", "a1", "prompter"),
+    ]
     assert converted("oasst", circle) == exchange("Hello", "Hi!")
 
 
-def test_no_role_mark_of_moss_is_left_and_its_turns_keep_their_order(shared_data):
+def test_moss_turns_have_no_role_marks_and_keep_their_order(shared_data):
     path = shared_data / "chat" / "moss003_original_example.json"
     ((row,), _) = read(f"moss={path}")
     contents = [turn["content"] for turn in row["messages"]]

@@ -1,4 +1,4 @@
-"""RAW DATA: the sources of conversations and preferences, on real files as published and in their folders."""
+"""Conversation and preference sources read real files as published, and their folders."""
 
 import gzip
 import json
@@ -81,7 +81,7 @@ REAL = [
 
 
 @pytest.mark.parametrize(("name", "path", "rows_in", "rejects", "repairs"), REAL, ids=[path for _, path, *_ in REAL])
-def test_real_files_give_exactly_the_rows_that_are_in_them(name, path, rows_in, rejects, repairs, shared_data):
+def test_real_files_have_the_documented_row_counts(name, path, rows_in, rejects, repairs, shared_data):
     _, loaded = read(f"{name}={shared_data / path}")
     assert (loaded.stats.rows_in, loaded.stats.rejects, loaded.stats.repairs) == (rows_in, rejects, repairs)
 
@@ -116,11 +116,10 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("name", "path", "reason", "places"), PLACES, ids=[f"{n}-{r}" for n, _, r, _ in PLACES])
-def test_the_bad_rows_of_real_files_are_named_with_their_places(name, path, reason, places, shared_data):
-    found = read(f"{name}={shared_data / path}")[1].stats.places[reason]
-    assert [place.startswith(f"{shared_data / path}{told}") for place, told in zip(found, places, strict=True)] == [
-        True
-    ] * len(places)
+def test_bad_rows_of_real_files_are_reported_with_their_places(name, path, reason, places, shared_data):
+    reported = read(f"{name}={shared_data / path}")[1].stats.places[reason]
+    for place, expected in zip(reported, places, strict=True):
+        assert place.startswith(f"{shared_data / path}{expected}")
 
 
 # (source, path, number of the row among the kept ones, the row)
@@ -218,7 +217,7 @@ SPOTS = [
 
 
 @pytest.mark.parametrize(("name", "path", "number", "row"), SPOTS, ids=[path for _, path, *_ in SPOTS])
-def test_a_real_row_becomes_exactly_this_one(name, path, number, row, shared_data):
+def test_real_rows_are_converted_exactly(name, path, number, row, shared_data):
     assert read(f"{name}={shared_data / path}")[0][number] == row
 
 
@@ -230,7 +229,7 @@ L4 +++$+++ u0 +++$+++ m0 +++$+++ A +++$+++
 
 
 @pytest.mark.parametrize("form", ["plain", "gz"])
-def test_cornell_joins_what_one_speaker_says_in_a_row_and_mends_windows_characters(form, tmp_path):
+def test_cornell_joins_lines_of_a_speaker_and_repairs_windows_characters(form, tmp_path):
     lines = CORNELL_LINES.encode("latin-1")
     written(tmp_path, "movie_lines.txt" + ".gz" * (form == "gz"), gzip.compress(lines) if form == "gz" else lines)
     conversations = "".join(f"u0 +++$+++ u1 +++$+++ m0 +++$+++ {ids}\n" for ids in (["L1", "L2", "L3"], ["L3", "L4"]))
@@ -244,14 +243,14 @@ def test_cornell_joins_what_one_speaker_says_in_a_row_and_mends_windows_characte
     }
 
 
-def test_one_half_of_cornell_alone_is_an_error_that_names_the_other(tmp_path):
+def test_half_of_cornell_raises_an_error_that_names_the_other_half(tmp_path):
     path = written(tmp_path, "movie_lines.txt", CORNELL_LINES.encode("latin-1"))
     with pytest.raises(DataError, match=r"movie_lines\.txt is only half of the corpus: put movie_conversations\.txt"):
         list(load_rows(f"cornell_movie_dialogs={path}", "conversation"))
 
 
 def rows_by_place(spec: str) -> dict[str, list[str]]:
-    """The contents of the messages of each kept row."""
+    """The message contents of the kept rows, by place."""
     rows = load_rows(spec, "conversation")
     return dict((rows.place, [turn["content"] for turn in row["messages"]]) for row in rows)
 
@@ -259,7 +258,7 @@ def rows_by_place(spec: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("variant", "lost"), [("movie_lines_kaggle.tsv", ", "), ("movie_lines_crlf_utf8_ufffd.txt", "")]
 )
-def test_a_conversation_is_the_same_in_the_three_forms_of_cornell(variant, lost, shared_data):
+def test_conversations_are_equal_in_all_formats_of_cornell(variant, lost, shared_data):
     """But for the commas, which Kaggle's form has lost in the lines without a quotation mark."""
     folder = shared_data / "cornell_movie_dialogs"
     whole = rows_by_place(f"cornell_movie_dialogs={folder}")
@@ -286,15 +285,17 @@ MATH_FILES = [
 
 
 @pytest.mark.parametrize(("text", "pairs", "rejects"), MATH_FILES)
-def test_a_line_that_is_missing_moves_no_answer_to_another_question(text, pairs, rejects, tmp_path):
+def test_a_missing_line_does_not_shift_answers_to_other_questions(text, pairs, rejects, tmp_path):
     path = written(tmp_path, "algebra__linear_1d.txt", text)
     rows, loaded = read(f"math_dataset={path}")
     assert rows == [exchange(*pair) for pair in pairs]
-    told = [f"{reason}:{place.split(' ')[0].rpartition(':')[2]}" for reason, (place,) in loaded.stats.places.items()]
-    assert told == rejects
+    reported = [
+        f"{reason}:{place.split(' ')[0].rpartition(':')[2]}" for reason, (place,) in loaded.stats.places.items()
+    ]
+    assert reported == rejects
 
 
-def test_every_answer_of_the_mathematics_files_stands_under_its_question(shared_data):
+def test_answers_of_mathematics_files_match_their_questions(shared_data):
     files = sorted((shared_data / MATH / "generated").rglob("*.txt"))
     assert len(files) == 72
     for file in files:
@@ -314,25 +315,25 @@ FOLDERS = [
 
 
 @pytest.mark.parametrize(("name", "folder", "files"), FOLDERS, ids=[name for name, *_ in FOLDERS])
-def test_a_folder_gives_its_training_files_alone(name, folder, files, shared_data):
+def test_only_training_files_of_a_folder_are_read(name, folder, files, shared_data):
     places = {place for place, _ in load_rows(f"{name}={shared_data / folder}", find_source(name).kinds[0]).raw}
     assert {Path(re.split(r":\d+$|, row ", place)[0]).name for place in places} == files
 
 
 @pytest.mark.parametrize("name", ["natural_questions", "hh_rlhf", "gsm8k", "openbookqa"])
-def test_a_folder_of_evaluation_files_alone_is_refused(name, tmp_path):
+def test_a_folder_with_only_evaluation_files_raises(name, tmp_path):
     for file in ("NQ-open.dev.jsonl", "nq-dev-00.jsonl.gz", "test.jsonl", "dev.jsonl"):
         written(tmp_path, file, json_lines(find_source(name).raw[0]))
     with pytest.raises(DataError, match="has no file that matches"):
         load_rows(f"{name}={tmp_path}", find_source(name).kinds[0])
 
 
-def test_mathematics_reads_the_training_folders_and_not_those_of_the_test(shared_data):
+def test_mathematics_reads_only_the_training_folders(shared_data):
     raw = load_rows(f"math_dataset={shared_data / MATH}", "conversation").raw
     assert {Path(place).parent.name for place, _ in raw} == {"train-easy", "train-medium", "train-hard"}
 
 
-def test_no_carriage_return_of_mbpp_is_left_and_every_solution_is_still_python(shared_data):
+def test_mbpp_solutions_are_valid_python_without_carriage_returns(shared_data):
     rows, _ = read(f"mbpp={shared_data / 'mbpp'}")
     contents = [turn["content"] for row in rows for turn in row["messages"]]
     assert len(rows) == 464 and not [content for content in contents if "\r" in content]
@@ -340,7 +341,7 @@ def test_no_carriage_return_of_mbpp_is_left_and_every_solution_is_still_python(s
         compile(row["messages"][1]["content"].removeprefix("```python\n").removesuffix("\n```"), "solution", "exec")
 
 
-def test_no_calculator_mark_of_gsm8k_is_left_and_every_answer_ends_with_its_number(shared_data):
+def test_gsm8k_answers_end_with_their_number_and_have_no_annotations(shared_data):
     rows, _ = read(f"gsm8k={shared_data / 'gsm8k'}")
     raw = [json.loads(line) for line in (shared_data / "gsm8k" / "train.jsonl").open()]
     for row, original in zip(rows, raw, strict=True):

@@ -1,4 +1,4 @@
-"""RAW DATA, documents: real files of every source give exactly the documents that are in them."""
+"""Document sources read exactly the documents of real files."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ def read(spec: str) -> tuple[list[str], SourceRows]:
     return kept, rows
 
 
-def test_sentences_of_bookcorpus_become_documents_of_a_hundred_from_text_files_and_from_the_hubs_rows(tmp_path):
+def test_bookcorpus_joins_100_sentences_to_a_document(tmp_path):
     sentences = [f"he said that it was {number} ." for number in range(250)]
     (tmp_path / "books_large_p1.txt").write_text("\n".join(sentences[:130]) + "\n")
     (tmp_path / "books_large_p2.txt").write_text("\n".join(sentences[130:]) + "\n")
@@ -64,15 +64,13 @@ REAL = [
     REAL,
     ids=[f"{name} {path}" for name, path, *_ in REAL],
 )
-def test_real_files_give_exactly_the_documents_that_are_in_them(
-    name, path, rows_in, rejects, repairs, characters, shared_data
-):
+def test_real_files_have_the_documented_documents(name, path, rows_in, rejects, repairs, characters, shared_data):
     texts, loaded = read(f"{name}={shared_data / path}")
     assert (loaded.stats.rows_in, loaded.stats.rejects, loaded.stats.repairs) == (rows_in, rejects, repairs)
     assert sum(map(len, texts)) == characters
 
 
-def test_a_hub_dataset_is_named_in_a_form_that_still_loads():
+def test_hub_datasets_need_no_loading_script():
     sources = [find_source(name) for name in list_sources()]
     hubs = [source.hub for source in sources if source.hub and source.kinds[0] == "document"]
     assert len(hubs) >= 9
@@ -81,7 +79,7 @@ def test_a_hub_dataset_is_named_in_a_form_that_still_loads():
         assert "trust_remote_code" not in hub
 
 
-def test_the_pile_reads_its_numbered_shards_and_never_val_or_test(shared_data, tmp_path):
+def test_pile_reads_only_numbered_training_shards(shared_data, tmp_path):
     _, loaded = read(f"pile={shared_data / 'pile'}")
     assert [place for place, _ in load_rows(f"pile={shared_data / 'pile'}", "document").raw] == [
         f"{shared_data / 'pile' / '00.jsonl.zst'}:1"
@@ -92,7 +90,7 @@ def test_the_pile_reads_its_numbered_shards_and_never_val_or_test(shared_data, t
         read(f"pile={tmp_path}")
 
 
-def test_the_longest_document_of_the_pile_comes_whole_and_the_bad_one_is_named(shared_data):
+def test_pile_documents_are_complete_and_the_bad_one_is_reported(shared_data):
     path = shared_data / "pile" / "pile_sample.jsonl"
     texts, loaded = read(f"pile={path}")
     raw = [json.loads(line)["text"] for line in path.read_text().splitlines()]
@@ -101,13 +99,13 @@ def test_the_longest_document_of_the_pile_comes_whole_and_the_bad_one_is_named(s
     assert loaded.stats.places == {"control character": [f"{path}:119 (the text has U+0082 at character 4720)"]}
 
 
-def test_c4_reads_its_training_shard_beside_the_validation_shard(shared_data):
+def test_c4_reads_only_the_training_shard(shared_data):
     places = [place for place, _ in load_rows(f"c4={shared_data / 'c4'}", "document").raw]
     shard = shared_data / "c4" / "en" / "c4-train.00000-of-01024.json.gz"
     assert places == [f"{shard}:{line}" for line in (1, 2, 3)]
 
 
-def test_json_lines_under_the_name_json_gz_are_read_line_by_line(tmp_path):
+def test_json_lines_named_json_gz_are_read_line_by_line(tmp_path):
     path = tmp_path / "c4-train.00000-of-01024.json.gz"
     path.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": \n\n{"text": "two"}\n'))
     texts, loaded = read(f"c4={tmp_path}")
@@ -115,13 +113,13 @@ def test_json_lines_under_the_name_json_gz_are_read_line_by_line(tmp_path):
     assert loaded.stats.places["not JSON"][0].startswith(f"{path}:2 ")
 
 
-def test_fineweb_edu_in_parquet_and_in_csv_are_the_same_texts(shared_data):
+def test_fineweb_edu_is_equal_in_parquet_and_csv(shared_data):
     texts, _ = read(f"fineweb_edu={shared_data / 'fineweb_edu' / 'sample.parquet'}")
     assert texts == read(f"fineweb_edu={shared_data / 'fineweb_edu' / 'training_data.csv'}")[0]
     assert texts[0].startswith("The Independent Jane\nFor all the love, romance and scandal")
 
 
-def test_a_story_that_the_end_of_the_file_cuts_is_rejected_at_its_line(shared_data):
+def test_an_incomplete_last_story_is_rejected_at_its_line(shared_data):
     path = shared_data / "tinystories" / "tinystories_sample_2mb.txt"
     texts, loaded = read(f"tinystories={path}")
     raw = path.read_text().split("<|endoftext|>")
@@ -130,14 +128,14 @@ def test_a_story_that_the_end_of_the_file_cuts_is_rejected_at_its_line(shared_da
     assert loaded.stats.places["cut off"][0].startswith(f"{path}:{line} ")
 
 
-def test_a_single_story_without_any_separator_is_whole(tmp_path):
+def test_a_single_story_without_separator_is_complete(tmp_path):
     path = tmp_path / "story.txt"
     path.write_text("Once upon a time.\n")
     assert read(f"tinystories={path}")[0] == ["Once upon a time."]
 
 
 @pytest.mark.parametrize("block", [1, 7, 13, 14, 100, 2**20])
-def test_a_text_file_is_split_alike_whatever_the_blocks_it_is_read_in(block, tmp_path, monkeypatch):
+def test_documents_do_not_depend_on_the_block_size(block, tmp_path, monkeypatch):
     draw = random.Random(block)
     parts = ["".join(draw.choices("ab\n<|é", k=draw.randrange(60))) for _ in range(40)] + ["end"]
     text = "<|endoftext|>".join(parts)
@@ -155,7 +153,7 @@ def test_a_text_file_is_split_alike_whatever_the_blocks_it_is_read_in(block, tmp
     assert [row.get("unclosed", False) for _, row in rows] == [False] * 40 + [True]
 
 
-def test_a_document_of_bad_bytes_costs_that_document_and_names_its_byte_in_the_file(tmp_path):
+def test_an_undecodable_document_is_rejected_with_its_byte(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one<|endoftext|>Gr\xfc\xdfe<|endoftext|>three<|endoftext|>")
     texts, loaded = read(f"text={path}")
@@ -163,7 +161,7 @@ def test_a_document_of_bad_bytes_costs_that_document_and_names_its_byte_in_the_f
     assert loaded.stats.places == {"invalid UTF-8": [f"{path} (byte 18)"]}
 
 
-def test_a_packed_text_that_was_cut_short_gives_the_documents_before_the_damage(tmp_path):
+def test_a_truncated_archive_yields_the_documents_before_the_damage(tmp_path):
     draw = random.Random(0)
     stories = [str(draw.random()) for _ in range(200_000)]
     whole = gzip.compress("<|endoftext|>".join(stories).encode())
@@ -174,7 +172,7 @@ def test_a_packed_text_that_was_cut_short_gives_the_documents_before_the_damage(
     assert len(texts) > 10_000 and texts == stories[: len(texts)]
 
 
-def test_an_article_of_wikitext_is_in_ordinary_spelling(shared_data):
+def test_wikitext_articles_are_detokenized(shared_data):
     texts, _ = read(f"wikitext={shared_data / 'wikitext2'}")
     assert texts[0].startswith(
         "Homarus gammarus\n\nHomarus gammarus, known as the European lobster or common lobster, is a species of <unk> "
@@ -189,7 +187,7 @@ def test_an_article_of_wikitext_is_in_ordinary_spelling(shared_data):
     assert every.count("\n\nDescription\n\n") >= 1
 
 
-def test_lines_like_a_title_inside_a_formula_begin_no_article(shared_data):
+def test_title_like_lines_in_a_formula_begin_no_article(shared_data):
     """62 lines of wiki.test.tokens look like titles, but two are pieces of a formula."""
     path = shared_data / "wikitext2" / "wiki.test.tokens"
     texts, _ = read(f"wikitext={path}")
@@ -198,21 +196,21 @@ def test_lines_like_a_title_inside_a_formula_begin_no_article(shared_data):
     assert "\n\n1 <unk>/s and a nominal <unk> k\n\n" in article
 
 
-def test_a_title_stands_between_two_empty_lines(tmp_path):
+def test_a_title_needs_an_empty_line_before_and_after(tmp_path):
     path = tmp_path / "wiki.train.tokens"
     path.write_text(" \n = One = \n \n Words . \n = x = \n \n = y = \n z \n \n = Two = \n \n More words . \n")
     assert read(f"wikitext={path}")[0] == ["One\n\nWords.\n\nx\n\ny\n\nz", "Two\n\nMore words."]
     assert [place for place, _ in load_rows(f"wikitext={path}", "document").raw] == [f"{path}:2", f"{path}:10"]
 
 
-def test_lines_of_wikitext_as_the_hub_has_them_are_the_same_articles(shared_data, tmp_path):
+def test_wikitext_rows_of_the_hub_give_the_same_articles(shared_data, tmp_path):
     path = shared_data / "wikitext2" / "wiki.valid.tokens"
     rows = [{"text": "" if not line.strip() else line} for line in path.read_text().splitlines(keepends=True)]
     (tmp_path / "train-00000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read(f"wikitext={tmp_path / 'train-00000.jsonl'}")[0] == read(f"wikitext={path}")[0]
 
 
-def test_a_book_keeps_nothing_of_its_wrapping_and_all_of_its_words(shared_data):
+def test_books_are_unwrapped_and_keep_all_their_words(shared_data):
     alice, pride, holmes, frankenstein = read(f"books={shared_data / 'books'}")[0]
     every = "\n".join((alice, pride, holmes, frankenstein))
     assert not [mark for mark in ("Gutenberg", "\r", "\ufeff", "***", "Produced by A") if mark in every]
@@ -228,14 +226,14 @@ def test_a_book_keeps_nothing_of_its_wrapping_and_all_of_its_words(shared_data):
     assert frankenstein.split() == book.split()
 
 
-def test_verse_contents_and_letters_keep_their_lines(shared_data):
+def test_verse_and_tables_of_contents_keep_their_lines(shared_data):
     alice, pride, holmes, _ = read(f"books={shared_data / 'books'}")[0]
     assert "\n\n     ‘How doth the little crocodile\n      Improve his shining tail,\n" in alice
     assert "\n   I. A Scandal in Bohemia\n  II. The Red-headed League\n" in holmes
     assert "“If I can but see one of my daughters happily settled at Netherfield,” said Mrs. Bennet to her" in pride
 
 
-def test_functions_of_both_code_datasets_are_documents(shared_data):
+def test_cosqa_functions_are_documents(shared_data):
     texts, _ = read(f"code_search_net={shared_data / 'python_code' / 'cosqa-dev.json'}")
     assert texts == [row["code"] for row in json.loads((shared_data / "python_code" / "cosqa-dev.json").read_text())]
     assert texts[1].startswith('def split_multiline(value):\n    """Split a multiline string into a list')
@@ -285,7 +283,7 @@ def test_a_document_of_100_mb_takes_less_than_300_mb(form, tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("form", ["txt", "json.gz"])
-def test_many_documents_take_the_memory_of_one(form, tmp_path):
+def test_memory_does_not_grow_with_the_number_of_documents(form, tmp_path):
     path = tmp_path / f"a.{form}"
     story = "A dog went to the market to buy some bread. " * 100
     if form == "txt":
@@ -298,7 +296,7 @@ def test_many_documents_take_the_memory_of_one(form, tmp_path):
     assert growth < 20 * MEBIBYTE
 
 
-def test_tiny_shakespeare_is_the_example_of_the_documentation_and_all_of_it_is_there(shared_data):
+def test_the_documentation_shows_tiny_shakespeare(shared_data):
     written = Path(tiny_shakespeare.__file__).read_text()
     assert f"```python\n{written}```" in (ROOT / "docs" / "add_a_dataset.md").read_text()
     assert written.count("\n") < 40

@@ -1,4 +1,4 @@
-"""RAW DATA, real files: exactly their rows come out, without the marks that they were published with."""
+"""Sources convert exactly the rows of real files and remove their markup."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ from rorchat.errors import DataError
 from rorchat.sources.registry import find_source, load_rows
 
 
-def test_alpaca_puts_the_input_after_the_instruction_and_knows_its_spellings_of_none():
+def test_alpaca_appends_the_input_unless_it_means_none():
     convert = find_source("alpaca").convert
     for nothing in ("", None, "<noinput>", "noinput", "No input", "<no input>", "< noinput >", "\\<noinput\\>"):
         row = {"instruction": "Do it.", "input": nothing, "output": "Done."}
@@ -19,13 +19,13 @@ def test_alpaca_puts_the_input_after_the_instruction_and_knows_its_spellings_of_
     assert convert({"instruction": "Do it.", "input": "now", "output": "Done."}) == exchange("Do it.\n\nnow", "Done.")
 
 
-def test_dailydialog_drops_the_empty_part_after_the_last_mark_and_takes_back_the_blanks():
+def test_dailydialog_removes_marks_and_spaces_around_punctuation():
     convert = find_source("dailydialog").convert
     row = "Hey John , how are you ? __eou__ I ’ m fine , thanks . __eou__ Good ! __eou__\n"
     assert convert(row) == exchange("Hey John, how are you?", "I'm fine, thanks.")
 
 
-def test_dailydialog_reads_its_text_files_gzipped_and_other_formats_too(tmp_path):
+def test_dailydialog_reads_compressed_text_and_json_lines(tmp_path):
     path = tmp_path / "dialogues_text.txt.gz"
     path.write_bytes(gzip.compress(b"Hello . __eou__ Hi ! __eou__\n5 6 7\n", mtime=0))
     rows, loaded = read(f"dailydialog={path}", "conversation")
@@ -68,14 +68,14 @@ REAL = [
 
 
 @pytest.mark.parametrize(("name", "path", "rows_in", "rejects"), REAL, ids=[path for _, path, *_ in REAL])
-def test_real_files_give_exactly_the_rows_that_are_in_them(name, path, rows_in, rejects, shared_data):
+def test_real_files_have_the_documented_row_counts(name, path, rows_in, rejects, shared_data):
     rows, loaded = read(f"{name}={shared_data / path}", find_source(name).kinds[0])
     assert loaded.stats.rejects == rejects
     assert loaded.stats.rows_in == rows_in
     assert len(rows) == loaded.stats.rows_in - sum(rejects.values())
 
 
-# Real files of shapes that no source of ours reads yet: one line each, never a traceback.
+# Real files in a format that the source does not read
 UNREAD = [
     ("messages", "chat/dolly_hhrlhf_train_small.jsonl", 1000),
     ("messages", "chat/moss003_original_example.json", 1),
@@ -86,25 +86,25 @@ UNREAD = [
 
 
 @pytest.mark.parametrize(("name", "path", "rows_in"), UNREAD, ids=[path for _, path, _ in UNREAD])
-def test_a_real_file_of_another_shape_is_refused_as_a_whole_in_one_line(name, path, rows_in, shared_data):
-    said = f"can be used: {rows_in:,} missing field, first at .*(:1|row 0) "
-    with pytest.raises(DataError, match=said) as failure:
+def test_a_file_in_another_format_raises_a_one_line_error(name, path, rows_in, shared_data):
+    pattern = f"can be used: {rows_in:,} missing field, first at .*(:1|row 0) "
+    with pytest.raises(DataError, match=pattern) as failure:
         list(load_rows(f"{name}={shared_data / path}", find_source(name).kinds[0]))
     assert "\n" not in str(failure.value)
 
 
-def test_alpaca_says_in_59_rows_that_there_is_no_input_and_none_of_it_reaches_a_question(shared_data):
+def test_alpaca_spellings_of_no_input_never_reach_a_question(shared_data):
     path = shared_data / "alpaca" / "alpaca_5000.json"
-    says_so = re.compile(r"\W*no ?input( needed| required)?\W*", re.IGNORECASE)
+    means_none = re.compile(r"\W*no ?input( needed| required)?\W*", re.IGNORECASE)
     raw = json.loads(path.read_text())
-    without = [row["instruction"].strip() for row in raw if says_so.fullmatch(row["input"]) and row["output"]]
+    without = [row["instruction"].strip() for row in raw if means_none.fullmatch(row["input"]) and row["output"]]
     assert len(without) == 59
     questions = [row["messages"][0]["content"] for row in read(f"alpaca={path}", "conversation")[0]]
     assert set(without) <= set(questions)
-    assert not [question for question in questions if says_so.fullmatch(question.rpartition("\n\n")[2])]
+    assert not [question for question in questions if means_none.fullmatch(question.rpartition("\n\n")[2])]
 
 
-def test_no_mark_of_dailydialog_is_left_and_every_utterance_has_words(shared_data):
+def test_dailydialog_utterances_are_not_empty_and_have_no_marks(shared_data):
     path = shared_data / "dailydialog" / "dialogues_text.txt"
     rows, _ = read(f"dailydialog={path}", "conversation")
     contents = [turn["content"] for row in rows for turn in row["messages"]]
@@ -113,7 +113,7 @@ def test_no_mark_of_dailydialog_is_left_and_every_utterance_has_words(shared_dat
     assert not [content for content in contents if "__eou__" in content or not content.strip() or " ," in content]
 
 
-def test_system_turns_of_a_preference_file_stay_at_the_head_of_the_prompt(shared_data):
+def test_system_messages_of_preferences_begin_the_prompt(shared_data):
     rows, _ = read(f"preference={shared_data / 'preference' / 'dpo_en_demo.json'}", "preference")
     assert sum(row["prompt"][0]["role"] == "system" for row in rows) == 79  # of 80: row 15 has a control character
     assert all(row["prompt"][-1]["role"] == "user" for row in rows)

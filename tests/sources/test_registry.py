@@ -1,4 +1,4 @@
-"""RAW DATA: every row is kept or counted as rejected with its place, and a source knows what it was read from."""
+"""Every raw row is counted as kept or rejected; digests identify the data of a source."""
 
 import dataclasses
 import gzip
@@ -22,13 +22,13 @@ GENERATING = [name for name in list_sources() if find_source(name).is_generated]
 GOOD_ROW = {"document": {"text": "It was."}, "conversation": exchange(), "preference": find_source("preference").raw[0]}
 
 
-def test_there_are_sources_of_every_kind():
+def test_sources_of_every_kind_exist():
     assert len(CONVERTING) >= 6 and len(GENERATING) >= 2
     assert {kind for name in list_sources() for kind in find_source(name).kinds} == set(CHECKS)
 
 
 @pytest.mark.parametrize("name", list_sources())
-def test_every_source_names_its_licence_and_turns_its_own_raw_rows_into_valid_ones(name):
+def test_sources_have_a_licence_and_convert_their_raw_rows(name):
     source = find_source(name)
     assert isinstance(source.licence, str) and source.licence
     if source.is_generated:
@@ -42,7 +42,7 @@ def test_every_source_names_its_licence_and_turns_its_own_raw_rows_into_valid_on
         CHECKS[kind](row)
 
 
-# What a reader may meet where a row should stand; no source may answer with anything but a row or a Reject.
+# Arbitrary JSON values: a source must return a valid row or raise RejectedRow
 NOT_ROWS = [
     None, 5, 2.5, True, "", "a string", [], {}, [1], [None], [[]], ["user", "hi"], {"a": 1}, {"": None},
     {"text": None}, {"text": 5}, {"text": ["a"]},
@@ -67,7 +67,7 @@ NOT_ROWS = [
 
 
 @pytest.mark.parametrize("name", CONVERTING)
-def test_whatever_stands_where_a_row_should_be_is_kept_or_rejected_and_never_a_traceback(name, tmp_path):
+def test_arbitrary_json_values_are_kept_or_rejected(name, tmp_path):
     source = find_source(name)
     good = next(raw for raw in source.raw if not isinstance(raw, str))
     path = written(tmp_path, "rows.jsonl", json_lines(*NOT_ROWS, good))
@@ -80,7 +80,7 @@ def test_whatever_stands_where_a_row_should_be_is_kept_or_rejected_and_never_a_t
 
 
 @pytest.mark.parametrize("name", CONVERTING)
-def test_a_row_cut_to_pieces_is_kept_or_rejected(name):
+def test_raw_rows_with_damaged_parts_are_kept_or_rejected(name):
     """Every raw row with any part of it missing, null, a number, a list or empty."""
     draw, source, tried = random.Random(0), find_source(name), 0
 
@@ -101,7 +101,7 @@ def test_a_row_cut_to_pieces_is_kept_or_rejected(name):
     assert tried == 300 * len(source.raw)
 
 
-# One line of bad bytes, one of bad JSON, and rows that are unusable in one way each, with the reason for each.
+# Lines with one error each, and the reason of their rejection
 BAD_CONVERSATIONS = [
     (b'{"messages": [{"role": "user", "content": "\xff"}]}\n', "invalid UTF-8"),
     (b'{"messages": [\n', "not JSON"),
@@ -123,7 +123,7 @@ BAD_CONVERSATIONS = [
 
 
 @pytest.mark.parametrize(("bad", "reason"), BAD_CONVERSATIONS)
-def test_a_bad_row_costs_that_row_and_its_line_is_named(bad, reason, tmp_path):
+def test_a_bad_row_costs_only_itself_and_its_line_is_reported(bad, reason, tmp_path):
     good = json_lines(exchange()).encode()
     path = written(tmp_path, "rows.jsonl", good + b"\n" + bad + good)  # good, empty line, bad, good
     rows, loaded = read(f"messages={path}", "conversation")
@@ -131,13 +131,13 @@ def test_a_bad_row_costs_that_row_and_its_line_is_named(bad, reason, tmp_path):
     assert loaded.stats.places[reason][0].split(" ")[0] == f"{path}:3"
 
 
-def test_a_bare_list_of_messages_is_a_row_like_any_other(tmp_path):
+def test_a_list_of_messages_is_a_valid_row(tmp_path):
     path = written(tmp_path, "rows.jsonl", json_lines(exchange()["messages"], exchange()))
     rows, loaded = read(f"messages={path}", "conversation")
     assert rows == [exchange(), exchange()]
 
 
-def test_a_last_question_that_nobody_answers_is_left_out(tmp_path):
+def test_an_unanswered_question_at_the_end_is_removed(tmp_path):
     row = {"messages": [*exchange()["messages"], {"role": "user", "content": "And you?"}]}
     rows, _ = read(f"messages={written(tmp_path, 'rows.jsonl', json_lines(row))}", "conversation")
     assert rows == [exchange()]
@@ -155,7 +155,7 @@ PREFERENCES = [
 
 
 @pytest.mark.parametrize(("bad", "reason"), PREFERENCES)
-def test_a_preference_that_prefers_nothing_is_rejected_with_its_reason(bad, reason, tmp_path):
+def test_invalid_preferences_are_rejected_with_their_reason(bad, reason, tmp_path):
     good = {"prompt": "q", "chosen": "a", "rejected": "b"}
     path = written(tmp_path, "rows.jsonl", json_lines(good, bad))
     rows, loaded = read(f"preference={path}", "preference")
@@ -170,7 +170,7 @@ def test_a_preference_that_prefers_nothing_is_rejected_with_its_reason(bad, reas
     ]
 
 
-def test_what_is_hidden_in_a_folder_is_not_read(tmp_path):
+def test_hidden_files_are_ignored(tmp_path):
     for name in (".git", ".store.unfinished/deep", "shown"):
         (tmp_path / name).mkdir(parents=True)
         written(tmp_path / name, "a.json", '{"text": "good"}')
@@ -179,7 +179,7 @@ def test_what_is_hidden_in_a_folder_is_not_read(tmp_path):
     assert (rows, loaded.stats.rows_in) == ([{"text": "good"}], 1) and unread_files(loaded.spec) == []
 
 
-def test_a_folder_is_read_in_the_order_of_names_and_other_files_are_left_alone(tmp_path):
+def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     (tmp_path / "inner").mkdir()
     for name in ("b.txt", "a.md", "inner/c.txt", "d.png", "e.csv"):
         written(tmp_path, name, name)
@@ -187,7 +187,7 @@ def test_a_folder_is_read_in_the_order_of_names_and_other_files_are_left_alone(t
     assert [row["text"] for row in rows] == ["a.md", "b.txt", "inner/c.txt"]
 
 
-def test_only_the_first_places_of_a_reason_are_kept_but_all_are_counted(tmp_path):
+def test_all_rejected_rows_are_counted_and_the_first_places_kept(tmp_path):
     path = written(tmp_path, "a.jsonl", json_lines(*[5] * 50, {"text": "good"}))
     _, loaded = read(f"text={path}", "document")
     assert loaded.stats.rejects == {"wrong type": 50}
@@ -197,12 +197,12 @@ def test_only_the_first_places_of_a_reason_are_kept_but_all_are_counted(tmp_path
     assert second.startswith(f"  50 rejected: wrong type, first at {path}:1 ")
 
 
-def test_an_unknown_source_suggests_its_neighbour():
+def test_an_unknown_source_suggests_a_similar_name():
     with pytest.raises(UsageError, match=r"No source named 'alpacca'\. Did you mean 'alpaca'\? Available: .*tinytown"):
         load_rows("alpacca", "conversation")
 
 
-def test_a_source_of_another_kind_says_which_ones_fit():
+def test_a_source_of_another_kind_lists_fitting_sources():
     with pytest.raises(
         UsageError, match="'alpaca' has conversations, but documents are expected here: use one of .*text"
     ):
@@ -210,17 +210,17 @@ def test_a_source_of_another_kind_says_which_ones_fit():
 
 
 @pytest.mark.parametrize("amount", ["", "0", "-3", "many", "1e3"])
-def test_a_generated_source_wants_an_amount(amount):
+def test_a_generated_source_needs_a_number_of_rows(amount):
     with pytest.raises(UsageError, match="is generated and needs a number of rows, as in tinytown=1000"):
         load_rows(f"tinytown={amount}", "document")
 
 
-def test_a_source_without_a_home_on_the_hub_wants_a_path():
+def test_a_source_without_hub_dataset_needs_a_path():
     with pytest.raises(UsageError, match="text=PATH"):
         load_rows("text", "document")
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line_that_names_the_local_way(monkeypatch):
+def test_an_unreachable_hub_raises_one_line_with_the_local_alternative(monkeypatch):
     import datasets
 
     def unreachable(**arguments):
@@ -245,17 +245,17 @@ NOTHING_TO_READ = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "said"), NOTHING_TO_READ)
-def test_a_file_without_a_usable_row_is_a_data_error_of_one_line(name, content, said, tmp_path):
+@pytest.mark.parametrize(("name", "content", "message"), NOTHING_TO_READ)
+def test_a_file_without_usable_rows_raises_a_data_error(name, content, message, tmp_path):
     path = written(tmp_path, name, content)
-    with pytest.raises(DataError, match=said) as failure:
+    with pytest.raises(DataError, match=message) as failure:
         list(load_rows(f"text={path}", "document"))
     assert str(path) in str(failure.value) and "\n" not in str(failure.value)
     assert failure.value.exit_code == 65
 
 
 @pytest.mark.parametrize("name", CONVERTING)
-def test_a_missing_path_or_a_folder_with_nothing_fitting_is_a_data_error_of_one_line(name, tmp_path):
+def test_a_missing_path_or_no_matching_file_raises_a_data_error(name, tmp_path):
     with pytest.raises(DataError, match=f"No file or folder {tmp_path / 'nowhere'}") as failure:
         list(load_rows(f"{name}={tmp_path / 'nowhere'}", find_source(name).kinds[0]))
     assert "\n" not in str(failure.value)
@@ -267,7 +267,7 @@ def test_a_missing_path_or_a_folder_with_nothing_fitting_is_a_data_error_of_one_
     assert "\n" not in str(failure.value)
 
 
-def test_a_summary_remembers_licence_and_counts(tmp_path):
+def test_a_summary_has_licence_and_counts(tmp_path):
     _, loaded = read(f"text={written(tmp_path, 'a.jsonl', json_lines(5, {'text': 'good'}))}", "document")
     assert loaded.stats.summary() == {
         "source": loaded.spec,
@@ -280,7 +280,7 @@ def test_a_summary_remembers_licence_and_counts(tmp_path):
     }
 
 
-def test_texts_gives_the_words_of_every_kind_of_source(tmp_path):
+def test_iterate_texts_yields_all_texts_of_every_kind(tmp_path):
     documents = written(tmp_path, "a.jsonl", json_lines({"text": "a document"}))
     conversations = written(tmp_path, "b.jsonl", json_lines(exchange("a question", "an answer")))
     preferences = written(tmp_path, "c.jsonl", json_lines({"prompt": "p", "chosen": "c", "rejected": "r"}))
@@ -288,7 +288,7 @@ def test_texts_gives_the_words_of_every_kind_of_source(tmp_path):
     assert list(iterate_texts(specs)) == ["a document", "a question", "an answer", "p", "c", "r"]
 
 
-def test_the_hold_out_takes_its_share_and_looks_at_words_alone():
+def test_the_validation_split_has_its_share_and_depends_only_on_words():
     held_out = [is_validation_text(f"document {number}", 0.1) for number in range(20_000)]
     assert 0.09 < sum(held_out) / len(held_out) < 0.11
     assert not any(is_validation_text(f"document {number}", 0.0) for number in range(100))
@@ -312,7 +312,7 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize(("first", "second"), DIFFERENT)
-def test_texts_that_differ_are_no_duplicates_although_they_are_held_out_together(first, second):
+def test_similar_texts_share_a_split_but_are_not_duplicates(first, second):
     loose = [text_digest(row_text(row)) for row in (first, second)]
     assert loose[0] == loose[1]
     assert exact_digest(first, loose[0]) != exact_digest(second, loose[1])
@@ -321,7 +321,7 @@ def test_texts_that_differ_are_no_duplicates_although_they_are_held_out_together
 
 
 @pytest.mark.parametrize("length", [10, 2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20])
-def test_white_space_around_a_document_makes_it_no_other_whatever_its_length(length):
+def test_exact_digest_ignores_white_space_around_a_document(length):
     text = ("It was the best of times. " * (length // 26 + 1))[: length - 1] + "x"
     bare, padded = ({"text": form} for form in (text, f"\n {text}\r\n"))
     assert exact_digest(bare, text_digest(text)) == exact_digest(padded, text_digest(padded["text"]))
@@ -330,7 +330,7 @@ def test_white_space_around_a_document_makes_it_no_other_whatever_its_length(len
     )
 
 
-def test_the_digest_of_a_source_knows_a_copy_of_its_files_and_notices_another_content_name_or_file(tmp_path):
+def test_the_source_digest_changes_only_with_the_files_content_and_names(tmp_path):
     first, copy = tmp_path / "first", tmp_path / "copy"
     first.mkdir()
     for name, rows in (("a.jsonl", 20), ("b.jsonl", 100_000)):  # one of 0.5 MB, one of more than 2
@@ -356,7 +356,7 @@ def test_the_digest_of_a_source_knows_a_copy_of_its_files_and_notices_another_co
     assert source_digest(f"text={tmp_path / 'nowhere'}") == ""
 
 
-def test_the_files_beside_those_of_a_source_are_part_of_its_digest(tmp_path):
+def test_the_source_digest_includes_files_beside_the_data(tmp_path):
     separator = " +++$+++ "
     written(tmp_path, "movie_conversations.txt", separator.join(("u0", "u2", "m0", "['L1', 'L2']")) + "\n")
     lines = [separator.join((f"L{n}", f"u{n}", "m0", "A", f"Line {n}.")) for n in (1, 2)]
@@ -368,7 +368,7 @@ def test_the_files_beside_those_of_a_source_are_part_of_its_digest(tmp_path):
     assert source_digest(spec) != before
 
 
-def test_the_persona_is_part_of_what_is_generated_about_it_and_of_nothing_else():
+def test_only_the_persona_source_depends_on_the_persona():
     other = dataclasses.replace(load_persona(), name="Zebulon")
     assert source_digest("persona=60") != source_digest("persona=60", other)
     assert source_digest("tinytown=60") == source_digest("tinytown=60", other)

@@ -1,7 +1,7 @@
-"""RAW DATA: Tinytown is a pure function of its seed, and what it asks in the end was never told in training.
+"""Tinytown depends only on its seed, and held-out questions never occur in training.
 
-The texts are read here with expressions of our own, not with the generator's code, so that a leak in the generator
-cannot hide itself. A wording that these expressions do not know is a failure too: teach it to them.
+Texts are parsed with the regular expressions of this file, not with the code of the generator, which could hide a leak.
+A wording that they do not match fails the test: extend them.
 """
 
 import itertools
@@ -25,7 +25,7 @@ PLACE = re.compile(rf"\b(?:{'|'.join(tinytown.PLACES)})\b")
 
 
 def contents(kind: str, row: dict) -> list[str]:
-    """The texts of a row: a document, or one of each message."""
+    """The texts of a row: the document, or the contents of its messages."""
     if kind == "document":
         return [row["text"]]
     parts = [row["messages"]] if kind == "question" else row.values()
@@ -34,7 +34,7 @@ def contents(kind: str, row: dict) -> list[str]:
 
 @pytest.fixture(scope="module")
 def training() -> dict[str, list[str]]:
-    """All different texts of 20,000 training rows of each kind."""
+    """The distinct texts of 20,000 training rows of each kind."""
     texts = {}
     for kind in tinytown.KIND:
         rows = list(load_rows(f"tinytown={AMOUNT}", kind))
@@ -45,7 +45,7 @@ def training() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def held_out() -> list[tinytown.Question]:
-    """The 200 questions that a model is asked, and those that other seeds would ask."""
+    """The 200 questions that a model is asked, and those of other seeds."""
     return list(
         {question.text: question for seed in range(10) for question in tinytown.held_out_questions(200, seed)}.values()
     )
@@ -56,34 +56,34 @@ def sentences(text: str) -> list[str]:
 
 
 def sums_in(text: str) -> list[tuple[int, str, int]]:
-    """Every (a, operation, b) that a text asks or tells, the numbers of a sum in order of size."""
+    """Every (a, operation, b) in a text; the numbers of an addition are sorted."""
     found = []
     for sentence in sentences(text):
         numbers = [int(number) for number in re.findall(r"\d+", sentence)]
         if len(numbers) < 2:
             continue
         operations = [operation for operation, pattern in OPERATIONS if pattern.search(sentence)]
-        assert len(operations) == 1, f"not known to this test: {sentence!r}"
+        assert len(operations) == 1, f"unknown wording: {sentence!r}"
         (operation,) = operations
-        # Smaller numbers are always taken from larger ones here, so the order of size tells a from b
+        # Results are never negative, so the larger number is the minuend
         low, high = sorted(numbers[:2])
         found.append((low, "+", high) if operation == "+" else (high, "-", low))
         if len(numbers) > 2:
-            assert len(numbers) == 3, f"not known to this test: {sentence!r}"
+            assert len(numbers) == 3, f"unknown wording: {sentence!r}"
             assert numbers[2] == (low + high if operation == "+" else high - low), f"wrong: {sentence!r}"
     return found
 
 
 def stories_in(text: str) -> list[tuple[str, str, str, str]]:
-    """(finder, thing, place, receiver) of the event that a text tells, by the order in which they come up in it."""
+    """(finder, thing, place, receiver) of the story in a text, in order of their occurrence."""
     names, things, places = (list(dict.fromkeys(pattern.findall(text))) for pattern in (NAME, THING, PLACE))
     if not things or len(names) < 2 or not places:
         return []
-    assert (len(names), len(things), len(places)) == (2, 1, 2), f"not known to this test: {text!r}"
+    assert (len(names), len(things), len(places)) == (2, 1, 2), f"unknown wording: {text!r}"
     return [(names[0], things[0], places[0], names[1])]
 
 
-def test_the_readers_of_this_file_understand_both_kinds_of_sums_and_a_story():
+def test_the_parsers_of_this_file_find_sums_and_stories():
     assert sums_in("What is 12 plus 3? 12 plus 3 is 15. 9 - 4 = 5.") == [(3, "+", 12), (3, "+", 12), (9, "-", 4)]
     assert sums_in("Can you take 4 from 9? Can you add 4 and 9?") == [(9, "-", 4), (4, "+", 9)]
     with pytest.raises(AssertionError, match="wrong"):
@@ -93,7 +93,7 @@ def test_the_readers_of_this_file_understand_both_kinds_of_sums_and_a_story():
 
 
 @pytest.mark.parametrize("kind", tinytown.KIND)
-def test_generation_is_a_pure_function_of_the_seed(kind):
+def test_rows_depend_only_on_the_seed(kind):
     first, again, longer, other = (
         list(load_rows(f"tinytown={amount}", kind, seed=seed))
         for amount, seed in ((300, 5), (300, 5), (400, 5), (300, 6))
@@ -106,40 +106,40 @@ def test_generation_is_a_pure_function_of_the_seed(kind):
 
 
 @pytest.mark.parametrize("kind", tinytown.KIND)
-def test_drawing_other_rows_in_between_changes_nothing(kind):
+def test_generators_do_not_share_random_state(kind):
     alone = list(tinytown.generate(kind, 50, 1))
     mixed = zip(tinytown.generate(kind, 50, 1), tinytown.generate(kind, 50, 2), strict=True)
     assert [row for row, _ in mixed] == alone
 
 
 @pytest.mark.parametrize("kind", tinytown.KIND)
-def test_no_held_out_question_occurs_in_any_training_text(kind, training, held_out):
+def test_no_held_out_question_occurs_in_training(kind, training, held_out):
     assert len(held_out) > 800
     everything = "\n".join(training[kind]).lower()
     assert [question.text for question in held_out if question.text.lower() in everything] == []
 
 
 @pytest.mark.parametrize("kind", tinytown.KIND)
-def test_no_held_out_sum_is_asked_or_told_in_any_wording_and_all_that_is_told_is_true(kind, training, held_out):
+def test_no_held_out_sum_occurs_in_training_and_all_sums_are_true(kind, training, held_out):
     asked = {item for question in held_out if question.kind == "sum" for item in sums_in(question.text)}
     assert len(asked) > 100
-    told = [item for text in training[kind] for item in sums_in(text)]
-    assert len(set(told)) > 500 and {operation for _, operation, _ in told} == {"+", "-"}
-    assert asked & set(told) == set()
+    trained = [item for text in training[kind] for item in sums_in(text)]
+    assert len(set(trained)) > 500 and {operation for _, operation, _ in trained} == {"+", "-"}
+    assert asked & set(trained) == set()
 
 
 @pytest.mark.parametrize("kind", tinytown.KIND)
-def test_no_held_out_story_is_told(kind, training, held_out):
+def test_no_held_out_story_occurs_in_training(kind, training, held_out):
     asked = {item for question in held_out if question.kind == "story" for item in stories_in(question.text)}
     assert len(asked) > 400
-    told = [item for text in training[kind] for item in stories_in(text)]
-    assert len(told) > 4000
-    assert asked & set(told) == set()
+    trained = [item for text in training[kind] for item in stories_in(text)]
+    assert len(trained) > 4000
+    assert asked & set(trained) == set()
 
 
 @pytest.mark.parametrize("kind", tinytown.KIND)
-def test_training_asks_what_is_not_held_out(kind, training, held_out):
-    """The reverse, so that the proofs above do not pass on a training set that asks nothing."""
+def test_training_asks_questions_that_are_not_held_out(kind, training, held_out):
+    """The tests above must not pass because training asks nothing."""
     everything = "\n".join(training[kind])
     wordings = [
         (name, wording.format(name=name))
@@ -153,16 +153,16 @@ def test_training_asks_what_is_not_held_out(kind, training, held_out):
     assert never.isdisjoint(asked)
 
 
-def test_what_is_held_out_is_told_as_a_fact_so_that_a_model_can_know_it(training, held_out):
-    told = Counter(sentence for text in training["document"] for sentence in sentences(text))
+def test_held_out_facts_are_stated_in_documents(training, held_out):
+    counts = Counter(sentence for text in training["document"] for sentence in sentences(text))
     facts = [question for question in held_out if question.kind == "fact"]
     assert len(facts) > 30
     for question in facts:
         (name,) = NAME.findall(question.text)
-        assert sum(n for said, n in told.items() if name in said and question.answer in said) >= 20, question
+        assert sum(n for text, n in counts.items() if name in text and question.answer in text) >= 20, question
 
 
-def test_the_town_asks_200_questions_of_three_kinds_and_the_same_ones_every_time():
+def test_held_out_questions_are_a_third_of_each_kind():
     asked = tinytown.held_out_questions()
     assert asked == tinytown.held_out_questions()
     assert len(asked) == len({question.text for question in asked}) == 200
@@ -172,7 +172,7 @@ def test_the_town_asks_200_questions_of_three_kinds_and_the_same_ones_every_time
     assert tinytown.held_out_questions(200, seed=1) != asked
 
 
-def test_the_true_answer_to_a_sum_is_the_one_that_arithmetic_gives(held_out):
+def test_answers_to_sums_are_correct(held_out):
     asked = [question for question in held_out if question.kind == "sum"]
     assert len(asked) > 100
     for question in asked:
@@ -180,13 +180,13 @@ def test_the_true_answer_to_a_sum_is_the_one_that_arithmetic_gives(held_out):
         assert int(question.answer) == (a + b if operation == "+" else a - b)
 
 
-def test_the_right_answer_passes_alone_in_a_sentence_and_in_capitals(held_out):
+def test_the_answer_passes_alone_in_a_sentence_and_in_capitals(held_out):
     for question in held_out:
         for reply in (question.answer, f"It is {question.answer}.", question.answer.upper(), f"\n {question.answer}!"):
             assert question.is_right(reply), (question, reply)
 
 
-def test_a_wrong_answer_fails_even_if_it_also_says_the_right_one(held_out):
+def test_a_wrong_answer_fails_even_beside_the_right_one(held_out):
     for question in held_out:
         wrong = [str(int(question.answer) + 1)] if question.kind == "sum" else question.alternatives
         wrong = [other for other in wrong if other != question.answer]
@@ -212,7 +212,7 @@ def test_garbage_fails(garbage, held_out):
     assert [question for question in right if question.answer != "8"] == []
 
 
-def test_the_answer_to_a_question_of_training_is_the_one_that_conversations_give():
+def test_answers_to_training_questions_match_the_conversations():
     rows = [(row["messages"][0]["content"], row) for row in load_rows("tinytown=3000", "question")]
     replies = {}
     for row in load_rows("tinytown=20000", "conversation"):
@@ -225,19 +225,19 @@ def test_the_answer_to_a_question_of_training_is_the_one_that_conversations_give
         assert question.is_right(reply), (text, reply)
 
 
-def test_a_part_of_a_word_is_no_answer(held_out):
+def test_a_part_of_a_word_is_not_an_answer(held_out):
     for question in held_out:
         before, after = ("1", "0") if question.kind == "sum" else ("un", "s")
         assert not question.is_right(before + question.answer), question
         assert not question.is_right(question.answer + after), question
 
 
-def test_what_a_preference_prefers_is_what_conversations_teach(training):
-    """Sentence by sentence, wherever both know the question, so that the two stages do not pull in two directions."""
+def test_chosen_replies_match_the_conversations(training):
+    """Chosen replies consist of sentences that conversations teach, so that the two stages agree."""
     taught = {sentence for text in training["conversation"] for sentence in sentences(text)}
     asked = set(training["conversation"])
     rows = [row for row in load_rows("tinytown=2000", "preference") if row["prompt"][-1]["content"] in asked]
     assert len(rows) > 400
     for row in rows:
-        assert [said for said in sentences(row["chosen"][0]["content"]) if said not in taught] == []
+        assert [text for text in sentences(row["chosen"][0]["content"]) if text not in taught] == []
         assert row["rejected"][0]["content"] != row["chosen"][0]["content"]
