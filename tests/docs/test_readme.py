@@ -13,6 +13,7 @@ from markdown_support import list_pages, read_blocks, read_prose, split_commands
 from support import ROOT
 from typer.core import TyperCommand, TyperGroup
 
+import rorchat
 from rorchat.cli import app
 from rorchat.cli.launch import split_flags
 from rorchat.recipes.tokenizer import TokenizerArguments
@@ -144,6 +145,12 @@ def is_flag(flag: str) -> bool:
 
 def test_readme_is_one_page():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MAX_README
+
+
+def test_readme_lists_the_stages_in_order():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## How data flows")[1].split("\n## ")[0]
+    cells = [line.split("|")[2] for line in table.splitlines() if line.startswith("|")][2:]
+    assert [name for cell in cells for name in re.findall(r"`(\w+)/?`", cell)] == list(rorchat.STAGES)
 
 
 @each_page
