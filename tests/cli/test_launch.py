@@ -60,7 +60,7 @@ def test_launcher_configurations_have_names(flag, tmp_path, monkeypatch):
         (["sft", "--config", "demo/sftt.yaml"], 2, "Did you mean 'demo/sft.yaml'"),
         (["sft", "--config", "dem/sft.yaml"], 2, "Did you mean 'demo'"),
         (["dpo", "--modl", "x"], 2, "Unknown option --modl. Did you mean 'model'"),
-        (["sft", "--model", "none", "--sources", "tinytown=10", "--output_dir", "x"], 65, "No model folder none"),
+        (["sft", "--model", "./none", "--sources", "tinytown=10", "--output_dir", "x"], 65, "No model folder ./none"),
         (["sft", "--num_processes"], 2, "--num_processes needs a value"),
     ],
 )
