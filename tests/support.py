@@ -92,9 +92,9 @@ def written(folder: Path, name: str, content: str | bytes | list) -> Path:
     return path
 
 
-def read(spec: str, kind: str = "") -> tuple[list[dict], SourceRows]:
+def read(spec: str, kind: str = "", allow_empty: bool = False) -> tuple[list[dict], SourceRows]:
     """All rows of a source, with a check that every raw row is counted as kept or rejected."""
-    rows = load_rows(spec, kind or find_source(spec.partition("=")[0]).kinds[0])
+    rows = load_rows(spec, kind or find_source(spec.partition("=")[0]).kinds[0], allow_empty=allow_empty)
     kept = list(rows)
     assert len(kept) == rows.stats.kept
     assert rows.stats.rows_in == rows.stats.kept + sum(rows.stats.rejects.values())

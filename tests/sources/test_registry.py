@@ -12,8 +12,7 @@ from support import CONVERTING, exchange, json_lines, read, written
 
 from rorchat.errors import DataError, RemoteError, UsageError
 from rorchat.persona import load_persona
-from rorchat.rows import CHECKS, RejectedRow, RepairedRow, row_text
-from rorchat.sources.base import exact_digest, is_validation_text, text_digest
+from rorchat.rows import CHECKS, RejectedRow, RepairedRow
 from rorchat.sources.registry import find_source, iterate_texts, list_sources, load_rows, source_digest, unread_files
 
 GENERATING = [name for name in list_sources() if find_source(name).is_generated]
@@ -286,48 +285,6 @@ def test_iterate_texts_yields_all_texts_of_every_kind(tmp_path):
     preferences = written(tmp_path, "c.jsonl", json_lines({"prompt": "p", "chosen": "c", "rejected": "r"}))
     specs = [f"text={documents}", f"messages={conversations}", f"preference={preferences}"]
     assert list(iterate_texts(specs)) == ["a document", "a question", "an answer", "p", "c", "r"]
-
-
-def test_the_validation_split_has_its_share_and_depends_only_on_words():
-    held_out = [is_validation_text(f"document {number}", 0.1) for number in range(20_000)]
-    assert 0.09 < sum(held_out) / len(held_out) < 0.11
-    assert not any(is_validation_text(f"document {number}", 0.0) for number in range(100))
-    assert all(is_validation_text(f"document {number}", 1.0) for number in range(100))
-    for number, held in enumerate(held_out[:500]):
-        assert is_validation_text(f"  DOCUMENT\n\t{number} ", 0.1) == held
-        assert not held or is_validation_text(f"document {number}", 0.2)  # a larger share only adds
-
-
-DIFFERENT = [
-    ({"text": "if x:\n    a()\n    b()"}, {"text": "if x:\n    a()\nb()"}),
-    ({"text": "Polish"}, {"text": "polish"}),
-    (exchange("Sort 1 23.", "1 23"), exchange("Sort 12 3.", "12 3")),
-    (exchange("Say a", "b c"), exchange("Say a b", "c")),
-    ({"messages": exchange("a", "b")["messages"] * 2}, {"messages": exchange("a", "b\na\nb")["messages"]}),
-    (
-        {"messages": [{"role": "system", "content": "a"}, *exchange("b", "c")["messages"]]},
-        {"messages": [{"role": "user", "content": "a"}, *exchange("b", "c")["messages"]]},
-    ),
-]
-
-
-@pytest.mark.parametrize(("first", "second"), DIFFERENT)
-def test_similar_texts_share_a_split_but_are_not_duplicates(first, second):
-    loose = [text_digest(row_text(row)) for row in (first, second)]
-    assert loose[0] == loose[1]
-    assert exact_digest(first, loose[0]) != exact_digest(second, loose[1])
-    again = json.loads(json.dumps(first))
-    assert exact_digest(again, loose[0]) == exact_digest(first, loose[0]) and len(exact_digest(first, loose[0])) == 16
-
-
-@pytest.mark.parametrize("length", [10, 2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20])
-def test_exact_digest_ignores_white_space_around_a_document(length):
-    text = ("It was the best of times. " * (length // 26 + 1))[: length - 1] + "x"
-    bare, padded = ({"text": form} for form in (text, f"\n {text}\r\n"))
-    assert exact_digest(bare, text_digest(text)) == exact_digest(padded, text_digest(padded["text"]))
-    assert exact_digest(bare, text_digest(text)) != exact_digest(
-        {"text": text.replace("was", "Was", 1)}, text_digest(text)
-    )
 
 
 def test_the_source_digest_changes_only_with_the_files_content_and_names(tmp_path):
