@@ -16,17 +16,13 @@ TESTED_IN = {
     "*/__init__.py": "test_layout.py",
     "adapter.py": "training/test_lora.py",
     "cli/*.py": "cli/test_cli.py",
-    "errors.py": "recipes/test_recipes.py",
     "evaluation/metrics/*.py": "evaluation/test_scores.py",
-    "files.py": "faults/test_file_systems.py",
     "inference/terminal.py": "recipes/test_recipes.py",
-    "jsonl.py": "training/callbacks/test_metrics.py",
     "mixture/phases.py": "mixture/test_plan.py",
     "mixture/plot.py": "mixture/test_plan.py",
     "plan/*.py": "plan/test_budget.py",
     "reading/*.py": "reading/test_formats.py",
     "recipes/*.py": "recipes/test_recipes.py",
-    "rows.py": "sources/test_chat_rows.py",
     "sources/*.py": "sources/test_registry.py",
     "tokenizer/text.py": "tokenizer/test_tokenizer.py",
     "tokens/evaluation_sets.py": "tokens/test_decontamination.py",
@@ -54,7 +50,6 @@ TESTED_IN = {
     "training/run*.py": "faults/test_refusals.py",
     "training/sampler.py": "training/test_pretrain.py",
     "training/stage.py": "training/callbacks/test_run_output.py",
-    "yaml_file.py": "recipes/test_recipes.py",
 }
 
 
