@@ -1,4 +1,4 @@
-"""What is wrong with data, row by row, and what a model sees of a row, token by token."""
+"""Checks every row of a dataset and shows the tokens of a row as the model sees them."""
 
 import codecs
 import json
@@ -21,99 +21,101 @@ from rorchat.sources.registry import SourceRows, find_source, list_sources, load
 from rorchat.tokenizer import byte_characters
 from rorchat.tokens.decontamination import EvaluationText
 
-#: The shapes that files of many datasets have, the most telling first.
-SHAPES = ("preference", "messages", "alpaca", "prompt_completion", "text")
-FORMAT_REASONS = ("missing field", "wrong type", "not a dialogue")  # reasons that speak against a shape
-ROWS_TRIED = 40  # rows of a file on which each shape is tried
-ROWS_AT_ONCE = 500
+#: The row formats of files that belong to no known dataset, the most specific first.
+ROW_FORMATS = ("preference", "messages", "alpaca", "prompt_completion", "text")
+FORMAT_REASONS = ("missing field", "wrong type", "not a dialogue")  # reasons that indicate another row format
+SAMPLE_ROWS = 40  # rows of a file on which each format is tried
+BATCH_ROWS = 500  # rows encoded together
 
 
 @dataclass
 class CheckResult:
-    """What `check` found: the source as it was read, whether that was a guess, and where the rows went."""
+    """The result of `check_source`: the spec that was read, whether it was guessed, and the counts of its rows."""
 
     spec: str
     guessed: bool
     stats: RowStats
-    evaluation: EvaluationText | None = None  # what the rows were compared with
+    evaluation: EvaluationText | None = None  # the evaluation sets that the rows were compared with
 
 
-def resolve_spec(given: str, shape: str | None = None) -> tuple[str, bool]:
-    """(spec, whether it was guessed) of a source, or of a path and the shape of the rows in it.
+def resolve_spec(given: str, row_format: str | None = None) -> tuple[str, bool]:
+    """(spec, whether it was guessed) for a spec, or for a path and the format of its rows.
 
     Raises:
-        UsageError: no such source or path, or the shape is of no known name.
-        DataError: no shape fits.
+        UsageError: there is no such source or format.
+        DataError: there is no such file, or no format fits it.
     """
     path = Path(given).expanduser()
     if path.exists():
-        if shape:
-            find_source(shape)
-            return f"{shape}={given}", False
+        if row_format:
+            find_source(row_format)
+            return f"{row_format}={given}", False
         return f"{guess_row_format(path)}={given}", True
     name, _, where = given.partition("=")
     if not where and (path.suffix or "/" in given):
         raise DataError(f"No file or folder {given}.")
     find_source(name)
-    if shape and shape != name:
-        raise UsageError(f"{given!r} names its source already, so --as {shape} has no place: give the path alone.")
+    if row_format and row_format != name:
+        raise UsageError(
+            f"{given!r} names its source already, so --as {row_format} is not allowed: give only the path."
+        )
     return given, False
 
 
 def guess_row_format(path: Path) -> str:
-    """The source as which the first rows of a path can be read best.
+    """The source that reads the first rows of a path best.
 
-    Where several read nearly all of them, a dataset whose name stands in the path goes first, then the shapes. A row of
-    the right shape with a fault counts half.
+    If several read nearly all rows, a dataset that is named in the path comes first, then ROW_FORMATS. An unusable row
+    in the right format counts half.
 
     Raises:
-        DataError: none can read any row; says what the likeliest one stumbled over.
+        DataError: no source can read any row.
     """
-    tried = {name: _try(name, path) for name in list_sources() if not find_source(name).is_generated}
-    best = max(kept for kept, _ in tried.values())
+    results = {name: _try_source(name, path) for name in list_sources() if not find_source(name).is_generated}
+    best = max(score for score, _ in results.values())
     if not best:
-        kept, said = max(tried.values(), key=lambda result: bool(result[1]))
+        _, problem = max(results.values(), key=lambda result: bool(result[1]))
         raise DataError(
-            f"No row of {path} is of a known shape{f' ({said})' if said else ''}. Say which it is with --as: "
-            f"{', '.join(SHAPES)}, or a dataset of `rorchat data list`."
+            f"No row of {path} has a known format{f' ({problem})' if problem else ''}. Give the format with --as: "
+            f"{', '.join(ROW_FORMATS)}, or a dataset of `rorchat data list`."
         )
-    named = [name for name in tried if name not in SHAPES and _names(path, name)]
-    for name in (*named, *SHAPES, *tried):
-        if tried[name][0] >= (0.4 if name in named else 0.8) * best:
+    named = [name for name in results if name not in ROW_FORMATS and _is_named_in(path, name)]
+    for name in (*named, *ROW_FORMATS, *results):
+        if results[name][0] >= (0.4 if name in named else 0.8) * best:
             return name
-    raise AssertionError("the best is among those tried")
+    raise AssertionError("the best source is one of those tried")
 
 
-def _names(path: Path, name: str) -> bool:
-    """Whether words of a path begin as the name of a source does: `my-FineWeb-Edu2/` does, `compiled/` is no pile."""
+def _is_named_in(path: Path, name: str) -> bool:
+    """Whether a word of a path starts with a source's name: `my-FineWeb-Edu2/`, but not `pile` in `compiled/`."""
     return bool(re.search(r"(?<![^\W_])" + "[-_ ]?".join(name.replace("_", "")), str(path).lower()))
 
 
-def _try(name: str, path: Path) -> tuple[float, str]:
-    """(share of the first rows that a source can read, what is wrong with the first of the others)."""
-    kinds = find_source(name).kinds
-    said = ""
-    kept, seen = 0.0, 0
+def _try_source(name: str, path: Path) -> tuple[float, str]:
+    """(score: the share of the first rows that a source can read, the problem with the first other row)."""
+    problem = ""
+    score, count = 0.0, 0
     try:
-        rows = load_rows(f"{name}={path}", kinds[0])
-        for _, raw in islice(rows.raw, ROWS_TRIED):
-            seen += 1
+        rows = load_rows(f"{name}={path}", find_source(name).kinds[0])
+        for _, raw in islice(rows.raw, SAMPLE_ROWS):
+            count += 1
             try:
                 rows.convert(raw)
-                kept += 1
-            except RejectedRow as reject:
-                # A row of the right shape with a fault tells of its shape too, if less than a good one
-                kept += 0.0 if isinstance(raw, RejectedRow) or reject.reason in FORMAT_REASONS else 0.5
-                said = said or str(reject)
+                score += 1
+            except RejectedRow as rejected_row:
+                # An unusable row in the right format is weaker evidence for the format than a good one
+                is_other_format = isinstance(raw, RejectedRow) or rejected_row.reason in FORMAT_REASONS
+                score += 0.0 if is_other_format else 0.5
+                problem = problem or str(rejected_row)
     except RorchatError:
         return 0.0, ""
-    return kept / max(1, seen), said
+    return score / max(1, count), problem
 
 
-def check(
+def check_source(
     given: str,
     *,
-    shape: str | None = None,
+    row_format: str | None = None,
     filters: Filters | None = None,
     evaluation: list[str] | None = None,
     tokenizer=None,
@@ -122,46 +124,48 @@ def check(
     seed: int = 0,
     persona: Persona | None = None,
 ) -> CheckResult:
-    """Reads every row of a source on its own and counts where it goes.
+    """Reads and checks every row of a source.
 
     Args:
-        given: a source (`alpaca`, `alpaca=PATH`) or a path.
-        shape: as which source a path is read; None to guess.
-        filters: what else makes a row unusable.
-        evaluation: files of evaluation sets with which no row may have 13 words in common.
-        tokenizer, max_length: with both, conversations of which no exchange fits are over-long, as in fine-tuning.
-        rejects: where each reject is written, as JSON lines with place, reason, detail and the row as it was read.
+        given: a spec (`alpaca`, `alpaca=PATH`) or a path.
+        row_format: the source that reads a path; None to guess it.
+        filters: further conditions that rows must meet.
+        evaluation: paths of evaluation sets. Rows that share 13 consecutive words with them are rejected.
+        tokenizer, max_length: with both, conversations of which no exchange fits are rejected, as in fine-tuning.
+        rejects: receives every rejected row as a JSON line with place, reason, detail and the row as it was read.
 
     Raises:
-        UsageError, DataError: nothing can be read at all; what is wrong with a row is counted.
+        UsageError, DataError: the source cannot be read at all. Unusable rows are counted instead.
     """
-    spec, guessed = resolve_spec(given, shape)
+    spec, guessed = resolve_spec(given, row_format)
     kind = find_source(spec.partition("=")[0]).kinds[0]
     on_reject = _RejectWriter(rejects) if rejects else None
     rows = load_rows(spec, kind, seed=seed, persona=persona, allow_empty=True, on_reject=on_reject)
-    overlap = EvaluationText.read(evaluation) if evaluation else None
+    evaluation_text = EvaluationText.read(evaluation) if evaluation else None
+    filters = filters or Filters()
     seen: set[bytes] = set()
-    fitting: list[tuple[str, dict]] = []
+    batch: list[tuple[str, dict]] = []
     for row in tqdm(rows, desc=f"check {spec}", unit=" rows", disable=None, leave=False):
         text = row_text(row)
-        mark = exact_digest(row, text_digest(text))
+        row_digest = exact_digest(row, text_digest(text))
         try:
-            (filters or Filters()).check(text)
-            if overlap is not None:
-                overlap.check(text)
-            if mark in seen:
+            filters.check(text)
+            if evaluation_text is not None:
+                evaluation_text.check(text)
+            if row_digest in seen:
                 raise RejectedRow("duplicate")
-        except RejectedRow as reject:
-            rows.withdraw(rows.place, reject, row)
+        except RejectedRow as rejected_row:
+            rows.withdraw(rows.place, rejected_row, row)
             continue
-        seen.add(mark)
+        seen.add(row_digest)
         if tokenizer is not None and max_length and kind != "document":
-            fitting.append((rows.place, row))
-            if len(fitting) == ROWS_AT_ONCE:
-                _check_lengths(fitting, tokenizer, max_length, rows)
-                fitting = []
-    _check_lengths(fitting, tokenizer, max_length, rows)
-    return CheckResult(spec, guessed, rows.stats, overlap)
+            batch.append((rows.place, row))
+            if len(batch) == BATCH_ROWS:
+                _check_lengths(batch, tokenizer, max_length, rows)
+                batch = []
+    if batch:
+        _check_lengths(batch, tokenizer, max_length, rows)
+    return CheckResult(spec, guessed, rows.stats, evaluation_text)
 
 
 @dataclass
@@ -180,17 +184,16 @@ class _RejectWriter:
         self.file.write(line + "\n")
 
 
-def _check_lengths(rows: list[tuple[str, dict]], tokenizer, max_length: int | None, checked: SourceRows) -> None:
-    if not rows:
-        return
-    conversations = [messages for _, row in rows for messages in _conversations(row)]
+def _check_lengths(batch: list[tuple[str, dict]], tokenizer, max_length: int, rows: SourceRows) -> None:
+    """Rejects conversations of which no exchange fits, and pairs that do not fit completely."""
+    conversations = [messages for _, row in batch for messages in _conversations(row)]
     encoded = iter(encode_conversations(tokenizer, conversations, max_length))
-    for place, row in rows:
+    for place, row in batch:
         sides = [next(encoded) for _ in _conversations(row)]
         if None in sides or ("chosen" in row and any(side.dropped_turns for side in sides)):
-            checked.withdraw(place, RejectedRow("over-long", f"no exchange fits into {max_length} tokens"), row)
+            rows.withdraw(place, RejectedRow("over-long", f"no exchange fits into {max_length} tokens"), row)
         elif any(side.dropped_turns for side in sides):
-            checked.stats.cut += 1
+            rows.stats.cut += 1
 
 
 def _conversations(row: dict) -> list[list[dict]]:
@@ -201,27 +204,29 @@ def _conversations(row: dict) -> list[list[dict]]:
 
 @dataclass(frozen=True)
 class ShownToken:
-    """One token as the model sees it: its text, and whether the loss counts it."""
+    """A token as the model sees it: its text, whether it is a target of the loss, and whether it is a control token."""
 
     text: str
     trained: bool
     control: bool
 
 
-def show(spec: str, number: int, tokenizer, *, seed: int = 0, persona: Persona | None = None) -> tuple[str, dict]:
-    """(place of a row, its tokens under a title each): one sequence, or the chosen and the rejected one.
+def show_row(
+    spec: str, number: int, tokenizer, *, seed: int = 0, persona: Persona | None = None
+) -> tuple[str, dict[str, list[ShownToken]]]:
+    """(place of a row, {title: tokens}): one sequence, or the chosen and the rejected one of a preference.
 
     Args:
-        number: of the raw row, counted from 0.
+        number: the raw row, counted from 0.
 
     Raises:
-        DataError: there is no such row, or it cannot be used; says why.
+        DataError: there is no such row, or it cannot be used.
     """
     kind = find_source(spec.partition("=")[0]).kinds[0]
     rows = load_rows(spec, kind, seed=seed, persona=persona)
     raw = next(islice(rows.raw, number, None), None)
     if raw is None:
-        raise DataError(f"{spec} has no row {number}: rows are counted from 0, and it has fewer.")
+        raise DataError(f"{spec} has no row {number}: rows are counted from 0, and there are fewer.")
     place = raw[0]
     try:
         row = rows.convert(raw[1])
@@ -234,15 +239,16 @@ def show(spec: str, number: int, tokenizer, *, seed: int = 0, persona: Persona |
     titles = ["conversation"] if kind == "conversation" else ["chosen", "rejected"]
     encoded = encode_conversations(tokenizer, _conversations(row))
     return place, {
-        title: list(_tokens(tokenizer, one.input_ids, one.labels)) for title, one in zip(titles, encoded, strict=True)
+        title: list(_tokens(tokenizer, sequence.input_ids, sequence.labels))
+        for title, sequence in zip(titles, encoded, strict=True)
     }
 
 
 def _tokens(tokenizer, input_ids: list[int], labels: list[int]) -> Iterator[ShownToken]:
-    """Tokens with their text. A character of several tokens stands with the last of them."""
+    """Tokens with their text. A character that consists of several tokens is shown at the last of them."""
     byte_of = {character: byte for byte, character in byte_characters().items()}
     special, added = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token, label, spelled in zip(input_ids, labels, tokenizer.convert_ids_to_tokens(input_ids), strict=True):
-        text = spelled if token in added else decoder.decode(bytes(byte_of[character] for character in spelled))
-        yield ShownToken(text, label != IGNORE_INDEX, token in special)
+    for token_id, label, token in zip(input_ids, labels, tokenizer.convert_ids_to_tokens(input_ids), strict=True):
+        text = token if token_id in added else decoder.decode(bytes(byte_of[character] for character in token))
+        yield ShownToken(text, label != IGNORE_INDEX, token_id in special)

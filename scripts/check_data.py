@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from rorchat.errors import RorchatError
-from rorchat.inspection import check
+from rorchat.inspection import check_source
 from rorchat.report import format_table
 
 # Evaluation questions, test splits and validation splits, which must stay out of training
@@ -46,7 +46,7 @@ def classify(name: str) -> str:
 def check_file(root: Path, name: str) -> tuple[list[str], bool]:
     """Return a row of the table and whether the numbers of rows add up."""
     try:
-        result = check(str(root / name))
+        result = check_source(str(root / name))
     except RorchatError as error:
         return [name, "-", "-", "-", str(error).replace(f"{root}/", "")], False
     row_stats = result.stats

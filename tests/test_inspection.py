@@ -10,7 +10,7 @@ from support import exchange, lines_of, written
 
 from rorchat.chatml import END_OF_TEXT, IGNORE_INDEX, IM_END, encode_conversation, encode_text
 from rorchat.errors import DataError
-from rorchat.inspection import CheckResult, check, show
+from rorchat.inspection import CheckResult, check_source, show_row
 from rorchat.reading.filters import Filters
 from rorchat.rows import ROLE_NAMES
 
@@ -26,7 +26,7 @@ def turns(*said: tuple[str, str]) -> dict:
 def checked(given: object, **options: object) -> tuple[CheckResult, list[dict]]:
     """What `check` finds and the rejects that it wrote, after comparing the two with one another."""
     rejects = io.StringIO()
-    found = check(str(given), rejects=rejects, **options)
+    found = check_source(str(given), rejects=rejects, **options)
     said = [json.loads(line) for line in rejects.getvalue().splitlines()]
     tally = found.stats
     assert tally.rows_in == tally.kept + sum(tally.rejects.values())
@@ -92,7 +92,7 @@ def test_every_fault_of_a_conversation_is_counted_at_its_line_and_none_ends_the_
     evaluation = written(tmp_path, "evaluation.jsonl", [{"question": "none"}, {"question": EVALUATION}])
     found, said = checked(
         path,
-        shape="messages",
+        row_format="messages",
         filters=Filters(max_characters=9000, max_repetition=0.5),
         evaluation=[str(evaluation)],
         tokenizer=tokenizer,
@@ -120,7 +120,7 @@ def test_every_fault_of_a_conversation_is_counted_at_its_line_and_none_ends_the_
 def test_the_rejects_file_holds_the_rows_as_they_were_read(tmp_path):
     rows = [exchange("Hello", ""), exchange("\ud800", "b"), b"{", [5], exchange(), exchange()]
     path = written(tmp_path, "rows.jsonl", rows)
-    _, said = checked(path, shape="messages")
+    _, said = checked(path, row_format="messages")
     assert [reject["row"] for reject in said] == [rows[0], rows[1], None, [5], exchange()]
     assert [reject["place"] for reject in said] == [f"{path}:{line}" for line in (1, 2, 3, 4, 6)]
     assert set(said[0]) == {"place", "reason", "detail", "row"}
@@ -166,7 +166,7 @@ def test_every_fault_of_a_document_is_counted_at_its_line_or_row(form, tmp_path)
     else:
         path = written(tmp_path, "rows.jsonl", rows)
     limits = Filters(min_characters=2, max_characters=200, min_letters=0.5, min_latin=0.5)
-    found, said = checked(path, shape="text", filters=limits)
+    found, said = checked(path, row_format="text", filters=limits)
     places = [f"{path}:{n + 1}" if form == "jsonl" else f"{path}, row {n}" for n in range(len(rows))]
     assert [(reject["place"], reject["reason"], reject["detail"]) for reject in said] == [
         (place, reason, detail) for place, (_, reason, detail) in zip(places, DOCUMENTS, strict=True) if reason
@@ -210,10 +210,10 @@ def test_every_fault_of_a_preference_is_counted_with_its_side(tokenizer, tmp_pat
 
 def test_a_literal_is_repaired_where_the_dataset_is_known_for_them_and_rejected_elsewhere(tmp_path):
     rows = [{"question": "b'Solve 2*x = 4 for x.\\n'", "answer": "b'2\\n'"}, {"question": "What is 1?", "answer": "1"}]
-    found, said = checked(written(tmp_path, "rows.jsonl", rows), shape="math_dataset")
+    found, said = checked(written(tmp_path, "rows.jsonl", rows), row_format="math_dataset")
     assert (found.stats.kept, found.stats.repairs, said) == (2, {"byte literal": 1}, [])
     alpaca = [{"instruction": row["question"], "output": row["answer"]} for row in rows]
-    found, said = checked(written(tmp_path, "alpaca.jsonl", alpaca), shape="alpaca")
+    found, said = checked(written(tmp_path, "alpaca.jsonl", alpaca), row_format="alpaca")
     assert (found.stats.kept, found.stats.rejects, found.stats.repairs) == (1, {"byte literal": 1}, {})
 
 
@@ -221,7 +221,7 @@ def test_a_conversation_is_over_long_from_the_very_token_on_and_one_that_loses_t
     longer = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", LONG))
     path = written(tmp_path, "rows.jsonl", [exchange(), longer])
     whole = len(encode_conversation(tokenizer, exchange()["messages"]).input_ids)
-    options = {"shape": "messages", "tokenizer": tokenizer}
+    options = {"row_format": "messages", "tokenizer": tokenizer}
     tallies = [checked(path, **options, max_length=length)[0].stats for length in (whole - 1, whole, 10_000)]
     assert [(tally.kept, tally.cut, tally.rejects) for tally in tallies] == [
         (1, 1, {"over-long": 1}),
@@ -234,7 +234,9 @@ def test_lengths_of_many_conversations_are_those_of_each(tokenizer, tmp_path):
     """More than ROWS_AT_ONCE, so that they are encoded in several batches, the last one not full."""
     rows = [exchange(f"Question {n}", "word " * (n % 60)) for n in range(1, 1207)]
     rows = [row for row in rows if row["messages"][1]["content"]]
-    found, said = checked(written(tmp_path, "r.jsonl", rows), shape="messages", tokenizer=tokenizer, max_length=120)
+    found, said = checked(
+        written(tmp_path, "r.jsonl", rows), row_format="messages", tokenizer=tokenizer, max_length=120
+    )
     too_long = [
         number
         for number, row in enumerate(rows, start=1)
@@ -251,7 +253,7 @@ def test_one_bad_file_of_a_folder_is_one_reject(tmp_path):
     written(tmp_path, "c.parquet", b"PAR1 and no more")
     written(tmp_path, "d.json", b"")
     written(tmp_path, "e.jsonl", [exchange("e")])
-    found, said = checked(tmp_path, shape="messages")
+    found, said = checked(tmp_path, row_format="messages")
     assert [reject["reason"] for reject in said][-2:] == ["not Parquet", "not JSON"]
     assert sum(found.stats.rejects.values()) == 3 and found.stats.rejects["damaged gzip"] == 1
     assert 2 <= found.stats.kept <= 101
@@ -289,7 +291,7 @@ DIALOGUE = turns(
 @pytest.mark.parametrize("form", [DIALOGUE, exchange(), turns(("user", "a"), ("assistant", "b"), ("user", "c"))])
 def test_what_is_shown_as_trained_is_what_carries_a_label(form, tokenizer, tmp_path):
     path = written(tmp_path, "rows.jsonl", [exchange("Not me"), form])
-    place, sequences = show(f"messages={path}", 1, tokenizer)
+    place, sequences = show_row(f"messages={path}", 1, tokenizer)
     messages = form["messages"][: -1 if form["messages"][-1]["role"] == "user" else None]
     encoded = encode_conversation(tokenizer, messages)
     assert (place, list(sequences)) == (f"{path}:2", ["conversation"])
@@ -307,7 +309,7 @@ def test_what_is_shown_as_trained_is_what_carries_a_label(form, tokenizer, tmp_p
 def test_of_a_document_every_token_is_trained(tokenizer, tmp_path):
     text = "  It was <|endoftext|> 你好 👩‍🔬 naïve.\n"
     path = written(tmp_path, "rows.jsonl", [{"text": text}])
-    place, sequences = show(f"text={path}", 0, tokenizer)
+    place, sequences = show_row(f"text={path}", 0, tokenizer)
     tokens = sequences["document"]
     assert (place, list(sequences)) == (f"{path}:1", ["document"])
     assert len(tokens) == 1 + len(encode_text(tokenizer, [text])[0])
@@ -318,7 +320,7 @@ def test_of_a_document_every_token_is_trained(tokenizer, tmp_path):
 def test_of_a_preference_both_sides_are_shown_and_their_replies_are_trained(tokenizer, tmp_path):
     row = {"prompt": "What is red?", "chosen": "A colour.", "rejected": "No."}
     path = written(tmp_path, "rows.jsonl", [row])
-    _, sequences = show(f"preference={path}", 0, tokenizer)
+    _, sequences = show_row(f"preference={path}", 0, tokenizer)
     assert list(sequences) == ["chosen", "rejected"]
     for side, tokens in sequences.items():
         encoded = encode_conversation(tokenizer, exchange(row["prompt"], row[side])["messages"])
@@ -327,7 +329,7 @@ def test_of_a_preference_both_sides_are_shown_and_their_replies_are_trained(toke
 
 
 def test_characters_of_several_tokens_stand_with_the_last_of_them(tokenizer, tmp_path):
-    _, sequences = show(f"text={written(tmp_path, 'a.txt', '🚀é')}", 0, tokenizer)
+    _, sequences = show_row(f"text={written(tmp_path, 'a.txt', '🚀é')}", 0, tokenizer)
     texts = [token.text for token in sequences["document"]]
     assert "".join(texts) == END_OF_TEXT + "🚀é" and "\ufffd" not in "".join(texts)
     assert [text for text in texts if text] == [END_OF_TEXT, "🚀", "é"]
@@ -335,12 +337,12 @@ def test_characters_of_several_tokens_stand_with_the_last_of_them(tokenizer, tmp
 
 def test_bytes_that_are_no_character_do_not_hold_up_the_tokens_after_them(tokenizer, tmp_path):
     text = "a \ufffd b"
-    _, sequences = show(f"text={written(tmp_path, 'a.txt', text)}", 0, tokenizer)
+    _, sequences = show_row(f"text={written(tmp_path, 'a.txt', text)}", 0, tokenizer)
     assert "".join(token.text for token in sequences["document"]) == END_OF_TEXT + text
 
 
 def test_generated_rows_are_shown_too(tokenizer):
-    place, sequences = show("persona=5", 4, tokenizer, seed=1)
+    place, sequences = show_row("persona=5", 4, tokenizer, seed=1)
     assert (place, list(sequences)) == ("persona, row 4", ["conversation"])
     assert 0 < sum(token.trained for token in sequences["conversation"]) < len(sequences["conversation"])
 
@@ -358,6 +360,6 @@ def test_generated_rows_are_shown_too(tokenizer):
 def test_a_row_that_cannot_be_shown_is_one_line_that_says_why(number, said, tokenizer, tmp_path):
     path = written(tmp_path, "rows.jsonl", [exchange("a", ""), b"{", b"\xff", exchange()])
     with pytest.raises(DataError, match=said) as error:
-        show(f"messages={path}", number, tokenizer)
+        show_row(f"messages={path}", number, tokenizer)
     assert str(error.value).count("\n") == 0
-    assert show(f"messages={path}", 3, tokenizer)[0] == f"{path}:4"
+    assert show_row(f"messages={path}", 3, tokenizer)[0] == f"{path}:4"

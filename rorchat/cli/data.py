@@ -76,8 +76,7 @@ def check(
     min_latin: MinLatin = 0.0,
 ) -> None:
     """Read every row and count the kept and the rejected ones, with the reasons and the first places."""
-    from rorchat.inspection import FORMAT_REASONS
-    from rorchat.inspection import check as check_rows
+    from rorchat.inspection import FORMAT_REASONS, check_source
     from rorchat.reading.filters import Filters
     from rorchat.sources.registry import unread_files
     from rorchat.tokenizer import load_tokenizer
@@ -91,9 +90,9 @@ def check(
     filters = Filters(min_characters, max_characters, max_repetition, min_letters, min_latin)
     file = rejects.open("w", encoding="utf-8") if rejects else None
     try:
-        result = check_rows(
+        result = check_source(
             source,
-            shape=row_format,
+            row_format=row_format,
             filters=filters,
             evaluation=against,
             tokenizer=load_tokenizer(tokenizer) if tokenizer else None,
@@ -141,8 +140,7 @@ def show(
     row_format: RowFormat = None,
 ) -> None:
     """Show a row as tokens. Those in the loss are green on a terminal, otherwise in brackets."""
-    from rorchat.inspection import resolve_spec
-    from rorchat.inspection import show as show_row
+    from rorchat.inspection import resolve_spec, show_row
     from rorchat.tokenizer import load_tokenizer
 
     if row < 0:

@@ -1,4 +1,4 @@
-"""Tokenizers side by side on texts of several domains: bytes per token, tokens per word, and tokens never used."""
+"""Compares tokenizers on texts of several domains: bytes per token, tokens per word, and unused tokens."""
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,14 +15,14 @@ from rorchat.tokenizer.text import BoundedText
 
 DOMAINS = Path(__file__).parent.parent / "domains.yaml"
 TOGETHER = "all together"
-PIECES_PER_CALL = 16  # encodings carry offsets: 16 pieces of 100,000 characters take about 200 MB
+PIECES_PER_CALL = 16  # encodings include offsets: 16 pieces of 100,000 characters take about 200 MB
 COLOURS = ("#4c6a92", "#e08e45", "#6a9a78", "#b5566b", "#8f7fb5", "#9a9a9a")
-ENOUGH_TOKENS = 10  # read for each token of the vocabulary; with fewer, many could not have their turn
+ENOUGH_TOKENS = 10  # per token of the vocabulary; with fewer, many tokens are unused by chance
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Texts of one kind, and how much of them was read; `stopped` where there was more than the bound allows."""
+    """Texts of one kind and their size; `stopped` is true if there was more text than the limit allows."""
 
     name: str
     texts: Sequence[str]
@@ -34,14 +34,14 @@ class Domain:
 
 @dataclass(frozen=True)
 class Measure:
-    """What a tokenizer makes of a domain, or of all domains together.
+    """Statistics of a tokenizer on a domain, or on all domains together.
 
     Attributes:
-        bytes_per_token: UTF-8 bytes of text per token; higher is shorter input. Comparable between vocabularies.
+        bytes_per_token: UTF-8 bytes of text per token; higher means shorter input. Comparable between vocabularies.
         tokens_per_word: tokens per whitespace-separated word: the fertility of Rust et al. 2021, arXiv:2012.15613.
-            Means little where words are not set apart by blanks (Chinese, Japanese, Thai, code).
-        unused_share: the share of the ordinary tokens that never occur; control tokens and reserved slots do not count.
-        spelled_bytes: UTF-8 bytes that the tokens spell; other than the text's where the tokenizer changes text.
+            Not meaningful for text without spaces between words (Chinese, Japanese, Thai, code).
+        unused_share: share of the ordinary tokens (not control or reserved tokens) that never occur.
+        spelled_bytes: UTF-8 bytes of the tokens; differs from the text's if the tokenizer changes text.
     """
 
     tokens: int
@@ -53,9 +53,9 @@ class Measure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`measures[domain][tokenizer]`, and how many `ordinary` tokens each tokenizer has.
+    """`measures[domain][tokenizer]`, and the number of `ordinary` tokens of each tokenizer.
 
-    Of several domains the last one is `TOGETHER`, which holds no texts of its own.
+    With several domains, the last one is `TOGETHER`, which has no texts.
     """
 
     domains: Sequence[Domain]
@@ -64,14 +64,14 @@ class Comparison:
 
 
 def read_domain(name: str, texts: Iterable[str], max_characters: int) -> Domain:
-    """A domain of exactly `max_characters` characters at most.
+    """Reads a domain of at most `max_characters` characters.
 
     Raises:
-        UsageError: it is called as the sum of all domains is.
-        DataError: there is no word in it.
+        UsageError: its name is that of the total.
+        DataError: it contains no words.
     """
     if name == TOGETHER:
-        raise UsageError(f"A domain cannot be called {name!r}, which is the name of the sum: choose another label.")
+        raise UsageError(f"A domain cannot be named {name!r}, which is the name of the total: choose another label.")
     bounded = BoundedText(texts, max_characters)
     pieces = list(bounded)
     words = sum(len(piece.split()) for piece in pieces)
@@ -81,16 +81,16 @@ def read_domain(name: str, texts: Iterable[str], max_characters: int) -> Domain:
 
 
 def embedded_domains(max_characters: int) -> list[Domain]:
-    """Six short texts that come with the package (rorchat/domains.yaml): enough for a first look, with no file."""
+    """Six short texts from the package (rorchat/domains.yaml), for a first look without any files."""
     texts = yaml.safe_load(DOMAINS.read_text(encoding="utf-8"))
     return [read_domain(name, [text], max_characters) for name, text in texts.items()]
 
 
 def compare_tokenizers(tokenizers: Mapping[str, object], domains: Sequence[Domain]) -> Comparison:
-    """Every tokenizer on every domain, and on all of them together (where a longer domain weighs more).
+    """Measures every tokenizer on every domain and on all domains together, weighted by their length.
 
     Args:
-        tokenizers: by name, as `rorchat.load_tokenizer` gives them.
+        tokenizers: name -> tokenizer from `rorchat.load_tokenizer`.
     """
     together = Domain(
         TOGETHER,
@@ -112,7 +112,7 @@ def compare_tokenizers(tokenizers: Mapping[str, object], domains: Sequence[Domai
 
 
 def _token_counts(tokenizer, texts: Sequence[str], vocabulary: int) -> np.ndarray:
-    """(V,): how often each token occurs in the texts."""
+    """The number of occurrences of each token in the texts, (V,)."""
     counts = np.zeros(vocabulary, dtype=np.int64)
     for start in range(0, len(texts), PIECES_PER_CALL):
         for ids in encode_text(tokenizer, list(texts[start : start + PIECES_PER_CALL])):
@@ -132,9 +132,9 @@ def _measure(domain: Domain, counts: np.ndarray, sizes: np.ndarray) -> Measure:
 
 
 def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of a table: a row a domain, three columns a tokenizer, the best bytes per token in bold.
+    """(header, rows) of a table: one row per domain, three columns per tokenizer, the best bytes per token in bold.
 
-    The difference in per cent is that of bytes per token against the first tokenizer's.
+    Percentages are differences in bytes per token from the first tokenizer.
     """
     first, *_ = comparison.ordinary
     header = ["domain", "characters", "UTF-8 bytes"]
@@ -156,7 +156,7 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
 
 
 def comparison_notes(comparison: Comparison) -> list[str]:
-    """What one must know to read the table: sizes, what was not read to its end, and what does not add up."""
+    """Notes below the table: vocabulary sizes, domains that were cut, and tokenizers that change text."""
     notes = ["ordinary tokens: " + ", ".join(f"{name} {count:,}" for name, count in comparison.ordinary.items())]
     parts = [domain for domain in comparison.domains if domain.texts]
     stopped = [domain.name for domain in parts if domain.stopped]
@@ -164,7 +164,7 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     read = {name: measure.tokens for name, measure in comparison.measures[comparison.domains[-1].name].items()}
     if any(count < ENOUGH_TOKENS * comparison.ordinary[name] for name, count in read.items()):
         counts = ", ".join(f"{name} {count:,}" for name, count in read.items())
-        notes.append(f"too few tokens to judge what is unused ({counts}): give more text with --data LABEL=PATH")
+        notes.append(f"too few tokens to judge which are unused ({counts}): give more text with --data LABEL=PATH")
     for domain in parts:
         for name, measure in comparison.measures[domain.name].items():
             if measure.spelled_bytes != domain.utf8_bytes:
@@ -176,7 +176,7 @@ def comparison_notes(comparison: Comparison) -> list[str]:
 
 
 def draw_comparison(comparison: Comparison, target: Path) -> None:
-    """A picture of bytes per token: a group of bars a domain, a bar a tokenizer."""
+    """Draws bytes per token: a group of bars per domain, a bar per tokenizer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -196,11 +196,13 @@ def draw_comparison(comparison: Comparison, target: Path) -> None:
             color=COLOURS[position % len(COLOURS)],
             label=f"{name}  ({comparison.ordinary[name]:,} tokens)",
         )
-        written = axis.bar_label(bars, fmt="%.2f", fontsize=8.5, padding=2, color="#333333")
-        for label, value, domain in zip(written, values, domains, strict=True):
+        texts = axis.bar_label(bars, fmt="%.2f", fontsize=8.5, padding=2, color="#333333")
+        for label, value, domain in zip(texts, values, domains, strict=True):
             others = [measure.bytes_per_token for measure in comparison.measures[domain.name].values()]
             label.set_fontweight("bold" if value == max(others) > min(others) else "normal")
-            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.4})  # no grid line through it
+            label.set_bbox(
+                {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
+            )  # hides the grid line behind the number
     labels = [textwrap.fill(domain.name, 14) for domain in domains]
     axis.set_xticks(middles, labels, fontsize=10)
     axis.tick_params(length=0, colors="#333333")
@@ -210,7 +212,7 @@ def draw_comparison(comparison: Comparison, target: Path) -> None:
         axis.spines[edge].set_visible(False)
     axis.spines["bottom"].set_color("#999999")
     axis.margins(y=0.08)
-    side = max(0.6, (3 - len(domains)) / 2)  # one domain alone would be a wall
+    side = max(0.6, (3 - len(domains)) / 2)  # keeps the bars of a single domain narrow
     axis.set_xlim(middles[0] - side, middles[-1] + side)
     axis.set_ylabel("UTF-8 bytes per token", color="#333333")
     axis.set_title("How much text one token holds", loc="left", fontsize=13, pad=30, color="#222222")

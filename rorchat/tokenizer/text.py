@@ -1,4 +1,4 @@
-"""Text read up to a bound, in pieces that fit into memory, counted and shown while it is read."""
+"""Reads text up to a limit, in pieces that fit into memory, with counts and progress."""
 
 import re
 import sys
@@ -8,26 +8,25 @@ from dataclasses import dataclass
 
 from rorchat.errors import UsageError
 
-PIECE_CHARACTERS = 100_000  # the trainer holds 256 pieces at once: 26 MB rather than 256 whole books
-SECONDS_BETWEEN_LINES = 10
-# Before a blank that a word follows, where the patterns of GPT-2 and of ours begin a token anyway: no count changes
-_LAST_WORD = re.compile(r".+(?=\s\S)", re.DOTALL)
+PIECE_CHARACTERS = 100_000  # the trainer holds 256 pieces at once: 26 MB instead of 256 books
+LOG_INTERVAL_SECONDS = 10
+# Ends before a space that precedes a word, where GPT-2's pattern and ours start a token anyway: no count changes
+_UP_TO_LAST_WORD = re.compile(r".+(?=\s\S)", re.DOTALL)
 
 
 @dataclass
 class BoundedText:
-    """The texts one after the other until `max_characters` are read, long ones in pieces cut between words.
+    """Iterates over texts until `max_characters` are read; long texts are split between words. Can be read once.
 
-    `characters`, `utf8_bytes` and `stopped` (there was more text than the bound allows) tell what has been read. It is
-    read once.
+    Afterwards `characters` and `utf8_bytes` are what was read, and `stopped` is true if there was more text.
 
     Args:
         texts: documents.
-        max_characters: exactly so many at most; the last text is cut there.
-        show: progress on stderr: a bar on a terminal, a line every ten seconds in a log.
+        max_characters: exact maximum; the last text is cut there.
+        show: report progress on stderr: a bar in a terminal, a line every ten seconds in a log.
 
     Raises:
-        UsageError: the bound is not positive.
+        UsageError: the limit is not positive.
     """
 
     texts: Iterable[str]
@@ -62,19 +61,19 @@ class BoundedText:
                     return
                 end = start + min(PIECE_CHARACTERS, room)
                 if room > PIECE_CHARACTERS and end < len(text):
-                    between_words = _LAST_WORD.match(text, start, end)
+                    between_words = _UP_TO_LAST_WORD.match(text, start, end)
                     end = between_words.end() if between_words else end
                 yield text[start:end]
                 start = end
 
 
 class _Progress:
-    """How much has been read, how fast, and the most time it can still take: only the bound is known beforehand."""
+    """Characters read, their rate, and an upper bound of the time left: the total is only known as a limit."""
 
     def __init__(self, max_characters: int):
         self.started = self.last_line = time.monotonic()
         self.bar = None
-        if sys.stderr.isatty():  # in a log tqdm would write one endless line
+        if sys.stderr.isatty():  # in a log, tqdm would write one endless line
             from tqdm import tqdm
 
             layout = "{desc} {percentage:3.0f}% |{bar}| {n_fmt} characters, {rate_fmt}, at most {remaining} left"
@@ -91,15 +90,15 @@ class _Progress:
     def update(self, characters: int) -> None:
         if self.bar is not None:
             self.bar.update(characters - self.bar.n)
-        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+        elif time.monotonic() - self.last_line >= LOG_INTERVAL_SECONDS:
             self.last_line = time.monotonic()
             rate = characters / (self.last_line - self.started)
-            self._say(f"{characters:,} characters read, {rate:,.0f} a second")
+            self._print(f"{characters:,} characters read, {rate:,.0f} a second")
 
     def close(self, characters: int) -> None:
         if self.bar is not None:
             self.bar.close()
-        self._say(f"{characters:,} characters read in {time.monotonic() - self.started:.1f} s")
+        self._print(f"{characters:,} characters read in {time.monotonic() - self.started:.1f} s")
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)  # noqa: T201

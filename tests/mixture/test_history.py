@@ -122,9 +122,7 @@ def test_the_part_of_a_source_that_is_gone_is_shared_by_the_others_and_with_none
     assert [share / UNIT for share in plan.phases[1].starts_with] == pytest.approx([0, 0.5, 0.5, 0])
     assert plan.count(0, 100) == 30 and plan.phases[1].jump == pytest.approx(0.5)
     alone = MixtureConfig({"new": Source("text=new")}, (Phase(share=1.0, ramp_to={"new": 1}),))
-    with pytest.raises(
-        UsageError, match="of s0, s1, s2, but uses none of its sources: keep one of them"
-    ):
+    with pytest.raises(UsageError, match="of s0, s1, s2, but uses none of its sources: keep one of them"):
         Plan(alone, {"new": 70}, 100, 16, past, 60)
 
 

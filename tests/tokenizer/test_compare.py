@@ -165,7 +165,7 @@ def test_the_picture_has_a_bar_for_every_figure_with_the_value_written_on_it(mer
         (["{}/merged", "--data", "a=a.txt", "--data", "a=b.txt"], 2, "Two domains are called 'a'"),
         (["{}/merged", "--data", "a=dailydialg=a.txt"], 2, "Did you mean 'dailydialog'?"),
         (["{}/merged", "--data", "a=empty.txt"], 65, "empty"),
-        (["{}/merged", "--data", "all together=a.txt"], 2, "the name of the sum"),
+        (["{}/merged", "--data", "all together=a.txt"], 2, "the name of the total"),
         (["{}/merged", "--max-characters", "0"], 2, "it must be at least 1"),
     ],
 )
@@ -181,7 +181,7 @@ def test_what_cannot_be_compared_is_one_line_and_an_exit_code(rorchat_command, f
 def test_a_domain_without_a_word_and_one_called_as_the_sum_are_refused():
     with pytest.raises(DataError, match="has no text"):
         read_domain("blank", ["  \n"], MANY)
-    with pytest.raises(UsageError, match="name of the sum"):
+    with pytest.raises(UsageError, match="name of the total"):
         read_domain("all together", ["ab"], MANY)
 
 

@@ -138,7 +138,7 @@ def test_pieces_give_the_same_tokens_as_the_whole_text(tokenizer, monkeypatch):
 
 
 def test_progress_in_a_log_is_plain_lines_with_characters_and_rate(capsys, monkeypatch):
-    monkeypatch.setattr("rorchat.tokenizer.text.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("rorchat.tokenizer.text.LOG_INTERVAL_SECONDS", 0)
     list(BoundedText(["ab", "cde"], max_characters=100, show=True))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("2 characters read, ") and lines[0].endswith(" a second")
@@ -199,6 +199,6 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
     words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(500)} | {"[UNK]": 500}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="does not give text back"):
+    with pytest.raises(DataError, match="does not reproduce text"):
         load_tokenizer(str(tmp_path))
     shutil.rmtree(tmp_path)

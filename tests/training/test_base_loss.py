@@ -185,7 +185,7 @@ def test_what_read_documents_alone_is_no_chat_model(story, moved):
     for stage in ("midtrain", "sft", "dpo"):  # midtraining had conversations
         load_tokenizer(str(moved / stage / "model"), require_chat=True)
     said = run("dpo", moved / "out", ends=78, model=moved / "pretrain", sources=["tinytown=40"])
-    assert "was pretrained on documents alone, as run.json says" in said
+    assert "was pretrained on documents only, according to run.json" in said
     record = json.loads((moved / "midtrain" / "run.json").read_text())
     record["data"] = [source for source in record["data"] if not source["source"].startswith("chat:")]
     (moved / "midtrain" / "run.json").write_text(json.dumps(record))

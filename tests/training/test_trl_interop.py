@@ -188,7 +188,7 @@ def test_a_model_of_trl_is_asked_as_it_was_taught(theirs, capsys):
     assert system_message(loaded.tokenizer) == system
     said = f"the system message {system!r}" if system else "no system message"
     lines = [line for line in capsys.readouterr().err.splitlines() if "gives way" in line]
-    assert lines == [f"{theirs}: its chat template gives way to rorchat's, with {said}"]
+    assert lines == [f"{theirs}: its chat template is replaced by rorchat's, with {said}"]
 
 
 def test_what_trl_called_its_end_is_never_the_pad_here(theirs):
@@ -211,9 +211,9 @@ def test_no_text_becomes_a_special_token_that_came_with_the_template_of_others(t
 
 def test_a_model_of_trl_goes_on_in_every_recipe(theirs, data, tmp_path):
     taught = succeeded(teach(theirs, data, tmp_path / "sft"))
-    assert taught.stderr.count("gives way to rorchat's") == 1
+    assert taught.stderr.count("is replaced by rorchat's") == 1
     preferred = succeeded(prefer(theirs, data, tmp_path / "dpo"))
-    assert preferred.stderr.count("gives way to rorchat's") == 1
+    assert preferred.stderr.count("is replaced by rorchat's") == 1
     for run in ("sft", "dpo"):
         talks(tmp_path / run / "model")
         assert "gives way" not in succeeded(prefer(tmp_path / run / "model", data, tmp_path / f"{run}-dpo")).stderr
@@ -275,7 +275,7 @@ def test_a_template_that_a_model_of_ours_was_given_gives_way_and_its_system_mess
     loaded = load_tokenizer(str(tmp_path))
     system = "Be brief.  " + "Please. " * 99
     assert loaded.chat_template == template.replace(load_persona().system, system)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "gives way to rorchat's" in line]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "is replaced by rorchat's" in line]
     assert "with the system message 'Be brief. Please. " in line and line.endswith(" [...]'") and len(line) < 400
 
 
@@ -287,4 +287,4 @@ def test_a_template_that_cannot_be_rendered_gives_way_as_any_other(base, tmp_pat
         tokenizer.chat_template = template
         tokenizer.save_pretrained(tmp_path / str(number))
         assert system_message(load_tokenizer(str(tmp_path / str(number)))) == load_persona().system
-        assert capsys.readouterr().err.count("gives way to rorchat's") == 1
+        assert capsys.readouterr().err.count("is replaced by rorchat's") == 1
