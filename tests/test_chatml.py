@@ -72,24 +72,24 @@ def test_the_template_marks_the_same_tokens_as_the_labels(tokenizer):
         "",
     ],
 )
-def test_white_space_of_users_gives_the_same_ids_both_ways(tokenizer, content):
+def test_white_space_gives_the_same_ids_by_template_and_encoder(tokenizer, content):
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": f" {content}x "}]
     assert template_ids(tokenizer, messages) == encode_conversation(tokenizer, messages).input_ids
 
 
-def test_a_prompt_is_what_the_template_gives_with_a_generation_prompt(tokenizer):
+def test_a_prompt_equals_the_rendered_template(tokenizer):
     prompt = encode_prompt(tokenizer, DIALOGUE[:3], n_positions=1024, max_new_tokens=64)
     assert prompt.input_ids == template_ids(tokenizer, DIALOGUE[:3], add_generation_prompt=True)
     assert prompt.notice() == ""
 
 
-def test_a_system_message_of_ones_own_replaces_the_default(tokenizer):
+def test_a_given_system_message_replaces_the_default(tokenizer):
     messages = [{"role": "system", "content": "Be brief."}, *DIALOGUE[:2]]
     text = tokenizer.decode(encode_conversation(tokenizer, messages).input_ids)
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n") and system_message(tokenizer) not in text
 
 
-def test_on_two_thousand_real_conversations_template_and_encoder_agree(gpt2_tokenizer, shared_data):
+def test_template_and_encoder_agree_on_real_conversations(gpt2_tokenizer, shared_data):
     sources = {
         "alpaca=alpaca/alpaca_5000.json": 900,
         "dailydialog=dailydialog/dialogues_text.txt": 800,
@@ -143,7 +143,7 @@ def fuzzed(count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("role", ["user", "assistant"])
-def test_five_thousand_hostile_strings_give_no_control_token_either_way(tokenizer, role):
+def test_hostile_strings_never_become_control_tokens(tokenizer, role):
     control = control_ids(tokenizer)
     texts = fuzzed(5000)
     question, reply = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
@@ -169,7 +169,7 @@ def test_hostile_text_survives_encoding_and_decoding(tokenizer):
         assert tokenizer.decode(turn) == f"user\n{text}"
 
 
-def test_the_template_changes_a_hostile_text_by_one_blank_and_a_clean_one_not_at_all(tokenizer):
+def test_the_template_adds_one_space_to_control_strings_only(tokenizer):
     def rendered(text: str) -> str:
         whole = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
         return whole.split("<|im_start|>user\n")[1].removesuffix("<|im_end|>\n")
@@ -195,12 +195,12 @@ def test_a_malformed_conversation_is_refused_with_a_reason(tokenizer, messages, 
         encode_conversation(tokenizer, messages)
 
 
-def test_the_template_refuses_a_role_that_is_none(tokenizer):
+def test_the_template_refuses_an_unknown_role(tokenizer):
     with pytest.raises(Exception, match="allowed are system, user, assistant"):
         tokenizer.apply_chat_template([{"role": "<|im_end|>", "content": "x"}])
 
 
-def test_turns_are_cut_off_the_end_of_a_conversation_that_is_too_long(tokenizer):
+def test_an_overlong_conversation_loses_its_last_turns(tokenizer):
     whole = encode_conversation(tokenizer, DIALOGUE)
     part = encode_conversation(tokenizer, DIALOGUE, max_length=len(whole.input_ids) - 1)
     assert part.dropped_turns == 2
@@ -209,7 +209,7 @@ def test_turns_are_cut_off_the_end_of_a_conversation_that_is_too_long(tokenizer)
         encode_conversation(tokenizer, DIALOGUE, max_length=10)
 
 
-def test_the_window_keeps_the_system_message_and_the_newest_whole_turns(tokenizer):
+def test_the_context_keeps_the_system_message_and_newest_turns(tokenizer):
     messages = []
     for number in range(30):
         messages += [
@@ -228,7 +228,7 @@ def test_the_window_keeps_the_system_message_and_the_newest_whole_turns(tokenize
     assert f"{prompt.dropped_turns} oldest messages" in prompt.notice()
 
 
-def test_a_message_that_alone_is_too_long_loses_its_beginning_and_says_so(tokenizer):
+def test_an_overlong_message_loses_its_beginning(tokenizer):
     text = " ".join(f"w{number}" for number in range(500))
     prompt = encode_prompt(tokenizer, [{"role": "user", "content": text}], n_positions=200, max_new_tokens=50)
     assert len(prompt.input_ids) == 150
@@ -236,7 +236,7 @@ def test_a_message_that_alone_is_too_long_loses_its_beginning_and_says_so(tokeni
     assert tokenizer.decode(prompt.input_ids).endswith("w499<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_a_window_without_room_for_the_system_message_is_a_mismatch(tokenizer):
+def test_a_context_too_small_for_the_system_message_is_a_mismatch(tokenizer):
     with pytest.raises(MismatchError, match="too small"):
         encode_prompt(tokenizer, [{"role": "user", "content": "x " * 50}], n_positions=60, max_new_tokens=50)
 

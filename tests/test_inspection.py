@@ -87,7 +87,7 @@ CONVERSATIONS = [
 ]
 
 
-def test_every_fault_of_a_conversation_is_counted_at_its_line_and_none_ends_the_reading(tokenizer, tmp_path):
+def test_every_fault_of_a_conversation_is_counted_at_its_line(tokenizer, tmp_path):
     path = written(tmp_path, "rows.jsonl", [row for row, _, _ in CONVERSATIONS])
     evaluation = written(tmp_path, "evaluation.jsonl", [{"question": "none"}, {"question": EVALUATION}])
     found, said = checked(
@@ -117,7 +117,7 @@ def test_every_fault_of_a_conversation_is_counted_at_its_line_and_none_ends_the_
     )
 
 
-def test_the_rejects_file_holds_the_rows_as_they_were_read(tmp_path):
+def test_the_rejects_file_contains_rows_as_read(tmp_path):
     rows = [exchange("Hello", ""), exchange("\ud800", "b"), b"{", [5], exchange(), exchange()]
     path = written(tmp_path, "rows.jsonl", rows)
     _, said = checked(path, row_format="messages")
@@ -126,7 +126,7 @@ def test_the_rejects_file_holds_the_rows_as_they_were_read(tmp_path):
     assert set(said[0]) == {"place", "reason", "detail", "row"}
 
 
-def test_the_first_three_places_of_a_reason_are_kept_and_all_are_counted(tmp_path):
+def test_the_first_three_places_of_a_reason_are_kept(tmp_path):
     path = written(tmp_path, "rows.jsonl", [exchange(), *[exchange(f"{n}", "") for n in range(50)]])
     found, _ = checked(path)
     assert (found.guessed, found.spec) == (True, f"messages={path}")
@@ -208,7 +208,7 @@ def test_every_fault_of_a_preference_is_counted_with_its_side(tokenizer, tmp_pat
     assert (found.stats.rows_in, found.stats.kept) == (12, 1)
 
 
-def test_a_literal_is_repaired_where_the_dataset_is_known_for_them_and_rejected_elsewhere(tmp_path):
+def test_byte_literals_are_repaired_only_in_datasets_known_for_them(tmp_path):
     rows = [{"question": "b'Solve 2*x = 4 for x.\\n'", "answer": "b'2\\n'"}, {"question": "What is 1?", "answer": "1"}]
     found, said = checked(written(tmp_path, "rows.jsonl", rows), row_format="math_dataset")
     assert (found.stats.kept, found.stats.repairs, said) == (2, {"byte literal": 1}, [])
@@ -217,7 +217,7 @@ def test_a_literal_is_repaired_where_the_dataset_is_known_for_them_and_rejected_
     assert (found.stats.kept, found.stats.rejects, found.stats.repairs) == (1, {"byte literal": 1}, {})
 
 
-def test_a_conversation_is_over_long_from_the_very_token_on_and_one_that_loses_turns_is_kept(tokenizer, tmp_path):
+def test_a_conversation_is_rejected_only_if_no_exchange_fits(tokenizer, tmp_path):
     longer = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", LONG))
     path = written(tmp_path, "rows.jsonl", [exchange(), longer])
     whole = len(encode_conversation(tokenizer, exchange()["messages"]).input_ids)
@@ -230,7 +230,7 @@ def test_a_conversation_is_over_long_from_the_very_token_on_and_one_that_loses_t
     ]
 
 
-def test_lengths_of_many_conversations_are_those_of_each(tokenizer, tmp_path):
+def test_lengths_are_the_same_in_batches_as_alone(tokenizer, tmp_path):
     """More than ROWS_AT_ONCE, so that they are encoded in several batches, the last one not full."""
     rows = [exchange(f"Question {n}", "word " * (n % 60)) for n in range(1, 1207)]
     rows = [row for row in rows if row["messages"][1]["content"]]
@@ -259,19 +259,19 @@ def test_one_bad_file_of_a_folder_is_one_reject(tmp_path):
     assert 2 <= found.stats.kept <= 101
 
 
-def test_a_file_of_which_no_row_can_be_used_is_a_finding(tmp_path):
+def test_a_file_without_usable_rows_is_reported_not_raised(tmp_path):
     found, said = checked(written(tmp_path, "rows.jsonl", [exchange("a", "")] * 4))
     assert (found.stats.rows_in, found.stats.kept, len(said)) == (4, 0, 4)
 
 
-def test_generated_rows_are_all_of_use():
+def test_all_generated_rows_are_usable():
     for spec in ("tinytown=300", "persona=30"):
         found, _ = checked(spec, seed=3)
         assert found.stats.rows_in == int(spec.partition("=")[2])
         assert set(found.stats.rejects) <= {"duplicate"}
 
 
-def test_the_real_files_are_checked_without_one_row_unaccounted(shared_data):
+def test_every_row_of_real_files_is_accounted_for(shared_data):
     for path in ("alpaca/alpaca_en_demo.json", "chat/openai_sft.jsonl", "preference/dpo_en_demo.json"):
         found, _ = checked(shared_data / path)
         assert found.guessed and found.stats.kept > 0.9 * found.stats.rows_in > 0
@@ -289,7 +289,7 @@ DIALOGUE = turns(
 
 
 @pytest.mark.parametrize("form", [DIALOGUE, exchange(), turns(("user", "a"), ("assistant", "b"), ("user", "c"))])
-def test_what_is_shown_as_trained_is_what_carries_a_label(form, tokenizer, tmp_path):
+def test_tokens_shown_as_trained_are_those_with_labels(form, tokenizer, tmp_path):
     path = written(tmp_path, "rows.jsonl", [exchange("Not me"), form])
     place, sequences = show_row(f"messages={path}", 1, tokenizer)
     messages = form["messages"][: -1 if form["messages"][-1]["role"] == "user" else None]
@@ -306,7 +306,7 @@ def test_what_is_shown_as_trained_is_what_carries_a_label(form, tokenizer, tmp_p
     assert sum(token.control for token in tokens) == 2 * (len(messages) + default_system)
 
 
-def test_of_a_document_every_token_is_trained(tokenizer, tmp_path):
+def test_every_token_of_a_document_is_trained(tokenizer, tmp_path):
     text = "  It was <|endoftext|> 你好 👩‍🔬 naïve.\n"
     path = written(tmp_path, "rows.jsonl", [{"text": text}])
     place, sequences = show_row(f"text={path}", 0, tokenizer)
@@ -317,7 +317,7 @@ def test_of_a_document_every_token_is_trained(tokenizer, tmp_path):
     assert "".join(token.text for token in tokens) == END_OF_TEXT + text
 
 
-def test_of_a_preference_both_sides_are_shown_and_their_replies_are_trained(tokenizer, tmp_path):
+def test_both_sides_of_a_preference_are_shown(tokenizer, tmp_path):
     row = {"prompt": "What is red?", "chosen": "A colour.", "rejected": "No."}
     path = written(tmp_path, "rows.jsonl", [row])
     _, sequences = show_row(f"preference={path}", 0, tokenizer)
@@ -328,20 +328,20 @@ def test_of_a_preference_both_sides_are_shown_and_their_replies_are_trained(toke
         assert "".join(token.text for token in tokens if token.trained) == row[side] + IM_END
 
 
-def test_characters_of_several_tokens_stand_with_the_last_of_them(tokenizer, tmp_path):
+def test_a_character_of_several_tokens_is_shown_at_the_last(tokenizer, tmp_path):
     _, sequences = show_row(f"text={written(tmp_path, 'a.txt', '🚀é')}", 0, tokenizer)
     texts = [token.text for token in sequences["document"]]
     assert "".join(texts) == END_OF_TEXT + "🚀é" and "\ufffd" not in "".join(texts)
     assert [text for text in texts if text] == [END_OF_TEXT, "🚀", "é"]
 
 
-def test_bytes_that_are_no_character_do_not_hold_up_the_tokens_after_them(tokenizer, tmp_path):
+def test_invalid_bytes_do_not_delay_the_tokens_after_them(tokenizer, tmp_path):
     text = "a \ufffd b"
     _, sequences = show_row(f"text={written(tmp_path, 'a.txt', text)}", 0, tokenizer)
     assert "".join(token.text for token in sequences["document"]) == END_OF_TEXT + text
 
 
-def test_generated_rows_are_shown_too(tokenizer):
+def test_generated_rows_are_shown(tokenizer):
     place, sequences = show_row("persona=5", 4, tokenizer, seed=1)
     assert (place, list(sequences)) == ("persona, row 4", ["conversation"])
     assert 0 < sum(token.trained for token in sequences["conversation"]) < len(sequences["conversation"])
@@ -357,7 +357,7 @@ def test_generated_rows_are_shown_too(tokenizer):
         (10**6, "has no row 1000000"),
     ],
 )
-def test_a_row_that_cannot_be_shown_is_one_line_that_says_why(number, said, tokenizer, tmp_path):
+def test_a_row_that_cannot_be_shown_is_one_line(number, said, tokenizer, tmp_path):
     path = written(tmp_path, "rows.jsonl", [exchange("a", ""), b"{", b"\xff", exchange()])
     with pytest.raises(DataError, match=said) as error:
         show_row(f"messages={path}", number, tokenizer)

@@ -58,7 +58,7 @@ SHAPED = {
 
 
 @pytest.mark.parametrize("name", SHAPED)
-def test_the_shape_of_a_file_is_told_by_its_rows(name, tmp_path, monkeypatch):
+def test_the_row_format_is_guessed_from_the_rows(name, tmp_path, monkeypatch):
     shape, content = SHAPED[name]
     written(tmp_path, name, content)
     monkeypatch.chdir(tmp_path)  # the name of this test stands in tmp_path
@@ -67,7 +67,7 @@ def test_the_shape_of_a_file_is_told_by_its_rows(name, tmp_path, monkeypatch):
     assert resolve_spec(name, "text") == (f"text={name}", False)
 
 
-def test_the_shape_of_a_parquet_file_and_of_a_folder_is_told_too(tmp_path, monkeypatch):
+def test_the_format_of_parquet_files_and_folders_is_guessed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([exchange()] * 3), "rows.parquet")
     assert guess_row_format(Path("rows.parquet")) == "messages"
@@ -77,7 +77,7 @@ def test_the_shape_of_a_parquet_file_and_of_a_folder_is_told_too(tmp_path, monke
 
 
 @pytest.mark.parametrize("name", [name for name in list_sources() if find_source(name).convert])
-def test_a_path_that_names_a_dataset_is_read_as_that_where_several_fit(name, tmp_path, monkeypatch):
+def test_a_dataset_named_in_the_path_is_preferred(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [raw for raw in find_source(name).raw if isinstance(raw, dict)][:1]
     guessed = guess_row_format(written(Path(), f"{name}/rows.jsonl", rows * 3))
@@ -117,7 +117,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("path", REAL)
-def test_the_shape_of_real_files_is_told(path, shared_data):
+def test_the_format_of_real_files_is_guessed(path, shared_data):
     assert guess_row_format(shared_data / path) == REAL[path]
 
 
@@ -126,7 +126,7 @@ def test_the_shape_of_real_files_is_told(path, shared_data):
     [{"unknown.jsonl": [{"a": 1}] * 5}, {"empty.jsonl": b""}, {"broken.json": b"{"}, {"a.jpg": b"\xff\xd8"}, {}],
     ids=["unknown", "empty", "broken", "jpg", "empty folder"],
 )
-def test_a_path_that_holds_nothing_known_is_one_line_that_says_what_to_do(content, tmp_path):
+def test_an_unknown_row_format_is_an_error_of_one_line(content, tmp_path):
     for name, rows in content.items():
         written(tmp_path, name, rows)
     path = tmp_path / next(iter(content), "")
@@ -136,7 +136,7 @@ def test_a_path_that_holds_nothing_known_is_one_line_that_says_what_to_do(conten
     assert str(error.value).count("\n") == 0 and str(path) in str(error.value)
 
 
-def test_a_path_that_is_not_there_and_a_shape_that_is_none_are_told_apart(tmp_path):
+def test_missing_paths_and_unknown_formats_have_different_errors(tmp_path):
     path = written(tmp_path, "rows.jsonl", [exchange()])
     with pytest.raises(DataError, match="No file or folder .*nothing.jsonl"):
         resolve_spec(str(tmp_path / "nothing.jsonl"))

@@ -127,8 +127,8 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, require
         )
     if require_chat and _was_trained_on_documents_only(name_or_path):
         raise MismatchError(
-            f"The model {name_or_path!r} was pretrained on documents only, according to run.json: it was not trained to "
-            "chat. Fine-tune it first with `rorchat sft`, or give a chat model."
+            f"The model {name_or_path!r} was pretrained on documents only, according to run.json: it was not trained "
+            "to chat. Fine-tune it first with `rorchat sft`, or give a chat model."
         )
     default = _default_system_message(tokenizer)
     system = default if default is not None and persona is None else (persona or load_persona()).system

@@ -22,14 +22,14 @@ def test_a_mixture_file_is_read_as_it_says(tmp_path):
     assert json.loads(json.dumps(config.to_dict()))["phases"][3]["tokens"] == 2000
 
 
-def test_a_mixture_file_without_phases_is_one_phase_by_its_weights_or_by_size(tmp_path):
+def test_a_mixture_file_without_phases_has_one_phase(tmp_path):
     plain = read_mixture(write_mixture(tmp_path, "sources: {a: text=a, b: text=b}\n"))
     assert plain.phases == (Phase(share=1.0),)
     weighed = read_mixture(write_mixture(tmp_path, "sources: {a: text=a, b: text=b}\nweights: {a: 1, b: 30%}\n"))
     assert weighed.phases == (Phase(share=1.0, weights={"a": 1.0, "b": 0.3}),)
 
 
-def test_two_files_that_say_the_same_in_other_words_resolve_alike_and_others_do_not(tmp_path):
+def test_equivalent_mixture_files_are_equal(tmp_path):
     first = read_mixture(write_mixture(tmp_path, MIXTURE)).to_dict()
     other_words = MIXTURE.replace("60%", "0.6").replace("c4: c4=data/c4", "c4: {from: c4=data/c4}")
     assert read_mixture(write_mixture(tmp_path, other_words)).to_dict() == first
@@ -70,7 +70,7 @@ def test_two_files_that_say_the_same_in_other_words_resolve_alike_and_others_do_
         ("phases:", "phases: []\nother:", "unknown key 'other'"),
     ],
 )
-def test_a_mistake_in_a_mixture_file_is_one_line_that_says_where(old, new, said, tmp_path):
+def test_a_mistake_in_a_mixture_file_is_one_line(old, new, said, tmp_path):
     assert old in MIXTURE
     path = write_mixture(tmp_path, MIXTURE.replace(old, new, 1))
     with pytest.raises(UsageError, match=said) as failure:
@@ -81,7 +81,7 @@ def test_a_mistake_in_a_mixture_file_is_one_line_that_says_where(old, new, said,
 @pytest.mark.parametrize(
     "text", ["", "5", "sources: []", "sources: {}", "sources: {a: text=a}\nphases: 3", "{", "? {a: 1}\n: 2"]
 )
-def test_what_is_no_mixture_file_is_one_line_too(text, tmp_path):
+def test_an_invalid_mixture_file_is_one_line(text, tmp_path):
     with pytest.raises(UsageError) as failure:
         read_mixture(write_mixture(tmp_path, text))
     assert str(tmp_path) in str(failure.value) and "\n" not in str(failure.value)
@@ -89,7 +89,7 @@ def test_what_is_no_mixture_file_is_one_line_too(text, tmp_path):
         read_mixture(tmp_path / "missing.yaml")
 
 
-def test_specs_and_weights_make_a_mixture_whose_names_are_unique():
+def test_a_mixture_from_specs_has_unique_names():
     config = MixtureConfig.from_specs(["text=a", "text=b", "tinytown=5", "text=c"], [1, 2, 3, 4])
     assert list(config.sources) == ["text", "text-2", "tinytown", "text-3"]
     assert config.phases[0].weights == {"text": 1, "text-2": 2, "tinytown": 3, "text-3": 4}

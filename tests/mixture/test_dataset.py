@@ -45,7 +45,7 @@ def test_a_row_is_a_pure_function_of_its_number(stores):
     assert sorted(map(tuple, expected)) == sorted(tuple(again[int(row)]["input_ids"].tolist()) for row in order)
 
 
-def test_a_row_is_a_window_of_its_source_and_its_labels_are_its_ids(stores):
+def test_a_row_is_a_slice_of_its_source_with_equal_labels(stores):
     dataset = mixture_of(stores, [5, 2, 3], block_size=16, rows=300)
     assert len(dataset) == 300
     for row in range(300):
@@ -58,7 +58,7 @@ def test_a_row_is_a_window_of_its_source_and_its_labels_are_its_ids(stores):
         dataset[300]
 
 
-def test_every_window_of_a_source_comes_once_in_every_epoch_and_in_another_order(stores):
+def test_every_epoch_has_each_row_of_a_source_once_in_a_new_order(stores):
     dataset = mixture_of(stores, [1, 1, 1], block_size=10, rows=3000)
     for source, windows in enumerate((100, 33, 205)):
         offsets = [offset for s, offset in map(dataset.locate, range(3000)) if s == source]
@@ -77,7 +77,7 @@ def test_another_seed_gives_another_order_of_the_same_rows(stores):
     assert differing > 400
 
 
-def test_a_source_added_later_leaves_the_order_within_the_others_alone(stores):
+def test_an_added_source_keeps_the_order_within_the_others(stores):
     two = mixture_of(stores[:2], [1, 1], block_size=10, rows=60)
     three = mixture_of(stores[::-1], [1, 1, 1], block_size=10, rows=90)
     for name in ("s0", "s1"):

@@ -57,7 +57,7 @@ def worst_behind(plan: Plan, sources: np.ndarray) -> float:
     return float(np.abs(seen - np.cumsum(shares, axis=0)).max())
 
 
-def test_the_rows_before_stay_those_behind_are_exact_and_every_source_goes_on_where_it_was():
+def test_an_appended_mixture_keeps_earlier_rows_and_loses_none():
     capped = 0
     for number in range(PLANS):
         plan = drawn_plan(number)
@@ -86,7 +86,7 @@ def test_the_rows_before_stay_those_behind_are_exact_and_every_source_goes_on_wh
     assert capped > 3
 
 
-def test_phases_share_what_is_left():
+def test_phases_divide_the_remaining_rows():
     past = Plan(config_of(Phase(share=1.0, weights={"s0": 1})), HALF, 100, 16)
     phases = (Phase(share=0.5, weights={"s1": 1}), Phase(tokens=320, weights={"s2": 1}), Phase(share=0.5))
     plan = Plan(config_of(*phases), HALF, 100, 16, past, 40)
@@ -99,7 +99,7 @@ def test_phases_share_what_is_left():
         Plan(config_of(Phase(tokens=3), Phase(share=1.0)), HALF, 100, 16, past, 40)
 
 
-def test_a_first_phase_ramps_and_replays_from_where_the_past_was_cut_off():
+def test_a_first_phase_continues_from_the_cut_of_the_previous_plan():
     ramp = config_of(Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, ramp_to={"s1": 1}))
     past = Plan(ramp, {"s0": 900, "s1": 900, "s2": 900}, 1000, 16)
     for phase, at_start in (
@@ -113,7 +113,7 @@ def test_a_first_phase_ramps_and_replays_from_where_the_past_was_cut_off():
         Plan(config_of(Phase(share=1.0, ramp_to={"s2": 1})), HALF, 100, 16)
 
 
-def test_the_part_of_a_source_that_is_gone_is_shared_by_the_others_and_with_none_left_there_is_nothing_to_go_on_from():
+def test_a_ramp_starts_without_removed_sources():
     past = Plan(config_of(Phase(share=1.0, weights={"s0": 2, "s1": 1, "s2": 1})), HALF, 100, 16)
     sources = {"s1": Source("text=s1"), "s2": Source("text=s2"), "new": Source("text=new")}
     config = MixtureConfig(sources, (Phase(share=1.0, ramp_to={"new": 1}),))
@@ -126,14 +126,14 @@ def test_the_part_of_a_source_that_is_gone_is_shared_by_the_others_and_with_none
         Plan(alone, {"new": 70}, 100, 16, past, 60)
 
 
-def test_a_first_phase_that_says_nothing_mixes_by_size_what_is_there_now():
+def test_a_new_first_phase_without_weights_mixes_by_size():
     past = Plan(config_of(Phase(share=1.0, weights={"s0": 1})), HALF, 1000, 16)
     config = MixtureConfig({"s1": Source("text=s1"), "new": Source("text=new")})
     plan = Plan(config, {"s1": 50, "new": 150}, 1000, 16, past, 200)
     assert [plan.count(source, 1000) for source in range(4)] == [200, 200, 0, 600]
 
 
-def test_epochs_and_caps_count_the_past():
+def test_epochs_and_limits_include_the_previous_plan():
     past = Plan(config_of(Phase(share=1.0, weights={"s0": 1, "s1": 1})), HALF, 1000, 16)
     config = config_of(Phase(share=1.0, weights={"s0": 1, "s1": 1}), s0={"max_epochs": 3})
     plan = Plan(config, HALF, 1000, 16, past, 200)  # 100 rows of each: two epochs
@@ -149,7 +149,7 @@ def test_epochs_and_caps_count_the_past():
         Plan(config_of(Phase(share=1.0, weights={"s0": 1}), s0={"max_epochs": 2}), HALF, 1000, 16, past, 200)
 
 
-def test_what_the_past_would_have_met_later_is_not_told():
+def test_notices_of_the_previous_plan_after_the_cut_are_dropped():
     config = config_of(Phase(share=1.0, weights={"s0": 1, "s1": 1}), s0={"max_epochs": 1}, s1={"max_epochs": 18})
     past = Plan(config, HALF, 900, 16)
     assert len(past.notices) == 1
@@ -157,7 +157,7 @@ def test_what_the_past_would_have_met_later_is_not_told():
     assert [len(plan.notices) for plan in plans] == [0, 1]
 
 
-def test_the_plan_in_words_marks_what_is_new_and_the_summary_has_every_phase():
+def test_the_description_marks_new_phases():
     past = Plan(config_of(Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, weights={"s1": 1})), HALF, 1000, 16)
     plan = Plan(config_of(Phase(share=1.0, weights={"s1": 1, "s2": 1})), HALF, 1000, 16, past, 600)
     lines = [" ".join(line.split()) for line in plan.describe().splitlines()]
@@ -174,12 +174,12 @@ def test_the_plan_in_words_marks_what_is_new_and_the_summary_has_every_phase():
         assert sum(phase["sources"][index]["tokens"] for phase in summary["phases"]) == part["tokens"]
 
 
-def test_the_picture_shows_both_parts(tmp_path):
+def test_the_picture_of_an_appended_plan_is_drawn(tmp_path):
     appended(drawn_plan(6), 6).draw(tmp_path / "mixture.png")
     assert (tmp_path / "mixture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_row_behind_two_seams_of_a_billion_is_found_within_a_millisecond():
+def test_a_row_after_two_appended_mixtures_is_found_in_a_millisecond():
     windows, rows = {f"s{number}": 10**8 for number in range(4)}, 10**9
     plan = None
     for start in (0, 3 * 10**8, 7 * 10**8):
@@ -195,7 +195,7 @@ def test_a_row_behind_two_seams_of_a_billion_is_found_within_a_millisecond():
     assert sum(plan.count(source, rows) for source in range(4)) == rows
 
 
-def test_a_mixture_is_restored_from_what_it_resolved_to(tmp_path):
+def test_from_dict_restores_a_mixture(tmp_path):
     path = tmp_path / "mixture.yaml"
     path.write_text(
         "sources: {a: {from: text=a, max_epochs: 2, optional: true, filters: {min_characters: 5}}, b: text=b}\n"
@@ -214,7 +214,7 @@ def part_of(config: MixtureConfig, digests: dict[str, str], until: int = 40) -> 
     return {"until": until, "mixture": mixture, "sources": digests, "windows": HALF, "data": []}
 
 
-def test_a_plan_is_made_again_from_what_a_checkpoint_keeps():
+def test_a_plan_is_rebuilt_from_the_mixture_history():
     first, second = config_of(Phase(share=1.0, weights={"s0": 1})), config_of(Phase(share=1.0, ramp_to={"s1": 1}))
     third = config_of(Phase(share=1.0, weights={"s2": 1}, replay=0.5))
     kept = json.loads(json.dumps([part_of(first, {}), part_of(second, {}, until=70)]))
@@ -226,7 +226,7 @@ def test_a_plan_is_made_again_from_what_a_checkpoint_keeps():
     assert build_plan([], first, HALF, 100, 16).count(0, 100) == 100
 
 
-def test_what_goes_on_under_a_name_must_be_made_of_the_same_and_files_that_are_gone_have_not_changed():
+def test_a_source_that_continues_must_have_the_same_data():
     config = MixtureConfig({"a": Source("text=a"), "b": Source("store=b")})
     past = [
         part_of(config, {"text=a": "1", "store=b": "2"}),

@@ -27,7 +27,7 @@ def errors(plan: Plan, sources: np.ndarray) -> float:
     return float(np.abs(seen - budgets(plan)[1:]).max())
 
 
-def test_random_plans_are_exact_at_every_prefix_and_lose_or_repeat_no_row():
+def test_random_plans_follow_their_budgets_and_lose_no_row():
     guaranteed = within = capped = left_out = 0
     for number in range(PLANS):
         plan = drawn_plan(number)
@@ -52,7 +52,7 @@ def test_random_plans_are_exact_at_every_prefix_and_lose_or_repeat_no_row():
     assert guaranteed >= PLANS // 2 and within >= PLANS * 3 // 5 and capped > 20 and left_out > 15
 
 
-def test_where_every_source_is_alone_in_turn_four_are_within_one_row_and_eight_within_the_bound_that_is_said():
+def test_deviation_stays_within_the_bound_for_single_sources_in_turn():
     for sources in (2, 3, 4, 8):
         for number in range(20):
             draw = np.random.default_rng(number)

@@ -41,7 +41,7 @@ def rows_of_best_fit_decreasing(lengths: list[int], window: int) -> int:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_sequence_stands_in_one_row_and_no_row_has_room_for_a_later_one(seed):
+def test_every_sequence_is_in_one_row_and_rows_are_full(seed):
     lengths = drawn(300, seed=seed)
     rows = pack(lengths, WINDOW)
     assert sorted(index for row in rows for index in row) == list(range(300))
@@ -56,11 +56,11 @@ def test_every_sequence_stands_in_one_row_and_no_row_has_room_for_a_later_one(se
     [([10], [[0]]), ([4, 10, 6], [[1], [2, 0]]), ([7, 2, 2, 1], [[0, 1, 3], [2]]), ([6, 3, 2, 2], [[0, 2, 3], [1]])],
     ids=["full", "one that fills", "of equal ones the first", "two that fill before a longer one"],
 )
-def test_a_row_is_filled_to_the_last_token_where_one_or_two_can(lengths, rows):
+def test_rows_are_filled_exactly_if_one_or_two_sequences_fit(lengths, rows):
     assert pack(lengths, 10) == rows
 
 
-def test_what_cannot_be_packed_is_an_error():
+def test_empty_and_overlong_sequences_are_errors():
     assert pack([], WINDOW) == []
     for lengths in ([3, WINDOW + 1], [0, 3]):
         with pytest.raises(ValueError, match=f"do not all fit into rows of {WINDOW}"):
@@ -76,7 +76,7 @@ def sequences(count: int = 40, most: int = 30) -> Sequences:
     return Sequences(found)
 
 
-def test_sequences_are_given_back_as_they_were_but_for_their_first_label():
+def test_sequences_are_returned_without_their_first_label():
     rows = [([5, 6, 7], [5, IGNORE_INDEX, 7]), ([8], [8]), ([9, 10], [IGNORE_INDEX, 10])]
     given = Sequences(rows)
     assert given.lengths.tolist() == [3, 1, 2]
@@ -85,7 +85,7 @@ def test_sequences_are_given_back_as_they_were_but_for_their_first_label():
         assert found["labels"].tolist() == [IGNORE_INDEX, *labels[1:]]
 
 
-def test_each_epoch_has_every_sequence_once_in_another_order_and_the_same_for_the_same_seed():
+def test_every_epoch_packs_all_sequences_in_a_new_seeded_order():
     given = sequences()
     epoch = len(pack(given.lengths, WINDOW))
     rows = PackedRows(given, WINDOW, 2 * epoch + 3, seed=0).rows
@@ -131,7 +131,7 @@ def of_packed(model: GPT2LMHeadModel, given: Sequences, checkpointing: bool = Fa
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_loss_and_gradients_of_packed_rows_are_those_of_each_sequence_alone(stock, checkpointing):
+def test_packed_rows_equal_separate_sequences_in_loss_and_gradients(stock, checkpointing):
     given = sequences()
     expected, found = of_each_alone(stock, given), of_packed(stock, given, checkpointing)
     assert expected.keys() == found.keys()
@@ -159,7 +159,7 @@ def test_no_sequence_sees_another(stock):
     assert torch.equal(*found)
 
 
-def test_there_is_no_mask_and_no_attention_longer_than_a_sequence(stock, monkeypatch):
+def test_attention_needs_no_mask_and_stays_within_sequences(stock, monkeypatch):
     model = copy.deepcopy(stock)
     patch_lm_head_loss(model)
     seen = []
@@ -176,7 +176,7 @@ def test_there_is_no_mask_and_no_attention_longer_than_a_sequence(stock, monkeyp
     assert seen and max(seen) <= 20
 
 
-def test_a_model_made_ready_still_generates_and_reads_padded_batches(stock):
+def test_a_patched_model_generates_and_reads_padded_batches(stock):
     ready = copy.deepcopy(stock).eval()
     patch_lm_head_loss(ready)
     ids = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -204,7 +204,7 @@ LARGE_FILES = (
 @pytest.mark.parametrize(
     "path", [pytest.param(path, marks=[pytest.mark.slow] if path in LARGE_FILES else []) for path in CHAT_FILES]
 )
-def test_of_real_conversations_the_assistants_words_and_closings_are_learned(path, gpt2_tokenizer, shared_data):
+def test_in_real_conversations_only_replies_have_labels(path, gpt2_tokenizer, shared_data):
     conversations = [row["messages"] for row in load_rows(f"{CHAT_FILES[path]}={shared_data / path}", "conversation")]
     encoded = encode_conversations(gpt2_tokenizer, conversations, 1024)
     wanted = Counter()
@@ -220,7 +220,7 @@ def test_of_real_conversations_the_assistants_words_and_closings_are_learned(pat
     assert found == wanted and wanted
 
 
-def test_real_conversations_fill_their_rows(gpt2_tokenizer, shared_data):
+def test_packed_real_conversations_fill_their_rows(gpt2_tokenizer, shared_data):
     lengths, window = [], 1024
     for name, path in (("alpaca", "alpaca/alpaca_5000.json"), ("dailydialog", "dailydialog")):
         conversations = [row["messages"] for row in load_rows(f"{name}={shared_data / path}", "conversation")][:2000]

@@ -16,7 +16,7 @@ from rorchat.mixture.interleave import UNIT
 from rorchat.mixture.plan import Plan
 
 
-def test_phases_begin_at_their_rows_and_give_what_they_say():
+def test_phases_start_at_their_rows():
     phases = (
         Phase(share=0.5, weights={"s0": 1}),
         Phase(tokens=320, weights={"s1": 1}),
@@ -28,7 +28,7 @@ def test_phases_begin_at_their_rows_and_give_what_they_say():
     assert plan.summary()["phases"][1]["rows"] == [40, 60]
 
 
-def test_phases_that_do_not_divide_evenly_still_make_up_all_rows():
+def test_uneven_phases_add_up_to_all_rows():
     for parts in (2, 3, 7):
         plan = Plan(
             config_of(*[Phase(share=1 / parts, weights={"s0": 1})] * parts), {"s0": 9, "s1": 9, "s2": 9}, 100, 16
@@ -37,7 +37,7 @@ def test_phases_that_do_not_divide_evenly_still_make_up_all_rows():
         assert bounds == [round(100 * part / parts) for part in range(parts + 1)]
 
 
-def test_a_ramp_goes_in_a_straight_line_from_the_phase_before_to_its_weights():
+def test_a_ramp_is_linear():
     phases = (Phase(share=0.2, weights={"s0": 3, "s1": 1}), Phase(share=0.8, ramp_to={"s1": 1, "s2": 3}))
     plan = Plan(config_of(*phases), {"s0": 900, "s1": 900, "s2": 900}, 5000, 16)
     sources = located(plan)[1000:, 0]
@@ -49,7 +49,7 @@ def test_a_ramp_goes_in_a_straight_line_from_the_phase_before_to_its_weights():
     assert (np.diff((parts == 0).sum(axis=1)) < 0).all() and (np.diff((parts == 2).sum(axis=1)) > 0).all()
 
 
-def test_replay_keeps_its_share_of_the_mixture_before_in_a_step_and_at_the_end_of_a_ramp():
+def test_replay_keeps_its_share_of_the_previous_mixture():
     for kind in ("weights", "ramp_to"):
         phases = (Phase(share=0.5, weights={"s0": 1, "s1": 1}), Phase(share=0.5, replay=0.2, **{kind: {"s2": 1}}))
         plan = Plan(config_of(*phases), {"s0": 900, "s1": 900, "s2": 900}, 2000, 16)
@@ -60,13 +60,13 @@ def test_replay_keeps_its_share_of_the_mixture_before_in_a_step_and_at_the_end_o
             assert abs(plan.count(source, 2000) - plan.count(source, 1000) - expected[source]) <= 1
 
 
-def test_a_phase_without_weights_goes_on_as_the_one_before_ended_and_the_first_mixes_by_size():
+def test_a_phase_without_weights_continues_the_one_before():
     plan = Plan(config_of(Phase(share=0.5), Phase(share=0.5)), {"s0": 100, "s1": 300, "s2": 600}, 1000, 16)
     assert [plan.count(source, 1000) for source in range(3)] == [100, 300, 600]
     assert plan.phases[1].jump == 0 and not plan.warnings()
 
 
-def test_a_source_that_reaches_max_epochs_ends_there_and_the_others_share_its_part():
+def test_other_sources_take_the_share_of_an_exhausted_source():
     phase = Phase(share=1.0, weights={"s0": 2, "s1": 1, "s2": 1})
     plan = Plan(config_of(phase, s0={"max_epochs": 2}), {"s0": 100, "s1": 900, "s2": 900}, 1000, 16)
     sources = located(plan)[:, 0]
@@ -77,7 +77,7 @@ def test_a_source_that_reaches_max_epochs_ends_there_and_the_others_share_its_pa
     assert plan.notices[0] in plan.describe()
 
 
-def test_a_source_that_runs_out_in_a_ramp_is_gone_from_both_of_its_ends_and_from_later_phases():
+def test_a_source_exhausted_in_a_ramp_is_removed_from_later_phases():
     phases = (Phase(share=0.5, weights={"s0": 1}), Phase(share=0.4, ramp_to={"s1": 1, "s2": 1}), Phase(share=0.1))
     plan = Plan(config_of(*phases, s1={"max_epochs": 1}), {"s0": 900, "s1": 50, "s2": 900}, 1000, 16)
     sources = located(plan)[:, 0]
@@ -86,7 +86,7 @@ def test_a_source_that_runs_out_in_a_ramp_is_gone_from_both_of_its_ends_and_from
     assert (sources[900:] == 2).all()
 
 
-def test_a_plan_whose_sources_are_all_used_up_is_a_data_error_with_numbers():
+def test_a_plan_without_sources_left_is_a_data_error():
     config = config_of(Phase(share=1.0), sources=2, s0={"max_epochs": 1}, s1={"max_epochs": 2})
     with pytest.raises(
         DataError,
@@ -96,7 +96,7 @@ def test_a_plan_whose_sources_are_all_used_up_is_a_data_error_with_numbers():
     assert "\n" not in str(failure.value)
 
 
-def test_an_optional_source_that_is_missing_gives_its_part_to_the_others_and_is_told():
+def test_other_sources_take_the_share_of_a_missing_optional_source():
     phase = Phase(share=1.0, weights={"s0": 1, "s1": 2, "s2": 3})
     plan = Plan(config_of(phase, s1={"optional": True}), {"s0": 90, "s2": 90}, 400, 16)
     assert plan.names == ["s0", "s2"] and [plan.count(source, 400) for source in (0, 1)] == [100, 300]
@@ -122,7 +122,7 @@ def test_phases_that_do_not_fit_the_run_are_a_usage_error(phases, said):
         Plan(config_of(*phases), {"s0": 9, "s1": 9, "s2": 9}, 100, 16)
 
 
-def test_a_plan_of_a_billion_rows_is_as_quick_as_a_short_one_and_needs_no_memory():
+def test_a_plan_of_a_billion_rows_is_fast_and_small():
     phases = (
         Phase(share=0.5, weights={"s0": 1}),
         Phase(share=0.4, ramp_to={"s1": 5, "s2": 3, "s3": 2}),
@@ -152,7 +152,7 @@ def test_a_plan_of_a_billion_rows_is_as_quick_as_a_short_one_and_needs_no_memory
     assert sum(plan.count(source, rows) for source in range(4)) == rows
 
 
-def test_jumps_and_many_epochs_are_warned_of_with_advice():
+def test_jumps_and_many_epochs_give_warnings():
     phases = (Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, weights={"s0": 1, "s1": 1}))
     plan = Plan(config_of(*phases, sources=2), {"s0": 1000, "s1": 50}, 1000, 16)
     jump, epochs = plan.warnings()
@@ -162,7 +162,7 @@ def test_jumps_and_many_epochs_are_warned_of_with_advice():
     assert Plan(config_of(*gentle, sources=2), {"s0": 1000, "s1": 900}, 1000, 16).warnings() == []
 
 
-def test_the_plan_in_words_has_tokens_shares_and_epochs_of_every_phase_and_in_all():
+def test_the_description_lists_every_phase_and_the_total():
     phases = (Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, ramp_to={"s1": 1}))
     told = Plan(config_of(*phases, sources=2), {"s0": 1000, "s1": 100}, 1000, 16).describe()
     lines = [" ".join(line.split()) for line in told.splitlines()]

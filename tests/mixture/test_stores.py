@@ -17,9 +17,7 @@ from rorchat.tokens.import_shards import import_shards
 from rorchat.tokens.prepare import prepare
 
 
-def test_an_optional_source_that_fails_is_reported_and_left_out_and_another_stops_the_run(
-    tmp_path, monkeypatch, capsys
-):
+def test_only_optional_sources_may_fail(tmp_path, monkeypatch, capsys):
     from rorchat.mixture import stores as stores_module
 
     def prepared(spec, tokenizer, folder, **options):
@@ -56,7 +54,7 @@ def split_of(store, split: str, tokenizer) -> set[str]:
     return set(tokenizer.decode(ids).split("<|endoftext|>")) - {""}
 
 
-def test_a_store_that_holds_out_another_share_is_not_mixed(texts, tokenizer, tmp_path):
+def test_a_store_with_another_validation_share_is_refused(texts, tokenizer, tmp_path):
     prepare(f"text={texts}", tokenizer, tmp_path / "small", validation_share=0.05, workers=1)
     prepare(f"text={texts}", tokenizer, tmp_path / "same", validation_share=0.2, workers=1)
 
@@ -75,7 +73,7 @@ def test_a_store_that_holds_out_another_share_is_not_mixed(texts, tokenizer, tmp
     assert len(stores(f"store={tmp_path / 'small'}")) == 1  # alone it agrees with itself
 
 
-def test_a_store_that_was_tokenized_elsewhere_is_mixed_with_a_word_of_warning(texts, tokenizer, tmp_path, capsys):
+def test_an_imported_store_in_a_mixture_prints_a_warning(texts, tokenizer, tmp_path, capsys):
     shards = tmp_path / "shards"
     shards.mkdir()
     ids = tokenizer("<|endoftext|>Somebody else said this, and more than this, and then went home to sleep.")[
@@ -126,7 +124,7 @@ distributed.destroy_process_group()  # else a process may abort as the other lea
 
 
 @pytest.mark.parametrize("failing", [0, 1, None])
-def test_an_optional_source_that_fails_in_one_process_is_left_out_in_all(failing, texts, tokenizer, tmp_path):
+def test_a_source_that_fails_in_one_process_is_omitted_in_all(failing, texts, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "other.jsonl").write_text(texts.read_text())
     processes = [

@@ -55,7 +55,7 @@ def rorchat_command(monkeypatch, capsys, tmp_path):
     return run
 
 
-def test_bytes_per_token_tokens_per_word_and_unused_share_are_those_counted_by_hand(merged):
+def test_measures_equal_those_counted_by_hand(merged):
     comparison = compare_tokenizers({"merged": merged}, [read_domain("x", ["ab ab", "é ab"], MANY)])
     measure = comparison.measures["x"]["merged"]
     # ab| ab and é as two bytes| ab: 5 tokens, 10 bytes, 4 words; ab, " ab" and the two bytes of é are used
@@ -65,7 +65,7 @@ def test_bytes_per_token_tokens_per_word_and_unused_share_are_those_counted_by_h
     assert measure.spelled_bytes == 10
 
 
-def test_all_together_weighs_domains_by_their_size_and_counts_a_token_used_in_any_as_used(merged):
+def test_the_total_weighs_domains_by_their_size(merged):
     domains = [read_domain("x", ["ab ab ab"], MANY), read_domain("y", ["é"], MANY)]
     comparison = compare_tokenizers({"merged": merged}, domains)
     together = comparison.measures["all together"]["merged"]
@@ -80,26 +80,26 @@ def test_control_strings_in_a_text_are_counted_as_text(merged):
     assert comparison.measures["x"]["merged"].bytes_per_token == 1.0
 
 
-def test_the_table_marks_the_best_and_says_the_difference_to_the_first_in_per_cent(merged, unmerged):
+def test_the_table_marks_the_best_and_shows_differences_in_percent(merged, unmerged):
     domains = [read_domain("x", ["ab ab"], MANY), read_domain("y", ["éé"], MANY)]
     _, rows = comparison_rows(compare_tokenizers({"a": merged, "b": unmerged}, domains))
     assert rows[0] == ["x", "5", "5", "**2.500**", "1.000", "99.2%", "1.000 (-60.0%)", "2.500", "98.8%"]
     assert [rows[1][3], rows[1][6]] == ["1.000", "1.000 (+0.0%)"]
 
 
-def test_a_domain_is_cut_at_the_bound_and_the_notes_say_so(merged):
+def test_a_domain_is_cut_at_the_limit_and_noted(merged):
     domain = read_domain("x", ["ab ab", "ab ab"], 7)
     assert (domain.texts, domain.characters, domain.stopped) == (["ab ab", "ab"], 7, True)
     assert "stopped at --max-characters: x" in comparison_notes(compare_tokenizers({"merged": merged}, [domain]))
 
 
-def test_a_tokenizer_that_changes_text_is_named_with_the_bytes_it_spells(merged):
+def test_a_tokenizer_that_changes_text_is_noted(merged):
     wrong = Domain("x", ["ab"], characters=3, utf8_bytes=3, words=1)
     notes = comparison_notes(compare_tokenizers({"merged": merged}, [wrong]))
     assert "merged changes the text of x: its tokens spell 2 bytes, not 3" in notes
 
 
-def test_an_added_token_that_is_no_control_token_counts_its_utf8_bytes():
+def test_an_added_plain_token_counts_its_utf8_bytes():
     tokenizer = train_tokenizer(["ab"], 320)
     tokenizer.add_tokens([AddedToken("ßß", normalized=False)])
     assert token_bytes(tokenizer)[tokenizer.convert_tokens_to_ids("ßß")] == 4
@@ -139,7 +139,7 @@ def test_the_command_reads_files_and_sources_and_draws_a_picture(rorchat_command
     assert (tmp_path / "drawn" / "tokenizers.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_picture_has_a_bar_for_every_figure_with_the_value_written_on_it(merged, unmerged, tmp_path, monkeypatch):
+def test_the_picture_has_a_labelled_bar_for_every_value(merged, unmerged, tmp_path, monkeypatch):
     from matplotlib import pyplot
 
     monkeypatch.setattr(pyplot, "close", lambda figure: None)
@@ -169,7 +169,7 @@ def test_the_picture_has_a_bar_for_every_figure_with_the_value_written_on_it(mer
         (["{}/merged", "--max-characters", "0"], 2, "it must be at least 1"),
     ],
 )
-def test_what_cannot_be_compared_is_one_line_and_an_exit_code(rorchat_command, folders, tmp_path, words, code, said):
+def test_invalid_comparisons_are_one_line_and_an_exit_code(rorchat_command, folders, tmp_path, words, code, said):
     (tmp_path / "a.txt").write_text("ab ab")
     (tmp_path / "empty.txt").write_text(" \n ")
     stopped, printed, error = rorchat_command(*(word.format(folders) for word in words))
@@ -178,7 +178,7 @@ def test_what_cannot_be_compared_is_one_line_and_an_exit_code(rorchat_command, f
     assert said in error
 
 
-def test_a_domain_without_a_word_and_one_called_as_the_sum_are_refused():
+def test_empty_and_reserved_domains_are_refused():
     with pytest.raises(DataError, match="has no text"):
         read_domain("blank", ["  \n"], MANY)
     with pytest.raises(UsageError, match="name of the total"):

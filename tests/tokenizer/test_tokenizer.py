@@ -21,37 +21,37 @@ def random_texts(count: int) -> list[str]:
     return ["".join(draw.choices(alphabet, k=draw.randint(0, 40))) for _ in range(count)]
 
 
-def test_a_trained_tokenizer_gives_any_text_back(tokenizer):
+def test_a_trained_tokenizer_reproduces_any_text(tokenizer):
     texts = random_texts(2000)
     assert [tokenizer.decode(ids) for ids in encode_text(tokenizer, texts)] == texts
 
 
-def test_a_trained_tokenizer_has_the_size_asked_for_even_where_text_is_short():
+def test_a_trained_tokenizer_has_the_requested_size():
     tokenizer = train_tokenizer(["few words"], 512)
     assert len(tokenizer) == 512
     assert len(set(tokenizer.get_vocab().values())) == 512
 
 
-def test_every_control_token_is_one_special_token_and_pad_is_not_the_end(tokenizer):
+def test_control_tokens_are_special_and_pad_differs_from_eos(tokenizer):
     ids = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
     assert len(set(ids)) == 4
     assert set(ids) <= set(tokenizer.all_special_ids)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
-def test_text_that_is_full_of_control_strings_teaches_no_merge_that_spells_one():
+def test_no_merge_spells_a_control_token():
     tokenizer = train_tokenizer(["<|im_start|>user\nx<|im_end|> <|pad|><|reserved_0|>" * 20] * 20, 384)
     special = set(tokenizer.all_special_ids)
     ids = encode_text(tokenizer, ["<|im_start|> <|im_end|> <|pad|> <|endoftext|> <|reserved_0|>"])[0]
     assert not special & set(ids)
 
 
-def test_digits_are_single_tokens_with_or_without_a_blank_before(tokenizer):
+def test_digits_are_single_tokens(tokenizer):
     pieces = tokenizer.convert_ids_to_tokens(encode_text(tokenizer, ["12 + 345"])[0])
     assert [piece for piece in pieces if piece.isdigit()] == ["1", "2", "3", "4", "5"]
 
 
-def test_a_saved_tokenizer_loads_with_plain_transformers_and_means_the_same(tokenizer, tmp_path):
+def test_a_saved_tokenizer_loads_with_plain_transformers(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     texts = random_texts(200)
@@ -62,12 +62,12 @@ def test_a_saved_tokenizer_loads_with_plain_transformers_and_means_the_same(toke
     assert tokenizer_sha256(load_tokenizer(str(tmp_path))) == tokenizer_sha256(tokenizer)
 
 
-def test_another_vocabulary_has_another_fingerprint_and_another_persona_has_not(tokenizer):
+def test_the_fingerprint_depends_on_the_vocabulary_not_on_the_persona(tokenizer):
     texts = ["some text to learn from"] * 3
     assert tokenizer_sha256(train_tokenizer(texts, 320)) != tokenizer_sha256(train_tokenizer(texts, 384))
 
 
-def test_gpt2s_original_files_get_control_tokens_and_slots_up_to_50304(gpt2_tokenizer):
+def test_gpt2s_original_files_get_control_tokens(gpt2_tokenizer):
     assert len(gpt2_tokenizer) == 50_304
     assert encode_text(gpt2_tokenizer, ["Hello world"]) == [[15496, 995]]
     assert gpt2_tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)) == [50256, 50258, 50259, 50257] or (
@@ -76,7 +76,7 @@ def test_gpt2s_original_files_get_control_tokens_and_slots_up_to_50304(gpt2_toke
     )
 
 
-def test_a_folder_with_both_forms_of_gpt2s_files_is_the_same_tokenizer(gpt2_tokenizer, tmp_path):
+def test_both_forms_of_gpt2s_files_give_the_same_tokenizer(gpt2_tokenizer, tmp_path):
     gpt2_tokenizer.save_pretrained(tmp_path)
     again = load_tokenizer(str(tmp_path))
     assert tokenizer_sha256(again) == tokenizer_sha256(gpt2_tokenizer)
@@ -90,7 +90,7 @@ def test_token_bytes_add_up_to_the_utf8_length_of_any_text(tokenizer):
     assert [sizes[index] for index in tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))] == [0, 0, 0, 0]
 
 
-def test_training_reads_no_more_than_it_was_told_to():
+def test_training_reads_at_most_max_characters():
     read = 0
 
     def texts():
@@ -103,7 +103,7 @@ def test_training_reads_no_more_than_it_was_told_to():
     assert read <= 11
 
 
-def test_the_text_that_passes_the_bound_is_cut_there_and_the_rest_is_never_seen():
+def test_the_last_text_is_cut_at_the_limit():
     text = BoundedText(["ab", "äb" * 4, "never"], max_characters=5)
     assert list(text) == ["ab", "äbä"]
     assert (text.characters, text.utf8_bytes, text.stopped) == (5, 7, True)
@@ -111,12 +111,12 @@ def test_the_text_that_passes_the_bound_is_cut_there_and_the_rest_is_never_seen(
     assert tokenizer_sha256(cut) == tokenizer_sha256(train_tokenizer(["ab ab ab"], 320))
 
 
-def test_text_that_ends_at_the_bound_was_read_to_its_end():
+def test_text_that_ends_at_the_limit_is_complete():
     text = BoundedText(["abc", "de", ""], max_characters=5)
     assert (list(text), text.characters, text.stopped) == (["abc", "de"], 5, False)
 
 
-def test_a_huge_text_comes_in_pieces_cut_before_the_blank_that_a_word_follows():
+def test_a_long_text_is_split_before_the_space_of_a_word():
     draw = random.Random(1)
     words = "".join(draw.choices(["word", " ", "  ", "\n\n", "12", "é", "!"], k=120_000))
     pieces = list(BoundedText([words], max_characters=10**9))
@@ -137,7 +137,7 @@ def test_pieces_give_the_same_tokens_as_the_whole_text(tokenizer, monkeypatch):
     assert in_pieces == tokenizer_sha256(train_tokenizer([whole], 384))
 
 
-def test_progress_in_a_log_is_plain_lines_with_characters_and_rate(capsys, monkeypatch):
+def test_progress_in_a_log_is_plain_lines(capsys, monkeypatch):
     monkeypatch.setattr("rorchat.tokenizer.text.LOG_INTERVAL_SECONDS", 0)
     list(BoundedText(["ab", "cde"], max_characters=100, show=True))
     lines = capsys.readouterr().err.splitlines()
@@ -146,13 +146,13 @@ def test_progress_in_a_log_is_plain_lines_with_characters_and_rate(capsys, monke
     assert len(lines) == 3
 
 
-def test_a_bound_that_lets_nothing_in_is_refused():
+def test_a_limit_of_zero_is_refused():
     with pytest.raises(UsageError, match="at least 1"):
         train_tokenizer(["x"], 320, max_characters=0)
 
 
 @pytest.mark.parametrize(("bound", "stopped", "said"), [(10**9, False, "all of the text"), (9, True, "stopped at")])
-def test_the_recipe_says_and_records_what_it_read(tmp_path, capsys, bound, stopped, said):
+def test_the_recipe_reports_what_it_read(tmp_path, capsys, bound, stopped, said):
     (tmp_path / "a.txt").write_text("ab äb ab ab")
     out = tmp_path / "out"
     words = ["--sources", f"text={tmp_path / 'a.txt'}", "--vocab_size", "320", "--output_dir", str(out)]
@@ -171,17 +171,17 @@ def test_the_recipe_says_and_records_what_it_read(tmp_path, capsys, bound, stopp
 
 
 @pytest.mark.parametrize(("size", "said"), [(1000, "multiple of 64"), (192, "at least")])
-def test_a_vocabulary_size_that_cannot_be_is_refused(size, said):
+def test_invalid_vocabulary_sizes_are_refused(size, said):
     with pytest.raises(UsageError, match=said):
         train_tokenizer(["x"], size)
 
 
-def test_no_text_no_tokenizer():
+def test_training_without_text_is_a_data_error():
     with pytest.raises(DataError, match="no text"):
         train_tokenizer([], 320)
 
 
-def test_a_folder_without_a_tokenizer_says_what_it_holds(tmp_path):
+def test_a_folder_without_a_tokenizer_is_a_data_error(tmp_path):
     (tmp_path / "weights.bin").write_text("x")
     with pytest.raises(DataError, match="weights.bin"):
         load_tokenizer(str(tmp_path))

@@ -26,13 +26,13 @@ def numbered(first: int, last: int) -> str:
     return " ".join(f"w{number}" for number in range(first, last + 1))
 
 
-def test_words_are_lower_cased_runs_of_letters_and_digits_whatever_stands_between():
+def test_words_are_lower_cased_runs_of_letters_and_digits():
     assert words("Don’t—stop, don't_stop: 3.14") == [b"don", b"t", b"stop", b"don", b"t", b"stop", b"3", b"14"]
     assert words("«Größe» 你好,été\u00a0x") == ["größe".encode(), "你好".encode(), "été".encode(), b"x"]
     assert words(" .,\n") == []
 
 
-def test_thirteen_words_in_common_are_found_and_twelve_are_not(tmp_path):
+def test_thirteen_common_words_match_and_twelve_do_not(tmp_path):
     text = evaluation(tmp_path, {"question": "x", "answer": numbered(1, 40)})
     assert text.find(f"before {numbered(5, 16)} after") is None
     match = text.find(f"Before, {numbered(5, 17).upper()}! After all.")
@@ -41,7 +41,7 @@ def test_thirteen_words_in_common_are_found_and_twelve_are_not(tmp_path):
     assert text.find(numbered(1, 40)).share == 1.0
 
 
-def test_the_row_is_named_and_strings_stand_by_themselves(tmp_path):
+def test_strings_are_compared_separately_and_rows_are_named(tmp_path):
     rows = [
         {"question": numbered(1, 12), "answer": numbered(13, 24)},  # short ones, which do not make a long one together
         {"nested": [{"deep": (numbered(101, 120),)}], "number": 5, "none": None},
@@ -68,7 +68,7 @@ def test_a_spec_of_a_source_is_an_evaluation_set_too(tmp_path):
     assert EvaluationText.read([spec]).find(numbered(1, 13)).place == f"{spec}, row 0"
 
 
-def test_equal_hashes_are_no_match_unless_the_words_are_equal(tmp_path, monkeypatch):
+def test_equal_hashes_match_only_if_the_words_are_equal(tmp_path, monkeypatch):
     monkeypatch.setattr(decontamination, "_hash_windows", lambda ids, windows, n: np.zeros(len(windows), np.uint64))
     text = evaluation(tmp_path, {"a": numbered(1, 13)}, {"b": numbered(20, 40)})
     assert len(text.hashes) == 1
@@ -77,7 +77,7 @@ def test_equal_hashes_are_no_match_unless_the_words_are_equal(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("n", [2, 5, 13])
-def test_the_count_is_that_of_sets_of_tuples(n, tmp_path):
+def test_the_count_equals_that_of_tuple_sets(n, tmp_path):
     draw = random.Random(n)
     vocabulary = [f"v{number}" for number in range(6 if n < 13 else 2)] * 10
     rows = [{"text": " ".join(draw.choices(vocabulary, k=draw.randrange(40)))} for _ in range(30)]
@@ -97,7 +97,7 @@ def test_the_count_is_that_of_sets_of_tuples(n, tmp_path):
 
 
 @pytest.mark.parametrize("piece", [1, 50, 333, 4000])
-def test_a_long_text_is_looked_at_in_pieces_and_no_window_is_lost_or_counted_twice(piece, tmp_path, monkeypatch):
+def test_chunks_of_a_long_text_lose_and_repeat_no_window(piece, tmp_path, monkeypatch):
     text = evaluation(tmp_path, {"a": numbered(1, 500)}, n=5)
     sample = f"{CLEAN} {numbered(3, 400)}, {CLEAN} {numbered(1, 4)} {numbered(450, 500)} {CLEAN}"
     whole = text.find(sample)
@@ -108,7 +108,7 @@ def test_a_long_text_is_looked_at_in_pieces_and_no_window_is_lost_or_counted_twi
     text.find("a" * 1000 + " " * 1000 + "b")  # ends
 
 
-def test_a_text_of_evaluation_words_alone_in_another_order_is_clean(shared_data):
+def test_evaluation_words_in_another_order_do_not_match(shared_data):
     text = EvaluationText.read([str(shared_data / "gsm8k" / "test.jsonl")])
     draw = random.Random(0)
     sample = list(text.numbers)
@@ -116,7 +116,7 @@ def test_a_text_of_evaluation_words_alone_in_another_order_is_clean(shared_data)
     assert text.find(" ".join(word.decode() for word in sample)) is None
 
 
-def test_a_paragraph_of_gsm8k_inside_prose_is_found_and_the_prose_alone_is_clean(shared_data):
+def test_a_gsm8k_question_inside_prose_is_found(shared_data):
     text = EvaluationText.read([str(shared_data / "gsm8k" / "test.jsonl")])
     prose = [row["text"] for row in load_rows(f"prose={shared_data / 'corpus_prose' / 'val.jsonl'}", "document")]
     assert len(prose) == 45 and not any(map(text.find, prose))
@@ -167,19 +167,19 @@ def test_mmlu_and_squad_are_read_whole(shared_data):
     assert text.find(context).place == "squad/small.json, row 0"
 
 
-def test_it_travels_to_another_process(tmp_path):
+def test_evaluation_text_can_be_pickled(tmp_path):
     """As multiprocessing sends it to workers where they are spawned (macOS, Windows); nothing is written to a file."""
     text = evaluation(tmp_path, {"a": numbered(1, 40)})
     assert pickle.loads(pickle.dumps(text)).find(numbered(1, 20)) == text.find(numbered(1, 20))
 
 
-def test_arrays_take_24_bytes_a_word_at_most(shared_data):
+def test_arrays_take_at_most_24_bytes_per_word(shared_data):
     text = EvaluationText.read([str(shared_data / "gsm8k" / "test.jsonl")])
     count = np.count_nonzero(text.text >= 0)
     assert text.nbytes <= 24.5 * count
 
 
-def test_an_evaluation_set_that_cannot_be_read_whole_is_an_error_of_one_line(tmp_path):
+def test_an_unreadable_evaluation_set_is_an_error_of_one_line(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"a": "fine"}\n{"a": \n')
     with pytest.raises(DataError, match=r"evaluation text at .*bad\.jsonl:2 cannot be read: not JSON") as failure:
         EvaluationText.read([str(tmp_path / "bad.jsonl")])
@@ -195,7 +195,7 @@ def test_no_evaluation_text_matches_nothing(tmp_path):
     assert EvaluationText.read([]).find(CLEAN) is None
 
 
-def test_what_cannot_be_compared_is_told_by_set(tmp_path):
+def test_rows_that_cannot_be_compared_are_reported_by_set(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     rows = [{"q": numbered(1, 20)}, {"q": "too short", "a": "to compare"}, {"q": numbered(1, 12)}]
@@ -215,13 +215,13 @@ def test_what_cannot_be_compared_is_told_by_set(tmp_path):
 @pytest.mark.parametrize(
     ("path", "rows", "short"), [("piqa", 1838, 814), ("openbookqa", 500, 375), ("mmlu", 14327, 3289)]
 )
-def test_the_rows_of_real_sets_that_are_not_compared_are_counted(path, rows, short, shared_data):
+def test_rows_of_real_sets_without_long_strings_are_counted(path, rows, short, shared_data):
     (given,) = [*(shared_data / path).rglob("Main/test.jsonl")] or [shared_data / path]
     told = EvaluationText.read([str(given)]).describe()
     assert f"  {short:,} of {rows:,} rows have no string of 13 words: not compared" in told
 
 
-def test_a_set_without_a_window_is_no_set(tmp_path):
+def test_an_evaluation_set_without_a_window_is_refused(tmp_path):
     with pytest.raises(DataError, match="has no string of 13 words in its 1 rows: nothing would be compared"):
         evaluation(tmp_path, {"a": numbered(1, 12)})
     with pytest.raises(DataError, match="has no string of 13 words"):  # another set does not make up for it
@@ -230,7 +230,7 @@ def test_a_set_without_a_window_is_no_set(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["data.zip", "data.npy", "data.xml", "data.parquet.xz"])
-def test_a_file_of_a_set_that_nobody_can_read_is_an_error_that_names_it(name, tmp_path):
+def test_an_unreadable_file_of_an_evaluation_set_is_named(name, tmp_path):
     evaluation(tmp_path, {"a": numbered(1, 20)})
     (tmp_path / name).write_bytes(b"questions")
     with pytest.raises(
@@ -240,7 +240,7 @@ def test_a_file_of_a_set_that_nobody_can_read_is_an_error_that_names_it(name, tm
     assert "\n" not in str(failure.value)
 
 
-def test_what_datasets_saves_to_disk_is_an_evaluation_set(tmp_path, shared_data):
+def test_a_dataset_saved_to_disk_is_an_evaluation_set(tmp_path, shared_data):
     import datasets
 
     datasets.Dataset.from_list([{"q": numbered(1, 15)}, {"q": numbered(21, 40)}]).save_to_disk(tmp_path / "saved")
@@ -255,7 +255,7 @@ def test_what_datasets_saves_to_disk_is_an_evaluation_set(tmp_path, shared_data)
     assert [len(begins) for name, begins in text.files if "ARC-Easy-validation/data-" in name] == [570]
 
 
-def test_a_cell_of_a_table_may_be_long_and_one_that_is_too_long_is_one_line(tmp_path, monkeypatch):
+def test_an_overlong_table_cell_is_an_error_of_one_line(tmp_path, monkeypatch):
     (tmp_path / "long.csv").write_text(f'"{numbered(1, 40_000)}",x\n')
     assert EvaluationText.read([str(tmp_path / "long.csv")]).find(numbered(30_000, 30_013)) is not None
     monkeypatch.setattr("rorchat.tokens.evaluation_sets.LONGEST_LINE", 1000)
@@ -263,7 +263,7 @@ def test_a_cell_of_a_table_may_be_long_and_one_that_is_too_long_is_one_line(tmp_
         EvaluationText.read([str(tmp_path / "long.csv")])
 
 
-def test_an_evaluation_set_is_told_from_another_by_its_text(tmp_path):
+def test_the_digest_of_an_evaluation_set_depends_on_its_text(tmp_path):
     evaluation(tmp_path, {"a": numbered(1, 20)})
     given = [
         str(tmp_path / "test.jsonl"),

@@ -55,7 +55,7 @@ def test_the_ids_of_random_texts_are_those_of_the_tokenizer(any_tokenizer):
         assert fast == slow, repr(text)
 
 
-def test_every_character_is_of_the_class_that_the_tokenizer_gives_it(any_tokenizer):
+def test_characters_are_classified_as_by_the_tokenizer(any_tokenizer):
     points = [*range(1, 0x3100), *range(0xA000, 0xAC00, 3), *range(0xF900, 0x12000, 5), *range(0x12000, 0x110000, 997)]
     texts = [f"a{c}b {c} 1{c} {c}'s\n{c}" for c in map(chr, points)]
     assert encoded(Encoder(any_tokenizer), texts) == encode_text(any_tokenizer, texts)
@@ -71,7 +71,7 @@ def test_real_prose_has_the_same_ids_in_pieces_of_any_size(gpt2_tokenizer, share
         ]  # fmt: skip
 
 
-def test_words_are_forgotten_beyond_a_bound_and_the_ids_stay_the_same(tokenizer, monkeypatch):
+def test_clearing_the_word_cache_keeps_the_ids(tokenizer, monkeypatch):
     monkeypatch.setattr(encode, "MAX_CACHED_WORDS", 50)
     encoder = Encoder(tokenizer)
     for start in range(0, 300, 20):
@@ -80,7 +80,7 @@ def test_words_are_forgotten_beyond_a_bound_and_the_ids_stay_the_same(tokenizer,
         assert len(encoder._number) < 200
 
 
-def test_with_another_splitting_pattern_the_tokenizer_does_the_work(tokenizer):
+def test_another_splitting_pattern_is_left_to_the_tokenizer(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -94,7 +94,7 @@ def test_with_another_splitting_pattern_the_tokenizer_does_the_work(tokenizer):
     assert encoded(encoder, texts) == encode_text(other, texts) != encode_text(tokenizer, texts)
 
 
-def test_merges_that_training_cannot_give_are_left_to_the_tokenizer(tokenizer):
+def test_hand_written_merges_are_left_to_the_tokenizer(tokenizer):
     """With `b c` before `a b`, no text ever comes to `ab c`; but tiktoken would merge `a bc` to the same union."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = {token: number for token, number in backend["model"]["vocab"].items() if number < 16 + 256}
@@ -109,7 +109,7 @@ def test_merges_that_training_cannot_give_are_left_to_the_tokenizer(tokenizer):
     assert encoded(encoder, texts) == encode_text(other, texts)
 
 
-def test_a_word_without_end_and_a_nul_are_refused(tokenizer):
+def test_overlong_words_and_nul_are_refused(tokenizer):
     encoder = Encoder(tokenizer)
     with pytest.raises(
         WordTooLongError, match=f"a word of {MAX_WORD_BYTES + 5:,} bytes; the limit is {MAX_WORD_BYTES:,}"
@@ -120,18 +120,18 @@ def test_a_word_without_end_and_a_nul_are_refused(tokenizer):
     assert encoded(encoder, ["fine"]) == encode_text(tokenizer, ["fine"])
 
 
-def test_no_text_gives_no_ids(tokenizer):
+def test_no_texts_give_no_ids(tokenizer):
     ids, lengths = Encoder(tokenizer).encode([])
     assert (len(ids), len(lengths)) == (0, 0)
 
 
-def test_a_tokenizer_trained_here_gives_the_same_ids_on_other_text(shared_data):
+def test_a_trained_tokenizer_gives_the_same_ids_on_other_text(shared_data):
     lines = (shared_data / "tinyshakespeare" / "input.txt").read_text().split("\n\n")
     trained = train_tokenizer(lines[:3000], vocab_size=2048)
     assert encoded(Encoder(trained), lines[3000:]) == encode_text(trained, lines[3000:])
 
 
-def test_texts_one_by_one_are_what_the_tokenizer_gives_whatever_they_hold(any_tokenizer):
+def test_encode_texts_equals_the_tokenizer_for_any_text(any_tokenizer):
     draw = random.Random(2)
     texts = [random_text(draw) for _ in range(300)] + ["", "\n", "a\0b", "x" * (MAX_WORD_BYTES + 1)]
     encoder = Encoder(any_tokenizer)

@@ -20,12 +20,12 @@ from rorchat.tokens.prepare import prepare
 from rorchat.tokens.store import Manifest, TokenStore
 
 
-def test_a_store_decodes_to_the_documents_it_was_made_of(store, tokenizer):
+def test_a_store_decodes_to_its_documents(store, tokenizer):
     assert decoded(store, "train", tokenizer) == [text for text in KEPT if not is_validation_text(text, SHARE)]
     assert decoded(store, "validation", tokenizer) == [text for text in KEPT if is_validation_text(text, SHARE)]
 
 
-def test_the_ids_of_a_store_are_each_document_after_an_end_of_text(store, tokenizer):
+def test_every_document_follows_an_end_of_text(store, tokenizer):
     end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     expected = [
         token
@@ -78,7 +78,7 @@ def test_a_second_run_writes_the_same_bytes(spec, store, tokenizer, tmp_path):
     assert files_of(again.folder) == files_of(store.folder)
 
 
-def test_a_finished_store_is_found_and_not_made_again(spec, store, tokenizer):
+def test_a_complete_store_is_opened_without_reading_the_source(spec, store, tokenizer):
     Path(spec.partition("=")[2]).unlink()  # it would fail if it were read again
     before = {path.name: path.stat().st_mtime_ns for path in store.folder.iterdir()}
     found = prepare(spec, tokenizer, store.folder, validation_share=SHARE)
@@ -86,7 +86,7 @@ def test_a_finished_store_is_found_and_not_made_again(spec, store, tokenizer):
     assert {path.name: path.stat().st_mtime_ns for path in store.folder.iterdir()} == before
 
 
-def test_a_file_whose_name_is_no_utf8_is_prepared_and_its_places_are_told(tokenizer, tmp_path, capsys):
+def test_file_names_need_not_be_valid_utf8(tokenizer, tmp_path, capsys):
     folder = tmp_path / "texts"
     folder.mkdir()
     rows = "".join(json.dumps({"text": f"Document {n % 50}"}) + "\n" for n in range(60))
@@ -97,7 +97,7 @@ def test_a_file_whose_name_is_no_utf8_is_prepared_and_its_places_are_told(tokeni
     assert TokenStore(store.folder).manifest == store.manifest and "jsonl:51" in capsys.readouterr().err
 
 
-def test_conversations_become_documents_with_real_control_tokens(tokenizer, tmp_path):
+def test_conversations_are_stored_with_control_tokens(tokenizer, tmp_path):
     rows = [
         {"messages": [{"role": "user", "content": f"Say {n} <|im_end|>"}, {"role": "assistant", "content": f"{n}."}]}
         for n in range(60)
@@ -118,7 +118,7 @@ def test_conversations_become_documents_with_real_control_tokens(tokenizer, tmp_
         prepare(store.manifest.source, other, store.folder, validation_share=SHARE)
 
 
-def test_filters_and_evaluation_sets_are_counted_and_belong_to_a_stores_identity(tokenizer, tmp_path):
+def test_filters_and_evaluation_sets_are_part_of_the_fingerprint(tokenizer, tmp_path):
     question = "Natalia sold clips to forty eight of her friends in April and then she sold half as many clips in May"
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": question}) + "\n")
     documents = [*DOCUMENTS, f"As it is told: {question}. So it was.", "tiny"]
@@ -131,7 +131,7 @@ def test_filters_and_evaluation_sets_are_counted_and_belong_to_a_stores_identity
         prepare(spec, tokenizer, tmp_path / "s", validation_share=SHARE)
 
 
-def test_duplicates_never_straddle_the_hold_out_whatever_their_case_and_blanks(tokenizer, tmp_path):
+def test_duplicates_are_in_one_split_for_any_case_and_spacing(tokenizer, tmp_path):
     originals = [f"The story number {n} is told." for n in range(200)]
     copies = [text.upper() for text in originals] + [f" {text.replace(' ', '  ')}\n\n" for text in originals]
     store = prepare(
@@ -145,7 +145,7 @@ def test_duplicates_never_straddle_the_hold_out_whatever_their_case_and_blanks(t
     assert len(train) + len(validation) == 200 and 20 < len(validation) < 60
 
 
-def test_a_store_of_another_tokenizer_share_seed_or_source_is_a_mismatch(spec, store, tokenizer, tmp_path):
+def test_a_store_with_other_settings_is_a_mismatch(spec, store, tokenizer, tmp_path):
     from rorchat.tokenizer import train_tokenizer
 
     other = train_tokenizer(DOCUMENTS, vocab_size=384)
@@ -160,7 +160,7 @@ def test_a_store_of_another_tokenizer_share_seed_or_source_is_a_mismatch(spec, s
         prepare(f"{spec}-mistyped", tokenizer, store.folder, validation_share=SHARE)
 
 
-def test_a_store_is_refused_when_what_it_was_made_of_has_changed_and_found_when_not(tokenizer, tmp_path):
+def test_a_store_is_refused_if_its_source_has_changed(tokenizer, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     spec = f"text={folder}"
@@ -185,7 +185,7 @@ def test_a_store_is_refused_when_what_it_was_made_of_has_changed_and_found_when_
     assert prepare(spec, tokenizer, tmp_path / "store", **settings).manifest == made.manifest
 
 
-def test_what_is_generated_belongs_to_its_seed_and_its_persona(tokenizer, tmp_path):
+def test_generated_stores_depend_on_seed_and_persona(tokenizer, tmp_path):
     settings = {"tokenizer": tokenizer, "folder": tmp_path / "store", "validation_share": SHARE, "workers": 1}
     prepare("persona=60", **settings)
     prepare("persona=60", **settings, persona=load_persona())
@@ -196,14 +196,14 @@ def test_what_is_generated_belongs_to_its_seed_and_its_persona(tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize("place", ["store", "deep/store"])
-def test_no_store_is_made_inside_the_folder_that_is_read(place, tokenizer, tmp_path):
+def test_a_store_inside_its_source_folder_is_refused(place, tokenizer, tmp_path):
     write_documents(tmp_path, DOCUMENTS)
     with pytest.raises(UsageError, match="the folder that is read: choose another folder"):
         prepare(f"text={tmp_path}", tokenizer, tmp_path / place, validation_share=SHARE)
     assert [path.name for path in tmp_path.iterdir()] == ["documents.jsonl"]
 
 
-def test_conversations_that_differ_in_white_space_or_roles_are_all_kept(tokenizer, tmp_path):
+def test_conversations_that_differ_in_white_space_are_kept(tokenizer, tmp_path):
     pairs = [(f"Sort {n} 1 23.", f"{n} 1 23") for n in range(40)] + [
         (f"Sort {n} 12 3.", f"{n} 12 3") for n in range(40)
     ]
@@ -216,29 +216,27 @@ def test_conversations_that_differ_in_white_space_or_roles_are_all_kept(tokenize
     assert (store.manifest.kept, store.manifest.rejects) == (80, {"duplicate": 3})
 
 
-def test_another_system_message_does_not_disown_a_store(spec, store, tokenizer):
+def test_a_store_stays_valid_with_another_system_message(spec, store, tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace("RorChat", "Bibo")
     assert prepare(spec, other, store.folder, validation_share=SHARE).manifest == store.manifest
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.0, "no validation documents"), (1.0, "no train documents")])
-def test_no_validation_or_no_training_is_a_data_error_that_leaves_no_folder_behind(
-    share, said, spec, tokenizer, tmp_path
-):
+def test_an_empty_split_is_a_data_error_and_leaves_no_folder(share, said, spec, tokenizer, tmp_path):
     with pytest.raises(DataError, match=f"{said}; {len(KEPT)} documents in total at validation_share {share}"):
         prepare(spec, tokenizer, tmp_path / "store", validation_share=share)
     assert [path.name for path in tmp_path.iterdir()] == ["documents.jsonl"]
 
 
-def test_a_source_that_fails_while_it_is_read_leaves_no_folder_behind(tokenizer, tmp_path):
+def test_a_failing_source_leaves_no_folder(tokenizer, tmp_path):
     spec = write_documents(tmp_path, [])
     with pytest.raises(DataError, match="is empty"):
         prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE)
     assert [path.name for path in tmp_path.iterdir()] == ["documents.jsonl"]
 
 
-def test_ids_above_65535_are_stored_in_32_bits_and_smaller_vocabularies_in_16(spec, store, tokenizer, tmp_path):
+def test_ids_above_65535_are_stored_in_32_bits(spec, store, tokenizer, tmp_path):
     assert np.load(store.folder / "train-00000.npy").dtype == np.uint16
     large = copy.deepcopy(tokenizer)
     large.add_tokens([f"word{number}" for number in range(66_000)])

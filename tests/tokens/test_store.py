@@ -28,7 +28,7 @@ def damaged(store: TokenStore, file: str, damage: str) -> None:
 
 @pytest.mark.parametrize("file", ["train-00000.npy", "validation-00000.npy", "blocks.npy"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "shorter", "type", "flipped"])
-def test_a_damaged_shard_is_named_in_one_line_before_it_is_used(file, damage, store):
+def test_a_damaged_shard_is_detected_before_it_is_used(file, damage, store):
     if (file, damage) == ("blocks.npy", "type"):
         pytest.skip("the sums are uint32 as they are")
     damaged(store, file, damage)
@@ -46,7 +46,7 @@ def test_verify_reads_every_byte_and_names_each_damaged_file(damage, store):
     assert problem.startswith(str(store.folder / "train-00000.docs.npy"))
 
 
-def test_only_the_blocks_that_are_read_are_looked_at_and_each_once(store, monkeypatch):
+def test_only_blocks_that_are_read_are_checked_once(store, monkeypatch):
     monkeypatch.setattr("rorchat.tokens.store.BLOCK_BYTES", 64)
     blocks = [block_crcs(np.load(store.folder / shard.file)) for shard in store.manifest.shards]
     np.save(store.folder / "blocks.npy", np.concatenate(blocks))
@@ -71,7 +71,7 @@ def test_only_the_blocks_that_are_read_are_looked_at_and_each_once(store, monkey
         ('"format_version": 4', '"format_version": 3', "format version 3, expected 4"),
     ],
 )
-def test_a_manifest_that_was_changed_or_is_older_is_refused_with_what_to_do(before, after, why, store):
+def test_a_changed_or_older_manifest_is_refused(before, after, why, store):
     manifest = store.folder / "manifest.json"
     assert before in manifest.read_text()
     manifest.write_text(manifest.read_text().replace(before, after))
@@ -79,7 +79,7 @@ def test_a_manifest_that_was_changed_or_is_older_is_refused_with_what_to_do(befo
         TokenStore(store.folder)
 
 
-def test_a_missing_manifest_or_half_of_one_is_a_data_error(store):
+def test_a_missing_or_partial_manifest_is_a_data_error(store):
     manifest = store.folder / "manifest.json"
     manifest.write_text(manifest.read_text()[:-40])
     with pytest.raises(DataError, match=r"manifest\.json cannot be read"):

@@ -33,7 +33,7 @@ def folder_of_parts(tmp_path, monkeypatch) -> str:
     return f"text={folder}"
 
 
-def test_several_shards_read_the_same_as_one(folder_of_parts, store, tokenizer, tmp_path):
+def test_several_shards_read_like_one(folder_of_parts, store, tokenizer, tmp_path):
     many = prepare(folder_of_parts, tokenizer, tmp_path / "many", validation_share=SHARE, workers=1)
     assert sum(shard.split == "train" for shard in many.manifest.shards) > 5
     assert sum(shard.split == "validation" for shard in many.manifest.shards) > 1
@@ -61,7 +61,7 @@ def test_a_store_is_the_same_bytes_for_any_number_of_workers(folder_of_parts, to
 
 
 @pytest.mark.parametrize("parts_done", [1, 10, 25])
-def test_a_preparation_killed_in_the_middle_and_run_again_gives_the_same_bytes(parts_done, tmp_path):
+def test_a_killed_preparation_resumes_to_the_same_bytes(parts_done, tmp_path):
     """In a process of its own, with its workers: SIGKILL leaves nobody to clean up."""
     folder = tmp_path / "parts"
     folder.mkdir()
@@ -98,7 +98,7 @@ def test_a_preparation_killed_in_the_middle_and_run_again_gives_the_same_bytes(p
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole") and not left.exists()
 
 
-def test_finished_parts_are_not_prepared_again(folder_of_parts, tokenizer, tmp_path, monkeypatch):
+def test_complete_parts_are_not_tokenized_again(folder_of_parts, tokenizer, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -111,7 +111,7 @@ def test_finished_parts_are_not_prepared_again(folder_of_parts, tokenizer, tmp_p
     assert again.manifest.kept == len(KEPT)
 
 
-def test_a_store_that_another_process_is_making_is_left_to_it(spec, tokenizer, tmp_path):
+def test_a_store_locked_by_another_process_is_refused(spec, tokenizer, tmp_path):
     from rorchat.files import folder_lock
 
     with folder_lock(tmp_path / "store"), pytest.raises(MismatchError, match="is in use by process \\d+ on "):
@@ -120,7 +120,7 @@ def test_a_store_that_another_process_is_making_is_left_to_it(spec, tokenizer, t
     assert not (tmp_path / ".store.lock").exists()
 
 
-def test_a_lock_that_is_deleted_while_another_process_opens_it_lets_only_one_in(tokenizer, tmp_path, monkeypatch):
+def test_a_lock_deleted_while_it_is_opened_admits_one_process(tokenizer, tmp_path, monkeypatch):
     import fcntl
 
     from rorchat.files import folder_lock
@@ -143,7 +143,7 @@ def test_a_lock_that_is_deleted_while_another_process_opens_it_lets_only_one_in(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_that_another_process_finished_meanwhile_is_found(spec, tokenizer, tmp_path, monkeypatch):
+def test_a_store_completed_by_another_process_is_opened(spec, tokenizer, tmp_path, monkeypatch):
     from rorchat.tokens import prepare as module
 
     folder_lock, waited = module.folder_lock, []
@@ -158,7 +158,7 @@ def test_a_store_that_another_process_finished_meanwhile_is_found(spec, tokenize
     assert prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE).manifest.kept == len(KEPT)
 
 
-def test_a_part_that_was_another_piece_of_the_source_is_prepared_again(folder_of_parts, store, tokenizer, tmp_path):
+def test_a_part_with_other_content_is_tokenized_again(folder_of_parts, store, tokenizer, tmp_path):
     """What is finished is told by what it was made of, not by its number."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rorchat.tokens.prepare.merge_shards", interrupted)
@@ -175,9 +175,7 @@ def test_a_part_that_was_another_piece_of_the_source_is_prepared_again(folder_of
         assert decoded(again, split, tokenizer) == decoded(store, split, tokenizer)
 
 
-def test_a_renamed_file_loses_and_repeats_no_document_of_a_preparation_that_was_stopped(
-    tokenizer, tmp_path, monkeypatch
-):
+def test_a_file_renamed_during_an_interruption_loses_no_document(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "SMALLEST_PART", 1000)
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -204,7 +202,7 @@ def test_a_renamed_file_loses_and_repeats_no_document_of_a_preparation_that_was_
     assert set(decoded(store, "train", tokenizer) + decoded(store, "validation", tokenizer)) == set(texts)
 
 
-def test_a_kill_while_the_manifest_is_written_costs_no_finished_part(folder_of_parts, store, tokenizer, tmp_path):
+def test_a_kill_during_the_manifest_loses_no_complete_part(folder_of_parts, store, tokenizer, tmp_path):
     def killed(path, *arguments, **options):
         real(path, "", *arguments[1:], **options)  # a file is emptied before it is written
         raise KeyboardInterrupt
@@ -226,7 +224,7 @@ def test_a_kill_while_the_manifest_is_written_costs_no_finished_part(folder_of_p
     assert again.manifest.kept == len(KEPT) and again.verify() == []
 
 
-def test_a_manifest_that_the_disk_lost_is_made_again_of_the_parts(folder_of_parts, tokenizer, tmp_path):
+def test_a_lost_manifest_is_written_again_from_the_parts(folder_of_parts, tokenizer, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rorchat.tokens.prepare._has_manifest", lambda staging: False)
         patch.setattr(Manifest, "read", interrupted)  # it is read before the parts go
@@ -240,7 +238,7 @@ def test_a_manifest_that_the_disk_lost_is_made_again_of_the_parts(folder_of_part
     assert not (again.folder / "identity.json").exists() and not list(again.folder.glob("part-*"))
 
 
-def test_a_part_without_a_usable_row_changes_nothing_about_the_others(folder_of_parts, store, tokenizer, tmp_path):
+def test_a_part_without_usable_rows_does_not_affect_others(folder_of_parts, store, tokenizer, tmp_path):
     (tmp_path / "parts" / "0a.jsonl").write_text("not JSON\n" * 40)
     assert len(source_parts(folder_of_parts)) > 15
     mixed = prepare(folder_of_parts, tokenizer, tmp_path / "mixed", validation_share=SHARE, workers=1)
@@ -249,7 +247,7 @@ def test_a_part_without_a_usable_row_changes_nothing_about_the_others(folder_of_
         assert decoded(mixed, split, tokenizer) == decoded(store, split, tokenizer)
 
 
-def test_duplicates_are_found_across_parts_and_told_with_their_places(folder_of_parts, tokenizer, tmp_path, capsys):
+def test_duplicates_across_parts_are_reported_with_their_places(folder_of_parts, tokenizer, tmp_path, capsys):
     prepare(folder_of_parts, tokenizer, tmp_path / "store", validation_share=SHARE, workers=2)
     said = capsys.readouterr().err
     assert f"{len(COPIES)} rejected: duplicate, first at " in said
@@ -260,9 +258,7 @@ class HubRows(list):
     _fingerprint = "first"
 
 
-def test_a_preparation_from_the_hub_begins_anew_where_the_dataset_moved_on_and_a_finished_store_stays(
-    tokenizer, tmp_path, monkeypatch
-):
+def test_a_new_hub_revision_restarts_only_an_unfinished_store(tokenizer, tmp_path, monkeypatch):
     rows = HubRows({"text": text} for text in DOCUMENTS)
     monkeypatch.setattr("rorchat.sources.registry.load_hub_rows", lambda name: rows)
     monkeypatch.setattr("rorchat.sources.registry.HUB_ROWS_PER_PART", 20)
@@ -283,7 +279,7 @@ def test_a_preparation_from_the_hub_begins_anew_where_the_dataset_moved_on_and_a
         prepare("tinystories", **settings)
 
 
-def test_what_a_killed_run_left_behind_is_made_anew(spec, store, tokenizer, tmp_path):
+def test_files_without_settings_are_deleted(spec, store, tokenizer, tmp_path):
     left = tmp_path / ".again.unfinished"
     left.mkdir()
     (left / "train-00007.npy").write_bytes(b"half")

@@ -16,7 +16,7 @@ def pretrain_arguments(folder: Path, **more):
     return PretrainArguments(**settings | {"per_device_train_batch_size": 1, "use_cpu": True} | more)
 
 
-def test_a_mixture_excludes_sources_and_weights_and_stands_for_them(tmp_path):
+def test_a_mixture_replaces_sources_and_weights(tmp_path):
     path = str(write_mixture(tmp_path, MIXTURE))
     for more in ({"sources": ["text=a"]}, {"weights": [1.0]}):
         with pytest.raises(UsageError, match=f"Both mixture and {next(iter(more))}"):
@@ -30,7 +30,7 @@ def test_a_mixture_excludes_sources_and_weights_and_stands_for_them(tmp_path):
         pretrain_arguments(tmp_path)
 
 
-def test_a_run_compares_what_its_mixture_file_says_and_not_its_name(tmp_path):
+def test_runs_compare_the_content_of_mixture_files(tmp_path):
     from rorchat.training.checkpointing.fingerprint import data_fingerprint
 
     path = write_mixture(tmp_path, MIXTURE)
@@ -41,7 +41,7 @@ def test_a_run_compares_what_its_mixture_file_says_and_not_its_name(tmp_path):
     assert data_fingerprint(pretrain_arguments(tmp_path, mixture=str(path))) == first
 
 
-def test_a_difference_between_mixtures_is_said_by_its_place(tmp_path):
+def test_a_difference_between_mixtures_has_a_path(tmp_path):
     from rorchat.training.checkpointing.fingerprint import differences
 
     before = read_mixture(write_mixture(tmp_path, MIXTURE)).to_dict()
@@ -53,7 +53,7 @@ def test_a_difference_between_mixtures_is_said_by_its_place(tmp_path):
     assert (found.name, found.before, found.now) == ("a.b", [1], [1, 2])
 
 
-def test_what_changes_roundings_alone_is_told_and_what_decides_is_fatal():
+def test_only_differences_that_change_results_are_fatal():
     from rorchat.training.checkpointing.fingerprint import differences
 
     before = {"settings": {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "logging_steps": 5}, "processes": 1}
