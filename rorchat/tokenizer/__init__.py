@@ -203,7 +203,7 @@ def _load_any(name_or_path: str):
     if folder.is_dir():
         names = {path.name for path in folder.iterdir()}
         if "tokenizer.json" not in names and {"vocab.json", "merges.txt"} <= names:
-            # Not GPT2TokenizerFast(vocab_file=..., merges_file=...): in transformers 5.23 that silently gives a vocabulary of one token
+            # Not GPT2TokenizerFast(vocab_file=..., ...): in transformers 5.23 it silently has one token
             return GPT2Tokenizer.from_pretrained(folder)
         if "tokenizer.json" not in names:
             raise DataError(
