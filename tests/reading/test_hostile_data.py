@@ -102,7 +102,7 @@ def hostile_lines(name: str) -> list[bytes]:
 def check_counts(path: Path, name: str) -> tuple[object, list[dict]]:
     """(statistics of `check`, rejected rows that it wrote), after comparing their counts."""
     rejects = io.StringIO()
-    stats = check_source(str(path), shape=name, rejects=rejects).stats
+    stats = check_source(str(path), row_format=name, rejects=rejects).stats
     rejected_rows = [json.loads(line) for line in rejects.getvalue().splitlines()]
     assert stats.rows_in == stats.kept + sum(stats.rejects.values())
     assert len(rejected_rows) == sum(stats.rejects.values())
