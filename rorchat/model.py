@@ -164,9 +164,9 @@ def load_checkpoint(name_or_path: str, tokenizer, seed: int = 0) -> "GPT2LMHeadM
     # vocab_size counts no added tokens: GPT-2's 50,257 match the 50,257 rows of its model
     if not tokenizer.vocab_size <= rows <= len(tokenizer):
         raise MismatchError(
-            f"The model {name_or_path!r} has {rows:,} embedding rows, but the tokenizer has {tokenizer.vocab_size:,} "
-            f"tokens ({len(tokenizer):,} with added ones), so they do not belong together. Give the tokenizer that the "
-            "model was trained with."
+            f"The model {name_or_path!r} has {rows:,} embedding rows, but the tokenizer has {len(tokenizer):,} tokens "
+            f"({tokenizer.vocab_size:,} without added ones), so they do not belong together. Give the "
+            "tokenizer that the model was trained with."
         )
     set_seed(seed)
     if rows < len(tokenizer):
