@@ -1,4 +1,4 @@
-"""Chat: the encoder and the template agree, only replies carry labels, and no text becomes a control token."""
+"""Encoder and template agree, only replies have labels, and no text becomes a control token."""
 
 import json
 import random

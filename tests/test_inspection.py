@@ -1,4 +1,4 @@
-"""DOCTOR: every row of a file is kept or counted with its reason and place, and what `show` shows is what trains."""
+"""Every row is kept or counted with reason and place, and `show_row` shows the tokens that training sees."""
 
 import gzip
 import io

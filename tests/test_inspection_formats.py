@@ -1,4 +1,4 @@
-"""DOCTOR, shapes: what a path holds is told by its rows, and one that holds nothing known is one line."""
+"""The row format of a path is guessed from its rows; an unknown format is an error of one line."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from rorchat.sources.registry import find_source, list_sources
 HUMAN, GPT = {"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi!"}
 ALPACA = [{"instruction": f"Name colour {n}.", "input": "", "output": "Red."} for n in range(5)]
 PAIRS = [{"prompt": f"What is red, {n}?", "chosen": "A colour.", "rejected": "No."} for n in range(5)]
-SHAPED = {
+FORMATTED = {
     "rows.jsonl": ("messages", lines_of([exchange(f"Hello {n}") for n in range(5)])),
     "rows.json": ("messages", json.dumps([exchange(f"Hello {n}") for n in range(5)], indent=2)),
     "sharegpt.json": ("messages", json.dumps([{"conversations": [HUMAN, GPT]}] * 5)),
@@ -53,13 +53,13 @@ SHAPED = {
     "files.jsonl": ("the_stack", lines_of(find_source("the_stack").raw)),
     "dialogs.jsonl": ("dailydialog", lines_of(find_source("dailydialog").raw[1:])),
     "half_bad.jsonl": ("messages", lines_of([exchange()] * 3 + [b"{", b"5", b"\xff", {"text": "a"}])),
-    "all_faulty.jsonl": ("messages", lines_of([exchange("Hello", "")] * 3)),  # of the right shape, none can be used
+    "all_faulty.jsonl": ("messages", lines_of([exchange("Hello", "")] * 3)),  # the right format, but unusable
 }
 
 
-@pytest.mark.parametrize("name", SHAPED)
+@pytest.mark.parametrize("name", FORMATTED)
 def test_the_row_format_is_guessed_from_the_rows(name, tmp_path, monkeypatch):
-    shape, content = SHAPED[name]
+    shape, content = FORMATTED[name]
     written(tmp_path, name, content)
     monkeypatch.chdir(tmp_path)  # the name of this test stands in tmp_path
     assert guess_row_format(Path(name)) == shape

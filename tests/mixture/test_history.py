@@ -1,4 +1,4 @@
-"""A mixture appended to a plan: what was planned before stays, what is new is as exact, and no row is lost between."""
+"""An appended mixture keeps all earlier rows, follows its budgets, and loses no row."""
 
 import json
 import time
@@ -20,7 +20,7 @@ HALF = {"s0": 50, "s1": 50, "s2": 50}
 
 
 def appended(past: Plan, number: int) -> Plan:
-    """A random mixture behind a random row of a plan: some sources go on, some are gone, some are new."""
+    """Appends a random mixture at a random row of a plan: some sources continue, some are removed, some are new."""
     draw = np.random.default_rng(10_000 + number)
     kept = [name for name in past.names if name == "s0" or draw.random() < 0.6]
     names = [*kept, *(f"n{number}-{n}" for n in range(draw.integers(0, 3)))]
@@ -46,8 +46,8 @@ def appended(past: Plan, number: int) -> Plan:
     return Plan(config, windows, past.rows, past.block_size, past, start)
 
 
-def worst_behind(plan: Plan, sources: np.ndarray) -> float:
-    """By how many rows any source is off at any prefix of the rows behind the seam, summed up row by row."""
+def largest_deviation(plan: Plan, sources: np.ndarray) -> float:
+    """The largest deviation of a source from its budget after `plan.start`, computed row by row."""
     shares = np.zeros((plan.rows - plan.start, len(plan.names)))
     for segment in (segment for phase in plan.phases for segment in phase.segments if segment.start >= plan.start):
         first, last = (np.array(end) / UNIT for end in (segment.first, segment.last))
@@ -67,12 +67,12 @@ def test_an_appended_mixture_keeps_earlier_rows_and_loses_none():
             assert (found[: plan.start] == located(past)[: plan.start]).all(), number
             counts = [0] * len(plan.names)
             for source, count in found:
-                assert counts[source] == count, (number, part)  # 0, 1, 2 ... over the seam, without a gap
+                assert counts[source] == count, (number, part)  # consecutive across the start of the new plan
                 counts[source] += 1
             for rows in (0, 1, plan.start - 1, plan.start, plan.start + 1, plan.rows):
                 for source in range(len(plan.names)):
                     assert plan.count(source, rows) == (found[:rows, 0] == source).sum(), (number, part, rows)
-            worst = worst_behind(plan, found[:, 0])
+            worst = largest_deviation(plan, found[:, 0])
             assert worst <= (1 if len(plan.active) <= 4 else MAX_DEVIATION) + 1e-9, (number, part, worst)
             off = [abs(count - plan.budget(source, plan.rows)) for source, count in enumerate(counts)]
             assert max(off) <= plan.bound + 1e-6
@@ -144,7 +144,7 @@ def test_epochs_and_limits_include_the_previous_plan():
     used_up = config_of(Phase(share=1.0, weights={"s0": 1, "s1": 1}), s0={"max_epochs": 2})
     assert Plan(used_up, HALF, 1000, 16, past, 200).count(0, 1000) == 100
     rests = config_of(Phase(share=1.0, weights={"s1": 1}), s0={"max_epochs": 1})
-    assert not Plan(rests, HALF, 1000, 16, past, 200).notices  # of a source that has no part there is nothing to tell
+    assert not Plan(rests, HALF, 1000, 16, past, 200).notices  # an unused source gives no notice
     with pytest.raises(DataError, match=r"phase 1 has no source left after 3,\d+ of 16,000 tokens: s0 \(max_epochs 2"):
         Plan(config_of(Phase(share=1.0, weights={"s0": 1}), s0={"max_epochs": 2}), HALF, 1000, 16, past, 200)
 

@@ -12,17 +12,17 @@ PLANS = 200
 
 
 def budgets(plan: Plan) -> np.ndarray:
-    """(rows + 1, sources): what every source should have at every prefix, summed up row by row, not in closed form."""
+    """(rows + 1, sources): the budget of every source at every row, summed row by row instead of in closed form."""
     shares = np.zeros((plan.rows, len(plan.names)))
     for phase in plan.phases:
         for segment in phase.segments:
             first, last = (np.array(end) / UNIT for end in (segment.first, segment.last))
-            middle = (np.arange(segment.rows) + 0.5)[:, None] / segment.rows  # of a straight line: exact
+            middle = (np.arange(segment.rows) + 0.5)[:, None] / segment.rows  # exact for a linear segment
             shares[segment.start : segment.end] = first + middle * (last - first)
     return np.concatenate([np.zeros((1, len(plan.names))), np.cumsum(shares, axis=0)])
 
 
-def errors(plan: Plan, sources: np.ndarray) -> float:
+def largest_deviation(plan: Plan, sources: np.ndarray) -> float:
     seen = np.cumsum(sources[:, None] == np.arange(len(plan.names)), axis=0)
     return float(np.abs(seen - budgets(plan)[1:]).max())
 
@@ -34,12 +34,12 @@ def test_random_plans_follow_their_budgets_and_lose_no_row():
         found = located(plan)
         counts = [0] * len(plan.names)
         for source, count in found:
-            assert counts[source] == count, number  # 0, 1, 2 ... without a gap
+            assert counts[source] == count, number  # consecutive
             counts[source] += 1
         for rows in (0, 1, plan.rows // 3, plan.rows):
             for source in range(len(plan.names)):
                 assert plan.count(source, rows) == (found[:rows, 0] == source).sum(), number
-        worst = errors(plan, found[:, 0])
+        worst = largest_deviation(plan, found[:, 0])
         assert worst <= (1 if len(plan.names) <= 4 else MAX_DEVIATION) + 1e-9, (number, worst)
         assert worst <= plan.bound + 1e-9 and (len(plan.names) > 4 or plan.bound <= 1), (number, worst, plan.bound)
         guaranteed += plan.bound <= 1
@@ -60,5 +60,5 @@ def test_deviation_stays_within_the_bound_for_single_sources_in_turn():
             phases += [Phase(share=0.9 / sources, weights={f"s{n}": 1.0}) for n in draw.permutation(sources)]
             names = {f"s{n}": 100 for n in range(sources)}
             plan = Plan(config_of(*phases, sources=sources), names, int(draw.integers(300, 500)), 16)
-            worst = errors(plan, located(plan)[:, 0])
+            worst = largest_deviation(plan, located(plan)[:, 0])
             assert worst <= min(plan.bound, 1 if sources <= 4 else MAX_DEVIATION) + 1e-9

@@ -1,4 +1,4 @@
-"""Packing loses nothing, fills rows, and changes neither loss nor gradient: no sequence sees another."""
+"""Packing loses no sequence, fills rows, and does not change loss or gradients."""
 
 import copy
 import sys
@@ -29,7 +29,7 @@ def drawn(count: int, most: int = WINDOW, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(1, most + 1, count).tolist()
 
 
-def rows_of_best_fit_decreasing(lengths: list[int], window: int) -> int:
+def count_best_fit_decreasing_rows(lengths: list[int], window: int) -> int:
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [(room, number) for number, room in enumerate(rooms) if room >= length]
@@ -48,7 +48,7 @@ def test_every_sequence_is_in_one_row_and_rows_are_full(seed):
     for number, row in enumerate(rows):
         room = WINDOW - sum(lengths[index] for index in row)
         assert 0 <= room < min((lengths[index] for later in rows[number + 1 :] for index in later), default=WINDOW + 1)
-    assert len(rows) <= rows_of_best_fit_decreasing(lengths, WINDOW)
+    assert len(rows) <= count_best_fit_decreasing_rows(lengths, WINDOW)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ def stock() -> GPT2LMHeadModel:
     )
 
 
-def of_each_alone(model: GPT2LMHeadModel, given: Sequences) -> dict[str, torch.Tensor]:
-    """The mean loss over all labels, and its gradients, by plain Transformers, one sequence after the other."""
+def separate_loss_and_gradients(model: GPT2LMHeadModel, given: Sequences) -> dict[str, torch.Tensor]:
+    """Mean loss over all labels and its gradients by plain Transformers, one sequence at a time."""
     model = copy.deepcopy(model).train()
     asked, total = 0, torch.zeros(())
     for row in given:
@@ -119,7 +119,9 @@ def of_each_alone(model: GPT2LMHeadModel, given: Sequences) -> dict[str, torch.T
     return {"loss": (total / asked).detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
-def of_packed(model: GPT2LMHeadModel, given: Sequences, checkpointing: bool = False) -> dict[str, torch.Tensor]:
+def packed_loss_and_gradients(
+    model: GPT2LMHeadModel, given: Sequences, checkpointing: bool = False
+) -> dict[str, torch.Tensor]:
     model = copy.deepcopy(model).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -133,7 +135,7 @@ def of_packed(model: GPT2LMHeadModel, given: Sequences, checkpointing: bool = Fa
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_rows_equal_separate_sequences_in_loss_and_gradients(stock, checkpointing):
     given = sequences()
-    expected, found = of_each_alone(stock, given), of_packed(stock, given, checkpointing)
+    expected, found = separate_loss_and_gradients(stock, given), packed_loss_and_gradients(stock, given, checkpointing)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-5), name

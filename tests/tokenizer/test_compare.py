@@ -1,4 +1,4 @@
-"""Tokenizers side by side: the figures by hand, the embedded domains, the command and what it refuses."""
+"""Comparison of tokenizers: measures checked by hand, the embedded domains, the command and its errors."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Tokenizers: real control tokens from birth or added, text comes back, a fingerprint that means the ids."""
+"""Tokenizers have control tokens, reproduce text, and have a fingerprint of their ids."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Text in common with evaluation sets: found wherever it stands, and never where it does not."""
+"""Text in common with evaluation sets is found, without false positives."""
 
 import json
 import pickle
@@ -43,7 +43,7 @@ def test_thirteen_common_words_match_and_twelve_do_not(tmp_path):
 
 def test_strings_are_compared_separately_and_rows_are_named(tmp_path):
     rows = [
-        {"question": numbered(1, 12), "answer": numbered(13, 24)},  # short ones, which do not make a long one together
+        {"question": numbered(1, 12), "answer": numbered(13, 24)},  # two short strings are not compared as one
         {"nested": [{"deep": (numbered(101, 120),)}], "number": 5, "none": None},
         {"short": "a"},
         {"last": numbered(201, 220)},
@@ -133,7 +133,7 @@ def test_a_gsm8k_question_inside_prose_is_found(shared_data):
     text.check(prose[3])
 
 
-# (path under shared/data, a passage that stands in it)
+# (path in shared/data, keys that lead to a passage)
 SETS = [
     ("hellaswag", ("endings", 0)), ("lambada/lambada_test.jsonl", ("text",)), ("human_eval", ("prompt",)),
 ]  # fmt: skip
@@ -168,7 +168,7 @@ def test_mmlu_and_squad_are_read_whole(shared_data):
 
 
 def test_evaluation_text_can_be_pickled(tmp_path):
-    """As multiprocessing sends it to workers where they are spawned (macOS, Windows); nothing is written to a file."""
+    """Spawned workers (macOS, Windows) receive it by pickle."""
     text = evaluation(tmp_path, {"a": numbered(1, 40)})
     assert pickle.loads(pickle.dumps(text)).find(numbered(1, 20)) == text.find(numbered(1, 20))
 
@@ -224,7 +224,7 @@ def test_rows_of_real_sets_without_long_strings_are_counted(path, rows, short, s
 def test_an_evaluation_set_without_a_window_is_refused(tmp_path):
     with pytest.raises(DataError, match="has no string of 13 words in its 1 rows: nothing would be compared"):
         evaluation(tmp_path, {"a": numbered(1, 12)})
-    with pytest.raises(DataError, match="has no string of 13 words"):  # another set does not make up for it
+    with pytest.raises(DataError, match="has no string of 13 words"):  # even if another set has one
         evaluation(tmp_path, {"a": numbered(1, 20)}, name="good.jsonl")
         EvaluationText.read([str(tmp_path / "good.jsonl"), str(tmp_path / "test.jsonl")])
 

@@ -13,7 +13,7 @@ from rorchat.tokenizer import SPLIT_PATTERN, train_tokenizer
 from rorchat.tokens import encode
 from rorchat.tokens.encode import GPT2_PATTERN, MAX_WORD_BYTES, Encoder, WordTooLongError
 
-# What the splitting patterns treat apart: contractions, blanks of every kind, numbers, marks, emoji, control strings
+# Everything the splitting patterns distinguish: contractions, white space, numbers, marks, emoji, control strings
 PIECES = (
     """'s 't 're 've 'm 'll 'd 'S ' '' "' a don l e é ß 你 好 1 23 ½ ٣ ² Ⅷ 🙂 👩‍🔬 ... ! _ $ ’s ’ ſ ʼ 'lol 'r 'v
 <|endoftext|> <|im_end|> <| x'llama 𝔘 Ａ ́ ﻿ ​""".split()
@@ -33,7 +33,7 @@ def random_text(draw: random.Random) -> str:
 
 
 def encoded(encoder: Encoder, texts: list[str]) -> list[list[int]]:
-    """The ids of each text, without the <|endoftext|> with which each begins."""
+    """The ids of each text without the leading <|endoftext|>."""
     ids, lengths = encoder.encode(texts)
     assert lengths.sum() == len(ids) and len(lengths) == len(texts)
     documents = np.split(ids, np.cumsum(lengths)[:-1])
@@ -95,7 +95,7 @@ def test_another_splitting_pattern_is_left_to_the_tokenizer(tokenizer):
 
 
 def test_hand_written_merges_are_left_to_the_tokenizer(tokenizer):
-    """With `b c` before `a b`, no text ever comes to `ab c`; but tiktoken would merge `a bc` to the same union."""
+    """With the merge `b c` before `a b`, BPE never reaches `ab c`, but tiktoken would merge `a bc` to `abc`."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = {token: number for token, number in backend["model"]["vocab"].items() if number < 16 + 256}
     merges = [["b", "c"], ["a", "b"], ["ab", "c"]]

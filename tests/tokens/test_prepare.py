@@ -1,4 +1,4 @@
-"""TOKENS: what is stored is what was read."""
+"""A prepared store contains exactly the usable documents of its source."""
 
 import copy
 import dataclasses
@@ -34,7 +34,7 @@ def test_every_document_follows_an_end_of_text(store, tokenizer):
         for token in [end, *ids]
     ]
     assert store.slice("train", 0, store.tokens("train")).tolist() == expected
-    # A text that spells a control token does not begin a document
+    # A control string in a text does not start a document
     assert expected.count(end) == store.manifest.total("train", "documents")
 
 
@@ -79,7 +79,7 @@ def test_a_second_run_writes_the_same_bytes(spec, store, tokenizer, tmp_path):
 
 
 def test_a_complete_store_is_opened_without_reading_the_source(spec, store, tokenizer):
-    Path(spec.partition("=")[2]).unlink()  # it would fail if it were read again
+    Path(spec.partition("=")[2]).unlink()  # reading it again would fail
     before = {path.name: path.stat().st_mtime_ns for path in store.folder.iterdir()}
     found = prepare(spec, tokenizer, store.folder, validation_share=SHARE)
     assert found.manifest == store.manifest
@@ -170,7 +170,7 @@ def test_a_store_is_refused_if_its_source_has_changed(tokenizer, tmp_path):
     made = prepare(spec, tokenizer, tmp_path / "store", **settings)
     (folder / ".DS_Store").write_bytes(b"\0")
     (folder / "notes.doc").write_bytes(b"\0")
-    for seed in (0, 1):  # which plays no part in files
+    for seed in (0, 1):  # not used for files
         assert prepare(spec, tokenizer, tmp_path / "store", seed=seed, **settings).manifest == made.manifest
     before = (folder / "documents.jsonl").read_text()
     (folder / "documents.jsonl").write_text(before.replace("small", "great"))
@@ -181,7 +181,7 @@ def test_a_store_is_refused_if_its_source_has_changed(tokenizer, tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps({"q": "nothing of that kind " * 5}))
     with pytest.raises(MismatchError, match=f"evaluation differs in {tmp_path / 'test.jsonl'}"):
         prepare(spec, tokenizer, tmp_path / "store", **settings)
-    (tmp_path / "test.jsonl").unlink()  # what is gone has not changed
+    (tmp_path / "test.jsonl").unlink()  # missing files count as unchanged
     assert prepare(spec, tokenizer, tmp_path / "store", **settings).manifest == made.manifest
 
 

@@ -1,4 +1,4 @@
-"""TOKENS, parts: read by any number of workers, stopped at any place and gone on with, the store is the same."""
+"""A store has the same bytes for any number of workers, and after any interruption."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def interrupted(*_):
 
 @pytest.fixture
 def folder_of_parts(tmp_path, monkeypatch) -> str:
-    """The documents in seven files of two formats, in parts so small that a file is read in several."""
+    """The documents in seven files, with parts so small that each file has several."""
     monkeypatch.setattr(parts, "SMALLEST_PART", 300)
     folder = tmp_path / "parts"
     folder.mkdir()
@@ -62,7 +62,7 @@ def test_a_store_is_the_same_bytes_for_any_number_of_workers(folder_of_parts, to
 
 @pytest.mark.parametrize("parts_done", [1, 10, 25])
 def test_a_killed_preparation_resumes_to_the_same_bytes(parts_done, tmp_path):
-    """In a process of its own, with its workers: SIGKILL leaves nobody to clean up."""
+    """In a separate process, because nothing cleans up after SIGKILL."""
     folder = tmp_path / "parts"
     folder.mkdir()
     for number in range(40):
@@ -129,7 +129,7 @@ def test_a_lock_deleted_while_it_is_opened_admits_one_process(tokenizer, tmp_pat
     holder.__enter__()
     flock, opened = fcntl.flock, []
 
-    def late(file, operation):  # the holder is done between the opening of the file and its locking
+    def late(file, operation):  # the holder finishes after the file is opened and before it is locked
         opened.append(file)
         if len(opened) == 1:
             holder.__exit__(None, None, None)
@@ -159,7 +159,7 @@ def test_a_store_completed_by_another_process_is_opened(spec, tokenizer, tmp_pat
 
 
 def test_a_part_with_other_content_is_tokenized_again(folder_of_parts, store, tokenizer, tmp_path):
-    """What is finished is told by what it was made of, not by its number."""
+    """Complete parts are identified by their content, not by their number."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rorchat.tokens.prepare.merge_shards", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -204,7 +204,7 @@ def test_a_file_renamed_during_an_interruption_loses_no_document(tokenizer, tmp_
 
 def test_a_kill_during_the_manifest_loses_no_complete_part(folder_of_parts, store, tokenizer, tmp_path):
     def killed(path, *arguments, **options):
-        real(path, "", *arguments[1:], **options)  # a file is emptied before it is written
+        real(path, "", *arguments[1:], **options)  # truncated before it is written
         raise KeyboardInterrupt
 
     real = Path.write_text
@@ -218,7 +218,7 @@ def test_a_kill_during_the_manifest_loses_no_complete_part(folder_of_parts, stor
         with pytest.raises(KeyboardInterrupt):
             prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
         names = {file.name for file in (tmp_path / ".again.unfinished").iterdir()}
-        assert "blocks.npy" in names and "manifest.json" not in names  # so far it had come
+        assert "blocks.npy" in names and "manifest.json" not in names  # the merge was almost complete
         patch.setattr(Path, "write_text", real)
         again = prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
     assert again.manifest.kept == len(KEPT) and again.verify() == []
@@ -227,7 +227,7 @@ def test_a_kill_during_the_manifest_loses_no_complete_part(folder_of_parts, stor
 def test_a_lost_manifest_is_written_again_from_the_parts(folder_of_parts, tokenizer, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rorchat.tokens.prepare._has_manifest", lambda staging: False)
-        patch.setattr(Manifest, "read", interrupted)  # it is read before the parts go
+        patch.setattr(Manifest, "read", interrupted)  # it is read before the parts are deleted
         with pytest.raises(KeyboardInterrupt):
             prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
     (tmp_path / ".again.unfinished" / "manifest.json").write_text("")
