@@ -57,7 +57,7 @@ def test_combined_metrics_are_computed_at_once_and_in_batches():
 def test_an_answer_with_an_alternative_is_wrong():
     question = {"kind": "place", "text": "Where?", "answer": "mill", "alternatives": ["mill", "lake"]}
     result = ExactAnswer().compute(predictions=REPLIES[:2], references=[question] * 2)
-    assert result == {"exact_answer": 0.75}
+    assert result == {"exact_answer": 0.5}
 
 
 @pytest.mark.parametrize("metric", CLASSES)
