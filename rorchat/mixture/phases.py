@@ -106,9 +106,8 @@ class PhasePlanner:
     def _target_shares(self, phase: Phase, before: Shares, number: int) -> tuple[Shares, Shares]:
         """The shares at the start and the end of a phase, over the available sources."""
         weights_by_name = phase.weights or phase.ramp_to
-        if (
-            weights_by_name is None
-        ):  # also after a previous mixture the first phase mixes by size, to include new sources
+        if weights_by_name is None:
+            # The first phase mixes by size, even after a previous mixture: otherwise new sources would have no share
             same = before if number > 1 else to_units(self._only_active(self.rows_per_epoch))
             return same, same
         weights = self._only_active([weights_by_name.get(name, 0.0) for name in self.names])

@@ -57,17 +57,19 @@ class Plan:
         self.phases = previous.phases_until(start, len(self.names)) if previous else []
         self._notices = [notice for notice in previous._notices if notice[0] < start] if previous else []
         self._notices += self._missing_sources([name for name in config.sources if name not in rows_per_epoch])
+        used = [float(count) for count in self.rows_before]
+        before = self.phases[-1].ends_with if previous else ()
         planner = PhasePlanner(
-            config=config,
-            names=self.names,
-            rows_per_epoch=self.rows_per_epoch,
-            active=self.active,
-            used=[float(count) for count in self.rows_before],
-            before=self.phases[-1].ends_with if previous else (),
-            start=start,
-            rows=rows,
-            block_size=block_size,
-            n_previous=len(self.phases),
+            config,
+            self.names,
+            self.rows_per_epoch,
+            self.active,
+            used,
+            before,
+            start,
+            rows,
+            block_size,
+            len(self.phases),
         )
         phases = planner.plan()
         self._notices += planner.notices
