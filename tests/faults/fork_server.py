@@ -52,11 +52,12 @@ import transformers.modeling_utils
 import rorchat.model as model_module
 from rorchat.errors import exits_with_one_line
 from rorchat.mixture.plan import Plan
-from rorchat.training import oom_recovery, run_folder, stage
+from rorchat.training import arguments, oom_recovery, run_folder, stage
+from rorchat.training import run as run_module
 from rorchat.training.callbacks.divergence import DivergenceCallback
-from rorchat.training.checkpointing import trainer_mixin
+from rorchat.training.checkpointing import resume_plan, trainer_mixin
 from rorchat.training.checkpointing.checkpoint import Checkpoints
-from rorchat.training.checkpointing.mirror import FolderPlace, Mirror
+from rorchat.training.checkpointing.mirror import FolderStorage, Mirror
 from rorchat.training.checkpointing.trainer_mixin import CheckpointMixin
 from rorchat.training.dpo import ChatDPOTrainer
 from rorchat.training.pretrain import PretrainTrainer
@@ -94,7 +95,7 @@ class FileOperations:
         if "mirroring" in self.fault:
             wait_for_copies()
             wanted = self.fault["mirroring"]
-            self.activate_in(FolderPlace, "put", lambda place, checkpoint, run: checkpoint.step == wanted)
+            self.activate_in(FolderStorage, "upload", lambda storage, checkpoint, run: checkpoint.step == wanted)
         else:
             wanted = self.fault.get("during")
             self.activate_in(
@@ -215,8 +216,8 @@ def add_dropout(probability: float) -> None:
 def send_signal(fault: dict) -> None:
     owner, name = {
         "forward": (StageTrainer, "training_step"),
-        "save": (CheckpointMixin, "_write"),
-        "evaluate": (StageTrainer, "validation_loss"),
+        "save": (CheckpointMixin, "_write_checkpoint"),
+        "evaluate": (StageTrainer, "loss_on"),
     }[fault["where"]]
 
     def sending(original, trainer, *args, **kwargs):
@@ -252,19 +253,19 @@ def wait_for_copies() -> None:
     def waiting(original, mirror, *args):
         original(mirror, *args)
         with mirror._changed:
-            mirror._changed.wait_for(mirror._idle)
+            mirror._changed.wait_for(mirror._is_idle)
 
     wrap(Mirror, "offer", waiting)
 
 
 def remove_mirror(step: int) -> None:
-    def put(original, place, checkpoint, run):
+    def upload(original, storage, checkpoint, run):
         if checkpoint.step == step:
-            shutil.rmtree(place.checkpoints.folder)
-        original(place, checkpoint, run)
+            shutil.rmtree(storage.checkpoints.folder)
+        original(storage, checkpoint, run)
 
     wait_for_copies()
-    wrap(FolderPlace, "put", put)
+    wrap(FolderStorage, "upload", upload)
 
 
 def log_rows(folder: str) -> None:
@@ -289,14 +290,14 @@ def begin_in_place(checkpoints: Checkpoints, step: int) -> Path:
 #: (owner, attribute, harmless replacement) of each protection that "off" can switch off.
 PROTECTIONS = {
     "staging": (Checkpoints, "begin", begin_in_place),
-    "trainer state": (trainer_mixin._State, "on_train_begin", lambda *_, **__: None),
+    "trainer state": (trainer_mixin._RestoreCallback, "on_train_begin", lambda *_, **__: None),
     "divergence": (DivergenceCallback, "on_pre_optimizer_step", lambda *_, **__: None),
-    "storage failure": (trainer_mixin, "storage_failure", lambda save: save() and None),
+    "storage failure": (trainer_mixin, "find_storage_failure", lambda save: save() and None),
     "oom recovery": (oom_recovery, "is_out_of_memory", lambda error: False),
     "folder lock": (run_folder, "folder_lock", lambda folder: contextlib.nullcontext()),
     "finite check": (CheckpointMixin, "is_finite", lambda trainer: True),
-    "fingerprint": (run_folder, "differences", lambda *_: []),
-    "lost peer": (run_folder, "is_lost_peer", lambda error: False),
+    "fingerprint": (resume_plan, "compare_metadata", lambda *_, **__: []),
+    "lost peer": (run_module, "is_lost_peer", lambda error: False),
     "signals": (run_folder, "handle_signals", contextlib.nullcontext),
 }
 
@@ -389,7 +390,7 @@ def launcher_environments(processes: int) -> list[dict[str, str]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    stage.use_all_cores = lambda: None  # threads do not survive a fork
+    arguments.use_all_cores = lambda: None  # threads do not survive a fork
     stage.get_peak_flops = lambda precision, on_gpu: (1e12, "measured")  # measuring takes 0.5 s
     Plan.draw = lambda *_: None  # drawing takes 1 s
     for name in STAGES:  # imports what the recipes import

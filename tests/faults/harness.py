@@ -142,6 +142,45 @@ def _is_intact(checkpoint) -> bool:
     return True
 
 
+def kill_during_save(
+    sandbox: Sandbox,
+    start: Path,
+    expected: Path,
+    every: int = 1,
+    only: tuple[str, ...] = (),
+    processes: int = 1,
+    **fault,
+) -> dict[str, str]:
+    """Kill copies of the run `start` during the save of step 6, which also removes a checkpoint, and resume them.
+
+    After each kill, the newest intact checkpoint must be of step 4 or 6, and the resumed run must end with the weights
+    of the run `expected`.
+
+    Args:
+        every: Kill at every n-th file operation of the save.
+        only: Names of the operations at which to kill; all by default.
+
+    Returns:
+        What is wrong, by operation.
+    """
+    fault["during"] = 6
+    operations = sandbox.operations(sandbox.new_folder(start), fault, processes=processes)
+    print(f"{len(operations)} operations", *operations, sep="\n")  # noqa: T201
+    chosen = [(n, name) for n, name in enumerate(operations, 1) if not only or name.split()[0] in only][::every]
+    assert chosen
+    wrong = {}
+    for number, operation in chosen:
+        out = sandbox.new_folder(start)
+        killed = sandbox.run(out, fault | {"kill_at": number}, processes=processes)
+        newest = max(verified_steps(out), default=0)
+        resumed = sandbox.run(out, {key: fault[key] for key in fault if key == "no_rename"}, processes=processes)
+        was_killed = killed.code == -signal.SIGKILL if processes == 1 else killed.code != 0
+        if not was_killed or newest not in (4, 6) or resumed.code or weights_sha256(out) != weights_sha256(expected):
+            wrong[f"{number} {operation}"] = f"{killed.code}, step {newest}, {resumed.code}: {resumed.output}"
+        shutil.rmtree(out)
+    return wrong
+
+
 @pytest.fixture(scope="session")
 def fork_server(tmp_path_factory):
     server = ForkServer(tmp_path_factory.mktemp("logs"))

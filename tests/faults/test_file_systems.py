@@ -2,10 +2,9 @@
 
 import errno
 import os
-import shutil
 
 import pytest
-from faults.harness import verified_steps, weights_sha256
+from faults.harness import kill_during_save, verified_steps, weights_sha256
 
 from rorchat.training.checkpointing import checkpoint
 from rorchat.training.checkpointing.checkpoint import Checkpoint, Checkpoints, seal
@@ -32,24 +31,7 @@ def test_a_run_without_folder_renames_ends_identically(sandbox, uninterrupted, n
 
 
 def test_a_kill_during_a_save_without_renames_costs_one_interval(sandbox, stopped_at_4, uninterrupted):
-    fault = {"no_rename": errno.EPERM, "during": 6}
-    operations = sandbox.operations(sandbox.new_folder(stopped_at_4), fault)
-    assert len(operations) > 60
-    wrong = {}
-    for number, operation in [*enumerate(operations, 1)][::16]:
-        out = sandbox.new_folder(stopped_at_4)
-        result = sandbox.run(out, fault | {"kill_at": number})
-        newest = max(verified_steps(out), default=0)
-        again = sandbox.run(out, {"no_rename": errno.EPERM})
-        if (
-            result.code != -9
-            or newest not in (4, 6)
-            or again.code
-            or weights_sha256(out) != weights_sha256(uninterrupted)
-        ):
-            wrong[f"{number} {operation}"] = (result.code, newest, again.code, again.output)
-        shutil.rmtree(out)
-    assert not wrong
+    assert not kill_during_save(sandbox, stopped_at_4, uninterrupted, every=16, no_rename=errno.EPERM)
 
 
 def test_only_an_unsupported_folder_fsync_is_ignored(tmp_path, monkeypatch):

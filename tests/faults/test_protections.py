@@ -72,14 +72,14 @@ def test_without_verification_a_mirror_keeps_a_damaged_copy(sandbox, stopped_at_
         flip_bit(0.5)(target / "model.safetensors")
 
     monkeypatch.setattr(mirror, "copy", damaging)
-    place = mirror.FolderPlace(tmp_path / "copy", stopped_at_4)
+    storage = mirror.FolderStorage(tmp_path / "copy", stopped_at_4)
     checkpoint = Checkpoint.read(stopped_at_4 / "checkpoint-4")
     with pytest.raises(DamagedCheckpoint, match="sha256 differs"):
-        place.put(checkpoint, stopped_at_4)
-    assert place.found() == []
+        storage.upload(checkpoint, stopped_at_4)
+    assert storage.list_checkpoints() == []
     monkeypatch.setattr(Checkpoint, "verify", Checkpoint.check_sizes)
-    place.put(checkpoint, stopped_at_4)
-    assert [checkpoint.step for checkpoint in place.found()] == [4]
+    storage.upload(checkpoint, stopped_at_4)
+    assert [checkpoint.step for checkpoint in storage.list_checkpoints()] == [4]
 
 
 def test_without_the_lock_two_runs_share_a_folder(sandbox):
@@ -126,7 +126,7 @@ def test_a_checkpoint_not_marked_as_in_use_is_rotated(stopped_at_4, tmp_path):
         )
     checkpoints.in_use = {copied}
     for step in (6, 8):
-        checkpoints.adopt(step, lambda target, step=step: copy(tmp_path / f"{step}", target))
+        checkpoints.import_copy(step, lambda target, step=step: copy(tmp_path / f"{step}", target))
     assert copied.is_dir() and not other.exists()
     checkpoints.in_use = set()
     checkpoints.rotate(tmp_path / "run" / "checkpoint-8")

@@ -9,7 +9,7 @@ from faults.comparison import flip_bit
 from faults.harness import verified_steps, weights_sha256
 
 from rorchat.training.checkpointing.checkpoint import Checkpoint, seal
-from rorchat.training.checkpointing.mirror import FolderPlace
+from rorchat.training.checkpointing.mirror import FolderStorage
 
 SIGTERM = {"signal": int(signal.SIGTERM), "where": "forward"}
 
@@ -55,7 +55,7 @@ def test_damaged_copies_of_later_steps_do_not_displace_new_copies(sandbox, stopp
         (copied / "MANIFEST.json").unlink()
         seal(copied, Checkpoint.read(mirror / "checkpoint-4").about | {"step": step})
         flip_bit(0.5)(copied / "model.safetensors")
-    FolderPlace(mirror, out).put(Checkpoint.read(out / "checkpoint-4"), out)
+    FolderStorage(mirror, out).upload(Checkpoint.read(out / "checkpoint-4"), out)
     assert verified_steps(mirror) == [4]
     result = sandbox.run(out, mirror=mirror)
     assert result.code == 0, result.output
