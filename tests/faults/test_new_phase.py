@@ -148,7 +148,7 @@ def test_two_new_phases_in_a_row(sandbox, phases, stopped):
     assert [phase["rows"] for phase in record["plan"]["phases"]] == [[0, 20], [20, 32], [32, 48]]
     assert [source["source"].partition("=")[0] for source in record["data"]] == ["tinytown", "text", "persona"]
     town = record["plan"]["sources"][0]
-    assert town["epochs"] * Checkpoints(out).committed()[0].about["identity"]["windows"]["town"] == town["tokens"] / 32
+    assert town["epochs"] * Checkpoints(out).committed()[0].metadata["windows"]["town"] == town["tokens"] / 32
 
 
 def test_a_source_name_must_keep_its_data(sandbox, phases, stopped):

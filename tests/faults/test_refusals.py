@@ -53,7 +53,7 @@ def test_damaged_copies_of_later_steps_do_not_displace_new_copies(sandbox, stopp
     for step in (98, 100):
         shutil.copytree(mirror / "checkpoint-4", copied := mirror / f"checkpoint-{step}")
         (copied / "MANIFEST.json").unlink()
-        seal(copied, Checkpoint.read(mirror / "checkpoint-4").about | {"step": step})
+        seal(copied, Checkpoint.read(mirror / "checkpoint-4").manifest | {"step": step})
         flip_bit(0.5)(copied / "model.safetensors")
     FolderStorage(mirror, out).upload(Checkpoint.read(out / "checkpoint-4"), out)
     assert verified_steps(mirror) == [4]

@@ -95,7 +95,7 @@ def plan_resume(folder: str, state: FolderState, request: ResumeRequest) -> Resu
             )
         return ResumePlan(request.metadata)
     # run.json describes the newest start, which may not have reached a checkpoint: the checkpoint's own metadata counts
-    before = checkpoint.about["identity"] if checkpoint else finished
+    before = checkpoint.metadata if checkpoint else finished
     history, appends_phase = _extend_history(before, checkpoint, request)
     inherited = {"past": history, "weights_only": before.get("weights_only", [])}
     metadata = request.metadata | {key: value for key, value in inherited.items() if value}
