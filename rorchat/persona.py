@@ -204,6 +204,7 @@ def _fill_placeholders(value: object, words: dict[str, str], path: Path):
 
 def _check_texts(persona: Persona, path: Path) -> None:
     """Raises DataError unless every section has its lists of texts and every reply passes the probes of its topic."""
+    sections: list[tuple[str, dict, tuple[str, ...]]]
     sections = [(f"topic {name!r}", topic, SECTION_KEYS) for name, topic in persona.topics.items()]
     sections += [(name, getattr(persona, name), SECTION_KEYS[:2]) for name in ("greetings", "farewells")]
     for name, section, keys in sections:
@@ -229,7 +230,7 @@ def _normalize_questions(topic: dict[str, list[str]], persona: Persona) -> list[
 
     def normalize(question: str) -> str:
         question = question.strip().rstrip(_END_MARKS)
-        first = re.match(r"\w*", question)[0]
+        first = re.split(r"\W", question, maxsplit=1)[0]
         is_name = first == "I" or any(contains_phrase(text, first) for text in (persona.name, persona.maker))
         return question if is_name or first[1:] != first[1:].lower() else question[:1].lower() + question[1:]
 

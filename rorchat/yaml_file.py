@@ -1,6 +1,7 @@
 """Reads YAML files that users write. Errors name the line."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from yaml.constructor import ConstructorError
@@ -31,9 +32,13 @@ class _Loader(yaml.SafeLoader):
             raise ConstructorError(None, None, reason, node.start_mark) from None
 
 
+def _get_line(error: yaml.MarkedYAMLError) -> int:
+    return error.problem_mark.line + 1 if error.problem_mark else 1
+
+
 def read_yaml(
     path: str | Path, what: str, error: type[RorchatError] = DataError, example: Path | None = None
-) -> dict[object, object]:
+) -> dict[Any, Any]:
     """The mapping in a YAML file.
 
     Args:
@@ -51,10 +56,10 @@ def read_yaml(
         reason = problem.strerror if isinstance(problem, OSError) else problem
         raise error(f"Cannot read the {what} {path}: {reason}.{advice}") from None
     except ConstructorError as problem:
-        raise error(f"{path}:{problem.problem_mark.line + 1}: {problem.problem}.") from None
+        raise error(f"{path}:{_get_line(problem)}: {problem.problem}.") from None
     except yaml.MarkedYAMLError as problem:
         reason = ", ".join(part for part in (problem.context, problem.problem) if part)
-        raise error(f"{path}:{problem.problem_mark.line + 1} is not YAML: {reason}.") from None
+        raise error(f"{path}:{_get_line(problem)} is not YAML: {reason}.") from None
     except yaml.YAMLError as problem:
         raise error(f"{path} is not YAML: {' '.join(str(problem).split())}.") from None
     if not isinstance(values, dict):

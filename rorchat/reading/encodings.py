@@ -5,7 +5,6 @@ import io
 import re
 import zlib
 from pathlib import Path
-from typing import BinaryIO
 
 from rorchat.rows import RejectedRow
 
@@ -21,7 +20,7 @@ def content_suffix(path: Path) -> str:
     return (Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix).lower()
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path) -> io.BufferedIOBase:
     """Opens a file for reading and decompresses it if its name ends in .gz or .zst."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")

@@ -109,7 +109,7 @@ def _read_array(path: Path, text: str, *, has_bad_bytes: bool) -> Iterator[Row]:
 
     After a damaged element, reading continues at the next position that looks like the start of the first element.
     """
-    at = _BETWEEN_ELEMENTS.match(text, text.index("[") + 1).end()
+    at = _skip_comma(text, text.index("[") + 1)
     element_start = _build_element_pattern(text, at)
     number = 0
     while at < len(text) and text[at] != "]":
@@ -126,11 +126,16 @@ def _read_array(path: Path, text: str, *, has_bad_bytes: bool) -> Iterator[Row]:
             yield place, rejected_row
         else:
             yield place, RejectedRow("invalid UTF-8") if has_bad_bytes and BAD_BYTE.search(text, start, at) else row
-        at = _BETWEEN_ELEMENTS.match(text, at).end()
+        at = _skip_comma(text, at)
     if text[at:].strip() != "]":
         problem = "the array does not end" if at >= len(text) else "the array is followed by something else"
         line = text.count("\n", 0, at) + 1
         yield f"{path}, row {number}", RejectedRow("not JSON", f"{problem}, at line {line}")
+
+
+def _skip_comma(text: str, at: int) -> int:
+    between = _BETWEEN_ELEMENTS.match(text, at)
+    return between.end() if between else at
 
 
 def _build_element_pattern(text: str, at: int) -> re.Pattern | None:

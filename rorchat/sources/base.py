@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 from rorchat.rows import RejectedRow, RepairedRow
 
@@ -19,7 +20,7 @@ LOSS_BY_KIND = {
 _WHITE_SPACE = b" \t\n\r\v\f"
 _PIECE = 2**20  # characters hashed at a time, so that a book of 100 MB is not copied as a whole
 
-PlacedRow = tuple[str, object]  # (place, raw row)
+PlacedRow = tuple[str, Any]  # (place, raw row)
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Source:
     beside: tuple[str, ...] = ()
     restarts_per_file: bool = False
     about_persona: bool = False
-    convert: Callable[[object], dict | RepairedRow] | None = None
-    to_question: Callable[[object], dict] | None = None
+    convert: Callable[[Any], dict | RepairedRow] | None = None
+    to_question: Callable[[Any], dict] | None = None
     read: Callable[..., Iterator[PlacedRow]] | None = None
     gather: Callable[[Iterator[PlacedRow]], Iterator[PlacedRow]] | None = None
     generate: Callable[..., Iterator[dict]] | None = None

@@ -43,11 +43,11 @@ def convert(row: dict) -> dict:
     lists = [row.get(name) or [] for name in ("test_imports", "test_list")]
     if not all(isinstance(part, list) for part in lists):
         raise RejectedRow("wrong type", "the tests are not lists")
-    tests = [row.get("test_setup_code") or "", *lists[0], *lists[1]]
-    if not all(isinstance(test, str) for test in tests):
+    lines = [row.get("test_setup_code") or "", *lists[0], *lists[1]]
+    if not all(isinstance(line, str) for line in lines):
         raise RejectedRow("wrong type", "a test is not text")
     if not task or not code.strip():
         raise RejectedRow("empty question" if not task else "empty reply")
-    tests = "\n".join(test.replace("\r\n", "\n") for test in tests if test)
+    tests = "\n".join(line.replace("\r\n", "\n") for line in lines if line)
     question = f"{task}\n\nYour code should pass these tests:\n\n{tests}" if tests else task
     return exchange(question, f"```python\n{code}\n```")

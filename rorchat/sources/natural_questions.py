@@ -94,8 +94,8 @@ def _get_span_text(span: object, row: dict) -> str:
         span_tokens = [(get_text(token, "token"), token.get("html_token")) for token in tokens[slice(*bounds)]]
         words = [token for token, is_tag in span_tokens if not is_tag]
     else:
-        span_tokens = get_text(row, "document_text").split(" ")[slice(*bounds)]
-        words = [token for token in span_tokens if not (token.startswith("<") and token.endswith(">"))]
+        span_texts = get_text(row, "document_text").split(" ")[slice(*bounds)]
+        words = [token for token in span_texts if not (token.startswith("<") and token.endswith(">"))]
     return " ".join(words)
 
 

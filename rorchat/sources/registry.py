@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from rorchat import sources
 from rorchat.errors import DataError, RemoteError, UsageError, did_you_mean
@@ -111,7 +112,7 @@ class SourceRows:
         if self.on_reject:
             self.on_reject(place, rejected_row, row)
 
-    def convert(self, raw: object) -> dict:
+    def convert(self, raw: Any) -> dict:
         """A checked row of this kind from a raw row. Repairs are counted.
 
         Raises:
@@ -119,14 +120,12 @@ class SourceRows:
         """
         if isinstance(raw, RejectedRow):
             raise raw
-        row, repair = raw, ""
-        if not self.source.is_generated:
-            row = self.source.to_question(raw) if self.kind == "question" else self.source.convert(raw)
-        if isinstance(row, RepairedRow):
-            row, repair = row.row, row.repair
+        convert = self.source.to_question if self.kind == "question" else self.source.convert
+        converted = convert(raw) if convert else raw  # generated rows need no conversion
+        row = converted.row if isinstance(converted, RepairedRow) else converted
         CHECKS[self.kind](row)
-        if repair:
-            self.stats.repairs[repair] = self.stats.repairs.get(repair, 0) + 1
+        if isinstance(converted, RepairedRow):
+            self.stats.repairs[converted.repair] = self.stats.repairs.get(converted.repair, 0) + 1
         return row
 
 
@@ -191,7 +190,9 @@ def load_rows(
         )
     raw: Iterator[PlacedRow]
     if source.generate:
-        raw = _generate_rows(source, kind, where, seed, persona)
+        amount = _parse_amount(source.name, where)
+        rows = source.generate(kind, amount, seed, persona)
+        raw = ((f"{source.name}, row {number}", row) for number, row in enumerate(rows))
     elif where:
         slices = part.slices if part else [FileSlice(file) for file in _find_source_files(source, where)]
         raw = _gather_rows(source, (source.read(s.path) if source.read else read_rows(s) for s in slices))
@@ -202,23 +203,22 @@ def load_rows(
     )
 
 
-def _generate_rows(source: Source, kind: str, amount: str, seed: int, persona: Persona | None) -> Iterator[PlacedRow]:
+def _parse_amount(name: str, amount: str) -> int:
     if not amount.isdigit() or int(amount) < 1:
         raise UsageError(
-            f"{source.name} is generated and needs a number of rows, as in {source.name}=1000, "
-            f"not {amount or 'nothing'!r}."
+            f"{name} is generated and needs a number of rows, as in {name}=1000, not {amount or 'nothing'!r}."
         )
-    rows = source.generate(kind, int(amount), seed, persona)
-    return ((f"{source.name}, row {number}", row) for number, row in enumerate(rows))
+    return int(amount)
 
 
 def _read_hub_rows(source: Source, bounds: tuple[int, int] | None) -> Iterator[PlacedRow]:
     rows = load_hub_rows(source.name)
+    path = source.hub["path"] if source.hub else source.name
     start, stop = bounds or (0, len(rows))
-    return ((f"{source.hub['path']}, row {number}", rows[number]) for number in range(start, stop))
+    return ((f"{path}, row {number}", rows[number]) for number in range(start, stop))
 
 
-def _gather_rows(source: Source, files: Iterable[Iterable[PlacedRow]]) -> Iterator[PlacedRow]:
+def _gather_rows(source: Source, files: Iterable[Iterator[PlacedRow]]) -> Iterator[PlacedRow]:
     """The rows of all files, after the source's `gather` has regrouped them."""
     gather = source.gather or iter
     if source.restarts_per_file:
