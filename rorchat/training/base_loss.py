@@ -1,8 +1,8 @@
-"""The forgetting meter: the loss on what the base's pretraining held out, before a later stage and after it.
+"""The base loss: the loss on the validation split of a model's pretraining, before and after a later stage.
 
-Whatever a model learns later costs some of what its base knew (McCloskey and Cohen 1989). The held-out documents are
-found by themselves: a run's record names the model that it began with, that model's run its own, and so back to the
-pretraining, whose token stores hold them.
+It measures forgetting: what a stage teaches costs some of what the model knew (McCloskey and Cohen 1989). The text is
+found through the records of runs. Each names the model that it started from, back to the pretraining, whose token
+stores contain the validation split.
 """
 
 import hashlib
@@ -28,237 +28,246 @@ from rorchat.tokens.store import Manifest, TokenStore, open_store, store_folder
 from rorchat.training.arguments import TOKENS_FOLDER
 from rorchat.training.checkpointing.fingerprint import fingerprint_model
 
-MOST_TOKENS = 50_000  # that are measured, twice a stage
+MAX_TOKENS = 50_000  # measured twice per stage
+LOSS_NAMES = ("base_loss", "base_bits_per_byte")
 
 
 @dataclass(frozen=True)
 class BaseText:
-    """What forgetting is measured on: rows of ids, where they come from, how many tokens of how many they are.
+    """The text on which the base loss is measured.
 
-    `held_out` is the largest share of the documents that its stores hold out; 0 where it is text of a source.
+    Args:
+        rows: Token ids of `tokens` targets.
+        origins: Folders of token stores, or the spec of a source.
+        available_tokens: Targets of the whole text; None if it was not read to its end.
+        validation_share: The largest validation share among the stores; 0 for the text of a source.
     """
 
     rows: Dataset | list = field(repr=False)
-    where: list[str]
+    origins: list[str]
     tokens: int
-    of: int | None  # None where the rest was not read
-    held_out: float = 0.0
+    available_tokens: int | None
+    validation_share: float = 0.0
 
     def describe(self) -> str:
-        """What it is, in words."""
-        if self.of is None:
-            many = f"the first {self.tokens:,}"
+        if self.available_tokens is None:
+            amount = f"the first {self.tokens:,}"
+        elif self.available_tokens == self.tokens:
+            amount = f"{self.tokens:,}"
         else:
-            many = f"{self.tokens:,}" if self.of == self.tokens else f"{self.tokens:,} of {self.of:,}"
-        return f"{many} {'held-out ' if self.held_out else ''}tokens of {', '.join(self.where)}"
+            amount = f"{self.tokens:,} of {self.available_tokens:,}"
+        return f"{amount} {'held-out ' if self.validation_share else ''}tokens of {', '.join(self.origins)}"
 
     def sha256(self) -> str:
-        """Of the ids, row by row: by it two measurements are known to be of the same text, wherever it lies."""
+        """Identifies the text by its ids, row by row, wherever its files are."""
         digest = hashlib.sha256()
-        for at in range(len(self.rows)):
-            digest.update(self.rows[at]["input_ids"].numpy().astype("<i8").tobytes() + b"end")
+        for index in range(len(self.rows)):
+            digest.update(self.rows[index]["input_ids"].numpy().astype("<i8").tobytes() + b"end")
         return digest.hexdigest()
 
 
-def runs_behind(model: str) -> Iterator[tuple[Path, dict]]:
-    """(folder, run.json) of the runs that led to a model, the last one first, as far back as they are on this disk."""
+def find_previous_runs(model: str) -> Iterator[tuple[Path, dict]]:
+    """(folder, run.json) of the runs that led to a model, the latest first, as far back as they exist on this disk."""
     seen: set[Path] = set()
-    found = find_run(model)
-    while found and found[0].resolve() not in seen:
-        yield found
-        folder, record = found
+    run = find_run(model)
+    while run and run[0].resolve() not in seen:
+        yield run
+        folder, record = run
         seen.add(folder.resolve())
-        found = _run_before(folder, record)
+        run = _find_initial_run(folder, record)
 
 
-def _run_before(folder: Path, record: dict) -> tuple[Path, dict] | None:
-    """The run whose model a run began with: where it says, or beside it, with the same weights and tokenizer."""
-    said = record["settings"].get("model")
-    if not said:
+def _find_initial_run(folder: Path, record: dict) -> tuple[Path, dict] | None:
+    """The run whose model a run started from, at the recorded path or next to the run, if its model is unchanged."""
+    model = record["settings"].get("model")
+    if not model:
         return None
-    for place in (Path(said), folder.parent / Path(said).name):
-        if place.is_dir() and fingerprint_model(resolve_model_path(str(place))) == record["inputs"].get("start"):
-            return find_run(str(place))
+    for path in (Path(model), folder.parent / Path(model).name):
+        if path.is_dir() and fingerprint_model(resolve_model_path(str(path))) == record["inputs"].get("start"):
+            return find_run(str(path))
     return None
 
 
-def stores_of(folder: Path, record: dict, tokenizer) -> list[TokenStore]:
-    """The token stores that a pretraining run read and that are still there, made with this tokenizer."""
+def open_run_stores(folder: Path, record: dict, tokenizer) -> list[TokenStore]:
+    """The token stores of a pretraining run that still exist, are intact and were made with this tokenizer."""
     root = Path(record["settings"].get("token_store") or folder / TOKENS_FOLDER)
-    stores = {}
-    for part in (*record.get("past", []), record["inputs"]):
-        for name, source in part.get("mixture", {}).get("sources", {}).items():
-            kind, _, where = source["spec"].partition("=")
-            stores[name] = Path(where) if kind == "store" else root / name
-    opened = []
-    for name, place in stores.items():
+    paths = {}
+    for phase in (*record.get("past", []), record["inputs"]):
+        for name, source in phase.get("mixture", {}).get("sources", {}).items():
+            kind, _, path = source["spec"].partition("=")
+            paths[name] = Path(path) if kind == "store" else root / name
+    stores = []
+    for name, path in paths.items():
         try:
-            opened.append(open_store(place, tokenizer, name))
-        except RorchatError:  # gone, damaged, or another tokenizer's: of no use here
+            stores.append(open_store(path, tokenizer, name))
+        except RorchatError:  # missing, damaged or made with another tokenizer
             continue
-    return [store for store in opened if store.tokens("validation") > 1]
+    return [store for store in stores if store.tokens("validation") > 1]
 
 
-def base_text(given: str | None, model: str, tokenizer, positions: int) -> BaseText | None:
-    """The held-out text of the pretraining that a model came from, or of `given`; None where none is to be had.
+def find_base_text(given: str | None, model: str, tokenizer, n_positions: int) -> BaseText | None:
+    """The validation split of the pretraining that a model came from, or the text `given`; None if there is none.
 
     Args:
-        given: a token store, of which the validation documents count, or a source's spec, of which all do.
-        model: a folder or Hub id. Of several pretrainings behind it the first one that has stores is the base's.
-        positions: tokens a row, at most.
+        given: A token store, whose validation split is used, or the spec of a source, used as a whole.
+        model: A folder or Hub id. Of several pretraining runs behind it, the first one that has stores is used.
+        n_positions: Maximum number of tokens of a row.
 
     Raises:
         UsageError, DataError, MismatchError: `given` cannot be read.
     """
     if given:
         if folder := store_folder(given):
-            return _of_stores([open_store(folder, tokenizer)], positions)
-        return _of_source(given, tokenizer, positions)
-    for folder, record in reversed([*runs_behind(model)]):
-        stores = stores_of(folder, record, tokenizer)
+            return _read_stores([open_store(folder, tokenizer)], n_positions)
+        return _read_source(given, tokenizer, n_positions)
+    for folder, record in reversed([*find_previous_runs(model)]):
+        stores = open_run_stores(folder, record, tokenizer)
         documents = [store for store in stores if store.manifest.kind == "document"]
         if stores:
-            return _of_stores(documents or stores, positions)
+            return _read_stores(documents or stores, n_positions)
     return None
 
 
-def _of_stores(stores: list[TokenStore], positions: int) -> BaseText:
-    """Rows of the held-out tokens of all stores alike, evenly spaced where they are more than MOST_TOKENS."""
-    rows = [ValidationRows(store, positions) for store in stores]
-    share = min(1.0, MOST_TOKENS / sum(each.tokens for each in rows))
-    taken = []
-    for each in rows:
-        count = len(each) if share == 1 else max(1, int(share * len(each)))
-        taken.append(Subset(each, [at * len(each) // count for at in range(count)]))
-    tokens = [sum(len(rows[at]["input_ids"]) - 1 for at in range(len(rows))) for rows in taken]
-    held_out = max(store.manifest.validation_share for store in stores)
-    where = [str(store.folder) for store in stores]
-    return BaseText(ConcatDataset(taken), where, sum(tokens), sum(each.tokens - 1 for each in rows), held_out)
+def _read_stores(stores: list[TokenStore], n_positions: int) -> BaseText:
+    """The validation rows of all stores, or an equal share of each, evenly spaced, if they exceed MAX_TOKENS."""
+    rows_by_store = [ValidationRows(store, n_positions) for store in stores]
+    share = min(1.0, MAX_TOKENS / sum(rows.tokens for rows in rows_by_store))
+    subsets = []
+    for rows in rows_by_store:
+        count = len(rows) if share == 1 else max(1, int(share * len(rows)))
+        subsets.append(Subset(rows, [index * len(rows) // count for index in range(count)]))
+    selected = ConcatDataset(subsets)
+    return BaseText(
+        selected,
+        [str(store.folder) for store in stores],
+        sum(len(selected[index]["input_ids"]) - 1 for index in range(len(selected))),
+        sum(rows.tokens - 1 for rows in rows_by_store),
+        max(store.manifest.validation_share for store in stores),
+    )
 
 
-def _of_source(spec: str, tokenizer, positions: int) -> BaseText:
-    """Rows of the first MOST_TOKENS of a source's documents."""
+def _read_source(spec: str, tokenizer, n_positions: int) -> BaseText:
+    """The first MAX_TOKENS of a source's documents."""
     end_of_text = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     ids: list[int] = []
     for row in load_rows(spec, "document"):
         ids += [end_of_text, *encode_text(tokenizer, [row["text"]])[0]]
-        if len(ids) > MOST_TOKENS:
+        if len(ids) > MAX_TOKENS:
             break
-    whole, ids = len(ids) <= MOST_TOKENS, torch.tensor(ids[: MOST_TOKENS + 1])
-    parts = [ids[start : start + positions] for start in range(0, len(ids) - 1, positions - 1)]
+    is_complete, ids = len(ids) <= MAX_TOKENS, torch.tensor(ids[: MAX_TOKENS + 1])
+    parts = [ids[start : start + n_positions] for start in range(0, len(ids) - 1, n_positions - 1)]
     rows = [{"input_ids": part, "labels": part} for part in parts]
-    return BaseText(rows, [spec], len(ids) - 1, len(ids) - 1 if whole else None)
+    return BaseText(rows, [spec], len(ids) - 1, len(ids) - 1 if is_complete else None)
 
 
-class Forgetting(TrainerCallback):
-    """Measures the loss on the base's text and logs it: before the first step, and when `after` asks for it.
+class BaseLossCallback(TrainerCallback):
+    """Measures and logs the base loss before the first step, and when `measure_after` is called.
 
-    A run that goes on does not measure again what its first start has logged. Where it finds another text than that
-    one's, it says so and gives no difference.
+    A resumed run does not repeat the first measurement. If its text differs from the one measured at the start, no
+    difference is reported.
     """
 
     def __init__(self, trainer, text: BaseText):
         self.trainer, self.text = trainer, text
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step:
-            before, _ = self._logged()
-            if state.is_world_process_zero and before and before["sha256"] != self.text.sha256():
-                print(  # noqa: T201
-                    f"forgetting: the first start measured on {before['text']}, which is another text: there will be "
-                    "no difference.",
-                    file=sys.stderr,
-                )
+        if not state.global_step:
+            if state.is_world_process_zero:
+                metrics = self.trainer.metrics
+                event = {"step": 0, "event": "base text", "tokens": 0}
+                event |= {"text": self.text.describe(), "sha256": self.text.sha256()}
+                append_json_line(metrics.path, event | metrics.elapsed())
+            self._measure()
             return
-        if state.is_world_process_zero:
-            metrics = self.trainer.metrics
-            named = {"text": self.text.describe(), "sha256": self.text.sha256()}
-            append_json_line(metrics.path, {"step": 0, "event": "base text", "tokens": 0} | named | metrics.elapsed())
-        self._measure()
+        first_text, _ = self._read_first_measurement()
+        if state.is_world_process_zero and first_text and first_text["sha256"] != self.text.sha256():
+            print(  # noqa: T201
+                f"base loss: the run started with another text, {first_text['text']}. The difference is not reported.",
+                file=sys.stderr,
+            )
 
     def measure_after(self) -> dict[str, float]:
-        """The loss now and before the first step, for run.json; without the latter where it is not of this text."""
-        text, before = self._logged()
+        """The loss now and, if it was measured on the same text, before the first step; for run.json."""
+        text, before = self._read_first_measurement()
         if text.get("sha256") != self.text.sha256():
             before = {}
         return self._measure() | {f"{name}_before": value for name, value in before.items()}
 
-    def _logged(self) -> tuple[dict, dict[str, float]]:
-        """(text, loss on it) before the first step; both empty where nothing was measured then."""
+    def _read_first_measurement(self) -> tuple[dict, dict[str, float]]:
+        """The event with the text, and the loss before the first step; both empty if nothing was measured."""
         path, text = self.trainer.metrics.path, {}
         for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
             record = json.loads(line) if line else {}
             if record.get("event") == "base text":
                 text = record
             elif text and "base_loss" in record:
-                return text, {name: record[name] for name in ("base_loss", "base_bits_per_byte")}
+                return text, {name: record[name] for name in LOSS_NAMES}
         return {}, {}
 
     def _measure(self) -> dict[str, float]:
         trainer = self.trainer
         with trainer.metrics.pause():
             loss: Loss = trainer.loss_on({"": self.text.rows})[""]
-        found = {"base_loss": loss.per_token, "base_bits_per_byte": loss.bits_per_byte, "base_tokens": loss.tokens}
-        # not through TRL's `log`, which would add its averages of the steps since the last line
-        Trainer.log(trainer, trainer.metrics.complete(dict(found), trainer.state.global_step))
-        return found
+        values = dict(zip(LOSS_NAMES, (loss.per_token, loss.bits_per_byte), strict=True)) | {"base_tokens": loss.tokens}
+        # not by TRL's `log`, which would add its averages of the steps since the last line
+        Trainer.log(trainer, trainer.metrics.complete(dict(values), trainer.state.global_step))
+        return values
 
 
-def forgetting_of(trainer, arguments, positions: int) -> Forgetting | None:
-    """The meter of a stage that begins with a model; None, and a line that says so, where nothing can be measured.
+def create_base_loss_callback(trainer, arguments, n_positions: int) -> BaseLossCallback | None:
+    """The callback of a stage that starts from a model; None, with a message, if there is no text to measure.
 
     Raises:
-        UsageError: what it would be measured on is among what is replayed or mixed.
+        UsageError: The stage would train on the text.
     """
     model, given = arguments.model, arguments.base_text
     if not model and not given:
         return None
-    text = base_text(given, model, trainer.chat.tokenizer, positions)
+    text = find_base_text(given, model, trainer.chat.tokenizer, n_positions)
     if text:
-        _require_unseen(text, arguments)
+        _check_not_trained_on(text, arguments)
     if trainer.is_world_process_zero():
-        print(_told(text, model, arguments), file=sys.stderr)  # noqa: T201
-    return Forgetting(trainer, text) if text else None
+        print(_startup_message(text, model, arguments), file=sys.stderr)  # noqa: T201
+    return BaseLossCallback(trainer, text) if text else None
 
 
-def _require_unseen(text: BaseText, arguments) -> None:
-    """Raises UsageError where the documents that come are those that are measured on."""
+def _check_not_trained_on(text: BaseText, arguments) -> None:
     replay = arguments.replay_source()
-    mixed = [replay] if arguments.resolved_mixture() is None else arguments.source_specs()
-    if not text.held_out and set(mixed) & set(text.where):
+    trained_specs = [replay] if arguments.resolved_mixture() is None else arguments.source_specs()
+    if not text.validation_share and set(trained_specs) & set(text.origins):
         raise UsageError(
-            f"base_text {text.where[0]} is what is trained on, and a source is measured whole: name other text, or a "
-            "token store, of which the held-out documents count."
+            f"base_text {text.origins[0]} is also trained on, and of a source all documents are measured: give other "
+            "text, or a token store, of which only the validation split is measured."
         )
-    if replay and not store_folder(replay) and arguments.validation_share < text.held_out:
+    if replay and not store_folder(replay) and arguments.validation_share < text.validation_share:
         raise UsageError(
-            f"replay {replay} is split by validation_share {arguments.validation_share}, and {', '.join(text.where)} "
-            f"holds out {text.held_out}: some of that would be trained on. Give --validation_share {text.held_out}, or "
-            "replay the token store."
+            f"replay {replay} is split by validation_share {arguments.validation_share}, but the validation_share of "
+            f"{', '.join(text.origins)} is {text.validation_share}: parts of its validation split would be trained on. "
+            f"Give --validation_share {text.validation_share}, or replay the token store."
         )
 
 
-def _told(text: BaseText | None, model: str, arguments) -> str:
+def _startup_message(text: BaseText | None, model: str, arguments) -> str:
     if text is None:
         return (
-            f"forgetting is not measured: no pretraining with its token stores is known behind {model}. Give "
+            f"base loss: not measured, because no pretraining run with token stores was found for {model}. Give "
             "--base_text, a token store or a source."
         )
-    said = f"forgetting is measured on {text.describe()}"
-    share = _share_here(text, arguments)
-    if share is not None and share < text.held_out:
-        said += (
-            f"; warning: validation_share is {share}, and {text.held_out} there: of what was held out there some may "
-            "be trained on here"
+    message = f"base loss: measured on {text.describe()}"
+    share = _training_validation_share(text, arguments)
+    if share is not None and share < text.validation_share:
+        message += (
+            f"; warning: validation_share is {share} here and {text.validation_share} there, so parts of this text may "
+            "be trained on"
         )
-    return said
+    return message
 
 
-def _share_here(text: BaseText, arguments) -> float | None:
-    """The share that is held out of the documents that come here; None where none come, or those of the base."""
+def _training_validation_share(text: BaseText, arguments) -> float | None:
+    """The validation share of this stage's documents; None if it has no documents, or only those of the text."""
     if arguments.resolved_mixture() is not None:
         return arguments.validation_share
     folder = store_folder(arguments.replay_source() or "")
-    if not folder or folder.resolve() in {Path(place).resolve() for place in text.where}:
+    if not folder or folder.resolve() in {Path(path).resolve() for path in text.origins}:
         return None
     return Manifest.read(folder).validation_share

@@ -1,8 +1,9 @@
-"""Preference training: pairs of replies -> a model that prefers the better one, in TRL's DPOTrainer.
+"""Preference training: pairs of replies -> a model that prefers the better one, with TRL's DPOTrainer.
 
 Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) with an SFT term: without it the chosen replies
-lose probability too, and a small model begins to babble. Pairs are encoded here, as everywhere; TRL's preparation is
-skipped. The reference's log-probabilities are computed once and kept, so that no second model is held.
+lose probability as well, and a small model soon degenerates. The log-probabilities of the reference are computed once
+and kept, so that no second model is in memory. Pairs are encoded, batched and scored by rorchat; TRL computes the
+losses.
 """
 
 import math
@@ -44,22 +45,22 @@ from rorchat.training.sampler import count_steps, training_order
 from rorchat.training.smoke_test import shrink_chat_stage
 from rorchat.training.stage import ChatStageTrainer
 
-NOT_FORMED = ("entropy", "logits/chosen", "logits/rejected")  # rorchat/training/kernels/dpo_logps.py leaves them out
+NOT_COMPUTED = ("entropy", "logits/chosen", "logits/rejected")  # metrics that `score_replies` leaves at 0
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-CHOSEN_FELL = "chosen fell"  # how the event is called, and in run.json why training stopped
-PAIRS, TOKENS = "pairs", "chosen_tokens"  # how many are behind each of the numbers that TRL notes
-#: What TRL 1.16 would refuse after the model has been loaded, or in the first step, with a traceback.
+CHOSEN_FELL = "chosen fell"  # name of the event, and the reason in run.json why training stopped
+PAIRS, TOKENS = "pairs", "chosen_tokens"  # the weights of each value that TRL records
+#: The values that TRL 1.16 accepts. It would refuse others after loading the model or in the first step.
 LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-#: The losses that have a meaning for every divergence: those of the difference between the two sides.
-OF_DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+#: Losses that are defined for every divergence, because they depend on the difference between the two sides.
+DIFFERENCE_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 LIMITS = {
     "max_length": (lambda value: value is None or value > 0, "a positive number, or nothing for the positions"),
-    "chosen_drop": (lambda value: 0 <= value < math.inf, "nats a token, or 0 for never"),
+    "chosen_drop": (lambda value: 0 <= value < math.inf, "nats per token, or 0 for never"),
     "beta": (lambda value: 0 < value < math.inf, "a positive number"),
     "label_smoothing": (lambda value: 0 <= value < 0.5, "a number from 0 to below 0.5"),
     "ld_alpha": (lambda value: value is None or 0 <= value <= 1, "a number from 0 to 1"),
@@ -67,7 +68,7 @@ LIMITS = {
     "discopop_tau": (lambda value: 0 < value < math.inf, "a positive number"),
     "precompute_ref_batch_size": (lambda value: value is None or value > 0, "a positive number, or nothing"),
 }
-FIRST_MODEL = "the reference is the model that the run begins with"
+FIRST_MODEL = "the reference is the model that the run starts from"
 STOCK = "the model is a stock GPT-2"
 
 
@@ -76,39 +77,38 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
     """Settings of `recipes/dpo.py`."""
 
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = StageArguments.UNSUPPORTED_ARGS | {
-        "precompute_ref_log_probs": "the reference's log-probabilities are computed once; a second model, which TRL "
-        "would load for them, would be the base where the run begins with an adapter",
+        "precompute_ref_log_probs": "the reference's log-probabilities are always computed once, at the start",
         "sync_ref_model": FIRST_MODEL,
         "ref_model_mixup_alpha": FIRST_MODEL,
         "ref_model_sync_steps": FIRST_MODEL,
-        "use_weighting": "its weights are sums over the whole vocabulary, which are not formed here",
-        "label_smoothing_factor": "it is of tokens; `label_smoothing` is of preferences",
-        "truncation_mode": "a pair of which a side is longer than `max_length` is left out, and counted",
-        "padding_free": "padding is never computed",
-        "pad_to_multiple_of": "padding is never computed",
-        "pad_token": "the pad is the tokenizer's",
-        "dataset_num_proc": "pairs are encoded by rorchat, as everywhere",
-        "disable_dropout": "nothing is dropped out",
+        "use_weighting": "its weights are sums over the whole vocabulary, which are not computed",
+        "label_smoothing_factor": "it smooths tokens; use `label_smoothing` for preferences",
+        "truncation_mode": "pairs with a side longer than `max_length` are rejected and counted",
+        "padding_free": "batches are computed without padding",
+        "pad_to_multiple_of": "batches are computed without padding",
+        "pad_token": "the tokenizer has its own",
+        "dataset_num_proc": "pairs are encoded by rorchat",
+        "disable_dropout": "models are loaded without dropout",
         "model_init_kwargs": STOCK,
         "trust_remote_code": STOCK,
         "router_aux_loss_coef": STOCK,
     }
 
-    model: str = field(default="", metadata={"help": "The chat model to train: a run's folder, a folder or a Hub id."})
+    model: str = field(default="", metadata={"help": "The chat model to train: folder of a run or model, or Hub id."})
     # TRL's fields with other defaults
     max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of prompt and reply; default: the positions."}
+        default=None, metadata={"help": "Maximum tokens of prompt and reply; default: the model's positions."}
     )
-    beta: float = field(default=0.1, metadata={"help": "How strongly the model is held to the reference."})
+    beta: float = field(default=0.1, metadata={"help": "How strongly the model is kept close to the reference."})
     chosen_drop: float = field(
         default=0.5,
-        metadata={"help": "Stop where, by a line of the log, chosen replies have lost so many nats a token; 0: never."},
+        metadata={"help": "Stop if chosen replies have lost this many nats per token; 0: never."},
     )
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid", "sft"])
     precompute_ref_log_probs: bool = True
     learning_rate: float = 1e-6
     weight_decay: float = 0.0
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 a share of them."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or a share of them if below 1."})
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
@@ -128,7 +128,7 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
         self._check_loss()
         if sharding_strategy(self) == "FSDP" and is_adapter(self.model):
             raise UsageError(
-                f"{self.model} is an adapter, and under FSDP TRL loads the reference anew, without it. Give the merged "
+                f"{self.model} is an adapter, but under FSDP TRL would load the reference without it. Give the merged "
                 "model, or launch with recipes/accelerate/ddp.yaml."
             )
         super().__post_init__()
@@ -142,34 +142,36 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
                 raise UsageError(f"{name} is {value}: give {allowed}.")
         if self.chosen_drop and self.logging_strategy == IntervalStrategy.NO:
             raise UsageError(
-                "chosen_drop is looked at with every line of the log, and logging_strategy is no: leave one of the two "
-                "out, or give --chosen_drop 0."
+                "chosen_drop is checked at every log line, but logging_strategy is no: leave one of them out, or give "
+                "--chosen_drop 0."
             )
 
     def _check_loss(self) -> None:
         kinds = self.loss_type
         for kind in kinds:
             if kind not in LOSSES:
-                raise UsageError(f"No loss_type {kind!r}.{did_you_mean(kind, LOSSES)} Known: {', '.join(LOSSES)}.")
+                raise UsageError(f"No loss_type {kind!r}.{did_you_mean(kind, LOSSES)} Available: {', '.join(LOSSES)}.")
         self.loss_weights = self.loss_weights or [1.0] * len(kinds)
         if len(self.loss_weights) != len(kinds):
             raise UsageError(
                 f"loss_weights has {len(self.loss_weights)} numbers for {len(kinds)} losses ({', '.join(kinds)}): give "
-                "one each, or leave it out for 1 each."
+                "one for each, or leave it out for 1 each."
             )
         if not all(0 <= weight < math.inf for weight in self.loss_weights) or not any(self.loss_weights):
-            raise UsageError(f"loss_weights is {self.loss_weights}: give numbers from 0 on, not all of them 0.")
+            raise UsageError(f"loss_weights is {self.loss_weights}: give non-negative numbers, not all of them 0.")
         if "exo_pair" in kinds and not self.label_smoothing:
-            raise UsageError("loss_type exo_pair takes a logarithm of label_smoothing: give a positive one, as 1e-3.")
+            raise UsageError(
+                "loss_type exo_pair needs the logarithm of label_smoothing: give a positive one, such as 1e-3."
+            )
         self._check_divergence()
 
     def _check_divergence(self) -> None:
-        kind = self.f_divergence_type
-        if kind not in DIVERGENCES:
-            raise UsageError(f"f_divergence_type is {kind!r}: give one of {', '.join(DIVERGENCES)}.")
-        others = [loss for loss in self.loss_type if loss not in OF_DIFFERENCES]
-        if kind != "reverse_kl" and others:
-            raise UsageError(f"loss_type {others[0]} is of reverse_kl alone: leave f_divergence_type {kind} out.")
+        divergence = self.f_divergence_type
+        if divergence not in DIVERGENCES:
+            raise UsageError(f"f_divergence_type is {divergence!r}: give one of {', '.join(DIVERGENCES)}.")
+        others = [loss for loss in self.loss_type if loss not in DIFFERENCE_LOSSES]
+        if divergence != "reverse_kl" and others:
+            raise UsageError(f"loss_type {others[0]} needs reverse_kl: leave out f_divergence_type {divergence}.")
 
 
 def load_preferences(arguments: DPOArguments, tokenizer, max_length: int) -> Split:
@@ -207,7 +209,7 @@ def collate_pairs(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
 
 
 class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
-    """DPOTrainer over encoded pairs."""
+    """DPOTrainer over encoded pairs, with one forward pass for a prompt and both replies."""
 
     def __init__(
         self,
@@ -226,15 +228,15 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
         order = training_order(lengths, rows, micro, arguments.data_seed)
         self._tokens_read = np.cumsum([0, *lengths[order].reshape(arguments.max_steps, -1).sum(1)])
         needed, order = np.unique(order, return_inverse=True)
-        train = train.select(needed)
-        # mean tokens of a chosen reply, in the step and in validation
+        train = train.select(needed)  # each pair once: the reference reads them in the constructor
+        # mean tokens of a chosen reply, in the current step and in the validation split
         self._chosen_length = {"eval": row_lengths(validation, "chosen_ids").mean()}
         patch_gelu(model)
         patch_dpo_logps(model)
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=train,  # each pair once, for the reference's log-probabilities
+            train_dataset=train,
             eval_dataset=validation,
             processing_class=tokenizer,
             context=context,
@@ -248,7 +250,7 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
     # The reference
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """As TRL's (1.16), whose file has a random name: neither another process nor the next start would find it."""
+        """Replaces TRL's (1.16), whose cache has a random name that a resumed run and other processes cannot know."""
         if self.ref_model is not None:  # under FSDP
             patch_dpo_logps(self.accelerator.unwrap_model(self.ref_model))
         arguments, path = self.args, Path(self.args.output_dir) / reference_logps.FILE_NAME.format(name)
@@ -257,35 +259,41 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
             "processes": arguments.world_size, "device": arguments.device.type, "bf16": arguments.bf16,
             "fp16": arguments.fp16,
         }  # fmt: skip
-        key = reference_logps.build_fingerprint(dataset, **settings)
-        found = reference_logps.read(path, key)
-        missing = any_rank(found is None)[0]
-        if missing:
-            found = self._of_reference(dataset, name, batch_size)
+        fingerprint = reference_logps.build_fingerprint(dataset, **settings)
+        log_probs = reference_logps.read(path, fingerprint)
+        is_missing = any_rank(log_probs is None)[0]
+        if is_missing:
+            log_probs = self._compute_reference(dataset, name, batch_size)
         if self.is_world_process_zero():
-            failure = find_storage_failure(lambda: reference_logps.write(path, key, found)) if missing else None
-            how = "computed" if missing else f"read from {path}"
-            lost = f"; they could not be kept ({' '.join(str(failure).split())})" if failure else ""
-            print(f"reference: log-probabilities of {len(dataset):,} {name} pairs {how}{lost}", file=sys.stderr)  # noqa: T201
-        for side, values in zip(reference_logps.SIDES, found, strict=True):
-            dataset = dataset.add_column(f"ref_{side}_logps", values.numpy())
+            origin, failure = f"read from {path}", None
+            if is_missing:
+                origin = "computed"
+                failure = find_storage_failure(lambda: reference_logps.write(path, fingerprint, log_probs))
+            if failure:
+                origin += f", but they could not be saved ({' '.join(str(failure).split())})"
+            print(f"reference: log-probabilities of {len(dataset):,} {name} pairs {origin}", file=sys.stderr)  # noqa: T201
+        for column, values in zip(REFERENCE_COLUMNS, log_probs, strict=True):
+            dataset = dataset.add_column(column, values.numpy())
         return dataset
 
-    def _of_reference(self, dataset: Dataset, name: str, batch_size: int) -> torch.Tensor:
-        """(2, pairs) log-probabilities of the chosen and of the rejected replies, on every process."""
-        model = self.ref_model or self.model  # under FSDP the model is in shards only once it is trained
+    def _compute_reference(self, dataset: Dataset, name: str, batch_size: int) -> torch.Tensor:
+        """Log-probabilities of chosen and rejected replies, (2, pairs), on every process."""
+        model = self.ref_model or self.model  # under FSDP the model is not sharded before training starts
         if self.ref_model is None and self.is_deepspeed_enabled:
             self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
             model = self._precompute_engine
         workers = self.args.dataloader_num_workers
-        loader = DataLoader(dataset, batch_size, collate_fn=self.data_collator, num_workers=workers)
-        found = []
-        for batch in tqdm(
-            self.accelerator.prepare(loader), desc=f"reference, {name}", disable=bool(os.environ.get("TQDM_DISABLE"))
-        ):
+        loader = self.accelerator.prepare(
+            DataLoader(dataset, batch_size, collate_fn=self.data_collator, num_workers=workers)
+        )
+        log_probs = []
+        for batch in tqdm(loader, desc=f"reference, {name}", disable=bool(os.environ.get("TQDM_DISABLE"))):
             sides = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))
-            found.append(torch.stack(sides).float().cpu())
-        return torch.cat(found, dim=1)
+            log_probs.append(torch.stack(sides).float().cpu())
+        return torch.cat(log_probs, dim=1)
+
+    def compute_ref_log_probs(self, model, inputs):
+        return super().compute_ref_log_probs(*_as_trl_batch(model, inputs))
 
     # Steps
 
@@ -297,7 +305,7 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
         batches, items = super().get_batch_samples(*args, **kwargs)
         if batches:
             counts = [_count_chosen(batch) for batch in batches]
-            pairs, tokens = self._sums(*(sum(column) for column in zip(*counts, strict=True)))
+            pairs, tokens = self._sum_over_processes(*(sum(column) for column in zip(*counts, strict=True)))
             self._chosen_length["train"] = tokens / pairs
         return batches, items
 
@@ -312,36 +320,31 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
         weights = zip(self.loss_types, self.args.loss_weights, strict=True)
         self.loss_weights = [weight * share if kind == "sft" else weight for kind, weight in weights]
         loss = super().compute_loss(*_as_trl_batch(model, inputs), return_outputs, num_items_in_batch)
-        for name, count in zip((PAIRS, TOKENS), self._sums(pairs, tokens), strict=True):
+        for name, count in zip((PAIRS, TOKENS), self._sum_over_processes(pairs, tokens), strict=True):
             self._metrics[mode][name].append(count)
         return loss
 
-    def compute_ref_log_probs(self, model, inputs):
-        return super().compute_ref_log_probs(*_as_trl_batch(model, inputs))
+    def _sum_over_processes(self, *counts: int) -> list[int]:
+        return self.accelerator.gather(torch.tensor([counts], device=self.args.device)).sum(0).tolist()
 
-    def _sums(self, *counts: int) -> list[int]:
-        """Sums over all processes."""
-        own = torch.tensor([counts], device=self.args.device)
-        return self.accelerator.gather(own).sum(0).tolist()
-
-    # What is logged
+    # Logs
 
     def log(self, logs, start_time=None):
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name in NOT_FORMED:
+        for name in NOT_COMPUTED:
             metrics.pop(name, None)
         pairs, tokens = metrics.pop(PAIRS, []), metrics.pop(TOKENS, [])
         for name, values in metrics.items():
-            if len(values) == len(pairs):  # one of each micro-batch, which TRL would weigh alike
+            if len(values) == len(pairs):  # one value per micro-batch, which TRL would average without weights
                 weights = tokens if name == "mean_token_accuracy" else pairs
                 metrics[name] = [float(np.average(values, weights=weights))]
         if "loss" in logs and pairs:
             logs["chosen_change"] = metrics["rewards/chosen"][0] / self.args.beta * sum(pairs) / sum(tokens)
-            self._stop_where_chosen_fall(logs["chosen_change"])
+            self._stop_if_chosen_fell(logs["chosen_change"])
         super().log(logs, start_time)
 
-    def _stop_where_chosen_fall(self, change: float) -> None:
-        """Ends training when the model unlearns the replies that it should prefer: it would soon babble."""
+    def _stop_if_chosen_fell(self, change: float) -> None:
+        """Stop training if the model unlearns the replies that it should prefer: it would soon degenerate."""
         if not self.args.chosen_drop or not change < -self.args.chosen_drop:
             return
         self.control.should_training_stop = True
@@ -349,14 +352,14 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
         if self.is_world_process_zero():
             append_json_line(self.metrics.path, {"step": step, "event": CHOSEN_FELL, "chosen_change": change})
             tqdm.write(
-                f"Stopped at step {step}: the chosen replies have lost {-change:.2f} nats a token against the "
+                f"Stopped at step {step}: the chosen replies have lost {-change:.2f} nats per token compared with the "
                 f"reference, more than chosen_drop {self.args.chosen_drop:g}. Lower learning_rate, raise beta, or keep "
                 "an sft term in loss_type.",
                 file=sys.stderr,
             )
 
     def evaluate(self, *args, **kwargs):
-        metrics = DPOTrainer.evaluate(self, *args, **kwargs)  # a pair's loss, accuracy and margin, not a token's
+        metrics = DPOTrainer.evaluate(self, *args, **kwargs)  # loss, accuracy and margin per pair, not per token
         self._validation = self.state.global_step, metrics["eval_loss"]
         return metrics
 
@@ -368,9 +371,9 @@ def _count_chosen(batch: dict[str, torch.Tensor]) -> tuple[int, int]:
 
 
 def _as_trl_batch(model, inputs: dict[str, torch.Tensor]) -> tuple[Callable, dict[str, torch.Tensor]]:
-    """A model and a batch as TRL's (1.16) loss reads them: rows of all chosen sides, then of all rejected sides.
+    """A model and a batch for the losses of TRL (1.16), which expect all chosen sides, then all rejected sides.
 
-    The model that TRL calls scores our batch, in which no prompt is repeated; of TRL's batch only the masks are used.
+    The model that TRL gets scores our batch, without repeated prompts; of TRL's batch only the masks are used.
     """
     attention_mask, completion_mask = (mask.long() for mask in reply_masks(inputs["group_sizes"]))  # (2 B, T)
 
@@ -378,5 +381,5 @@ def _as_trl_batch(model, inputs: dict[str, torch.Tensor]) -> tuple[Callable, dic
         return model(input_ids=inputs["input_ids"], group_sizes=inputs["group_sizes"])
 
     batch = {"attention_mask": attention_mask, "completion_mask": completion_mask}
-    batch["input_ids"] = attention_mask  # TRL makes labels of them, which `score` ignores
+    batch["input_ids"] = attention_mask  # TRL turns them into labels, which `score` ignores
     return score, batch | {name: inputs[name] for name in REFERENCE_COLUMNS if name in inputs}

@@ -1,8 +1,8 @@
-"""Supervised fine-tuning: conversations -> encoded rows -> a chat model, in TRL's SFTTrainer.
+"""Supervised fine-tuning: conversations -> encoded, packed rows -> a chat model, with TRL's SFTTrainer.
 
-Conversations are encoded here and TRL's preparation is skipped: it never sanitises what users wrote, and names no row
-in its errors. They are packed into rows of the window, and none sees another: TRL, without flash-attention, makes one
-row of the batch and a mask of all its pairs. The loss is on the assistant's words and their closing `<|im_end|>` alone.
+Conversations are encoded by rorchat: TRL does not protect control tokens from user text, and its errors name no row.
+They are packed into rows of the context window without attending to each other. The loss covers the assistant's
+replies and the `<|im_end|>` that closes them.
 """
 
 from collections.abc import Iterator
@@ -31,9 +31,9 @@ from rorchat.training.sampler import count_steps
 from rorchat.training.smoke_test import shrink_chat_stage
 from rorchat.training.stage import ChatStageTrainer
 
-OWN_ROWS = "rows are encoded and packed by rorchat: no conversation sees another, and the loss is on replies"
-OWN_TOKENS = "the chat template and its control tokens are rorchat's: no text of a user becomes one of them"
-TOKENS_AT_ONCE = 2048  # on a CPU, whose products are no faster for more: a larger micro-batch goes through in parts
+OWN_ROWS = "rorchat encodes and packs the rows: conversations do not attend to each other, the loss covers replies"
+OWN_TOKENS = "rorchat's chat template and control tokens are used: user text cannot become a control token"
+MAX_TOKENS_ON_CPU = 2048  # of a micro-batch; larger matrix products are not faster there, so it is split
 
 
 @dataclass
@@ -54,30 +54,34 @@ class SFTArguments(LoraArguments, StageArguments, SFTConfig):
         "chat_template_path": OWN_TOKENS,
         "eos_token": OWN_TOKENS,
         "pad_token": OWN_TOKENS,
-        "loss_type": "the loss is the negative log-likelihood of the replies",
-        "label_smoothing_factor": "it needs the logits of a whole batch, which are never held",
-        "truncation_mode": "what is longer than `max_length` is cut behind a turn",
-        "shuffle_dataset": "the order of rows is the data's own, see `data_seed`",
+        "loss_type": "the loss is always the negative log-likelihood of the replies",
+        "label_smoothing_factor": "it needs the logits of a whole batch, which are never in memory",
+        "truncation_mode": "conversations longer than `max_length` are cut after a turn",
+        "shuffle_dataset": "the order of rows is determined by the data, see `data_seed`",
         "model_init_kwargs": "models are loaded by rorchat, in float32",
     }
 
-    model: str = field(default="gpt2", metadata={"help": "The model to teach: a run's folder, a folder or a Hub id."})
+    model: str = field(
+        default="gpt2", metadata={"help": "The model to fine-tune: folder of a run or model, or Hub id."}
+    )
     replay: str | None = field(
         default=None,
-        metadata={"help": "Documents of pretraining among the conversations: a token store's folder, or a source."},
+        metadata={"help": "Pretraining documents to mix in: folder of a token store, or a source."},
     )
-    replay_share: float = field(default=0.1, metadata={"help": "Their share of the tokens, from 0 to below 1."})
+    replay_share: float = field(default=0.1, metadata={"help": "Share of the replayed tokens, from 0 to below 1."})
     # TRL's fields with other defaults
-    max_length: int | None = field(default=None, metadata={"help": "Tokens a conversation; default: the positions."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Maximum tokens of a conversation; default: the model's positions."}
+    )
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 a share of them."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or a share of them if below 1."})
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     logging_steps: float = 20
     eval_strategy: str = "steps"
-    eval_steps: float = field(default=0.25, metadata={"help": "Steps, or below 1 a share of them."})
+    eval_steps: float = field(default=0.25, metadata={"help": "Steps, or a share of them if below 1."})
 
     def max_row_length(self) -> int | None:
         return self.max_length
@@ -87,7 +91,7 @@ class SFTArguments(LoraArguments, StageArguments, SFTConfig):
         self.check_lora()
         self.resolve_defaults()
         if self.max_length is not None and self.max_length < 1:
-            raise UsageError(f"max_length is {self.max_length}: give a positive number, or nothing for the positions.")
+            raise UsageError(f"max_length is {self.max_length}: give a positive number, or leave it out.")
         if not 0 <= self.replay_share < 1:
             raise UsageError(f"replay_share is {self.replay_share}: it must lie between 0 and 1.")
         super().__post_init__()
@@ -102,7 +106,7 @@ class SFTArguments(LoraArguments, StageArguments, SFTConfig):
 
 
 def load_conversations(arguments: SFTArguments, tokenizer, max_length: int) -> Split:
-    """Encoded conversations with columns `input_ids` and `labels`, and behind those to train on replayed documents.
+    """Encoded conversations with columns `input_ids` and `labels`; the training rows end with replayed documents.
 
     Turns at the end of a conversation that do not fit into `max_length` are cut. A conversation whose first exchange
     does not fit is rejected as over-long. See `load_split` for the errors.
@@ -132,7 +136,7 @@ def _as_columns(input_ids: list[int], labels: list[int]) -> dict[str, np.ndarray
 
 
 class ChatSFTTrainer(ChatStageTrainer, SFTTrainer):
-    """SFTTrainer over packed conversations, with rorchat's fused head instead of TRL's."""
+    """SFTTrainer over packed conversations, with rorchat's fused loss instead of TRL's."""
 
     def __init__(
         self,
@@ -157,15 +161,15 @@ class ChatSFTTrainer(ChatStageTrainer, SFTTrainer):
         )
         self._tokens_read = np.cumsum([0, *self.train_dataset.tokens.reshape(arguments.max_steps, -1).sum(1)])
         if self.args.device.type == "cpu":
-            self.micro_batch_rows = min(self.micro_batch_rows, max(1, TOKENS_AT_ONCE // self.window))
+            self.micro_batch_rows = min(self.micro_batch_rows, max(1, MAX_TOKENS_ON_CPU // self.window))
 
     def tokens_after(self, step: int) -> int:
         return int(self._tokens_read[step])
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """Replaces TRL's tokenization and packing: rows come encoded, and no packed conversation attends to another.
+        """Replaces TRL's tokenization and packing: rows come encoded, and packed rows do not attend to each other.
 
-        Without flash-attention TRL's packing makes one row of the batch, with a mask of all pairs of its tokens.
+        Without flash-attention, TRL flattens a packed batch into one row, with a dense mask over all of its tokens.
         """
         columns = ((batch["input_ids"], batch["labels"]) for batch in dataset.with_format("numpy").iter(ROWS_PER_CALL))
         rows = [row for ids, labels in columns for row in zip(ids, labels, strict=True)]
@@ -179,7 +183,7 @@ class ChatSFTTrainer(ChatStageTrainer, SFTTrainer):
         return PackedRows(sequences, self.window, rows_in_run, args.data_seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # the Trainer's, which takes the loss that `patch_lm_head_loss` returns; TRL's asks for its own fused head
+        # the Trainer's, which uses the loss of `patch_lm_head_loss`; TRL's (1.16) would call its own fused head
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs, start_time=None):

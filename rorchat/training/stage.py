@@ -29,7 +29,7 @@ from rorchat.mixture.collators import collate_padded
 from rorchat.model import flops_per_token
 from rorchat.tokenizer import token_bytes
 from rorchat.training.arguments import COOLDOWN_SCHEDULE, COSINE_SCHEDULE
-from rorchat.training.base_loss import forgetting_of
+from rorchat.training.base_loss import create_base_loss_callback
 from rorchat.training.callbacks.divergence import DivergenceCallback
 from rorchat.training.callbacks.metrics import MetricsCallback, Utilization
 from rorchat.training.callbacks.samples import SamplesCallback
@@ -86,7 +86,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
             context.start_events(),
         )
         self.divergence = DivergenceCallback(self.metrics, self.handle_divergence)
-        self.base_loss = forgetting_of(self, self.args, self.chat.n_positions)
+        self.base_loss = create_base_loss_callback(self, self.args, self.chat.n_positions)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(self.divergence)  # before the metrics: a diverged step has no log line
