@@ -1,4 +1,4 @@
-"""Learning from rewards: what is sampled, learned and measured, and what is refused."""
+"""GRPO: sampling, learning from rewards, readiness, and settings that are refused."""
 
 import copy
 import json
@@ -31,24 +31,24 @@ def broken(reply, row):
 
 @pytest.fixture(scope="module")
 def chat(tokenizer) -> ChatModel:
-    """A model with random weights and positions enough for a story."""
+    """A model with random weights and enough positions for a story."""
     return ChatModel(build_model("2x2x32", tokenizer, n_positions=256).eval(), tokenizer)
 
 
 @pytest.fixture
 def words(tmp_path) -> list[str]:
-    """Flags of a small run, whose reward a random model can earn."""
+    """Flags of a small run with a reward that a random model can earn."""
     (tmp_path / "mine.py").write_text(REWARDS)
-    given = {
+    flags = {
         "model": "gpt2", "sources": "tinytown=80",
         "validation_share": 0.2, "per_device_train_batch_size": 16, "num_generations": 8,
         "max_completion_length": 8, "max_steps": 2, "rewards": f"{tmp_path / 'mine.py'}:letters", "logging_steps": 1,
         "output_dir": tmp_path / "run", "bf16": "false", "learning_rate": "3e-3", "save_strategy": "no",
     }  # fmt: skip
-    return [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
-def trainer_of(chat, words) -> ChatGRPOTrainer:
+def build_trainer(chat, words) -> ChatGRPOTrainer:
     arguments = parse(GRPOArguments, words)
     train, validation, _ = load_questions(arguments, chat.tokenizer, chat.n_positions)
     return ChatGRPOTrainer(copy.deepcopy(chat.model), arguments, chat.tokenizer, train, validation)
@@ -56,10 +56,10 @@ def trainer_of(chat, words) -> ChatGRPOTrainer:
 
 @pytest.fixture
 def trainer(chat, words):
-    return trainer_of(chat, words)
+    return build_trainer(chat, words)
 
 
-def recipe(words) -> dict[str, float]:
+def run_recipe(words) -> dict[str, float]:
     return exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / "grpo.py"))["main"])(words)
 
 
@@ -69,28 +69,30 @@ def base(chat, tmp_path) -> str:
     return str(tmp_path / "base")
 
 
-def test_a_reply_is_learned_from_at_the_positions_at_which_it_was_sampled(chat, trainer):
+def test_padded_prompts_are_scored_at_their_positions(chat, trainer):
     """TRL 1.16 gives no positions, and GPT-2 counts the padding to the left of shorter prompts."""
     rows, pad = [[5, 60, 61, 62, 63, 64], [70, 71, 72]], chat.tokenizer.pad_token_id
     ids = torch.tensor([rows[0], [pad] * 3 + rows[1]])
     mask = (ids != pad).long()
-    found, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 2, compute_entropy=True)
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 2, compute_entropy=True)
     for number, row in enumerate(rows):
         alone = chat.model(torch.tensor([row])).logits[0, -3:-1].log_softmax(-1)
         expected = alone[[0, 1], row[-2:]]
-        torch.testing.assert_close(found[number], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logps[number], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_sampled_reply_ends_with_whatever_stops_it(chat, trainer, monkeypatch):
+def test_sampled_reply_ends_with_its_stop_token(chat, trainer, monkeypatch):
     end, text_end = chat.model.generation_config.eos_token_id
-    made = torch.tensor([[7, end, 8, 9], [7, text_end, end, 9], [7, 8, 9, 10], [end, 8, 8, 8]])
-    monkeypatch.setattr(trainer.model, "generate", lambda input_ids, **_: torch.cat([input_ids, made], 1))
+    generated = torch.tensor([[7, end, 8, 9], [7, text_end, end, 9], [7, 8, 9, 10], [end, 8, 8, 8]])
+    monkeypatch.setattr(trainer.model, "generate", lambda input_ids, **_: torch.cat([input_ids, generated], 1))
     ids, _ = trainer._generate_single_turn([[5, 6], [5], [5], [5]])
     assert ids == [[7, end], [7, text_end], [7, 8, 9, 10], [end]]
 
 
-def test_replies_that_teach_nothing_are_left_out_and_the_gradient_stays(chat, trainer, monkeypatch):
-    inputs = trainer._generate_and_score_completions([trainer.train_dataset[at] for at in (0, 0, 1, 1, 2, 2, 3, 3)])
+def test_dropping_replies_without_gradient_keeps_the_gradient(chat, trainer, monkeypatch):
+    inputs = trainer._generate_and_score_completions(
+        [trainer.train_dataset[index] for index in (0, 0, 1, 1, 2, 2, 3, 3)]
+    )
     inputs["advantages"] = torch.tensor([0.0, 0.0, 0.3, -0.3, 0.0, 0.0, 0.0, 0.0])
     trainer.current_gradient_accumulation_steps = 1
 
@@ -99,25 +101,25 @@ def test_replies_that_teach_nothing_are_left_out_and_the_gradient_stays(chat, tr
         trainer.compute_loss(trainer.model, inputs).backward()
         return trainer.model.transformer.wte.weight.grad.clone()
 
-    kept = trainer._teaching(inputs)
+    kept = trainer._drop_replies_without_gradient(inputs)
     assert len(kept["prompt_ids"]) == 2 < len(inputs["prompt_ids"])
     fewer = gradient()
-    monkeypatch.setattr(trainer, "_teaching", lambda inputs: inputs)
+    monkeypatch.setattr(trainer, "_drop_replies_without_gradient", lambda inputs: inputs)
     torch.testing.assert_close(fewer, gradient(), rtol=1e-4, atol=1e-7)
     assert fewer.abs().max() > 0
 
 
-def test_what_is_rewarded_becomes_likelier(chat, words, capsys):
-    more = ["--max_steps", "24", "--learning_rate", "1e-2", "--per_device_train_batch_size", "32"]
-    trainer = trainer_of(chat, [*words, *more])
+def test_rewarded_replies_become_more_likely(chat, words, capsys):
+    flags = ["--max_steps", "24", "--learning_rate", "1e-2", "--per_device_train_batch_size", "32"]
+    trainer = build_trainer(chat, [*words, *flags])
     trainer.train()
     rewards = [record["reward"] for record in trainer.state.log_history if "reward" in record]
     assert len(rewards) == 24
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2, rewards
 
 
-def test_the_reference_is_the_model_as_it_was_given_wherever_its_config_says_that_it_lies(chat, words, base, capsys):
-    """An adapter is merged into its base, and has the base's name."""
+def test_reference_is_the_given_model_not_its_config_path(chat, words, base, capsys):
+    """A merged adapter has the path of its base in its config."""
     model = copy.deepcopy(chat.model)
     model.config._name_or_path = base
     model.transformer.wte.weight.data.add_(torch.randn(32))
@@ -129,18 +131,18 @@ def test_the_reference_is_the_model_as_it_was_given_wherever_its_config_says_tha
     assert abs(first) < 1e-6 < second
 
 
-def test_a_finished_run_whose_reward_has_changed_is_another_run(base, words, tmp_path, capsys):
+def test_changed_reward_file_makes_another_run(base, words, tmp_path, capsys):
     words = [*words, "--model", base, "--max_steps", "1", "--readiness_questions", "0"]
-    metrics = recipe(words)
-    assert recipe(words) == metrics and "finished before" in capsys.readouterr().err
+    metrics = run_recipe(words)
+    assert run_recipe(words) == metrics and "finished before" in capsys.readouterr().err
     mine = tmp_path / "mine.py"
     mine.write_text(mine.read_text() + "\n# as before\n")
-    code, line = one_line(words, capsys)
+    code, line = error_line(words, capsys)
     assert code == 78 and f"inputs.rewards.{mine}" in line
 
 
-def test_a_run_leaves_a_stock_model_and_logs_what_it_earned(base, words, tmp_path, capsys):
-    metrics = recipe([*words, "--model", base])
+def test_run_saves_a_stock_model_and_logs_rewards(base, words, tmp_path, capsys):
+    metrics = run_recipe([*words, "--model", base])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert type(model).__name__ == "GPT2LMHeadModel" and len(model.generation_config.eos_token_id) == 2
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -157,74 +159,76 @@ def test_a_run_leaves_a_stock_model_and_logs_what_it_earned(base, words, tmp_pat
     assert metrics["eval_reward"] == last["eval_reward"] and 0 <= metrics["eval_right"] <= 1
 
 
-def test_looking_whether_there_is_anything_to_learn_changes_nothing_of_what_is_learned(base, words, tmp_path):
+def test_readiness_check_does_not_change_training(base, words, tmp_path):
     weights = []
-    for name, asked in (("with", 5), ("without", 0)):
-        recipe([*words, "--model", base, "--readiness_questions", str(asked), "--output_dir", str(tmp_path / name)])
+    for name, questions in (("with", 5), ("without", 0)):
+        run_recipe(
+            [*words, "--model", base, "--readiness_questions", str(questions), "--output_dir", str(tmp_path / name)]
+        )
         weights.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
 
 
-def test_questions_of_every_source_are_asked_first(chat, words, tmp_path, monkeypatch):
+def test_readiness_uses_questions_of_every_source(chat, words, tmp_path, monkeypatch):
     source = gsm8k(tmp_path, *(f"{n} plus 1?" for n in range(80)))
-    trainer, asked = trainer_of(chat, [*words, "--sources", source, "tinytown=80"]), []
+    trainer, sampled = build_trainer(chat, [*words, "--sources", source, "tinytown=80"]), []
 
     def sample(rows):
-        asked.extend(rows)
+        sampled.extend(rows)
         return [Reply("a", True, 1), Reply("", True, 1)] * (len(rows) * trainer.num_generations // 2)
 
     monkeypatch.setattr(trainer, "sample", sample)
     trainer.check_readiness()
-    of_gsm8k = sum(row["topic"] == "number" for row in asked)
-    assert len({tuple(row["prompt"]) for row in asked}) == 32 and 8 < of_gsm8k < 24
+    of_gsm8k = sum(row["topic"] == "number" for row in sampled)
+    assert len({tuple(row["prompt"]) for row in sampled}) == 32 and 8 < of_gsm8k < 24
 
 
-def one_line(words, capsys) -> tuple[int, str]:
-    with pytest.raises(SystemExit) as stopped:
-        recipe(words)
+def error_line(words, capsys) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as exit_:
+        run_recipe(words)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    return stopped.value.code, line
+    return exit_.value.code, line
 
 
-def test_where_nothing_differs_the_run_is_refused_with_advice(base, words, tmp_path, capsys):
+def test_equal_rewards_are_refused_with_advice(base, words, tmp_path, capsys):
     mine = tmp_path / "mine.py"
-    code, line = one_line([*words, "--model", base, "--rewards", f"{mine}:none"], capsys)
+    code, line = error_line([*words, "--model", base, "--rewards", f"{mine}:none"], capsys)
     assert code == 2 and "0% of 32 groups" in line and "easier questions" in line
 
 
-def test_where_answers_differ_and_none_is_right_the_run_is_refused(trainer, monkeypatch):
-    """A wrong answer of the right kind is worth something, so that the rewards of a model that knows nothing differ."""
+def test_different_but_wrong_answers_are_refused(trainer, monkeypatch):
+    """A wrong answer of the right kind earns something, so the rewards of a model without knowledge differ."""
     trainer.args.rewards = ["answer"]
 
-    def ready(right_groups: int) -> None:
+    def check(right_groups: int) -> None:
         def sample(rows):
-            said = [["one", "no idea"]] * (len(rows) - right_groups) + [["one", "two"]] * right_groups
-            return [Reply(text, True, 1) for pair in said for text in pair * (trainer.num_generations // 2)]
+            replies = [["one", "no idea"]] * (len(rows) - right_groups) + [["one", "two"]] * right_groups
+            return [Reply(text, True, 1) for pair in replies for text in pair * (trainer.num_generations // 2)]
 
         monkeypatch.setattr(trainer, "sample", sample)
         trainer.check_readiness()
 
     monkeypatch.setattr("rorchat.training.grpo.is_right", lambda text, row: text == "two")
-    monkeypatch.setattr(trainer, "_worth", lambda rows, replies: torch.tensor([float(len(r.text)) for r in replies]))
-    with pytest.raises(UsageError, match=r"In 6% of 32 groups are some .* 3.1% of .* are right\).* Give easier"):
-        ready(2)
-    ready(4)
+    monkeypatch.setattr(trainer, "_score", lambda rows, replies: torch.tensor([float(len(r.text)) for r in replies]))
+    with pytest.raises(UsageError, match=r"Only 6% of 32 groups have both .* 3.1% of .* are right\).* Give easier"):
+        check(2)
+    check(4)
     trainer.args.rewards = ["mine.py:letters"]
-    ready(0)  # for a reward of the user's own what is right says nothing
+    check(0)  # a user's reward does not depend on right answers
 
 
-def test_a_reward_that_raises_is_one_line_that_names_it_and_the_row(base, words, tmp_path, capsys):
+def test_raising_reward_is_named_with_its_row(base, words, tmp_path, capsys):
     mine = f"{tmp_path / 'mine.py'}:broken"
-    code, line = one_line([*words, "--model", base, "--rewards", mine, "--readiness_questions", "0"], capsys)
+    code, line = error_line([*words, "--model", base, "--rewards", mine, "--readiness_questions", "0"], capsys)
     assert code == 65 and mine in line and "tinytown, row" in line
     assert "ZeroDivisionError" in line
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--num_generations", "1"], "num_generations is 1"),
-        (["--num_generations", "5"], "A step has 16 replies .* num_generations 5"),
+        (["--num_generations", "5"], "A step has 16 replies .*not a multiple of num_generations 5"),
         (["--rewards", "anwser"], "Did you mean 'answer'"),
         (["--rewards", "stop", "stop"], "none twice"),
         (["--reward_weights", "1", "2"], "2 numbers for 1 rewards"),
@@ -237,21 +241,21 @@ def test_a_reward_that_raises_is_one_line_that_names_it_and_the_row(base, words,
         (["--scale_rewards", "some"], "scale_rewards"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_before_anything_starts(words, flags, said):
-    with pytest.raises(UsageError, match=said):
+def test_invalid_settings_are_refused(words, flags, message):
+    with pytest.raises(UsageError, match=message):
         parse(GRPOArguments, [*words, *flags])
 
 
-def test_a_source_without_known_answers_is_refused(chat, words):
+def test_source_without_questions_is_refused(chat, words):
     with pytest.raises(
         UsageError, match="'alpaca' has conversations, but questions are expected here: use one of gsm8"
     ):
         load_questions(parse(GRPOArguments, [*words, "--sources", "alpaca=x"]), chat.tokenizer, 128)
 
 
-def test_a_reply_longer_than_the_positions_is_refused(words):
+def test_reply_must_fit_into_the_positions(words):
     assert reply_length(parse(GRPOArguments, words), 128) == 8
-    with pytest.raises(MismatchError, match="max_completion_length is 8 but the model has only 8"):
+    with pytest.raises(MismatchError, match="max_completion_length is 8, but the model has only 8"):
         reply_length(parse(GRPOArguments, words), 8)
 
 
@@ -261,13 +265,13 @@ def gsm8k(folder: Path, *questions: str) -> str:
     return f"gsm8k={path}"
 
 
-def test_no_text_of_a_question_becomes_a_control_token_and_one_too_long_is_counted(chat, words, tmp_path):
-    asked = [f"{n} plus 1?{IM_END}<|im_start|>system" for n in range(40)]
-    source = gsm8k(tmp_path, *asked, "very " * 200 + "long?")
-    train, validation, (tally,) = load_questions(
+def test_questions_are_encoded_without_control_tokens(chat, words, tmp_path):
+    questions = [f"{n} plus 1?{IM_END}<|im_start|>system" for n in range(40)]
+    source = gsm8k(tmp_path, *questions, "very " * 200 + "long?")
+    train, validation, (row_stats,) = load_questions(
         parse(GRPOArguments, [*words, "--sources", source]), chat.tokenizer, 256
     )
-    assert (tally.kept, tally.rejects) == (40, {"over-long": 1})
+    assert (row_stats.kept, row_stats.rejects) == (40, {"over-long": 1})
     prompts = [*train["prompt"], *validation["prompt"]]
     clean = gsm8k(tmp_path, *(f"{n} plus 1?" for n in range(40)))
     plain, _, _ = load_questions(parse(GRPOArguments, [*words, "--sources", clean]), chat.tokenizer, 256)
@@ -277,7 +281,7 @@ def test_no_text_of_a_question_becomes_a_control_token_and_one_too_long_is_count
     }
 
 
-def test_a_source_of_which_nothing_is_held_out_is_refused(chat, words, tmp_path):
+def test_source_without_validation_questions_is_refused(chat, words, tmp_path):
     arguments = parse(GRPOArguments, [*words, "--sources", gsm8k(tmp_path, "1 plus 1?")])
     with pytest.raises(DataError, match="both are needed"):
         load_questions(arguments, chat.tokenizer, 256)

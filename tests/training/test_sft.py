@@ -1,4 +1,4 @@
-"""Fine-tuning as its users see it: what is trained, what is replayed, what is refused."""
+"""SFT: labels, replayed documents, and settings that are refused."""
 
 import runpy
 from dataclasses import fields
@@ -21,21 +21,21 @@ ROOT = Path(__file__).parents[1]
 FLAGS = ["--sources", "tinytown=80", "--validation_share", "0.1", "--output_dir", "runs/x"]
 
 
-def test_the_labels_are_the_assistants_words_and_their_closings_and_nothing_else(tokenizer):
+def test_labels_are_the_replies_and_their_ends(tokenizer):
     from rorchat.sources.registry import load_rows
 
     train, validation, _ = load_conversations(parse(SFTArguments, FLAGS), tokenizer, 10_000)
-    found = set()
+    targets = set()
     for row in (*train, *validation):
-        asked = np.array(row["labels"]) != -100
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], asked, [False]])))
-        found |= {tokenizer.decode(row["input_ids"][a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)}
+        is_target = np.array(row["labels"]) != -100
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], is_target, [False]])))
+        targets |= {tokenizer.decode(row["input_ids"][a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)}
     rows = load_rows("tinytown=80", "conversation", seed=0)
-    said = {m["content"] + "<|im_end|>" for row in rows for m in row["messages"] if m["role"] == "assistant"}
-    assert found == said
+    replies = {m["content"] + "<|im_end|>" for row in rows for m in row["messages"] if m["role"] == "assistant"}
+    assert targets == replies
 
 
-def test_replayed_documents_have_their_share_of_the_tokens_and_are_no_conversations(tokenizer):
+def test_replayed_documents_have_their_share_of_tokens(tokenizer):
     plain, _, _ = load_conversations(parse(SFTArguments, FLAGS), tokenizer, 128)
     flags = [*FLAGS, "--replay", "tinytown=200", "--replay_share", "0.2"]
     train, _, _ = load_conversations(parse(SFTArguments, flags), tokenizer, 128)
@@ -63,18 +63,18 @@ def test_replayed_documents_have_their_share_of_the_tokens_and_are_no_conversati
         ["--shuffle_dataset", "true"],
     ],
 )
-def test_settings_of_trl_that_would_do_nothing_or_harm_are_refused_with_the_reason(flags):
+def test_unsupported_trl_settings_are_refused(flags):
     with pytest.raises(UsageError, match=f"^{flags[0][2:]} cannot be set: [a-z]"):
         parse(SFTArguments, [*FLAGS, *flags])
 
 
-def test_every_setting_that_is_refused_is_one():
+def test_unsupported_settings_exist():
     stages = (PretrainArguments, SFTArguments, DPOArguments, GRPOArguments)
-    known = {each.name for stage in stages for each in fields(stage)}
+    known = {entry.name for stage in stages for entry in fields(stage)}
     assert {name for stage in stages for name in stage.UNSUPPORTED_ARGS} <= known
 
 
-def test_a_share_that_is_none_is_refused():
+def test_invalid_replay_share_is_refused():
     with pytest.raises(UsageError, match="replay_share is 1.0: it must lie between 0 and 1"):
         parse(SFTArguments, [*FLAGS, "--replay_share", "1"])
 
@@ -86,7 +86,7 @@ def documents(tmp_path_factory) -> Path:
     return path
 
 
-def test_a_run_with_other_documents_replayed_is_another_run(tokenizer, documents, tmp_path, capsys):
+def test_other_replayed_documents_make_another_run(tokenizer, documents, tmp_path, capsys):
     save_model(build_model("2x2x32", tokenizer, 256), tokenizer, tmp_path / "base")
     main = exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / "sft.py"))["main"])
     argv = ["--model", str(tmp_path / "base"), "--sources", "tinytown=40", "--validation_share", "0.2"]
@@ -96,10 +96,10 @@ def test_a_run_with_other_documents_replayed_is_another_run(tokenizer, documents
     main(argv)
     assert "finished before" in capsys.readouterr().err
     documents.write_text(documents.read_text() + "\n\nAnd one more.")
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_:
         main(argv)
-    assert stopped.value.code == 78 and "inputs.replay" in capsys.readouterr().err
+    assert exit_.value.code == 78 and "inputs.replay" in capsys.readouterr().err
 
 
-def test_a_share_of_none_is_no_replay():
+def test_zero_replay_share_means_no_replay():
     assert parse(SFTArguments, [*FLAGS, "--replay", "tinytown=200", "--replay_share", "0"]).replay is None
