@@ -17,7 +17,7 @@ from rorchat.training.grpo import GRPOArguments
 from rorchat.training.pretrain import PretrainArguments
 from rorchat.training.sft import SFTArguments, load_conversations
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FLAGS = ["--sources", "tinytown=80", "--validation_share", "0.1", "--output_dir", "runs/x"]
 
 

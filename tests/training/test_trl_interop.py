@@ -1,4 +1,4 @@
-"""Plain TRL: what was made here goes on there, and what was made there goes on here."""
+"""Interoperability with TRL: models of either side are trained further by the other."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Conversations and pairs, each in a folder of its own, as `load_dataset` takes them."""
+    """Conversations and pairs in two folders, as `load_dataset` reads them."""
     folder = tmp_path_factory.mktemp("data")
     for name, rows in (("conversations", CONVERSATIONS), ("pairs", PAIRS)):
         (folder / name).mkdir()
@@ -49,7 +49,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A model as the Hub's `gpt2` is, but tiny: an end of text, no other control token, no chat template, no pad."""
+    """A tiny model like the Hub's `gpt2`: `<|endoftext|>` is its only control token, without chat template and pad."""
     folder = tmp_path_factory.mktemp("gpt2")
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(SENTENCES, vocab_size=320, special_tokens=["<|endoftext|>"], show_progress=False)
@@ -65,16 +65,16 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(tokenizer, data, tmp_path_factory) -> Path:
-    """The stock folder of a chat model that was made here."""
+    """Folder of a chat model trained by rorchat."""
     folder = tmp_path_factory.mktemp("ours")
     save_model(build_model("1x2x32", tokenizer, POSITIONS), tokenizer, folder / "base")
-    succeeded(teach(folder / "base", data, folder / "run"))
+    succeeded(run_sft(folder / "base", data, folder / "run"))
     return folder / "run" / "model"
 
 
 @pytest.fixture(scope="module", params=["qwen2_5", pytest.param("qwen3", marks=pytest.mark.slow)])
 def theirs(request, base, tmp_path_factory) -> Path:
-    """The folder of a chat model that TRL made of the base model: Qwen's tokens and template, padded with its eos."""
+    """Folder of a chat model trained by TRL from the base, with Qwen's tokens and template; its pad is the eos token."""
     source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp(request.param)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens([AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>", "<|box_end|>")])
@@ -88,46 +88,46 @@ def theirs(request, base, tmp_path_factory) -> Path:
     arguments = SFTConfig(str(made), assistant_only_loss=True, max_length=POSITIONS, **ON_A_CPU)
     rows = Dataset.from_list(CONVERSATIONS)
     trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
-    trainer.create_model_card = lambda *_, **__: None  # it asks every tracker that a test has put in place
+    trainer.create_model_card = lambda *_, **__: None  # it would ask trackers that other tests have mocked
     trainer.train()
     trainer.save_model()
     return made
 
 
-def teach(model: Path, data: Path, out: Path) -> subprocess.CompletedProcess:
+def run_sft(model: Path, data: Path, out: Path) -> subprocess.CompletedProcess:
     return inside(
         "sft", "--model", model, "--sources", f"messages={data / 'conversations'}", *HERE, "--output_dir", out
     )
 
 
-def prefer(model: Path, data: Path, out: Path) -> subprocess.CompletedProcess:
+def run_dpo(model: Path, data: Path, out: Path) -> subprocess.CompletedProcess:
     return inside("dpo", "--model", model, "--sources", f"preference={data / 'pairs'}", *HERE, "--output_dir", out)
 
 
-def talks(folder: Path) -> None:
-    """Asserts that Transformers alone gets a reply out of the folder, and that rorchat does."""
-    said = pipeline("text-generation", model=str(folder), device="cpu")(
+def assert_replies(folder: Path) -> None:
+    """Both plain Transformers and rorchat generate a reply with the model."""
+    output = pipeline("text-generation", model=str(folder), device="cpu")(
         [{"role": "user", "content": "Hello"}], max_new_tokens=8
     )
-    assert said[0]["generated_text"][-1]["role"] == "assistant"
+    assert output[0]["generated_text"][-1]["role"] == "assistant"
     assert isinstance(generate_text(load_model(str(folder)), "Hello", max_new_tokens=8), str)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "rows", "more"),
+    ("command", "rows", "flags"),
     [
         ("sft", "conversations", ["--assistant_only_loss", "true"]),
         ("dpo", "pairs", []),
     ],
     ids=["sft", "dpo"],
 )
-def test_a_chat_model_goes_on_under_the_trl_command(command, rows, more, ours, data, tmp_path, capsys):
+def test_trl_command_trains_a_rorchat_model(command, rows, flags, ours, data, tmp_path, capsys):
     words = [command, "--model_name_or_path", ours, "--dataset_name", data / rows, *FLAGS, "--max_length", POSITIONS]
     done = subprocess.run(
         [
             str(word)
-            for word in (Path(sys.executable).with_name("trl"), *words, *more, "--output_dir", tmp_path / "out")
+            for word in (Path(sys.executable).with_name("trl"), *words, *flags, "--output_dir", tmp_path / "out")
         ],
         capture_output=True,
         text=True,
@@ -135,22 +135,22 @@ def test_a_chat_model_goes_on_under_the_trl_command(command, rows, more, ours, d
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    made = tmp_path / "out"
-    assert json.loads((made / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
-    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (ours, made))
+    trained = tmp_path / "out"
+    assert json.loads((trained / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (ours, trained))
     assert not torch.equal(before.transformer.h[0].mlp.c_fc.weight, after.transformer.h[0].mlp.c_fc.weight)
-    tokenizer = AutoTokenizer.from_pretrained(made)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(ours).chat_template
     stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert sorted(after.generation_config.eos_token_id) == sorted(stops)
     assert after.generation_config.pad_token_id == tokenizer.convert_tokens_to_ids("<|pad|>")
     capsys.readouterr()
-    talks(made)
-    assert "gives way" not in capsys.readouterr().err
+    assert_replies(trained)
+    assert "is replaced" not in capsys.readouterr().err
 
 
-def test_trl_prepares_the_rows_that_are_encoded_here(ours, tmp_path):
-    """The same ids and, with `assistant_only_loss`, the same labels; of a pair TRL trains one newline more."""
+def test_trl_encodes_rows_as_rorchat_does(ours, tmp_path):
+    """Equal ids and, with `assistant_only_loss`, equal labels; in pairs TRL also trains the newline after a reply."""
     tokenizer = load_tokenizer(str(ours))
     model = GPT2LMHeadModel.from_pretrained(ours)
     arguments = SFTConfig(str(tmp_path / "sft"), assistant_only_loss=True, **ON_A_CPU)
@@ -173,34 +173,34 @@ def test_trl_prepares_the_rows_that_are_encoded_here(ours, tmp_path):
             assert whole[-len(newline) :] == newline
 
 
-def test_a_model_of_trl_is_asked_as_it_was_taught(theirs, capsys):
-    """The prompt has the ids that TRL trained on, and the logits of the tokens that TRL knew are the same."""
+def test_prompts_of_a_trl_model_equal_its_training(theirs, capsys):
+    """The prompt has the ids that TRL trained on, and the logits of TRL's tokens are equal."""
     raw, stock = AutoTokenizer.from_pretrained(theirs), GPT2LMHeadModel.from_pretrained(theirs).eval()
     assert raw.pad_token == raw.eos_token == "<|im_end|>"
     loaded = load_model(str(theirs), device="cpu")
     messages = [{"role": "user", "content": "What is 3 plus 1?"}]
-    taught = raw.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert encode_prompt(loaded.tokenizer, messages, n_positions=POSITIONS, max_new_tokens=8).input_ids == taught
+    trained_ids = raw.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert encode_prompt(loaded.tokenizer, messages, n_positions=POSITIONS, max_new_tokens=8).input_ids == trained_ids
     with torch.no_grad():
-        expected, found = (model(torch.tensor([taught])).logits for model in (stock, loaded.model))
-    torch.testing.assert_close(found[..., : expected.shape[-1]], expected)
+        expected, logits = (model(torch.tensor([trained_ids])).logits for model in (stock, loaded.model))
+    torch.testing.assert_close(logits[..., : expected.shape[-1]], expected)
     system = QWEN if QWEN in raw.chat_template else ""
     assert system_message(loaded.tokenizer) == system
-    said = f"the system message {system!r}" if system else "no system message"
-    lines = [line for line in capsys.readouterr().err.splitlines() if "gives way" in line]
-    assert lines == [f"{theirs}: its chat template is replaced by rorchat's, with {said}"]
+    description = f"the system message {system!r}" if system else "no system message"
+    lines = [line for line in capsys.readouterr().err.splitlines() if "is replaced" in line]
+    assert lines == [f"{theirs}: its chat template is replaced by rorchat's, with {description}"]
 
 
-def test_what_trl_called_its_end_is_never_the_pad_here(theirs):
+def test_eos_of_a_trl_model_is_not_the_pad(theirs):
     tokenizer = load_tokenizer(str(theirs))
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|pad|>")
     assert len(set(tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)))) == 4
     assert len(tokenizer) % 64 == 0
-    load_tokenizer(str(theirs), require_chat=True)  # though the pad has no row yet
+    load_tokenizer(str(theirs), require_chat=True)  # although the pad has no embedding row yet
 
 
-def test_no_text_becomes_a_special_token_that_came_with_the_template_of_others(theirs):
-    """Not in rorchat, nor on a server that renders the template: `<|box_end|>` is Qwen's, and special there."""
+def test_text_does_not_become_a_foreign_special_token(theirs):
+    """Neither in rorchat nor in the rendered template: `<|box_end|>` is one of Qwen's special tokens."""
     tokenizer = load_tokenizer(str(theirs))
     messages = [{"role": "user", "content": "<|box_end|>"}]
     box_end = tokenizer.convert_tokens_to_ids("<|box_end|>")
@@ -209,40 +209,40 @@ def test_no_text_becomes_a_special_token_that_came_with_the_template_of_others(t
     assert token_bytes(tokenizer)[box_end] == 0
 
 
-def test_a_model_of_trl_goes_on_in_every_recipe(theirs, data, tmp_path):
-    taught = succeeded(teach(theirs, data, tmp_path / "sft"))
-    assert taught.stderr.count("is replaced by rorchat's") == 1
-    preferred = succeeded(prefer(theirs, data, tmp_path / "dpo"))
+def test_recipes_train_a_trl_model(theirs, data, tmp_path):
+    tuned = succeeded(run_sft(theirs, data, tmp_path / "sft"))
+    assert tuned.stderr.count("is replaced by rorchat's") == 1
+    preferred = succeeded(run_dpo(theirs, data, tmp_path / "dpo"))
     assert preferred.stderr.count("is replaced by rorchat's") == 1
     for run in ("sft", "dpo"):
-        talks(tmp_path / run / "model")
-        assert "gives way" not in succeeded(prefer(tmp_path / run / "model", data, tmp_path / f"{run}-dpo")).stderr
+        assert_replies(tmp_path / run / "model")
+        assert "is replaced" not in succeeded(run_dpo(tmp_path / run / "model", data, tmp_path / f"{run}-dpo")).stderr
 
 
-def test_a_persona_that_was_asked_for_takes_the_place_of_the_system_message_of_others(theirs):
+def test_given_persona_replaces_a_foreign_system_message(theirs):
     persona = load_persona()
     assert system_message(load_tokenizer(str(theirs), persona)) == persona.system
 
 
 @pytest.mark.parametrize("model", ["base", "ours"])
-def test_fine_tuning_begins_with_a_base_model_or_a_chat_model(model, request, data, tmp_path):
-    assert "gives way" not in succeeded(teach(request.getfixturevalue(model), data, tmp_path / "run")).stderr
-    talks(tmp_path / "run" / "model")
+def test_sft_starts_from_a_base_or_a_chat_model(model, request, data, tmp_path):
+    assert "is replaced" not in succeeded(run_sft(request.getfixturevalue(model), data, tmp_path / "run")).stderr
+    assert_replies(tmp_path / "run" / "model")
 
 
-def test_what_needs_a_chat_model_refuses_one_that_was_never_taught(base, data, tmp_path):
-    said = ("no control tokens <|im_start|> and <|im_end|>", "recipes/sft.py")
-    refused(prefer(base, data, tmp_path / "out"), 78, *said)
-    refused(inside("grpo", "--model", base, "--sources", "tinytown=20", "--output_dir", tmp_path / "out"), 78, *said)
+def test_stages_that_need_a_chat_model_refuse_a_base_model(base, data, tmp_path):
+    message = ("no control tokens <|im_start|> and <|im_end|>", "recipes/sft.py")
+    refused(run_dpo(base, data, tmp_path / "out"), 78, *message)
+    refused(inside("grpo", "--model", base, "--sources", "tinytown=20", "--output_dir", tmp_path / "out"), 78, *message)
     for name in ("chat", "gate"):
-        refused(inside("rorchat", name, base), 78, *said)
+        refused(inside("rorchat", name, base), 78, *message)
     for name in ("dpo", "grpo"):
         done = inside(name, "--sources", "tinytown=20", "--output_dir", tmp_path / "out")
         refused(done, 2, "No model", "--model runs/gpt2-chat")
 
 
-def test_tokens_that_were_added_as_words_are_made_special(base, tmp_path):
-    """As `add_tokens` leaves them: text would become a control token."""
+def test_control_tokens_added_as_text_become_special(base, tmp_path):
+    """`add_tokens` leaves them as text tokens, so that text would become a control token."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<|pad|>"])
     tokenizer.pad_token = "<|pad|>"
@@ -252,8 +252,8 @@ def test_tokens_that_were_added_as_words_are_made_special(base, tmp_path):
     assert not control & set(encode_text(loaded, ["<|im_start|> <|im_end|> <|pad|> <|endoftext|>"])[0])
 
 
-def test_another_end_or_pad_of_a_model_of_ours_is_put_right_and_its_template_stays(ours, tmp_path, capsys):
-    """As `trl sft --eos_token` and `--pad_token` leave it."""
+def test_changed_eos_or_pad_is_corrected(ours, tmp_path, capsys):
+    """As after `trl sft --eos_token` and `--pad_token`; the template stays."""
     tokenizer = AutoTokenizer.from_pretrained(ours)
     template = tokenizer.chat_template
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
@@ -261,11 +261,11 @@ def test_another_end_or_pad_of_a_model_of_ours_is_put_right_and_its_template_sta
     loaded = load_tokenizer(str(tmp_path))
     assert (loaded.eos_token, loaded.pad_token, loaded.chat_template) == ("<|endoftext|>", "<|pad|>", template)
     assert len(loaded) == len(tokenizer)
-    assert "gives way" not in capsys.readouterr().err
+    assert "is replaced" not in capsys.readouterr().err
 
 
-def test_a_template_that_a_model_of_ours_was_given_gives_way_and_its_system_message_stays(ours, tmp_path, capsys):
-    """As `trl sft --chat_template_path FILE.jinja` leaves it: every token is there, but texts could become some."""
+def test_changed_template_is_replaced_with_its_system_message(ours, tmp_path, capsys):
+    """As after `trl sft --chat_template_path FILE.jinja`: with that template, text could become a control token."""
     tokenizer = AutoTokenizer.from_pretrained(ours)
     template = tokenizer.chat_template
     assert load_persona().system in template
@@ -279,7 +279,7 @@ def test_a_template_that_a_model_of_ours_was_given_gives_way_and_its_system_mess
     assert "with the system message 'Be brief. Please. " in line and line.endswith(" [...]'") and len(line) < 400
 
 
-def test_a_template_that_cannot_be_rendered_gives_way_as_any_other(base, tmp_path, capsys):
+def test_unrenderable_template_is_replaced(base, tmp_path, capsys):
     several = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
     unfit = ("<|im_start|>{{ raise_exception('no') }}", "<|im_start|>{% if %}", "{{ 1 }}", several)
     for number, template in enumerate(unfit):
