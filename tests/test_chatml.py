@@ -10,7 +10,9 @@ from rorchat.chatml import (
     IGNORE_INDEX,
     encode_conversation,
     encode_conversations,
+    encode_preferences,
     encode_prompt,
+    encode_text,
     system_message,
 )
 from rorchat.errors import DataError, MismatchError
@@ -258,3 +260,26 @@ def test_a_persona_with_quotes_and_control_strings_stays_text(tokenizer, tmp_pat
     assert ids.count(other.convert_tokens_to_ids("<|im_end|>")) == 2
     assert "{{ 1 + 1 }}" in other.decode(ids)
     assert json.dumps(other.chat_template)  # a template is plain text
+
+
+def test_preferences_are_encoded_like_their_conversations(gpt2_tokenizer, shared_data):
+    """Prompt and reply are the conversation's ids up to the newline after the reply; the reply is what has labels."""
+    source = f"ultrafeedback={shared_data / 'preference'}"
+    rows = [row for row, _ in zip(load_rows(source, "preference"), range(300), strict=False)]
+    (newline,) = encode_text(gpt2_tokenizer, ["\n"])
+    for row, encoded in zip(rows, encode_preferences(gpt2_tokenizer, rows), strict=True):
+        for side, reply_ids in (("chosen", encoded.chosen_ids), ("rejected", encoded.rejected_ids)):
+            whole = encode_conversation(gpt2_tokenizer, [*row["prompt"], *row[side]])
+            assert whole.input_ids == encoded.prompt_ids + reply_ids + newline
+            assert whole.labels[len(encoded.prompt_ids) :] == reply_ids + [IGNORE_INDEX] * len(newline)
+            assert whole.labels[len(encoded.prompt_ids) - 1] == IGNORE_INDEX
+
+
+def test_preference_is_rejected_if_a_side_is_too_long(tokenizer):
+    prompt = [{"role": "user", "content": "Which?"}]
+    short, long = ([{"role": "assistant", "content": text}] for text in ("This.", "This one, I think."))
+    longest = len(encode_conversation(tokenizer, [*prompt, *long]).input_ids)
+    for chosen, rejected in ((short, long), (long, short)):
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        assert encode_preferences(tokenizer, [row], longest) != [None]
+        assert encode_preferences(tokenizer, [row], longest - 1) == [None]

@@ -1,0 +1,65 @@
+"""Rows of chat stages: how they are split, encoded, rejected and counted."""
+
+from types import SimpleNamespace
+
+import pytest
+from support import json_lines
+
+from rorchat.errors import DataError
+from rorchat.rows import RejectedRow
+from rorchat.sources.base import is_validation_text
+from rorchat.training.data import load_split, row_lengths
+
+SHARE = 0.3
+
+
+def build_arguments(*sources: str, rows_per_source: int | None = None, share: float = SHARE):
+    return SimpleNamespace(
+        sources=list(sources), persona=None, data_seed=0, validation_share=share, rows_per_source=rows_per_source
+    )
+
+
+@pytest.fixture
+def pairs(tmp_path) -> str:
+    rows = [{"prompt": f"Question {n // 2}?", "chosen": "yes " * (n + 1), "rejected": "no"} for n in range(80)]
+    (tmp_path / "pairs.jsonl").write_text(json_lines(*rows))
+    return f"preference={tmp_path / 'pairs.jsonl'}"
+
+
+def encode_numbered(rows, row_stats):
+    return ({"place": row["place"], "ids": [1] * len(row["chosen"][0]["content"])} for row in rows)
+
+
+def test_preferences_are_split_by_their_prompt(pairs):
+    def encode(rows, row_stats):
+        return ({"prompt": row["prompt"][0]["content"]} for row in rows)
+
+    split = load_split(build_arguments(pairs), "preference", encode)
+    for rows, is_validation in ((split.train, False), (split.validation, True)):
+        assert all(is_validation_text(row["prompt"], SHARE) == is_validation for row in rows)
+    assert len(split.train) + len(split.validation) == 80 and len(split.validation) > 5
+    assert not set(split.train["prompt"]) & set(split.validation["prompt"])
+
+
+def test_rejected_rows_are_counted_with_their_place(pairs):
+    def encode(rows, row_stats):
+        for row, encoded in zip(rows, encode_numbered(rows, row_stats), strict=True):
+            yield RejectedRow("over-long", "too many") if len(encoded["ids"]) > 280 else encoded
+
+    split = load_split(build_arguments(pairs), "preference", encode)
+    (row_stats,) = split.row_stats
+    rejected = row_stats.rejects["over-long"]
+    assert rejected > 0 and row_stats.kept == 80 - rejected == len(split.train) + len(split.validation)
+    assert "pairs.jsonl" in row_stats.places["over-long"][0] and "too many" in row_stats.places["over-long"][0]
+    assert row_lengths(split.train, "ids").tolist() == [len(row["ids"]) for row in split.train]
+
+
+@pytest.mark.parametrize("rows_per_source", [1, 30])
+def test_rows_per_source_limits_every_source(pairs, rows_per_source):
+    arguments = build_arguments(pairs, pairs, rows_per_source=rows_per_source)
+    if rows_per_source == 1:  # both rows are equal, so that one of the splits is empty
+        with pytest.raises(DataError, match="preferences to train on and .* to validate on, with validation_share 0.3"):
+            load_split(arguments, "preference", encode_numbered)
+        return
+    split = load_split(arguments, "preference", encode_numbered)
+    assert [stats.kept for stats in split.row_stats] == [30, 30]
