@@ -43,7 +43,7 @@ def test_preferences_are_split_by_their_prompt(pairs):
 
 def test_rejected_rows_are_counted_with_their_place(pairs):
     def encode(rows, row_stats):
-        for row, encoded in zip(rows, encode_numbered(rows, row_stats), strict=True):
+        for encoded in encode_numbered(rows, row_stats):
             yield RejectedRow("over-long", "too many") if len(encoded["ids"]) > 280 else encoded
 
     split = load_split(build_arguments(pairs), "preference", encode)
