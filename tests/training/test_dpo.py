@@ -13,6 +13,7 @@ from support import json_lines
 from rorchat.errors import UsageError
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
+from rorchat.training.context import StageContext
 from rorchat.training.dpo import CHOSEN_FELL, ChatDPOTrainer, DPOArguments
 
 FLAGS = ["--model", "given-as-an-object", "--sources", "tinytown=1", "--bf16", "false", "--logging_steps", "1"]
@@ -37,7 +38,9 @@ def build_trainer(tokenizer, tmp_path):
         arguments = parse(DPOArguments, [*FLAGS, "--output_dir", str(tmp_path / "run"), *map(str, flags)])
         torch.manual_seed(0)
         model = build_model("1x2x16", tokenizer, n_positions=64)
-        return ChatDPOTrainer(model, arguments, tokenizer, train, validation or build_pairs([2, 2, 20], seed=1))
+        return ChatDPOTrainer(
+            model, arguments, tokenizer, train, validation or build_pairs([2, 2, 20], seed=1), StageContext()
+        )
 
     return make
 

@@ -14,6 +14,7 @@ from rorchat.errors import DataError, MismatchError, UsageError, exits_with_one_
 from rorchat.inference.engine import ChatModel, Reply
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
+from rorchat.training.context import StageContext
 from rorchat.training.grpo import ChatGRPOTrainer, GRPOArguments, load_questions, reply_length
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +52,7 @@ def words(tmp_path) -> list[str]:
 def build_trainer(chat, words) -> ChatGRPOTrainer:
     arguments = parse(GRPOArguments, words)
     train, validation, _ = load_questions(arguments, chat.tokenizer, chat.n_positions)
-    return ChatGRPOTrainer(copy.deepcopy(chat.model), arguments, chat.tokenizer, train, validation)
+    return ChatGRPOTrainer(copy.deepcopy(chat.model), arguments, chat.tokenizer, train, validation, StageContext())
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_reference_is_the_given_model_not_its_config_path(chat, words, base, cap
     model.transformer.wte.weight.data.add_(torch.randn(32))
     arguments = parse(GRPOArguments, [*words, "--beta", "0.1", "--warmup_steps", "0"])
     train, validation, _ = load_questions(arguments, chat.tokenizer, chat.n_positions)
-    trainer = ChatGRPOTrainer(model, arguments, chat.tokenizer, train, validation)
+    trainer = ChatGRPOTrainer(model, arguments, chat.tokenizer, train, validation, StageContext())
     trainer.train()
     first, second = [record["kl"] for record in trainer.state.log_history if "kl" in record]
     assert abs(first) < 1e-6 < second

@@ -74,7 +74,7 @@ def ours(tokenizer, data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=["qwen2_5", pytest.param("qwen3", marks=pytest.mark.slow)])
 def theirs(request, base, tmp_path_factory) -> Path:
-    """A chat model trained by TRL from the base, with Qwen's tokens and template; its pad is the eos token."""
+    """A chat model trained by TRL from the base, with Qwen's tokens and template; its pad is its eos."""
     source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp(request.param)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens([AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>", "<|box_end|>")])
