@@ -128,7 +128,7 @@ def test_chosen_change_does_not_depend_on_reply_length(build_trainer, better_ref
     trainer = build_trainer(build_pairs([40, 40] + [2] * 14), *flags, "--chosen_drop", 1.5 * DROP)
     trainer.train()
     assert logged_values(trainer, "chosen_change") == pytest.approx([-DROP] * 8, rel=1e-3)
-    assert not trainer.stopped and trainer.state.global_step == 8
+    assert not trainer.stop_reason and trainer.state.global_step == 8
     trainer.evaluate()  # batches of 2 pairs and of 1 pair
     assert logged_values(trainer, "eval_rewards/chosen")[-1] == pytest.approx(
         -DROP * 0.1 * np.mean([2, 2, 20]), rel=1e-3
