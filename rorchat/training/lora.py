@@ -36,33 +36,33 @@ ROWS = "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta"
 
 @dataclass
 class LoraArguments:
-    """Whether the model itself is trained, or an adapter beside it."""
+    """Low-rank adaptation (LoRA)."""
 
     lora_rank: int = field(
-        default=0, metadata={"help": "Rank of the matrices that learn beside a frozen model, such as 16; 0: no LoRA."}
+        default=0, metadata={"help": "Rank of the adapter to train in place of the model, such as 16; 0: no LoRA."}
     )
     load_in_4bit: bool = field(
-        default=False, metadata={"help": "Hold the frozen model in 4 bits (QLoRA); with lora_rank."}
+        default=False, metadata={"help": "Keep the frozen model in 4 bits (QLoRA); needs lora_rank."}
     )
 
     def create_adapter(self, model: GPT2LMHeadModel, tokenizer, base: str) -> "Adapter | None":
-        """The adapter to be trained, added to the model; None to train the model itself."""
+        """The adapter to train, added to the model; None to train the whole model."""
         return Adapter(model, tokenizer, self, base) if self.lora_rank else None
 
     def check_lora(self) -> None:
-        """Raises UsageError where the settings contradict each other."""
+        """Raises UsageError if the settings contradict each other."""
         if self.lora_rank < 0:
-            raise UsageError(f"lora_rank is {self.lora_rank}: give a positive number, or 0 to train the model itself.")
+            raise UsageError(f"lora_rank is {self.lora_rank}: give a positive number, or 0 to train the whole model.")
         if self.load_in_4bit and not self.lora_rank:
-            raise UsageError("load_in_4bit holds a model that is not trained: give lora_rank as well, such as 16.")
+            raise UsageError("load_in_4bit needs a frozen model: give lora_rank as well, such as 16.")
         if self.lora_rank and self.optimizer == "muon":
             raise UsageError(
-                "optimizer muon makes updates orthogonal, which says nothing of the product of LoRA's two matrices: "
+                "optimizer muon makes updates orthogonal, which means nothing for the product of LoRA's two matrices: "
                 "give adamw or adamw_8bit."
             )
         if self.lora_rank and (how := sharding_strategy(self)):
             raise UsageError(
-                f"lora_rank is {self.lora_rank}, and {how} would shard the model: LoRA needs little memory. Launch "
+                f"lora_rank is {self.lora_rank}, but {how} shards the model, which LoRA does not support. Launch "
                 "with recipes/accelerate/ddp.yaml."
             )
 

@@ -187,7 +187,7 @@ def test_model_trained_on_documents_only_is_no_chat_model(story, moved):
     record = json.loads((moved / "midtrain" / "run.json").read_text())
     record["data"] = [source for source in record["data"] if not source["source"].startswith("chat:")]
     (moved / "midtrain" / "run.json").write_text(json.dumps(record))
-    with pytest.raises(MismatchError, match="documents alone"):
+    with pytest.raises(MismatchError, match="documents only"):
         load_tokenizer(str(moved / "midtrain" / "model"), require_chat=True)
 
 

@@ -229,7 +229,7 @@ FLAGS = ["--sources", "tinytown=10", "--output_dir", "x", "--bf16", "false"]
         (["--lora_rank", "-1"], "lora_rank is -1: give a positive number"),
         (["--load_in_4bit", "true"], "give lora_rank as well"),
         (["--lora_rank", "4", "--optimizer", "muon"], "give adamw or adamw_8bit"),
-        (["--lora_rank", "4", "--fsdp", "full_shard"], "FSDP would shard the model"),
+        (["--lora_rank", "4", "--fsdp", "full_shard"], "FSDP shards the model"),
         (["--lora_rank", "many"], "invalid int value"),
     ],
 )

@@ -92,5 +92,5 @@ def test_damaged_document_table_is_named(store, tokenizer):
     starts = np.load(table)
     starts[3] += 1
     np.save(table, starts)
-    with pytest.raises(DataError, match=r"train-00000.docs.npy is damaged: its bytes are not those"):
+    with pytest.raises(DataError, match=r"train-00000.docs.npy is damaged: its sha256 differs"):
         replay_rows(str(store.folder), tokenizer, 9, 64, 0, SHARE)
