@@ -247,6 +247,9 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
     def tokens_after(self, step: int) -> int:
         return int(self._tokens_read[step])
 
+    def decode_row(self, row: dict) -> Iterator[str]:
+        yield self.processing_class.decode([*row["prompt_ids"], *row["chosen_ids"]])
+
     # The reference
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:

@@ -166,6 +166,10 @@ class ChatSFTTrainer(ChatStageTrainer, SFTTrainer):
     def tokens_after(self, step: int) -> int:
         return int(self._tokens_read[step])
 
+    def decode_row(self, row: list[dict]) -> Iterator[str]:
+        for sequence in row:
+            yield self.processing_class.decode(sequence["input_ids"])
+
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """Replaces TRL's tokenization and packing: rows come encoded, and packed rows do not attend to each other.
 

@@ -135,7 +135,7 @@ def test_reference_is_the_given_model_not_its_config_path(chat, words, base, cap
 def test_changed_reward_file_makes_another_run(base, words, tmp_path, capsys):
     words = [*words, "--model", base, "--max_steps", "1", "--readiness_questions", "0"]
     metrics = run_recipe(words)
-    assert run_recipe(words) == metrics and "finished before" in capsys.readouterr().err
+    assert run_recipe(words) == metrics and "already finished" in capsys.readouterr().err
     mine = tmp_path / "mine.py"
     mine.write_text(mine.read_text() + "\n# as before\n")
     code, line = error_line(words, capsys)

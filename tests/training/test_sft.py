@@ -94,7 +94,7 @@ def test_other_replayed_documents_make_another_run(tokenizer, documents, tmp_pat
     argv += ["--output_dir", str(tmp_path / "run"), "--eval_strategy", "no"]
     main(argv)
     main(argv)
-    assert "finished before" in capsys.readouterr().err
+    assert "already finished" in capsys.readouterr().err
     documents.write_text(documents.read_text() + "\n\nAnd one more.")
     with pytest.raises(SystemExit) as exit_:
         main(argv)
