@@ -5,6 +5,7 @@ import io
 import re
 import zlib
 from pathlib import Path
+from typing import IO, cast
 
 from rorchat.rows import RejectedRow
 
@@ -20,10 +21,10 @@ def content_suffix(path: Path) -> str:
     return (Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix).lower()
 
 
-def open_bytes(path: Path) -> io.BufferedIOBase:
+def open_bytes(path: Path) -> IO[bytes]:
     """Opens a file for reading and decompresses it if its name ends in .gz or .zst."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+        return cast(IO[bytes], gzip.open(path, "rb"))
     if path.suffix == ".zst":
         import pyarrow
 

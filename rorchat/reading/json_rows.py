@@ -119,11 +119,12 @@ def _read_array(path: Path, text: str, *, has_bad_bytes: bool) -> Iterator[Row]:
             row, at = _DECODER.raw_decode(text, at)
         except _JSON_ERRORS as error:
             rejected_row = _reject_json(error)
-            at = _find_next_element(text, at, element_start)
-            if at is None:
+            next_at = _find_next_element(text, at, element_start)
+            if next_at is None:
                 yield place, RejectedRow(rejected_row.reason, f"{rejected_row.detail}; the rest of the file is lost")
                 return
             yield place, rejected_row
+            at = next_at
         else:
             yield place, RejectedRow("invalid UTF-8") if has_bad_bytes and BAD_BYTE.search(text, start, at) else row
         at = _skip_comma(text, at)

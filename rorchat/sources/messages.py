@@ -26,8 +26,10 @@ def convert(row: dict | list) -> dict:
             raise RejectedRow("missing field", f"no 'messages' or 'conversations' among {', '.join(list(row)[:8])}")
         if row.get("label") is False:
             raise RejectedRow("marked as bad", "label is false, as for bad replies in KTO")
-        row = row.get("messages", row.get("conversations"))
-    messages = normalize_messages(row)
+        turns = row["messages"] if "messages" in row else row["conversations"]
+    else:
+        turns = row
+    messages = normalize_messages(turns)
     if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():
         messages = messages[1:]
     while messages and messages[-1]["role"] != "assistant":

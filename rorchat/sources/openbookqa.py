@@ -33,7 +33,7 @@ def convert(row: dict) -> dict:
         stem, key, columns = get_text(row, "question_stem"), get_text(row, "answerKey"), row.get("choices")
         if not isinstance(columns, dict) or not all(isinstance(columns.get(name), list) for name in ("label", "text")):
             raise RejectedRow("missing field", "no lists 'label' and 'text' in 'choices'")
-        choices = zip(columns["label"], columns["text"], strict=False)
+        choices = list(zip(columns["label"], columns["text"], strict=False))
     else:
         key = get_text(row, "answerKey")
         stem, choices = get_text(row.get("question"), "stem"), row["question"].get("choices")

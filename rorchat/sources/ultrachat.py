@@ -24,5 +24,5 @@ RAW = [
 def convert(row: dict) -> dict:
     """Either format -> messages, without an unanswered question at the end."""
     if isinstance(row, dict) and isinstance(row.get("data"), list):
-        row = alternate_turns(row["data"])
+        return messages.convert(alternate_turns(row["data"]))
     return messages.convert(row)

@@ -47,7 +47,8 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
 
 def gather(rows: Iterator[tuple[str, object]]) -> Iterator[tuple[str, object]]:
     """Joins lines to articles. Some lines of tables and formulas look like titles but have no empty lines around."""
-    article, first_place, title, after_empty = [], "", None, True
+    article: list[str] = []
+    first_place, title, after_empty = "", None, True
     for place, row in rows:
         lines = _split_lines(row)
         if lines is None:
