@@ -45,16 +45,15 @@ def test_a_non_finite_step_is_skipped(sandbox, chat_base, stage):
     assert (out / "diverged_rows.jsonl").is_file()
 
 
-@pytest.mark.parametrize(("stage", "fits"), [("sft", 1), ("dpo", 2)])
-def test_out_of_memory_halves_the_micro_batch(sandbox, chat_base, stage, fits):
-    """A pair is two rows."""
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_out_of_memory_halves_the_micro_batch(sandbox, chat_base, stage):
     out, complete, flags = (
         sandbox.new_folder(),
         sandbox.new_folder(),
         FLAGS | {"model": str(chat_base), "logging_steps": 1},
     )
     assert sandbox.run(complete, stage=stage, **flags).code == 0
-    result = sandbox.run(out, {"fits": fits, "from": 3, "in": "backward"}, stage=stage, **flags)
+    result = sandbox.run(out, {"fits": 1, "from": 3, "in": "backward"}, stage=stage, **flags)
     assert result.code == 0 and "Out of memory at step 3" in result.output, result.output
     lines = [[line for line in read_log(run) if "loss" in line] for run in (out, complete)]
     losses, margins = ([[line.get(name, 0) for line in run] for run in lines] for name in ("loss", "rewards/margins"))
