@@ -191,7 +191,7 @@ def encode_conversations(
         One entry per conversation; None if not even the first exchange fits into `max_length`.
     """
     newline = len(encode_text(tokenizer, ["\n"])[0])
-    encoded = []
+    encoded: list[EncodedConversation | None] = []
     for turns in _encode_turns(tokenizer, conversations, encode):
         kept = len(turns)
         while kept and (
@@ -254,7 +254,7 @@ def encode_preferences(
     """
     newline = len(encode_text(tokenizer, ["\n"])[0])
     conversations = [[*row["prompt"], *row["chosen"], *row["rejected"]] for row in preferences]
-    encoded = []
+    encoded: list[EncodedPreference | None] = []
     for *prompt, chosen, rejected in _encode_turns(tokenizer, conversations):
         longest = sum(len(turn.ids) for turn in prompt) + max(len(chosen.ids), len(rejected.ids))
         if max_length is not None and longest > max_length:

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from rorchat.errors import UsageError, did_you_mean
@@ -173,7 +174,7 @@ def measure_flops(precision: str, torch_device: str) -> float:
             break  # the smaller product has already kept this device busy
         left = torch.randn(rows, inner, device=torch_device).to(dtype)
         right = torch.randn(inner, columns, device=torch_device).to(dtype)
-        best = max(best, flops / time_fastest(lambda a=left, b=right: a @ b, torch_device))
+        best = max(best, flops / time_fastest(partial(torch.matmul, left, right), torch_device))
     return best
 
 
@@ -199,7 +200,8 @@ def time_fastest(work: Callable[[], object], torch_device: str) -> float:
         return time.perf_counter() - started
 
     run()
-    times, deadline = [], time.perf_counter() + TIMING_SECONDS
+    times: list[float] = []
+    deadline = time.perf_counter() + TIMING_SECONDS
     while not times or (len(times) < 10 and time.perf_counter() < deadline):
         times.append(run())
     return min(times)

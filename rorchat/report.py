@@ -79,7 +79,7 @@ def draw_curves(runs: list[Path], target: Path) -> None:
     logs = [drop_superseded_lines(read_json_lines(run / "metrics.jsonl")) for run in runs]
     keys = dict.fromkeys(key for records in logs for record in records for key in record)
     panels = [panel for panel in _list_panels([*keys]) if any(key in keys for key, _, _ in panel[1])]
-    panels = panels or _list_panels([])[:1]
+    panels = panels or list(_list_panels([])[:1])
     figure, axes = pyplot.subplots(
         len(panels), len(runs), figsize=(5.2 * len(runs), 0.6 + 2 * len(panels)), squeeze=False,
         constrained_layout=True, sharex="col",
@@ -201,7 +201,7 @@ def _read_behaviour_cells(path: Path) -> dict[Path, dict[str, str]]:
 
 def _read_base_losses(runs: list[Path]) -> dict[Path, dict[str, str]]:
     """{run: {row: cell}} of the loss on the base's text; the loss before a stage belongs to the run it started from."""
-    records = [(run, record) for run in runs if "base_loss" in (record := read_run_record(run)).get("metrics") or {}]
+    records = [(run, record) for run in runs if "base_loss" in ((record := read_run_record(run)).get("metrics") or {})]
     texts = dict.fromkeys(record.get("base_text", "") for _, record in records)
     columns: dict[Path, dict[str, str]] = {}
     for run, record in records:

@@ -41,7 +41,7 @@ def _parse_threshold(path: Path, name: object, entry: object) -> float:
     bound = MEASURES[name].bound
     number = entry.get(bound) if isinstance(entry, dict) and len(entry) == 1 else None
     is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-    if not is_number or not (math.isfinite(number) and 0 <= number <= 1):
+    if number is None or not is_number or not (math.isfinite(number) and 0 <= number <= 1):
         better = "higher" if bound == "min" else "lower"
         raise DataError(
             f"{path}: {name} is {quote_short(str(entry))}: {better} values are better, so give a share from 0 to 1 as "

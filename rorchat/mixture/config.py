@@ -20,6 +20,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from rorchat.errors import UsageError, did_you_mean
 from rorchat.reading.filters import Filters
@@ -170,7 +171,7 @@ def expand_variables(where: str, value: str) -> str:
     return expanded
 
 
-def _require_known_keys(where: str, value: object, known: Sequence[str]) -> None:
+def _require_known_keys(where: str, value: Any, known: Sequence[str]) -> None:
     if not isinstance(value, dict):
         raise UsageError(f"{where} must have `key: value` lines, it is a {type(value).__name__}.")
     for key in value:
@@ -178,7 +179,7 @@ def _require_known_keys(where: str, value: object, known: Sequence[str]) -> None
             raise UsageError(f"{where}: unknown key {key!r}.{did_you_mean(str(key), known)} Known: {', '.join(known)}.")
 
 
-def _read_source(where: str, name: object, value: object) -> Source:
+def _read_source(where: str, name: Any, value: Any) -> Source:
     if not isinstance(name, str) or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise UsageError(
             f"{where}: its name is also the name of a folder: use letters, digits, '-', '_' and '.'; quote a number."
@@ -204,7 +205,7 @@ def _read_source(where: str, name: object, value: object) -> Source:
     return Source(expand_variables(f"{where}: from", spec), epochs, optional, chosen)
 
 
-def _read_phase(where: str, value: object, sources: dict[str, Source]) -> Phase:
+def _read_phase(where: str, value: Any, sources: dict[str, Source]) -> Phase:
     _require_known_keys(where, value, PHASE_KEYS)
     if ("share" in value) == ("tokens" in value):
         raise UsageError(f"{where}: give its length either as share (of the tokens, as 60%) or as tokens.")
@@ -212,7 +213,7 @@ def _read_phase(where: str, value: object, sources: dict[str, Source]) -> Phase:
         raise UsageError(f"{where}: both weights and ramp_to: give one of the two.")
     if "replay" in value and "weights" not in value and "ramp_to" not in value:
         raise UsageError(f"{where}: replay without weights or ramp_to: the whole phase continues the one before.")
-    values = {
+    values: dict[str, Any] = {
         key: _read_weights(f"{where}: {key}", value[key], sources) for key in ("weights", "ramp_to") if key in value
     }
     for key in ("share", "replay", "tokens"):
@@ -228,7 +229,7 @@ def _read_phase(where: str, value: object, sources: dict[str, Source]) -> Phase:
     return Phase(**values)
 
 
-def _read_weights(where: str, value: object, sources: dict[str, Source]) -> dict[str, float]:
+def _read_weights(where: str, value: Any, sources: dict[str, Source]) -> dict[str, float]:
     if not isinstance(value, dict) or not value:
         raise UsageError(f"{where} is {value!r}; give one number per source, as {{{next(iter(sources))}: 1}}.")
     for name in value:
@@ -241,7 +242,7 @@ def _read_weights(where: str, value: object, sources: dict[str, Source]) -> dict
     return weights
 
 
-def _read_number(where: str, value: object) -> float:
+def _read_number(where: str, value: Any) -> float:
     """A number >= 0, given as a number, as `60%`, or as `6e-4`, which YAML reads as a string."""
     is_percent = isinstance(value, str) and value.strip().endswith("%")
     try:

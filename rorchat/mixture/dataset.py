@@ -33,7 +33,9 @@ class Mixture(Dataset):
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         source, offset = self.locate(row)
-        ids = torch.from_numpy(self.stores[source].slice("train", offset, offset + self.plan.block_size))
+        store = self.stores[source]
+        assert store is not None  # the plan has no rows of a missing source
+        ids = torch.from_numpy(store.slice("train", offset, offset + self.plan.block_size))
         return {"input_ids": ids, "labels": ids}
 
     def locate(self, row: int) -> tuple[int, int]:

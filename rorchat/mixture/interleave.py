@@ -59,7 +59,8 @@ class _Group:
     """A node of the tree: a source, or a group of sources with two halves."""
 
     def __init__(self, segments: Sequence[Segment], sources: Sequence[int], halves: tuple["_Group", "_Group"] | None):
-        self.segments, self.sources, self.halves = segments, sources, halves
+        self.segments, self.sources = segments, sources
+        self.halves: tuple[_Group, ...] = halves or ()
         self.first = [sum(segment.first[source] for source in sources) for segment in segments]
         self.last = [sum(segment.last[source] for source in sources) for segment in segments]
         areas = ((f + q) // 2 * s.rows for f, q, s in zip(self.first, self.last, segments, strict=True))

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from rorchat.chatml import IGNORE_INDEX
 
 
-def pack(lengths: Sequence[int], window: int) -> list[list[int]]:
+def pack(lengths: Sequence[int] | np.ndarray, window: int) -> list[list[int]]:
     """Assigns sequences to rows.
 
     Args:
@@ -43,7 +43,8 @@ def pack(lengths: Sequence[int], window: int) -> list[list[int]]:
     mirrored = sum(1 << (window - length) for length in range(window + 1) if waiting[length])
     rows = []
     while available:
-        row, room = [], window
+        row: list[int] = []
+        room = window
         while fitting := available & ((2 << room) - 1):
             pairs = fitting & (mirrored >> (window - room)) if row else 0
             length = room if fitting >> room else (pairs or fitting).bit_length() - 1
@@ -101,7 +102,8 @@ class PackedRows(Dataset):
     """
 
     def __init__(self, sequences: Sequences, window: int, count: int, seed: int):
-        self.sequences, self.rows = sequences, []
+        self.sequences = sequences
+        self.rows: list[list[int]] = []
         epoch = 0
         while len(self.rows) < count:
             generator = np.random.default_rng([seed, epoch])

@@ -93,7 +93,7 @@ class PhasePlanner:
             raise UsageError(f"{where}: the phases' tokens sum to {fixed:,}, the run {verb} {total:,}: {advice}.")
         ends, tokens = [self.start], 0.0
         for number, phase in enumerate(phases, 1):
-            tokens += phase.tokens if phase.tokens is not None else phase.share * max(left, 0)
+            tokens += phase.tokens if phase.tokens is not None else (phase.share or 0.0) * max(left, 0)
             end = self.start + round(tokens / self.block_size)
             ends.append(self.rows if number == len(phases) else min(self.rows, end))
             if ends[-1] == ends[-2]:

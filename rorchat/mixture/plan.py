@@ -4,10 +4,11 @@ A plan uses no random numbers, and its cost does not depend on its length: 10^9 
 """
 
 from pathlib import Path
+from typing import Any
 
 from rorchat.errors import DataError
 from rorchat.mixture import plot
-from rorchat.mixture.config import MixtureConfig
+from rorchat.mixture.config import MixtureConfig, Source
 from rorchat.mixture.interleave import UNIT, Interleaver, Segment
 from rorchat.mixture.phases import PhasePlanner, PlannedPhase
 
@@ -50,12 +51,15 @@ class Plan:
             config.require_standalone()
         sizes = dict(zip(previous.names, previous.rows_per_epoch, strict=True)) if previous else {}
         sizes |= {name: rows_per_epoch[name] for name in config.sources if name in rows_per_epoch}
-        self.names, self.rows_per_epoch = [*sizes], [*sizes.values()]
-        self.sources = (previous.sources if previous else {}) | config.sources
+        self.names: list[str] = [*sizes]
+        self.rows_per_epoch: list[int] = [*sizes.values()]
+        self.sources: dict[str, Source] = (previous.sources if previous else {}) | config.sources
         self.active = [k for k, name in enumerate(self.names) if name in rows_per_epoch and name in config.sources]
         self.rows_before = [previous.count(k, start) if previous else 0 for k in range(len(self.names))]
         self.phases = previous.phases_until(start, len(self.names)) if previous else []
-        self._notices = [notice for notice in previous._notices if notice[0] < start] if previous else []
+        self._notices: list[tuple[int, str]] = []
+        if previous:
+            self._notices += [notice for notice in previous._notices if notice[0] < start]
         self._notices += self._missing_sources([name for name in config.sources if name not in rows_per_epoch])
         used = [float(count) for count in self.rows_before]
         before = self.phases[-1].ends_with if previous else ()
@@ -76,7 +80,7 @@ class Plan:
         self.phases += phases
         segments = [self._active_segment(segment) for phase in phases for segment in phase.segments]
         self._interleaver = Interleaver(segments)
-        self.bound = self._interleaver.bound + (previous.bound if previous else 0)
+        self.bound: float = self._interleaver.bound + (previous.bound if previous else 0)
 
     def _missing_sources(self, missing: list[str]) -> list[tuple[int, str]]:
         """Notices about missing optional sources; raises DataError if a source is required or none is left."""
@@ -102,7 +106,7 @@ class Plan:
         """(index of the source, number of its rows before) of a row, computed without the rows before it."""
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} of a plan of {self.rows}")
-        if row < self.start:
+        if self.previous and row < self.start:
             return self.previous.locate(row)
         column, number = self._interleaver.locate(row - self.start)
         return self.active[column], self.rows_before[self.active[column]] + number
@@ -111,7 +115,7 @@ class Plan:
         """How many of the first `rows` rows come from the source."""
         if source >= len(self.names):
             return 0  # a source of a later plan
-        if rows < self.start:
+        if self.previous and rows < self.start:
             return self.previous.count(source, rows)
         if source not in self.active:
             return self.rows_before[source]
@@ -142,11 +146,11 @@ class Plan:
             if total["epochs"] > MANY_EPOCHS
         ]
 
-    def totals(self) -> list[dict[str, object]]:
+    def totals(self) -> list[dict[str, Any]]:
         """The share, tokens and epochs of each source over the whole plan."""
         return [self._summarize_source(source, 0, self.rows) for source in range(len(self.names))]
 
-    def _summarize_source(self, source: int, start: int, end: int) -> dict[str, object]:
+    def _summarize_source(self, source: int, start: int, end: int) -> dict[str, Any]:
         until = self.count(source, end)
         count = until - self.count(source, start)
         return {
@@ -157,7 +161,7 @@ class Plan:
             "epochs": until / self.rows_per_epoch[source],
         }
 
-    def _summarize_phase(self, phase: PlannedPhase) -> dict[str, object]:
+    def _summarize_phase(self, phase: PlannedPhase) -> dict[str, Any]:
         sources = [
             self._summarize_source(source, phase.start, phase.end)
             | {"share_at_start": phase.starts_with[source] / UNIT, "share_at_end": phase.ends_with[source] / UNIT}
@@ -166,7 +170,7 @@ class Plan:
         tokens = (phase.end - phase.start) * self.block_size
         return {"rows": [phase.start, phase.end], "tokens": tokens, "sources": sources}
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> dict[str, Any]:
         """The plan as JSON for run.json: totals by source; for each phase also the shares at its start and end."""
         return {
             "sources": self.totals(),

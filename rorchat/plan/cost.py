@@ -5,6 +5,7 @@ the memory bandwidth, with bytes counted from the kernels that run. `docs/planni
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rorchat.device import Device, get_peak_flops, measure_bandwidth
 from rorchat.errors import UsageError
@@ -224,7 +225,7 @@ def find_largest_micro_batch(setup: Setup, shape: Shape, rows: int, limit: int) 
 
 def find_memory_savers(setup: Setup, shape: Shape) -> list[str]:
     """The smallest sets of options with which a micro-batch of one row would fit."""
-    savers = {
+    savers: dict[str, dict[str, Any]] = {
         "--optimizer adamw_8bit": {"optimizer": "adamw_8bit"},
         "--gradient-checkpointing": {"gradient_checkpointing": True},
         "--optimizer adamw_8bit --gradient-checkpointing": {"optimizer": "adamw_8bit", "gradient_checkpointing": True},

@@ -101,12 +101,13 @@ def compare_tokenizers(tokenizers: Mapping[str, object], domains: Sequence[Domai
         any(domain.stopped for domain in domains),
     )
     shown = [*domains, together] if len(domains) > 1 else list(domains)
-    ordinary, measures = {}, {domain.name: {} for domain in shown}
+    ordinary: dict[str, int] = {}
+    measures: dict[str, dict[str, Measure]] = {domain.name: {} for domain in shown}
     for name, tokenizer in tokenizers.items():
         sizes = np.array(token_bytes(tokenizer))  # (V,)
         ordinary[name] = int((sizes > 0).sum())
         counts = [_token_counts(tokenizer, domain.texts, len(sizes)) for domain in domains]
-        for domain, count in zip(shown, [*counts, sum(counts)], strict=False):
+        for domain, count in zip(shown, [*counts, np.sum(counts, axis=0)], strict=False):
             measures[domain.name][name] = _measure(domain, count, sizes)
     return Comparison(shown, ordinary, measures)
 

@@ -19,6 +19,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +76,8 @@ class Encoder:
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         self.pattern = splitting_pattern(backend)
+        self._merger: Any
+        self._id_of_rank: Any
         self._merger, self._id_of_rank = build_merger(tokenizer, backend["model"]) if self.pattern else (None, None)
         self._classes = np.full(0x110000, _UNKNOWN, dtype=np.uint8)
         self._classes[:128] = np.frombuffer(_ASCII, dtype=np.uint8)[:128]

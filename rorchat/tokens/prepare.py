@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from rorchat.chatml import END_OF_TEXT
 from rorchat.errors import DataError, MismatchError, UsageError
@@ -168,7 +169,7 @@ def _open(folder: Path, expected: Manifest) -> TokenStore:
     return store
 
 
-def _describe_difference(key: str, existing: object, wanted: object) -> str:
+def _describe_difference(key: str, existing: Any, wanted: Any) -> str:
     if key == "source_sha256":
         return "what it was made of (files, persona, location on the Hub) has changed since"
     if key == "chat_template_sha256":

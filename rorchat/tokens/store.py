@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class Manifest:
     seed: int
     kind: str = "document"
     chat_template_sha256: str = ""  # of stores of conversations, which are rendered with the template
-    filters: dict[str, object] = field(default_factory=dict)
+    filters: dict[str, Any] = field(default_factory=dict)
     source_sha256: str = ""  # `rorchat.sources.registry.source_digest`
     evaluation: dict[str, str] = field(default_factory=dict)  # evaluation set -> its digest
     hub_fingerprint: str = ""  # the revision of a Hub dataset
@@ -81,7 +82,7 @@ class Manifest:
     blocks_sha256: str = ""
     format_version: int = FORMAT_VERSION
 
-    def fingerprint(self) -> dict[str, object]:
+    def fingerprint(self) -> dict[str, Any]:
         """The settings that must be equal for an existing store to be used again."""
         keys = (
             "format_version", "source", "kind", "tokenizer_sha256", "chat_template_sha256", "vocabulary_size",
@@ -148,7 +149,7 @@ def store_folder(spec: str) -> Path | None:
 
 def block_crcs(array: np.ndarray) -> np.ndarray:
     """The CRC-32 of every BLOCK_BYTES of an array as uint32; the last block may be shorter."""
-    data = memoryview(np.ascontiguousarray(array)).cast("B")
+    data = np.ascontiguousarray(array).data.cast("B")
     starts = range(0, len(data), BLOCK_BYTES)
     return np.array([zlib.crc32(data[start : start + BLOCK_BYTES]) for start in starts], dtype=np.uint32)
 

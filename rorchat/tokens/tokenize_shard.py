@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,7 @@ class ShardTokenizer:
                 progress(len(documents), sum(sizes), len(ids))
         for writer in writers.values():
             writer.close()
-        columns = {key: np.concatenate(values) for key, values in table.items()}
+        columns: dict[str, Any] = {key: np.concatenate(values) for key, values in table.items()}
         np.savez(self.folder / f"{name}.documents.npz", **columns)
         for suffix in ("places.txt", "documents.npz"):
             fsync_file(self.folder / f"{name}.{suffix}")

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -53,8 +54,8 @@ def _is_complete(record: Path, part: SourcePart) -> bool:
 
 
 # The state of a worker process: its initializer sets it
-_worker_job: ShardTokenizer | None = None
-_worker_counters = None
+_worker_job: ShardTokenizer
+_worker_counters: Any  # a shared array
 
 
 def _start_worker(job: ShardTokenizer, counters, parent: int) -> None:
@@ -84,7 +85,7 @@ def _run_pool(job: ShardTokenizer, parts: dict[int, SourcePart], workers: int, p
     # Forked workers start at once and share loaded data; they never use torch or a GPU. On other systems than Linux,
     # forking is unsafe with some system libraries.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    counters = context.Array("q", 3)  # documents, bytes, tokens
+    counters: Any = context.Array("q", 3)  # documents, bytes, tokens
     initargs = (job, counters, os.getpid())
     with _no_tokenizer_threads():
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=initargs)

@@ -48,7 +48,7 @@ def _groups(arguments_type: type) -> list[tuple[str, list[Field]]]:
     for base in ours:
         names = [name for name in vars(base).get("__annotations__", {}) if name in entries and name not in common]
         # a setting of Transformers is ours if we explain it
-        names = [name for name in names if name not in foreign or base.__dataclass_fields__[name].metadata.get("help")]
+        names = [name for name in names if name not in foreign or _help_of(base, name)]
         if names:
             groups.append((_title(base, arguments_type), [entries[name] for name in names]))
     if common:
@@ -73,8 +73,14 @@ def _explain(entry: Field, arguments_type: type) -> str:
     text = ""
     for base in arguments_type.__mro__:
         if not text and entry.name in vars(base).get("__annotations__", {}):
-            text = " ".join(base.__dataclass_fields__[entry.name].metadata.get("help", "").split())
+            text = _help_of(base, entry.name)
             if text and not base.__module__.startswith("rorchat."):
                 text = text.split(". ")[0].rstrip(".") + "."
     default = getattr(entry.default, "value", entry.default)  # enums of Transformers
     return text if default in (None, "", False) or default is MISSING else f"{text} [{default}]".lstrip()
+
+
+def _help_of(base: type, name: str) -> str:
+    """The help in a dataclass's own definition of a setting, on one line."""
+    (entry,) = (entry for entry in fields(base) if entry.name == name)
+    return " ".join(entry.metadata.get("help", "").split())
