@@ -60,8 +60,8 @@ def main() -> None:
     dist.all_reduce(loss := loss.detach().clone())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
     divergence = DivergenceCallback(MetricsCallback(Path(os.devnull), lambda step: step))
-    divergence.see(1, loss)
-    divergence.see_norm(norm)
+    divergence.record_loss(1, loss)
+    divergence.record_grad_norm(norm)
     local_norm = divergence.norm  # a plain tensor on every process
     expected_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in stock.parameters()])
     gradients = [

@@ -10,16 +10,16 @@ from rorchat.training.lora import Adapter
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a trainer needs from its run, beside model, data and arguments. `RunFolder.context` makes it.
+    """What a trainer needs from its run, beside model, data and arguments. `RunFolder.context` creates it.
 
     Args:
-        resume: what the run resumes from.
+        resume: what the run resumes from; by default nothing.
         details: recorded in run.json and in every checkpoint: the data, and the plan of a mixture.
         mirror: receives a copy of every checkpoint; on the main process.
         adapter: the LoRA adapter, if one is trained.
     """
 
-    resume: ResumePlan
+    resume: ResumePlan = field(default_factory=lambda: ResumePlan({}))
     details: dict = field(default_factory=dict)
     mirror: Mirror | None = None
     adapter: Adapter | None = None

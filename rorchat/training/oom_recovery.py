@@ -55,6 +55,13 @@ class OOMRecoveryMixin(Trainer):
         self._micro_batches, self._position = batches, 0  # of this optimizer step
         return batches, num_items
 
+    def forward_backward(self, model, inputs: Batch, num_items_in_batch) -> Tensor:
+        """Computes the gradients of a micro-batch, or of a part of one; returns its detached loss."""
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return self.retry_on_oom(lambda batch: self.forward_backward(model, batch, num_items_in_batch), inputs)
+
     def retry_on_oom(self, step_fn: Callable[[Batch], Tensor], inputs: Batch) -> Tensor:
         """Calls `step_fn` (forward and backward) on a micro-batch, or on smaller parts of it if memory runs out.
 

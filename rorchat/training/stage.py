@@ -160,7 +160,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
     # The training step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = self.retry_on_oom(lambda batch: self._forward_backward(model, batch, num_items_in_batch), inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
         self.divergence.record_loss(self.state.global_step + 1, loss)
         return loss
 
@@ -168,9 +168,9 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
     # noticeable part of a step (scripts/bench, work "overhead"): they traverse modules and parameters, and look for
     # installed packages.
 
-    def _forward_backward(self, model, inputs, num_items_in_batch) -> torch.Tensor:
+    def forward_backward(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         if not self._is_plain or num_items_in_batch is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super().forward_backward(model, inputs, num_items_in_batch)
         if not model.training:
             model.train()
         with self.compute_loss_context_manager():

@@ -106,6 +106,7 @@ def run_rorchat_sft(recorder: Recorder, flags: tuple[str, ...] = ()) -> dict:
     """The trainer of recipes/sft.py."""
     from rorchat.training import sft  # a lever may replace its `pack`
     from rorchat.training.arguments import parse
+    from rorchat.training.context import StageContext
 
     work, tokenizer, rows = recorder.work, make_tokenizer(recorder.work), read_rows(recorder)
     train, validation = Dataset.from_list(rows), Dataset.from_list(rows[:1])
@@ -117,7 +118,7 @@ def run_rorchat_sft(recorder: Recorder, flags: tuple[str, ...] = ()) -> dict:
         arguments = parse(sft.SFTArguments, [*argv, *flags])
         model = load_initial_model(work, recorder.folder)
         trainer = with_row_recorder(sft.ChatSFTTrainer, recorder, tokenizer)(
-            model, arguments, tokenizer, train, validation
+            model, arguments, tokenizer, train, validation, StageContext()
         )
         return train_sft(recorder, trainer, get_precision(arguments))
 
@@ -169,6 +170,7 @@ def run_trl_dpo(recorder: Recorder, **settings) -> dict:
 def run_rorchat_dpo(recorder: Recorder, flags: tuple[str, ...] = (), sft_term: bool = False) -> dict:
     """The trainer of recipes/dpo.py."""
     from rorchat.training.arguments import parse
+    from rorchat.training.context import StageContext
     from rorchat.training.dpo import ChatDPOTrainer, DPOArguments
 
     work, tokenizer, rows = recorder.work, make_tokenizer(recorder.work), read_rows(recorder)
@@ -182,7 +184,9 @@ def run_rorchat_dpo(recorder: Recorder, flags: tuple[str, ...] = (), sft_term: b
         model = load_initial_model(work, recorder.folder)
         start_recording(recorder, model, get_precision(arguments))
         train, validation = Dataset.from_list(rows), Dataset.from_list(rows[:1])
-        trainer = with_row_recorder(ChatDPOTrainer, recorder, tokenizer)(model, arguments, tokenizer, train, validation)
+        trainer = with_row_recorder(ChatDPOTrainer, recorder, tokenizer)(
+            model, arguments, tokenizer, train, validation, StageContext()
+        )
         return train_dpo(recorder, trainer, comparable=not sft_term)
 
 

@@ -51,7 +51,7 @@ def train(folder: str, name: str, steps: int, *flags: str) -> None:
             self.end()
             sys.stdin.readline()  # saving the model would slow down the last step of the other run
 
-    save, begin = CheckpointMixin._save_checkpoint, StageTrainer.begin_stage
+    save, begin = CheckpointMixin._save_checkpoint, StageTrainer.__init__
 
     def timed(trainer, *arguments) -> None:
         started = time.perf_counter()
@@ -62,7 +62,7 @@ def train(folder: str, name: str, steps: int, *flags: str) -> None:
         begin(trainer, *arguments, **options)
         trainer.add_callback(Turns())
 
-    CheckpointMixin._save_checkpoint, StageTrainer.begin_stage = timed, clocked
+    CheckpointMixin._save_checkpoint, StageTrainer.__init__ = timed, clocked
     argv = ["--sources", "tinytown=20000", "--tokenizer", f"{folder}/tokenizer", "--token_store", f"{folder}/tokens"]
     argv += ["--size", "124m", "--block_size", "512", "--per_device_train_batch_size", "4", "--eval_strategy", "no"]
     argv += ["--global_batch_tokens", "2048", "--max_steps", str(steps), "--optimizer", "adamw", *flags]

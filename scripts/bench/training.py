@@ -90,7 +90,8 @@ def make_rorchat_trainer(recorder: Recorder, output: str, flags: tuple[str, ...]
     """The trainer of recipes/pretrain.py for the settings of the work, with the initial weights."""
     from rorchat.tokens.store import TokenStore
     from rorchat.training.arguments import parse
-    from rorchat.training.pretrain import PretrainArguments, PretrainTrainer
+    from rorchat.training.context import StageContext
+    from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, build_mixture
 
     work = recorder.work
     argv = ["--sources", f"{STORE}={recorder.folder / STORE}", "--output_dir", output, "--eval_strategy", "no"]
@@ -101,8 +102,9 @@ def make_rorchat_trainer(recorder: Recorder, output: str, flags: tuple[str, ...]
         argv += ["--use_cpu", "true"]  # transformers 5.23 requires it for bf16 on a CPU
     arguments = parse(PretrainArguments, [*argv, "--optimizer", "adamw", *flags])
     model = load_initial_model(work, recorder.folder)
-    store = TokenStore(recorder.folder / STORE, STORE)
-    return with_recorder(PretrainTrainer, recorder)(model, arguments, make_tokenizer(work), [store])
+    stores = [TokenStore(recorder.folder / STORE, STORE)]
+    mixture, trainer_class = build_mixture(arguments, stores), with_recorder(PretrainTrainer, recorder)
+    return trainer_class(model, arguments, make_tokenizer(work), mixture, stores, StageContext())
 
 
 def get_precision(arguments) -> str:

@@ -182,7 +182,7 @@ _LEVERS = {
     "shared gradient": Lever(patches=("rorchat.training.kernels.lm_head_loss:is_lookup_plain=return_false",)),
     "recomputed outputs": Lever(patches=("rorchat.training.kernels.lm_head_loss:recompute_cheap_outputs",)),
     "small pages": Lever(environment=LARGE_PAGES),
-    "kept memory": Lever(patches=("rorchat.training.stage:keep_freed_memory",)),
+    "kept memory": Lever(patches=("rorchat.training.arguments:keep_freed_memory",)),
     "bf16": Lever(flags=("--bf16", "false")),
     "fp32": Lever(flags=("--bf16", "true")),
 }
@@ -194,7 +194,7 @@ LEVERS = {
         "causal attention": Lever(patches=("rorchat.training.kernels.lm_head_loss:causal_attention",)),
         "short step": Lever(
             patches=(
-                "rorchat.training.stage:StageTrainer.training_step",
+                "rorchat.training.stage:StageTrainer.forward_backward",
                 "rorchat.training.stage:StageTrainer._clip_grad_norm",
                 "rorchat.training.stage:StageTrainer.floating_point_ops",
                 "rorchat.training.pretrain:PretrainTrainer._get_num_items_in_batch",

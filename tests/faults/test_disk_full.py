@@ -54,15 +54,15 @@ def test_too_little_space_for_checkpoints_is_refused_at_the_start(monkeypatch, t
     model = SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda: 1000, requires_grad=True)])
     arguments = SimpleNamespace(save_strategy="steps", eval_strategy=evaluations, save_steps=2, max_steps=2 * saves)
     trainer = SimpleNamespace(args=arguments, model=model, checkpoints=Checkpoints(tmp_path))
-    trainer._saves_to_come = lambda step: CheckpointMixin._saves_to_come(trainer, step)
+    trainer._count_upcoming_saves = lambda step: CheckpointMixin._count_upcoming_saves(trainer, step)
     free = 12_000 * most - 1
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
     with pytest.raises(StorageError, match=f"{free:,} bytes free, and checkpoints need {free + 1:,}"):
-        CheckpointMixin.require_room(trainer)
+        CheckpointMixin.require_disk_space(trainer)
     free += 1
-    CheckpointMixin.require_room(trainer)
+    CheckpointMixin.require_disk_space(trainer)
     free, arguments.save_strategy = 0, "no"
-    CheckpointMixin.require_room(trainer)
+    CheckpointMixin.require_disk_space(trainer)
 
 
 def mount(folder: Path, size: int, *options: str) -> bool:

@@ -14,12 +14,13 @@ import torch
 from accelerate import Accelerator
 from faults.comparison import RAMP
 from torch.utils.data import Dataset
+from training_support import build_pretrain_trainer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from rorchat.model import build_model
 from rorchat.training.arguments import parse
-from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, stores_of
+from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, prepare_token_stores
 
 STEPS, MICRO_BATCHES, BLOCK_SIZE = 1000, 12, 16
 MIDDLE = 437
@@ -107,7 +108,7 @@ def reader(tokenizer, saved, tmp_path_factory):
         }  # fmt: skip
         return parse(PretrainArguments, [word for name in flags for word in (f"--{name}", str(flags[name]).lower())])
 
-    stores = stores_of(parse_arguments(0, STEPS), tokenizer)
+    stores = prepare_token_stores(parse_arguments(0, STEPS), tokenizer)
 
     def make(patch, processes=1, rank=0, workers=0, steps=STEPS, with_ids=False) -> Reader:
         patch.setattr(TrainingArguments, "world_size", processes)
@@ -200,6 +201,6 @@ def test_two_real_processes_then_one_train_on_all_rows_of_the_mixture(sandbox, t
     result = sandbox.run(out, {"rows": str(by_one)}, **flags)
     assert result.code == 0, result.output
     arguments = parse(PretrainArguments, sandbox.argv(out, **flags))
-    trainer = Reader(build_model("1x1x16", tokenizer, 32), arguments, tokenizer, stores_of(arguments, tokenizer))
+    trainer = build_pretrain_trainer(build_model("1x1x16", tokenizer, 32), arguments, tokenizer, Reader)
     rows = [trainer.mixture[row]["input_ids"].tolist() for row in range(len(trainer.mixture))]
     assert len(trained_rows(by_two)) == 3 * 4 and trained_rows(by_two) + trained_rows(by_one) == rows

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from support import ROOT, json_lines, refused, succeeded
+from training_support import build_pretrain_trainer
 
 from rorchat.chatml import encode_conversation
 from rorchat.errors import MismatchError, UsageError
@@ -16,7 +17,7 @@ from rorchat.sources.registry import find_source, load_rows
 from rorchat.tokenizer import load_tokenizer
 from rorchat.tokens.prepare import prepare
 from rorchat.training.arguments import parse
-from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, stores_of
+from rorchat.training.pretrain import PretrainArguments
 from rorchat.training.sft import SFTArguments, load_conversations
 
 SHARE = 0.2
@@ -128,8 +129,7 @@ def test_conversations_start_with_the_cooldown(saved, tokenizer, tmp_path):
         "output_dir": tmp_path / "run",
     }  # fmt: skip
     arguments = parse(PretrainArguments, [str(word) for key, value in flags.items() for word in (f"--{key}", value)])
-    stores = stores_of(arguments, tokenizer)
-    trainer = PretrainTrainer(build_model("1x2x16", tokenizer, 32), arguments, tokenizer, stores)
+    trainer = build_pretrain_trainer(build_model("1x2x16", tokenizer, 32), arguments, tokenizer)
     trainer.train()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [(line["learning_rate"], line["mixture"].get("town", 0)) for line in lines if "learning_rate" in line]

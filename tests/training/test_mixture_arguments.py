@@ -31,37 +31,37 @@ def test_a_mixture_replaces_sources_and_weights(tmp_path):
 
 
 def test_runs_compare_the_content_of_mixture_files(tmp_path):
-    from rorchat.training.checkpointing.fingerprint import data_fingerprint
+    from rorchat.training.checkpointing.fingerprint import fingerprint_data
 
     path = write_mixture(tmp_path, MIXTURE)
-    first = data_fingerprint(pretrain_arguments(tmp_path, mixture=str(path)))
+    first = fingerprint_data(pretrain_arguments(tmp_path, mixture=str(path)))
     path.write_text(MIXTURE.replace("50", "51"))
-    assert data_fingerprint(pretrain_arguments(tmp_path, mixture=str(path))) != first
+    assert fingerprint_data(pretrain_arguments(tmp_path, mixture=str(path))) != first
     path.write_text(MIXTURE + "# a comment\n")
-    assert data_fingerprint(pretrain_arguments(tmp_path, mixture=str(path))) == first
+    assert fingerprint_data(pretrain_arguments(tmp_path, mixture=str(path))) == first
 
 
 def test_a_difference_between_mixtures_has_a_path(tmp_path):
-    from rorchat.training.checkpointing.fingerprint import differences
+    from rorchat.training.checkpointing.fingerprint import compare_metadata
 
     before = read_mixture(write_mixture(tmp_path, MIXTURE)).to_dict()
     now = read_mixture(write_mixture(tmp_path, MIXTURE.replace("{c4: 1}", "{c4: 2}"))).to_dict()
-    (found,) = differences({"mixture": before}, {"mixture": now}, elastic=True)
+    (found,) = compare_metadata({"mixture": before}, {"mixture": now}, elastic=True)
     assert (found.name, found.before, found.now, found.is_fatal) == ("mixture.phases.1.weights.c4", 1.0, 2.0, True)
-    assert differences({"mixture": before}, {"mixture": before}, elastic=True) == []
-    (found,) = differences({"a": {"b": [1]}}, {"a": {"b": [1, 2]}}, elastic=True)
+    assert compare_metadata({"mixture": before}, {"mixture": before}, elastic=True) == []
+    (found,) = compare_metadata({"a": {"b": [1]}}, {"a": {"b": [1, 2]}}, elastic=True)
     assert (found.name, found.before, found.now) == ("a.b", [1], [1, 2])
 
 
 def test_only_differences_that_change_results_are_fatal():
-    from rorchat.training.checkpointing.fingerprint import differences
+    from rorchat.training.checkpointing.fingerprint import compare_metadata
 
     before = {"settings": {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "logging_steps": 5}, "processes": 1}
     before |= {"versions": {"torch": "2.12"}}
     now = {"settings": {"learning_rate": 1e-4, "per_device_train_batch_size": 2, "logging_steps": 1}, "processes": 2}
     now |= {"versions": {"torch": "2.13"}}
     elastic, rigid = (
-        {each.name: each.is_fatal for each in differences(before, now, elastic=elastic)} for elastic in (True, False)
+        {d.name: d.is_fatal for d in compare_metadata(before, now, elastic=elastic)} for elastic in (True, False)
     )
     assert elastic == {
         "learning_rate": True, "per_device_train_batch_size": False, "processes": False, "versions.torch": False,

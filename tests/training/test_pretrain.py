@@ -240,7 +240,7 @@ def test_the_logged_loss_of_a_row_is_the_mean_over_its_predicted_tokens(tokenize
     """Not over the row's length: position 0 is no target, and Transformers counts it for GPT-2."""
     import json
 
-    from rorchat.training.pretrain import PretrainTrainer, stores_of
+    from training_support import build_pretrain_trainer
 
     flags = ["--global_batch_tokens", "128", "--max_steps", "1", "--logging_steps", "1", "--eval_strategy", "no"]
     flags += ["--validation_share", "0.1", "--bf16", "false"]
@@ -248,7 +248,7 @@ def test_the_logged_loss_of_a_row_is_the_mean_over_its_predicted_tokens(tokenize
     arguments = parse(PretrainArguments, [*base, *flags])
     model = build_model("2x2x32", tokenizer, 64)
     stock = copy.deepcopy(model)
-    trainer = PretrainTrainer(model, arguments, tokenizer, stores_of(arguments, tokenizer))
+    trainer = build_pretrain_trainer(model, arguments, tokenizer)
     rows = [trainer.mixture[index] for index in range(2)]
     with torch.no_grad():
         expected = stock(**collate_padded(rows, 0)).loss.item()

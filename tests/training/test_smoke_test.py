@@ -17,11 +17,10 @@ from support import SENTENCES
 
 from rorchat.errors import UsageError
 from rorchat.model import save_model
-from rorchat.training.arguments import parse
+from rorchat.training.arguments import SMOKE_ROWS_PER_SOURCE, parse
 from rorchat.training.dpo import DPOArguments
 from rorchat.training.pretrain import PretrainArguments
 from rorchat.training.sft import SFTArguments
-from rorchat.training.smoke_test import ROWS_PER_SOURCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -169,7 +168,7 @@ def test_gpt2_of_the_hub_becomes_a_chat_model_in_six_steps(gpt2, shared_data, tm
     record = smoke("rorchat-124m", tmp_path / "sft", "--model", gpt2, stage="sft")
     assert len(record["data"]) == 7 and record["metrics"]["steps"] == 3
     for source in record["data"]:
-        assert 0 < source["kept"] <= ROWS_PER_SOURCE
+        assert 0 < source["kept"] <= SMOKE_ROWS_PER_SOURCE
         assert source["rows_in"] == source["kept"] + sum(source["rejects"].values())
     losses = losses_of(tmp_path / "sft-smoke")
     assert len(losses) == 3 and losses[0] == pytest.approx(10.83, abs=0.1)  # ln 50,304: the weights were random
@@ -195,11 +194,11 @@ def test_the_chat_stages_of_the_small_stories_run_three_steps(story, chat, tmp_p
     sources = [] if "sources" in own else ["--sources", "tinytown=500"]
     replay = ["--replay", "tinytown=200"] if "replay" in own else []  # no pretraining has left a store here
     record = smoke(story, tmp_path / "sft", "--model", tmp_path / "base", *sources, *replay, stage="sft")
-    assert record["data"][0]["rows_in"] == ROWS_PER_SOURCE and record["metrics"]["steps"] == 3
+    assert record["data"][0]["rows_in"] == SMOKE_ROWS_PER_SOURCE and record["metrics"]["steps"] == 3
     assert record["settings"]["optimizer"] == "muon"
     for stage in {"demo": ("dpo", "grpo")}.get(story, ("dpo",)):
         record = smoke(story, tmp_path / stage, "--model", tmp_path / "sft", *sources, stage=stage)
-        assert record["data"][0]["rows_in"] == ROWS_PER_SOURCE and record["metrics"]["steps"] == 3
+        assert record["data"][0]["rows_in"] == SMOKE_ROWS_PER_SOURCE and record["metrics"]["steps"] == 3
 
 
 class TestArguments:
@@ -279,7 +278,7 @@ class TestArgumentsOfChatStages:
 
     def test_few_rows_are_read_and_enough_of_them_held_out(self, stage, tmp_path):
         found, real = (self.arguments(stage, tmp_path, smoke=smoke) for smoke in (True, False))
-        assert (found.rows_per_source, found.validation_share, found.reply_tokens) == (ROWS_PER_SOURCE, 0.1, 16)
+        assert (found.rows_per_source, found.validation_share, found.reply_tokens) == (SMOKE_ROWS_PER_SOURCE, 0.1, 16)
         assert (real.rows_per_source, real.validation_share, real.reply_tokens) == (None, 0.01, None)
         assert self.arguments(stage, tmp_path, "--validation_share", 0.3).validation_share == 0.3
 
@@ -302,7 +301,7 @@ class TestArgumentsOfChatStages:
         self.arguments(stage, tmp_path, "--gradient_accumulation_steps", 4)
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("smoke:")]
         for said in (
-            f"first {ROWS_PER_SOURCE} rows",
+            f"first {SMOKE_ROWS_PER_SOURCE} rows",
             "10%",
             "steps of 2 rows for 32",
             "3 of them for num_train_epochs 1",

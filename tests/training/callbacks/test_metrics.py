@@ -14,7 +14,7 @@ from rorchat.errors import DivergedError
 from rorchat.jsonl import append_json_line, drop_partial_line
 from rorchat.training.callbacks import metrics as metrics_module
 from rorchat.training.callbacks.divergence import DivergenceCallback
-from rorchat.training.callbacks.metrics import MetricsCallback, Utilization, spent_before
+from rorchat.training.callbacks.metrics import MetricsCallback, Utilization, read_elapsed
 from rorchat.training.callbacks.samples import SamplesCallback
 
 
@@ -25,14 +25,14 @@ def test_numbers_that_json_does_not_have_become_words(tmp_path):
 
 def test_a_half_written_line_is_cut_off_and_time_goes_on_from_the_last_whole_one(tmp_path):
     path = tmp_path / "m.jsonl"
-    assert spent_before(path) == (0, 0)
+    assert read_elapsed(path) == (0, 0)
     append_json_line(path, {"step": 1, "seconds": 12.5, "dollars": 0.25})
     append_json_line(path, {"step": 2, "note": "ä"})
     whole = path.read_bytes()
     path.write_bytes(whole + '{"step": 3, "text": "ä'.encode()[:-1])
     drop_partial_line(path)
     assert path.read_bytes() == whole
-    assert spent_before(path) == (12.5, 0.25)
+    assert read_elapsed(path) == (12.5, 0.25)
 
 
 # The clock and the progress
@@ -67,7 +67,7 @@ def begun(folder: Path, **settings) -> MetricsCallback:
 
 
 def log(metrics: MetricsCallback, step: int, arguments=ARGUMENTS, **logs: float) -> dict:
-    logs = metrics.completed(logs, step)
+    logs = metrics.complete(logs, step)
     metrics.on_log(arguments, a_state(step), None, logs=logs)
     return logs
 
@@ -147,7 +147,7 @@ def test_other_processes_write_and_show_nothing(tmp_path, clock, capsys):
     metrics = MetricsCallback(tmp_path, lambda step: 100 * step)
     metrics.on_train_begin(ARGUMENTS, a_state(3, first=False), None)
     clock.now += 1
-    metrics.on_log(ARGUMENTS, a_state(4, first=False), None, logs=metrics.completed({"loss": 2.0}, 4))
+    metrics.on_log(ARGUMENTS, a_state(4, first=False), None, logs=metrics.complete({"loss": 2.0}, 4))
     SamplesCallback(tmp_path, ["Hi"], None, metrics).on_train_end(ARGUMENTS, a_state(4, first=False), None)
     assert not list(tmp_path.iterdir()) and capsys.readouterr().err == ""
 
@@ -168,14 +168,14 @@ def test_the_model_speaks_in_evaluation_and_goes_on_in_training(tmp_path):
 
 
 def a_step(watch: DivergenceCallback, step: int, loss, norm=1.0, fp16: bool = False) -> None:
-    watch.see(step, torch.as_tensor(loss))
-    watch.see_norm(norm)
+    watch.record_loss(step, torch.as_tensor(loss))
+    watch.record_grad_norm(norm)
     watch.on_pre_optimizer_step(SimpleNamespace(fp16=fp16), None, None)
 
 
 def test_the_loss_of_a_step_is_the_sum_over_its_micro_batches(tmp_path):
     watch = DivergenceCallback(begun(tmp_path))
-    watch.see(4, torch.tensor(1.0))
+    watch.record_loss(4, torch.tensor(1.0))
     a_step(watch, 4, 1.5)
     with pytest.raises(DivergedError, match="the last finite loss was 2.5000 at step 4"):
         a_step(watch, 5, math.nan)

@@ -11,17 +11,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import strict_lines
+from training_support import build_pretrain_trainer
 from transformers import TrainerCallback
 
 from rorchat.errors import DivergedError, UsageError, exits_with_one_line
 from rorchat.jsonl import read_json_lines
 from rorchat.model import build_model
 from rorchat.report import draw_curves, drop_superseded_lines
-from rorchat.training import stage as trainer_module
-from rorchat.training.arguments import parse
+from rorchat.training import arguments as arguments_module
+from rorchat.training import stage as stage_module
+from rorchat.training.arguments import parse, parse_trackers
 from rorchat.training.callbacks.metrics import Utilization
-from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, stores_of
-from rorchat.training.run_folder import Run
+from rorchat.training.context import StageContext
+from rorchat.training.pretrain import PretrainArguments, PretrainTrainer
+from rorchat.training.run import train
+from rorchat.training.run_folder import RunFolder
 from rorchat.training.sft import ChatSFTTrainer, SFTArguments, load_conversations
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -46,14 +50,24 @@ class Recorder(TrainerCallback):
 @pytest.fixture(scope="module", autouse=True)
 def a_known_peak():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "get_peak_flops", lambda precision, on_gpu: (1e12, "measured"))
+        patch.setattr(stage_module, "get_peak_flops", lambda precision, on_gpu: (1e12, "measured"))
         yield
 
 
+def parse_flags(folder: Path, *flags: object) -> PretrainArguments:
+    return parse(PretrainArguments, [*BASE, "--output_dir", str(folder), *map(str, flags)])
+
+
 def make_trainer(tokenizer, folder: Path, *flags: object, kind: type = PretrainTrainer) -> PretrainTrainer:
-    arguments = parse(PretrainArguments, [*BASE, "--output_dir", str(folder), *map(str, flags)])
     model = build_model("2x2x32", tokenizer, 32)
-    return kind(model, arguments, tokenizer, stores_of(arguments, tokenizer))
+    return build_pretrain_trainer(model, parse_flags(folder, *flags), tokenizer, kind)
+
+
+def train_run(tokenizer, folder: Path, *flags: object, kind: type = PretrainTrainer) -> None:
+    """As the recipe does, with the folder of the run."""
+    arguments = parse_flags(folder, *flags)
+    run, model = RunFolder(arguments, "pretrain", {}), build_model("2x2x32", tokenizer, 32)
+    train(run, build_pretrain_trainer(model, arguments, tokenizer, kind, run.context({})))
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +181,7 @@ def test_trackio_is_given_them_by_transformers_own_callback(tokenizer, tmp_path,
     ],
 )
 def test_a_tracker_that_cannot_be_had_is_one_line_before_anything_starts(name, said, monkeypatch):
-    monkeypatch.setattr(trainer_module.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(arguments_module.importlib.util, "find_spec", lambda package: None)
     with pytest.raises(UsageError, match=re.escape(said)) as caught:
         parse(PretrainArguments, [*BASE, "--output_dir", "x", "--report_to", name])
     assert "\n" not in str(caught.value)
@@ -175,16 +189,16 @@ def test_a_tracker_that_cannot_be_had_is_one_line_before_anything_starts(name, s
 
 @pytest.mark.parametrize("name", ["tensorboard,wandb", ["tensorboard", "wandb"]])
 def test_several_trackers_are_named_with_commas_or_as_a_list(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module.importlib.util, "find_spec", lambda package: package)
-    assert trainer_module.trackers(name) == ["tensorboard", "wandb"]
-    assert trainer_module.trackers("none") == trainer_module.trackers(None) == []
+    monkeypatch.setattr(arguments_module.importlib.util, "find_spec", lambda package: package)
+    assert parse_trackers(name) == ["tensorboard", "wandb"]
+    assert parse_trackers("none") == parse_trackers(None) == []
     config = tmp_path / "c.yaml"
     config.write_text(f"report_to: {json.dumps(name)}\n")
     arguments = parse(PretrainArguments, ["--config", str(config), *BASE, "--output_dir", "x"])
     assert arguments.report_to == ["tensorboard", "wandb"]
 
 
-@pytest.mark.parametrize("name", [*trainer_module.NOT_NEGATIVE, "seed", "data_seed"])
+@pytest.mark.parametrize("name", [*arguments_module.NOT_NEGATIVE, "seed", "data_seed"])
 def test_a_negative_number_where_none_can_be_is_a_usage_error(name):
     with pytest.raises(UsageError, match=rf"^{name} is -1(\.0)?: give (0 or a positive number|a number from 0)"):
         parse(PretrainArguments, [*BASE, "--output_dir", "x", f"--{name}", "-1"])
@@ -294,7 +308,7 @@ def test_settings_of_transformers_that_make_no_sense_are_named(tmp_path, flags, 
 
 def test_another_dataset_than_the_runs_own_is_not_measured_in_silence(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path)
-    with pytest.raises(ValueError, match="run's own validation set"):
+    with pytest.raises(ValueError, match="validation split of the run"):
         trainer.evaluate(trainer.train_dataset)
 
 
@@ -303,12 +317,10 @@ def test_a_diverged_run_goes_on_from_its_checkpoint_and_its_file_only_grows(
 ):
     monkeypatch.setattr(PretrainTrainer, "_roll_back", lambda trainer: None)
     flags = ["--save_strategy", "steps", "--save_steps", 4]
-    poisoned = make_trainer(tokenizer, tmp_path, *flags, kind=Poisoned)
     with pytest.raises(DivergedError):
-        Run(poisoned.args, "pretrain", {}).train(poisoned, {})
+        train_run(tokenizer, tmp_path, *flags, kind=Poisoned)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    again = make_trainer(tokenizer, tmp_path, *flags)
-    Run(again.args, "pretrain", {}).train(again, {})
+    train_run(tokenizer, tmp_path, *flags)
     assert (tmp_path / "metrics.jsonl").read_bytes().startswith(before)
     lines = strict_lines(tmp_path / "metrics.jsonl")
     assert [line.get("event", line["step"]) for line in training_lines(lines)] == [2, 4, 6, "diverged", 6, 8]
@@ -322,10 +334,10 @@ def test_a_run_without_a_checkpoint_begins_its_files_anew(tokenizer, tmp_path):
     flags = ["--max_steps", 2, "--sample_prompts", "Hi", "--save_strategy", "no"]
     for _ in range(2):
         trainer = make_trainer(tokenizer, tmp_path, *flags)
-        run = Run(trainer.args, "pretrain", {})
+        run = RunFolder(trainer.args, "pretrain", {})
         run.begin()
         trainer.train()
-        run._held.close()  # as the end of the process would
+        run.held.close()  # as the end of the process would
     assert [line["step"] for line in training_lines(strict_lines(tmp_path / "metrics.jsonl"))] == [2]
     assert [line["step"] for line in strict_lines(tmp_path / "samples.jsonl")] == [0, 2]
 
@@ -350,8 +362,10 @@ def test_fine_tuning_writes_the_same_lines_without_what_it_does_not_know(tokeniz
     flags = ["--sources", "tinytown=60", "--validation_share", "0.2", "--max_steps", "4", "--logging_steps", "2"]
     flags += ["--output_dir", str(tmp_path), "--eval_strategy", "no", "--bf16", "false", "--price_per_hour", "1"]
     arguments = parse(SFTArguments, flags)
-    train, validation, _ = load_conversations(arguments, tokenizer, 96)
-    ChatSFTTrainer(build_model("2x2x32", tokenizer, 96), arguments, tokenizer, train, validation).train()
+    training, validation, _ = load_conversations(arguments, tokenizer, 96)
+    ChatSFTTrainer(
+        build_model("2x2x32", tokenizer, 96), arguments, tokenizer, training, validation, StageContext()
+    ).train()
     lines = strict_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4]
     fields = {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
