@@ -1,4 +1,4 @@
-"""Several processes: how they meet on CPUs, what may be sharded among them, and a sharded model in one piece."""
+"""Several processes: process groups on CPUs, sharding, and calls that all processes make together."""
 
 import copy
 import functools
@@ -14,26 +14,32 @@ from rorchat.errors import RorchatError, UsageError
 
 WHOLE_MATRICES = {
     "muon": "Muon needs whole matrices",
-    "adamw_8bit": "8-bit AdamW keeps embeddings in 32 bits by their names, which shards have not",
+    "adamw_8bit": "8-bit AdamW identifies embeddings by their names, which shards do not have",
 }
 
-#: What gloo says, as a RuntimeError, when it waits in vain (torch 2.13, third_party/gloo/gloo/transport).
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Application timeout", "gloo/")
+#: Parts of gloo's RuntimeErrors when a peer is lost (torch 2.13, third_party/gloo/gloo/transport).
+_LOST_PEER_MESSAGES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Application timeout",
+    "gloo/",
+)
 
 
 def use_gloo_on_cpu() -> None:
-    """Makes several processes without a GPU one run over gloo; to be called before TrainingArguments sets up devices.
+    """Connects several processes without a GPU over gloo. Call it before TrainingArguments initializes devices.
 
-    Without it every one of them believes to be alone, and all of them write into one folder: accelerate 1.15 looks for
-    a process group on CPUs only where ACCELERATE_USE_CPU is set (`PartialState._prepare_backend`), which its launcher
-    sets for one process alone (`prepare_multi_gpu_env` does not).
+    accelerate 1.15 creates a process group on CPUs only if ACCELERATE_USE_CPU is set (`PartialState._prepare_backend`),
+    and its launcher sets that for a single process only (`prepare_multi_gpu_env` does not). Without a group, every
+    process would behave as the only one, and all would write into the same folder.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 def sharding_strategy(arguments) -> str:
-    """How the launcher or the arguments shard the model: "FSDP", "ZeRO-2", "ZeRO-3", or "" where it stays whole."""
+    """How the launcher or the arguments shard the model: "FSDP", "ZeRO-2", "ZeRO-3", or "" for not at all."""
     if arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         return "FSDP"
     if arguments.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
@@ -42,36 +48,32 @@ def sharding_strategy(arguments) -> str:
 
 
 def check_sharding(arguments) -> None:
-    """Raises UsageError where the run cannot be sharded as the launcher was told; nothing where it is not sharded.
-
-    Args:
-        arguments: a stage's, whose `optimizer` and `save_strategy` decide.
-    """
-    how = sharding_strategy(arguments)
-    if not how:
+    """Raises UsageError if the optimizer, the device or the save strategy does not support the sharding."""
+    strategy = sharding_strategy(arguments)
+    if not strategy:
         return
     if arguments.optimizer in WHOLE_MATRICES:
         raise UsageError(
-            f"optimizer {arguments.optimizer} cannot be sharded by {how}: {WHOLE_MATRICES[arguments.optimizer]}. Give "
-            "--optimizer adamw, or launch with recipes/accelerate/ddp.yaml, where every GPU has the whole model."
+            f"optimizer {arguments.optimizer} cannot be sharded by {strategy}: {WHOLE_MATRICES[arguments.optimizer]}. "
+            "Give --optimizer adamw, or launch with recipes/accelerate/ddp.yaml, where every GPU has the whole model."
         )
     if not torch.cuda.is_available():
-        # accelerate 1.15 takes FSDP for granted on GPUs alone (state.py, AcceleratorState) and trains unsharded here
+        # accelerate 1.15 enables FSDP on GPUs only (state.py, AcceleratorState), and would train without sharding
         raise UsageError(
-            f"{how} needs GPUs, and there is none here. To try several processes on CPUs: recipes/accelerate/cpu.yaml."
+            f"{strategy} needs GPUs, and there is none. To try several processes on CPUs: recipes/accelerate/cpu.yaml."
         )
     if str(getattr(arguments.save_strategy, "value", arguments.save_strategy)) != "no":
         raise UsageError(
-            f"save_strategy is {arguments.save_strategy}: checkpoints of a model sharded by {how} are in pieces that "
-            "nothing here verifies. Give --save_strategy no, or launch with recipes/accelerate/ddp.yaml."
+            f"save_strategy is {arguments.save_strategy}: checkpoints of a model sharded by {strategy} are in pieces "
+            "that cannot be verified. Give --save_strategy no, or launch with recipes/accelerate/ddp.yaml."
         )
 
 
 def run_on_main_process(task: Callable[[], object]) -> None:
-    """Runs a task on the first process while the others wait; what it refuses, all refuse.
+    """Runs a task on the main process while the others wait.
 
     Raises:
-        RorchatError, OSError: the first process's, on every process.
+        RorchatError, OSError: of the task, on every process.
     """
     failure: list[RorchatError | OSError | None] = [None]
     state = PartialState()
@@ -81,67 +83,66 @@ def run_on_main_process(task: Callable[[], object]) -> None:
         except (RorchatError, OSError) as error:
             failure[0] = error
     if state.num_processes > 1:
-        torch.distributed.broadcast_object_list(failure, src=0, group=_over_gloo())
+        torch.distributed.broadcast_object_list(failure, src=0, group=_gloo_group())
     if failure[0] is not None:
         raise failure[0]
 
 
 def set_collective_timeout(seconds: float) -> None:
-    """Bounds how long a process of the run waits for another one; all of them must call this.
+    """Limits how long a process waits for another one. Every process must call this.
 
-    `ddp_timeout` alone does not: transformers 5.23 gives it to no group that meets over gloo, and 30 minutes are the
-    default there.
+    transformers 5.23 does not apply `ddp_timeout` to gloo groups, whose default is 30 minutes.
     """
     if torch.distributed.is_initialized():
-        for group in (torch.distributed.group.WORLD, _over_gloo()):
+        for group in (torch.distributed.group.WORLD, _gloo_group()):
             torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a process failed because another one is gone or does not answer."""
-    said = str(error)
-    return isinstance(error, torch.distributed.DistError) or any(words in said for words in _LOST)
+    """Whether an error means that another process has died or does not respond."""
+    message = str(error)
+    return isinstance(error, torch.distributed.DistError) or any(words in message for words in _LOST_PEER_MESSAGES)
 
 
 def any_rank(*flags: bool) -> tuple[bool, ...]:
-    """Each flag, true where any process has it so. All must call this, and none goes on before all have."""
+    """Each flag, True if it is True on any process. Every process must call this, and waits for the others."""
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         return flags
     raised = torch.tensor(flags, dtype=torch.uint8)
-    torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX, group=_over_gloo())
+    torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX, group=_gloo_group())
     return tuple(bool(flag) for flag in raised)
 
 
 @functools.cache
-def _over_gloo():
-    """All processes, over gloo: a flag on the host need not wait for what a GPU has queued."""
+def _gloo_group():
+    """A gloo group of all processes: exchanging flags on the host does not wait for the work queued on a GPU."""
     return torch.distributed.new_group(backend="gloo")
 
 
 def gather_model(model) -> GPT2LMHeadModel:
-    """The model with all of its weights, on every process: itself, or a copy where its weights are in shards.
+    """The model with all of its weights on every process: itself, or a copy if its weights are sharded.
 
-    Validation reads weights outside of their modules' forward and gives processes different numbers of batches, one
-    process alone samples and saves: none of this works on shards. A copy costs its weights, 0.5 GB at 124M and 6 GB at
-    1.5B, for as long as it is held. Every process must call this, or those that do wait for ever.
+    Validation reads weights outside of their modules and has a different number of batches on each process, and one
+    process alone generates samples and saves; none of this works on shards. A copy takes the memory of the weights,
+    0.5 GB at 124M parameters and 6 GB at 1.5B. Every process must call this.
     """
-    model = getattr(model, "module", model)  # DDP's, DeepSpeed's
-    weights = _gathered(model)
+    model = getattr(model, "module", model)  # the wrapper of DDP or DeepSpeed
+    weights = _gather_weights(model)
     if weights is None:
         return model
     with torch.device(next(iter(weights.values())).device):
-        whole = GPT2LMHeadModel(copy.deepcopy(model.config))
-    whole.load_state_dict(weights)
-    whole.generation_config = model.generation_config
-    return whole.train(model.training)
+        gathered = GPT2LMHeadModel(copy.deepcopy(model.config))
+    gathered.load_state_dict(weights)
+    gathered.generation_config = model.generation_config
+    return gathered.train(model.training)
 
 
-def _gathered(model) -> dict[str, torch.Tensor] | None:
-    """The whole weights of a sharded model by name, None of one that is not."""
+def _gather_weights(model) -> dict[str, torch.Tensor] | None:
+    """The full weights of a sharded model by name; None for a model that is not sharded."""
     from torch.distributed.tensor import DTensor
 
     parameters = list(model.parameters())
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):  # ZeRO-3 marks its parameters so
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):  # ZeRO-3
         from deepspeed.zero import GatheredParameters
 
         with GatheredParameters(parameters):

@@ -1,4 +1,4 @@
-"""What a training process takes from its machine: the fast precision, all cores, kept memory, compiled code."""
+"""Settings of the training process that depend on the machine: precision, threads, memory, compilation."""
 
 import ctypes
 import importlib.util
@@ -11,10 +11,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
 def best_precision(on_gpu: bool) -> dict[str, bool]:
-    """bf16 or fp16, whichever the device computes fast, or neither.
+    """The values of the settings `bf16` and `fp16` that are fastest on the device.
 
-    bf16 from compute capability 8.0, fp16 with a loss scale below (a T4 only emulates bf16), and on a CPU bf16 where it
-    has matrix units for it (AMX), else float32.
+    On a GPU bf16 from compute capability 8.0, otherwise fp16 with a loss scale (a T4 only emulates bf16). On a CPU bf16
+    if it has matrix units for it (AMX), otherwise float32.
     """
     if on_gpu:
         modern = torch.cuda.get_device_capability()[0] >= 8
@@ -23,15 +23,15 @@ def best_precision(on_gpu: bool) -> dict[str, bool]:
 
 
 def can_compile(on_gpu: bool) -> bool:
-    """Whether torch.compile is taken without being asked for: on a GPU with Triton (from compute capability 7.0)."""
+    """Whether torch.compile is the default: on a GPU that Triton supports, from compute capability 7.0."""
     return on_gpu and torch.cuda.get_device_capability()[0] >= 7 and importlib.util.find_spec("triton") is not None
 
 
 def use_all_cores() -> None:
-    """Takes back the single thread that `accelerate launch` gives a process on a CPU.
+    """Uses all cores if `accelerate launch` has limited the process to one thread.
 
-    It sets OMP_NUM_THREADS=1 unless told otherwise (accelerate 1.15, commands/launch.py), which halves the speed of two
-    cores and says nothing. Any other number is taken as meant.
+    accelerate 1.15 (commands/launch.py) sets OMP_NUM_THREADS=1 on a CPU unless it is set, which halves the speed on two
+    cores. Any other value is respected.
     """
     if os.environ.get("OMP_NUM_THREADS") == "1" and not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -39,10 +39,10 @@ def use_all_cores() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library keep what a step frees, for the next step, in place of giving it back to the system.
+    """Makes glibc keep freed memory for the next step instead of returning it to the system.
 
-    glibc returns every large tensor as it is freed, so that gradients and activations are faulted in and zeroed again
-    in each step: a tenth of the time of a step on a CPU. Nothing happens where the C library is another one.
+    Otherwise every large tensor is returned as it is freed, and gradients and activations cause page faults in every
+    step: a tenth of a step's time on a CPU. Has no effect with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None and not torch.cuda.is_available():
