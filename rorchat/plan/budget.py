@@ -68,7 +68,7 @@ class Request:
             if value is not None and value not in names:
                 raise UsageError(f"--{option} {value!r}.{did_you_mean(value, names)} Available: {', '.join(names)}.")
         if self.block_size < 2:
-            raise UsageError(f"--block-size is {self.block_size}: a row needs at least 2 tokens.")
+            raise UsageError(f"--block_size is {self.block_size}: a row needs at least 2 tokens.")
         if self.device.is_cpu and self.gpus > 1:
             raise UsageError(f"--gpus is {self.gpus} on a CPU: name a GPU with --device.")
 
@@ -112,7 +112,7 @@ class Request:
             return self.flops / setup.flops(shape)
         if self.money and not self.price:
             raise UsageError(
-                f"{self.device.name} has no price: give --dollars-per-hour, or name a device that has one, as in "
+                f"{self.device.name} has no price: give --dollars_per_hour, or name a device that has one, as in "
                 "--device H100."
             )
         hours = self.money / self.price if self.money else self.hours
@@ -122,7 +122,7 @@ class Request:
 def _check_positive(option: str, value: float | None, most: float = math.inf) -> None:
     if value is not None and not (0 < value <= most and math.isfinite(value)):
         allowed = "a share above 0, at most 1" if most == 1 else "a positive, finite number"
-        raise UsageError(f"--{option.replace('_', '-')} is {value}: give {allowed}.")
+        raise UsageError(f"--{option} is {value}: give {allowed}.")
 
 
 @dataclass(frozen=True)
@@ -288,12 +288,12 @@ def _plan_shape(request: Request, shape: Shape, measured: float | None = None) -
         batch = request.global_batch_tokens or _choose_batch_tokens(request, tokens)
     if request.micro_batch and rows % request.micro_batch:
         raise UsageError(
-            f"--micro-batch {request.micro_batch} does not divide the {rows} rows that a device reads per step: "
-            "change it or --global-batch-tokens."
+            f"--micro_batch {request.micro_batch} does not divide the {rows} rows that a device reads per step: "
+            "change it or --global_batch_tokens."
         )
     if request.micro_batch and micro_batch != request.micro_batch:
         reason = (
-            f"--micro-batch {request.micro_batch} of {format_size(shape)} does not fit into {request.device.name}'s "
+            f"--micro_batch {request.micro_batch} of {format_size(shape)} does not fit into {request.device.name}'s "
             f"memory: at most {micro_batch} does."
         )
         return DoesNotFit(shape, reason)
@@ -306,7 +306,7 @@ def _choose_rows(request: Request, batch_tokens: int) -> int:
     unit = request.block_size * request.gpus
     if request.global_batch_tokens and batch_tokens % unit:
         raise UsageError(
-            f"--global-batch-tokens {batch_tokens:,} is not a multiple of block size {request.block_size} x "
+            f"--global_batch_tokens {batch_tokens:,} is not a multiple of block size {request.block_size} x "
             f"{request.gpus} devices = {unit:,}: the nearest that fit are {max(1, batch_tokens // unit) * unit:,} and "
             f"{(batch_tokens // unit + 1) * unit:,}."
         )
@@ -331,7 +331,7 @@ def _check_steps(plan: Plan) -> Plan:
         raise UsageError(
             f"{plan.request.budget} pays for {plan.tokens:,} tokens of {plan.size}, {plan.steps} steps of "
             f"{plan.global_batch_tokens:,}: too few to train on. Give a larger budget, a smaller --size, or a smaller "
-            "--global-batch-tokens."
+            "--global_batch_tokens."
         )
     return plan
 
@@ -378,7 +378,7 @@ def _explain_memory(request: Request, too_large: DoesNotFit) -> str:
     setup = request.setup
     need = sum(estimate_memory(setup, too_large.shape, 1).values())
     savers = find_memory_savers(setup, too_large.shape)
-    remedy = "Neither --gradient-checkpointing nor adamw_8bit is enough"
+    remedy = "Neither --gradient_checkpointing nor adamw_8bit is enough"
     if savers:
         remedy = f"It fits with {' or with '.join(savers)}"
     fitting = [shape for shape in list_shapes() if find_largest_micro_batch(setup, shape, 1, 1)]

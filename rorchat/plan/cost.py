@@ -227,8 +227,8 @@ def find_memory_savers(setup: Setup, shape: Shape) -> list[str]:
     """The smallest sets of options with which a micro-batch of one row would fit."""
     savers: dict[str, dict[str, Any]] = {
         "--optimizer adamw_8bit": {"optimizer": "adamw_8bit"},
-        "--gradient-checkpointing": {"gradient_checkpointing": True},
-        "--optimizer adamw_8bit --gradient-checkpointing": {"optimizer": "adamw_8bit", "gradient_checkpointing": True},
+        "--gradient_checkpointing": {"gradient_checkpointing": True},
+        "--optimizer adamw_8bit --gradient_checkpointing": {"optimizer": "adamw_8bit", "gradient_checkpointing": True},
     }
     fitting = [name for name, changes in savers.items() if fits_memory(replace(setup, **changes), shape, 1)]
     return [name for name in fitting if not any(other != name and other in name for other in fitting)]

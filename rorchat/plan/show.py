@@ -65,7 +65,7 @@ def build_rows(plan: Plan) -> list[list[str]]:
         [
             "money",
             f"${plan.money:,.2f}" if plan.money else "no price",
-            f"${request.price:,.2f} per hour" if request.price else "give --dollars-per-hour",
+            f"${request.price:,.2f} per hour" if request.price else "give --dollars_per_hour",
         ],
         [
             "memory",
@@ -111,8 +111,8 @@ def list_assumptions(plan: Plan, probe: Probe | None = None) -> list[str]:
             else f"Several GPUs: {PARALLEL_SHARE:g} of {setup.gpus} times the speed of one, in one machine."
         )
     if plan.money:
-        source = "an example from the table of devices; --dollars-per-hour replaces it"
-        lines.append(f"Price: {'from --dollars-per-hour' if plan.request.dollars_per_hour else source}.")
+        source = "an example from the table of devices; --dollars_per_hour replaces it"
+        lines.append(f"Price: {'from --dollars_per_hour' if plan.request.dollars_per_hour else source}.")
     return [*lines, *plan.notes]
 
 

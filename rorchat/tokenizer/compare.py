@@ -161,7 +161,7 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     notes = ["ordinary tokens: " + ", ".join(f"{name} {count:,}" for name, count in comparison.ordinary.items())]
     parts = [domain for domain in comparison.domains if domain.texts]
     stopped = [domain.name for domain in parts if domain.stopped]
-    notes.append(f"stopped at --max-characters: {', '.join(stopped)}" if stopped else "all of the text was read")
+    notes.append(f"stopped at --max_characters: {', '.join(stopped)}" if stopped else "all of the text was read")
     read = {name: measure.tokens for name, measure in comparison.measures[comparison.domains[-1].name].items()}
     if any(count < ENOUGH_TOKENS * comparison.ordinary[name] for name, count in read.items()):
         counts = ", ".join(f"{name} {count:,}" for name, count in read.items())

@@ -70,7 +70,7 @@ def test_tokens_with_a_budget_give_the_largest_affordable_model():
         ({"flops": math.inf}, "--flops is inf"),
         ({"hours": 1, "gpus": 0}, "--gpus is 0"),
         ({"hours": 1, "mfu": 1.2}, "--mfu is 1.2: give a share above 0, at most 1"),
-        ({"hours": 1, "block_size": 1}, "--block-size is 1"),
+        ({"hours": 1, "block_size": 1}, "--block_size is 1"),
         ({"hours": 1, "optimizer": "adam"}, "--optimizer 'adam'. Did you mean 'adamw'?"),
         ({"hours": 1, "fit": "chinchila"}, "Did you mean 'chinchilla'?"),
         ({"hours": 1, "kernels": "flash"}, "Available: eager, compiled, manual"),
@@ -124,11 +124,11 @@ def test_a_requested_micro_batch_is_kept(size):
 
 def test_a_note_names_a_limiting_micro_batch():
     plan = make_test_plan("A100-80", hours=2_000, micro_batch=64)
-    assert "--micro-batch 64 of" in plan.notes[0] and "at most 32 does" in plan.notes[0]
+    assert "--micro_batch 64 of" in plan.notes[0] and "at most 32 does" in plan.notes[0]
 
 
 def test_several_cpus_and_unknown_prices_are_refused():
     with pytest.raises(UsageError, match="--gpus is 2 on a CPU"):
         make_test_plan("cpu", hours=1, gpus=2)
-    with pytest.raises(UsageError, match="cpu has no price: give --dollars-per-hour, or name a device"):
+    with pytest.raises(UsageError, match="cpu has no price: give --dollars_per_hour, or name a device"):
         make_test_plan("cpu", money=1, mfu=0.5, size="demo")

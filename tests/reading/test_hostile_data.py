@@ -316,7 +316,7 @@ def test_a_line_of_100_mb_takes_less_than_300_mb(form, command, tokenizer, tmp_p
                 file.write(text + END_OF_TEXT if form == "txt" else json.dumps({"text": text}) + "\n")
         texts.clear()
         options = ["--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / f"{size}", "--workers", 1]
-        options += ["--validation-share", 0.2]
+        options += ["--validation_share", 0.2]
         taken[size] = peak(command, f"text={path}", *(options if command == "prepare" else []))
     smallest, largest = taken.values()
     assert 100 * 10**6 < largest - smallest < 300 * 10**6

@@ -90,7 +90,7 @@ def test_the_table_marks_the_best_and_shows_differences_in_percent(merged, unmer
 def test_a_domain_is_cut_at_the_limit_and_noted(merged):
     domain = read_domain("x", ["ab ab", "ab ab"], 7)
     assert (domain.texts, domain.characters, domain.stopped) == (["ab ab", "ab"], 7, True)
-    assert "stopped at --max-characters: x" in comparison_notes(compare_tokenizers({"merged": merged}, [domain]))
+    assert "stopped at --max_characters: x" in comparison_notes(compare_tokenizers({"merged": merged}, [domain]))
 
 
 def test_a_tokenizer_that_changes_text_is_noted(merged):
@@ -159,14 +159,14 @@ def test_the_picture_has_a_labelled_bar_for_every_value(merged, unmerged, tmp_pa
     [
         (["nowhere/"], 65, "No tokenizer at nowhere/"),
         (["=merged"], 2, "give FOLDER, a Hub id, or NAME=FOLDER"),
-        (["{}/merged", "merged={}/unmerged"], 2, "Two tokenizers are called 'merged'"),
+        (["{}/merged", "merged={}/unmerged"], 2, "Two tokenizers have the name 'merged'"),
         (["{}/merged", "--data", "a=gone.txt"], 65, "No file or folder gone.txt"),
         (["{}/merged", "--data", "a.txt"], 2, "give LABEL=PATH"),
-        (["{}/merged", "--data", "a=a.txt", "--data", "a=b.txt"], 2, "Two domains are called 'a'"),
+        (["{}/merged", "--data", "a=a.txt", "--data", "a=b.txt"], 2, "Two domains have the name 'a'"),
         (["{}/merged", "--data", "a=dailydialg=a.txt"], 2, "Did you mean 'dailydialog'?"),
         (["{}/merged", "--data", "a=empty.txt"], 65, "empty"),
         (["{}/merged", "--data", "all together=a.txt"], 2, "the name of the total"),
-        (["{}/merged", "--max-characters", "0"], 2, "it must be at least 1"),
+        (["{}/merged", "--max_characters", "0"], 2, "it must be at least 1"),
     ],
 )
 def test_invalid_comparisons_are_one_line_and_an_exit_code(rorchat_command, folders, tmp_path, words, code, said):

@@ -109,7 +109,7 @@ def test_store_of_another_persona_is_refused(saved, tokenizer, tmp_path):
 
 def test_command_line_prepares_conversations(saved, tmp_path):
     output = succeeded(
-        "prepare", "chat:tinytown=60", "--tokenizer", saved, "--out", tmp_path / "s", "--validation-share", 0.2
+        "prepare", "chat:tinytown=60", "--tokenizer", saved, "--out", tmp_path / "s", "--validation_share", 0.2
     )
     assert "train: " in output
     assert json.loads((tmp_path / "s" / "manifest.json").read_text())["kind"] == "conversation"
