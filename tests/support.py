@@ -69,7 +69,7 @@ KEPT = DOCUMENTS[: -len(COPIES)]
 CONVERTING = [name for name in list_sources() if find_source(name).convert]
 
 
-def exchange(question: object = "Hello", reply: object = "Hi!", *further: object, **more: object) -> dict:
+def chat_row(question: object = "Hello", reply: object = "Hi!", *further: object, **more: object) -> dict:
     """A row of a conversation in which user and assistant alternate."""
     texts = enumerate((question, reply, *further))
     return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in texts], **more}
@@ -79,20 +79,20 @@ def json_lines(*rows: object) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def lines_of(rows: list) -> bytes:
+def as_jsonl(rows: list) -> bytes:
     """JSON lines; rows that are bytes are written unchanged."""
     return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
 
 
-def written(folder: Path, name: str, content: str | bytes | list) -> Path:
+def write(folder: Path, name: str, content: str | bytes | list) -> Path:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = lines_of(content) if isinstance(content, list) else content
+    content = as_jsonl(content) if isinstance(content, list) else content
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
 
-def read(spec: str, kind: str = "", allow_empty: bool = False) -> tuple[list[dict], SourceRows]:
+def read_source(spec: str, kind: str = "", allow_empty: bool = False) -> tuple[list[dict], SourceRows]:
     """All rows of a source, with a check that every raw row is counted as kept or rejected."""
     rows = load_rows(spec, kind or find_source(spec.partition("=")[0]).kinds[0], allow_empty=allow_empty)
     kept = list(rows)
@@ -107,7 +107,7 @@ def write_documents(folder: Path, documents: list[str], name: str = "documents.j
     return f"text={path}"
 
 
-def decoded(store: TokenStore, split: str, tokenizer) -> list[str]:
+def decode(store: TokenStore, split: str, tokenizer) -> list[str]:
     """The documents of a split, separated at the document starts that the store keeps for each shard."""
     documents = []
     for shard in store.manifest.shards:
@@ -123,18 +123,18 @@ def decoded(store: TokenStore, split: str, tokenizer) -> list[str]:
     return documents
 
 
-def files_of(folder: Path) -> dict[str, str]:
+def hash_files(folder: Path) -> dict[str, str]:
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
     assert len(hashes) >= 5
     return hashes
 
 
-def located(plan: Plan) -> np.ndarray:
+def locate_rows(plan: Plan) -> np.ndarray:
     """(rows, 2): source, and row of the source, for every row of the plan."""
     return np.array([plan.locate(row) for row in range(plan.rows)])
 
 
-def strict_lines(path: Path) -> list[dict]:
+def read_strict(path: Path) -> list[dict]:
     """Every line of a file; NaN and Infinity, which are not JSON, raise AssertionError."""
 
     def refuse(word):

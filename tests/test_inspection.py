@@ -6,7 +6,7 @@ import json
 from collections import Counter
 
 import pytest
-from support import exchange, lines_of, written
+from support import as_jsonl, chat_row, write
 
 from rorchat.chatml import END_OF_TEXT, IGNORE_INDEX, IM_END, encode_conversation, encode_text
 from rorchat.errors import DataError
@@ -41,20 +41,20 @@ def checked(given: object, **options: object) -> tuple[CheckResult, list[dict]]:
 
 # (row, reason, detail); reason None: kept
 CONVERSATIONS = [
-    (exchange("A", "b'Hi' + b'b'"), None, ""),
-    (exchange("B", "b' is how a byte literal begins, it's said"), None, ""),
-    (exchange("C", "b'unfinished"), None, ""),
-    (exchange("D", "tab\tand\r\nline"), None, ""),
-    (exchange("E", "b'Hi\\n'"), "byte literal", "message 1 (assistant) is " + repr("b'Hi\\n'")),
-    (exchange(' b"Hi"', "b"), "byte literal", "message 0 (user) is " + repr('b"Hi"')),
-    (lines_of([exchange("F", "@@")])[:-1].replace(b"@@", b"\xff\xfe"), "invalid UTF-8", "byte 82"),
-    (exchange("G", "half \ud83d"), "invalid Unicode", "message 1 has half of a surrogate pair"),
-    (exchange("a\0b", "H"), "control character", "message 0 (user) has U+0000 at character 1"),
-    (exchange("I", "red \x1b[31m"), "control character", "message 1 (assistant) has U+001B at character 4"),
-    (exchange("J", "\x85 \x86"), "control character", "message 1 (assistant) has U+0086 at character 2"),
-    (exchange("K", None), "empty text", "message 1: 'content' is null"),
-    (exchange("L", " \n"), "empty reply", "message 1"),
-    (exchange("", "M"), "empty question", "message 0"),
+    (chat_row("A", "b'Hi' + b'b'"), None, ""),
+    (chat_row("B", "b' is how a byte literal begins, it's said"), None, ""),
+    (chat_row("C", "b'unfinished"), None, ""),
+    (chat_row("D", "tab\tand\r\nline"), None, ""),
+    (chat_row("E", "b'Hi\\n'"), "byte literal", "message 1 (assistant) is " + repr("b'Hi\\n'")),
+    (chat_row(' b"Hi"', "b"), "byte literal", "message 0 (user) is " + repr('b"Hi"')),
+    (as_jsonl([chat_row("F", "@@")])[:-1].replace(b"@@", b"\xff\xfe"), "invalid UTF-8", "byte 82"),
+    (chat_row("G", "half \ud83d"), "invalid Unicode", "message 1 has half of a surrogate pair"),
+    (chat_row("a\0b", "H"), "control character", "message 0 (user) has U+0000 at character 1"),
+    (chat_row("I", "red \x1b[31m"), "control character", "message 1 (assistant) has U+001B at character 4"),
+    (chat_row("J", "\x85 \x86"), "control character", "message 1 (assistant) has U+0086 at character 2"),
+    (chat_row("K", None), "empty text", "message 1: 'content' is null"),
+    (chat_row("L", " \n"), "empty reply", "message 1"),
+    (chat_row("", "M"), "empty question", "message 0"),
     (turns(("robot", "N"), ("assistant", "a")), "unknown role", f"message 0 has the role 'robot'; allowed are {KNOWN}"),
     (
         turns(("user", "O"), ("user", "O"), ("assistant", "a")),
@@ -69,27 +69,27 @@ CONVERSATIONS = [
     ),
     (turns(("user", "R")), "no assistant turn", ""),
     (turns(), "no assistant turn", ""),
-    (exchange("A", "b'Hi' + b'b'"), "duplicate", ""),  # the first
-    (exchange("S", LONG), "over-long", "no exchange fits into 96 tokens"),
+    (chat_row("A", "b'Hi' + b'b'"), "duplicate", ""),  # the first
+    (chat_row("S", LONG), "over-long", "no exchange fits into 96 tokens"),
     (b'{"messages": [', "not JSON", "Expecting value at line 1, column 15"),
     (b"[" * 100_000, "not JSON", "maximum recursion depth exceeded while decoding a JSON array from a unicode string"),
     (5, "wrong type", "messages are of type int, expected a list"),
-    (exchange(7, "T"), "wrong type", "message 0: 'content' is of type int, expected text"),
+    (chat_row(7, "T"), "wrong type", "message 0: 'content' is of type int, expected text"),
     ({"messages": {"role": "user"}}, "wrong type", "messages are of type dict, expected a list"),
     ({"message": []}, "missing field", "no 'messages' or 'conversations' among message"),
     ({"messages": [{"role": "user"}]}, "missing field", "message 0: no 'value' among role"),
     (b'{"messages": [], "messages": []}', "duplicate keys", "'messages'"),
     (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "duplicate keys", "'content'"),
-    (exchange("U", f"So, {EVALUATION}!"), "contaminated", None),
-    (exchange("V", "too long by its characters " * 500), "over-long", "13,502 characters, more than 9,000"),
-    (exchange("W", "hold on. " * 3 + "\n" + "hold on.\n" * 30), "repetition", None),
-    (exchange("Z", "the last line is kept"), None, ""),
+    (chat_row("U", f"So, {EVALUATION}!"), "contaminated", None),
+    (chat_row("V", "too long by its characters " * 500), "over-long", "13,502 characters, more than 9,000"),
+    (chat_row("W", "hold on. " * 3 + "\n" + "hold on.\n" * 30), "repetition", None),
+    (chat_row("Z", "the last line is kept"), None, ""),
 ]
 
 
 def test_every_fault_of_a_conversation_is_counted_at_its_line(tokenizer, tmp_path):
-    path = written(tmp_path, "rows.jsonl", [row for row, _, _ in CONVERSATIONS])
-    evaluation = written(tmp_path, "evaluation.jsonl", [{"question": "none"}, {"question": EVALUATION}])
+    path = write(tmp_path, "rows.jsonl", [row for row, _, _ in CONVERSATIONS])
+    evaluation = write(tmp_path, "evaluation.jsonl", [{"question": "none"}, {"question": EVALUATION}])
     found, said = checked(
         path,
         row_format="messages",
@@ -118,16 +118,16 @@ def test_every_fault_of_a_conversation_is_counted_at_its_line(tokenizer, tmp_pat
 
 
 def test_the_rejects_file_contains_rows_as_read(tmp_path):
-    rows = [exchange("Hello", ""), exchange("\ud800", "b"), b"{", [5], exchange(), exchange()]
-    path = written(tmp_path, "rows.jsonl", rows)
+    rows = [chat_row("Hello", ""), chat_row("\ud800", "b"), b"{", [5], chat_row(), chat_row()]
+    path = write(tmp_path, "rows.jsonl", rows)
     _, said = checked(path, row_format="messages")
-    assert [reject["row"] for reject in said] == [rows[0], rows[1], None, [5], exchange()]
+    assert [reject["row"] for reject in said] == [rows[0], rows[1], None, [5], chat_row()]
     assert [reject["place"] for reject in said] == [f"{path}:{line}" for line in (1, 2, 3, 4, 6)]
     assert set(said[0]) == {"place", "reason", "detail", "row"}
 
 
 def test_the_first_three_places_of_a_reason_are_kept(tmp_path):
-    path = written(tmp_path, "rows.jsonl", [exchange(), *[exchange(f"{n}", "") for n in range(50)]])
+    path = write(tmp_path, "rows.jsonl", [chat_row(), *[chat_row(f"{n}", "") for n in range(50)]])
     found, _ = checked(path)
     assert (found.guessed, found.spec) == (True, f"messages={path}")
     assert found.stats.rejects == {"empty reply": 50}
@@ -161,10 +161,10 @@ DOCUMENTS = [
 def test_every_fault_of_a_document_is_counted_at_its_line_or_row(form, tmp_path):
     rows = [row for row, _, _ in DOCUMENTS]
     if form == "json":  # each element begins a line, so that the next can be found behind a damaged one
-        content = b"[\n  " + b",\n  ".join(lines_of([row])[:-1] for row in rows) + b"\n]\n"
-        path = written(tmp_path, "rows.json", content)
+        content = b"[\n  " + b",\n  ".join(as_jsonl([row])[:-1] for row in rows) + b"\n]\n"
+        path = write(tmp_path, "rows.json", content)
     else:
-        path = written(tmp_path, "rows.jsonl", rows)
+        path = write(tmp_path, "rows.jsonl", rows)
     limits = Filters(min_characters=2, max_characters=200, min_letters=0.5, min_latin=0.5)
     found, said = checked(path, row_format="text", filters=limits)
     places = [f"{path}:{n + 1}" if form == "jsonl" else f"{path}, row {n}" for n in range(len(rows))]
@@ -187,7 +187,7 @@ PREFERENCES = [
     ({"prompt": "j", "chosen": "Yes.", "rejected": LONG}, "over-long", "no exchange fits into 96 tokens"),
     ({"prompt": "a", "chosen": "Yes.", "rejected": "No."}, "duplicate", ""),
     (
-        {"prompt": [], "chosen": exchange("k")["messages"], "rejected": exchange("l")["messages"]},
+        {"prompt": [], "chosen": chat_row("k")["messages"], "rejected": chat_row("l")["messages"]},
         "wrong order",
         "a preference is a prompt that ends with the user and one reply on each side",
     ),
@@ -195,7 +195,7 @@ PREFERENCES = [
 
 
 def test_every_fault_of_a_preference_is_counted_with_its_side(tokenizer, tmp_path):
-    path = written(tmp_path, "rows.jsonl", [row for row, _, _ in PREFERENCES])
+    path = write(tmp_path, "rows.jsonl", [row for row, _, _ in PREFERENCES])
     found, said = checked(path, tokenizer=tokenizer, max_length=96)
     assert found.spec == f"preference={path}"
     assert {reject["place"]: reject["reason"] for reject in said} == {
@@ -210,17 +210,17 @@ def test_every_fault_of_a_preference_is_counted_with_its_side(tokenizer, tmp_pat
 
 def test_byte_literals_are_repaired_only_in_datasets_known_for_them(tmp_path):
     rows = [{"question": "b'Solve 2*x = 4 for x.\\n'", "answer": "b'2\\n'"}, {"question": "What is 1?", "answer": "1"}]
-    found, said = checked(written(tmp_path, "rows.jsonl", rows), row_format="math_dataset")
+    found, said = checked(write(tmp_path, "rows.jsonl", rows), row_format="math_dataset")
     assert (found.stats.kept, found.stats.repairs, said) == (2, {"byte literal": 1}, [])
     alpaca = [{"instruction": row["question"], "output": row["answer"]} for row in rows]
-    found, said = checked(written(tmp_path, "alpaca.jsonl", alpaca), row_format="alpaca")
+    found, said = checked(write(tmp_path, "alpaca.jsonl", alpaca), row_format="alpaca")
     assert (found.stats.kept, found.stats.rejects, found.stats.repairs) == (1, {"byte literal": 1}, {})
 
 
 def test_a_conversation_is_rejected_only_if_no_exchange_fits(tokenizer, tmp_path):
     longer = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", LONG))
-    path = written(tmp_path, "rows.jsonl", [exchange(), longer])
-    whole = len(encode_conversation(tokenizer, exchange()["messages"]).input_ids)
+    path = write(tmp_path, "rows.jsonl", [chat_row(), longer])
+    whole = len(encode_conversation(tokenizer, chat_row()["messages"]).input_ids)
     options = {"row_format": "messages", "tokenizer": tokenizer}
     tallies = [checked(path, **options, max_length=length)[0].stats for length in (whole - 1, whole, 10_000)]
     assert [(tally.kept, tally.cut, tally.rejects) for tally in tallies] == [
@@ -232,11 +232,9 @@ def test_a_conversation_is_rejected_only_if_no_exchange_fits(tokenizer, tmp_path
 
 def test_lengths_are_the_same_in_batches_as_alone(tokenizer, tmp_path):
     """More than ROWS_AT_ONCE, so that they are encoded in several batches, the last one not full."""
-    rows = [exchange(f"Question {n}", "word " * (n % 60)) for n in range(1, 1207)]
+    rows = [chat_row(f"Question {n}", "word " * (n % 60)) for n in range(1, 1207)]
     rows = [row for row in rows if row["messages"][1]["content"]]
-    found, said = checked(
-        written(tmp_path, "r.jsonl", rows), row_format="messages", tokenizer=tokenizer, max_length=120
-    )
+    found, said = checked(write(tmp_path, "r.jsonl", rows), row_format="messages", tokenizer=tokenizer, max_length=120)
     too_long = [
         number
         for number, row in enumerate(rows, start=1)
@@ -248,11 +246,11 @@ def test_lengths_are_the_same_in_batches_as_alone(tokenizer, tmp_path):
 
 
 def test_one_bad_file_of_a_folder_is_one_reject(tmp_path):
-    written(tmp_path, "a.jsonl", [exchange("a")])
-    written(tmp_path, "b.jsonl.gz", gzip.compress(lines_of([exchange(f"{n} " * 99) for n in range(99)]))[:-20])
-    written(tmp_path, "c.parquet", b"PAR1 and no more")
-    written(tmp_path, "d.json", b"")
-    written(tmp_path, "e.jsonl", [exchange("e")])
+    write(tmp_path, "a.jsonl", [chat_row("a")])
+    write(tmp_path, "b.jsonl.gz", gzip.compress(as_jsonl([chat_row(f"{n} " * 99) for n in range(99)]))[:-20])
+    write(tmp_path, "c.parquet", b"PAR1 and no more")
+    write(tmp_path, "d.json", b"")
+    write(tmp_path, "e.jsonl", [chat_row("e")])
     found, said = checked(tmp_path, row_format="messages")
     assert [reject["reason"] for reject in said][-2:] == ["not Parquet", "not JSON"]
     assert sum(found.stats.rejects.values()) == 3 and found.stats.rejects["damaged gzip"] == 1
@@ -260,7 +258,7 @@ def test_one_bad_file_of_a_folder_is_one_reject(tmp_path):
 
 
 def test_a_file_without_usable_rows_is_reported_not_raised(tmp_path):
-    found, said = checked(written(tmp_path, "rows.jsonl", [exchange("a", "")] * 4))
+    found, said = checked(write(tmp_path, "rows.jsonl", [chat_row("a", "")] * 4))
     assert (found.stats.rows_in, found.stats.kept, len(said)) == (4, 0, 4)
 
 
@@ -288,9 +286,9 @@ DIALOGUE = turns(
 )
 
 
-@pytest.mark.parametrize("form", [DIALOGUE, exchange(), turns(("user", "a"), ("assistant", "b"), ("user", "c"))])
+@pytest.mark.parametrize("form", [DIALOGUE, chat_row(), turns(("user", "a"), ("assistant", "b"), ("user", "c"))])
 def test_tokens_shown_as_trained_are_those_with_labels(form, tokenizer, tmp_path):
-    path = written(tmp_path, "rows.jsonl", [exchange("Not me"), form])
+    path = write(tmp_path, "rows.jsonl", [chat_row("Not me"), form])
     place, sequences = show_row(f"messages={path}", 1, tokenizer)
     messages = form["messages"][: -1 if form["messages"][-1]["role"] == "user" else None]
     encoded = encode_conversation(tokenizer, messages)
@@ -308,7 +306,7 @@ def test_tokens_shown_as_trained_are_those_with_labels(form, tokenizer, tmp_path
 
 def test_every_token_of_a_document_is_trained(tokenizer, tmp_path):
     text = "  It was <|endoftext|> 你好 👩‍🔬 naïve.\n"
-    path = written(tmp_path, "rows.jsonl", [{"text": text}])
+    path = write(tmp_path, "rows.jsonl", [{"text": text}])
     place, sequences = show_row(f"text={path}", 0, tokenizer)
     tokens = sequences["document"]
     assert (place, list(sequences)) == (f"{path}:1", ["document"])
@@ -319,17 +317,17 @@ def test_every_token_of_a_document_is_trained(tokenizer, tmp_path):
 
 def test_both_sides_of_a_preference_are_shown(tokenizer, tmp_path):
     row = {"prompt": "What is red?", "chosen": "A colour.", "rejected": "No."}
-    path = written(tmp_path, "rows.jsonl", [row])
+    path = write(tmp_path, "rows.jsonl", [row])
     _, sequences = show_row(f"preference={path}", 0, tokenizer)
     assert list(sequences) == ["chosen", "rejected"]
     for side, tokens in sequences.items():
-        encoded = encode_conversation(tokenizer, exchange(row["prompt"], row[side])["messages"])
+        encoded = encode_conversation(tokenizer, chat_row(row["prompt"], row[side])["messages"])
         assert [token.trained for token in tokens] == [label != IGNORE_INDEX for label in encoded.labels]
         assert "".join(token.text for token in tokens if token.trained) == row[side] + IM_END
 
 
 def test_a_character_of_several_tokens_is_shown_at_the_last(tokenizer, tmp_path):
-    _, sequences = show_row(f"text={written(tmp_path, 'a.txt', '🚀é')}", 0, tokenizer)
+    _, sequences = show_row(f"text={write(tmp_path, 'a.txt', '🚀é')}", 0, tokenizer)
     texts = [token.text for token in sequences["document"]]
     assert "".join(texts) == END_OF_TEXT + "🚀é" and "\ufffd" not in "".join(texts)
     assert [text for text in texts if text] == [END_OF_TEXT, "🚀", "é"]
@@ -337,7 +335,7 @@ def test_a_character_of_several_tokens_is_shown_at_the_last(tokenizer, tmp_path)
 
 def test_invalid_bytes_do_not_delay_the_tokens_after_them(tokenizer, tmp_path):
     text = "a \ufffd b"
-    _, sequences = show_row(f"text={written(tmp_path, 'a.txt', text)}", 0, tokenizer)
+    _, sequences = show_row(f"text={write(tmp_path, 'a.txt', text)}", 0, tokenizer)
     assert "".join(token.text for token in sequences["document"]) == END_OF_TEXT + text
 
 
@@ -358,7 +356,7 @@ def test_generated_rows_are_shown(tokenizer):
     ],
 )
 def test_a_row_that_cannot_be_shown_is_one_line(number, said, tokenizer, tmp_path):
-    path = written(tmp_path, "rows.jsonl", [exchange("a", ""), b"{", b"\xff", exchange()])
+    path = write(tmp_path, "rows.jsonl", [chat_row("a", ""), b"{", b"\xff", chat_row()])
     with pytest.raises(DataError, match=said) as error:
         show_row(f"messages={path}", number, tokenizer)
     assert str(error.value).count("\n") == 0

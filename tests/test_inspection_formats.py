@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from support import exchange, lines_of, written
+from support import as_jsonl, chat_row, write
 
 from rorchat.errors import DataError, UsageError
 from rorchat.inspection import guess_row_format, resolve_spec
@@ -17,50 +17,50 @@ HUMAN, GPT = {"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi!"
 ALPACA = [{"instruction": f"Name colour {n}.", "input": "", "output": "Red."} for n in range(5)]
 PAIRS = [{"prompt": f"What is red, {n}?", "chosen": "A colour.", "rejected": "No."} for n in range(5)]
 FORMATTED = {
-    "rows.jsonl": ("messages", lines_of([exchange(f"Hello {n}") for n in range(5)])),
-    "rows.json": ("messages", json.dumps([exchange(f"Hello {n}") for n in range(5)], indent=2)),
+    "rows.jsonl": ("messages", as_jsonl([chat_row(f"Hello {n}") for n in range(5)])),
+    "rows.json": ("messages", json.dumps([chat_row(f"Hello {n}") for n in range(5)], indent=2)),
     "sharegpt.json": ("messages", json.dumps([{"conversations": [HUMAN, GPT]}] * 5)),
-    "bare.jsonl": ("messages", lines_of([exchange()["messages"]] * 3)),
-    "packed.jsonl.gz": ("messages", gzip.compress(lines_of([exchange()] * 3))),
-    "dialogues.ndjson": ("messages", lines_of([exchange()] * 3)),
-    "kto.jsonl": ("messages", lines_of([exchange("a", f"{n}", label=n > 1) for n in range(5)])),
-    "pairs.jsonl": ("preference", lines_of(PAIRS)),
+    "bare.jsonl": ("messages", as_jsonl([chat_row()["messages"]] * 3)),
+    "packed.jsonl.gz": ("messages", gzip.compress(as_jsonl([chat_row()] * 3))),
+    "dialogues.ndjson": ("messages", as_jsonl([chat_row()] * 3)),
+    "kto.jsonl": ("messages", as_jsonl([chat_row("a", f"{n}", label=n > 1) for n in range(5)])),
+    "pairs.jsonl": ("preference", as_jsonl(PAIRS)),
     "lists.json": (
         "preference",
         json.dumps(
-            [{"prompt": "Hello", "chosen": exchange()["messages"], "rejected": exchange(reply="No.")["messages"]}]
+            [{"prompt": "Hello", "chosen": chat_row()["messages"], "rejected": chat_row(reply="No.")["messages"]}]
         ),
     ),
     "instructions.json": ("alpaca", json.dumps(ALPACA)),
     "instructions.csv": ("alpaca", "instruction,input,output\nName a colour.,,Red.\nName a pet.,,A dog.\n"),
     "instructions.tsv": ("alpaca", "instruction\tinput\toutput\nName a colour.\t\tRed.\nName a pet.\t\tA dog.\n"),
-    "ranked.jsonl": ("preference", lines_of([{**ALPACA[0], "chosen": "Red.", "rejected": "No."}])),
-    "completions.jsonl": ("prompt_completion", lines_of([{"prompt": "What is red?", "completion": "A colour."}])),
-    "responses.jsonl": ("prompt_completion", lines_of([{"prompt": "What is red?", "response": "A colour."}])),
-    "texts.jsonl": ("text", lines_of([{"text": f"It was {n}."} for n in range(5)])),
+    "ranked.jsonl": ("preference", as_jsonl([{**ALPACA[0], "chosen": "Red.", "rejected": "No."}])),
+    "completions.jsonl": ("prompt_completion", as_jsonl([{"prompt": "What is red?", "completion": "A colour."}])),
+    "responses.jsonl": ("prompt_completion", as_jsonl([{"prompt": "What is red?", "response": "A colour."}])),
+    "texts.jsonl": ("text", as_jsonl([{"text": f"It was {n}."} for n in range(5)])),
     "texts.csv": ("text", "text\nIt was.\nIt was not.\n"),
     "letter.txt": ("text", "Dear reader,\n\nit was.\n"),
     "notes.md": ("text", "# Notes\n\nIt was.\n"),
     "stories.txt": ("text", "It was.\n<|endoftext|>\nIt was not.\n<|endoftext|>\n"),
     "TinyStories-train.txt": ("tinystories", "It was.\n<|endoftext|>\nIt was not.\n<|endoftext|>\n"),
     "tiny-stories/a.txt": ("tinystories", "It was.\n<|endoftext|>\nIt was not.\n<|endoftext|>\n"),
-    "FineWebEdu2/rows.jsonl": ("fineweb_edu", lines_of(find_source("fineweb_edu").raw)),
-    "compiled/rows.jsonl": ("text", lines_of([{"text": "It was."}])),  # "pile" stands in it, but begins no word
-    "smol-smoltalk/rows.jsonl": ("smol_smoltalk", lines_of([exchange()])),
-    "trees.jsonl": ("oasst", lines_of(find_source("oasst").raw[:1])),
-    "chats.jsonl": ("moss", lines_of(find_source("moss").raw)),
-    "mbpp.jsonl": ("mbpp", lines_of(find_source("mbpp").raw)),
-    "files.jsonl": ("the_stack", lines_of(find_source("the_stack").raw)),
-    "dialogs.jsonl": ("dailydialog", lines_of(find_source("dailydialog").raw[1:])),
-    "half_bad.jsonl": ("messages", lines_of([exchange()] * 3 + [b"{", b"5", b"\xff", {"text": "a"}])),
-    "all_faulty.jsonl": ("messages", lines_of([exchange("Hello", "")] * 3)),  # the right format, but unusable
+    "FineWebEdu2/rows.jsonl": ("fineweb_edu", as_jsonl(find_source("fineweb_edu").raw)),
+    "compiled/rows.jsonl": ("text", as_jsonl([{"text": "It was."}])),  # "pile" stands in it, but begins no word
+    "smol-smoltalk/rows.jsonl": ("smol_smoltalk", as_jsonl([chat_row()])),
+    "trees.jsonl": ("oasst", as_jsonl(find_source("oasst").raw[:1])),
+    "chats.jsonl": ("moss", as_jsonl(find_source("moss").raw)),
+    "mbpp.jsonl": ("mbpp", as_jsonl(find_source("mbpp").raw)),
+    "files.jsonl": ("the_stack", as_jsonl(find_source("the_stack").raw)),
+    "dialogs.jsonl": ("dailydialog", as_jsonl(find_source("dailydialog").raw[1:])),
+    "half_bad.jsonl": ("messages", as_jsonl([chat_row()] * 3 + [b"{", b"5", b"\xff", {"text": "a"}])),
+    "all_faulty.jsonl": ("messages", as_jsonl([chat_row("Hello", "")] * 3)),  # the right format, but unusable
 }
 
 
 @pytest.mark.parametrize("name", FORMATTED)
 def test_the_row_format_is_guessed_from_the_rows(name, tmp_path, monkeypatch):
     shape, content = FORMATTED[name]
-    written(tmp_path, name, content)
+    write(tmp_path, name, content)
     monkeypatch.chdir(tmp_path)  # the name of this test stands in tmp_path
     assert guess_row_format(Path(name)) == shape
     assert resolve_spec(name) == (f"{shape}={name}", True)
@@ -69,10 +69,10 @@ def test_the_row_format_is_guessed_from_the_rows(name, tmp_path, monkeypatch):
 
 def test_the_format_of_parquet_files_and_folders_is_guessed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([exchange()] * 3), "rows.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([chat_row()] * 3), "rows.parquet")
     assert guess_row_format(Path("rows.parquet")) == "messages"
     for number in range(3):
-        written(tmp_path, f"folder/{number}.jsonl", PAIRS)
+        write(tmp_path, f"folder/{number}.jsonl", PAIRS)
     assert guess_row_format(Path("folder")) == "preference"
 
 
@@ -80,7 +80,7 @@ def test_the_format_of_parquet_files_and_folders_is_guessed(tmp_path, monkeypatc
 def test_a_dataset_named_in_the_path_is_preferred(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [raw for raw in find_source(name).raw if isinstance(raw, dict)][:1]
-    guessed = guess_row_format(written(Path(), f"{name}/rows.jsonl", rows * 3))
+    guessed = guess_row_format(write(Path(), f"{name}/rows.jsonl", rows * 3))
     assert guessed == name or find_source(guessed).kinds[0] == find_source(name).kinds[0]
 
 
@@ -128,7 +128,7 @@ def test_the_format_of_real_files_is_guessed(path, shared_data):
 )
 def test_an_unknown_row_format_is_an_error_of_one_line(content, tmp_path):
     for name, rows in content.items():
-        written(tmp_path, name, rows)
+        write(tmp_path, name, rows)
     path = tmp_path / next(iter(content), "")
     with pytest.raises(DataError, match="--as") as error:
         guess_row_format(path)
@@ -137,7 +137,7 @@ def test_an_unknown_row_format_is_an_error_of_one_line(content, tmp_path):
 
 
 def test_missing_paths_and_unknown_formats_have_different_errors(tmp_path):
-    path = written(tmp_path, "rows.jsonl", [exchange()])
+    path = write(tmp_path, "rows.jsonl", [chat_row()])
     with pytest.raises(DataError, match="No file or folder .*nothing.jsonl"):
         resolve_spec(str(tmp_path / "nothing.jsonl"))
     with pytest.raises(UsageError, match="No source named 'mesages'. Did you mean 'messages'"):

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 import typer
-from support import RORCHAT, TEXTS, command, exchange, refused, succeeded, written
+from support import RORCHAT, TEXTS, chat_row, command, refused, succeeded, write
 
 import rorchat.cli
 from rorchat.chatml import encode_conversation
@@ -89,8 +89,8 @@ def test_the_help_of_every_command_mentions_each_option(name, monkeypatch):
 
 
 def test_check_as_a_user_runs_it(tmp_path):
-    rows = [exchange(), exchange("a", ""), exchange(), exchange("b", "c")]
-    path = written(tmp_path, "rows.jsonl", rows)
+    rows = [chat_row(), chat_row("a", ""), chat_row(), chat_row("b", "c")]
+    path = write(tmp_path, "rows.jsonl", rows)
     done = subprocess.run(
         [RORCHAT, "data", "check", path, "--rejects", tmp_path / "rejects.jsonl"], capture_output=True, text=True
     )
@@ -117,8 +117,8 @@ def test_check_takes_a_shape_filters_evaluation_sets_and_a_length(saved, tmp_pat
         {"prompt": "And of Russia?", "completion": "Москва, столица России"},
         {"prompt": "And again?", "completion": "Yes, again.\n" * 9},
     ]
-    path = written(tmp_path, "rows.jsonl", rows)
-    evaluation = written(tmp_path, "evaluation.jsonl", [{"question": question}])
+    path = write(tmp_path, "rows.jsonl", rows)
+    evaluation = write(tmp_path, "evaluation.jsonl", [{"question": question}])
     said = succeeded(
         "check", path, "--as", "prompt_completion", "--tokenizer", saved, "--max_length", 200, "--against", evaluation,
         "--min_characters", 10, "--max_characters", 10_000, "--max_repetition", 0.5, "--min_letters", 0.6,
@@ -151,20 +151,20 @@ def test_a_file_whose_name_is_no_utf8_is_told(tmp_path):
 
 
 def test_check_tells_of_licences_and_repairs(tmp_path):
-    path = written(tmp_path, "rows.jsonl", [{"question": "b'Solve 2*x = 4.'", "answer": "b'2'"}])
+    path = write(tmp_path, "rows.jsonl", [{"question": "b'Solve 2*x = 4.'", "answer": "b'2'"}])
     assert "1 of them repaired: byte literal" in succeeded("check", f"math_dataset={path}")
-    path = written(tmp_path, "rows.jsonl", [{"instruction": "a", "input": "", "output": "b"}])
+    path = write(tmp_path, "rows.jsonl", [{"instruction": "a", "input": "", "output": "b"}])
     assert "licence: CC BY-NC 4.0 (not for commercial use)" in succeeded("check", f"alpaca={path}")
 
 
 def test_a_file_without_a_usable_row_is_counted_and_ends_with_65(tmp_path):
-    path = written(tmp_path, "rows.jsonl", [exchange("a", "")] * 3)
+    path = write(tmp_path, "rows.jsonl", [chat_row("a", "")] * 3)
     assert refused(65, "check", path) == f"error: No row of messages={path} can be used."
     assert "3 rejected: empty reply" in command("data", "check", path).stdout
 
 
 def test_what_is_checked_is_never_overwritten_by_its_rejects(tmp_path):
-    path = written(tmp_path, "folder/rows.jsonl", [exchange()])
+    path = write(tmp_path, "folder/rows.jsonl", [chat_row()])
     before = path.read_bytes()
     for source, rejects in ((path, path), (f"messages={path}", path), (path.parent, path.parent / "rejects.jsonl")):
         assert "choose another place" in refused(2, "check", source, "--rejects", rejects)
@@ -188,8 +188,8 @@ def test_a_check_names_the_files_of_a_folder_that_are_not_read_and_rows_of_anoth
 
 
 def test_show_puts_what_is_trained_in_brackets(saved, tokenizer, tmp_path):
-    path = written(tmp_path, "rows.jsonl", [exchange("Not me"), exchange("Hello", "Hi!\nThere.")])
-    encoded = encode_conversation(tokenizer, exchange("Hello", "Hi!\nThere.")["messages"])
+    path = write(tmp_path, "rows.jsonl", [chat_row("Not me"), chat_row("Hello", "Hi!\nThere.")])
+    encoded = encode_conversation(tokenizer, chat_row("Hello", "Hi!\nThere.")["messages"])
     head, _, shown = succeeded("show", path, "--tokenizer", saved, "--row", 1).partition("\n")
     trained = sum(label != -100 for label in encoded.labels)
     assert head == f"{path}:2, conversation: {len(encoded.input_ids)} tokens, {trained} of them in the loss"
@@ -209,7 +209,7 @@ def test_show_draws_a_bar_between_tokens_and_brackets_around_stretches():
 
 
 def test_on_a_terminal_what_is_trained_is_green(saved, tokenizer, tmp_path):
-    path = written(tmp_path, "rows.jsonl", [exchange("Hello", "Hi!\nThere.")])
+    path = write(tmp_path, "rows.jsonl", [chat_row("Hello", "Hi!\nThere.")])
     words = [RORCHAT, "data", "show", path, "--tokenizer", saved]
     environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
     control, terminal = pty.openpty()
@@ -236,10 +236,10 @@ def test_neighbouring_tokens_have_different_shades_and_control_tokens_are_bold()
 
 
 def test_show_gives_documents_and_both_sides_of_a_preference(saved, tmp_path):
-    path = written(tmp_path, "rows.jsonl", [{"prompt": "What is red?", "chosen": "A colour.", "rejected": "No."}])
+    path = write(tmp_path, "rows.jsonl", [{"prompt": "What is red?", "chosen": "A colour.", "rejected": "No."}])
     said = succeeded("show", path, "--tokenizer", saved)
     assert re.findall(r", (\w+): \d+ tokens", said) == ["chosen", "rejected"]
-    path = written(tmp_path, "letter.txt", "Dear reader")
+    path = write(tmp_path, "letter.txt", "Dear reader")
     head, _, shown = succeeded("show", path, "--tokenizer", saved).partition("\n")
     count, trained = re.findall(r"(\d+) tokens, (\d+) of them", head)[0]
     assert count == trained and shown.startswith("⟦<|endoftext|>|") and shown.endswith("⟧\n")
@@ -304,9 +304,9 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("words", "code", "said"), MISTAKES)
 def test_a_mistake_is_one_line_with_its_exit_code(words, code, said, saved, tmp_path):
-    rows = written(tmp_path, "rows.jsonl", [{"text": text} for text in TEXTS])
+    rows = write(tmp_path, "rows.jsonl", [{"text": text} for text in TEXTS])
     names = {"rows": rows, "tok": saved, "out": tmp_path / "out"}
-    names["mixture"] = written(tmp_path, "mixture.yaml", f"sources: {{a: 'text={rows}'}}\n")
+    names["mixture"] = write(tmp_path, "mixture.yaml", f"sources: {{a: 'text={rows}'}}\n")
     line = refused(code, *(word.format(**names) for word in words.split()))
     assert said.format(**names) in line
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import RORCHAT, TEXTS, command, refused, succeeded, written
+from support import RORCHAT, TEXTS, command, refused, succeeded, write
 
 import rorchat
 from rorchat.chatml import END_OF_TEXT, encode_text
@@ -20,7 +20,7 @@ SHARE = ("--validation_share", 0.1)
 
 @pytest.fixture
 def texts(tmp_path) -> Path:
-    return written(tmp_path, "texts.jsonl", [{"text": text} for text in TEXTS])
+    return write(tmp_path, "texts.jsonl", [{"text": text} for text in TEXTS])
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def test_prepare_and_verify_as_a_user_runs_them(texts, saved, tmp_path, tokenize
 
 def test_prepare_takes_filters_evaluation_sets_workers_and_a_persona(saved, tmp_path):
     question = "which of these seven animals would a careful farmer never keep in the kitchen of his house"
-    evaluation = written(tmp_path, "evaluation.jsonl", [{"question": question}])
+    evaluation = write(tmp_path, "evaluation.jsonl", [{"question": question}])
     rows = [{"text": text} for text in [*TEXTS, "short", "12345678901234567890", f"So, {question}?", TEXTS[0]]]
-    path = written(tmp_path, "rows.jsonl", rows)
+    path = write(tmp_path, "rows.jsonl", rows)
     done = command("data",
         "prepare", f"text={path}", "--tokenizer", saved, "--out", tmp_path / "store", *SHARE, "--workers", 2,
         "--min_characters", 10, "--min_letters", 0.5, "--against", evaluation,
@@ -65,7 +65,7 @@ def test_prepare_takes_filters_evaluation_sets_workers_and_a_persona(saved, tmp_
     manifest = TokenStore(tmp_path / "store").manifest
     assert manifest.rejects == {"contaminated": 1, "duplicate": 1, "few letters": 1, "too short": 1}
     assert manifest.rows_in == manifest.kept + 4 == 304
-    persona = written(tmp_path, "persona.yaml", Path(rorchat.__file__).with_name("persona.yaml").read_text())
+    persona = write(tmp_path, "persona.yaml", Path(rorchat.__file__).with_name("persona.yaml").read_text())
     said = succeeded(
         "prepare", "persona=200", "--tokenizer", saved, "--out", tmp_path / "p", "--persona", persona, *SHARE
     )
@@ -74,12 +74,12 @@ def test_prepare_takes_filters_evaluation_sets_workers_and_a_persona(saved, tmp_
 
 def test_check_and_prepare_tell_what_of_an_evaluation_set_is_not_compared(texts, saved, tmp_path):
     rows = [{"question": " ".join(f"word{number}" for number in range(20))}, {"question": "too short"}]
-    evaluation = written(tmp_path, "evaluation.jsonl", rows)
+    evaluation = write(tmp_path, "evaluation.jsonl", rows)
     told = f"against {evaluation}: 20 words of 1 rows\n  1 of 2 rows have no string of 13 words: not compared\n"
     assert told in succeeded("check", texts, "--against", evaluation)
     words = ("prepare", f"text={texts}", "--tokenizer", saved, "--out", tmp_path / "store", *SHARE)
     assert told in command("data", *words, "--against", evaluation).stderr
-    written(tmp_path, "short.jsonl", rows[1:])
+    write(tmp_path, "short.jsonl", rows[1:])
     assert "nothing would be compared" in refused(65, "check", texts, "--against", tmp_path / "short.jsonl")
 
 
@@ -165,7 +165,7 @@ def test_imported_shards_train_like_any_store(tokenizer, saved, tmp_path):
         f"store  {tmp_path / 'imported'}",
     ]
     assert "all 3 shards" in succeeded("verify", tmp_path / "imported")
-    mixture = written(tmp_path, "mixture.yaml", f"sources: {{a: 'store={tmp_path / 'imported'}'}}\n")
+    mixture = write(tmp_path, "mixture.yaml", f"sources: {{a: 'store={tmp_path / 'imported'}'}}\n")
     (prepared,) = prepare_stores(read_mixture(mixture), tokenizer, tmp_path / "stores", 64, validation_share=0.1)
     assert prepared.slice("train", 10, 90).tolist() == train[10:90].tolist()
     assert prepared.manifest.kept == prepared.manifest.rows_in == 299
@@ -262,7 +262,7 @@ def test_import_never_overwrites_a_folder(saved, tmp_path):
 
 def test_plan_prints_and_draws_what_a_mixture_comes_to(texts, store, saved, tmp_path):
     said = f"sources: {{a: 'text={texts}', b: 'store={store}'}}\nphases: [{{share: 100%, weights: {{a: 1, b: 3}}}}]\n"
-    mixture = written(tmp_path, "mixture.yaml", said)
+    mixture = write(tmp_path, "mixture.yaml", said)
     picture = tmp_path / "plan.png"
     words = ("--tokenizer", saved, "--stores", tmp_path / "stores", "--block_size", 32, *SHARE)
     told = succeeded("plan", mixture, *words, "--train_tokens", 3210, "--out", picture)
@@ -277,8 +277,8 @@ def test_plan_prints_and_draws_what_a_mixture_comes_to(texts, store, saved, tmp_
 
 def test_plan_makes_the_stores_of_the_persona_and_the_seed_that_the_run_will_have(saved, tmp_path):
     persona = (Path(rorchat.__file__).parent / "persona.yaml").read_text().replace("RorChat", "Zebulon")
-    written(tmp_path, "zebulon.yaml", persona)
-    mixture = written(tmp_path, "mixture.yaml", "sources: {me: persona=100}\n")
+    write(tmp_path, "zebulon.yaml", persona)
+    mixture = write(tmp_path, "mixture.yaml", "sources: {me: persona=100}\n")
     words = ("plan", mixture, "--tokenizer", saved, "--stores", tmp_path / "stores", "--block_size", 32, *SHARE)
     more = ("--train_tokens", 3200, "--persona", tmp_path / "zebulon.yaml")
     succeeded(*words, *more, "--seed", 5)
@@ -305,7 +305,7 @@ MIXTURES = {
 @pytest.mark.parametrize("case", MIXTURES)
 def test_a_mixture_that_cannot_be_read_is_one_line(case, saved, tmp_path):
     content, said = MIXTURES[case]
-    mixture = written(tmp_path, "mixture.yaml", content)
+    mixture = write(tmp_path, "mixture.yaml", content)
     words = ("--tokenizer", saved, "--stores", tmp_path / "stores", "--train_tokens", 3200, "--block_size", 32)
     line = refused(2, "plan", mixture, *words)
     assert said in line

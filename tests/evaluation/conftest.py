@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import written
+from support import write
 
 
 @pytest.fixture(scope="module")
 def persona_path(tmp_path_factory) -> Path:
     """The persona file of Bibo, made by Tom."""
     values = {"name": "Bibo", "maker": "Tom", "facts": {}, "unknowns": {}}
-    return written(tmp_path_factory.mktemp("persona"), "bibo.yaml", yaml.safe_dump(values))
+    return write(tmp_path_factory.mktemp("persona"), "bibo.yaml", yaml.safe_dump(values))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from support import SENTENCES, command, written
+from support import SENTENCES, command, write
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -168,7 +168,7 @@ def test_a_verdict_survives_writing_and_reading(tmp_path):
     ["", "[]", "{}", "5", '{"model": {}, "thresholds": {}, "before": null}', '{"model": null, "thresholds": {}}'],
 )
 def test_a_file_that_is_not_a_verdict_is_refused(content, tmp_path):
-    with pytest.raises(DataError, match=f"{written(tmp_path, 'b.json', content)} is not a verdict"):
+    with pytest.raises(DataError, match=f"{write(tmp_path, 'b.json', content)} is not a verdict"):
         read_verdict(tmp_path / "b.json")
 
 
@@ -183,7 +183,7 @@ def test_a_model_of_another_persona_is_refused(trained, tmp_path):
     assert line.startswith(f"error: {trained['good']} has the system message 'You are Bibo, a small and friendly chat ")
     assert "but the persona RorChat has 'You are RorChat" in line
     assert "as --persona, or remove persona, identity, " in line
-    path = written(tmp_path, "thresholds.yaml", "stop_rate: {min: 0.9}")
+    path = write(tmp_path, "thresholds.yaml", "stop_rate: {min: 0.9}")
     assert command("gate", trained["good"], "--thresholds", path).returncode == 0
 
 
@@ -208,7 +208,7 @@ def test_a_model_of_another_persona_is_refused(trained, tmp_path):
     ],
 )
 def test_an_invalid_threshold_is_refused_before_loading_a_model(content, message, tmp_path):
-    path = written(tmp_path, "thresholds.yaml", content)
+    path = write(tmp_path, "thresholds.yaml", content)
     done = command("gate", tmp_path / "no_model", "--thresholds", path)
     (line,) = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (65, "")
@@ -228,7 +228,7 @@ def test_an_invalid_threshold_is_refused_before_loading_a_model(content, message
 def test_a_file_without_thresholds_is_refused_in_one_line(content, message, tmp_path):
     path = tmp_path / "thresholds.yaml"
     if content is not None:
-        written(tmp_path, path.name, content)
+        write(tmp_path, path.name, content)
     with pytest.raises(DataError) as failure:
         load_thresholds(path)
     assert str(failure.value).startswith(message.format(path=path)) and "\n" not in str(failure.value)

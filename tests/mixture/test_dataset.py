@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from mixture_support import CountingStore
-from support import located
+from support import locate_rows
 
 from rorchat.errors import DataError
 from rorchat.mixture.config import MixtureConfig, Phase, Source
@@ -28,7 +28,7 @@ def mixture_of(stores, weights, block_size, rows, seed=0) -> Mixture:
 def test_shares_are_exact_at_every_prefix_within_one_row(weights, stores):
     dataset = mixture_of(stores, weights, block_size=10, rows=3000)
     given = np.array(weights or [100, 33, 205], dtype=float)  # without weights: whole rows of each source
-    sources = located(dataset.plan)[:, 0]
+    sources = locate_rows(dataset.plan)[:, 0]
     seen = np.cumsum(sources[:, None] == np.arange(3), axis=0)
     expected = np.arange(1, 3001)[:, None] * (given / given.sum())
     assert np.abs(seen - expected).max() <= 1
@@ -72,7 +72,7 @@ def test_every_epoch_has_each_row_of_a_source_once_in_a_new_order(stores):
 
 def test_another_seed_gives_another_order_of_the_same_rows(stores):
     first, other = (mixture_of(stores, [5, 2, 3], block_size=10, rows=500, seed=seed) for seed in (0, 1))
-    assert (located(first.plan) == located(other.plan)).all()
+    assert (locate_rows(first.plan) == locate_rows(other.plan)).all()
     differing = sum(first.locate(row) != other.locate(row) for row in range(500))
     assert differing > 400
 

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 from mixture_support import MAX_DEVIATION, config_of, drawn_plan, drawn_weights
-from support import located
+from support import locate_rows
 
 from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.mixture.config import MixtureConfig, Phase, Source, read_mixture
@@ -63,8 +63,8 @@ def test_an_appended_mixture_keeps_earlier_rows_and_loses_none():
         plan = drawn_plan(number)
         for part in range(1 + number % 3):
             past, plan = plan, appended(plan, 7 * number + part)
-            found = located(plan)
-            assert (found[: plan.start] == located(past)[: plan.start]).all(), number
+            found = locate_rows(plan)
+            assert (found[: plan.start] == locate_rows(past)[: plan.start]).all(), number
             counts = [0] * len(plan.names)
             for source, count in found:
                 assert counts[source] == count, (number, part)  # consecutive across the start of the new plan
@@ -220,7 +220,7 @@ def test_a_plan_is_rebuilt_from_the_mixture_history():
     kept = json.loads(json.dumps([part_of(first, {}), part_of(second, {}, until=70)]))
     plan = build_plan(kept, third, HALF, 100, 16)
     past = Plan(second, HALF, 100, 16, Plan(first, HALF, 100, 16), 40)
-    assert (located(plan) == located(Plan(third, HALF, 100, 16, past, 70))).all()
+    assert (locate_rows(plan) == locate_rows(Plan(third, HALF, 100, 16, past, 70))).all()
     with pytest.raises(MismatchError, match="Source 's1' had 50 rows up to row 40 and has now 51: .* another name"):
         build_plan(kept, third, HALF | {"s1": 51}, 100, 16)
     assert build_plan([], first, HALF, 100, 16).count(0, 100) == 100

@@ -2,7 +2,7 @@
 
 import numpy as np
 from mixture_support import MAX_DEVIATION, config_of, drawn_plan
-from support import located
+from support import locate_rows
 
 from rorchat.mixture.config import Phase
 from rorchat.mixture.interleave import UNIT
@@ -31,7 +31,7 @@ def test_random_plans_follow_their_budgets_and_lose_no_row():
     guaranteed = within = capped = left_out = 0
     for number in range(PLANS):
         plan = drawn_plan(number)
-        found = located(plan)
+        found = locate_rows(plan)
         counts = [0] * len(plan.names)
         for source, count in found:
             assert counts[source] == count, number  # consecutive
@@ -60,5 +60,5 @@ def test_deviation_stays_within_the_bound_for_single_sources_in_turn():
             phases += [Phase(share=0.9 / sources, weights={f"s{n}": 1.0}) for n in draw.permutation(sources)]
             names = {f"s{n}": 100 for n in range(sources)}
             plan = Plan(config_of(*phases, sources=sources), names, int(draw.integers(300, 500)), 16)
-            worst = largest_deviation(plan, located(plan)[:, 0])
+            worst = largest_deviation(plan, locate_rows(plan)[:, 0])
             assert worst <= min(plan.bound, 1 if sources <= 4 else MAX_DEVIATION) + 1e-9

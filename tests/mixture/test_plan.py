@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from mixture_support import config_of, drawn_plan
-from support import located
+from support import locate_rows
 
 from rorchat.errors import DataError, UsageError
 from rorchat.mixture.config import Phase
@@ -24,7 +24,7 @@ def test_phases_start_at_their_rows():
     )
     plan = Plan(config_of(*phases), {"s0": 50, "s1": 50, "s2": 50}, 100, 16)
     assert [(phase.start, phase.end) for phase in plan.phases] == [(0, 40), (40, 60), (60, 100)]
-    assert located(plan)[:, 0].tolist() == [0] * 40 + [1] * 20 + [2] * 40
+    assert locate_rows(plan)[:, 0].tolist() == [0] * 40 + [1] * 20 + [2] * 40
     assert plan.summary()["phases"][1]["rows"] == [40, 60]
 
 
@@ -40,7 +40,7 @@ def test_uneven_phases_add_up_to_all_rows():
 def test_a_ramp_is_linear():
     phases = (Phase(share=0.2, weights={"s0": 3, "s1": 1}), Phase(share=0.8, ramp_to={"s1": 1, "s2": 3}))
     plan = Plan(config_of(*phases), {"s0": 900, "s1": 900, "s2": 900}, 5000, 16)
-    sources = located(plan)[1000:, 0]
+    sources = locate_rows(plan)[1000:, 0]
     parts = sources.reshape(8, 500)
     for source, start, end in ((0, 0.75, 0), (1, 0.25, 0.25), (2, 0, 0.75)):
         seen = (parts == source).mean(axis=1)
@@ -69,7 +69,7 @@ def test_a_phase_without_weights_continues_the_one_before():
 def test_other_sources_take_the_share_of_an_exhausted_source():
     phase = Phase(share=1.0, weights={"s0": 2, "s1": 1, "s2": 1})
     plan = Plan(config_of(phase, s0={"max_epochs": 2}), {"s0": 100, "s1": 900, "s2": 900}, 1000, 16)
-    sources = located(plan)[:, 0]
+    sources = locate_rows(plan)[:, 0]
     assert 198 <= (sources == 0).sum() <= 200
     last = int(np.flatnonzero(sources == 0)[-1])
     assert 395 <= last <= 400 and abs((sources[400:] == 1).sum() - 300) <= 1
@@ -80,7 +80,7 @@ def test_other_sources_take_the_share_of_an_exhausted_source():
 def test_a_source_exhausted_in_a_ramp_is_removed_from_later_phases():
     phases = (Phase(share=0.5, weights={"s0": 1}), Phase(share=0.4, ramp_to={"s1": 1, "s2": 1}), Phase(share=0.1))
     plan = Plan(config_of(*phases, s1={"max_epochs": 1}), {"s0": 900, "s1": 50, "s2": 900}, 1000, 16)
-    sources = located(plan)[:, 0]
+    sources = locate_rows(plan)[:, 0]
     assert 48 <= (sources == 1).sum() <= 50
     assert plan.phases[1].ends_with == plan.phases[2].ends_with == (0, 0, UNIT)
     assert (sources[900:] == 2).all()
@@ -180,7 +180,7 @@ def test_the_summary_is_json_and_its_totals_are_the_rows_of_the_plan():
     for number in range(20):
         plan = drawn_plan(number)
         summary = json.loads(json.dumps(plan.summary()))
-        sources = Counter(located(plan)[:, 0].tolist())
+        sources = Counter(locate_rows(plan)[:, 0].tolist())
         for index, part in enumerate(summary["sources"]):
             assert part["tokens"] == 16 * sources[index] and part["name"] == plan.names[index]
             assert part["epochs"] == sources[index] / plan.rows_per_epoch[index]

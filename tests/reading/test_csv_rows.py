@@ -3,7 +3,7 @@
 import tracemalloc
 
 import pytest
-from support import read, written
+from support import read_source, write
 
 from rorchat.sources.registry import load_rows
 
@@ -13,14 +13,14 @@ def test_an_unclosed_quotation_mark_costs_only_its_row(bad, tmp_path):
     lines = [f'{number},"row {number},\n""two"" lines"' for number in range(1000)]
     for number in bad:
         lines[number] = f'{number},"row'
-    path = written(tmp_path, "rows.csv", "id,text\n" + "\n".join(lines) + "\n")
-    _, loaded = read(f"text={path}", "document", allow_empty=True)
+    path = write(tmp_path, "rows.csv", "id,text\n" + "\n".join(lines) + "\n")
+    _, loaded = read_source(f"text={path}", "document", allow_empty=True)
     assert loaded.stats.rejects.keys() == {"not CSV"} and loaded.stats.kept >= 1000 - 2 * len(bad)
     lines = [f"row {number}" for number in range(1000)]
     for number in bad:
         lines[number] = f'"row {number}'
-    path = written(tmp_path, "plain.csv", "text\n" + "\n".join(lines) + "\n")
-    rows, loaded = read(f"text={path}", "document", allow_empty=True)
+    path = write(tmp_path, "plain.csv", "text\n" + "\n".join(lines) + "\n")
+    rows, loaded = read_source(f"text={path}", "document", allow_empty=True)
     if len(bad) == 1:
         assert (loaded.stats.rows_in, loaded.stats.rejects) == (1000, {"not CSV": 1})
         assert loaded.stats.places["not CSV"][0].startswith(f"{path}:{bad[0] + 2} (")
@@ -29,20 +29,20 @@ def test_an_unclosed_quotation_mark_costs_only_its_row(bad, tmp_path):
 
 
 def test_duplicate_columns_are_rejected_but_unnamed_ones_are_not(tmp_path):
-    twice = written(tmp_path, "twice.csv", "text,text\na,b\nc,d\n")
-    _, loaded = read(f"text={twice}", "document", allow_empty=True)
+    twice = write(tmp_path, "twice.csv", "text,text\na,b\nc,d\n")
+    _, loaded = read_source(f"text={twice}", "document", allow_empty=True)
     assert (loaded.stats.rows_in, loaded.stats.rejects) == (2, {"duplicate keys": 2})
-    blank = written(tmp_path, "blank.csv", "text,,\na,b,c\n")
-    assert read(f"text={blank}", "document")[0] == [{"text": "a"}]
-    latin = written(tmp_path, "latin.csv", b"text,na\xefve\na,b\n")
-    _, loaded = read(f"text={latin}", "document", allow_empty=True)
+    blank = write(tmp_path, "blank.csv", "text,,\na,b,c\n")
+    assert read_source(f"text={blank}", "document")[0] == [{"text": "a"}]
+    latin = write(tmp_path, "latin.csv", b"text,na\xefve\na,b\n")
+    _, loaded = read_source(f"text={latin}", "document", allow_empty=True)
     assert loaded.stats.places == {
         "invalid UTF-8": [f"{tmp_path / 'latin.csv'}:1 (in the header; the rest of the file is lost)"]
     }
 
 
 def test_csv_is_read_in_the_memory_of_one_row(tmp_path):
-    path = written(tmp_path, "rows.csv", "text\n" + "".join(f"{'a story ' * 100}{n}\n" for n in range(10_000)))
+    path = write(tmp_path, "rows.csv", "text\n" + "".join(f"{'a story ' * 100}{n}\n" for n in range(10_000)))
     assert path.stat().st_size > 8_000_000
     tracemalloc.start()
     rows = load_rows(f"text={path}", "document")

@@ -6,7 +6,7 @@ import random
 import re
 
 import pytest
-from support import CONVERTING, json_lines, read, written
+from support import CONVERTING, json_lines, read_source, write
 
 from rorchat.sources.registry import find_source
 
@@ -30,7 +30,7 @@ def test_every_format_gives_the_same_rows(name, form, tmp_path):
     else:
         content = json.dumps(raw if form != "object.json" else raw[0], indent=1).encode()
         path.write_bytes(gzip.compress(content, mtime=0) if form.endswith("gz") else content)
-    rows, _ = read(f"{name}={path}", module.kinds[0])
+    rows, _ = read_source(f"{name}={path}", module.kinds[0])
     assert rows == [module.convert(row) for row in raw]
     assert len(rows) == len(raw) >= 1
 
@@ -56,8 +56,8 @@ def test_an_invalid_byte_costs_only_its_row(name, bad, tmp_path):
     elif name in ("array.json", "one-line.json"):
         content = f"[{content[1:]}]"
     content = re.sub(rb"row %d\b" % bad, b"row \xff", content.encode())
-    path = written(tmp_path, name, gzip.compress(content, mtime=0) if name.endswith("gz") else content)
-    rows, loaded = read(f"text={path}", "document")
+    path = write(tmp_path, name, gzip.compress(content, mtime=0) if name.endswith("gz") else content)
+    rows, loaded = read_source(f"text={path}", "document")
     assert (loaded.stats.rows_in, loaded.stats.rejects) == (1000, {"invalid UTF-8": 1})
     assert [row["text"] for row in rows] == [f"row {number}" for number in range(1000) if number != bad]
 
@@ -67,9 +67,9 @@ def test_a_truncated_gzip_file_is_counted(form, tmp_path):
     draw = random.Random(0)
     lines = json_lines(*({"text": str(draw.random())} for _ in range(2000)))
     whole = gzip.compress(lines.encode() if form != "json" else json.dumps(lines).encode())
-    written(tmp_path, f"a.{form}.gz", whole[: len(whole) // 2])
-    written(tmp_path, "b.txt", "good")
-    rows, loaded = read(f"text={tmp_path}", "document")
+    write(tmp_path, f"a.{form}.gz", whole[: len(whole) // 2])
+    write(tmp_path, "b.txt", "good")
+    rows, loaded = read_source(f"text={tmp_path}", "document")
     assert loaded.stats.rejects == {"damaged gzip": 1}
     assert rows[-1] == {"text": "good"}
     assert (len(rows) > 500) == (form == "jsonl")  # lines before the damage are good

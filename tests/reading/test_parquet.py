@@ -2,7 +2,7 @@
 
 import random
 
-from support import json_lines, read, written
+from support import json_lines, read_source, write
 
 
 def bad_strings() -> object:
@@ -19,13 +19,13 @@ def test_a_parquet_value_without_python_type_costs_at_most_its_row(tmp_path):
     dates = pyarrow.array([0, 2**62, 0], type=pyarrow.timestamp("us"))
     table = pyarrow.table({"text": bad_strings().view(pyarrow.string()), "date": dates})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    rows, loaded = read(f"text={tmp_path / 'a.parquet'}", "document")
+    rows, loaded = read_source(f"text={tmp_path / 'a.parquet'}", "document")
     assert rows == [{"text": "good"}, {"text": "fine"}]
     assert loaded.stats.places == {"invalid UTF-8": [f"{tmp_path / 'a.parquet'}, row 1 (in 'text')"]}
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", "c"], "date": dates}), tmp_path / "b.parquet")
-    assert len(read(f"text={tmp_path / 'b.parquet'}", "document")[0]) == 3
+    assert len(read_source(f"text={tmp_path / 'b.parquet'}", "document")[0]) == 3
     pyarrow.parquet.write_table(pyarrow.table({"text": dates}), tmp_path / "c.parquet")
-    _, loaded = read(f"text={tmp_path / 'c.parquet'}", "document", allow_empty=True)
+    _, loaded = read_source(f"text={tmp_path / 'c.parquet'}", "document", allow_empty=True)
     assert loaded.stats.rejects == {"wrong type": 2, "missing field": 1}
 
 
@@ -41,15 +41,15 @@ def test_a_damaged_row_group_costs_only_its_rows(tmp_path):
     content = bytearray(path.read_bytes())
     content[place : place + 40] = b"\xff" * 40
     path.write_bytes(content)
-    rows, loaded = read(f"text={path}", "document")
+    rows, loaded = read_source(f"text={path}", "document")
     assert len(rows) == 900 and loaded.stats.rejects == {"not Parquet": 1}
     assert loaded.stats.places["not Parquet"][0].startswith(f"{path}, row 300 (")
     assert loaded.stats.places["not Parquet"][0].endswith("; rows 300 to 399 are lost)")
 
 
 def test_a_damaged_parquet_file_is_one_rejected_row(tmp_path):
-    written(tmp_path, "a.parquet", b"PAR1 this is none")
-    written(tmp_path, "b.jsonl", json_lines({"text": "good"}))
-    rows, loaded = read(f"text={tmp_path}", "document")
+    write(tmp_path, "a.parquet", b"PAR1 this is none")
+    write(tmp_path, "b.jsonl", json_lines({"text": "good"}))
+    rows, loaded = read_source(f"text={tmp_path}", "document")
     assert rows == [{"text": "good"}]
     assert loaded.stats.rejects == {"not Parquet": 1}

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from support import CONVERTING, written
+from support import CONVERTING, write
 
 from rorchat.reading import parts
 from rorchat.sources.registry import find_source, load_rows, source_parts
@@ -53,7 +53,7 @@ def test_parts_of_a_large_text_have_the_same_documents(end, tmp_path, monkeypatc
     monkeypatch.setattr(parts, "BLOCK_BYTES", 64)
     draw = random.Random(0)
     stories = ["".join(draw.choices("ab \né<|\ufeff", k=draw.randrange(400))) for _ in range(120)]
-    path = written(tmp_path, "a.txt", "<|endoftext|>".join(stories) + end)
+    path = write(tmp_path, "a.txt", "<|endoftext|>".join(stories) + end)
     whole = list(load_rows(f"text={path}", "document").raw)
     pieces = source_parts(f"text={path}")
     assert len(pieces) > 20 and len(whole) >= 118
@@ -62,5 +62,5 @@ def test_parts_of_a_large_text_have_the_same_documents(end, tmp_path, monkeypatc
 
 def test_a_text_without_separator_is_one_part(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "SMALLEST_PART", 500)
-    path = written(tmp_path, "a.txt", "It was the best of times. " * 1000)
+    path = write(tmp_path, "a.txt", "It was the best of times. " * 1000)
     assert len(source_parts(f"text={path}")) == 1

@@ -1,14 +1,14 @@
 """Documents of text files know their lines and lose nothing but separators."""
 
 import pytest
-from support import read, written
+from support import read_source, write
 
 from rorchat.sources.registry import load_rows
 
 
 def test_documents_know_their_lines(tmp_path):
     text = "one\ntwo\n<|endoftext|>\n\nthree\n<|endoftext|>\n \n<|endoftext|>four\n<|endoftext|>\n"
-    path = written(tmp_path, "a.txt", text)
+    path = write(tmp_path, "a.txt", text)
     loaded = load_rows(f"text={path}", "document")
     assert list(loaded.raw) == [
         (f"{path}:1", {"text": "one\ntwo"}),
@@ -16,21 +16,21 @@ def test_documents_know_their_lines(tmp_path):
         (f"{path}:7", {"text": " "}),
         (f"{path}:8", {"text": "four"}),
     ]
-    rows, loaded = read(f"text={path}", "document")
+    rows, loaded = read_source(f"text={path}", "document")
     assert [row["text"] for row in rows] == ["one\ntwo", "three", "four"]
     assert loaded.stats.rejects == {"empty text": 1}
 
 
 def test_byte_order_mark_and_windows_line_ends_are_removed(tmp_path):
-    path = written(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\n<|endoftext|>\r\ntwo\r\n")
-    rows, _ = read(f"text={path}", "document")
+    path = write(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\n<|endoftext|>\r\ntwo\r\n")
+    rows, _ = read_source(f"text={path}", "document")
     assert rows == [{"text": "one"}, {"text": "two"}]
 
 
 def test_a_text_that_is_not_utf8_is_rejected_with_its_first_bad_byte(tmp_path):
-    written(tmp_path, "a.txt", "Gr\u00fc\u00dfe".encode("latin-1"))
-    written(tmp_path, "b.txt", "Gr\u00fc\u00dfe")
-    rows, loaded = read(f"text={tmp_path}", "document")
+    write(tmp_path, "a.txt", "Gr\u00fc\u00dfe".encode("latin-1"))
+    write(tmp_path, "b.txt", "Gr\u00fc\u00dfe")
+    rows, loaded = read_source(f"text={tmp_path}", "document")
     assert rows == [{"text": "Grüße"}]
     assert loaded.stats.places == {"invalid UTF-8": [f"{tmp_path / 'a.txt'} (byte 2)"]}
 
@@ -38,5 +38,5 @@ def test_a_text_that_is_not_utf8_is_rejected_with_its_first_bad_byte(tmp_path):
 @pytest.mark.parametrize("suffix", ["py", "md"])
 def test_a_separator_in_code_or_markdown_is_ordinary_text(suffix, tmp_path):
     code = 'END = "<|endoftext|>"\n\ndef end():\n    return END'
-    rows, _ = read(f"text={written(tmp_path, f'a.{suffix}', code)}", "document")
+    rows, _ = read_source(f"text={write(tmp_path, f'a.{suffix}', code)}", "document")
     assert rows == [{"text": code}]

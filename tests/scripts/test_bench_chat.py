@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import ROOT, exchange, json_lines, written
+from support import ROOT, chat_row, json_lines, write
 
 BENCH = ROOT / "scripts" / "bench"
 sys.path.insert(0, str(BENCH))
@@ -214,15 +214,15 @@ def test_lengths_equal_those_of_training_rows(tokenizer, tmp_path):
     from rorchat.chatml import encode_conversation
     from rorchat.training.dpo import DPOArguments, load_preferences
 
-    rows = [exchange("Hello", "Hi!", "And you?", "I am well."), exchange("What?", "word " * 200)]
-    path = written(tmp_path, "rows.jsonl", json_lines(*rows))
+    rows = [chat_row("Hello", "Hi!", "And you?", "I am well."), chat_row("What?", "word " * 200)]
+    path = write(tmp_path, "rows.jsonl", json_lines(*rows))
     (segments,) = lengths.read_conversation_lengths(f"messages={path}", tokenizer, 128)
     encoded = encode_conversation(tokenizer, rows[0]["messages"])
     assert sum(segments) == len(encoded.input_ids) and len(segments) == 5
     assert sum(segments[1::2]) == sum(label != IGNORE_INDEX for label in encoded.labels)
 
     pairs = [{"prompt": f"Question {n}?", "chosen": "yes " * n, "rejected": "no"} for n in range(1, 60)]
-    path = written(tmp_path, "pairs.jsonl", json_lines(*pairs))
+    path = write(tmp_path, "pairs.jsonl", json_lines(*pairs))
     sources = [f"preference={path}"]
     arguments = DPOArguments(output_dir=str(tmp_path), model="any", sources=sources, validation_share=0.3)
     kept = [row for split in load_preferences(arguments, tokenizer, 128)[:2] for row in split]

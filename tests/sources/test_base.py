@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support import exchange
+from support import chat_row
 
 from rorchat.rows import row_text
 from rorchat.sources.base import exact_digest, is_validation_text, text_digest
@@ -22,12 +22,12 @@ def test_the_validation_split_has_its_share_and_depends_only_on_words():
 DIFFERENT = [
     ({"text": "if x:\n    a()\n    b()"}, {"text": "if x:\n    a()\nb()"}),
     ({"text": "Polish"}, {"text": "polish"}),
-    (exchange("Sort 1 23.", "1 23"), exchange("Sort 12 3.", "12 3")),
-    (exchange("Say a", "b c"), exchange("Say a b", "c")),
-    ({"messages": exchange("a", "b")["messages"] * 2}, {"messages": exchange("a", "b\na\nb")["messages"]}),
+    (chat_row("Sort 1 23.", "1 23"), chat_row("Sort 12 3.", "12 3")),
+    (chat_row("Say a", "b c"), chat_row("Say a b", "c")),
+    ({"messages": chat_row("a", "b")["messages"] * 2}, {"messages": chat_row("a", "b\na\nb")["messages"]}),
     (
-        {"messages": [{"role": "system", "content": "a"}, *exchange("b", "c")["messages"]]},
-        {"messages": [{"role": "user", "content": "a"}, *exchange("b", "c")["messages"]]},
+        {"messages": [{"role": "system", "content": "a"}, *chat_row("b", "c")["messages"]]},
+        {"messages": [{"role": "user", "content": "a"}, *chat_row("b", "c")["messages"]]},
     ),
 ]
 

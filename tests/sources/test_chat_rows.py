@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support import exchange, json_lines, read, written
+from support import chat_row, json_lines, read_source, write
 
 from rorchat.errors import DataError
 from rorchat.rows import CHECKS, RejectedRow, RepairedRow
@@ -31,21 +31,21 @@ def rejected(name: str, raw: object) -> str:
 SIMPLIFIED_NQ, ORIGINAL_NQ = find_source("natural_questions").raw[1:3]
 # (source, a row as the Hub's Parquet gives it or as another release has it, our row)
 HUB_ROWS = [
-    ("alpaca", {"instruction": "I", "input": "in", "output": "O", "text": "Below is"}, exchange("I\n\nin", "O")),
+    ("alpaca", {"instruction": "I", "input": "in", "output": "O", "text": "Below is"}, chat_row("I\n\nin", "O")),
     (
         "alpaca",
         {"instruction": "I", "instances": [{"input": "in", "output": "O"}, {"input": "", "output": "P"}]},
-        exchange("I\n\nin", "O"),
+        chat_row("I\n\nin", "O"),
     ),
-    ("code_alpaca", {"output": "O", "instruction": "I", "input": ""}, exchange("I", "O")),
+    ("code_alpaca", {"output": "O", "instruction": "I", "input": ""}, chat_row("I", "O")),
     (
         "cornell_movie_dialogs",
         {"movieID": "m0", "utterance": {"text": ["Yes - sure\x97", "Well?", "No."], "LineID": ["L1", "L2", "L3"]}},
-        exchange("Yes - sure—", "Well?"),
+        chat_row("Yes - sure—", "Well?"),
     ),
-    ("gsm8k", {"question": "Q", "answer": "2*3=<<2*3=6>>6\n#### 6"}, exchange("Q", "2*3=6\nThe answer is 6.")),
-    ("gsm8k", {"question": "Q", "answer": "All.\n#### 1,050"}, exchange("Q", "All.\nThe answer is 1,050.")),
-    ("math_dataset", {"question": "b'Is 4 prime?\\n'", "answer": "b'False\\n'"}, exchange("Is 4 prime?", "False")),
+    ("gsm8k", {"question": "Q", "answer": "2*3=<<2*3=6>>6\n#### 6"}, chat_row("Q", "2*3=6\nThe answer is 6.")),
+    ("gsm8k", {"question": "Q", "answer": "All.\n#### 1,050"}, chat_row("Q", "All.\nThe answer is 1,050.")),
+    ("math_dataset", {"question": "b'Is 4 prime?\\n'", "answer": "b'False\\n'"}, chat_row("Is 4 prime?", "False")),
     (
         "mbpp",
         {
@@ -56,7 +56,7 @@ HUB_ROWS = [
             "test_setup_code": "root = Node(1) \r\nroot.left = Node(2)",
             "challenge_test_list": [],
         },
-        exchange(
+        chat_row(
             "Height of a tree.\n\nYour code should pass these tests:\n\n"
             "root = Node(1) \nroot.left = Node(2)\nassert h(root) == 1",
             "```python\ndef h(n):\n\treturn 0\n```",
@@ -76,34 +76,34 @@ HUB_ROWS = [
                 "yes_no_answer": [-1, -1],
             },
         },
-        exchange("who", "Ann (9), Bob"),
+        chat_row("who", "Ann (9), Bob"),
     ),
     (
         "natural_questions",
         {**ORIGINAL_NQ, "annotations": [{"short_answers": [], "yes_no_answer": "NO"}]},
-        exchange("when did they land", "No"),
+        chat_row("when did they land", "No"),
     ),
-    ("natural_questions", ORIGINAL_NQ, exchange("when did they land", "July 20")),
-    ("natural_questions", SIMPLIFIED_NQ, exchange("when did they land", "July 20")),
+    ("natural_questions", ORIGINAL_NQ, chat_row("when did they land", "July 20")),
+    ("natural_questions", SIMPLIFIED_NQ, chat_row("when did they land", "July 20")),
     (
         "natural_questions",
         {"context": "Context: A.\n\nQuestion: a\nAnswer: ", "answer": "b", "aliases": ["c"]},
-        exchange("A.\n\na", "b"),
+        chat_row("A.\n\na", "b"),
     ),
     (
         "openbookqa",
         {"id": "1", "question_stem": "Red is", "choices": {"text": ["a colour", "sour"], "label": ["A", "B"]}}
         | {"answerKey": "A"},
-        exchange("Red is\n\nA. a colour\nB. sour", "A. a colour"),
+        chat_row("Red is\n\nA. a colour\nB. sour", "A. a colour"),
     ),
-    ("smoltalk", {"messages": [{"role": "system", "content": " "}, *turns("a", "b")]}, exchange("a", "b")),
+    ("smoltalk", {"messages": [{"role": "system", "content": " "}, *turns("a", "b")]}, chat_row("a", "b")),
     (
         "smol_smoltalk",
         {"messages": [{"role": "system", "content": "Be brief."}, *turns("a", "b")], "source": "smol-rewrite"},
         {"messages": [{"role": "system", "content": "Be brief."}, *turns("a", "b")]},
     ),
-    ("ultrachat", {"prompt": "a", "prompt_id": "1", "messages": turns("a", "b", "c", "d")}, exchange(*"abcd")),
-    ("ultrachat", {"id": "0", "data": ["a", "b", "c"]}, exchange("a", "b")),
+    ("ultrachat", {"prompt": "a", "prompt_id": "1", "messages": turns("a", "b", "c", "d")}, chat_row(*"abcd")),
+    ("ultrachat", {"id": "0", "data": ["a", "b", "c"]}, chat_row("a", "b")),
     (
         "ultrafeedback",
         {"prompt": "a", "chosen": turns("a", "b"), "rejected": turns("a", "c"), "score_chosen": 8.0},
@@ -114,12 +114,12 @@ HUB_ROWS = [
         {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c", "rejected": "\n\nHuman: a\n\nAssistant: d"},
         {"prompt": turns("a"), "chosen": turns("a", "b\n\nc")[1:], "rejected": turns("a", "d")[1:]},
     ),
-    ("prompt_completion", {"prompt": turns("a"), "completion": turns("a", "b")[1:]}, exchange("a", "b")),
-    ("prompt_completion", {"prompt": "a ### b", "response": "c"}, exchange("a ### b", "c")),
+    ("prompt_completion", {"prompt": turns("a"), "completion": turns("a", "b")[1:]}, chat_row("a", "b")),
+    ("prompt_completion", {"prompt": "a ### b", "response": "c"}, chat_row("a ### b", "c")),
     (
         "prompt_completion",
         {"prompt": "### Instruction:\na\n\n### Input:\nb\n\n### Response:", "completion": "c"},
-        exchange("a\n\nb", "c"),
+        chat_row("a\n\nb", "c"),
     ),
     (
         "messages",
@@ -195,7 +195,7 @@ OASST_FLAT = [
     oasst("a8", "So.", "a7", rank=None),
     oasst("a9", "Unanswered?", "a8", "prompter"),
 ]
-HELLO = exchange("Hello", "best", "And?", "So.")
+HELLO = chat_row("Hello", "best", "And?", "So.")
 
 
 def tree_of(flat: list[dict], parent: str | None = None) -> list[dict]:
@@ -215,16 +215,14 @@ def test_oasst_follows_the_best_usable_replies(tmp_path):
         oasst("c1", "lost its question", "c"),
         oasst("d", "spam", labels={"name": ["spam"], "value": [1.0]}),
     ]
-    flat = written(
-        tmp_path, "oasst_ready.messages.jsonl", json_lines(*OASST_FLAT, *other) + "{\n" + json_lines(*broken)
-    )
-    rows, loaded = read(f"oasst={flat}")
-    assert rows == [HELLO, exchange("Bye", "Bye!")]
+    flat = write(tmp_path, "oasst_ready.messages.jsonl", json_lines(*OASST_FLAT, *other) + "{\n" + json_lines(*broken))
+    rows, loaded = read_source(f"oasst={flat}")
+    assert rows == [HELLO, chat_row("Bye", "Bye!")]
     assert (loaded.stats.rows_in, loaded.stats.rejects) == (5, {"not JSON": 1, "missing field": 2})
     assert [place.split(" ")[0] for place in loaded.stats.places["missing field"]] == [f"{flat}:14", f"{flat}:15"]
-    nested = written(tmp_path, "oasst_ready.trees.jsonl", json_lines({"message_tree_id": "a", "prompt": tree}))
-    assert read(f"oasst={nested}")[0] == [HELLO]
-    assert read(f"oasst={tmp_path}")[0] == [HELLO]  # of a folder with both, the trees
+    nested = write(tmp_path, "oasst_ready.trees.jsonl", json_lines({"message_tree_id": "a", "prompt": tree}))
+    assert read_source(f"oasst={nested}")[0] == [HELLO]
+    assert read_source(f"oasst={tmp_path}")[0] == [HELLO]  # of a folder with both, the trees
 
 
 def test_oasst_does_not_loop_on_circular_parents():
@@ -233,12 +231,12 @@ def test_oasst_does_not_loop_on_circular_parents():
         oasst("a1", "Hi!", "a"),
         oasst("a", "Hello?", "a1", "prompter"),
     ]
-    assert converted("oasst", circle) == exchange("Hello", "Hi!")
+    assert converted("oasst", circle) == chat_row("Hello", "Hi!")
 
 
 def test_moss_turns_have_no_role_marks_and_keep_their_order(shared_data):
     path = shared_data / "chat" / "moss003_original_example.json"
-    ((row,), _) = read(f"moss={path}")
+    ((row,), _) = read_source(f"moss={path}")
     contents = [turn["content"] for turn in row["messages"]]
     assert len(contents) == 12 and contents[0] == "重新编排一首有关人工智能的歌曲"
     assert not [content for content in contents if "<|" in content or "<eo" in content]

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support import exchange, json_lines, read, written
+from support import chat_row, json_lines, read_source, write
 
 from rorchat.errors import DataError
 from rorchat.sources.registry import find_source, load_rows
@@ -82,7 +82,7 @@ REAL = [
 
 @pytest.mark.parametrize(("name", "path", "rows_in", "rejects", "repairs"), REAL, ids=[path for _, path, *_ in REAL])
 def test_real_files_have_the_documented_row_counts(name, path, rows_in, rejects, repairs, shared_data):
-    _, loaded = read(f"{name}={shared_data / path}")
+    _, loaded = read_source(f"{name}={shared_data / path}")
     assert (loaded.stats.rows_in, loaded.stats.rejects, loaded.stats.repairs) == (rows_in, rejects, repairs)
 
 
@@ -117,7 +117,7 @@ PLACES = [
 
 @pytest.mark.parametrize(("name", "path", "reason", "places"), PLACES, ids=[f"{n}-{r}" for n, _, r, _ in PLACES])
 def test_bad_rows_of_real_files_are_reported_with_their_places(name, path, reason, places, shared_data):
-    reported = read(f"{name}={shared_data / path}")[1].stats.places[reason]
+    reported = read_source(f"{name}={shared_data / path}")[1].stats.places[reason]
     for place, expected in zip(reported, places, strict=True):
         assert place.startswith(f"{shared_data / path}{expected}")
 
@@ -128,7 +128,7 @@ SPOTS = [
         "cornell_movie_dialogs",
         "cornell_movie_dialogs",
         0,
-        exchange(
+        chat_row(
             "Can we make this quick? Roxanne Korrine and Andrew Barrett are having an incredibly horrendous public "
             "break- up on the quad. Again.",
             "Well, I thought we'd start with pronunciation, if that's okay with you.",
@@ -140,7 +140,7 @@ SPOTS = [
         "code_alpaca",
         "code_alpaca",
         3,
-        exchange(
+        chat_row(
             "Write a Python function to calculate the factorial of a given number.",
             "def factorial(number):\n    fact = 1\n    for i in range(1, number + 1):\n        fact = fact * i\n"
             "    return fact",
@@ -150,7 +150,7 @@ SPOTS = [
         "alpaca",
         "alpaca/instruction-data.json",
         3,
-        exchange(
+        chat_row(
             "Rewrite this sentence to start with 'Although': Despite the rain, they went for a walk.",
             "Although it was raining, they went for a walk.",
         ),
@@ -159,25 +159,25 @@ SPOTS = [
         "gsm8k",
         "gsm8k",
         0,
-        exchange(
+        chat_row(
             "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many "
             "clips did Natalia sell altogether in April and May?",
             "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May.\n"
             "The answer is 72.",
         ),
     ),
-    ("math_dataset", f"{MATH}/hf_byte_literals.jsonl", 0, exchange("Solve -5*p + 5 = 10 for p.", "-1")),
+    ("math_dataset", f"{MATH}/hf_byte_literals.jsonl", 0, chat_row("Solve -5*p + 5 = 10 for p.", "-1")),
     (
         "math_dataset",
         f"{MATH}/mathematics_dataset-v1.0/interpolate",
         0,
-        exchange("Solve -282*d + 929 - 178 = -1223 for d.", "7"),
+        chat_row("Solve -282*d + 929 - 178 = -1223 for d.", "7"),
     ),
     (
         "mbpp",
         "mbpp",
         91,  # task_id 602
-        exchange(
+        chat_row(
             "Write a python function to find the first repeated character in a given string.\n\n"
             'Your code should pass these tests:\n\nassert first_repeated_char("abcabc") == "a"\n'
             'assert first_repeated_char("abc") == "None"\nassert first_repeated_char("123123") == "1"',
@@ -189,19 +189,19 @@ SPOTS = [
         "natural_questions",
         f"{NQ}/nq-train-00.jsonl.gz",
         0,
-        exchange("when is the last episode of season 8 of the walking dead", "March 18, 2018"),
+        chat_row("when is the last episode of season 8 of the walking dead", "March 18, 2018"),
     ),
     (
         "natural_questions",
         f"{NQ}/nq_open/NQ-open.dev.jsonl",
         0,
-        exchange("when was the last time anyone was on the moon", "14 December 1972 UTC"),
+        chat_row("when was the last time anyone was on the moon", "14 December 1972 UTC"),
     ),
     (
         "openbookqa",
         "openbookqa",
         0,
-        exchange(
+        chat_row(
             "The sun is responsible for\n\nA. puppies learning new tricks\nB. children growing up and getting old\n"
             "C. flowers wilting in a vase\nD. plants sprouting, blooming and wilting",
             "D. plants sprouting, blooming and wilting",
@@ -211,14 +211,14 @@ SPOTS = [
         "prompt_completion",
         "chat/dolly_hhrlhf_train_small.jsonl",
         7,
-        exchange("Van Halen famously banned what color M&Ms in their rider?", "Brown."),
+        chat_row("Van Halen famously banned what color M&Ms in their rider?", "Brown."),
     ),
 ]
 
 
 @pytest.mark.parametrize(("name", "path", "number", "row"), SPOTS, ids=[path for _, path, *_ in SPOTS])
 def test_real_rows_are_converted_exactly(name, path, number, row, shared_data):
-    assert read(f"{name}={shared_data / path}")[0][number] == row
+    assert read_source(f"{name}={shared_data / path}")[0][number] == row
 
 
 CORNELL_LINES = """L3 +++$+++ u1 +++$+++ m0 +++$+++ B +++$+++ Then <u>go</u>.
@@ -231,11 +231,11 @@ L4 +++$+++ u0 +++$+++ m0 +++$+++ A +++$+++
 @pytest.mark.parametrize("form", ["plain", "gz"])
 def test_cornell_joins_lines_of_a_speaker_and_repairs_windows_characters(form, tmp_path):
     lines = CORNELL_LINES.encode("latin-1")
-    written(tmp_path, "movie_lines.txt" + ".gz" * (form == "gz"), gzip.compress(lines) if form == "gz" else lines)
+    write(tmp_path, "movie_lines.txt" + ".gz" * (form == "gz"), gzip.compress(lines) if form == "gz" else lines)
     conversations = "".join(f"u0 +++$+++ u1 +++$+++ m0 +++$+++ {ids}\n" for ids in (["L1", "L2", "L3"], ["L3", "L4"]))
-    written(tmp_path, "movie_conversations.txt", conversations + "u0 +++$+++ u1\n")
-    rows, loaded = read(f"cornell_movie_dialogs={tmp_path}")
-    assert rows == [exchange("“Hm…” I'm off to headquarters.", "Then go.")]
+    write(tmp_path, "movie_conversations.txt", conversations + "u0 +++$+++ u1\n")
+    rows, loaded = read_source(f"cornell_movie_dialogs={tmp_path}")
+    assert rows == [chat_row("“Hm…” I'm off to headquarters.", "Then go.")]
     assert loaded.stats.repairs == {"Windows-1252 character": 1}
     assert loaded.stats.places == {
         "empty reply": [f"{tmp_path / 'movie_conversations.txt'}:2 (message 1)"],
@@ -244,7 +244,7 @@ def test_cornell_joins_lines_of_a_speaker_and_repairs_windows_characters(form, t
 
 
 def test_half_of_cornell_raises_an_error_that_names_the_other_half(tmp_path):
-    path = written(tmp_path, "movie_lines.txt", CORNELL_LINES.encode("latin-1"))
+    path = write(tmp_path, "movie_lines.txt", CORNELL_LINES.encode("latin-1"))
     with pytest.raises(DataError, match=r"movie_lines\.txt is only half of the corpus: put movie_conversations\.txt"):
         list(load_rows(f"cornell_movie_dialogs={path}", "conversation"))
 
@@ -286,9 +286,9 @@ MATH_FILES = [
 
 @pytest.mark.parametrize(("text", "pairs", "rejects"), MATH_FILES)
 def test_a_missing_line_does_not_shift_answers_to_other_questions(text, pairs, rejects, tmp_path):
-    path = written(tmp_path, "algebra__linear_1d.txt", text)
-    rows, loaded = read(f"math_dataset={path}")
-    assert rows == [exchange(*pair) for pair in pairs]
+    path = write(tmp_path, "algebra__linear_1d.txt", text)
+    rows, loaded = read_source(f"math_dataset={path}")
+    assert rows == [chat_row(*pair) for pair in pairs]
     reported = [
         f"{reason}:{place.split(' ')[0].rpartition(':')[2]}" for reason, (place,) in loaded.stats.places.items()
     ]
@@ -300,8 +300,8 @@ def test_answers_of_mathematics_files_match_their_questions(shared_data):
     assert len(files) == 72
     for file in files:
         lines = file.read_text().splitlines()
-        rows, _ = read(f"math_dataset={file}")
-        assert rows == [exchange(*pair) for pair in zip(lines[::2], lines[1::2], strict=True)]
+        rows, _ = read_source(f"math_dataset={file}")
+        assert rows == [chat_row(*pair) for pair in zip(lines[::2], lines[1::2], strict=True)]
 
 
 # (source, folder, the files that it reads of it): training files, and never those of an evaluation
@@ -323,7 +323,7 @@ def test_only_training_files_of_a_folder_are_read(name, folder, files, shared_da
 @pytest.mark.parametrize("name", ["natural_questions", "hh_rlhf", "gsm8k", "openbookqa"])
 def test_a_folder_with_only_evaluation_files_raises(name, tmp_path):
     for file in ("NQ-open.dev.jsonl", "nq-dev-00.jsonl.gz", "test.jsonl", "dev.jsonl"):
-        written(tmp_path, file, json_lines(find_source(name).raw[0]))
+        write(tmp_path, file, json_lines(find_source(name).raw[0]))
     with pytest.raises(DataError, match="has no file that matches"):
         load_rows(f"{name}={tmp_path}", find_source(name).kinds[0])
 
@@ -334,7 +334,7 @@ def test_mathematics_reads_only_the_training_folders(shared_data):
 
 
 def test_mbpp_solutions_are_valid_python_without_carriage_returns(shared_data):
-    rows, _ = read(f"mbpp={shared_data / 'mbpp'}")
+    rows, _ = read_source(f"mbpp={shared_data / 'mbpp'}")
     contents = [turn["content"] for row in rows for turn in row["messages"]]
     assert len(rows) == 464 and not [content for content in contents if "\r" in content]
     for row in rows:
@@ -342,7 +342,7 @@ def test_mbpp_solutions_are_valid_python_without_carriage_returns(shared_data):
 
 
 def test_gsm8k_answers_end_with_their_number_and_have_no_annotations(shared_data):
-    rows, _ = read(f"gsm8k={shared_data / 'gsm8k'}")
+    rows, _ = read_source(f"gsm8k={shared_data / 'gsm8k'}")
     raw = [json.loads(line) for line in (shared_data / "gsm8k" / "train.jsonl").open()]
     for row, original in zip(rows, raw, strict=True):
         answer = row["messages"][1]["content"]

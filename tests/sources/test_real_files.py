@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from support import exchange, json_lines, read, written
+from support import chat_row, json_lines, read_source, write
 
 from rorchat.errors import DataError
 from rorchat.sources.registry import find_source, load_rows
@@ -15,24 +15,24 @@ def test_alpaca_appends_the_input_unless_it_means_none():
     convert = find_source("alpaca").convert
     for nothing in ("", None, "<noinput>", "noinput", "No input", "<no input>", "< noinput >", "\\<noinput\\>"):
         row = {"instruction": "Do it.", "input": nothing, "output": "Done."}
-        assert convert(row) == exchange("Do it.", "Done.")
-    assert convert({"instruction": "Do it.", "input": "now", "output": "Done."}) == exchange("Do it.\n\nnow", "Done.")
+        assert convert(row) == chat_row("Do it.", "Done.")
+    assert convert({"instruction": "Do it.", "input": "now", "output": "Done."}) == chat_row("Do it.\n\nnow", "Done.")
 
 
 def test_dailydialog_removes_marks_and_spaces_around_punctuation():
     convert = find_source("dailydialog").convert
     row = "Hey John , how are you ? __eou__ I ’ m fine , thanks . __eou__ Good ! __eou__\n"
-    assert convert(row) == exchange("Hey John, how are you?", "I'm fine, thanks.")
+    assert convert(row) == chat_row("Hey John, how are you?", "I'm fine, thanks.")
 
 
 def test_dailydialog_reads_compressed_text_and_json_lines(tmp_path):
     path = tmp_path / "dialogues_text.txt.gz"
     path.write_bytes(gzip.compress(b"Hello . __eou__ Hi ! __eou__\n5 6 7\n", mtime=0))
-    rows, loaded = read(f"dailydialog={path}", "conversation")
-    assert rows == [exchange("Hello.", "Hi!")]
+    rows, loaded = read_source(f"dailydialog={path}", "conversation")
+    assert rows == [chat_row("Hello.", "Hi!")]
     assert loaded.stats.places["not a dialogue"][0].startswith(f"{path}:2")
-    path = written(tmp_path, "rows.jsonl", json_lines({"dialog": ["Hello .", "Hi !"]}))
-    assert read(f"dailydialog={path}", "conversation")[0] == [exchange("Hello.", "Hi!")]
+    path = write(tmp_path, "rows.jsonl", json_lines({"dialog": ["Hello .", "Hi !"]}))
+    assert read_source(f"dailydialog={path}", "conversation")[0] == [chat_row("Hello.", "Hi!")]
 
 
 # (source, path under shared/data, kind, rows in, rejects): the traps that data/SOURCES.md lists
@@ -69,7 +69,7 @@ REAL = [
 
 @pytest.mark.parametrize(("name", "path", "rows_in", "rejects"), REAL, ids=[path for _, path, *_ in REAL])
 def test_real_files_have_the_documented_row_counts(name, path, rows_in, rejects, shared_data):
-    rows, loaded = read(f"{name}={shared_data / path}", find_source(name).kinds[0])
+    rows, loaded = read_source(f"{name}={shared_data / path}", find_source(name).kinds[0])
     assert loaded.stats.rejects == rejects
     assert loaded.stats.rows_in == rows_in
     assert len(rows) == loaded.stats.rows_in - sum(rejects.values())
@@ -99,14 +99,14 @@ def test_alpaca_spellings_of_no_input_never_reach_a_question(shared_data):
     raw = json.loads(path.read_text())
     without = [row["instruction"].strip() for row in raw if means_none.fullmatch(row["input"]) and row["output"]]
     assert len(without) == 59
-    questions = [row["messages"][0]["content"] for row in read(f"alpaca={path}", "conversation")[0]]
+    questions = [row["messages"][0]["content"] for row in read_source(f"alpaca={path}", "conversation")[0]]
     assert set(without) <= set(questions)
     assert not [question for question in questions if means_none.fullmatch(question.rpartition("\n\n")[2])]
 
 
 def test_dailydialog_utterances_are_not_empty_and_have_no_marks(shared_data):
     path = shared_data / "dailydialog" / "dialogues_text.txt"
-    rows, _ = read(f"dailydialog={path}", "conversation")
+    rows, _ = read_source(f"dailydialog={path}", "conversation")
     contents = [turn["content"] for row in rows for turn in row["messages"]]
     marks = [line.count("__eou__") for line in path.read_text().splitlines()]
     assert len(contents) == sum(count // 2 * 2 for count in marks)  # a last utterance nobody answers is left out
@@ -114,6 +114,6 @@ def test_dailydialog_utterances_are_not_empty_and_have_no_marks(shared_data):
 
 
 def test_system_messages_of_preferences_begin_the_prompt(shared_data):
-    rows, _ = read(f"preference={shared_data / 'preference' / 'dpo_en_demo.json'}", "preference")
+    rows, _ = read_source(f"preference={shared_data / 'preference' / 'dpo_en_demo.json'}", "preference")
     assert sum(row["prompt"][0]["role"] == "system" for row in rows) == 79  # of 80: row 15 has a control character
     assert all(row["prompt"][-1]["role"] == "user" for row in rows)

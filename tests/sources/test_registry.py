@@ -8,7 +8,7 @@ import random
 import shutil
 
 import pytest
-from support import CONVERTING, exchange, json_lines, read, written
+from support import CONVERTING, chat_row, json_lines, read_source, write
 
 from rorchat.errors import DataError, RemoteError, UsageError
 from rorchat.persona import load_persona
@@ -18,7 +18,7 @@ from rorchat.sources.registry import find_source, iterate_texts, list_sources, l
 GENERATING = [name for name in list_sources() if find_source(name).is_generated]
 
 
-GOOD_ROW = {"document": {"text": "It was."}, "conversation": exchange(), "preference": find_source("preference").raw[0]}
+GOOD_ROW = {"document": {"text": "It was."}, "conversation": chat_row(), "preference": find_source("preference").raw[0]}
 
 
 def test_sources_of_every_kind_exist():
@@ -54,14 +54,14 @@ NOT_ROWS = [
     {"prompt": None, "chosen": "a", "rejected": "b"}, {"prompt": [], "chosen": "a", "rejected": "b"},
     {"prompt": "a", "chosen": None, "rejected": "b"}, {"prompt": "a", "chosen": [], "rejected": []},
     {"prompt": "a", "chosen": ["b"], "rejected": ["c"]}, {"prompt": "a", "chosen": "b", "rejected": ["c"]},
-    {"prompt": [], "chosen": exchange("a", "b")["messages"], "rejected": exchange("a", "c")["messages"]},
-    {"prompt": 5, "chosen": exchange("a", "b")["messages"], "rejected": exchange("x", "c")["messages"]},
+    {"prompt": [], "chosen": chat_row("a", "b")["messages"], "rejected": chat_row("a", "c")["messages"]},
+    {"prompt": 5, "chosen": chat_row("a", "b")["messages"], "rejected": chat_row("x", "c")["messages"]},
     {"instruction": "a", "input": 5, "chosen": "b", "rejected": "c"},
     {"instruction": None, "chosen": "b", "rejected": "c"},
     {"conversations": None, "chosen": {"from": "gpt", "value": "b"}, "rejected": {"from": "gpt", "value": "c"}},
     {"conversations": [], "chosen": {"from": "gpt", "value": "b"}, "rejected": {"from": "gpt", "value": "c"}},
     {"conversations": [{"from": "human", "value": "a"}], "chosen": "b", "rejected": None},
-    {"text": "half a pair \ud800"}, exchange("\udfff", "a"), exchange("a", "\ud83d"),
+    {"text": "half a pair \ud800"}, chat_row("\udfff", "a"), chat_row("a", "\ud83d"),
 ]  # fmt: skip
 
 
@@ -69,8 +69,8 @@ NOT_ROWS = [
 def test_arbitrary_json_values_are_kept_or_rejected(name, tmp_path):
     source = find_source(name)
     good = next(raw for raw in source.raw if not isinstance(raw, str))
-    path = written(tmp_path, "rows.jsonl", json_lines(*NOT_ROWS, good))
-    rows, loaded = read(f"{name}={path}", source.kinds[0])
+    path = write(tmp_path, "rows.jsonl", json_lines(*NOT_ROWS, good))
+    rows, loaded = read_source(f"{name}={path}", source.kinds[0])
     assert loaded.stats.rows_in == len(NOT_ROWS) + 1
     assert loaded.stats.rejects["wrong type"] >= 3
     for row in rows:
@@ -105,17 +105,17 @@ BAD_CONVERSATIONS = [
     (b'{"messages": [{"role": "user", "content": "\xff"}]}\n', "invalid UTF-8"),
     (b'{"messages": [\n', "not JSON"),
     (json_lines({"messages": [{"role": "pirate", "content": "a"}]}).encode(), "unknown role"),
-    (json_lines(exchange("a", " \n")).encode(), "empty reply"),
-    (json_lines(exchange(" ", "a")).encode(), "empty question"),
-    (json_lines({"messages": exchange()["messages"][::-1] * 2}).encode(), "wrong order"),
-    (json_lines({"messages": exchange()["messages"][:1]}).encode(), "no assistant turn"),
+    (json_lines(chat_row("a", " \n")).encode(), "empty reply"),
+    (json_lines(chat_row(" ", "a")).encode(), "empty question"),
+    (json_lines({"messages": chat_row()["messages"][::-1] * 2}).encode(), "wrong order"),
+    (json_lines({"messages": chat_row()["messages"][:1]}).encode(), "no assistant turn"),
     (json_lines({"messages": []}).encode(), "no assistant turn"),
     (json_lines({"messages": [{"role": "user", "content": 5}]}).encode(), "wrong type"),
     (json_lines({"messages": None}).encode(), "wrong type"),
     (json_lines({"turns": []}).encode(), "missing field"),
     (json_lines({"messages": [{"role": "user"}]}).encode(), "missing field"),
     (json_lines(17).encode(), "wrong type"),
-    (json_lines(exchange("a", "\ud800")).encode(), "invalid Unicode"),
+    (json_lines(chat_row("a", "\ud800")).encode(), "invalid Unicode"),
     (b"1" * 5000 + b"\n", "not JSON"),  # Python refuses so many digits with another error than bad JSON
     (b"[" * 200_000 + b"\n", "not JSON"),
 ]
@@ -123,23 +123,23 @@ BAD_CONVERSATIONS = [
 
 @pytest.mark.parametrize(("bad", "reason"), BAD_CONVERSATIONS)
 def test_a_bad_row_costs_only_itself_and_its_line_is_reported(bad, reason, tmp_path):
-    good = json_lines(exchange()).encode()
-    path = written(tmp_path, "rows.jsonl", good + b"\n" + bad + good)  # good, empty line, bad, good
-    rows, loaded = read(f"messages={path}", "conversation")
+    good = json_lines(chat_row()).encode()
+    path = write(tmp_path, "rows.jsonl", good + b"\n" + bad + good)  # good, empty line, bad, good
+    rows, loaded = read_source(f"messages={path}", "conversation")
     assert (len(rows), loaded.stats.rejects) == (2, {reason: 1})
     assert loaded.stats.places[reason][0].split(" ")[0] == f"{path}:3"
 
 
 def test_a_list_of_messages_is_a_valid_row(tmp_path):
-    path = written(tmp_path, "rows.jsonl", json_lines(exchange()["messages"], exchange()))
-    rows, loaded = read(f"messages={path}", "conversation")
-    assert rows == [exchange(), exchange()]
+    path = write(tmp_path, "rows.jsonl", json_lines(chat_row()["messages"], chat_row()))
+    rows, loaded = read_source(f"messages={path}", "conversation")
+    assert rows == [chat_row(), chat_row()]
 
 
 def test_an_unanswered_question_at_the_end_is_removed(tmp_path):
-    row = {"messages": [*exchange()["messages"], {"role": "user", "content": "And you?"}]}
-    rows, _ = read(f"messages={written(tmp_path, 'rows.jsonl', json_lines(row))}", "conversation")
-    assert rows == [exchange()]
+    row = {"messages": [*chat_row()["messages"], {"role": "user", "content": "And you?"}]}
+    rows, _ = read_source(f"messages={write(tmp_path, 'rows.jsonl', json_lines(row))}", "conversation")
+    assert rows == [chat_row()]
 
 
 PREFERENCES = [
@@ -147,8 +147,8 @@ PREFERENCES = [
     ({"prompt": "q", "chosen": "a", "rejected": ""}, "empty reply"),
     ({"prompt": "q", "chosen": "a"}, "missing field"),
     ({"prompt": "q", "chosen": "a", "rejected": 5}, "wrong type"),
-    ({"prompt": [], "chosen": exchange()["messages"], "rejected": exchange("Hello", "No.")["messages"]}, "wrong order"),
-    ({"chosen": exchange("a", "b")["messages"], "rejected": exchange("x", "c")["messages"]}, "different prompts"),
+    ({"prompt": [], "chosen": chat_row()["messages"], "rejected": chat_row("Hello", "No.")["messages"]}, "wrong order"),
+    ({"chosen": chat_row("a", "b")["messages"], "rejected": chat_row("x", "c")["messages"]}, "different prompts"),
     ({"prompt": [{"role": "pirate", "content": "q"}], "chosen": "a", "rejected": "b"}, "unknown role"),
 ]  # fmt: skip
 
@@ -156,8 +156,8 @@ PREFERENCES = [
 @pytest.mark.parametrize(("bad", "reason"), PREFERENCES)
 def test_invalid_preferences_are_rejected_with_their_reason(bad, reason, tmp_path):
     good = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    path = written(tmp_path, "rows.jsonl", json_lines(good, bad))
-    rows, loaded = read(f"preference={path}", "preference")
+    path = write(tmp_path, "rows.jsonl", json_lines(good, bad))
+    rows, loaded = read_source(f"preference={path}", "preference")
     assert loaded.stats.rejects == {reason: 1}
     assert loaded.stats.places[reason][0].startswith(f"{path}:2")
     assert rows == [
@@ -172,23 +172,23 @@ def test_invalid_preferences_are_rejected_with_their_reason(bad, reason, tmp_pat
 def test_hidden_files_are_ignored(tmp_path):
     for name in (".git", ".store.unfinished/deep", "shown"):
         (tmp_path / name).mkdir(parents=True)
-        written(tmp_path / name, "a.json", '{"text": "good"}')
-    written(tmp_path, ".hidden.txt", "bad")
-    rows, loaded = read(f"text={tmp_path}", "document")
+        write(tmp_path / name, "a.json", '{"text": "good"}')
+    write(tmp_path, ".hidden.txt", "bad")
+    rows, loaded = read_source(f"text={tmp_path}", "document")
     assert (rows, loaded.stats.rows_in) == ([{"text": "good"}], 1) and unread_files(loaded.spec) == []
 
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     (tmp_path / "inner").mkdir()
     for name in ("b.txt", "a.md", "inner/c.txt", "d.png", "e.csv"):
-        written(tmp_path, name, name)
-    rows, loaded = read(f"text={tmp_path}", "document")
+        write(tmp_path, name, name)
+    rows, loaded = read_source(f"text={tmp_path}", "document")
     assert [row["text"] for row in rows] == ["a.md", "b.txt", "inner/c.txt"]
 
 
 def test_all_rejected_rows_are_counted_and_the_first_places_kept(tmp_path):
-    path = written(tmp_path, "a.jsonl", json_lines(*[5] * 50, {"text": "good"}))
-    _, loaded = read(f"text={path}", "document")
+    path = write(tmp_path, "a.jsonl", json_lines(*[5] * 50, {"text": "good"}))
+    _, loaded = read_source(f"text={path}", "document")
     assert loaded.stats.rejects == {"wrong type": 50}
     assert [place.split(" ")[0] for place in loaded.stats.places["wrong type"]] == [f"{path}:{n}" for n in (1, 2, 3)]
     first, second = str(loaded.stats).splitlines()
@@ -246,7 +246,7 @@ NOTHING_TO_READ = [
 
 @pytest.mark.parametrize(("name", "content", "message"), NOTHING_TO_READ)
 def test_a_file_without_usable_rows_raises_a_data_error(name, content, message, tmp_path):
-    path = written(tmp_path, name, content)
+    path = write(tmp_path, name, content)
     with pytest.raises(DataError, match=message) as failure:
         list(load_rows(f"text={path}", "document"))
     assert str(path) in str(failure.value) and "\n" not in str(failure.value)
@@ -260,14 +260,14 @@ def test_a_missing_path_or_no_matching_file_raises_a_data_error(name, tmp_path):
     assert "\n" not in str(failure.value)
     with pytest.raises(DataError, match="only nothing"):
         list(load_rows(f"{name}={tmp_path}", find_source(name).kinds[0]))
-    written(tmp_path, "picture.png", "")
+    write(tmp_path, "picture.png", "")
     with pytest.raises(DataError, match=r"has no file that matches .*, only picture\.png") as failure:
         list(load_rows(f"{name}={tmp_path}", find_source(name).kinds[0]))
     assert "\n" not in str(failure.value)
 
 
 def test_a_summary_has_licence_and_counts(tmp_path):
-    _, loaded = read(f"text={written(tmp_path, 'a.jsonl', json_lines(5, {'text': 'good'}))}", "document")
+    _, loaded = read_source(f"text={write(tmp_path, 'a.jsonl', json_lines(5, {'text': 'good'}))}", "document")
     assert loaded.stats.summary() == {
         "source": loaded.spec,
         "licence": find_source("text").licence,
@@ -280,9 +280,9 @@ def test_a_summary_has_licence_and_counts(tmp_path):
 
 
 def test_iterate_texts_yields_all_texts_of_every_kind(tmp_path):
-    documents = written(tmp_path, "a.jsonl", json_lines({"text": "a document"}))
-    conversations = written(tmp_path, "b.jsonl", json_lines(exchange("a question", "an answer")))
-    preferences = written(tmp_path, "c.jsonl", json_lines({"prompt": "p", "chosen": "c", "rejected": "r"}))
+    documents = write(tmp_path, "a.jsonl", json_lines({"text": "a document"}))
+    conversations = write(tmp_path, "b.jsonl", json_lines(chat_row("a question", "an answer")))
+    preferences = write(tmp_path, "c.jsonl", json_lines({"prompt": "p", "chosen": "c", "rejected": "r"}))
     specs = [f"text={documents}", f"messages={conversations}", f"preference={preferences}"]
     assert list(iterate_texts(specs)) == ["a document", "a question", "an answer", "p", "c", "r"]
 
@@ -291,14 +291,14 @@ def test_the_source_digest_changes_only_with_the_files_content_and_names(tmp_pat
     first, copy = tmp_path / "first", tmp_path / "copy"
     first.mkdir()
     for name, rows in (("a.jsonl", 20), ("b.jsonl", 100_000)):  # one of 0.5 MB, one of more than 2
-        written(first, name, json_lines(*({"text": f"document {name} {number:09d}"} for number in range(rows))))
+        write(first, name, json_lines(*({"text": f"document {name} {number:09d}"} for number in range(rows))))
     digest_before = source_digest(f"text={first}")
     shutil.copytree(first, copy)
     for file in copy.iterdir():
         os.utime(file, (0, 0))
     assert source_digest(f"text={copy}") == digest_before != ""
-    written(copy, ".DS_Store", b"\0")
-    written(copy, "notes.doc", b"\0")
+    write(copy, ".DS_Store", b"\0")
+    write(copy, "notes.doc", b"\0")
     assert source_digest(f"text={copy}") == digest_before
     for name in ("a.jsonl", "b.jsonl"):
         content = (copy / name).read_bytes()
@@ -315,13 +315,13 @@ def test_the_source_digest_changes_only_with_the_files_content_and_names(tmp_pat
 
 def test_the_source_digest_includes_files_beside_the_data(tmp_path):
     separator = " +++$+++ "
-    written(tmp_path, "movie_conversations.txt", separator.join(("u0", "u2", "m0", "['L1', 'L2']")) + "\n")
+    write(tmp_path, "movie_conversations.txt", separator.join(("u0", "u2", "m0", "['L1', 'L2']")) + "\n")
     lines = [separator.join((f"L{n}", f"u{n}", "m0", "A", f"Line {n}.")) for n in (1, 2)]
-    written(tmp_path, "movie_lines.txt", "\n".join(lines))
+    write(tmp_path, "movie_lines.txt", "\n".join(lines))
     spec = f"cornell_movie_dialogs={tmp_path}"
-    assert len(read(spec, "conversation")[0]) == 1
+    assert len(read_source(spec, "conversation")[0]) == 1
     before = source_digest(spec)
-    written(tmp_path, "movie_lines.txt", "\n".join(lines).replace("Line 2", "Else 2"))
+    write(tmp_path, "movie_lines.txt", "\n".join(lines).replace("Line 2", "Else 2"))
     assert source_digest(spec) != before
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import COPIES, DOCUMENTS, KEPT, SHARE, decoded, files_of, write_documents
+from support import COPIES, DOCUMENTS, KEPT, SHARE, decode, hash_files, write_documents
 
 from rorchat.chatml import END_OF_TEXT, encode_conversation, encode_text
 from rorchat.errors import DataError, MismatchError, UsageError
@@ -21,8 +21,8 @@ from rorchat.tokens.store import Manifest, TokenStore
 
 
 def test_a_store_decodes_to_its_documents(store, tokenizer):
-    assert decoded(store, "train", tokenizer) == [text for text in KEPT if not is_validation_text(text, SHARE)]
-    assert decoded(store, "validation", tokenizer) == [text for text in KEPT if is_validation_text(text, SHARE)]
+    assert decode(store, "train", tokenizer) == [text for text in KEPT if not is_validation_text(text, SHARE)]
+    assert decode(store, "validation", tokenizer) == [text for text in KEPT if is_validation_text(text, SHARE)]
 
 
 def test_every_document_follows_an_end_of_text(store, tokenizer):
@@ -75,7 +75,7 @@ def test_the_sha256_in_the_manifest_is_that_of_the_file(store):
 
 def test_a_second_run_writes_the_same_bytes(spec, store, tokenizer, tmp_path):
     again = prepare(spec, tokenizer, tmp_path / "again", validation_share=SHARE)
-    assert files_of(again.folder) == files_of(store.folder)
+    assert hash_files(again.folder) == hash_files(store.folder)
 
 
 def test_a_complete_store_is_opened_without_reading_the_source(spec, store, tokenizer):
@@ -138,7 +138,7 @@ def test_duplicates_are_in_one_split_for_any_case_and_spacing(tokenizer, tmp_pat
         write_documents(tmp_path, originals + copies + originals), tokenizer, tmp_path / "s", validation_share=SHARE
     )
     train, validation = (
-        {" ".join(text.lower().split()) for text in decoded(store, split, tokenizer)}
+        {" ".join(text.lower().split()) for text in decode(store, split, tokenizer)}
         for split in ("train", "validation")
     )
     assert train & validation == set()
@@ -247,11 +247,11 @@ def test_ids_above_65535_are_stored_in_32_bits(spec, store, tokenizer, tmp_path)
     assert np.load(stored.folder / "train-00000.npy").dtype == np.uint32
     ids = stored.slice("train", 0, stored.tokens("train"))
     assert ids.max() == large.convert_tokens_to_ids("word65999") > 65_535
-    assert sorted(decoded(stored, "train", large) + decoded(stored, "validation", large)) == sorted(documents)
+    assert sorted(decode(stored, "train", large) + decode(stored, "validation", large)) == sorted(documents)
 
 
 def test_gpt2s_own_vocabulary_fits_into_16_bits(gpt2_tokenizer, spec, tmp_path):
     store = prepare(spec, gpt2_tokenizer, tmp_path / "gpt2", validation_share=SHARE)
     assert np.load(store.folder / "train-00000.npy").dtype == np.uint16
     assert store.slice("train", 0, 1).tolist() == [50256]
-    assert decoded(store, "train", gpt2_tokenizer) == [text for text in KEPT if not is_validation_text(text, SHARE)]
+    assert decode(store, "train", gpt2_tokenizer) == [text for text in KEPT if not is_validation_text(text, SHARE)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import COPIES, DOCUMENTS, KEPT, SHARE, decoded, files_of, write_documents
+from support import COPIES, DOCUMENTS, KEPT, SHARE, decode, hash_files, write_documents
 
 from rorchat.errors import MismatchError
 from rorchat.reading import parts
@@ -45,7 +45,7 @@ def test_several_shards_read_like_one(folder_of_parts, store, tokenizer, tmp_pat
         for start in range(0, tokens - 1, 17):
             for stop in (start + 1, start + 16, min(start + 450, tokens)):
                 assert (many.slice(split, start, min(stop, tokens)) == whole[start:stop]).all()
-        assert decoded(many, split, tokenizer) == decoded(store, split, tokenizer)
+        assert decode(many, split, tokenizer) == decode(store, split, tokenizer)
         for what in ("documents", "utf8_bytes"):
             assert many.manifest.total(split, what) == store.manifest.total(split, what)
     assert store.slice("train", 0, 5).dtype == np.int64
@@ -56,7 +56,7 @@ def test_a_store_is_the_same_bytes_for_any_number_of_workers(folder_of_parts, to
         prepare(folder_of_parts, tokenizer, tmp_path / f"by-{workers}", validation_share=SHARE, workers=workers)
         for workers in (1, 2, 4)
     ]
-    first, *others = [files_of(store.folder) for store in stores]
+    first, *others = [hash_files(store.folder) for store in stores]
     assert len(first) > 20 and all(other == first for other in others)
 
 
@@ -95,7 +95,7 @@ def test_a_killed_preparation_resumes_to_the_same_bytes(parts_done, tmp_path):
     assert len(list(left.glob("part-*.json"))) < 40 and not (tmp_path / "killed").exists()
     subprocess.run(command("killed", "0"), check=True, capture_output=True)
     subprocess.run(command("whole", "0"), check=True, capture_output=True)
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole") and not left.exists()
+    assert hash_files(tmp_path / "killed") == hash_files(tmp_path / "whole") and not left.exists()
 
 
 def test_complete_parts_are_not_tokenized_again(folder_of_parts, tokenizer, tmp_path, monkeypatch):
@@ -172,7 +172,7 @@ def test_a_part_with_other_content_is_tokenized_again(folder_of_parts, store, to
         again = prepare(folder_of_parts, tokenizer, tmp_path / "again", validation_share=SHARE, workers=1)
     assert again.manifest.rejects == {"duplicate": len(COPIES)} and again.manifest.rows_in == len(DOCUMENTS)
     for split in ("train", "validation"):
-        assert decoded(again, split, tokenizer) == decoded(store, split, tokenizer)
+        assert decode(again, split, tokenizer) == decode(store, split, tokenizer)
 
 
 def test_a_file_renamed_during_an_interruption_loses_no_document(tokenizer, tmp_path, monkeypatch):
@@ -199,7 +199,7 @@ def test_a_file_renamed_during_an_interruption_loses_no_document(tokenizer, tmp_
     (folder / "a.jsonl").rename(folder / "z.jsonl")
     store = prepare(f"text={folder}", tokenizer, tmp_path / "store", validation_share=SHARE, workers=1)
     assert (store.manifest.kept, store.manifest.rejects) == (200, {})
-    assert set(decoded(store, "train", tokenizer) + decoded(store, "validation", tokenizer)) == set(texts)
+    assert set(decode(store, "train", tokenizer) + decode(store, "validation", tokenizer)) == set(texts)
 
 
 def test_a_kill_during_the_manifest_loses_no_complete_part(folder_of_parts, store, tokenizer, tmp_path):
@@ -244,7 +244,7 @@ def test_a_part_without_usable_rows_does_not_affect_others(folder_of_parts, stor
     mixed = prepare(folder_of_parts, tokenizer, tmp_path / "mixed", validation_share=SHARE, workers=1)
     assert mixed.manifest.rejects == {"duplicate": len(COPIES), "not JSON": 40}
     for split in ("train", "validation"):
-        assert decoded(mixed, split, tokenizer) == decoded(store, split, tokenizer)
+        assert decode(mixed, split, tokenizer) == decode(store, split, tokenizer)
 
 
 def test_duplicates_across_parts_are_reported_with_their_places(folder_of_parts, tokenizer, tmp_path, capsys):
@@ -270,7 +270,7 @@ def test_a_new_hub_revision_restarts_only_an_unfinished_store(tokenizer, tmp_pat
     rows[:] = [{"text": f"{text} again"} for text in DOCUMENTS]
     rows._fingerprint = "second"
     store = prepare("tinystories", **settings)
-    assert all(text.endswith(" again") for text in decoded(store, "train", tokenizer))
+    assert all(text.endswith(" again") for text in decode(store, "train", tokenizer))
     assert store.manifest.hub_fingerprint == "second"
     rows._fingerprint = "third"
     assert prepare("tinystories", **settings).manifest == store.manifest
@@ -284,4 +284,4 @@ def test_files_without_settings_are_deleted(spec, store, tokenizer, tmp_path):
     left.mkdir()
     (left / "train-00007.npy").write_bytes(b"half")
     again = prepare(spec, tokenizer, tmp_path / "again", validation_share=SHARE)
-    assert files_of(again.folder) == files_of(store.folder) and not left.exists()
+    assert hash_files(again.folder) == hash_files(store.folder) and not left.exists()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support import DOCUMENTS, SHARE, decoded, write_documents
+from support import DOCUMENTS, SHARE, decode, write_documents
 
 from rorchat.chatml import encode_text
 from rorchat.errors import DataError, MismatchError, UsageError
@@ -27,10 +27,10 @@ def test_rows_are_training_documents_only(place, places, store, tokenizer):
         len(ids) + 2 for ids in encode_text(tokenizer, [d for d in DOCUMENTS if not is_validation_text(d, SHARE)])
     )
     rows = replay_rows(places[place], tokenizer, total // 2, 1000, 0, SHARE)
-    validation = decoded(store, "validation", tokenizer)
+    validation = decode(store, "validation", tokenizer)
     texts = decode_rows(rows, tokenizer)
     assert len(validation) > 5 and len(texts) > 20 and not set(validation) & set(texts)
-    assert set(texts[:-1]) <= set(decoded(store, "train", tokenizer))  # the last row is cut
+    assert set(texts[:-1]) <= set(decode(store, "train", tokenizer))  # the last row is cut
     end_of_text = store.manifest.end_of_text_id
     for row in rows[:-1]:
         ids, labels = row["input_ids"], row["labels"]

@@ -10,7 +10,7 @@ import torch
 import trl
 from datasets import Dataset
 from recipe_commands import ENVIRONMENT, inside, refused, succeeded
-from support import SENTENCES, exchange, json_lines
+from support import SENTENCES, chat_row, json_lines
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, pipeline
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, clone_chat_template
@@ -26,7 +26,7 @@ ON_A_CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 3,
 FLAGS = [word for name, value in ON_A_CPU.items() for word in (f"--{name}", str(value).lower())]
 HERE = ["--validation_share", 0.2, "--max_steps", 2, "--per_device_train_batch_size", 2, "--eval_strategy", "no"]
 QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-CONVERSATIONS = [exchange(f"What is {n} plus 1?", f"{n + 1}.", "Thanks", "You are welcome.") for n in range(24)]
+CONVERSATIONS = [chat_row(f"What is {n} plus 1?", f"{n + 1}.", "Thanks", "You are welcome.") for n in range(24)]
 PAIRS = [
     {
         "prompt": [{"role": "user", "content": f"What is {n} plus 1?"}],

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import strict_lines
+from support import read_strict
 
 from rorchat.errors import DivergedError
 from rorchat.jsonl import append_json_line, drop_partial_line
@@ -20,7 +20,7 @@ from rorchat.training.callbacks.samples import SamplesCallback
 
 def test_numbers_that_json_does_not_have_become_words(tmp_path):
     append_json_line(tmp_path / "m.jsonl", {"loss": math.nan, "inner": {"a": math.inf, "b": -math.inf}, "c": 1.5})
-    assert strict_lines(tmp_path / "m.jsonl") == [{"loss": "nan", "inner": {"a": "inf", "b": "-inf"}, "c": 1.5}]
+    assert read_strict(tmp_path / "m.jsonl") == [{"loss": "nan", "inner": {"a": "inf", "b": "-inf"}, "c": 1.5}]
 
 
 def test_a_half_written_line_is_cut_off_and_time_goes_on_from_the_last_whole_one(tmp_path):
@@ -124,7 +124,7 @@ def test_a_restart_adds_a_line_and_time_and_cost_go_on(tmp_path, clock):
     clock.now += 10
     log(again, 10, loss=2.0)
     assert (tmp_path / "metrics.jsonl").read_bytes().startswith(before)
-    lines = strict_lines(tmp_path / "metrics.jsonl")
+    lines = read_strict(tmp_path / "metrics.jsonl")
     assert lines[1] == {"event": "resumed", "step": 8, "seconds": 50.0, "dollars": 50.0}
     assert (lines[2]["seconds"], lines[2]["dollars"], lines[2]["tokens_per_second"]) == (60, 70, 20)
 
@@ -203,7 +203,7 @@ def test_a_step_that_could_be_mended_is_told_and_the_run_goes_on(tmp_path, capsy
     with pytest.raises(DivergedError, match="The loss is inf at step 7; the last finite loss was 2.4000 at step 6"):
         a_step(watch, 7, math.inf)
     assert asked == [5, 7]
-    events = [line["event"] for line in strict_lines(tmp_path / "metrics.jsonl")]
+    events = [line["event"] for line in read_strict(tmp_path / "metrics.jsonl")]
     assert events == ["skipped", "diverged"]
     assert "The loss is nan at step 5; the last finite loss was 2.5000 at step 4. Skipped" in capsys.readouterr().err
 
@@ -226,7 +226,7 @@ def test_only_the_first_process_tells_the_time_at_which_a_run_diverged(tmp_path)
         metrics.on_train_begin(ARGUMENTS, SimpleNamespace(**{**vars(a_state(0)), "is_world_process_zero": first}), None)
         with pytest.raises(DivergedError):
             a_step(DivergenceCallback(metrics), 5, math.nan)
-    assert ["seconds" in line for line in strict_lines(tmp_path / "metrics.jsonl")] == [True]  # the other wrote none
+    assert ["seconds" in line for line in read_strict(tmp_path / "metrics.jsonl")] == [True]  # the other wrote none
 
 
 def test_under_fp16_an_infinite_gradient_is_a_skipped_step_and_a_lost_loss_is_not(tmp_path, clock, capsys):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import strict_lines
+from support import read_strict
 from training_support import build_pretrain_trainer
 from transformers import TrainerCallback
 
@@ -77,7 +77,7 @@ def shown(tokenizer, tmp_path_factory) -> SimpleNamespace:
     trainer, recorder = make_trainer(tokenizer, folder, *SHOWN), Recorder()
     trainer.add_callback(recorder)
     trainer.train()
-    return SimpleNamespace(trainer=trainer, folder=folder, lines=strict_lines(folder / "metrics.jsonl"), got=recorder)
+    return SimpleNamespace(trainer=trainer, folder=folder, lines=read_strict(folder / "metrics.jsonl"), got=recorder)
 
 
 def training_lines(lines: list[dict]) -> list[dict]:
@@ -214,7 +214,7 @@ def test_steps_that_are_none_are_named(steps):
 
 
 def test_samples_are_taken_before_after_and_every_so_many_steps(shown):
-    lines = strict_lines(shown.folder / "samples.jsonl")
+    lines = read_strict(shown.folder / "samples.jsonl")
     assert [(line["step"], line["tokens"]) for line in lines] == [(0, 0), (3, 384), (6, 768), (8, 1024)]
     assert all(line.keys() == {"step", "tokens", "prompt", "text"} for line in lines)
     assert {line["prompt"] for line in lines} == {"One day"}
@@ -259,7 +259,7 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_step_with_its_value(token
         trainer.poison = poison
         with pytest.raises(DivergedError) as caught:
             trainer.train()
-        last = strict_lines(tmp_path / str(poison) / "metrics.jsonl")[-1]
+        last = read_strict(tmp_path / str(poison) / "metrics.jsonl")[-1]
         assert (last["event"], last["step"], last["loss"]) == ("diverged", 7, str(poison))
         assert math.isfinite(last["last_finite_loss"]) and sum(last["mixture"].values()) == 1
         said = str(caught.value)
@@ -275,7 +275,7 @@ def test_a_gradient_that_is_no_number_is_named_although_the_loss_is_one(tokenize
     trainer.in_gradient = True
     with pytest.raises(DivergedError, match=r"The loss is \d\.\d{4} but the gradient norm nan at step 7"):
         trainer.train()
-    last = strict_lines(tmp_path / "metrics.jsonl")[-1]
+    last = read_strict(tmp_path / "metrics.jsonl")[-1]
     assert (last["step"], last["grad_norm"]) == (7, "nan") and math.isfinite(last["loss"])
 
 
@@ -322,7 +322,7 @@ def test_a_diverged_run_goes_on_from_its_checkpoint_and_its_file_only_grows(
     before = (tmp_path / "metrics.jsonl").read_bytes()
     train_run(tokenizer, tmp_path, *flags)
     assert (tmp_path / "metrics.jsonl").read_bytes().startswith(before)
-    lines = strict_lines(tmp_path / "metrics.jsonl")
+    lines = read_strict(tmp_path / "metrics.jsonl")
     assert [line.get("event", line["step"]) for line in training_lines(lines)] == [2, 4, 6, "diverged", 6, 8]
     assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
     stands = drop_superseded_lines(lines)
@@ -338,8 +338,8 @@ def test_a_run_without_a_checkpoint_begins_its_files_anew(tokenizer, tmp_path):
         run.begin()
         trainer.train()
         run.held.close()  # as the end of the process would
-    assert [line["step"] for line in training_lines(strict_lines(tmp_path / "metrics.jsonl"))] == [2]
-    assert [line["step"] for line in strict_lines(tmp_path / "samples.jsonl")] == [0, 2]
+    assert [line["step"] for line in training_lines(read_strict(tmp_path / "metrics.jsonl"))] == [2]
+    assert [line["step"] for line in read_strict(tmp_path / "samples.jsonl")] == [0, 2]
 
 
 def test_the_command_ends_with_70_and_one_line(tokenizer, tmp_path, capsys):
@@ -352,7 +352,7 @@ def test_the_command_ends_with_70_and_one_line(tokenizer, tmp_path, capsys):
     assert stopped.value.code == 70
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and re.match(r"error: The loss is .+ at step \d", errors[0])
-    assert strict_lines(tmp_path / "run" / "metrics.jsonl")[-1]["event"] == "diverged"
+    assert read_strict(tmp_path / "run" / "metrics.jsonl")[-1]["event"] == "diverged"
 
 
 # The chat stages and the picture
@@ -366,7 +366,7 @@ def test_fine_tuning_writes_the_same_lines_without_what_it_does_not_know(tokeniz
     ChatSFTTrainer(
         build_model("2x2x32", tokenizer, 96), arguments, tokenizer, training, validation, StageContext()
     ).train()
-    lines = strict_lines(tmp_path / "metrics.jsonl")
+    lines = read_strict(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4]
     fields = {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
     assert lines[0].keys() == fields | {"memory_bytes", "seconds", "dollars"}
@@ -410,10 +410,10 @@ def test_two_processes_sample_without_waiting_for_ever_and_both_stop_when_the_ru
     flags = [*BASE, "--tokenizer", tmp_path / "tokenizer", "--size", "2x2x32", "--max_steps", 3, *SHOWN]
     more = ["--output_dir", tmp_path / "well", "--sample_steps", 1, "--logging_steps", 1]
     succeeded(launch("pretrain", *flags, *more, processes=2))
-    assert [line["step"] for line in strict_lines(tmp_path / "well" / "samples.jsonl")] == [0, 1, 2, 3]
-    lines = training_lines(strict_lines(tmp_path / "well" / "metrics.jsonl"))
+    assert [line["step"] for line in read_strict(tmp_path / "well" / "samples.jsonl")] == [0, 1, 2, 3]
+    lines = training_lines(read_strict(tmp_path / "well" / "metrics.jsonl"))
     assert [(line["step"], line["tokens"]) for line in lines] == [(1, 128), (2, 256), (3, 384)]
     more = ["--output_dir", tmp_path / "ill", "--optimizer", "adamw", "--learning_rate", "1e38", "--max_steps", 8]
     ill = launch("pretrain", *flags, *more, processes=2)
     assert ill.returncode != 0 and "error: The loss is" in ill.stderr
-    assert strict_lines(tmp_path / "ill" / "metrics.jsonl")[-1]["event"] == "diverged"
+    assert read_strict(tmp_path / "ill" / "metrics.jsonl")[-1]["event"] == "diverged"
