@@ -1,10 +1,10 @@
 """rorchat: from raw text to your own chat model, stock GPT-2 from the first byte to the Hub.
 
-The way of the data, which is also the order in which modules may import each other (`STAGES`):
+Data flows in this order, in which modules may also import each other (`STAGES`):
 
     raw text -> chat -> tokens -> model -> words -> scores -> training -> report -> hub
 
-Importing `rorchat` is cheap: the public names below load what they need on first use.
+Importing `rorchat` is cheap: a public name imports its module on first use.
 """
 
 import importlib
@@ -12,36 +12,36 @@ import logging
 
 __version__ = "0.1.0"
 
-# bitsandbytes says at every import on a CPU that it has no 4-bit kernel, which nothing here asks for
+# On a CPU, bitsandbytes warns at every import about a missing 4-bit kernel, which nothing here uses
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-#: The way of the data. A module imports only from stages before its own (tests/test_layout.py).
+#: The modules in the order in which data flows. A module imports only from earlier stages (tests/test_layout.py).
 STAGES = (
-    "errors",  # exit codes, and what a failure says
-    "files",  #           atomic writes, fsync, sha256, a lock for a folder
-    "jsonl",  #           JSON lines files
-    "yaml_file",  #      a YAML file -> its values
-    "stories",  # the YAML files of the stories, by name
-    "persona",  # RAW DATA  who the model is: system message, identity conversations, probes
-    "rows",  # RAW DATA  the kinds of rows, and what makes a row unusable
-    "reading",  # RAW DATA  files -> raw rows
-    "sources",  # RAW DATA  one file per dataset: raw row -> document, conversation or preference
-    "chatml",  # CHAT      control tokens, template, conversation -> (input_ids, labels), context window
-    "tokenizer",  # TOKENS    train a BPE, load one, add the control tokens
-    "tokens",  # TOKENS    text -> shards -> mixture -> rows
-    "mixture",  # TOKENS    token stores -> mixed rows -> batches
-    "inspection",  # TOKENS    what is wrong with data, and what a model sees of a row
-    "device",  # MODEL     what a GPU or CPU can do: peaks, memory, price
-    "adapter",  # MODEL     LoRA adapters in a folder: verify, load, merge into their base
-    "model",  # MODEL     sizes, from scratch or from a checkpoint, FLOPs
-    "inference",  # WORDS     load, generate, stream, talk
-    "evaluation",  # SCORES    loss, bits per byte, chat behaviour, held-out questions
-    "training",  # TRAINING  pretrain, sft, dpo, grpo
-    "plan",  #           budget -> shape, tokens, memory, hours, money
-    "report",  #           run folders -> curves, tables, samples
-    "hub",  # HUB       verify, push, pull back, verify again
-    "recipes",  #           one launched command per stage, and the settings of the stories
-    "cli",  #           `rorchat ...`
+    "errors",  # exceptions with exit codes, and one-line messages
+    "files",  # atomic writes, fsync, sha256, folder locks
+    "jsonl",  # JSON lines files
+    "yaml_file",  # a YAML file -> its values
+    "stories",  # the files of the stories, found by name
+    "persona",  # raw data: system message, conversations about the model, probes
+    "rows",  # raw data: the kinds of rows, and reasons to reject one
+    "reading",  # raw data: files -> raw rows
+    "sources",  # raw data: one file per dataset: raw row -> document, conversation or preference
+    "chatml",  # chat: control tokens, template, conversation -> (input_ids, labels), context window
+    "tokenizer",  # tokens: train a BPE, load a tokenizer, add the control tokens
+    "tokens",  # tokens: text -> shards in a token store
+    "mixture",  # tokens: token stores -> mixed rows -> batches
+    "inspection",  # tokens: problems of a dataset, and a row as the model gets it
+    "device",  # model: peak FLOPS, memory and price of a GPU or CPU
+    "adapter",  # model: LoRA adapters in a folder: verify, load, merge
+    "model",  # model: sizes, from scratch or from a checkpoint, FLOPs
+    "inference",  # words: load, generate, stream, chat
+    "evaluation",  # scores: loss, bits per byte, chat behaviour, questions with known answers
+    "training",  # training: pretrain, sft, dpo, grpo
+    "plan",  # budget -> size, tokens, memory, hours, price
+    "report",  # run folders -> curves, tables, samples
+    "hub",  # verify, push, download, verify again
+    "recipes",  # the training commands, and the settings of the stories
+    "cli",  # the command `rorchat`
 )
 
 _HOMES = {
