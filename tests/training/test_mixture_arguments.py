@@ -21,7 +21,7 @@ def test_a_mixture_replaces_sources_and_weights(tmp_path):
     for more in ({"sources": ["text=a"]}, {"weights": [1.0]}):
         with pytest.raises(UsageError, match=f"Both mixture and {next(iter(more))}"):
             pretrain_arguments(tmp_path, mixture=path, **more)
-    assert pretrain_arguments(tmp_path, mixture=path).specs() == [
+    assert pretrain_arguments(tmp_path, mixture=path).source_specs() == [
         "c4=data/c4",
         "cosmopedia=data/tales",
         "alpaca=data/alpaca",
