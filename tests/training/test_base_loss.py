@@ -294,7 +294,7 @@ def test_unreadable_text_raises(tokenizer, saved, tmp_path):
         ("tinytwn=5", UsageError, "Did you mean 'tinytown'"),
         ("persona=5", UsageError, "documents are expected here"),
         (f"text={tmp_path}/none.txt", DataError, "none.txt"),
-        (f"store={tmp_path}", DataError, "no token store"),
+        (f"store={tmp_path}", DataError, "not a token store"),
     ):
         with pytest.raises(error, match=message):
             find_base_text(given, "gpt2", tokenizer, 64)

@@ -83,7 +83,7 @@ def test_unusable_sources_raise(places, spec, tokenizer, tmp_path):
     other = train_tokenizer(["other words than those"], vocab_size=320)
     with pytest.raises(MismatchError, match="made with another tokenizer"):
         replay_rows(places["store"], other, 9, 64, 0, SHARE)
-    with pytest.raises(DataError, match="no token store"):
+    with pytest.raises(DataError, match="not a token store"):
         replay_rows(f"store={tmp_path}", tokenizer, 9, 64, 0, SHARE)
 
 
