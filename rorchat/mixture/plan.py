@@ -14,6 +14,8 @@ from rorchat.mixture.phases import PhasePlanner, PlannedPhase
 
 MAX_JUMP = 0.25  # total variation distance; a larger jump shows as a bump in the loss
 MANY_EPOCHS = 4
+#: Recorded in the summary of plans whose rows come in another order than before, see `Plan.summary`.
+ROW_ORDER = 2
 
 
 class Plan:
@@ -179,7 +181,13 @@ class Plan:
             "block_size": self.block_size,
             "notices": self.notices,
             "warnings": self.warnings(),
+            **({"row_order": ROW_ORDER} if self._has_new_row_order() else {}),
         }
+
+    def _has_new_row_order(self) -> bool:
+        """Whether version 0.1 before 2026-11-30 placed the rows otherwise, so that its runs must not be resumed."""
+        changed = len(self.active) in (5, 6) and self._interleaver.bound > 1
+        return changed or bool(self.previous and self.previous._has_new_row_order())
 
     def describe(self) -> str:
         """The plan as a text table: phases, the contribution of each source, totals, notices and warnings."""

@@ -191,3 +191,14 @@ def test_the_summary_is_json_and_its_totals_are_the_rows_of_the_plan():
 def test_the_picture_is_drawn(tmp_path):
     drawn_plan(6).draw(tmp_path / "mixture.png")
     assert (tmp_path / "mixture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("count", "is_recorded"), [(2, False), (4, False), (6, True)])
+def test_only_plans_with_a_changed_row_order_record_it(count, is_recorded):
+    draw = np.random.default_rng(0)
+    recorded = []
+    for _ in range(20):
+        phase = Phase(share=1.0, weights={f"s{n}": float(weight) for n, weight in enumerate(draw.random(count))})
+        plan = Plan(config_of(phase, sources=count), {f"s{n}": 100 for n in range(count)}, 100, 16)
+        recorded.append("row_order" in plan.summary())
+    assert any(recorded) == is_recorded
