@@ -51,7 +51,7 @@ def test_a_lost_run_is_restored_from_the_mirror_with_its_log(sandbox, stopped_at
     out, mirror = copies(sandbox, stopped_at_4)
     shutil.rmtree(out)
     result = sandbox.run(out, mirror=mirror)
-    assert result.code == 0 and "checkpoint-4 was brought from there" in result.output, result.output
+    assert result.code == 0 and "checkpoint-4 was restored from it" in result.output, result.output
     assert weights_sha256(out) == weights_sha256(uninterrupted)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [3, 6] and {"resumed"} == {
@@ -64,7 +64,7 @@ def test_damaged_checkpoints_are_restored_from_the_mirror(sandbox, stopped_at_4,
     for checkpoint in Checkpoints(out).committed():
         flip_bit(0.5)(checkpoint.folder / "optimizer.pt")
     result = sandbox.run(out, mirror=mirror)
-    assert result.code == 0 and "checkpoint-4 was brought from there" in result.output, result.output
+    assert result.code == 0 and "checkpoint-4 was restored from it" in result.output, result.output
     assert weights_sha256(out) == weights_sha256(uninterrupted)
 
 
@@ -74,7 +74,7 @@ def test_a_damaged_copy_is_reported_and_the_one_before_is_used(sandbox, stopped_
     flip_bit(0.5)(mirror / "checkpoint-4" / "model.safetensors")
     result = sandbox.run(out, mirror=mirror)
     assert result.code == 0, result.output
-    assert "sha256 differs" in result.output and "checkpoint-2 was brought from there" in result.output
+    assert "sha256 differs" in result.output and "checkpoint-2 was restored from it" in result.output
     assert weights_sha256(out) == weights_sha256(uninterrupted)
 
 
@@ -124,7 +124,7 @@ def test_a_vanished_mirror_is_reported_and_not_recreated(sandbox, stopped_at_4, 
     out, mirror = copies(sandbox, stopped_at_4)
     result = sandbox.run(out, {"vanish": DURING}, mirror=mirror)
     assert result.code == 0, result.output
-    assert "is not there any more" in result.output and "checkpoint-8 the newest here" in result.output
+    assert "no longer exists" in result.output and "the newest checkpoint is checkpoint-8" in result.output
     assert weights_sha256(out) == weights_sha256(uninterrupted) and not mirror.exists()
 
 
@@ -136,7 +136,7 @@ def test_a_mirror_without_a_parent_folder_is_refused(sandbox):
 def test_the_mirror_of_another_run_is_refused_unchanged(sandbox, stopped_at_4):
     _, mirror = copies(sandbox, stopped_at_4)
     result = sandbox.run(sandbox.new_folder(), mirror=mirror, learning_rate=0.5)
-    assert result.code == 78 and "holds another run: learning_rate" in result.output, result.output
+    assert result.code == 78 and "contains another run: learning_rate" in result.output, result.output
     assert verified_steps(mirror) == [4, 2]
 
 
@@ -182,7 +182,7 @@ def test_a_hub_repository_can_be_a_mirror(sandbox, uninterrupted, on_hub):
         assert result.returncode == 0, result.stderr
         assert "sha256 differs" in result.stderr
         if older:
-            assert f"checkpoint-{max(older)} was brought" in result.stderr
+            assert f"checkpoint-{max(older)} was restored" in result.stderr
         assert weights_sha256(out) == weights_sha256(uninterrupted)
 
 
@@ -194,7 +194,7 @@ def test_a_hub_failure_is_reported_and_a_missing_right_refused(sandbox, uninterr
         hub.failing = {"POST .*/commit/": 400}
         result = on_hub(hub, out)
         assert result.returncode == 0, result.stderr
-        assert "could not be copied (" in result.stderr and "nothing is the newest there" in result.stderr
+        assert "could not be copied (" in result.stderr and "the mirror is empty" in result.stderr
         assert "Traceback" not in result.stderr and weights_sha256(out) == weights_sha256(uninterrupted)
         result = on_hub(hub, sandbox.new_folder(), token="hf_another")
         assert result.returncode == 77 and "hf auth login" in result.stderr and "Traceback" not in result.stderr

@@ -175,7 +175,7 @@ def test_a_new_phase_needs_a_checkpoint_and_remaining_tokens(sandbox, phases, st
     result = phases(out, NEW, SIGTERM | {"at": STEPS - 1}, new_phase=True)
     assert result.code == 75, result.output
     result = phases(out, THIRD, new_phase=True)
-    assert result.code == 78 and "no tokens left" in result.output
+    assert result.code == 78 and "no tokens are left" in result.output
     result = phases(out, NEW)
     assert result.code == 0 and weights_sha256(out) == weights_sha256(complete), result.output
 

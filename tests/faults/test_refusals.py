@@ -158,5 +158,5 @@ def test_a_rollback_after_weights_only_keeps_the_new_optimizer(sandbox, stopped_
 def test_a_finished_run_completes_its_mirror(sandbox, uninterrupted):
     out, mirror = sandbox.new_folder(uninterrupted), sandbox.new_folder()
     result = sandbox.run(out, mirror=mirror)
-    assert result.code == 0 and "finished before" in result.output, result.output
+    assert result.code == 0 and "already finished" in result.output, result.output
     assert verified_steps(mirror) == [8]

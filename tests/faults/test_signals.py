@@ -27,7 +27,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_resumes(sandbox, uninterrupted,
     flags = {"eval_strategy": "steps", "eval_steps": 4} if where == "evaluate" else {}
     result = sandbox.run(out, {"signal": int(number), "at": 4, "where": where}, **flags)
     assert result.code == 75, result.output
-    assert f"{number.name}: a checkpoint is saved" in result.output and "Traceback" not in result.output
+    assert f"{number.name}: saving a checkpoint" in result.output and "Traceback" not in result.output
     assert verified_steps(out)[0] == 5
     assert sandbox.run(out, **flags).code == 0
     assert weights_sha256(out) == weights_sha256(uninterrupted)

@@ -49,7 +49,7 @@ def test_one_process_resumes_a_checkpoint_of_two_on_the_same_rows(sandbox, unint
     run_two(sandbox, out, {"signal": int(signal.SIGTERM), "at": 3, "where": "forward"}, logging_steps=1)
     result = sandbox.run(out, logging_steps=1)
     assert result.code == 0, result.output
-    assert "processes" in result.output and "roundings" in result.output
+    assert "processes" in result.output and "rounding" in result.output
     single = sandbox.new_folder()
     assert sandbox.run(single, logging_steps=1).code == 0
     losses = [
