@@ -60,7 +60,7 @@ def test_without_signal_handling_the_step_is_lost(sandbox):
 
 def test_without_recovery_out_of_memory_ends_the_run(sandbox):
     result = sandbox.run(sandbox.new_folder(), {"fits": 1, "from": 3, "in": "forward", "off": "oom recovery"})
-    assert result.code == 2 and "Out of memory" in result.output and "at a time" not in result.output
+    assert result.code == 2 and "Out of memory" in result.output and "It is repeated" not in result.output
 
 
 def test_without_the_lost_peer_check_the_other_ends_with_a_traceback(sandbox):
