@@ -178,7 +178,7 @@ class _RejectWriter:
         row = None if isinstance(row, RejectedRow) else row
         record = {"place": place, "reason": rejected_row.reason, "detail": rejected_row.detail, "row": row}
         try:
-            line = json.dumps(record, default=str)  # ASCII, because a row may contain half a surrogate pair
+            line = json.dumps(record, default=str)  # ASCII, because a row may contain a lone surrogate
         except RecursionError:  # nested just too deeply to be written
             line = json.dumps({**record, "row": None})
         self.file.write(line + "\n")

@@ -19,7 +19,7 @@ ROLE_NAMES = {
     "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "bot": "assistant",
     "model": "assistant",
 }  # fmt: skip
-MAX_DETAIL_CHARACTERS = 300  # a detail may quote a key of any length
+MAX_DETAIL_CHARACTERS = 300  # a detail may quote a key, which can have any length
 
 _BYTE_LITERAL = re.compile(r"""\s*b(['"])(?:[^\\]|\\.)*?\1\s*""", re.DOTALL)
 # C0 without the white space (tab, line feed, vertical tab, form feed, carriage return), and DEL
@@ -29,7 +29,7 @@ _PIECE = 2**20  # characters checked at a time, so that a text of 100 MB is not 
 
 
 class RejectedRow(ValueError):
-    """A row that cannot be used. Rows are counted by `reason`; `detail` names the part of the row."""
+    """A row that cannot be used. Rows are counted by `reason`; `detail` says which part of the row is wrong."""
 
     def __init__(self, reason: str, detail: str = ""):
         detail = _to_one_line(detail)
@@ -37,38 +37,38 @@ class RejectedRow(ValueError):
         self.reason, self.detail = reason, detail
 
     def describe_place(self, place: str) -> str:
-        """The place of the row with the detail in parentheses."""
+        """The place of the row, followed by the detail in parentheses."""
         return f"{place} ({self.detail})" if self.detail else place
 
 
 def _to_one_line(text: str) -> str:
-    """A shortened text without line ends and other unprintable characters."""
+    """Shortens a text and escapes line ends and other unprintable characters."""
     cut = text if len(text) <= MAX_DETAIL_CHARACTERS else text[:MAX_DETAIL_CHARACTERS] + "..."
     return cut if cut.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
 @dataclass
 class RepairedRow:
-    """A usable row whose source had to correct an error. Rows are counted by `repair`."""
+    """A row that is usable because its source corrected an error in it. Rows are counted by `repair`."""
 
     row: dict
     repair: str
 
 
 def get_text(row: object, key: str) -> str:
-    """`row[key]`, which must be a string.
+    """Returns `row[key]`, which must be a string.
 
     Raises:
-        RejectedRow: the row is not an object, does not have the key, or its value is not a string.
+        RejectedRow: the row is not an object, the key is missing, or its value is not a string.
     """
     if not isinstance(row, dict):
         raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected an object with {key!r}")
     if key not in row:
-        raise RejectedRow("missing field", f"no {key!r} among {', '.join(map(str, list(row)[:8]))}")
+        raise RejectedRow("missing field", f"no key {key!r} among {', '.join(map(str, list(row)[:8]))}")
     if row[key] is None:
         raise RejectedRow("empty text", f"{key!r} is null")
     if not isinstance(row[key], str):
-        raise RejectedRow("wrong type", f"{key!r} is of type {type(row[key]).__name__}, expected text")
+        raise RejectedRow("wrong type", f"{key!r} is of type {type(row[key]).__name__}, expected a string")
     return row[key]
 
 
@@ -82,7 +82,7 @@ def exchange(question: str, answer: str) -> dict:
 
 
 def alternate_turns(contents: Sequence[str]) -> list[dict[str, str]]:
-    """Messages of user and assistant in turn."""
+    """Messages of the user and the assistant in alternation, starting with the user."""
     return [message(("user", "assistant")[number % 2], content) for number, content in enumerate(contents)]
 
 
@@ -103,7 +103,7 @@ def get_instruction(row: dict) -> str:
 
 
 def normalize_messages(turns: object) -> list[dict[str, str]]:
-    """Messages from `[{"role", "content"}]` or ShareGPT's `[{"from", "value"}]`.
+    """Converts turns in the form `[{"role", "content"}]` or ShareGPT's `[{"from", "value"}]` to messages.
 
     Raises:
         RejectedRow: a turn has neither form or an unknown role.
@@ -142,10 +142,11 @@ def decode_byte_literal(text: str) -> str | None:
 
 
 def check_text(text: str, part: str) -> None:
-    """Raises RejectedRow for surrogates, control characters and byte literals.
+    """Raises RejectedRow if a text contains lone surrogates or control characters, or is a byte literal.
 
     Args:
-        part: the part of the row to which the text belongs, for the detail.
+        text: the text to check.
+        part: the part of the row that the text comes from; quoted in the detail.
     """
     for start in range(0, len(text), _PIECE):
         _check_characters(text[start : start + _PIECE] if len(text) > _PIECE else text, part, start)
@@ -166,12 +167,12 @@ def _check_characters(text: str, part: str, start: int) -> None:
 def _encode(text: str, part: str) -> bytes:
     try:
         return text.encode()
-    except UnicodeEncodeError:  # JSON can contain half of a surrogate pair
-        raise RejectedRow("invalid Unicode", f"{part} has half of a surrogate pair") from None
+    except UnicodeEncodeError:  # JSON can contain a lone surrogate
+        raise RejectedRow("invalid Unicode", f"{part} has a lone surrogate") from None
 
 
 def check_messages(messages: Sequence[dict]) -> None:
-    """Raises RejectedRow unless `messages` is an optional system message, then user and assistant in turn."""
+    """Raises RejectedRow unless user and assistant alternate, after an optional system message."""
     if not messages:
         raise RejectedRow("no messages")
     offset = 1 if messages[0].get("role") == "system" else 0
@@ -213,7 +214,7 @@ def _check_preference(row: dict) -> None:
             detail = f"{side}: {rejected_row.detail}" if rejected_row.detail else side
             raise RejectedRow(rejected_row.reason, detail) from None
     if not prompt or prompt[-1]["role"] != "user" or len(row["chosen"]) != 1 or len(row["rejected"]) != 1:
-        raise RejectedRow("wrong order", "a preference is a prompt that ends with the user and one reply on each side")
+        raise RejectedRow("wrong order", "expected a prompt that ends with the user, one chosen and one rejected reply")
     if row["chosen"][0]["content"].strip() == row["rejected"][0]["content"].strip():
         raise RejectedRow("identical chosen and rejected")
 
@@ -222,7 +223,7 @@ def _check_question(row: dict) -> None:
     _check_conversation({"messages": [*row["messages"], message("assistant", row["answer"])]})
 
 
-#: By kind of row, a function that raises RejectedRow for a row that cannot be used.
+#: For each kind of row, the function that raises RejectedRow if a row cannot be used.
 CHECKS: dict[str, Callable[[dict], None]] = {
     "document": _check_document,
     "conversation": _check_conversation,
@@ -232,7 +233,7 @@ CHECKS: dict[str, Callable[[dict], None]] = {
 
 
 def row_text(row: dict) -> str:
-    """All text of a row of any kind, to be hashed and filtered."""
+    """The whole text of a row of any kind, for hashing and filtering."""
     if "text" in row:
         return row["text"]
     parts = [row["messages"]] if "messages" in row else row.values()

@@ -1,4 +1,4 @@
-"""Reads rows of CSV files, one at a time. A damaged row costs only itself."""
+"""Reads the rows of CSV files one at a time. A damaged row does not affect the rows after it."""
 
 import csv
 import io
@@ -19,11 +19,11 @@ from rorchat.rows import RejectedRow
 
 
 class _Lines:
-    """Iterates over the lines of a file. Knows the lines of the current row, and can go back to its second line."""
+    """Iterates over the lines of a file. Records the lines of the current row and can rewind to the second of them."""
 
     def __init__(self, file: TextIO):
         self.file = file
-        self.lines_before = 0  # the current row
+        self.lines_before = 0  # number of lines before the current row
         self.row_lines: list[str] = []
         self.pushed_back: list[str] = []  # to be read before the rest of the file, in reverse order
 
@@ -37,7 +37,11 @@ class _Lines:
         self.row_lines = []
 
     def return_to_second_line(self) -> None:
-        """An unclosed quotation mark consumes the rows that follow it. Only its own line should be rejected."""
+        """Rewinds to the line after the first line of the current row.
+
+        An unclosed quotation mark makes the CSV reader consume the rows after it. Only the line with the mark should be
+        rejected.
+        """
         self.pushed_back += reversed(self.row_lines[1:])
         self.row_lines = self.row_lines[:1]
 
@@ -50,9 +54,9 @@ class _Lines:
 
 
 def read_csv(file_slice: FileSlice) -> Iterator[Row]:
-    """Yields (file:line, {column: value}) of each row after the header line. In .tsv files, tabs separate values.
+    """Yields (file:line, {column: value}) for each row after the header line. In .tsv files, tabs separate values.
 
-    Holds one row at a time.
+    Only one row is in memory at a time.
     """
     path = file_slice.path
     csv.field_size_limit(LONGEST_LINE)
@@ -94,11 +98,11 @@ def _build_row(header: list[str], values: list[str], lines: _Lines) -> dict | Re
         field = next(number for number, value in enumerate(values) if BAD_BYTE.search(value))
         return RejectedRow("invalid UTF-8", f"field {field}")
     if len(values) != len(header):
-        extent = f", over {len(lines.row_lines):,} lines" if len(lines.row_lines) > 1 else ""
-        return RejectedRow("not CSV", f"{len(values)} fields under a header of {len(header)}{extent}")
+        extent = f"; the row spans {len(lines.row_lines):,} lines" if len(lines.row_lines) > 1 else ""
+        return RejectedRow("not CSV", f"{len(values)} fields, but the header has {len(header)}{extent}")
     row = dict(zip(header, values, strict=True))
     if len(row) < len(header):
         duplicate = next((name for name in header if name and header.count(name) > 1), None)
-        if duplicate is not None:  # several columns without a name are fine: spreadsheets write them
+        if duplicate is not None:  # several columns without a name are allowed, because spreadsheets write them
             return RejectedRow("duplicate keys", f"{duplicate!r} in the header")
     return row

@@ -17,7 +17,7 @@ BAD_BYTE = re.compile("[\udc80-\udcff]")
 
 
 def content_suffix(path: Path) -> str:
-    """The suffix without that of the compression, in lower case: ".json" for "a.json.gz"."""
+    """The lower-case suffix of a file name without the suffix of the compression: ".json" for "a.json.gz"."""
     return (Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix).lower()
 
 

@@ -9,7 +9,7 @@ from rorchat.errors import DataError
 from rorchat.reading.encodings import COMPRESSIONS, content_suffix
 from rorchat.reading.formats import READERS
 
-SAMPLES, SAMPLE_BYTES = 16, 2**16  # of a file, for the digest
+SAMPLES, SAMPLE_BYTES = 16, 2**16  # samples per file, for the digest, and their size
 
 
 def find_files(path: Path, patterns: tuple[str, ...], *, any_suffix: bool = False) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Reads rows of JSON files: JSON lines, arrays and single objects. A damaged row costs only itself."""
+"""Reads rows of JSON files: JSON lines, arrays and single objects. A damaged row does not affect the others."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Reads rows of Parquet files. A damaged row group costs only that group, a bad value only its row."""
+"""Reads rows of Parquet files. Damage rejects only its row group, a bad value only its row."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ def _convert_batch(batch: "pyarrow.RecordBatch") -> list[Any]:
 
     try:
         return batch.to_pylist()
-    except (ValueError, ArithmeticError, LookupError, pyarrow.ArrowException):  # one value fails all rows: try singly
+    except (ValueError, ArithmeticError, LookupError, pyarrow.ArrowException):  # one bad value fails the whole batch
         return [_convert_row(batch.slice(number, 1)) for number in range(batch.num_rows)]
 
 

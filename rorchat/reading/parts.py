@@ -8,9 +8,9 @@ from typing import BinaryIO
 from rorchat.reading.slices import FileSlice
 from rorchat.reading.text import DOCUMENT_SEPARATOR
 
-PARTS = 64  # aimed at, within these bounds of compressed bytes:
+PARTS = 64  # target number of parts; the size of a part is kept within these bounds of compressed bytes:
 SMALLEST_PART, LARGEST_PART = 4 * 2**20, 64 * 2**20
-BLOCK_BYTES = 2**20  # read at a time
+BLOCK_BYTES = 2**20  # bytes read at a time
 
 
 def split_files(files: list[Path], *, divide: bool) -> list[tuple[FileSlice, ...]]:

@@ -15,7 +15,7 @@ from rorchat.reading.slices import FileSlice, Row
 from rorchat.rows import RejectedRow
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file, as in TinyStories
-BLOCK_BYTES = 2**20  # read at a time
+BLOCK_BYTES = 2**20  # bytes read at a time
 
 
 def read_documents(file_slice: FileSlice) -> Iterator[Row]:
@@ -30,7 +30,7 @@ def read_documents(file_slice: FileSlice) -> Iterator[Row]:
             size, newlines = len(document), document.count(b"\n")
             text = decode(document, "utf-8-sig" if byte == 0 else "utf-8", first_byte=byte)
             if isinstance(document, bytearray):
-                document.clear()  # do not hold a large document twice
+                document.clear()  # keep only one copy of a large document in memory
             if isinstance(text, RejectedRow):
                 yield str(path), text
             elif is_closed or (text and not text.isspace()):  # a separator may end the file: nothing follows it
@@ -60,7 +60,7 @@ def _split_documents(file_slice: FileSlice) -> Iterator[tuple[bytes | bytearray,
         while block := file.read(
             BLOCK_BYTES if file_slice.stop is None else min(BLOCK_BYTES, file_slice.stop - file.tell())
         ):
-            overlap = max(0, len(pending) - len(separator) + 1)  # a separator may cross the border of two blocks
+            overlap = max(0, len(pending) - len(separator) + 1)  # a separator may span two blocks
             pending += block
             end = pending.find(separator, overlap) if has_separators else -1
             if end < 0:

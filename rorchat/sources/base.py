@@ -9,7 +9,7 @@ from typing import Any
 
 from rorchat.rows import RejectedRow, RepairedRow
 
-PLACES_KEPT = 3  # per reason of rejection
+PLACES_KEPT = 3  # places recorded for each reason of rejection
 # What training computes the loss on, by kind of row
 LOSS_BY_KIND = {
     "document": "every token",
@@ -66,7 +66,7 @@ def licence_restriction(licence: str) -> str:
 
 @dataclass
 class RowStats:
-    """Counts of the rows of a source. Always, `rows_in == kept + sum(rejects.values())`."""
+    """Counts of the rows of a source. `rows_in == kept + sum(rejects.values())` always holds."""
 
     source: str
     licence: str = ""

@@ -30,7 +30,7 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def gather(rows: Iterator[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """Joins sentences to documents. A bad sentence is passed on alone, so that it is rejected with its place."""
+    """Joins sentences into documents. A bad sentence is yielded separately, so that it is rejected with its place."""
     sentences, first_place = [], ""
     for place, row in rows:
         try:

@@ -35,7 +35,7 @@ RAW = [
     {"idx": "cosqa-dev-0", "doc": "python one", "code": "def one():\n    return 1", "label": 0},
 ]
 
-_COLUMNS = ("original_string", "whole_func_string", "code")  # of the release, the Hub, CoSQA
+_COLUMNS = ("original_string", "whole_func_string", "code")  # in the release, on the Hub, in CoSQA
 
 
 def convert(row: dict) -> dict:

@@ -23,7 +23,7 @@ def convert(row: dict | list) -> dict:
     """Any of the formats -> messages, without an empty system message and without unanswered turns at the end."""
     if isinstance(row, dict):
         if "messages" not in row and "conversations" not in row:
-            raise RejectedRow("missing field", f"no 'messages' or 'conversations' among {', '.join(list(row)[:8])}")
+            raise RejectedRow("missing field", f"no key 'messages' or 'conversations' among {', '.join(list(row)[:8])}")
         if row.get("label") is False:
             raise RejectedRow("marked as bad", "label is false, as for bad replies in KTO")
         turns = row["messages"] if "messages" in row else row["conversations"]

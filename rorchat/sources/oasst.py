@@ -39,7 +39,7 @@ RAW = [
 
 
 def gather(rows: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """Joins the messages of a tree to one list, at the place of the first. Other rows are unchanged."""
+    """Joins the messages of a tree into one list, with the place of the first message. Other rows are unchanged."""
     for tree, group in groupby(rows, key=_get_tree_id):
         if tree is None:
             yield from group

@@ -21,7 +21,7 @@ from rorchat.reading.slices import FileSlice
 from rorchat.rows import CHECKS, RejectedRow, RepairedRow
 from rorchat.sources.base import PlacedRow, RowStats, Source, to_printable
 
-CHAT_PREFIX = "chat:"  # before the name of a source: only its conversations
+CHAT_PREFIX = "chat:"  # prefix of a source's name that selects its conversations
 HUB_ROWS_PER_PART = 20_000
 
 RejectHook = Callable[[str, RejectedRow, object], None]  # called with place, rejected row and raw row
@@ -34,7 +34,7 @@ def list_sources() -> list[str]:
 
 
 def find_source(name: str) -> Source:
-    """The source with this name. With `chat:` before it, the source without its other kinds of rows.
+    """The source with this name. With the prefix `chat:`, the source is restricted to its conversations.
 
     Raises:
         UsageError: there is no such source, or it has no conversations.
@@ -72,13 +72,14 @@ def split_spec(spec: str) -> tuple[Source, str]:
 
 @dataclass
 class SourceRows:
-    """Iterates over the usable rows of a source or of a part of it. `stats` counts them meanwhile.
+    """Iterates over the usable rows of a source or of a part of it.
 
     Attributes:
-        raw: (place, raw row or RejectedRow).
-        allow_empty: otherwise, a source without a usable row raises a DataError.
+        raw: iterator over (place, raw row or RejectedRow).
+        stats: counts of the rows read so far.
+        allow_empty: whether a source without usable rows is accepted. If not, the iteration ends with a DataError.
         on_reject: called for each rejected row.
-        place: where the last row was read from.
+        place: the place that the last row was read from.
     """
 
     spec: str
@@ -113,7 +114,7 @@ class SourceRows:
             self.on_reject(place, rejected_row, row)
 
     def convert(self, raw: Any) -> dict:
-        """A checked row of this kind from a raw row. Repairs are counted.
+        """Converts a raw row to this kind of row and checks it. Repairs are counted.
 
         Raises:
             RejectedRow: the raw row cannot be used.
@@ -145,13 +146,13 @@ def require_kept_rows(stats: RowStats) -> None:
 
 @dataclass(frozen=True)
 class SourcePart:
-    """A part of a source: slices of local files, or a range of the rows of a dataset on the Hub."""
+    """A part of a source: slices of local files, or the range (start, stop) of the rows of a dataset on the Hub."""
 
     slices: tuple[FileSlice, ...] = ()
     rows: tuple[int, int] | None = None
 
     def record(self) -> list:
-        """The borders of the part as JSON values, to recognize it after a restart."""
+        """The boundaries of the part as JSON values, by which it is recognized after a restart."""
         return [[str(s.path), s.start, s.stop, s.bytes] for s in self.slices] or list(self.rows or ())
 
 
@@ -174,19 +175,19 @@ def load_rows(
         seed, persona: for generated sources.
         part: one of `source_parts(spec)`; None for the whole source.
         allow_empty: do not raise a DataError if no row can be used. Always true for a part.
-        on_reject: called with place, rejected row and raw row of each row that cannot be used.
+        on_reject: called with the place, the `RejectedRow` and the raw row for each row that cannot be used.
 
     Raises:
         UsageError: the source does not exist or has no rows of this kind.
-        DataError: nothing is at the path, or (during iteration) no row can be used.
+        DataError: the path does not exist, or (during iteration) no row can be used.
         RemoteError: the Hub cannot be reached.
     """
     source, where = split_spec(spec)
     if kind not in source.kinds:
-        fitting = [name for name in list_sources() if kind in find_source(name).kinds]
+        suitable = [name for name in list_sources() if kind in find_source(name).kinds]
         raise UsageError(
             f"Source {source.name!r} has {_plural(source.kinds)}, but {kind}s are expected here: "
-            f"use one of {', '.join(fitting)}."
+            f"use one of {', '.join(suitable)}."
         )
     raw: Iterator[PlacedRow]
     if source.generate:
@@ -231,10 +232,10 @@ def _find_source_files(source: Source, where: str) -> list[Path]:
 
 
 def source_parts(spec: str) -> list[SourcePart]:
-    """The parts of a source that several processes can read, in the order of its rows. They depend only on the data.
+    """Splits a source into parts that several processes can read in parallel, in the order of its rows.
 
-    The parts together have the same rows as the whole source. A generated source is one part. So is a source with a
-    `gather` function, unless it restarts with every file.
+    The parts depend only on the data, and together they have the same rows as the whole source. A generated source is a
+    single part. A source with a `gather` function is a single part, too, unless it restarts with every file.
     """
     source, where = split_spec(spec)
     if source.is_generated:
@@ -259,7 +260,7 @@ def load_hub_rows(name: str):
 
     try:
         return datasets.load_dataset(**hub)
-    except Exception as error:  # datasets passes on the errors of its transport: OSError, httpx, and others
+    except Exception as error:  # `datasets` does not wrap the errors of its HTTP client: OSError, httpx, and others
         reason = " ".join(str(error).split())[:160]
         raise RemoteError(
             f"Cannot read {hub['path']} from the Hub ({reason}). For a local copy, use {name}=PATH."
@@ -280,9 +281,9 @@ def unread_files(spec: str) -> list[str]:
 
 
 def source_digest(spec: str, persona: Persona | None = None) -> str:
-    """sha256 of what a source consists of: its local files (`files_digest`), its Hub arguments, or the persona it uses.
+    """sha256 of the content of a source: its local files (`files_digest`), its Hub arguments, or the persona it uses.
 
-    Empty if the local files no longer exist: a token store made from them is still valid.
+    Empty if the local files no longer exist, because a token store made from them is still valid.
     """
     source, where = split_spec(spec)
     if source.is_generated:
@@ -310,9 +311,9 @@ def hub_fingerprint(spec: str) -> str:
 
 
 def iterate_texts(specs: list[str], seed: int = 0, persona: Persona | None = None) -> Iterator[str]:
-    """All text of some sources, for training a tokenizer: documents, or the contents of messages.
+    """Yields all text of the sources, for training a tokenizer: documents, or the contents of messages.
 
-    The validation split is included, because it is only decided when tokens are prepared.
+    The text of the validation split is included, because the split is chosen later, when the sources are tokenized.
     """
     for spec in specs:
         kind = split_spec(spec)[0].kinds[0]

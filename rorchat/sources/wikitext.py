@@ -46,7 +46,7 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def gather(rows: Iterator[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """Joins lines to articles. Some lines of tables and formulas look like titles but have no empty lines around."""
+    """Joins lines into articles. A line that looks like a title begins an article only between two empty lines."""
     article: list[str] = []
     first_place, title, after_empty = "", None, True
     for place, row in rows:
@@ -79,7 +79,7 @@ def _split_lines(row: object) -> list[str] | None:
 
 
 def convert(row: dict) -> dict:
-    """An article -> its detokenized headings and paragraphs with empty lines between."""
+    """An article -> its detokenized headings and paragraphs, separated by empty lines."""
     paragraphs = [re.sub(r"^(= )+(.*?)( =)+$", r"\2", line.strip()) for line in get_text(row, "text").splitlines()]
     text = "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
     for pattern, replacement in _DETOKENIZE:

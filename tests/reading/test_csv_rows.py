@@ -1,4 +1,4 @@
-"""A damaged CSV row costs only itself, and one row is held at a time."""
+"""A damaged CSV row does not affect the others, and only one row is in memory at a time."""
 
 import tracemalloc
 
@@ -9,7 +9,7 @@ from rorchat.sources.registry import load_rows
 
 
 @pytest.mark.parametrize("bad", [[0], [10], [10, 11, 500], [999]])
-def test_an_unclosed_quotation_mark_costs_only_its_row(bad, tmp_path):
+def test_an_unclosed_quotation_mark_rejects_only_its_row(bad, tmp_path):
     lines = [f'{number},"row {number},\n""two"" lines"' for number in range(1000)]
     for number in bad:
         lines[number] = f'{number},"row'

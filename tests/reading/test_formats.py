@@ -1,4 +1,4 @@
-"""Every format gives the same rows, and damage costs only the damaged rows."""
+"""Every format gives the same rows, and only damaged rows are rejected."""
 
 import gzip
 import json
@@ -49,7 +49,7 @@ BAD_BYTES = {
 
 @pytest.mark.parametrize("bad", [0, 500, 999])
 @pytest.mark.parametrize("name", BAD_BYTES)
-def test_an_invalid_byte_costs_only_its_row(name, bad, tmp_path):
+def test_an_invalid_byte_rejects_only_its_row(name, bad, tmp_path):
     content = "".join(BAD_BYTES[name].format(number) for number in range(1000))
     if name.endswith(("csv", "tsv", "csv.gz")):
         content = "text\n" + content

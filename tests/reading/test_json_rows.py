@@ -1,4 +1,4 @@
-"""A damaged JSON row costs only itself."""
+"""A damaged JSON row does not affect the others."""
 
 import json
 
@@ -48,7 +48,7 @@ DAMAGES = (
 
 @pytest.mark.parametrize("between", [", ", ",", ",\n", ",\n  "], ids=["one line", "compact", "lines", "indented"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_array_element_costs_only_itself(damage, between, tmp_path):
+def test_a_damaged_array_element_does_not_affect_the_others(damage, between, tmp_path):
     path = write(tmp_path, "rows.json", damaged_array(damage, between))
     rows, loaded = read_source(f"text={path}", "document")
     reason = "duplicate keys" if damage == "duplicate keys" else "not JSON"

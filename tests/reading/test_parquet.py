@@ -1,4 +1,4 @@
-"""A damaged row group costs only its rows, a bad value only its row."""
+"""A damaged row group rejects only its rows, a bad value only its row."""
 
 import random
 
@@ -12,7 +12,7 @@ def bad_strings() -> object:
     return pyarrow.Array.from_buffers(pyarrow.binary(), 3, pyarrow.array([b"good", b"bad\xff", b"fine"]).buffers())
 
 
-def test_a_parquet_value_without_python_type_costs_at_most_its_row(tmp_path):
+def test_a_parquet_value_without_python_type_rejects_at_most_its_row(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -29,7 +29,7 @@ def test_a_parquet_value_without_python_type_costs_at_most_its_row(tmp_path):
     assert loaded.stats.rejects == {"wrong type": 2, "missing field": 1}
 
 
-def test_a_damaged_row_group_costs_only_its_rows(tmp_path):
+def test_a_damaged_row_group_rejects_only_its_rows(tmp_path):
     import pyarrow
     import pyarrow.parquet
 

@@ -122,7 +122,7 @@ BAD_CONVERSATIONS = [
 
 
 @pytest.mark.parametrize(("bad", "reason"), BAD_CONVERSATIONS)
-def test_a_bad_row_costs_only_itself_and_its_line_is_reported(bad, reason, tmp_path):
+def test_a_bad_row_does_not_affect_the_others_and_its_line_is_reported(bad, reason, tmp_path):
     good = json_lines(chat_row()).encode()
     path = write(tmp_path, "rows.jsonl", good + b"\n" + bad + good)  # good, empty line, bad, good
     rows, loaded = read_source(f"messages={path}", "conversation")
