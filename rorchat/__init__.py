@@ -19,7 +19,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 STAGES = (
     "errors",  # exceptions with exit codes, and one-line messages
     "files",  # atomic writes, fsync, sha256, folder locks
-    "jsonl",  # JSON lines files
+    "jsonl",  # JSON Lines files
     "yaml_file",  # a YAML file -> its values
     "stories",  # the files of the stories, found by name
     "persona",  # raw data: system message, conversations about the model, probes

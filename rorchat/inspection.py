@@ -170,7 +170,7 @@ def check_source(
 
 @dataclass
 class _RejectWriter:
-    """Writes rejected rows as JSON lines."""
+    """Writes rejected rows as JSON Lines."""
 
     file: TextIO
 

@@ -1,4 +1,4 @@
-"""Appends to JSON lines files, reads them, and repairs them after a crash."""
+"""Appends to and reads JSON Lines files, and repairs them after a crash."""
 
 import json
 import math
@@ -6,20 +6,20 @@ from pathlib import Path
 
 
 def _to_strict_json(value: object) -> object:
-    """Replaces NaN and infinity, which JSON does not have, by "nan", "inf" and "-inf"."""
+    """Replaces NaN and infinity, which JSON cannot represent, with the strings "nan", "inf" and "-inf"."""
     if isinstance(value, dict):
         return {key: _to_strict_json(item) for key, item in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def append_json_line(path: Path, record: dict) -> None:
-    """Appends one record as strict JSON."""
+    """Appends one record as a line of strict JSON."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(_to_strict_json(record), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def drop_partial_line(path: Path) -> None:
-    """Removes an incomplete last line, which a killed run may have left."""
+    """Removes an incomplete last line, as left by a process that was killed while writing."""
     if path.is_file():
         content = path.read_bytes()
         if content and not content.endswith(b"\n"):
@@ -28,15 +28,15 @@ def drop_partial_line(path: Path) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The records of a JSON lines file; empty if the file is missing. Lines that are not JSON are skipped.
+    """Returns the records of a JSON Lines file, or an empty list if the file does not exist.
 
-    A run that was killed while it wrote leaves such a line.
+    Lines that are not valid JSON are skipped: a process that was killed while writing leaves such a line.
     """
     if not path.is_file():
         return []
     records = []
     # Split bytes at "\n": str.splitlines() also splits at U+2028 and U+0085, which JSON strings may contain, and a
-    # partly written line may end inside a character.
+    # partly written line may end in the middle of a character.
     for line in path.read_bytes().split(b"\n"):
         try:
             records.append(json.loads(line))

@@ -113,7 +113,7 @@ def _list_panels(keys: list[str]) -> tuple[tuple[str, tuple[Line, ...]], ...]:
 def _draw_panel(axis: Any, records: list[dict], lines: tuple[Line, ...]) -> None:
     highest = 0.0
     for key, label, scale in lines:
-        # numbers only: JSON lines hold NaN and infinity as strings
+        # numbers only: JSON Lines hold NaN and infinity as strings
         values = {r["step"]: r[key] * scale for r in records if isinstance(r.get(key), (int, float))}
         if not values:
             continue

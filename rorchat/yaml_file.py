@@ -1,4 +1,4 @@
-"""Reads YAML files that users write. Errors name the line."""
+"""Reads YAML files written by users, and reports errors with their line number."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ _MERGE = "tag:yaml.org,2002:merge"  # `<<: *other`
 
 
 class _Loader(yaml.SafeLoader):
-    """Reports duplicate keys, which PyYAML ignores, and invalid values, for which PyYAML raises a plain ValueError."""
+    """A `SafeLoader` that reports the line of duplicate keys and of invalid values.
+
+    PyYAML silently uses the last of several equal keys, and raises a `ValueError` without a line for an invalid value.
+    """
 
     def construct_mapping(self, node, deep=False):
         pairs = node.value if isinstance(node, yaml.MappingNode) else ()
@@ -37,32 +40,35 @@ def _get_line(error: yaml.MarkedYAMLError) -> int:
 
 
 def read_yaml(
-    path: str | Path, what: str, error: type[RorchatError] = DataError, example: Path | None = None
+    path: str | Path, what: str, error_class: type[RorchatError] = DataError, example: Path | None = None
 ) -> dict[Any, Any]:
-    """The mapping in a YAML file.
+    """Reads a YAML file that contains a mapping.
 
     Args:
-        what: the kind of file for error messages, such as "config".
-        error: class of the errors.
-        example: a file that the error message suggests to copy.
+        what: the kind of file, as named in error messages, such as "config".
+        error_class: the exception to raise.
+        example: a valid file; error messages suggest copying it.
 
     Raises:
-        error: the file cannot be read, is not YAML, has a duplicate key or an invalid value, or is not a mapping.
+        error_class: the file cannot be read, is not valid YAML, has a duplicate key or an invalid value, or does not
+            contain a mapping.
     """
     advice = f" Copy {example} and change it." if example else ""
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else problem
-        raise error(f"Cannot read the {what} {path}: {reason}.{advice}") from None
+        raise error_class(f"Cannot read the {what} {path}: {reason}.{advice}") from None
     except ConstructorError as problem:
-        raise error(f"{path}:{_get_line(problem)}: {problem.problem}.") from None
+        raise error_class(f"{path}:{_get_line(problem)}: {problem.problem}.") from None
     except yaml.MarkedYAMLError as problem:
         reason = ", ".join(part for part in (problem.context, problem.problem) if part)
-        raise error(f"{path}:{_get_line(problem)} is not YAML: {reason}.") from None
+        raise error_class(f"{path}:{_get_line(problem)} is not YAML: {reason}.") from None
     except yaml.YAMLError as problem:
-        raise error(f"{path} is not YAML: {' '.join(str(problem).split())}.") from None
+        raise error_class(f"{path} is not YAML: {' '.join(str(problem).split())}.") from None
     if not isinstance(values, dict):
         content = "nothing" if values is None else f"a {type(values).__name__}"
-        raise error(f"{path} is not a {what}: it must contain `key: value` lines, but contains {content}.{advice}")
+        raise error_class(
+            f"{path} is not a {what}: it must contain `key: value` lines, but contains {content}.{advice}"
+        )
     return values

@@ -80,7 +80,7 @@ def json_lines(*rows: object) -> str:
 
 
 def as_jsonl(rows: list) -> bytes:
-    """JSON lines; rows that are bytes are written unchanged."""
+    """JSON Lines; rows that are bytes are written unchanged."""
     return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""JSON lines files."""
+"""JSON Lines files."""
 
 import json
 

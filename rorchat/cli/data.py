@@ -63,7 +63,7 @@ def list_sources() -> None:
 def check(
     source: Annotated[str, typer.Argument(help="A source (NAME, NAME=PATH), or a file or folder of a known format.")],
     row_format: RowFormat = None,
-    rejects: Annotated[Path | None, typer.Option(help="Write the rejected rows to this JSON lines file.")] = None,
+    rejects: Annotated[Path | None, typer.Option(help="Write the rejected rows to this JSON Lines file.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="With --max_length: reject conversations that do not fit.")
     ] = None,

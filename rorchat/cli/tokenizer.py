@@ -17,7 +17,7 @@ def compare(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="A domain: LABEL=PATH (text, JSON lines or Parquet), or LABEL=SOURCE=PATH with a source of `rorchat "
+            help="A domain: LABEL=PATH (text, JSON Lines or Parquet), or LABEL=SOURCE=PATH with a source of `rorchat "
             "data list`. Repeatable; default: six short texts in the package."
         ),
     ] = None,

@@ -1,6 +1,7 @@
 """Filters documents by length, share of letters, script and repeated lines. All filters are off by default.
 
-Thresholds are shares of a document, so that they mean the same for a short story and for a book.
+Except for the length, thresholds are relative to the length of a document, so they apply equally to a short story and
+to a book.
 """
 
 import math
@@ -16,7 +17,7 @@ from rorchat.rows import RejectedRow
 _ASCII = bytes(range(128))
 _ASCII_LETTERS = bytes(byte for byte in _ASCII if chr(byte).isalpha())
 _LETTERS_AND_WHITE_SPACE = _ASCII_LETTERS + b" \t\n\r\v\f"
-_OTHER, _WHITE_SPACE, _LETTER, _LATIN = range(4)  # classes of characters
+_OTHER, _WHITE_SPACE, _LETTER, _LATIN = range(4)  # character classes; every class from _LETTER on is a letter
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,14 @@ class Filters:
     """Thresholds for documents; 0 turns a filter off.
 
     Attributes:
-        min_characters: shorter texts are rejected as "too short".
-        max_characters: longer texts are rejected as "over-long".
-        max_repetition: largest share of characters in repeated lines, except empty ones; otherwise "repetition". Gopher
-            allows 0.2 (Rae et al. 2021, arXiv:2112.11446, table A1).
-        min_letters: smallest share of letters and white space among the characters; otherwise "few letters". Prose has
-            0.95, source code 0.8, a table of numbers 0.4.
-        min_latin: smallest share of Latin letters among the letters; otherwise "other script". A text without letters
-            passes.
+        min_characters: minimum length; shorter documents are rejected as "too short".
+        max_characters: maximum length; longer documents are rejected as "over-long".
+        max_repetition: maximum share of characters in repeated lines, not counting empty lines. Documents above it are
+            rejected as "repetition". Gopher uses 0.2 (Rae et al. 2021, arXiv:2112.11446, table A1).
+        min_letters: minimum share of letters and white space among the characters. Documents below it are rejected as
+            "few letters". Typical values: prose 0.95, source code 0.8, a table of numbers 0.4.
+        min_latin: minimum share of Latin letters among the letters. Documents below it are rejected as "other script".
+            Documents without letters pass.
 
     Raises:
         UsageError: a threshold is out of range.
@@ -47,11 +48,11 @@ class Filters:
         for name in ("min_characters", "max_characters"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise UsageError(f"{name} is {value!r}; it must be a number of characters, 0 for no limit.")
+                raise UsageError(f"{name} is {value!r}; it must be a number of characters, or 0 for no limit.")
         for name in ("max_repetition", "min_letters", "min_latin"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-                raise UsageError(f"{name} is {value!r}; it must be a share between 0 and 1, 0 for no limit.")
+                raise UsageError(f"{name} is {value!r}; it must be a share between 0 and 1, or 0 for no limit.")
         if 0 < self.max_characters < self.min_characters:
             raise UsageError(
                 f"min_characters is {self.min_characters:,} and max_characters {self.max_characters:,}: no text fits."
@@ -62,11 +63,11 @@ class Filters:
         return bool(self.describe())
 
     def describe(self) -> dict[str, int | float]:
-        """The active filters, as written to a manifest."""
+        """Returns the thresholds of the active filters, as written to a manifest."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name))}
 
     def check(self, text: str) -> None:
-        """Raises RejectedRow for the first filter that a text does not pass."""
+        """Raises RejectedRow with the first filter that rejects a text."""
         if len(text) < self.min_characters:
             raise RejectedRow("too short", f"{len(text):,} characters, fewer than {self.min_characters:,}")
         if 0 < self.max_characters < len(text):
@@ -84,11 +85,11 @@ class Filters:
 
 
 def _percent(share: float) -> str:
-    return f"{math.floor(share * 1000) / 10:g}%"  # rounded down, so that it never shows the threshold that it misses
+    return f"{math.floor(share * 1000) / 10:g}%"  # rounded down: 79.96% must not read as 80%
 
 
 def letter_share(text: str) -> float:
-    """The share of letters (including combining accents) and white space among the characters of a text."""
+    """Returns the share of letters (including combining accents) and white space among the characters of a text."""
     encoded = text.encode(errors="surrogatepass")
     count = len(encoded) - len(encoded.translate(None, _LETTERS_AND_WHITE_SPACE))
     if not text.isascii():
@@ -97,7 +98,7 @@ def letter_share(text: str) -> float:
 
 
 def latin_share(text: str) -> float:
-    """The share of Latin letters among the letters of a text; 1 if it has no letters."""
+    """Returns the share of Latin letters among the letters of a text; 1 if it has no letters."""
     if text.isascii():
         return 1.0
     encoded = text.encode(errors="surrogatepass")
@@ -109,21 +110,21 @@ def latin_share(text: str) -> float:
 
 
 def repetition_share(text: str) -> float:
-    """The share of characters, without line ends, in lines that repeat an earlier line."""
+    """Returns the share of characters in lines that repeat an earlier line. Line breaks are not counted."""
     lines = [line for line in text.split("\n") if line and not line.isspace()]
     total = sum(map(len, lines))
     return (total - sum(map(len, set(lines)))) / total if total else 0.0
 
 
 def _classify_non_ascii(encoded: bytes) -> np.ndarray:
-    """The class of each non-ASCII character of a UTF-8 text, (C,) uint8."""
+    """Returns the class of each non-ASCII character of a UTF-8 text, (C,) uint8."""
     rest = encoded.translate(None, _ASCII).decode(errors="surrogatepass")
     return _build_class_table()[np.frombuffer(rest.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)]
 
 
 @lru_cache(maxsize=1)
 def _build_class_table() -> np.ndarray:
-    """The class of every Unicode character: 1.1 MB, built in half a second at first use."""
+    """Returns the class of every Unicode character: 1.1 MB, built in half a second on first use."""
     return np.fromiter(map(_classify, map(chr, range(0x110000))), dtype=np.uint8, count=0x110000)
 
 

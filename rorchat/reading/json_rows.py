@@ -1,4 +1,4 @@
-"""Reads rows of JSON files: JSON lines, arrays and single objects. A damaged row does not affect the others."""
+"""Reads rows of JSON files: JSON Lines, arrays and single objects. A damaged row does not affect the others."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def read_json_lines(file_slice: FileSlice) -> Iterator[Row]:
 
 
 def read_json(file_slice: FileSlice) -> Iterator[Row]:
-    """Yields the elements of a JSON array, or of JSON lines that are named .json, or the one object of a file."""
+    """Yields the elements of a JSON array, or of JSON Lines that are named .json, or the one object of a file."""
     path = file_slice.path
     if _is_json_lines(path):
         yield from read_json_lines(FileSlice(path))
@@ -75,7 +75,7 @@ def read_json(file_slice: FileSlice) -> Iterator[Row]:
 
 
 def _is_json_lines(path: Path) -> bool:
-    """Whether the first line of a file is a complete object, as in C4, whose JSON lines are named .json.gz."""
+    """Whether the first line of a file is a complete object, as in C4, whose JSON Lines are named .json.gz."""
     line = next((line for _, line in read_lines(path)), "")
     if isinstance(line, RejectedRow) or not line.lstrip().startswith("{"):
         return False
@@ -86,7 +86,7 @@ def _is_json_lines(path: Path) -> bool:
 
 
 def _read_object(path: Path, text: str, rejected_row: RejectedRow | None) -> Iterator[Row]:
-    """One object over several lines, or JSON lines whose first line is damaged.
+    """One object over several lines, or JSON Lines whose first line is damaged.
 
     Args:
         rejected_row: why the text could not be decoded; None if it could.

@@ -1,4 +1,4 @@
-"""What sources have in common: their description, row statistics, text digests and the validation split."""
+"""Shared by all sources: their description, row statistics, text digests and the validation split."""
 
 import hashlib
 import zlib
@@ -9,8 +9,8 @@ from typing import Any
 
 from rorchat.rows import RejectedRow, RepairedRow
 
-PLACES_KEPT = 3  # places recorded for each reason of rejection
-# What training computes the loss on, by kind of row
+MAX_PLACES = 3  # recorded per reason of rejection
+# The tokens on which training computes the loss, by kind of row
 LOSS_BY_KIND = {
     "document": "every token",
     "conversation": "replies and their <|im_end|>",
@@ -18,14 +18,14 @@ LOSS_BY_KIND = {
     "question": "sampled replies, by their rewards",
 }
 _WHITE_SPACE = b" \t\n\r\v\f"
-_PIECE = 2**20  # characters hashed at a time, so that a book of 100 MB is not copied as a whole
+_CHUNK_CHARACTERS = 2**20  # texts are hashed in chunks, so that a book of 100 MB is not copied as a whole
 
 PlacedRow = tuple[str, Any]  # (place, raw row)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset: what it is, where it is and how its rows are read. See docs/add_a_dataset.md for the fields."""
+    """A dataset: its description, its location, and how its rows are read. docs/add_a_dataset.md explains the fields."""
 
     name: str
     title: str
@@ -46,7 +46,7 @@ class Source:
 
     @classmethod
     def from_module(cls, name: str, module: ModuleType) -> "Source":
-        """Takes the fields from the constants (KIND, LICENCE, ...) and functions (convert, ...) of a module."""
+        """Creates a source from the constants (KIND, LICENCE, ...) and functions (convert, ...) of a module."""
         values = {key.lower(): value for key, value in vars(module).items() if key.lower() in cls.__dataclass_fields__}
         kinds = module.KIND if isinstance(module.KIND, tuple) else (module.KIND,)
         kinds += ("question",) if "to_question" in values else ()
@@ -58,7 +58,7 @@ class Source:
 
 
 def licence_restriction(licence: str) -> str:
-    """A short warning about a licence, or an empty string."""
+    """Returns a short warning if a licence restricts the use of the data, otherwise an empty string."""
     if "not for commercial use" in licence:
         return "not for commercial use"
     return "no licence stated" if licence.startswith("unstated") else ""
@@ -81,7 +81,7 @@ class RowStats:
         reason = rejected_row.reason
         self.rejects[reason] = self.rejects.get(reason, 0) + 1
         places = self.places.setdefault(reason, [])
-        if len(places) < PLACES_KEPT:
+        if len(places) < MAX_PLACES:
             places.append(rejected_row.describe_place(place))
 
     def withdraw(self, place: str, rejected_row: RejectedRow) -> None:
@@ -96,15 +96,15 @@ class RowStats:
             for reason, count in other_counts.items():
                 counts[reason] = counts.get(reason, 0) + count
         for reason, places in other.places.items():
-            self.places[reason] = [*self.places.get(reason, []), *places][:PLACES_KEPT]
+            self.places[reason] = [*self.places.get(reason, []), *places][:MAX_PLACES]
 
     def summary(self) -> dict[str, object]:
-        """The counts as they are written to run.json."""
+        """Returns the counts, as written to run.json."""
         names = ("source", "licence", "rows_in", "kept", "rejects", "repairs", "cut")
         return {name: vars(self)[name] for name in names}
 
     def most_frequent_rejects(self) -> list[tuple[str, int]]:
-        """(reason, count), the most frequent reason first."""
+        """Returns (reason, count) pairs, the most frequent reason first."""
         return sorted(self.rejects.items(), key=lambda item: -item[1])
 
     def __str__(self) -> str:
@@ -120,31 +120,32 @@ class RowStats:
 
 
 def to_printable(text: str) -> str:
-    """Escapes what UTF-8 cannot encode, such as parts of file names."""
+    """Escapes characters that UTF-8 cannot encode, which may come from file names."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def text_digest(text: str) -> bytes:
-    """32-byte hash of a text that ignores case and white space.
+    """Returns a 32-byte hash of a text that ignores case and white space.
 
-    It decides the validation split, so that near-identical copies fall on the same side.
+    The validation split is chosen by this hash, so near-identical copies of a text are always in the same split.
     """
     sha256 = hashlib.sha256()
-    for piece in _pieces(text):
-        sha256.update(piece.lower().encode(errors="surrogatepass").translate(None, _WHITE_SPACE))
+    for chunk in _chunks(text):
+        sha256.update(chunk.lower().encode(errors="surrogatepass").translate(None, _WHITE_SPACE))
     return sha256.digest()
 
 
 def exact_digest(row: dict, digest: bytes) -> bytes:
-    """16-byte hash of a row by which exact duplicates are found.
+    """Returns a 16-byte hash of a row, used to find exact duplicates.
 
-    Unlike `text_digest`, it depends on case and white space, which have a meaning in source code, on roles, and on
-    where messages end. White space around a document is ignored.
+    Unlike `text_digest`, it depends on case and white space (which matter in source code), on roles, and on message
+    boundaries. White space at the start and end of a document is ignored.
+
+    The hash consists of the first 12 bytes of `digest` and a 4-byte CRC of the exact text. For two different texts with
+    the same `text_digest`, the CRCs are equal by chance once in four billion.
 
     Args:
-        digest: the `text_digest` of the row's text. Its first 12 bytes are used; the other 4 are a CRC of the exact
-            text,
-            which is equal by chance for one in four billion pairs of different texts with the same `text_digest`.
+        digest: the `text_digest` of the row's text.
     """
     if "text" in row:
         text = row["text"]
@@ -153,23 +154,23 @@ def exact_digest(row: dict, digest: bytes) -> bytes:
     else:
         text = "\0".join(f"{key}\0{turn['role']}\0{turn['content']}" for key, part in row.items() for turn in part)
     crc = 0
-    for piece in _pieces(text):
-        crc = zlib.crc32(piece.encode(errors="surrogatepass"), crc)
+    for chunk in _chunks(text):
+        crc = zlib.crc32(chunk.encode(errors="surrogatepass"), crc)
     return digest[:12] + crc.to_bytes(4)
 
 
-def _pieces(text: str) -> Iterator[str]:
-    if len(text) <= _PIECE:
+def _chunks(text: str) -> Iterator[str]:
+    if len(text) <= _CHUNK_CHARACTERS:
         yield text
     else:
-        yield from (text[start : start + _PIECE] for start in range(0, len(text), _PIECE))
+        yield from (text[start : start + _CHUNK_CHARACTERS] for start in range(0, len(text), _CHUNK_CHARACTERS))
 
 
 def is_validation_digest(digest: bytes, share: float) -> bool:
-    """Whether the text with this `text_digest` belongs to the validation split, a fraction `share` of all texts."""
+    """Whether the text with this `text_digest` belongs to the validation split, which has a `share` of all texts."""
     return int.from_bytes(digest[:8]) < share * 2**64
 
 
 def is_validation_text(text: str, share: float) -> bool:
-    """Whether a text belongs to the validation split. Texts that differ only in case or white space are never split."""
+    """Whether a text is in the validation split. Texts that differ only in case or white space are in the same split."""
     return is_validation_digest(text_digest(text), share)

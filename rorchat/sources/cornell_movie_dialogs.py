@@ -1,8 +1,9 @@
 """Cornell Movie-Dialogs: 83k conversations from 617 film scripts. Danescu-Niculescu-Mizil and Lee 2011.
 
-`movie_conversations.txt` has the ids of the lines of each conversation and `movie_lines.txt` beside it their texts, in
-ISO-8859-1 with some Windows-1252 characters. If the path is a file of lines (also Kaggle's .tsv), the rows are the
-conversations with a line in it, and `movie_conversations.txt` is searched in the same folder and in its parent.
+`movie_conversations.txt` lists the line ids of each conversation, and `movie_lines.txt` in the same folder contains
+their texts. Both are in ISO-8859-1 with some Windows-1252 characters. The path may also be a lines file, including
+Kaggle's .tsv. Then only conversations with lines in this file are read, and `movie_conversations.txt` is looked up in the
+same folder and in its parent folder.
 """
 
 import re
@@ -26,12 +27,12 @@ RAW = [
     {"movieID": "m0", "utterance": {"text": ["They do not!", "They do to!"], "LineID": ["L1044", "L1045"]}},
 ]
 
-_FIELD_END = re.compile(r" ?\+\+\+\$\+\+\+ ?|\t")
-_C1 = re.compile("[\x80-\x9f]")
+_FIELD_SEPARATOR = re.compile(r" ?\+\+\+\$\+\+\+ ?|\t")
+_C1 = re.compile("[\x80-\x9f]")  # control characters: Windows-1252 characters that were read as ISO-8859-1
 
 
 def read(path: Path) -> Iterator[tuple[str, object]]:
-    """One raw row per conversation with the texts of its lines, or the rows of a format other than .txt and .tsv."""
+    """Yields one raw row per conversation with the texts of its lines. Other formats than .txt and .tsv are read as is."""
     if not re.search(r"\.(txt|tsv)(\.(gz|zst))?$", path.name):
         yield from read_rows(path)
         return
@@ -58,11 +59,12 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
 def _find_beside(path: Path, name: str) -> Path:
     files = [file for folder in (path.parent, path.parent.parent) for file in sorted(folder.glob(f"{name}.t*"))]
     if not files:
-        raise DataError(f"{path} is only half of the corpus: put {name}.txt beside it.")
+        raise DataError(f"{path} is only half of the corpus: put {name}.txt in the same folder.")
     return files[0]
 
 
 def _read_fields(path: Path) -> Iterator[tuple[str, list[str] | RejectedRow]]:
+    """Yields (place, fields) for each line of a file."""
     text = read_text(path)
     if isinstance(text, RejectedRow) and text.reason == "invalid UTF-8":
         with open_bytes(path) as file:
@@ -75,11 +77,11 @@ def _read_fields(path: Path) -> Iterator[tuple[str, list[str] | RejectedRow]]:
         if line.startswith('"') and line.endswith('"'):  # Kaggle quotes lines that contain a quotation mark
             line = line[1:-1].replace('""', '"')
         if line.strip():
-            yield f"{path}:{number}", _FIELD_END.split(line, 4)
+            yield f"{path}:{number}", _FIELD_SEPARATOR.split(line, 4)
 
 
 def convert(row: dict) -> dict | RepairedRow:
-    """Lines -> messages, without an unanswered one at the end. Consecutive lines of one speaker are joined."""
+    """Converts lines to messages. Consecutive lines of one speaker are joined, and an unanswered last turn is dropped."""
     lines = _get_lines(row)
     repaired = [(speaker, _decode_windows(text)) for speaker, text in lines]
     turns = []
@@ -93,7 +95,7 @@ def convert(row: dict) -> dict | RepairedRow:
 
 
 def _get_lines(row: dict) -> list[tuple[str, str]]:
-    """(speaker, text) of each line, from the rows of `read` or from those of the Hub, where two speakers alternate."""
+    """Returns (speaker, text) for each line of a row from `read`, or from the Hub, where two speakers alternate."""
     if not isinstance(row, dict):
         raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected an object")
     if isinstance(row.get("utterance"), dict):
@@ -102,7 +104,7 @@ def _get_lines(row: dict) -> list[tuple[str, str]]:
             return [(str(number % 2), get_text({"text": text}, "text")) for number, text in enumerate(lines)]
     lines = row.get("lines")
     if not isinstance(lines, list):
-        raise RejectedRow("missing field", f"no list of lines among {', '.join(map(str, list(row)[:8]))}")
+        raise RejectedRow("missing field", f"no list of lines; the fields are {', '.join(map(str, list(row)[:8]))}")
     return [(get_text(line, "speaker"), get_text(line, "text")) for line in lines]
 
 
@@ -110,5 +112,5 @@ def _decode_windows(text: str) -> str:
     """Decodes Windows-1252 characters that were read as ISO-8859-1."""
     try:
         return text.encode("latin-1").decode("cp1252") if _C1.search(text) else text
-    except UnicodeError:  # not ISO-8859-1, or one of five undefined bytes of Windows-1252: `check_text` rejects them
+    except UnicodeError:  # not ISO-8859-1, or one of the five bytes undefined in Windows-1252: `check_text` rejects it
         return text

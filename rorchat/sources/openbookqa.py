@@ -25,7 +25,7 @@ RAW = [
 
 
 def convert(row: dict) -> dict:
-    """Any of the three formats (JSON lines, Hub, TSV) -> one question and answer."""
+    """Any of the three formats (JSON Lines, Hub, TSV) -> one question and answer."""
     if isinstance(row, dict) and "Question Stem" in row:
         stem, key = get_text(row, "Question Stem"), get_text(row, "Answer Key")
         choices = re.findall(r"\(([A-Z])\) (.*?)(?= \([A-Z]\) |$)", get_text(row, "Choices"))

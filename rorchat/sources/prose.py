@@ -1,4 +1,4 @@
-"""Your own prose with a separate validation file: Parquet or JSON lines with a `text` column.
+"""Your own prose with a separate validation file: Parquet or JSON Lines with a `text` column.
 
 Of a folder, the `train-*` files are read. A `val.jsonl` beside them is not, so it can be used with `rorchat evaluate
 --text`.

@@ -1,4 +1,4 @@
-"""Your own texts: .txt or .md files with one document each, or JSON lines and Parquet with a `text` column.
+"""Your own texts: .txt or .md files with one document each, or JSON Lines and Parquet with a `text` column.
 
 In a .txt file, `<|endoftext|>` separates documents, as in TinyStories. In other files it is ordinary text.
 """

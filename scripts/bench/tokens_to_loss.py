@@ -186,7 +186,7 @@ def describe_share(losses: dict[str, dict[int, float]], side: str, steps: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="folder of prose (Parquet, JSON lines or text)")
+    parser.add_argument("data", help="folder of prose (Parquet, JSON Lines or text)")
     parser.add_argument("folder", type=Path, help="folder for the runs and results.jsonl")
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES), metavar="SIDE")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])

@@ -120,7 +120,7 @@ def run(checkout: Path, command: list[str], folder: Path, stop: bool = False) ->
 
 
 def read_lines(path: Path, out: Path) -> Lines:
-    """Return the lines of a JSON lines file without measured values, with the path of OUT replaced in texts."""
+    """Return the lines of a JSON Lines file without measured values, with the path of OUT replaced in texts."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         record = json.loads(line.replace(str(out), "OUT"))
