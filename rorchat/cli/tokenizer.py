@@ -34,17 +34,17 @@ def compare(
     from rorchat.sources.registry import iterate_texts
     from rorchat.tokenizer import load_tokenizer
     from rorchat.tokenizer.compare import (
+        builtin_domains,
         compare_tokenizers,
         comparison_notes,
         comparison_rows,
         draw_comparison,
-        embedded_domains,
         read_domain,
     )
 
     loaded = {name: load_tokenizer(place) for name, place in columns.items()}
     domains = [read_domain(label, iterate_texts([spec]), max_characters) for label, spec in rows.items()]
-    comparison = compare_tokenizers(loaded, domains or embedded_domains(max_characters))
+    comparison = compare_tokenizers(loaded, domains or builtin_domains(max_characters))
     print_table(*comparison_rows(comparison))
     print("", *comparison_notes(comparison), sep="\n")
     if out:

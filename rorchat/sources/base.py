@@ -25,7 +25,7 @@ PlacedRow = tuple[str, Any]  # (place, raw row)
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset: its description, its location, and how its rows are read. docs/add_a_dataset.md explains the fields."""
+    """A dataset: its description, its location, and how its rows are read. Fields: docs/add_a_dataset.md."""
 
     name: str
     title: str
@@ -167,10 +167,10 @@ def _chunks(text: str) -> Iterator[str]:
 
 
 def is_validation_digest(digest: bytes, share: float) -> bool:
-    """Whether the text with this `text_digest` belongs to the validation split, which has a `share` of all texts."""
+    """Whether the text with this `text_digest` is in the validation split, which has a `share` of all texts."""
     return int.from_bytes(digest[:8]) < share * 2**64
 
 
 def is_validation_text(text: str, share: float) -> bool:
-    """Whether a text is in the validation split. Texts that differ only in case or white space are in the same split."""
+    """Whether a text is in the validation split. Case and white space are ignored."""
     return is_validation_digest(text_digest(text), share)

@@ -2,8 +2,8 @@
 
 `movie_conversations.txt` lists the line ids of each conversation, and `movie_lines.txt` in the same folder contains
 their texts. Both are in ISO-8859-1 with some Windows-1252 characters. The path may also be a lines file, including
-Kaggle's .tsv. Then only conversations with lines in this file are read, and `movie_conversations.txt` is looked up in the
-same folder and in its parent folder.
+Kaggle's .tsv. Then only conversations with lines in this file are read, and `movie_conversations.txt` is looked up in
+the same folder and in its parent folder.
 """
 
 import re
@@ -32,7 +32,7 @@ _C1 = re.compile("[\x80-\x9f]")  # control characters: Windows-1252 characters t
 
 
 def read(path: Path) -> Iterator[tuple[str, object]]:
-    """Yields one raw row per conversation with the texts of its lines. Other formats than .txt and .tsv are read as is."""
+    """Yields one raw row per conversation with its lines. Formats other than .txt and .tsv are read as they are."""
     if not re.search(r"\.(txt|tsv)(\.(gz|zst))?$", path.name):
         yield from read_rows(path)
         return
@@ -81,7 +81,7 @@ def _read_fields(path: Path) -> Iterator[tuple[str, list[str] | RejectedRow]]:
 
 
 def convert(row: dict) -> dict | RepairedRow:
-    """Converts lines to messages. Consecutive lines of one speaker are joined, and an unanswered last turn is dropped."""
+    """Converts lines to messages. Consecutive lines of one speaker are joined; an unanswered last turn is dropped."""
     lines = _get_lines(row)
     repaired = [(speaker, _decode_windows(text)) for speaker, text in lines]
     turns = []

@@ -1,4 +1,4 @@
-"""Compares tokenizers on texts of several domains: bytes per token, tokens per word, and unused tokens."""
+"""Compares tokenizers on texts from several domains: bytes per token, tokens per word, and unused tokens."""
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,19 +17,19 @@ DOMAINS = Path(__file__).parent.parent / "domains.yaml"
 TOGETHER = "all together"
 PIECES_PER_CALL = 16  # encodings include offsets: 16 pieces of 100,000 characters take about 200 MB
 COLOURS = ("#4c6a92", "#e08e45", "#6a9a78", "#b5566b", "#8f7fb5", "#9a9a9a")
-ENOUGH_TOKENS = 10  # per token of the vocabulary; with fewer, many tokens are unused by chance
+MIN_TOKENS_PER_VOCABULARY_ENTRY = 10  # with a shorter text, many tokens are unused by chance
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Texts of one kind and their size; `stopped` is true if there was more text than the limit allows."""
+    """Texts from one domain and their size. `truncated` is true if the texts were longer than the limit."""
 
     name: str
     texts: Sequence[str]
     characters: int
     utf8_bytes: int
     words: int
-    stopped: bool = False
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,27 @@ class Measure:
 
     Attributes:
         bytes_per_token: UTF-8 bytes of text per token; higher means shorter input. Comparable between vocabularies.
-        tokens_per_word: tokens per whitespace-separated word: the fertility of Rust et al. 2021, arXiv:2012.15613.
+        tokens_per_word: tokens per whitespace-separated word, called fertility in Rust et al. 2021, arXiv:2012.15613.
             Not meaningful for text without spaces between words (Chinese, Japanese, Thai, code).
-        unused_share: share of the ordinary tokens (not control or reserved tokens) that never occur.
-        spelled_bytes: UTF-8 bytes of the tokens; differs from the text's if the tokenizer changes text.
+        unused_share: share of the ordinary tokens (neither control nor reserved tokens) that never occur.
+        decoded_bytes: UTF-8 bytes of the decoded tokens; differs from the size of the text if the tokenizer is lossy.
     """
 
     tokens: int
     bytes_per_token: float
     tokens_per_word: float
     unused_share: float
-    spelled_bytes: int
+    decoded_bytes: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`measures[domain][tokenizer]`, and the number of `ordinary` tokens of each tokenizer.
+    """The result of `compare_tokenizers`.
 
-    With several domains, the last one is `TOGETHER`, which has no texts.
+    Attributes:
+        domains: with more than one, the last is the total, named `TOGETHER`, whose `texts` are empty.
+        ordinary: tokenizer -> number of its tokens that are neither control nor reserved tokens.
+        measures: domain -> tokenizer -> measure.
     """
 
     domains: Sequence[Domain]
@@ -64,30 +67,32 @@ class Comparison:
 
 
 def read_domain(name: str, texts: Iterable[str], max_characters: int) -> Domain:
-    """Reads a domain of at most `max_characters` characters.
+    """Reads at most `max_characters` characters of a domain.
 
     Raises:
-        UsageError: its name is that of the total.
-        DataError: it contains no words.
+        UsageError: the name is reserved for the total over all domains.
+        DataError: the texts contain no words.
     """
     if name == TOGETHER:
-        raise UsageError(f"A domain cannot be named {name!r}, which is the name of the total: choose another label.")
+        raise UsageError(
+            f"A domain cannot be named {name!r}: the name is reserved for the total. Choose a different label."
+        )
     bounded = BoundedText(texts, max_characters)
     pieces = list(bounded)
     words = sum(len(piece.split()) for piece in pieces)
     if not words:
-        raise DataError(f"The domain {name!r} has no text: give --data {name}=PATH a file with words in it.")
+        raise DataError(f"The domain {name!r} has no text: pass a file that contains words as --data {name}=PATH.")
     return Domain(name, pieces, bounded.characters, bounded.utf8_bytes, words, bounded.stopped)
 
 
-def embedded_domains(max_characters: int) -> list[Domain]:
-    """Six short texts from the package (rorchat/domains.yaml), for a first look without any files."""
+def builtin_domains(max_characters: int) -> list[Domain]:
+    """Reads six short texts from the package (rorchat/domains.yaml), for a first comparison without any files."""
     texts = yaml.safe_load(DOMAINS.read_text(encoding="utf-8"))
     return [read_domain(name, [text], max_characters) for name, text in texts.items()]
 
 
 def compare_tokenizers(tokenizers: Mapping[str, object], domains: Sequence[Domain]) -> Comparison:
-    """Measures every tokenizer on every domain and on all domains together, weighted by their length.
+    """Measures every tokenizer on every domain and on all domains together, in which longer domains weigh more.
 
     Args:
         tokenizers: name -> tokenizer from `rorchat.load_tokenizer`.
@@ -98,13 +103,13 @@ def compare_tokenizers(tokenizers: Mapping[str, object], domains: Sequence[Domai
         sum(domain.characters for domain in domains),
         sum(domain.utf8_bytes for domain in domains),
         sum(domain.words for domain in domains),
-        any(domain.stopped for domain in domains),
+        any(domain.truncated for domain in domains),
     )
     shown = [*domains, together] if len(domains) > 1 else list(domains)
     ordinary: dict[str, int] = {}
     measures: dict[str, dict[str, Measure]] = {domain.name: {} for domain in shown}
     for name, tokenizer in tokenizers.items():
-        sizes = np.array(token_bytes(tokenizer))  # (V,)
+        sizes = np.array(token_bytes(tokenizer))  # (V,): bytes of each token, 0 for control and reserved tokens
         ordinary[name] = int((sizes > 0).sum())
         counts = [_token_counts(tokenizer, domain.texts, len(sizes)) for domain in domains]
         for domain, count in zip(shown, [*counts, np.sum(counts, axis=0)], strict=False):
@@ -113,7 +118,7 @@ def compare_tokenizers(tokenizers: Mapping[str, object], domains: Sequence[Domai
 
 
 def _token_counts(tokenizer, texts: Sequence[str], vocabulary: int) -> np.ndarray:
-    """The number of occurrences of each token in the texts, (V,)."""
+    """Counts the occurrences of each token in the texts, (V,)."""
     counts = np.zeros(vocabulary, dtype=np.int64)
     for start in range(0, len(texts), PIECES_PER_CALL):
         for ids in encode_text(tokenizer, list(texts[start : start + PIECES_PER_CALL])):
@@ -122,20 +127,21 @@ def _token_counts(tokenizer, texts: Sequence[str], vocabulary: int) -> np.ndarra
 
 
 def _measure(domain: Domain, counts: np.ndarray, sizes: np.ndarray) -> Measure:
+    """Args: `counts` and `sizes` are the occurrences and the bytes of each token, (V,)."""
     tokens = int(counts.sum())
     return Measure(
         tokens=tokens,
         bytes_per_token=domain.utf8_bytes / tokens,
         tokens_per_word=tokens / domain.words,
         unused_share=float((counts[sizes > 0] == 0).mean()),
-        spelled_bytes=int(counts @ sizes),
+        decoded_bytes=int(counts @ sizes),
     )
 
 
 def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of a table: one row per domain, three columns per tokenizer, the best bytes per token in bold.
+    """Returns (header, rows) of a table with one row per domain and three columns per tokenizer.
 
-    Percentages are differences in bytes per token from the first tokenizer.
+    The highest bytes per token of a row are in bold. Percentages are relative to the first tokenizer.
     """
     first, *_ = comparison.ordinary
     header = ["domain", "characters", "UTF-8 bytes"]
@@ -157,27 +163,27 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
 
 
 def comparison_notes(comparison: Comparison) -> list[str]:
-    """Notes below the table: vocabulary sizes, domains that were cut, and tokenizers that change text."""
+    """Returns notes for the table: vocabulary sizes, truncated domains, and tokenizers that change the text."""
     notes = ["ordinary tokens: " + ", ".join(f"{name} {count:,}" for name, count in comparison.ordinary.items())]
     parts = [domain for domain in comparison.domains if domain.texts]
-    stopped = [domain.name for domain in parts if domain.stopped]
-    notes.append(f"stopped at --max_characters: {', '.join(stopped)}" if stopped else "all of the text was read")
-    read = {name: measure.tokens for name, measure in comparison.measures[comparison.domains[-1].name].items()}
-    if any(count < ENOUGH_TOKENS * comparison.ordinary[name] for name, count in read.items()):
-        counts = ", ".join(f"{name} {count:,}" for name, count in read.items())
-        notes.append(f"too few tokens to judge which are unused ({counts}): give more text with --data LABEL=PATH")
+    truncated = [domain.name for domain in parts if domain.truncated]
+    notes.append(f"truncated to --max_characters: {', '.join(truncated)}" if truncated else "all of the text was read")
+    token_counts = {name: measure.tokens for name, measure in comparison.measures[comparison.domains[-1].name].items()}
+    if any(n < MIN_TOKENS_PER_VOCABULARY_ENTRY * comparison.ordinary[name] for name, n in token_counts.items()):
+        counts = ", ".join(f"{name} {count:,}" for name, count in token_counts.items())
+        notes.append(f"too few tokens to judge which are unused ({counts}): pass more text with --data LABEL=PATH")
     for domain in parts:
         for name, measure in comparison.measures[domain.name].items():
-            if measure.spelled_bytes != domain.utf8_bytes:
+            if measure.decoded_bytes != domain.utf8_bytes:
                 notes.append(
-                    f"{name} changes the text of {domain.name}: its tokens spell {measure.spelled_bytes:,} bytes, "
-                    f"not {domain.utf8_bytes:,}"
+                    f"{name} changes the text of {domain.name}: its tokens decode to {measure.decoded_bytes:,} "
+                    f"bytes, not {domain.utf8_bytes:,}"
                 )
     return notes
 
 
 def draw_comparison(comparison: Comparison, target: Path) -> None:
-    """Draws bytes per token: a group of bars per domain, a bar per tokenizer."""
+    """Plots bytes per token as grouped bars: a group for each domain, a bar for each tokenizer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -201,9 +207,7 @@ def draw_comparison(comparison: Comparison, target: Path) -> None:
         for label, value, domain in zip(texts, values, domains, strict=True):
             others = [measure.bytes_per_token for measure in comparison.measures[domain.name].values()]
             label.set_fontweight("bold" if value == max(others) > min(others) else "normal")
-            label.set_bbox(
-                {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
-            )  # hides the grid line behind the number
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.4})  # hides the grid line
     labels = [textwrap.fill(domain.name, 14) for domain in domains]
     axis.set_xticks(middles, labels, fontsize=10)
     axis.tick_params(length=0, colors="#333333")
@@ -216,7 +220,7 @@ def draw_comparison(comparison: Comparison, target: Path) -> None:
     side = max(0.6, (3 - len(domains)) / 2)  # keeps the bars of a single domain narrow
     axis.set_xlim(middles[0] - side, middles[-1] + side)
     axis.set_ylabel("UTF-8 bytes per token", color="#333333")
-    axis.set_title("How much text one token holds", loc="left", fontsize=13, pad=30, color="#222222")
+    axis.set_title("Bytes of text per token", loc="left", fontsize=13, pad=30, color="#222222")
     axis.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1.0),

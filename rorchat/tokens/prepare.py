@@ -1,9 +1,9 @@
-"""A source -> a token store.
+"""Tokenizes a source into a token store.
 
-A source is tokenized in parts (`rorchat.tokens.tokenize_shard`), by several processes (`rorchat.tokens.workers`).
-Complete parts are kept if the run is killed; the next run does the rest. Then duplicates are removed over all parts in
-their order and the parts become shards (`rorchat.tokens.merge_shards`). So a store has the same bytes with any number
-of workers, interrupted or not.
+A source is tokenized in parts (`rorchat.tokens.tokenize_shard`) by several processes (`rorchat.tokens.workers`). If the
+run is killed, complete parts are kept, and the next run tokenizes the remaining ones. Then duplicates are removed
+across all parts, in order, and the parts are merged into shards (`rorchat.tokens.merge_shards`). Therefore the bytes of
+a store do not depend on the number of workers or on interruptions.
 """
 
 import json
@@ -41,24 +41,27 @@ def prepare(
     evaluation: list[str] | None = None,
     workers: int | None = None,
 ) -> TokenStore:
-    """The token store of one source: created, or opened if it exists.
+    """Creates the token store of a source, or opens it if it already exists.
 
-    A hash of its text decides whether a document becomes validation data, before anything is mixed. Of exact duplicates
-    only the first is kept. The store is written to a temporary folder, which is renamed when it is complete.
+    Documents are assigned to the training or the validation split by a hash of their text. Of exact duplicates, only
+    the first is kept. The store is written to a temporary folder, which is renamed when the store is complete.
 
     Args:
-        spec: as for `rorchat.sources.registry.load_rows`.
-        folder: the folder of the store; every source needs its own.
+        spec: the source, as for `rorchat.sources.registry.load_rows`.
+        folder: the folder of the store. Every source needs a separate folder.
         validation_share: share of documents in the validation split, in [0, 1).
-        kind: "document" or "conversation" (rendered with the chat template); None for the first one that the source
-            provides.
-        filters: further conditions that documents must meet.
+        kind: "document" or "conversation" (rendered with the chat template). None selects the first kind that the
+            source provides.
+        filters: thresholds that documents must satisfy.
         evaluation: paths of evaluation sets. Documents that share 13 consecutive words with them are rejected.
         workers: number of processes; None for one per CPU.
 
+    Returns:
+        The opened store.
+
     Raises:
-        MismatchError: the store was made from another source or tokenizer, or with another share, seed or filter; the
-            source or an evaluation set has changed; or another process is making the store.
+        MismatchError: the store was created from a different source or tokenizer, or with a different share, seed or
+            filter; the source or an evaluation set has changed; or another process is creating the store.
         UsageError: the folder is inside the source's folder.
         DataError: one of the splits has no documents.
         StorageError: a worker was killed.
@@ -67,7 +70,7 @@ def prepare(
     name = spec.partition("=")[0]
     kind = kind or next((kind for kind in find_source(name).kinds if kind != "preference"), None)
     if kind not in ("document", "conversation"):
-        raise UsageError(f"{spec} gives preferences: pretraining needs documents or conversations.")
+        raise UsageError(f"{spec} contains preferences: pretraining needs documents or conversations.")
     filters, source = filters or Filters(), find_source(name)
     expected = Manifest(
         source=spec,
@@ -76,7 +79,7 @@ def prepare(
         vocabulary_size=len(tokenizer),
         end_of_text_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
         validation_share=validation_share,
-        seed=seed if source.is_generated else 0,  # only generated sources depend on it
+        seed=seed if source.is_generated else 0,  # other sources do not depend on it
         kind=kind,
         chat_template_sha256=chat_template_sha256(tokenizer) if kind == "conversation" else "",
         filters=filters.describe(),
@@ -86,17 +89,17 @@ def prepare(
     if not folder.exists():
         _require_outside_source(spec, folder)
         with folder_lock(folder):
-            if not folder.exists():  # another process may have created it before this one got the lock
+            if not folder.exists():  # another process may have created it while this one waited for the lock
                 staging = folder.with_name(f".{folder.name}.unfinished")
                 job = ShardTokenizer(spec, kind, tokenizer, staging, validation_share, seed, persona, filters)
                 _create(job, expected, evaluation or [], workers or _count_cpus())
                 staging.rename(folder)
-                (folder / "identity.json").unlink()  # last: without it the next run would start again
+                (folder / "identity.json").unlink()  # last, because without it an interrupted run starts over
     return _open(folder, expected)
 
 
 def _create(job: ShardTokenizer, expected: Manifest, evaluation: list[str], workers: int) -> None:
-    """Writes the files of a store into the job's folder, or those that an interrupted run has not written yet."""
+    """Writes the files of a store into the job's folder, except those that an interrupted run has already written."""
     staging = job.folder
     expected.hub_fingerprint = hub_fingerprint(job.spec)
     _resume_or_clear(staging, expected)
@@ -108,7 +111,7 @@ def _create(job: ShardTokenizer, expected: Manifest, evaluation: list[str], work
         tokenize_parts(job, parts, workers)
         try:
             print(merge_shards(staging, expected, len(parts)), file=sys.stderr)  # noqa: T201
-        except DataError:  # the next run may use another share, for which these parts are of no use
+        except DataError:  # the next run will need another validation_share, for which these parts cannot be used
             shutil.rmtree(staging)
             raise
     Manifest.read(staging)  # must be readable before the parts are deleted
@@ -136,11 +139,11 @@ def _has_manifest(staging: Path) -> bool:
 
 
 def _require_outside_source(spec: str, folder: Path) -> None:
-    """Raises UsageError if the store would be created inside the folder that is read, and be read the next time."""
+    """Raises UsageError if the store would be created inside its source folder, where the next run would read it."""
     where = spec.partition("=")[2]
     source = Path(where).expanduser()
     if where and source.is_dir() and source.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise UsageError(f"{folder} is inside {where}, the folder that is read: choose another folder for the store.")
+        raise UsageError(f"{folder} is inside the source folder {where}: choose another folder for the store.")
 
 
 def _count_cpus() -> int:
@@ -152,7 +155,7 @@ def _open(folder: Path, expected: Manifest) -> TokenStore:
     """Opens an existing store after comparing its settings with the expected ones."""
     store = TokenStore(folder)
     existing, wanted = store.manifest.fingerprint(), expected.fingerprint()
-    # Missing files count as unchanged. A complete store is not compared with the Hub, which may be unreachable.
+    # Missing source files count as unchanged. A complete store is not compared with the Hub, which may be unreachable.
     wanted["source_sha256"] = wanted["source_sha256"] or existing["source_sha256"]
     wanted["evaluation"] = {
         name: digest or existing["evaluation"].get(name, "") for name, digest in wanted["evaluation"].items()
@@ -161,19 +164,19 @@ def _open(folder: Path, expected: Manifest) -> TokenStore:
         _describe_difference(key, existing[key], wanted[key]) for key in wanted if existing[key] != wanted[key]
     ]
     if existing["source"] != wanted["source"]:
-        source_parts(expected.source)  # if the path is wrong, its error says more
+        source_parts(expected.source)  # raises a more specific error if the path does not exist
     if differences:
         raise MismatchError(
-            f"{folder} holds other tokens: {'; '.join(differences)}. Delete it or choose another folder."
+            f"{folder} contains a different token store: {'; '.join(differences)}. Delete it or choose another folder."
         )
     return store
 
 
 def _describe_difference(key: str, existing: Any, wanted: Any) -> str:
     if key == "source_sha256":
-        return "what it was made of (files, persona, location on the Hub) has changed since"
+        return "its source (files, persona or location on the Hub) has changed"
     if key == "chat_template_sha256":
-        return "its conversations have another chat template or system message (chat_template_sha256)"
+        return "its conversations have a different chat template or system message (chat_template_sha256)"
     if key == "evaluation":
         names = [name for name in sorted({*existing, *wanted}) if existing.get(name) != wanted.get(name)]
         return f"evaluation differs in {', '.join(names)}"

@@ -286,7 +286,7 @@ MISTAKES = [
     (PREPARE + " --against {out}", 65, "{out}"),
     (PREPARE + " --min_letters 7", 2, "min_letters is 7.0"),
     ("prepare nosuch={rows} --tokenizer {tok} --out {out}", 2, "No source named 'nosuch'"),
-    ("prepare preference={rows} --tokenizer {tok} --out {out}", 2, "gives preferences"),
+    ("prepare preference={rows} --tokenizer {tok} --out {out}", 2, "contains preferences"),
     ("prepare text={out} --tokenizer {tok} --out {out}", 65, "No file or folder"),
     ("prepare messages={rows} --tokenizer {tok} --out {out}", 65, "missing field"),
     ("verify {out}", 65, "is not a token store"),

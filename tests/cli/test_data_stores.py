@@ -283,7 +283,7 @@ def test_plan_makes_the_stores_of_the_persona_and_the_seed_that_the_run_will_hav
     more = ("--train_tokens", 3200, "--persona", tmp_path / "zebulon.yaml")
     succeeded(*words, *more, "--seed", 5)
     assert TokenStore(tmp_path / "stores" / "me").manifest.seed == 5
-    assert "what it was made of (files, persona, " in refused(78, *words, "--train_tokens", 3200, "--seed", 5)
+    assert "its source (files, persona or " in refused(78, *words, "--train_tokens", 3200, "--seed", 5)
     assert "seed 5, now 0" in refused(78, *words, *more)
 
 

@@ -220,7 +220,7 @@ class TestBadInput:
         refused(self.pretrain(flags, "tinytwon=10"), 2, "Did you mean 'tinytown'")
 
     def test_a_source_of_another_kind(self, flags):
-        refused(self.pretrain(flags, "preference=x"), 2, "gives preferences", "documents or conversations")
+        refused(self.pretrain(flags, "preference=x"), 2, "contains preferences", "documents or conversations")
 
     def test_a_source_without_validation_documents(self, flags):
         refused(self.pretrain(flags, "tinytown=3", more=["--validation_share", "1e-9"]), 65, "no validation documents")

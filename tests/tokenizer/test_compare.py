@@ -10,11 +10,11 @@ from rorchat.errors import DataError, UsageError
 from rorchat.tokenizer import token_bytes, train_tokenizer
 from rorchat.tokenizer.compare import (
     Domain,
+    builtin_domains,
     compare_tokenizers,
     comparison_notes,
     comparison_rows,
     draw_comparison,
-    embedded_domains,
     read_domain,
 )
 
@@ -62,7 +62,7 @@ def test_measures_equal_those_counted_by_hand(merged):
     assert comparison.ordinary == {"merged": 258}
     assert (measure.tokens, measure.bytes_per_token, measure.tokens_per_word) == (5, 10 / 5, 5 / 4)
     assert measure.unused_share == 254 / 258
-    assert measure.spelled_bytes == 10
+    assert measure.decoded_bytes == 10
 
 
 def test_the_total_weighs_domains_by_their_size(merged):
@@ -89,14 +89,14 @@ def test_the_table_marks_the_best_and_shows_differences_in_percent(merged, unmer
 
 def test_a_domain_is_cut_at_the_limit_and_noted(merged):
     domain = read_domain("x", ["ab ab", "ab ab"], 7)
-    assert (domain.texts, domain.characters, domain.stopped) == (["ab ab", "ab"], 7, True)
-    assert "stopped at --max_characters: x" in comparison_notes(compare_tokenizers({"merged": merged}, [domain]))
+    assert (domain.texts, domain.characters, domain.truncated) == (["ab ab", "ab"], 7, True)
+    assert "truncated to --max_characters: x" in comparison_notes(compare_tokenizers({"merged": merged}, [domain]))
 
 
 def test_a_tokenizer_that_changes_text_is_noted(merged):
     wrong = Domain("x", ["ab"], characters=3, utf8_bytes=3, words=1)
     notes = comparison_notes(compare_tokenizers({"merged": merged}, [wrong]))
-    assert "merged changes the text of x: its tokens spell 2 bytes, not 3" in notes
+    assert "merged changes the text of x: its tokens decode to 2 bytes, not 3" in notes
 
 
 def test_an_added_plain_token_counts_its_utf8_bytes():
@@ -105,12 +105,12 @@ def test_an_added_plain_token_counts_its_utf8_bytes():
     assert token_bytes(tokenizer)[tokenizer.convert_tokens_to_ids("ßß")] == 4
 
 
-def test_the_embedded_domains_are_six_texts_of_some_hundred_words(merged):
-    domains = embedded_domains(MANY)
+def test_the_builtin_domains_are_six_texts_of_some_hundred_words(merged):
+    domains = builtin_domains(MANY)
     assert [d.name for d in domains] == ["news", "science", "code", "mathematics", "dialogue", "german"]
-    assert all(250 <= domain.words <= 400 and not domain.stopped for domain in domains)
+    assert all(250 <= domain.words <= 400 and not domain.truncated for domain in domains)
     comparison = compare_tokenizers({"merged": merged}, domains)
-    assert comparison.measures["all together"]["merged"].spelled_bytes == sum(d.utf8_bytes for d in domains)
+    assert comparison.measures["all together"]["merged"].decoded_bytes == sum(d.utf8_bytes for d in domains)
 
 
 def test_the_command_works_without_any_file_and_writes_none(rorchat_command, folders, tmp_path):
@@ -165,7 +165,7 @@ def test_the_picture_has_a_labelled_bar_for_every_value(merged, unmerged, tmp_pa
         (["{}/merged", "--data", "a=a.txt", "--data", "a=b.txt"], 2, "Two domains have the name 'a'"),
         (["{}/merged", "--data", "a=dailydialg=a.txt"], 2, "Did you mean 'dailydialog'?"),
         (["{}/merged", "--data", "a=empty.txt"], 65, "empty"),
-        (["{}/merged", "--data", "all together=a.txt"], 2, "the name of the total"),
+        (["{}/merged", "--data", "all together=a.txt"], 2, "the name is reserved for the total"),
         (["{}/merged", "--max_characters", "0"], 2, "it must be at least 1"),
     ],
 )
@@ -181,7 +181,7 @@ def test_invalid_comparisons_are_one_line_and_an_exit_code(rorchat_command, fold
 def test_empty_and_reserved_domains_are_refused():
     with pytest.raises(DataError, match="has no text"):
         read_domain("blank", ["  \n"], MANY)
-    with pytest.raises(UsageError, match="name of the total"):
+    with pytest.raises(UsageError, match="reserved for the total"):
         read_domain("all together", ["ab"], MANY)
 
 

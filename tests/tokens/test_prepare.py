@@ -25,7 +25,7 @@ def test_a_store_decodes_to_its_documents(store, tokenizer):
     assert decode(store, "validation", tokenizer) == [text for text in KEPT if is_validation_text(text, SHARE)]
 
 
-def test_every_document_follows_an_end_of_text(store, tokenizer):
+def test_every_document_starts_with_the_end_of_text_token(store, tokenizer):
     end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     expected = [
         token
@@ -38,7 +38,7 @@ def test_every_document_follows_an_end_of_text(store, tokenizer):
     assert expected.count(end) == store.manifest.total("train", "documents")
 
 
-def test_the_manifest_adds_up(store, tokenizer):
+def test_manifest_counts_match_the_documents(store, tokenizer):
     manifest = store.manifest
     assert (manifest.rows_in, manifest.kept) == (len(DOCUMENTS), len(KEPT))
     assert manifest.rejects == {"duplicate": len(COPIES)}
@@ -56,7 +56,7 @@ def test_the_manifest_adds_up(store, tokenizer):
     assert Manifest.read(store.folder) == manifest
 
 
-def test_the_manifest_counts_what_was_rejected(tokenizer, tmp_path):
+def test_the_manifest_counts_rejected_rows(tokenizer, tmp_path):
     spec = write_documents(tmp_path, DOCUMENTS)
     with open(spec.partition("=")[2], "a") as file:
         file.write('5\n{"text": " "}\n{"text": "\\ud800"}\n')
@@ -81,8 +81,8 @@ def test_a_second_run_writes_the_same_bytes(spec, store, tokenizer, tmp_path):
 def test_a_complete_store_is_opened_without_reading_the_source(spec, store, tokenizer):
     Path(spec.partition("=")[2]).unlink()  # reading it again would fail
     before = {path.name: path.stat().st_mtime_ns for path in store.folder.iterdir()}
-    found = prepare(spec, tokenizer, store.folder, validation_share=SHARE)
-    assert found.manifest == store.manifest
+    reopened = prepare(spec, tokenizer, store.folder, validation_share=SHARE)
+    assert reopened.manifest == store.manifest
     assert {path.name: path.stat().st_mtime_ns for path in store.folder.iterdir()} == before
 
 
@@ -131,7 +131,7 @@ def test_filters_and_evaluation_sets_are_part_of_the_fingerprint(tokenizer, tmp_
         prepare(spec, tokenizer, tmp_path / "s", validation_share=SHARE)
 
 
-def test_duplicates_are_in_one_split_for_any_case_and_spacing(tokenizer, tmp_path):
+def test_copies_with_other_case_or_spacing_are_in_the_same_split(tokenizer, tmp_path):
     originals = [f"The story number {n} is told." for n in range(200)]
     copies = [text.upper() for text in originals] + [f" {text.replace(' ', '  ')}\n\n" for text in originals]
     store = prepare(
@@ -145,11 +145,13 @@ def test_duplicates_are_in_one_split_for_any_case_and_spacing(tokenizer, tmp_pat
     assert len(train) + len(validation) == 200 and 20 < len(validation) < 60
 
 
-def test_a_store_with_other_settings_is_a_mismatch(spec, store, tokenizer, tmp_path):
+def test_a_store_with_different_settings_is_refused(spec, store, tokenizer, tmp_path):
     from rorchat.tokenizer import train_tokenizer
 
     other = train_tokenizer(DOCUMENTS, vocab_size=384)
-    with pytest.raises(MismatchError, match="holds other tokens: tokenizer_sha256 .* Delete it") as failure:
+    with pytest.raises(
+        MismatchError, match="contains a different token store: tokenizer_sha256 .* Delete it"
+    ) as failure:
         prepare(spec, other, store.folder, validation_share=SHARE)
     assert failure.value.exit_code == 78 and "\n" not in str(failure.value)
     with pytest.raises(MismatchError, match=f"validation_share {SHARE}, now 0.3"):
@@ -174,7 +176,7 @@ def test_a_store_is_refused_if_its_source_has_changed(tokenizer, tmp_path):
         assert prepare(spec, tokenizer, tmp_path / "store", seed=seed, **settings).manifest == made.manifest
     before = (folder / "documents.jsonl").read_text()
     (folder / "documents.jsonl").write_text(before.replace("small", "great"))
-    with pytest.raises(MismatchError, match="made of .* has changed since. Delete it") as failure:
+    with pytest.raises(MismatchError, match="its source .* has changed. Delete it") as failure:
         prepare(spec, tokenizer, tmp_path / "store", **settings)
     assert "\n" not in str(failure.value) and failure.value.exit_code == 78
     (folder / "documents.jsonl").write_text(before)
@@ -198,7 +200,7 @@ def test_generated_stores_depend_on_seed_and_persona(tokenizer, tmp_path):
 @pytest.mark.parametrize("place", ["store", "deep/store"])
 def test_a_store_inside_its_source_folder_is_refused(place, tokenizer, tmp_path):
     write_documents(tmp_path, DOCUMENTS)
-    with pytest.raises(UsageError, match="the folder that is read: choose another folder"):
+    with pytest.raises(UsageError, match="is inside the source folder"):
         prepare(f"text={tmp_path}", tokenizer, tmp_path / place, validation_share=SHARE)
     assert [path.name for path in tmp_path.iterdir()] == ["documents.jsonl"]
 
@@ -208,23 +210,23 @@ def test_conversations_that_differ_in_white_space_are_kept(tokenizer, tmp_path):
         (f"Sort {n} 12 3.", f"{n} 12 3") for n in range(40)
     ]
     rows = [
-        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
-        for asked, said in pairs
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in pairs
     ]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + rows[:3]))
     store = prepare(f"messages={tmp_path / 'chat.jsonl'}", tokenizer, tmp_path / "s", validation_share=SHARE)
     assert (store.manifest.kept, store.manifest.rejects) == (80, {"duplicate": 3})
 
 
-def test_a_store_stays_valid_with_another_system_message(spec, store, tokenizer):
+def test_a_store_of_documents_does_not_depend_on_the_system_message(spec, store, tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace("RorChat", "Bibo")
     assert prepare(spec, other, store.folder, validation_share=SHARE).manifest == store.manifest
 
 
-@pytest.mark.parametrize(("share", "said"), [(0.0, "no validation documents"), (1.0, "no train documents")])
-def test_an_empty_split_is_a_data_error_and_leaves_no_folder(share, said, spec, tokenizer, tmp_path):
-    with pytest.raises(DataError, match=f"{said}; {len(KEPT)} documents in total at validation_share {share}"):
+@pytest.mark.parametrize(("share", "message"), [(0.0, "no validation documents"), (1.0, "no train documents")])
+def test_an_empty_split_is_a_data_error_and_leaves_no_folder(share, message, spec, tokenizer, tmp_path):
+    with pytest.raises(DataError, match=f"{message}; {len(KEPT)} documents in total at validation_share {share}"):
         prepare(spec, tokenizer, tmp_path / "store", validation_share=share)
     assert [path.name for path in tmp_path.iterdir()] == ["documents.jsonl"]
 
@@ -250,7 +252,7 @@ def test_ids_above_65535_are_stored_in_32_bits(spec, store, tokenizer, tmp_path)
     assert sorted(decode(stored, "train", large) + decode(stored, "validation", large)) == sorted(documents)
 
 
-def test_gpt2s_own_vocabulary_fits_into_16_bits(gpt2_tokenizer, spec, tmp_path):
+def test_ids_of_gpt2_are_stored_in_16_bits(gpt2_tokenizer, spec, tmp_path):
     store = prepare(spec, gpt2_tokenizer, tmp_path / "gpt2", validation_share=SHARE)
     assert np.load(store.folder / "train-00000.npy").dtype == np.uint16
     assert store.slice("train", 0, 1).tolist() == [50256]
