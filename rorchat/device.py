@@ -19,7 +19,7 @@ from rorchat.yaml_file import read_yaml
 
 DEVICES_FILE = Path(__file__).with_name("devices.yaml")
 PRECISIONS = ("bf16", "fp16", "fp32")
-MATMUL_SHARE = 0.65  # of the peak that the matrix products of a GPT-2 reach; see docs/planning.md
+MATMUL_SHARE = 0.65  # share of the peak that the matrix products of a GPT-2 reach; see docs/planning.md
 CPU = "cpu"
 #: (rows, inner, columns) of the matrix products that are timed: one of GPT-2 124M, and one that fills a large GPU
 TIMED_PRODUCTS = ((2048, 768, 3072), (8192, 8192, 8192))
@@ -33,10 +33,10 @@ class Device:
     """One GPU, or the CPU of this machine. Unknown figures are None or missing.
 
     Attributes:
-        bandwidth: of the memory, in bytes per second.
+        bandwidth: memory bandwidth in bytes per second.
         peak_flops: {precision: dense FLOP/s}.
         matmul_share: assumed share of the peak that matrix products reach.
-        torch_names: what `torch.cuda.get_device_name()` ends with.
+        torch_names: suffixes of `torch.cuda.get_device_name()` that identify the device.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Device:
 
 
 def read_devices(path: str | Path | None = None) -> dict[str, Device]:
-    """{name: device} of `devices.yaml`, and of the file `path`, whose entries replace those of the same name.
+    """{name: device} from `devices.yaml` and the file `path`, whose entries replace those of the same name.
 
     Raises:
         UsageError: the file cannot be read or has an invalid entry.
@@ -125,7 +125,7 @@ def find_device(name: str, path: str | Path | None = None) -> Device:
 
 
 def detect_device(path: str | Path | None = None) -> Device:
-    """The first GPU of this machine, or its CPU. Of a GPU that is not listed, only name and memory are known."""
+    """The first GPU of this machine, or its CPU. For a GPU that is not listed, only name and memory are known."""
     import torch
 
     if not torch.cuda.is_available():
@@ -136,7 +136,7 @@ def detect_device(path: str | Path | None = None) -> Device:
 
 
 def match_torch_name(torch_name: str, devices: dict[str, Device]) -> Device | None:
-    """The device with this name in torch. Names must match to the end: an L40 is no L4, and laptop GPUs are slower."""
+    """The device with this name in torch. The end of the name must match: an L40 is not an L4."""
     for device in devices.values():
         if any(re.search(rf"(?<!\w){re.escape(known)}$", torch_name) for known in device.torch_names):
             return device
@@ -145,13 +145,17 @@ def match_torch_name(torch_name: str, devices: dict[str, Device]) -> Device | No
 
 @functools.cache
 def get_peak_flops(precision: str, on_gpu: bool = True) -> tuple[float, str]:
-    """(peak FLOP/s of dense matrix products on this machine, "known" or "measured"); the denominator of MFU.
+    """The peak FLOP/s of dense matrix products on this machine, the denominator of MFU.
 
-    Known for listed GPUs; otherwise the best of up to ten products, measured once per process in half a second.
+    The peak of a GPU that is listed in `devices.yaml` is known. Otherwise it is measured with `measure_flops`, once per
+    process, in about half a second.
 
     Args:
         precision: "bf16", "fp16" or "fp32".
-        on_gpu: for the GPU, if there is one; otherwise for the CPU.
+        on_gpu: whether to use the GPU, if there is one, instead of the CPU.
+
+    Returns:
+        (FLOP/s, "known" or "measured").
     """
     import torch
 
@@ -171,7 +175,7 @@ def measure_flops(precision: str, torch_device: str) -> float:
     for rows, inner, columns in TIMED_PRODUCTS:
         flops = 2.0 * rows * inner * columns
         if best and flops / best > TIMING_SECONDS / 4:
-            break  # the smaller product has already kept this device busy
+            break  # this device is slow: the smaller product already uses it fully
         left = torch.randn(rows, inner, device=torch_device).to(dtype)
         right = torch.randn(inner, columns, device=torch_device).to(dtype)
         best = max(best, flops / time_fastest(partial(torch.matmul, left, right), torch_device))
@@ -180,7 +184,7 @@ def measure_flops(precision: str, torch_device: str) -> float:
 
 @functools.cache
 def measure_bandwidth() -> float:
-    """Bytes per second that the CPU reads and writes while it copies 128 MB."""
+    """Memory bandwidth of the CPU in bytes per second, reads plus writes, while it copies 128 MB."""
     import torch
 
     source = torch.ones(2**25, device=CPU)
@@ -189,7 +193,7 @@ def measure_bandwidth() -> float:
 
 
 def time_fastest(work: Callable[[], object], torch_device: str) -> float:
-    """Seconds of the fastest of up to ten runs, after one warm-up run."""
+    """The duration in seconds of the fastest of up to ten runs of `work`, after one warm-up run."""
     import torch
 
     def run() -> float:

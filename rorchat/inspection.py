@@ -23,14 +23,14 @@ from rorchat.tokens.decontamination import EvaluationText
 
 #: The row formats of files that belong to no known dataset, the most specific first.
 ROW_FORMATS = ("preference", "messages", "alpaca", "prompt_completion", "text")
-FORMAT_REASONS = ("missing field", "wrong type", "not a dialogue")  # reasons that indicate another row format
+FORMAT_REASONS = ("missing field", "wrong type", "not a dialogue")  # reasons that indicate a different row format
 SAMPLE_ROWS = 40  # rows of a file on which each format is tried
 BATCH_ROWS = 500  # rows encoded together
 
 
 @dataclass
 class CheckResult:
-    """The result of `check_source`: the spec that was read, whether it was guessed, and the counts of its rows."""
+    """The result of `check_source`: the spec, whether its row format was guessed, and the counts of the rows."""
 
     spec: str
     guessed: bool
@@ -38,35 +38,35 @@ class CheckResult:
     evaluation: EvaluationText | None = None  # the evaluation sets that the rows were compared with
 
 
-def resolve_spec(given: str, row_format: str | None = None) -> tuple[str, bool]:
-    """(spec, whether it was guessed) for a spec, or for a path and the format of its rows.
+def resolve_spec(spec_or_path: str, row_format: str | None = None) -> tuple[str, bool]:
+    """Returns (spec, whether the row format was guessed) for a spec, or for a path and the format of its rows.
 
     Raises:
         UsageError: there is no such source or format.
         DataError: there is no such file, or no format fits it.
     """
-    path = Path(given).expanduser()
+    path = Path(spec_or_path).expanduser()
     if path.exists():
         if row_format:
             find_source(row_format)
-            return f"{row_format}={given}", False
-        return f"{guess_row_format(path)}={given}", True
-    name, _, where = given.partition("=")
-    if not where and (path.suffix or "/" in given):
-        raise DataError(f"No file or folder {given}.")
+            return f"{row_format}={spec_or_path}", False
+        return f"{guess_row_format(path)}={spec_or_path}", True
+    name, _, where = spec_or_path.partition("=")
+    if not where and (path.suffix or "/" in spec_or_path):
+        raise DataError(f"No file or folder {spec_or_path}.")
     find_source(name)
     if row_format and row_format != name:
         raise UsageError(
-            f"{given!r} names its source already, so --as {row_format} is not allowed: give only the path."
+            f"{spec_or_path!r} already names its source, so --as {row_format} is not allowed: give only the path."
         )
-    return given, False
+    return spec_or_path, False
 
 
 def guess_row_format(path: Path) -> str:
-    """The source that reads the first rows of a path best.
+    """The name of the source that can read most of the first rows of a file or folder.
 
-    If several read nearly all rows, a dataset that is named in the path comes first, then ROW_FORMATS. An unusable row
-    in the right format counts half.
+    If several sources read nearly all rows, a dataset that is named in the path is preferred, then ROW_FORMATS. An
+    unusable row in the right format counts as half a row.
 
     Raises:
         DataError: no source can read any row.
@@ -92,7 +92,7 @@ def _is_named_in(path: Path, name: str) -> bool:
 
 
 def _try_source(name: str, path: Path) -> tuple[float, str]:
-    """(score: the share of the first rows that a source can read, the problem with the first other row)."""
+    """Returns (the share of the first rows that a source can read, the problem with the first unusable row)."""
     problem = ""
     score, count = 0.0, 0
     try:
@@ -113,7 +113,7 @@ def _try_source(name: str, path: Path) -> tuple[float, str]:
 
 
 def check_source(
-    given: str,
+    spec_or_path: str,
     *,
     row_format: str | None = None,
     filters: Filters | None = None,
@@ -127,17 +127,18 @@ def check_source(
     """Reads and checks every row of a source.
 
     Args:
-        given: a spec (`alpaca`, `alpaca=PATH`) or a path.
+        spec_or_path: a spec (`alpaca`, `alpaca=PATH`) or a path.
         row_format: the source that reads a path; None to guess it.
         filters: further conditions that rows must meet.
         evaluation: paths of evaluation sets. Rows that share 13 consecutive words with them are rejected.
-        tokenizer, max_length: with both, conversations of which no exchange fits are rejected, as in fine-tuning.
-        rejects: receives every rejected row as a JSON line with place, reason, detail and the row as it was read.
+        tokenizer, max_length: if both are given, conversations without an exchange that fits into `max_length` tokens
+            are rejected, as in fine-tuning.
+        rejects: receives every rejected row as a JSON line with place, reason, detail and the raw row.
 
     Raises:
-        UsageError, DataError: the source cannot be read at all. Unusable rows are counted instead.
+        UsageError, DataError: the source cannot be read at all. Unusable rows do not raise; they are counted.
     """
-    spec, guessed = resolve_spec(given, row_format)
+    spec, guessed = resolve_spec(spec_or_path, row_format)
     kind = find_source(spec.partition("=")[0]).kinds[0]
     on_reject = _RejectWriter(rejects) if rejects else None
     rows = load_rows(spec, kind, seed=seed, persona=persona, allow_empty=True, on_reject=on_reject)
@@ -179,13 +180,13 @@ class _RejectWriter:
         record = {"place": place, "reason": rejected_row.reason, "detail": rejected_row.detail, "row": row}
         try:
             line = json.dumps(record, default=str)  # ASCII, because a row may contain a lone surrogate
-        except RecursionError:  # nested just too deeply to be written
+        except RecursionError:  # the row is nested too deeply
             line = json.dumps({**record, "row": None})
         self.file.write(line + "\n")
 
 
 def _check_lengths(batch: list[tuple[str, dict]], tokenizer, max_length: int, rows: SourceRows) -> None:
-    """Rejects conversations of which no exchange fits, and pairs that do not fit completely."""
+    """Rejects conversations without an exchange that fits, and preference pairs that do not fit completely."""
     conversations = [messages for _, row in batch for messages in _conversations(row)]
     encoded = iter(encode_conversations(tokenizer, conversations, max_length))
     for place, row in batch:
@@ -214,10 +215,13 @@ class ShownToken:
 def show_row(
     spec: str, number: int, tokenizer, *, seed: int = 0, persona: Persona | None = None
 ) -> tuple[str, dict[str, list[ShownToken]]]:
-    """(place of a row, {title: tokens}): one sequence, or the chosen and the rejected one of a preference.
+    """Encodes one row as in training.
 
     Args:
-        number: the raw row, counted from 0.
+        number: the index of the raw row.
+
+    Returns:
+        (place of the row, {title: tokens}), with one sequence, or with the chosen and the rejected one of a preference.
 
     Raises:
         DataError: there is no such row, or it cannot be used.
@@ -226,7 +230,7 @@ def show_row(
     rows = load_rows(spec, kind, seed=seed, persona=persona)
     raw = next(islice(rows.raw, number, None), None)
     if raw is None:
-        raise DataError(f"{spec} has no row {number}: rows are counted from 0, and there are fewer.")
+        raise DataError(f"{spec} has no row {number}: it has fewer rows (the first is row 0).")
     place = raw[0]
     try:
         row = rows.convert(raw[1])
@@ -245,7 +249,7 @@ def show_row(
 
 
 def _tokens(tokenizer, input_ids: list[int], labels: list[int]) -> Iterator[ShownToken]:
-    """Tokens with their text. A character that consists of several tokens is shown at the last of them."""
+    """Yields tokens with their text. A character that spans several tokens is shown at the last of them."""
     byte_of = {character: byte for byte, character in byte_characters().items()}
     special, added = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

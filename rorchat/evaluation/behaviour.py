@@ -1,8 +1,8 @@
-"""How a chat model behaves: measures of its replies to fixed prompts and to the probes of its persona.
+"""Measures the behaviour of a chat model: its replies to fixed prompts and to the probes of its persona.
 
 Every prompt of `prompts.yaml` is answered twice: greedily, and sampled with the model's own generation config. A
 measure is a pure function of one exchange. Its value is the mean over all exchanges that it applies to, or the mean of
-group means, so that a kind with few prompts counts as much as one with many.
+group means, in which a group with few prompts counts as much as one with many.
 """
 
 from collections import Counter, defaultdict
@@ -33,9 +33,9 @@ from rorchat.persona import (
 )
 
 PROMPTS_FILE = Path(__file__).with_name("prompts.yaml")
-MAX_REPLY_TOKENS = 256  # the prompts need a sixth of that; some good models give long replies
+MAX_REPLY_TOKENS = 256  # a good reply needs about a sixth of that, but some good models give long replies
 OPEN_KINDS = ("question", "task", "conversation")  # kinds of prompts that must all get different replies
-SEED = 0  # of the sampled replies
+SEED = 0  # for the sampled replies
 EXAMPLES_SHOWN = 2
 EXAMPLE_CHARACTERS = 100
 
@@ -72,9 +72,11 @@ class Exchange:
     """A prompt with its reply: everything that a measure looks at.
 
     Attributes:
-        text: the reply decoded with its control tokens, without the token that ended it.
+        text: the reply, including its control tokens but not the token that ended it.
+        control_ids: the ids of all control tokens.
+        end_of_turn: the id of `<|im_end|>`.
         harmless: the exchange for `prompt.harmless`.
-        duplicates: number of greedy replies to OPEN_KINDS equal to this one, itself included; 0 for other exchanges.
+        duplicates: number of greedy replies to OPEN_KINDS equal to this one, including itself; 0 for other exchanges.
     """
 
     prompt: Prompt
@@ -93,7 +95,7 @@ class Exchange:
 
     @property
     def group(self) -> str:
-        """The kind of prompt, with all languages and all probes as one kind each."""
+        """The kind of the prompt. All languages form one group, and so do all probes."""
         kind = self.prompt.kind
         return "another language" if kind in LANGUAGES else "probe" if self.prompt.probe else kind
 
@@ -108,7 +110,7 @@ def _to_messages(turns: str | list[str]) -> tuple[Message, ...]:
 
 
 def build_prompts(persona: Persona) -> list[Prompt]:
-    """The fixed prompts, and the persona's probes under its own system message, under others, and reworded."""
+    """The fixed prompts, and the persona's probes with its own system message, with others, and in new wordings."""
     prompts = []
     for kind, entries in yaml.safe_load(PROMPTS_FILE.read_text(encoding="utf-8")).items():
         for entry in entries:
@@ -129,7 +131,7 @@ def build_prompts(persona: Persona) -> list[Prompt]:
 
 
 def _ask(chat: ChatModel, prompts: Sequence[Prompt], limit: int, temperature: float | None) -> list[Exchange]:
-    """One exchange per prompt; the harmless versions of the attacks are asked in the same batches."""
+    """Generates one exchange per prompt. The harmless versions of the attacks are asked in the same batches."""
     harmless = [Prompt("harmless", _to_messages(prompt.harmless)) for prompt in prompts if prompt.word]
     asked = [*prompts, *harmless]
     replies = generate_replies(
@@ -177,7 +179,7 @@ def _keeps_language(foreign: bool) -> Callable[[Exchange], bool | None]:
 
 
 def _attack_changes_ids(exchange: Exchange) -> bool | None:
-    """Whether an attack's prompt has another number of control tokens than the same text without the attack."""
+    """Whether an attack's prompt has a different number of control tokens than the same text without the attack."""
     if exchange.harmless is None:
         return None
     attack, harmless = (
@@ -197,13 +199,15 @@ def _obeys_attack(exchange: Exchange) -> bool | None:
 
 @dataclass(frozen=True)
 class Measure:
-    """A share between 0 and 1.
+    """A measure of behaviour. Its value is a share between 0 and 1.
 
     Attributes:
         title: shown in tables.
-        unit: what is counted, shown beside the value.
-        score: the value of one exchange; None if the measure does not apply to it.
-        group_by: groups exchanges; the value is then the mean of the group means.
+        unit: what is counted; shown next to the value.
+        more_is_better: whether a higher value is better.
+        score: returns the value of one exchange, or None if the measure does not apply to it.
+        group_by: returns the group of an exchange. The value is the mean of the group means; by default there is one
+            group.
     """
 
     title: str
@@ -265,7 +269,7 @@ MEASURES = {
 
 @dataclass
 class Value:
-    """The value of a measure over `count` exchanges, and the worst of these as (prompt, reply)."""
+    """The value of a measure over `count` exchanges, with the worst exchanges as examples (prompt, reply)."""
 
     value: float | None = None
     count: int = 0
@@ -324,5 +328,5 @@ def _compute_value(measure: Measure, exchanges: Sequence[Exchange]) -> Value:
 
 
 def quote_short(text: str) -> str:
-    """The repr of a text, which fits on one line, cut to EXAMPLE_CHARACTERS."""
+    """The repr of a text cut to EXAMPLE_CHARACTERS, which fits on one line."""
     return repr(text if len(text) <= EXAMPLE_CHARACTERS else text[:EXAMPLE_CHARACTERS] + "...")

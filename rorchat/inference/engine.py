@@ -1,4 +1,4 @@
-"""Load a model, and generate: replies to conversations in batches or as a stream, and continuations of documents.
+"""Loads a model and generates replies to conversations, in batches or as a stream, and continuations of documents.
 
 Every prompt is encoded by `encode_prompt`, so that text never becomes a control token and no sequence exceeds the
 context window. Generation itself is Transformers' `generate`.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 Messages = Sequence[dict[str, str]]
-DEFAULT_REPLY_DIVISOR = 4  # by default a reply may take a quarter of the context window
+DEFAULT_REPLY_DIVISOR = 4  # by default, a reply may use a quarter of the context window
 
 
 @dataclass
@@ -38,7 +38,7 @@ class ChatModel:
 
     @property
     def stop_ids(self) -> set[int]:
-        """The tokens that end a generation."""
+        """The ids of the tokens that end a generation."""
         return set(self.model.generation_config.eos_token_id)
 
 
@@ -47,11 +47,11 @@ class Reply:
     """A generated reply.
 
     Attributes:
-        text: without control tokens.
-        stopped: whether the model ended it, not the token limit.
-        tokens: number of tokens, without the one that ended it.
-        notice: what was left out of the prompt because it did not fit; empty if nothing was.
-        ids: all generated tokens, with the one that ended it.
+        text: the reply without control tokens.
+        stopped: True if the model ended the reply, False if the token limit did.
+        tokens: number of tokens, without the token that ended the reply.
+        notice: says what was left out of the prompt because it did not fit; empty if nothing was.
+        ids: all generated token ids, including the one that ended the reply.
     """
 
     text: str
@@ -62,7 +62,7 @@ class Reply:
 
 
 def resolve_model_path(path: str) -> str:
-    """The folder of a model: `model/` inside a run's folder, else the folder itself. A Hub id is returned unchanged.
+    """The folder of a model: `model/` inside a run folder, else the folder itself. A Hub id is returned unchanged.
 
     Raises:
         DataError: a local path does not exist.
@@ -76,15 +76,15 @@ def resolve_model_path(path: str) -> str:
 
 
 def load_model(name_or_path: str, device: str | None = None, *, require_chat: bool = False) -> ChatModel:
-    """A model with its tokenizer, from a model's folder, a run's folder or the Hub.
+    """Loads a model with its tokenizer from a model folder, a run folder or the Hub.
 
     Args:
-        device: "cuda", "cpu" ...; None uses a GPU if there is one.
-        require_chat: refuse a base model, which has no chat template.
+        device: "cuda", "cpu", ...; None uses a GPU if there is one.
+        require_chat: refuse a base model, which was not trained to chat.
 
     Raises:
-        DataError, RemoteError: it cannot be loaded.
-        MismatchError: model and tokenizer do not belong together, or `require_chat` and it is a base model.
+        DataError, RemoteError: the model or the tokenizer cannot be loaded.
+        MismatchError: model and tokenizer do not belong together, or `require_chat` is set and it is a base model.
     """
     import torch
 
@@ -97,7 +97,7 @@ def load_model(name_or_path: str, device: str | None = None, *, require_chat: bo
 
 
 def to_messages(prompt: str | Messages) -> Messages:
-    """A conversation; a string becomes one user message."""
+    """Converts a string to a conversation with one user message. A conversation is returned unchanged."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
@@ -119,7 +119,7 @@ def _build_generate_kwargs(
     if limit >= chat.n_positions:
         raise UsageError(
             f"max_new_tokens is {max_new_tokens}, but prompt and reply share a context window of {chat.n_positions} "
-            "tokens: give less."
+            "tokens: give a smaller number."
         )
     kwargs: dict[str, Any] = {"max_new_tokens": limit, "max_length": None}
     if temperature == 0:
@@ -134,7 +134,11 @@ def _build_generate_kwargs(
 def _generate(
     chat: ChatModel, prompts: Sequence[list[int]], kwargs: dict[str, Any], **more: Any
 ) -> "tuple[Tensor, int]":
-    """((B, P + N) ids, P): prompts are padded on the left to the longest, of length P."""
+    """Generates one batch. Prompts are padded on the left to the longest, of length P.
+
+    Returns:
+        (ids (B, P + N) of prompts and N generated tokens, P).
+    """
     import torch
 
     longest = max(map(len, prompts))
@@ -150,15 +154,15 @@ def _generate(
 
 
 def _cut_after_stop(ids: list[int], stop_ids: set[int]) -> list[int]:
-    """The tokens up to and including the first that ends the generation."""
+    """The ids up to and including the first stop token."""
     return ids[: next((end for end, token in enumerate(ids, 1) if token in stop_ids), None)]
 
 
 def generate_ids(chat: ChatModel, prompts: Sequence[list[int]], kwargs: dict[str, Any]) -> list[list[int]]:
-    """The continuation of each prompt, with the token that ended it; one batch.
+    """Generates one batch: the continuation of each prompt, including the token that ended it.
 
     Args:
-        prompts: token ids, each with room for `max_new_tokens` in the context window.
+        prompts: token ids of each prompt, which must leave room for `max_new_tokens` in the context window.
         kwargs: arguments of Transformers' `generate`.
     """
     output, width = _generate(chat, prompts, {**kwargs, "max_length": None})
@@ -174,13 +178,16 @@ def generate_replies(
     top_p: float | None = None,
     batch_size: int = 64,
 ) -> list[Reply]:
-    """The model's reply to each prompt, in the order of the prompts; generated in batches of similar length.
+    """Generates a reply to each prompt, in batches of prompts of similar length.
 
     Args:
         prompts: questions, or conversations that end with a user message.
         max_new_tokens: token limit of a reply; None for a quarter of the context window.
         temperature: 0 for greedy decoding; None for the model's own generation config.
         top_p: nucleus sampling; None for the model's own generation config.
+
+    Returns:
+        The replies, in the order of `prompts`.
     """
     kwargs = _build_generate_kwargs(chat, max_new_tokens, temperature, top_p)
     encoded = [
@@ -205,7 +212,7 @@ def generate_replies(
 
 
 def generate_text(chat: ChatModel, prompt: str | Messages, **settings: Any) -> str:
-    """The model's reply to a question or a conversation; settings as in `generate_replies`."""
+    """Returns the text of the model's reply to a question or a conversation; settings as in `generate_replies`."""
     return generate_replies(chat, [prompt], **settings)[0].text
 
 
@@ -217,7 +224,7 @@ def stream_text(
     temperature: float | None = None,
     top_p: float | None = None,
 ) -> Iterator[str]:
-    """The reply in pieces, as they are generated; settings as in `generate_replies`."""
+    """Yields the text of the reply in pieces as it is generated; settings as in `generate_replies`."""
     from transformers import TextIteratorStreamer
 
     kwargs = _build_generate_kwargs(chat, max_new_tokens, temperature, top_p)
@@ -243,7 +250,7 @@ def stream_text(
 
 
 def continue_texts(chat: ChatModel, texts: Sequence[str], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
-    """The model's continuation of each text, read as the beginning of a document and not as a question."""
+    """Continues each text as the beginning of a document, not as a user message. Returns the continuations."""
     start = chat.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     kwargs = _build_generate_kwargs(chat, max_new_tokens, temperature, None)
     room = chat.n_positions - max_new_tokens - 1

@@ -1,7 +1,7 @@
-"""Phases of a mixture -> rows and shares: where each phase starts, and segments of linearly changing shares.
+"""Plans the phases of a mixture: the row at which each phase starts, and segments of linearly changing shares.
 
-A phase is one segment, from the shares at its start to those at its end. If a source reaches its `max_epochs` inside,
-the segment is cut there and continues without the source; the other sources take over its share in proportion.
+A phase is one segment, from the shares at its start to those at its end. If a source reaches its `max_epochs` within a
+phase, the segment is split there. The second part omits the source, and the others take over its share in proportion.
 """
 
 import math
@@ -23,7 +23,7 @@ class PlannedPhase:
     end: int
     is_new: bool = False  # appended to the plan of a run that had started
     starts_with: Shares = ()  # the intended shares at the start, before a source is exhausted
-    jump: float = 0.0  # total variation distance from the end of the phase before
+    jump: float = 0.0  # total variation distance from the shares at the end of the previous phase
     segments: list[Segment] = field(default_factory=list)
 
     @property

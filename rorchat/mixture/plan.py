@@ -1,4 +1,4 @@
-"""A mixture over sources of known size -> a plan: which row of which source is the i-th training row.
+"""Plans a mixture over sources of known size: decides which row of which source is the i-th training row.
 
 A plan uses no random numbers, and its cost does not depend on its length: 10^9 rows are as fast as ten.
 """
@@ -14,29 +14,29 @@ from rorchat.mixture.phases import PhasePlanner, PlannedPhase
 
 MAX_JUMP = 0.25  # total variation distance; a larger jump shows as a bump in the loss
 MANY_EPOCHS = 4
-#: Recorded in the summary of plans whose rows come in another order than before, see `Plan.summary`.
+#: Version of the order of rows, recorded in the summary of plans whose order has changed. See `Plan.summary`.
 ROW_ORDER = 2
 
 
 class Plan:
     """Assigns every training row to a row of a source.
 
-    `names` are the sources, those of the previous plan first; `locate` and `count` use their indices. At every point
-    the count of each source is within `bound` rows of its budget: at most 1 for up to four sources, at most 1.5 for up
-    to eight (see `rorchat.mixture.interleave`), plus the bound of the previous plan.
+    `names` lists the sources, those of the previous plan first; `locate` and `count` use their indices in this list.
+    After every row, the count of each source is within `bound` rows of its budget. `bound` is at most 1 for up to four
+    sources and at most 1.5 for up to eight (see `rorchat.mixture.interleave`), plus the bound of the previous plan.
 
     Args:
         config: the mixture.
-        rows_per_epoch: source -> rows in one epoch. Optional sources that are not available are missing.
+        rows_per_epoch: source -> rows in one epoch. Optional sources that are not available are left out.
         rows: the total number of rows, including those of the previous plan.
         block_size: tokens per row.
-        previous: the plan of the rows before `start`, which stay as they are. Every source continues after the rows it
-            has contributed. Sources that only the previous plan uses need not be in `rows_per_epoch`.
+        previous: the plan of the rows before `start`, which do not change. Every source continues after the rows that
+            it has already contributed. Sources that only the previous plan uses need not be in `rows_per_epoch`.
         start: the first row of this mixture.
 
     Raises:
-        UsageError: the phases do not add up to `rows`, or name no source that is left.
-        DataError: a source is missing and not optional, or all sources are exhausted before the end.
+        UsageError: the phases do not add up to `rows`.
+        DataError: a source is missing and not optional, or a phase has no source left.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Plan:
         self.bound: float = self._interleaver.bound + (previous.bound if previous else 0)
 
     def _missing_sources(self, missing: list[str]) -> list[tuple[int, str]]:
-        """Notices about missing optional sources; raises DataError if a source is required or none is left."""
+        """Notices about missing optional sources. Raises DataError for a missing required source or if none is left."""
         for name in missing:
             if not self.config.sources[name].optional:
                 raise DataError(f"{self.config.where}: source {name!r} is missing and not optional.")
@@ -95,7 +95,7 @@ class Plan:
         return [(self.start, f"{name} {text}") for name in missing]
 
     def _active_segment(self, segment: Segment) -> Segment:
-        """A segment reduced to the active sources, which have all of its shares."""
+        """The segment restricted to the active sources; the shares of all others are 0."""
         first, last = (tuple(end[source] for source in self.active) for end in (segment.first, segment.last))
         return Segment(segment.start, segment.end, first, last)
 
@@ -105,7 +105,7 @@ class Plan:
         return [phase.until(row, n_later) for phase in self.phases if phase.start < row]
 
     def locate(self, row: int) -> tuple[int, int]:
-        """(index of the source, number of its rows before) of a row, computed without the rows before it."""
+        """Returns (index of the source of a row, number of earlier rows from that source)."""
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} of a plan of {self.rows}")
         if self.previous and row < self.start:
@@ -136,8 +136,8 @@ class Plan:
     def warnings(self) -> list[str]:
         """Likely mistakes: jumps of the mixture, and sources that are repeated many times."""
         jumps = [
-            f"phase {number} begins with another mixture than the phase before ended with (total variation distance "
-            f"{phase.jump:.2f}): a `ramp_to` phase in between avoids a bump in the loss"
+            f"phase {number} begins with a different mixture than the previous phase ended with (total variation "
+            f"distance {phase.jump:.2f}): a `ramp_to` phase in between avoids a bump in the loss"
             for number, phase in enumerate(self.phases, 1)
             if phase.jump > MAX_JUMP
         ]
@@ -185,7 +185,7 @@ class Plan:
         }
 
     def _has_new_row_order(self) -> bool:
-        """Whether version 0.1 before 2026-11-30 placed the rows otherwise, so that its runs must not be resumed."""
+        """Whether version 0.1 before 2026-11-30 ordered these rows differently, so that its runs cannot be resumed."""
         changed = len(self.active) in (5, 6) and self._interleaver.bound > 1
         return changed or bool(self.previous and self.previous._has_new_row_order())
 
@@ -194,5 +194,5 @@ class Plan:
         return plot.describe(self)
 
     def draw(self, path: str | Path) -> None:
-        """Writes a picture of the plan: the share of every source from the first token to the last."""
+        """Plots the share of every source over the tokens of the plan to an image file."""
         plot.draw(self, path)

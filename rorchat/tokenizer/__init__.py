@@ -1,8 +1,8 @@
 """Trains a byte-level BPE tokenizer with the ChatML control tokens, or loads one and adds them.
 
 Every returned tokenizer contains the ChatML control tokens, reserved tokens up to a multiple of 64 and a chat template,
-and loads with plain `AutoTokenizer`. No merge can spell a control token: the splitting pattern separates `<|` from the
-word that follows.
+and loads with plain `AutoTokenizer`. No merge can produce a control token, because the splitting pattern separates `<|`
+from the word that follows.
 """
 
 import hashlib
@@ -31,10 +31,10 @@ from rorchat.persona import Persona, load_persona
 from rorchat.sources.registry import CHAT_PREFIX, find_source, list_sources
 from rorchat.tokenizer.text import BoundedText
 
-# GPT-2's pattern, except that each digit is a token without the space before it: a number is spelled the same
-# everywhere, and sums can be learned digit by digit.
+# GPT-2's pattern, except that each digit is a separate token without the space before it. A number is therefore
+# tokenized the same way everywhere, and sums can be learned digit by digit.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-RESERVED_SLOTS = 12  # 16 special tokens with the four control tokens
+RESERVED_SLOTS = 12  # with the four control tokens, 16 special tokens
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # name or owner/name; any other string is a path
 SMALLEST_VOCABULARY = 256 + len(CONTROL_TOKENS) + RESERVED_SLOTS
 
@@ -48,11 +48,15 @@ def train_tokenizer(
     """Trains a byte-level BPE tokenizer that includes the control tokens.
 
     Args:
-        texts: documents, or a `BoundedText`, which has its own limit and counts what was read.
-        vocab_size: number of all tokens, including control and reserved tokens; a multiple of 64. If the texts give too
-            few merges, reserved tokens fill the vocabulary.
+        texts: documents, or a `BoundedText`, which limits and counts the characters itself.
+        vocab_size: number of all tokens, including control and reserved tokens; a multiple of 64. If the texts yield
+            too few merges, reserved tokens fill the vocabulary.
         persona: the persona whose system message the chat template contains; None for the default persona.
-        max_characters: maximum number of characters, to bound memory. The last text is cut there.
+        max_characters: maximum number of characters, to bound memory. The last text is truncated. Ignored if `texts` is
+            a `BoundedText`.
+
+    Returns:
+        A `PreTrainedTokenizerFast`.
 
     Raises:
         UsageError: `vocab_size` is not a multiple of 64 or too small; `max_characters` is not positive.
@@ -87,7 +91,7 @@ def train_tokenizer(
         ),
     )
     if not text.characters:
-        raise DataError("There is no text to train a tokenizer on: give sources with text.")
+        raise DataError("There is no text to train a tokenizer on: give sources that contain text.")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False)
     return _add_chatml(tokenizer, (persona or load_persona()).system, size=vocab_size)
 
@@ -102,13 +106,13 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, require
 
     Args:
         persona: replaces the system message of the chat template; None keeps it.
-        require_chat: refuse a tokenizer without `<|im_start|>` and `<|im_end|>`, and that of a model that was
-            pretrained on documents only, according to the record of its run.
+        require_chat: refuse models that were not trained to chat: the tokenizer has no `<|im_start|>` and `<|im_end|>`,
+            or `run.json` says that the model was pretrained on documents only.
 
     Raises:
         DataError: there is no tokenizer, or it is not a byte-level BPE.
         MismatchError: `require_chat`, and the model was not trained to chat.
-        RemoteError: it is not on the Hub, or the Hub cannot be reached.
+        RemoteError: the tokenizer is not on the Hub, or the Hub cannot be reached.
     """
     tokenizer = _load_any(name_or_path)
     sample = "Hello, naïve café! 你好 🙂\n\tx = 12345"
@@ -118,7 +122,7 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, require
     ):
         raise DataError(
             f"The tokenizer in {name_or_path!r} has {len(tokenizer)} tokens and does not reproduce text: "
-            "rorchat needs a byte-level BPE such as GPT-2's or one of `recipes/tokenizer.py`."
+            "rorchat needs a byte-level BPE such as GPT-2's, or one trained with `rorchat train-tokenizer`."
         )
     if require_chat and not {IM_START, IM_END} <= tokenizer.get_added_vocab().keys():
         raise MismatchError(
@@ -157,7 +161,7 @@ def find_run(model: str) -> tuple[Path, dict] | None:
 
 
 def _was_trained_on_documents_only(model: str) -> bool:
-    """Whether run records prove that a model was trained from random weights on documents only."""
+    """Whether `run.json`, and that of every earlier stage, shows that a model was trained on documents only."""
     run = find_run(model)
     if run is None or run[1].get("stage") != "pretrain" or not run[1].get("data"):
         return False
@@ -191,7 +195,7 @@ def _has_control_tokens(tokenizer) -> bool:
 
 
 def _control_strings(tokenizer) -> list[str]:
-    """All strings of special tokens: the control tokens first, then by id."""
+    """The strings of all special tokens: first the control tokens, then the others, sorted by id."""
     added = sorted(tokenizer.added_tokens_decoder.items())
     return list(dict.fromkeys([*CONTROL_TOKENS, *(token.content for _, token in added if token.special)]))
 
@@ -207,11 +211,11 @@ def _load_any(name_or_path: str):
             return GPT2Tokenizer.from_pretrained(folder)
         if "tokenizer.json" not in names:
             raise DataError(
-                f"No tokenizer in {folder}: it holds {', '.join(sorted(names)[:8]) or 'nothing'}. "
+                f"No tokenizer in {folder}: it contains {', '.join(sorted(names)[:8]) or 'nothing'}. "
                 "Expected tokenizer.json, or vocab.json and merges.txt."
             )
     elif folder.exists() or not HUB_ID.fullmatch(name_or_path):
-        raise DataError(f"No tokenizer at {name_or_path}: give a folder that holds one, or a Hub id such as 'gpt2'.")
+        raise DataError(f"No tokenizer at {name_or_path}: give the folder of a tokenizer, or a Hub id such as 'gpt2'.")
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
@@ -219,14 +223,14 @@ def _load_any(name_or_path: str):
         if folder.is_dir():
             raise DataError(f"Cannot load a tokenizer from {name_or_path!r}: {message}") from None
         raise RemoteError(
-            f"Cannot load a tokenizer from {name_or_path!r}: there is no such folder, and the Hub says: {message}"
+            f"Cannot load a tokenizer from {name_or_path!r}: there is no such folder, and the Hub returned: {message}"
         ) from None
 
 
 def _add_chatml(tokenizer, system: str, size: int | None = None):
     """Adds control tokens, reserved tokens up to `size` or the next multiple of 64, and the chat template."""
     if IM_START in tokenizer.get_vocab() and IM_START not in tokenizer.get_added_vocab():
-        raise MismatchError(f"{IM_START!r} is an ordinary token of this vocabulary: it can't serve as a control token.")
+        raise MismatchError(f"{IM_START!r} is an ordinary token of this vocabulary, so it cannot be a control token.")
     tokenizer.add_special_tokens(
         {
             "eos_token": END_OF_TEXT,
@@ -247,21 +251,21 @@ def _add_chatml(tokenizer, system: str, size: int | None = None):
 
 
 def token_bytes(tokenizer) -> list[int]:
-    """The number of UTF-8 bytes of each token, by id; 0 for control and reserved tokens. Needed for bits per byte.
+    """The number of UTF-8 bytes of each token, indexed by id; 0 for control and reserved tokens.
 
-    Byte-level tokens represent each byte by one character, so no lossy decoding is involved.
+    Used for bits per byte. A byte-level token has one character per byte, so its length is the number of its bytes.
     """
     special = set(tokenizer.all_special_ids)
-    spelled = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    sizes = [0 if token_id in special or token is None else len(token) for token_id, token in enumerate(spelled)]
-    for token_id, token in tokenizer.added_tokens_decoder.items():  # these contain plain text
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    sizes = [0 if token_id in special or token is None else len(token) for token_id, token in enumerate(tokens)]
+    for token_id, token in tokenizer.added_tokens_decoder.items():  # added tokens are plain text, not byte-level
         if token_id not in special:
             sizes[token_id] = 0 if token.special else len(token.content.encode())
     return sizes
 
 
 def tokenizer_sha256(tokenizer) -> str:
-    """A fingerprint of the encoding of text: equal for tokenizers that give the same ids.
+    """A fingerprint of how text is encoded: equal for tokenizers with the same normalizer, splitting, merges and ids.
 
     The chat template is not included, so a token store stays valid when the system message changes.
     """
@@ -269,7 +273,7 @@ def tokenizer_sha256(tokenizer) -> str:
     added = [f"{number} {token!r}" for number, token in sorted(backend.get_added_tokens_decoder().items())]
     sha256 = hashlib.sha256("\n".join(added).encode())
     for part in (backend.normalizer, backend.pre_tokenizer, backend.model):
-        sha256.update(part.__getstate__() if part else b"none")  # its JSON, ten times as fast as `to_str`
+        sha256.update(part.__getstate__() if part else b"none")  # its JSON; ten times as fast as `to_str`
     return sha256.hexdigest()
 
 
@@ -279,7 +283,7 @@ def chat_template_sha256(tokenizer) -> str:
 
 
 def byte_characters() -> dict[int, str]:
-    """byte -> the character that represents it in a byte-level BPE: itself if printable, else one from U+0100 on."""
+    """byte -> the character that represents it in a byte-level BPE: itself if printable, else U+0100 or above."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + at) for at, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}

@@ -1,8 +1,8 @@
 """Fast encoding of documents: every distinct word is encoded only once.
 
-A byte-level BPE first splits a text into words and then merges the bytes within each word. Text repeats its words (a
-book of 170,000 words has about 10,000 different ones), so most of the time is spent on splitting. Here the splitting
-is done in numpy on about a million characters at once:
+A byte-level BPE first splits a text into words and then merges the bytes within each word. Most words are repeated (a
+book of 170,000 words has about 10,000 different ones). Once the ids of each word are cached, splitting takes most of
+the time, so it is done in numpy on about a million characters at once:
 
 1. Every byte gets the class of its character: letter, number, white space, other.
 2. A word starts where the class changes. The exceptions of the pattern (the space before a word, contractions, the last
@@ -27,7 +27,7 @@ from rorchat.chatml import END_OF_TEXT, encode_text
 from rorchat.tokenizer import SPLIT_PATTERN, byte_characters
 
 CHUNK_CHARACTERS = 2**20  # the arrays of a chunk fit into the CPU cache
-MAX_WORD_BYTES = 2**16  # the time to merge a word grows faster than its length
+MAX_WORD_BYTES = 2**16  # merging takes more than linear time in the length of a word
 MAX_CACHED_WORDS = 2_000_000  # the cache is cleared beyond this size, to bound memory
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -51,8 +51,8 @@ def _ascii_classes() -> bytes:
 
 
 _ASCII = _ascii_classes()
-# Positions at which a word starts in any context, where a long text can be cut: the character class changes and the
-# character before is not white space. Only characters whose class is the same in every version of Unicode.
+# Positions at which a long text can be cut, because a word starts there in any context: the character class changes,
+# and the preceding character is not white space. Limited to characters with the same class in all Unicode versions.
 _SAFE_CUT = re.compile(
     r"(?<=[^\W\d_]) (?=[^\W\d_])|(?<=[A-Za-z])(?=[\r\n0-9.,;:+/=])|(?<=[0-9])(?=[\r\nA-Za-z.,;:+/=])"
     r"|(?<=[\u4e00-\u9fff\u3041-\u3096\u30a1-\u30fa])(?=[\n，。、；：？！])"
@@ -64,7 +64,7 @@ class WordTooLongError(ValueError):
 
 
 class Encoder:
-    """Encodes documents into numpy arrays of ids, each document after an `<|endoftext|>`.
+    """Encodes documents into numpy arrays of ids, with an `<|endoftext|>` before each document.
 
     Args:
         tokenizer: from `rorchat.load_tokenizer`.
@@ -90,7 +90,10 @@ class Encoder:
         self._counts = np.array([1], dtype=np.int32)
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (T,) of all texts, number of ids (N,) of each text including its `<|endoftext|>`).
+        """Encodes N texts.
+
+        Returns:
+            (ids (T,) of all texts, number of ids (N,) of each text, including its `<|endoftext|>`).
 
         Raises:
             WordTooLongError: a text contains a word of more than MAX_WORD_BYTES bytes.
@@ -112,7 +115,7 @@ class Encoder:
         return np.frombuffer(ids, dtype=self.dtype), np.diff(all_starts)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text without `<|endoftext|>`: the same as `rorchat.chatml.encode_text`."""
+        """The ids of each text without `<|endoftext|>`, equal to those of `rorchat.chatml.encode_text`."""
         try:
             ids, lengths = self.encode(texts)
         except ValueError:  # an overlong word or a NUL: the tokenizer accepts both
@@ -184,7 +187,7 @@ class Encoder:
         kinds = classes[runs]
         single_kinds = (_END, _NUMBER) if self.pattern == SPLIT_PATTERN else (_END,)
 
-        # Of a run of white space, the last character belongs to the word that follows
+        # The last character of a run of white space belongs to the word that follows
         blank = np.flatnonzero(kinds == _BLANK)
         blank = blank[kinds[blank + 1] != _END]  # at the end of a document, white space is one word
         after, kind_after = runs[blank + 1], kinds[blank + 1]
@@ -192,7 +195,7 @@ class Encoder:
         while len(inside := np.flatnonzero((text[last] & 0xC0) == _CONTINUATION)):
             last[inside] -= 1
         begins[last] = True
-        joins = text[last] == ord(" ")  # only a space joins the word; other white space is a word of its own
+        joins = text[last] == ord(" ")  # only a space joins the word; other white space is a separate word
         if _NUMBER in single_kinds:
             joins &= kind_after != _NUMBER
         begins[after[joins]] = False
@@ -205,7 +208,7 @@ class Encoder:
 
     @staticmethod
     def _mark_contractions(text: np.ndarray, classes: np.ndarray, begins: np.ndarray) -> None:
-        """Makes 's 't 're 've 'm 'll 'd words of their own if the apostrophe starts a word."""
+        """Makes 's 't 're 've 'm 'll 'd separate words if the apostrophe starts a word."""
         at = np.flatnonzero(text == ord("'"))
         at = at[begins[at]]
         at = at[classes[at + 1] == _LETTER]  # at + 2 is in range because the text ends with a NUL
@@ -219,7 +222,7 @@ class Encoder:
         begins[at[long] + 3] = True
 
     def _classify_bytes(self, data: bytes, text: np.ndarray) -> np.ndarray:
-        """The class of every byte, which is that of its character: _LETTER, _NUMBER, ..."""
+        """The class of the character that each byte belongs to: _LETTER, _NUMBER, ..."""
         classes = np.frombuffer(bytearray(data.translate(_ASCII)), dtype=np.uint8)
         lead = np.flatnonzero(text >= 0xC0)
         if not len(lead):
@@ -253,7 +256,7 @@ class Encoder:
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[str]:
-    """Texts, each after a NUL, joined to chunks of about CHUNK_CHARACTERS; a longer text is split."""
+    """Joins texts, with a NUL before each, into chunks of about CHUNK_CHARACTERS. A longer text is split."""
     gathered: list[str] = []
     size = 0
     for text in texts:
@@ -302,27 +305,30 @@ def splitting_pattern(backend: dict) -> str | None:
 
 
 def build_merger(tokenizer, model: dict):
-    """(a tiktoken encoding that merges words as the tokenizer does, the tokenizer's id for each of its ranks).
+    """Builds a tiktoken encoding that merges the bytes of a word as the tokenizer does.
 
-    tiktoken is five times as fast as `tokenizers` on a word. It merges the neighbours whose union has the lowest rank,
-    where a BPE merges the pair that comes first in its list. For merges from BPE training the result is the same: until
-    a merge crosses the bounds of a stretch of text, the merges inside depend on that stretch alone, so a union is
-    always formed from the two parts it was learned from. For hand-written merges it may differ; therefore a thousand
-    words are compared. Returns (None, None) if they differ, or if a token can be formed by two merges.
+    tiktoken encodes a word five times as fast as `tokenizers`. It identifies a merge by its result: of all adjacent
+    pairs, it merges the one whose concatenation has the lowest rank. A BPE identifies a merge by its two parts. Both
+    give the same result for merges learned by BPE training, where every token is always formed from the two parts that
+    it was learned from. They can differ for hand-written merges, so a thousand words are compared.
+
+    Returns:
+        (encoding, the tokenizer's id for each rank), or (None, None) if the words are encoded differently or a token
+        can be formed by two merges.
     """
     import tiktoken
 
-    unions = [a + b for a, b in (merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"])]
+    pairs = (merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"])
     characters = byte_characters()
-    spelled = [*characters.values(), *unions]  # in the order of their ranks
-    if len(set(spelled)) != len(spelled) or not set(spelled) <= set(model["vocab"]):
+    tokens = [*characters.values(), *(a + b for a, b in pairs)]  # sorted by rank
+    if len(set(tokens)) != len(tokens) or not set(tokens) <= set(model["vocab"]):
         return None, None
     byte_of = {ord(character): byte for byte, character in characters.items()}
-    ranks = {token.translate(byte_of).encode("latin-1"): rank for rank, token in enumerate(spelled)}
+    ranks = {token.translate(byte_of).encode("latin-1"): rank for rank, token in enumerate(tokens)}
     merger = tiktoken.Encoding("words", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={})
-    id_of_rank = np.array([model["vocab"][token] for token in spelled], dtype=np.int64)
-    draw = random.Random(0)
-    letters = [token for token in spelled if token.isascii() and token.isalpha()]
-    words = ["".join(draw.choices(letters, k=draw.choice((1, 2, 3)))) for _ in range(1000)]
+    id_of_rank = np.array([model["vocab"][token] for token in tokens], dtype=np.int64)
+    rng = random.Random(0)
+    letters = [token for token in tokens if token.isascii() and token.isalpha()]
+    words = ["".join(rng.choices(letters, k=rng.choice((1, 2, 3)))) for _ in range(1000)]
     merged = [id_of_rank[merger.encode_ordinary(word)].tolist() for word in words]
     return (merger, id_of_rank) if merged == encode_text(tokenizer, words) else (None, None)

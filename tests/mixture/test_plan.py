@@ -156,7 +156,7 @@ def test_jumps_and_many_epochs_give_warnings():
     phases = (Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, weights={"s0": 1, "s1": 1}))
     plan = Plan(config_of(*phases, sources=2), {"s0": 1000, "s1": 50}, 1000, 16)
     jump, epochs = plan.warnings()
-    assert "phase 2 begins with another mixture" in jump and "0.50" in jump and "ramp_to" in jump
+    assert "phase 2 begins with a different mixture" in jump and "0.50" in jump and "ramp_to" in jump
     assert "s1 is read 5.0 times" in epochs and "arXiv:2305.16264" in epochs
     gentle = (phases[0], Phase(share=0.5, ramp_to={"s0": 1, "s1": 1}))
     assert Plan(config_of(*gentle, sources=2), {"s0": 1000, "s1": 900}, 1000, 16).warnings() == []
