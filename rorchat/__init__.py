@@ -8,16 +8,13 @@ Importing `rorchat` is cheap: a public name imports its module on first use.
 """
 
 import importlib
-import logging
 
 __version__ = "0.1.0"
-
-# On a CPU, bitsandbytes warns at every import about a missing 4-bit kernel, which nothing here uses
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 #: The modules in the order in which data flows. A module imports only from earlier stages (tests/test_layout.py).
 STAGES = (
     "errors",  # exceptions with exit codes, and one-line messages
+    "console",  # messages and progress bars of libraries
     "files",  # atomic writes, fsync, sha256, folder locks
     "jsonl",  # JSON Lines files
     "yaml_file",  # a YAML file -> its values

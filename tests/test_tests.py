@@ -38,7 +38,6 @@ TESTED_IN = {
     "training/checkpointing/checkpoint.py": "faults/test_bit_rot.py",
     "training/checkpointing/fingerprint.py": "faults/test_refusals.py",
     "training/checkpointing/mirror.py": "faults/test_mirror.py",
-    "training/checkpointing/resume_plan.py": "faults/test_refusals.py",
     "training/checkpointing/trainer_mixin.py": "faults/test_resume.py",
     "training/context.py": "training/test_pretrain.py",
     "training/data.py": "training/test_sft.py",
@@ -49,6 +48,7 @@ TESTED_IN = {
     "training/reference_logps.py": "training/test_dpo.py",
     "training/run*.py": "faults/test_refusals.py",
     "training/sampler.py": "training/test_pretrain.py",
+    "training/tokenizer.py": "recipes/test_recipes.py",
     "training/stage.py": "training/callbacks/test_run_output.py",
 }
 

@@ -7,6 +7,7 @@ import typer
 from rorchat import __version__
 from rorchat.cli import checkpoint, data, model, plan, recipes, tokenizer, train
 from rorchat.cli.app import App
+from rorchat.console import configure_libraries
 from rorchat.errors import exits_with_one_line
 
 app = App("From raw text to your own chat model.")
@@ -48,4 +49,5 @@ def _options(
 @exits_with_one_line
 def main() -> None:
     """The entry point of the command `rorchat`."""
+    configure_libraries()
     app.run()

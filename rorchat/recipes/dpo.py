@@ -4,13 +4,16 @@ rorchat dpo --config demo/dpo.yaml
 accelerate launch recipes/dpo.py --model runs/gpt2-chat --sources preference=my_pairs.jsonl --output_dir runs/gpt2-dpo
 """
 
+from rorchat.console import configure_libraries
 from rorchat.errors import exits_with_one_line
-from rorchat.training.arguments import parse
-from rorchat.training.chat_stage import run_chat_stage
-from rorchat.training.dpo import ChatDPOTrainer, DPOArguments, load_preferences
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
+    configure_libraries()  # before they are imported
+    from rorchat.training.arguments import parse
+    from rorchat.training.chat_stage import run_chat_stage
+    from rorchat.training.dpo import ChatDPOTrainer, DPOArguments, load_preferences
+
     return run_chat_stage("dpo", parse(DPOArguments, argv), load_preferences, ChatDPOTrainer)
 
 

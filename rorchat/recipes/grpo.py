@@ -4,13 +4,16 @@ rorchat grpo --config demo/grpo.yaml
 accelerate launch recipes/grpo.py --model runs/gpt2-chat --sources gsm8k --output_dir runs/gpt2-grpo
 """
 
+from rorchat.console import configure_libraries
 from rorchat.errors import exits_with_one_line
-from rorchat.training.arguments import parse
-from rorchat.training.chat_stage import run_chat_stage
-from rorchat.training.grpo import ChatGRPOTrainer, GRPOArguments, load_questions
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
+    configure_libraries()  # before they are imported
+    from rorchat.training.arguments import parse
+    from rorchat.training.chat_stage import run_chat_stage
+    from rorchat.training.grpo import ChatGRPOTrainer, GRPOArguments, load_questions
+
     return run_chat_stage("grpo", parse(GRPOArguments, argv), load_questions, ChatGRPOTrainer)
 
 

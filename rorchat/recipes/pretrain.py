@@ -4,25 +4,28 @@ rorchat pretrain --config demo/pretrain.yaml
 accelerate launch --num_processes 8 recipes/pretrain.py --config my.yaml --learning_rate 1e-3
 """
 
+from rorchat.console import configure_libraries
 from rorchat.errors import exits_with_one_line
-from rorchat.inference.engine import resolve_model_path
-from rorchat.model import build_model, check_fit, load_checkpoint, zero_output_projections
-from rorchat.persona import load_persona
-from rorchat.tokenizer import load_tokenizer
-from rorchat.training.arguments import parse
-from rorchat.training.pretrain import (
-    PretrainArguments,
-    PretrainTrainer,
-    build_mixture,
-    describe_mixture,
-    prepare_token_stores,
-    show_plan,
-)
-from rorchat.training.run import train
-from rorchat.training.run_folder import RunFolder
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
+    configure_libraries()  # before they are imported
+    from rorchat.inference.engine import resolve_model_path
+    from rorchat.model import build_model, check_fit, load_checkpoint, zero_output_projections
+    from rorchat.persona import load_persona
+    from rorchat.tokenizer import load_tokenizer
+    from rorchat.training.arguments import parse
+    from rorchat.training.pretrain import (
+        PretrainArguments,
+        PretrainTrainer,
+        build_mixture,
+        describe_mixture,
+        prepare_token_stores,
+        show_plan,
+    )
+    from rorchat.training.run import train
+    from rorchat.training.run_folder import RunFolder
+
     arguments = parse(PretrainArguments, argv)
     base = resolve_model_path(arguments.model) if arguments.model else None
     run = RunFolder(arguments, "pretrain", {"start": base or arguments.tokenizer})

@@ -4,74 +4,16 @@ rorchat train-tokenizer --config demo/tokenizer.yaml
 python recipes/tokenizer.py --sources text=my_texts/ --vocab_size 8192 --output_dir runs/tokenizer
 """
 
-import json
-import os
-import time
-from dataclasses import dataclass, field
-from pathlib import Path
-
-import yaml
-
-from rorchat.errors import MismatchError, UsageError, exits_with_one_line
-from rorchat.persona import load_persona
-from rorchat.sources.registry import iterate_texts
-from rorchat.tokenizer import train_tokenizer
-from rorchat.tokenizer.text import BoundedText
-from rorchat.training.arguments import DataArguments, parse
-
-
-@dataclass
-class TokenizerArguments(DataArguments):
-    """Settings of this recipe."""
-
-    vocab_size: int = field(default=32_768, metadata={"help": "Vocabulary size, a multiple of 64."})
-    max_characters: int = field(default=1_000_000_000, metadata={"help": "Maximum characters to read; bounds memory."})
-    output_dir: str = field(default="", metadata={"help": "The folder for the tokenizer."})
-
-    def __post_init__(self):
-        self.check_data()
-        if self.max_characters < 1:
-            raise UsageError(f"max_characters is {self.max_characters}: it must be at least 1.")
-        if not self.output_dir:
-            raise UsageError("No output folder: give --output_dir runs/my-tokenizer")
+from rorchat.console import configure_libraries
+from rorchat.errors import exits_with_one_line
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    arguments = parse(TokenizerArguments, argv)
-    folder = Path(arguments.output_dir)
-    config = folder / "config.yaml"
-    if os.environ.get("RANK", "0") != "0":
-        return {}  # the first process trains it
-    if folder.is_dir() and any(folder.iterdir()):
-        if not config.is_file() or yaml.safe_load(config.read_text()) != arguments.given:
-            raise MismatchError(
-                f"The output folder {folder} contains another tokenizer or other files. "
-                "Choose another output_dir, or delete the folder."
-            )
-        print(f"{folder}: already trained with these settings; delete the folder to train again")
-        return {}
-    started = time.monotonic()
-    persona = load_persona(arguments.persona)
-    text = BoundedText(
-        iterate_texts(arguments.sources, arguments.data_seed, persona), arguments.max_characters, show=True
-    )
-    tokenizer = train_tokenizer(text, arguments.vocab_size, persona)
-    tokenizer.save_pretrained(folder)
-    metrics = {
-        "vocab_size": len(tokenizer),
-        "characters": text.characters,
-        "utf8_bytes": text.utf8_bytes,
-        "stopped_at_max_characters": text.stopped,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    (folder / "tokenizer_training.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    config.write_text(yaml.safe_dump(arguments.given))
-    print(
-        f"{folder}: {len(tokenizer):,} tokens, trained on {text.characters:,} characters "
-        f"({text.utf8_bytes:,} UTF-8 bytes) in {metrics['seconds']} s "
-        f"({'stopped at max_characters' if text.stopped else 'all of the text was read'})"
-    )
-    return metrics
+    configure_libraries()  # before they are imported
+    from rorchat.training.arguments import parse
+    from rorchat.training.tokenizer import TokenizerArguments, run_tokenizer_training
+
+    return run_tokenizer_training(parse(TokenizerArguments, argv))
 
 
 if __name__ == "__main__":

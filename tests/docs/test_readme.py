@@ -16,13 +16,13 @@ from typer.core import TyperCommand, TyperGroup
 import rorchat
 from rorchat.cli import app
 from rorchat.cli.launch import split_flags
-from rorchat.recipes.tokenizer import TokenizerArguments
 from rorchat.sources.registry import list_sources
 from rorchat.stories import STORIES_FOLDER
 from rorchat.training.dpo import DPOArguments
 from rorchat.training.grpo import GRPOArguments
 from rorchat.training.pretrain import PretrainArguments
 from rorchat.training.sft import SFTArguments
+from rorchat.training.tokenizer import TokenizerArguments
 
 PAGES = list_pages()
 MAX_LINE, MAX_TABLE_ROW, MAX_README = 120, 700, 120

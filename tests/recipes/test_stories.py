@@ -14,13 +14,13 @@ from recipe_commands import VARIABLES, inside
 from rorchat.cli import app
 from rorchat.cli.launch import split_flags
 from rorchat.mixture.config import read_mixture
-from rorchat.recipes.tokenizer import TokenizerArguments
 from rorchat.stories import STORIES_FOLDER, list_stories
 from rorchat.training.arguments import parse
 from rorchat.training.dpo import DPOArguments
 from rorchat.training.grpo import GRPOArguments
 from rorchat.training.pretrain import PretrainArguments
 from rorchat.training.sft import SFTArguments
+from rorchat.training.tokenizer import TokenizerArguments
 
 CONFIGS = sorted(path for path in STORIES_FOLDER.glob("*/*.yaml") if path.parent.name != "accelerate")
 ARGUMENTS = {

@@ -1,0 +1,74 @@
+"""Trains a byte-level BPE tokenizer on the text of sources."""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from rorchat.errors import MismatchError, UsageError
+from rorchat.persona import load_persona
+from rorchat.sources.registry import iterate_texts
+from rorchat.tokenizer import train_tokenizer
+from rorchat.tokenizer.text import BoundedText
+from rorchat.training.arguments import DataArguments
+
+
+@dataclass
+class TokenizerArguments(DataArguments):
+    """Settings of `recipes/tokenizer.py`."""
+
+    vocab_size: int = field(default=32_768, metadata={"help": "Vocabulary size, a multiple of 64."})
+    max_characters: int = field(default=1_000_000_000, metadata={"help": "Maximum characters to read; bounds memory."})
+    output_dir: str = field(default="", metadata={"help": "The folder for the tokenizer."})
+
+    def __post_init__(self):
+        self.check_data()
+        if self.max_characters < 1:
+            raise UsageError(f"max_characters is {self.max_characters}: it must be at least 1.")
+        if not self.output_dir:
+            raise UsageError("No output folder: give --output_dir runs/my-tokenizer")
+
+
+def run_tokenizer_training(arguments: TokenizerArguments) -> dict[str, float]:
+    """Trains a tokenizer and saves it with its settings; returns how much text was read.
+
+    Raises:
+        MismatchError: the output folder contains another tokenizer or other files.
+    """
+    folder = Path(arguments.output_dir)
+    config = folder / "config.yaml"
+    if os.environ.get("RANK", "0") != "0":
+        return {}  # the first process trains it
+    if folder.is_dir() and any(folder.iterdir()):
+        if not config.is_file() or yaml.safe_load(config.read_text()) != arguments.given:
+            raise MismatchError(
+                f"The output folder {folder} contains another tokenizer or other files. "
+                "Choose another output_dir, or delete the folder."
+            )
+        print(f"{folder}: already trained with these settings; delete the folder to train again")  # noqa: T201
+        return {}
+    started = time.monotonic()
+    persona = load_persona(arguments.persona)
+    text = BoundedText(
+        iterate_texts(arguments.sources, arguments.data_seed, persona), arguments.max_characters, show=True
+    )
+    tokenizer = train_tokenizer(text, arguments.vocab_size, persona)
+    tokenizer.save_pretrained(folder)
+    metrics = {
+        "vocab_size": len(tokenizer),
+        "characters": text.characters,
+        "utf8_bytes": text.utf8_bytes,
+        "stopped_at_max_characters": text.stopped,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    (folder / "tokenizer_training.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    config.write_text(yaml.safe_dump(arguments.given))
+    print(  # noqa: T201
+        f"{folder}: {len(tokenizer):,} tokens, trained on {text.characters:,} characters "
+        f"({text.utf8_bytes:,} UTF-8 bytes) in {metrics['seconds']} s "
+        f"({'stopped at max_characters' if text.stopped else 'all of the text was read'})"
+    )
+    return metrics
