@@ -142,7 +142,7 @@ def test_missing_paths_and_unknown_formats_have_different_errors(tmp_path):
         resolve_spec(str(tmp_path / "nothing.jsonl"))
     with pytest.raises(UsageError, match="No source named 'mesages'. Did you mean 'messages'"):
         resolve_spec(str(path), "mesages")
-    with pytest.raises(UsageError, match="names its source already"):
+    with pytest.raises(UsageError, match="already names its source"):
         resolve_spec(f"text={path}", "messages")
     assert resolve_spec(f"text={path}") == (f"text={path}", False)
     assert resolve_spec("tinytown=5") == ("tinytown=5", False)

@@ -258,7 +258,7 @@ MISTAKES = [
     ("check tinytown", 2, "needs a number of rows"),
     ("check tinytown=-5", 2, "needs a number of rows"),
     ("check {rows} --as nosuch", 2, "No source named 'nosuch'"),
-    ("check text={rows} --as messages", 2, "names its source already"),
+    ("check text={rows} --as messages", 2, "already names its source"),
     ("check {rows} --max_length 100", 2, "--tokenizer and --max_length go together"),
     ("check {rows} --tokenizer {tok}", 2, "--tokenizer and --max_length go together"),
     ("check {rows} --tokenizer {tok} --max_length 0", 2, "--max_length is 0"),
