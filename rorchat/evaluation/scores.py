@@ -1,4 +1,4 @@
-"""Scores of a chat model: questions with known answers by kind, stop rate, persona probes, and validation loss."""
+"""Scores a chat model: questions with known answers, stop rate, persona probes, and validation loss."""
 
 import json
 from collections import defaultdict
@@ -17,7 +17,7 @@ EXAMPLES_SHOWN = 3
 
 @dataclass
 class Rate:
-    """`right` answers of `asked` questions."""
+    """The share of right answers: `right` of `asked` questions."""
 
     right: int = 0
     asked: int = 0
@@ -31,12 +31,16 @@ class Rate:
 
 @dataclass
 class Scores:
-    """The scores of one model, which are one column of the table.
+    """The scores of one model: one column of the table.
 
     Attributes:
-        stops: replies that close their turn, as in the gate's `stop_rate`.
-        loss: nats per token of the validation text, if one was given; `bits_per_byte` of the same text.
-        examples: (question, reply), one of each kind.
+        questions: right answers to questions with known answers.
+        kinds: the same, by kind of question.
+        stops: replies that end with the end-of-turn token, as in the gate's `stop_rate`.
+        persona: correct replies to questions about the persona.
+        loss: nats per token on a validation text; None if there is none.
+        bits_per_byte: the same loss in bits per UTF-8 byte.
+        examples: (question, reply) for the first question of each kind, at most EXAMPLES_SHOWN.
     """
 
     name: str
@@ -50,7 +54,7 @@ class Scores:
     examples: list[tuple[str, str]] = field(default_factory=list)
 
     def rows(self) -> dict[str, str]:
-        """{name of a table row: cell}."""
+        """Returns {name of a table row: cell}."""
         cells = {"held-out questions": str(self.questions)}
         cells |= {f"- {kind}": str(rate) for kind, rate in self.kinds.items()}
         cells |= {"stop rate": str(self.stops), "persona probes": str(self.persona)}
@@ -62,7 +66,7 @@ class Scores:
 def score_chat(
     chat: ChatModel, name: str, folder: str, persona: Persona, asked: list[Question] | None = None
 ) -> Scores:
-    """Scores of a model's greedy replies to questions and persona probes.
+    """Scores a model's greedy replies to questions and persona probes.
 
     Args:
         asked: questions with known answers; None for the 200 held-out questions of Tinytown.
@@ -91,11 +95,12 @@ def score_chat(
 
 
 def write_scores(columns: list[Scores], path: Path) -> None:
+    """Writes the scores of several models to a JSON file."""
     path.write_text(json.dumps([asdict(column) for column in columns], indent=2, ensure_ascii=False) + "\n")
 
 
 def read_scores(path: Path) -> list[Scores]:
-    """Reads a file of `write_scores`."""
+    """Reads a file written by `write_scores`."""
     columns = []
     for values in json.loads(path.read_text()):
         for key in ("questions", "stops", "persona"):

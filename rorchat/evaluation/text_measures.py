@@ -1,4 +1,4 @@
-"""Pure functions that measure one reply. The gate, `rorchat evaluate` and `rorchat.evaluation.metrics` share them."""
+"""Pure functions that measure one reply, used by the gate, `rorchat evaluate` and `rorchat.evaluation.metrics`."""
 
 import math
 import re
@@ -18,8 +18,8 @@ _USER_TURN = re.compile(
     r"<\|im_start\|>\s*user|(?i:(?:^|\n)[ \t]*(?:user|human)[ \t]*[:\n])|\b(?:User|Human):|\n(?:user|human)\s*$"
 )
 
-# Frequent words of each language. A word of several languages counts for each of them. The lists of the other four have
-# no word that is common in short English replies ("No.", "They die.", "Come here!").
+# Frequent words of each language. A word may occur in several lists and then counts for each of these languages. The
+# lists other than English contain no word that is common in short English replies ("No.", "They die.", "Come here!").
 STOP_WORDS = {
     language: frozenset(words.split())
     for language, words in {
@@ -32,19 +32,19 @@ STOP_WORDS = {
     }.items()
 }
 MIN_STOP_WORDS = 2  # distinct stop words needed to name a language: a single one may be a name or a foreign word
-SCRIPTS = {"ru": "CYRILLIC", "zh": "CJK"}  # languages recognized by their script; all others are Latin
+SCRIPTS = {"ru": "CYRILLIC", "zh": "CJK"}  # languages recognized by their script; all others use the Latin script
 LANGUAGES = (*STOP_WORDS, *SCRIPTS)
 
 
 def bits_per_byte(nats: float, utf8_bytes: int) -> float:
-    """Bits per UTF-8 byte of a text whose tokens have a total negative log-likelihood of `nats`; NaN for no bytes."""
+    """Converts the total negative log-likelihood of a text, in nats, to bits per UTF-8 byte. NaN for an empty text."""
     return nats / math.log(2) / utf8_bytes if utf8_bytes else math.nan
 
 
 def closes_turn(reply: str | Sequence[int], end_of_turn: str | int = IM_END) -> bool:
-    """Whether a reply ends with the end-of-turn token; both as text or both as ids.
+    """Whether a reply ends with the end-of-turn token. Both arguments are text, or both are token ids.
 
-    A reply that ends with `<|endoftext|>` or at the token limit leaves its turn open.
+    A reply that ends with `<|endoftext|>` or at the token limit does not close its turn.
     """
     if isinstance(reply, str):
         return reply.endswith(str(end_of_turn))
@@ -52,7 +52,7 @@ def closes_turn(reply: str | Sequence[int], end_of_turn: str | int = IM_END) -> 
 
 
 def strip_end_token(text: str) -> str:
-    """A reply, decoded with its special tokens, without the `<|im_end|>` or `<|endoftext|>` that ended it."""
+    """Removes the final `<|im_end|>` or `<|endoftext|>` from a reply that was decoded with its special tokens."""
     return text.removesuffix(IM_END) if text.endswith(IM_END) else text.removesuffix(END_OF_TEXT)
 
 
@@ -60,9 +60,9 @@ def leaks_template(text: str, ids: Sequence[int] = (), control_ids: Collection[i
     """Whether a reply contains parts of a chat template.
 
     Args:
-        text: the reply, decoded with its special tokens but without the token that ended it. Control strings spelled
-            with ordinary tokens and headers of turns count too.
-        ids: the same reply as token ids; any of `control_ids` among them is a leak.
+        text: the reply, decoded with its special tokens but without the token that ended it. Control strings that
+            consist of ordinary tokens and headers of turns also count as leaks.
+        ids: the same reply as token ids. Any of `control_ids` among them is a leak.
     """
     return any(token in control_ids for token in ids) or _TEMPLATE_PARTS.search(text) is not None
 
@@ -73,18 +73,16 @@ def speaks_for_user(text: str) -> bool:
 
 
 def _repeated_share(items: Sequence) -> float | None:
+    """Returns the share of 4-grams that occur earlier; None for fewer than four items."""
     grams = list(zip(*(items[start:] for start in range(4)), strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else None
 
 
 def repetition_rate(text: str, ids: Sequence = ()) -> float | None:
-    """Share of 4-grams that occur earlier in the reply: seq-rep-4 of Welleck et al. 2019 (arXiv:1908.04319).
+    """Returns the share of repeated 4-grams: seq-rep-4 of Welleck et al. 2019 (arXiv:1908.04319).
 
-    Measured on words and on `ids`, whichever repeats more: a loop may contain no spaces ("Yes!!!!!!"), or each of its
-    rounds may take many tokens.
-
-    Returns:
-        None for fewer than four words and four ids.
+    The result is the maximum over words and token ids, because a repeated phrase may contain no spaces ("Yes!!!!!!") or
+    consist of many tokens. It is None if there are fewer than four words and fewer than four ids.
     """
     shares = [share for share in (_repeated_share(text.split()), _repeated_share(ids)) if share is not None]
     return max(shares, default=None)
@@ -97,7 +95,7 @@ def is_repetitive(text: str, ids: Sequence = ()) -> bool | None:
 
 
 def _main_script(text: str) -> str | None:
-    """The script of most letters; None without letters. Chinese and Japanese are one script."""
+    """Returns the most frequent script of the letters, or None without letters. Chinese and Japanese count as one."""
     names = [unicodedata.name(character, "").split() for character in text if character.isalpha()]
     scripts = [name[0] if name[0] not in ("HIRAGANA", "KATAKANA") else "CJK" for name in names if name]
     return max(set(scripts), key=scripts.count) if scripts else None
@@ -106,10 +104,10 @@ def _main_script(text: str) -> str | None:
 def is_in_language(text: str, language: str) -> bool | None:
     """Whether a text appears to be in a language, judged by its script and, for Latin script, by its stop words.
 
-    A heuristic that tells the five languages of `STOP_WORDS` apart.
+    This is a heuristic that distinguishes the five languages of `STOP_WORDS`.
 
     Returns:
-        None if it cannot tell, as for a text with fewer than MIN_STOP_WORDS stop words of every language.
+        None if the language cannot be determined, for example if no language has MIN_STOP_WORDS stop words in the text.
     """
     script = _main_script(text)
     if script is None:

@@ -1,4 +1,4 @@
-"""A conversation in the terminal or through a pipe: one question per line, one reply each."""
+"""Chat in the terminal or through a pipe: every input line is a question and gets one reply."""
 
 import sys
 from typing import TextIO
@@ -6,7 +6,7 @@ from typing import TextIO
 from rorchat.chatml import encode_prompt
 from rorchat.inference.engine import DEFAULT_REPLY_DIVISOR, ChatModel, stream_text
 
-HELP = "/reset starts a new conversation, /exit ends, /help shows this"
+HELP = "/reset starts a new conversation, /exit quits, /help shows this help"
 
 
 def run_chat(
@@ -21,7 +21,12 @@ def run_chat(
 ) -> int:
     """Reads questions until /exit or the end of input, and streams the replies.
 
-    Prompts are shown only if `source` is a terminal. What no longer fits into the context window is reported on stderr.
+    The prompts "you:" and "model:" are printed only if `source` is a terminal. Parts of the conversation that no longer
+    fit into the context window are reported on stderr.
+
+    Args:
+        source: stream of questions; default: stdin.
+        target: stream to which replies are written; default: stdout.
 
     Returns:
         The number of questions answered.

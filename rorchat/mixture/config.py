@@ -7,12 +7,13 @@
       mine: store=../tokens/mine                                    # an existing token store
     against: [../data/gsm8k/test.jsonl]                             # reject documents that share 13 consecutive words
     phases:
-      - {share: 60%, weights: {c4: 1}}                              # of the tokens; alternatively `tokens: 2_000_000`
-      - {share: 20%, ramp_to: {c4: 1, tales: 3}, replay: 10%}       # linear; 10 % keep the previous mixture
-      - {share: 20%}                                                # continues as the phase before ended
+      - {share: 60%, weights: {c4: 1}}                              # of all tokens; alternatively `tokens: 2_000_000`
+      - {share: 20%, ramp_to: {c4: 1, tales: 3}, replay: 10%}       # linear ramp; 10 % of the previous mixture
+      - {share: 20%}                                                # keeps the weights at the end of the previous phase
 
-Weights are shares of tokens on any scale. `$NAME` is an environment variable. In a mixture that is appended to a run
-(`--new_phase`), the first phase may use `ramp_to` or `replay`, and shares refer to the remaining tokens.
+Weights are proportional to tokens and need not sum to 1. `$NAME` is an environment variable. In a mixture that is
+appended to a run (`--new_phase`), the first phase may use `ramp_to` or `replay`, and shares refer to the remaining
+tokens.
 """
 
 import math
@@ -34,7 +35,7 @@ PHASE_KEYS = ("share", "tokens", "weights", "ramp_to", "replay")
 
 @dataclass(frozen=True)
 class Source:
-    """One source of a mixture: its spec (such as `NAME=PATH`), the limit of its epochs, and its filters."""
+    """One source of a mixture: its spec (such as `NAME=PATH`), the maximum number of epochs, and its filters."""
 
     spec: str
     max_epochs: float | None = None
@@ -44,10 +45,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of the mixture: its length, and weights.
+    """A phase of the mixture: its length and its weights.
 
-    The length is given as `tokens`, or as a `share` of the tokens that remain after all phases with `tokens`. Without
-    `weights` and `ramp_to` a phase continues as the phase before ended; the first phase then mixes by size.
+    The length is given either as `tokens`, or as a `share` of the tokens that remain after all phases with `tokens`.
+    A phase without `weights` and `ramp_to` keeps the weights at the end of the previous phase; if it is the first
+    phase, sources are mixed by size.
     """
 
     share: float | None = None
@@ -59,7 +61,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """The sources and phases of a mixture, as configured; `where` is the file, for messages."""
+    """The sources and phases of a mixture, as configured. Error messages name `where`, the file."""
 
     sources: dict[str, Source]
     phases: tuple[Phase, ...] = (Phase(share=1.0),)
@@ -68,14 +70,16 @@ class MixtureConfig:
 
     @classmethod
     def from_specs(cls, specs: Sequence[str], weights: Sequence[float] | None = None) -> "MixtureConfig":
-        """A mixture of one phase; a second `text=...` is named text-2. Without weights, sources are mixed by size.
+        """Creates a mixture with one phase. Without weights, sources are mixed by size.
+
+        A source is named after its kind: the first `text=...` is "text", the second "text-2".
 
         Raises:
-            UsageError: the number of weights is not that of the sources, or a weight is not positive.
+            UsageError: the numbers of weights and sources differ, or a weight is not positive.
         """
         sources: dict[str, Source] = {}
         for spec in specs:
-            name = spec.partition("=")[0].replace(":", "-")  # it is also the name of a folder
+            name = spec.partition("=")[0].replace(":", "-")  # also used as a folder name
             free = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in sources)
             sources[free] = Source(spec)
         if not weights:
@@ -88,7 +92,7 @@ class MixtureConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "MixtureConfig":
-        """The inverse of `to_dict`, except for `where`."""
+        """Inverse of `to_dict`, except for `where`."""
         sources = {
             name: Source(**source | {"filters": Filters(**source["filters"])})
             for name, source in values["sources"].items()
@@ -96,15 +100,15 @@ class MixtureConfig:
         return cls(sources, tuple(Phase(**phase) for phase in values["phases"]), against=tuple(values["against"]))
 
     def require_standalone(self) -> None:
-        """Raises UsageError if the first phase needs a phase before it."""
+        """Raises UsageError if the first phase refers to a previous phase."""
         for key in ("ramp_to", "replay"):
             if self.phases and getattr(self.phases[0], key):
                 raise UsageError(
-                    f"{self.where}: phase 1: {key} needs a phase before it, and this is the first: give weights."
+                    f"{self.where}: phase 1: {key} needs a previous phase, but this is the first one: give weights."
                 )
 
     def to_dict(self) -> dict[str, object]:
-        """Everything the plan depends on, as JSON. Equivalent files give equal values."""
+        """Returns everything that the plan depends on, as JSON. Equivalent files result in equal values."""
         return {
             "sources": {name: asdict(source) for name, source in self.sources.items()},
             "phases": [asdict(phase) for phase in self.phases],
@@ -113,11 +117,11 @@ class MixtureConfig:
 
 
 def read_mixture(path: str | Path, is_continuation: bool = False) -> MixtureConfig:
-    """Reads a mixture from a YAML file; the docstring of this module shows one.
+    """Reads a mixture from a YAML file. See the docstring of this module for an example.
 
     Args:
-        is_continuation: the first phase may continue a previous mixture. The caller must call `require_standalone` if
-            there is none.
+        is_continuation: whether the first phase may continue a previous mixture. If there turns out to be none, the
+            caller must call `require_standalone`.
 
     Raises:
         UsageError: the file is invalid; the message names the phase or source.
@@ -146,7 +150,7 @@ def read_mixture(path: str | Path, is_continuation: bool = False) -> MixtureConf
     if shares and abs(sum(shares) - 1) > 1e-6:
         raise UsageError(
             f"{where}: the shares of the phases sum to {100 * sum(shares):.6g} %: they must sum to 100 % (of the "
-            "tokens that phases with `tokens` leave)."
+            "tokens that remain after phases with `tokens`)."
         )
     against = content.get("against") or []
     if not isinstance(against, list) or not all(isinstance(path, str) for path in against):
@@ -160,7 +164,7 @@ def read_mixture(path: str | Path, is_continuation: bool = False) -> MixtureConf
 
 
 def expand_variables(where: str, value: str) -> str:
-    """Replaces environment variables in a path or spec; `where` is for the message.
+    """Replaces environment variables in a path or spec. The error message names `where`.
 
     Raises:
         UsageError: a variable is not set.
@@ -173,7 +177,7 @@ def expand_variables(where: str, value: str) -> str:
 
 def _require_known_keys(where: str, value: Any, known: Sequence[str]) -> None:
     if not isinstance(value, dict):
-        raise UsageError(f"{where} must have `key: value` lines, it is a {type(value).__name__}.")
+        raise UsageError(f"{where} must contain `key: value` lines, but is a {type(value).__name__}.")
     for key in value:
         if key not in known:
             raise UsageError(f"{where}: unknown key {key!r}.{did_you_mean(str(key), known)} Known: {', '.join(known)}.")
@@ -182,7 +186,7 @@ def _require_known_keys(where: str, value: Any, known: Sequence[str]) -> None:
 def _read_source(where: str, name: Any, value: Any) -> Source:
     if not isinstance(name, str) or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise UsageError(
-            f"{where}: its name is also the name of a folder: use letters, digits, '-', '_' and '.'; quote a number."
+            f"{where}: the name is also used as a folder name: use letters, digits, '-', '_' and '.'; quote numbers."
         )
     if isinstance(value, str):
         value = {"from": value}
@@ -208,11 +212,13 @@ def _read_source(where: str, name: Any, value: Any) -> Source:
 def _read_phase(where: str, value: Any, sources: dict[str, Source]) -> Phase:
     _require_known_keys(where, value, PHASE_KEYS)
     if ("share" in value) == ("tokens" in value):
-        raise UsageError(f"{where}: give its length either as share (of the tokens, as 60%) or as tokens.")
+        raise UsageError(f"{where}: give its length either as share (such as 60%) or as tokens.")
     if "weights" in value and "ramp_to" in value:
         raise UsageError(f"{where}: both weights and ramp_to: give one of the two.")
     if "replay" in value and "weights" not in value and "ramp_to" not in value:
-        raise UsageError(f"{where}: replay without weights or ramp_to: the whole phase continues the one before.")
+        raise UsageError(
+            f"{where}: replay needs weights or ramp_to; without them, the whole phase keeps the previous mixture."
+        )
     values: dict[str, Any] = {
         key: _read_weights(f"{where}: {key}", value[key], sources) for key in ("weights", "ramp_to") if key in value
     }
@@ -220,7 +226,9 @@ def _read_phase(where: str, value: Any, sources: dict[str, Source]) -> Phase:
         if key in value:
             values[key] = _read_number(f"{where}: {key}", value[key])
             if values[key] == 0 or (key != "tokens" and values[key] > 1):
-                allowed = "a positive number" if key == "tokens" else "more than 0 and at most 100 %, as 60% or 0.6"
+                allowed = (
+                    "a positive number" if key == "tokens" else "more than 0 and at most 100 %, such as 60% or 0.6"
+                )
                 raise UsageError(f"{where}: {key} is {value[key]!r}; give {allowed}.")
     if "tokens" in values:
         if values["tokens"] != int(values["tokens"]):
@@ -231,7 +239,7 @@ def _read_phase(where: str, value: Any, sources: dict[str, Source]) -> Phase:
 
 def _read_weights(where: str, value: Any, sources: dict[str, Source]) -> dict[str, float]:
     if not isinstance(value, dict) or not value:
-        raise UsageError(f"{where} is {value!r}; give one number per source, as {{{next(iter(sources))}: 1}}.")
+        raise UsageError(f"{where} is {value!r}; give one number per source, such as {{{next(iter(sources))}: 1}}.")
     for name in value:
         if name not in sources:
             hint = did_you_mean(str(name), sources)
@@ -243,12 +251,12 @@ def _read_weights(where: str, value: Any, sources: dict[str, Source]) -> dict[st
 
 
 def _read_number(where: str, value: Any) -> float:
-    """A number >= 0, given as a number, as `60%`, or as `6e-4`, which YAML reads as a string."""
+    """Converts a number, `60%`, or `6e-4` (which YAML reads as a string) to a non-negative float."""
     is_percent = isinstance(value, str) and value.strip().endswith("%")
     try:
         number = math.nan if isinstance(value, bool) else float(value.strip().rstrip("%") if is_percent else value)
     except (TypeError, ValueError):
         number = math.nan
     if not 0 <= number < math.inf:
-        raise UsageError(f"{where} is {value!r}; give a number that is not negative.")
+        raise UsageError(f"{where} is {value!r}; give a non-negative number.")
     return number / 100 if is_percent else number

@@ -40,7 +40,7 @@ def prepare_stores(
     persona: Persona | None = None,
     first: Callable[[], AbstractContextManager] = nullcontext,
 ) -> list[TokenStore]:
-    """The token store of every source of a mixture, in a folder of `root` with the source's name.
+    """Opens or creates the token store of every source of a mixture, in the subfolder of `root` with the source's name.
 
     `store=FOLDER` opens an existing store. If an `optional` source fails, this is reported and the source is omitted;
     if it fails in one process, all processes omit it, because their plans must be equal.
@@ -52,8 +52,8 @@ def prepare_stores(
 
     Raises:
         DataError: a source has less than one row, or no source is left.
-        MismatchError: a store was made with another tokenizer or other settings, or with another validation share than
-            the mixture's.
+        MismatchError: a store was created with a different tokenizer, different settings, or a validation share that
+            differs from the mixture's.
     """
     stores = []
     for name, source in config.sources.items():
@@ -87,7 +87,7 @@ def _print_once(line: str) -> None:
 
 
 def _common_stores(stores: list[TokenStore]) -> list[TokenStore]:
-    """The stores that all processes could open: a disk or the Hub may fail for one of them only."""
+    """Returns the stores that all processes could open: a disk or the Hub may fail for only one of them."""
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):

@@ -109,7 +109,7 @@ def test_a_first_phase_continues_from_the_cut_of_the_previous_plan():
         plan = Plan(config_of(phase), {"s0": 900, "s1": 900, "s2": 900}, 1000, 16, past, 750)
         first = plan.summary()["phases"][2]["sources"]
         assert [part["share_at_start"] for part in first] == pytest.approx(at_start)
-    with pytest.raises(UsageError, match="phase 1: ramp_to needs a phase before it, and this is the first"):
+    with pytest.raises(UsageError, match="phase 1: ramp_to needs a previous phase, but this is the first"):
         Plan(config_of(Phase(share=1.0, ramp_to={"s2": 1})), HALF, 100, 16)
 
 
@@ -202,7 +202,7 @@ def test_from_dict_restores_a_mixture(tmp_path):
         "against: [eval.jsonl]\n"
         "phases: [{tokens: 100, ramp_to: {a: 1}, replay: 5%}, {share: 100%, weights: {b: 0.1}}]\n"
     )
-    with pytest.raises(UsageError, match="phase 1: ramp_to needs a phase before it"):
+    with pytest.raises(UsageError, match="phase 1: ramp_to needs a previous phase"):
         read_mixture(path)
     config = read_mixture(path, is_continuation=True)
     restored = MixtureConfig.from_dict(json.loads(json.dumps(config.to_dict())))
@@ -221,7 +221,7 @@ def test_a_plan_is_rebuilt_from_the_mixture_history():
     plan = build_plan(kept, third, HALF, 100, 16)
     past = Plan(second, HALF, 100, 16, Plan(first, HALF, 100, 16), 40)
     assert (locate_rows(plan) == locate_rows(Plan(third, HALF, 100, 16, past, 70))).all()
-    with pytest.raises(MismatchError, match="Source 's1' had 50 rows up to row 40 and has now 51: .* another name"):
+    with pytest.raises(MismatchError, match="Source 's1' had 50 rows up to row 40 and now has 51: .* another name"):
         build_plan(kept, third, HALF | {"s1": 51}, 100, 16)
     assert build_plan([], first, HALF, 100, 16).count(0, 100) == 100
 
