@@ -1,8 +1,8 @@
-"""Learning from rewards: questions with known answers -> sampled replies -> a better model, with TRL's GRPOTrainer.
+"""Reinforcement learning on questions with known answers, with TRL's GRPOTrainer.
 
-Group relative policy optimization (Shao et al. 2024, arXiv:2402.03300) samples several replies to each question and
-makes each more likely in proportion to how far its reward exceeds the group's mean. A group whose replies all have the
-same reward teaches nothing, so the share of such groups is measured before the first step.
+Group relative policy optimization (Shao et al. 2024, arXiv:2402.03300) samples a group of replies to each question. The
+advantage of a reply is its reward minus the mean reward of its group. If all replies of a group have the same reward,
+all advantages are 0 and the group has no gradient, so the share of such groups is measured before the first step.
 """
 
 import copy
@@ -45,7 +45,7 @@ EQUAL_REWARDS = 1e-6  # rewards that differ by less count as equal
 TOO_EASY = 0.9  # share of right answers above which questions count as too easy rather than too hard
 #: Metrics of TRL 1.16 to keep; the others are constant here, because every reply is used once, or logged elsewhere.
 LOGGED = ("reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "completions/mean_length", "stopped")
-#: Values that TRL 1.16 accepts; it would refuse others in the first step.
+#: Values that TRL 1.16 accepts. It checks them only in the first step.
 KNOWN_VALUES = {
     "scale_rewards": ("none", "group", "batch"),
     "loss_type": ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
@@ -86,7 +86,7 @@ class GRPOArguments(StageArguments, GRPOConfig):
         metadata={"help": "answer, stop, length, repetition, format, or your own FILE.py:FUNCTION."},
     )
     readiness_questions: int = field(
-        default=32, metadata={"help": "Questions asked before the first step to check that replies differ; 0: none."}
+        default=32, metadata={"help": "Questions sampled before the first step to check that rewards differ; 0: none."}
     )
     # TRL's fields with other defaults
     max_completion_length: int | None = field(
@@ -110,7 +110,7 @@ class GRPOArguments(StageArguments, GRPOConfig):
     def __post_init__(self):
         self.check_data()
         if not self.model:
-            raise UsageError("No model: give the chat model to train, as in --model runs/gpt2-chat")
+            raise UsageError("No model: give the chat model to train, such as --model runs/gpt2-chat")
         self.resolve_defaults()
         self._check_groups()
         self._check_rewards()
@@ -138,8 +138,8 @@ class GRPOArguments(StageArguments, GRPOConfig):
     def _check_groups(self) -> None:
         if self.num_generations < 2:
             raise UsageError(
-                f"num_generations is {self.num_generations}: give 2 or more, since a reply is compared with others "
-                "to the same question."
+                f"num_generations is {self.num_generations}: give 2 or more, because replies to the same "
+                "question are compared."
             )
         world = int(os.environ.get("WORLD_SIZE", "1"))
         replies = self.per_device_train_batch_size * self.gradient_accumulation_steps * world
@@ -152,27 +152,27 @@ class GRPOArguments(StageArguments, GRPOConfig):
 
     def _check_rewards(self) -> None:
         if not self.rewards or len(set(self.rewards)) < len(self.rewards):
-            raise UsageError(f"rewards is {self.rewards}: give at least one, and none twice.")
+            raise UsageError(f"rewards is {self.rewards}: give one or more different rewards.")
         for name in self.rewards:
             find_reward(name)
         self.reward_weights = self.reward_weights or [WEIGHTS.get(name, 1.0) for name in self.rewards]
         if len(self.reward_weights) != len(self.rewards):
             raise UsageError(
                 f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards "
-                f"({', '.join(self.rewards)}): give one each."
+                f"({', '.join(self.rewards)}): give one for each reward."
             )
 
     def reward_files(self) -> dict[str, str]:
-        """The sha256 of every file with a user's reward: a changed file makes it another run."""
+        """Returns the sha256 of every file with a reward function. A run is not resumed if such a file has changed."""
         files = {name.rpartition(":")[0] for name in self.rewards if ":" in name}
         return {file: file_sha256(Path(file)) for file in sorted(files)}
 
 
 def load_questions(arguments: GRPOArguments, tokenizer, n_positions: int) -> Split:
-    """Questions as their source gives them, with their `place` in it and the encoded `prompt`.
+    """Loads the training and validation questions of all sources, with the columns `place` and `prompt` (token ids).
 
-    A question is rejected as over-long if it does not fit into the positions together with a reply: the answer may
-    depend on the part that would be cut. See `load_split` for the errors.
+    A question is rejected as over-long if the question and a reply do not fit into the context window: the answer may
+    depend on the part that would be truncated. See `load_split` for the errors.
     """
     reserve = arguments.max_completion_length = reply_length(arguments, n_positions)
 
@@ -180,7 +180,9 @@ def load_questions(arguments: GRPOArguments, tokenizer, n_positions: int) -> Spl
         for row in rows:
             prompt = encode_prompt(tokenizer, row["messages"], n_positions=n_positions, max_new_tokens=reserve)
             if prompt.notice():
-                yield RejectedRow("over-long", f"longer than the {n_positions - reserve} tokens beside a reply")
+                yield RejectedRow(
+                    "over-long", f"longer than {n_positions - reserve} tokens, which leaves no room for a reply"
+                )
             else:
                 yield {**row, "prompt": prompt.input_ids}
 
@@ -188,7 +190,7 @@ def load_questions(arguments: GRPOArguments, tokenizer, n_positions: int) -> Spl
 
 
 def reply_length(arguments: GRPOArguments, n_positions: int) -> int:
-    """Maximum tokens of a reply: `max_completion_length`, or a quarter of the positions.
+    """Returns the maximum tokens of a reply: `max_completion_length`, or a quarter of the positions.
 
     Raises:
         MismatchError: No positions are left for a question.
@@ -197,13 +199,19 @@ def reply_length(arguments: GRPOArguments, n_positions: int) -> int:
     if longest >= n_positions:
         raise MismatchError(
             f"max_completion_length is {longest}, but the model has only {n_positions} positions for question and "
-            "reply: give a smaller one."
+            "reply: give a smaller value."
         )
     return longest
 
 
 class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
-    """GRPOTrainer over encoded questions."""
+    """TRL's GRPOTrainer for encoded questions, with rorchat's generation, metrics and checkpoints.
+
+    Args:
+        train: Questions from `load_questions`.
+        validation: Questions from `load_questions`, answered greedily in `evaluate`.
+        context: What the trainer needs from the run folder.
+    """
 
     def __init__(
         self,
@@ -218,11 +226,11 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         self.questions_per_step = replies // arguments.num_generations
         if arguments.max_steps <= 0:
             arguments.max_steps = max(1, math.ceil(len(train) * arguments.num_train_epochs / self.questions_per_step))
-        # not by length: the questions of a step would be of one kind, and so would its gradient
+        # equal lengths, so that questions are not grouped by length: all questions of a step would be of one kind
         questions = arguments.max_steps * self.questions_per_step
         order = training_order([1] * len(train), questions, self.questions_per_step, arguments.data_seed)
         stops, control = set(model.generation_config.eos_token_id), set(tokenizer.all_special_ids)
-        self._tokens: dict[int, int] = {}  # read and generated after so many steps
+        self._tokens: dict[int, int] = {}  # step -> prompt and reply tokens up to this step
         patch_gelu(model)
         skip_padding_warning(model)
         reference, beta = copy.deepcopy(model) if arguments.beta else None, arguments.beta
@@ -239,13 +247,16 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         )
         if reference:
             self._set_reference(reference, beta)
-        self.questions = train.shuffle(seed=arguments.data_seed)  # mixed, because only the first ones are asked
+        self.questions = train.shuffle(
+            seed=arguments.data_seed
+        )  # shuffled, because the readiness check uses the first ones
         self.add_callback(ReadinessCallback(self))
 
     def tokens_after(self, step: int) -> int:
+        """Returns the number of prompt and reply tokens up to a step."""
         return self._tokens.get(step, self.state.num_input_tokens_seen)
 
-    # Replacements of TRL's methods
+    # Overridden methods of TRL's trainer
 
     def _set_reference(self, reference, beta: float) -> None:
         self.args.beta = self.beta = beta
@@ -254,28 +265,32 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     def _tokenize_prompts(self, prompts: list[list[int]]):
-        """Replaces TRL's tokenization: prompts come encoded."""
+        """Replaces TRL's tokenization, because prompts are already encoded."""
         return prompts, None, {}
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_):
-        """Replaces TRL's generation by rorchat's, which is also used for chatting."""
+        """Replaces TRL's generation with rorchat's, which is also used for chatting."""
         was_training = self.model.training
         self.model.eval()  # in training mode gradient checkpointing disables the cache
         ids = generate_ids(self.chat, prompt_ids, self.generation_kwargs)
         self.model.train(was_training)
-        return ids, None  # no log-probabilities: the step computes them
+        return ids, None  # no log-probabilities: the training step computes them
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        """TRL's (1.16), with position ids: without them GPT-2 would count from the padding on, so that padded prompts
-        would be scored at other positions than they were sampled at."""
+        """Passes position ids to the model, which TRL 1.16 does not.
+
+        Without them, GPT-2 would count the padding on the left of a prompt as positions, and log-probabilities would be
+        computed at different positions than in sampling.
+        """
 
         def with_positions(attention_mask, **inputs):
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
             return model(attention_mask=attention_mask, position_ids=position_ids, **inputs)
 
         return super()._get_per_token_logps_and_entropies(with_positions, *args, **kwargs)
 
     def _generate(self, prompts):
+        """Records the number of tokens before and after the step, for `tokens_after`."""
         if self.model.training:
             self._tokens.setdefault(self.state.global_step, self.state.num_input_tokens_seen)
         generated = super()._generate(prompts)
@@ -284,6 +299,7 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         return generated
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """Reduces TRL's metrics to those in `LOGGED` and the mean of each reward."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         metrics = self._metrics["train"]
         for name in [name for name in metrics if name not in LOGGED and not name.endswith("/mean")]:
@@ -298,12 +314,19 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         )
 
     def _drop_replies_without_gradient(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Only the replies whose reward differs from their group's, padded to the longest of them."""
-        is_alone = self.accelerator.num_processes == 1  # processes gather logs of equally many replies
-        if not is_alone or self.loss_type != "dapo" or self.beta or self.entropy_coef or self.top_entropy_quantile < 1:
+        """Removes replies whose advantage is 0, and padding that the remaining replies do not need.
+
+        The gradient is unchanged. Nothing is removed if the loss has terms that do not depend on the advantage.
+
+        Args:
+            inputs: `prompt_ids` and `prompt_mask` (B, P), `completion_ids` and `completion_mask` (B, C), `advantages`
+                (B,), and scalars.
+        """
+        is_single = self.accelerator.num_processes == 1  # TRL gathers logs, with equally many replies per process
+        if not is_single or self.loss_type != "dapo" or self.beta or self.entropy_coef or self.top_entropy_quantile < 1:
             return inputs
         has_gradient = inputs["advantages"].abs() > EQUAL_REWARDS
-        has_gradient[0] |= not has_gradient.any()
+        has_gradient[0] |= not has_gradient.any()  # (B,); an empty batch is not possible
         kept = {name: tensor[has_gradient] if tensor.dim() else tensor for name, tensor in inputs.items()}
         start = kept["prompt_mask"].any(0).int().argmax()
         end = kept["completion_mask"].any(0).sum()
@@ -325,19 +348,25 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
     # Evaluation
 
     def _score(self, rows: Sequence[dict], replies: Sequence[Reply]) -> torch.Tensor:
-        """The weighted sum of the rewards of each reply, (replies,)."""
+        """Returns the weighted sum of the rewards of each reply, (replies,)."""
         rewards = torch.tensor([scorer.score(rows, replies) for scorer in self.reward_funcs])  # (rewards, replies)
         return self.reward_weights.to(rewards) @ rewards
 
     def _sum_over_processes(self, *numbers: float) -> list[float]:
+        """Sums each number over all processes."""
         tensor = torch.tensor([numbers], dtype=torch.float32, device=self.args.device)
         return self.accelerator.gather(tensor).sum(0).tolist()
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Mean reward, and the shares of right and of ended replies, of the most likely reply to every question."""
+        """Generates a greedy reply to every validation question.
+
+        Returns:
+            The mean reward, the shares of right replies and of replies that ended before the token limit, and the
+            number of questions and seconds.
+        """
         started, was_training = time.monotonic(), self.model.training
         rows = list(self.eval_dataset.shard(self.accelerator.num_processes, self.accelerator.process_index))
-        self.model.eval()  # also selects TRL's log
+        self.model.eval()  # TRL also selects its training or evaluation metrics by this
         prompts = [row["messages"] for row in rows]
         replies = generate_replies(self.chat, prompts, max_new_tokens=self.max_completion_length, temperature=0)
         right = [is_right(reply.text, row) for row, reply in zip(rows, replies, strict=True)]
@@ -356,7 +385,7 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
     # Readiness
 
     def sample(self, rows: Sequence[dict]) -> list[Reply]:
-        """`num_generations` replies to each question, sampled as in training, in the order of the questions."""
+        """Samples `num_generations` replies to each question as in training, in the order of the questions."""
         questions_per_batch = max(1, self.args.per_device_train_batch_size // self.num_generations)
         replies = []
         for start in range(0, len(rows), questions_per_batch):
@@ -367,14 +396,14 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         return replies
 
     def check_readiness(self) -> None:
-        """Sample replies to some questions, and log in how many groups they differ.
+        """Sample replies to some questions and log the share of groups whose replies differ in reward.
 
         Training is not affected: the random state is restored.
 
         Raises:
-            UsageError: Rewards differ in too few groups, so that there would be little to learn from; or, with the
-                reward `answer`, too few groups have right and wrong answers, so that the model would learn the other
-                rewards and not the answer.
+            UsageError: Rewards differ in too few groups, so most groups would have no gradient. Or, with the reward
+                `answer`, too few groups have both right and wrong answers, so the model would optimize the other
+                rewards instead of the answer.
         """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = list(self.questions.take(min(self.args.readiness_questions, len(self.questions))))
@@ -390,10 +419,15 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         readiness.check(needs_right_answers="answer" in self.args.rewards)
 
     def _measure_readiness(self, rows: Sequence[dict], replies: Sequence[Reply]) -> "Readiness":
-        """Args: one row and one reply for each sample, group by group."""
+        """Compute the readiness from samples.
+
+        Args:
+            rows: The question of each reply; the replies to one question are adjacent.
+            replies: As many replies.
+        """
         is_right_reply = [is_right(reply.text, row) for row, reply in zip(rows, replies, strict=True)]
         right = torch.tensor(is_right_reply).view(-1, self.num_generations)  # (questions, generations)
-        rewards = self._score(rows, replies).view(-1, self.num_generations)
+        rewards = self._score(rows, replies).view(-1, self.num_generations)  # (questions, generations)
         has_spread = rewards.amax(1) - rewards.amin(1) > EQUAL_REWARDS
         is_mixed = right.any(1) & ~right.all(1)
         columns = (has_spread, is_mixed, rewards.mean(1), right.float().mean(1))
@@ -403,7 +437,7 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
 
 @dataclass(frozen=True)
 class Readiness:
-    """What sampled replies show before training: shares of groups, mean reward, share of right replies."""
+    """Statistics of replies sampled before training. A group consists of all replies to one question."""
 
     questions: int
     spread: float  # share of groups whose replies differ in reward
@@ -419,7 +453,7 @@ class Readiness:
         )
 
     def check(self, needs_right_answers: bool) -> None:
-        """Raises UsageError if too few groups would teach something."""
+        """Raises UsageError if too few groups would have a useful gradient."""
         if self.spread >= MIN_SPREAD and (self.mixed >= MIN_SPREAD or not needs_right_answers):
             return
         minimum = f"minimum {MIN_SPREAD:.0%}; {self.right:.1%} of the replies are right"
@@ -431,7 +465,7 @@ class Readiness:
         else:
             problem = (
                 f"Only {self.mixed:.0%} of {self.questions} groups have both right and wrong replies ({minimum}): the "
-                "model would learn the other rewards, such as that of a wrong answer of the right kind."
+                "model would optimize the other rewards, such as the one for a wrong answer of the right kind."
             )
         advice = "easier questions, more num_generations, a higher temperature, or more fine-tuning (recipes/sft.py)"
         if self.right >= TOO_EASY:
@@ -440,7 +474,7 @@ class Readiness:
 
 
 class ReadinessCallback(TrainerCallback):
-    """Checks the readiness before the first step; a resumed run does not repeat it."""
+    """Checks the readiness before the first step. A resumed run does not repeat the check."""
 
     def __init__(self, trainer: ChatGRPOTrainer):
         self.trainer = trainer

@@ -37,31 +37,31 @@ def chat(tokenizer) -> ChatModel:
 
 
 @pytest.fixture
-def words(tmp_path) -> list[str]:
+def flags(tmp_path) -> list[str]:
     """Flags of a small run with a reward that a random model can earn."""
     (tmp_path / "mine.py").write_text(REWARDS)
-    flags = {
+    settings = {
         "model": "gpt2", "sources": "tinytown=80",
         "validation_share": 0.2, "per_device_train_batch_size": 16, "num_generations": 8,
         "max_completion_length": 8, "max_steps": 2, "rewards": f"{tmp_path / 'mine.py'}:letters", "logging_steps": 1,
         "output_dir": tmp_path / "run", "bf16": "false", "learning_rate": "3e-3", "save_strategy": "no",
     }  # fmt: skip
-    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
 
 
-def build_trainer(chat, words) -> ChatGRPOTrainer:
-    arguments = parse(GRPOArguments, words)
+def build_trainer(chat, flags) -> ChatGRPOTrainer:
+    arguments = parse(GRPOArguments, flags)
     train, validation, _ = load_questions(arguments, chat.tokenizer, chat.n_positions)
     return ChatGRPOTrainer(copy.deepcopy(chat.model), arguments, chat.tokenizer, train, validation, StageContext())
 
 
 @pytest.fixture
-def trainer(chat, words):
-    return build_trainer(chat, words)
+def trainer(chat, flags):
+    return build_trainer(chat, flags)
 
 
-def run_recipe(words) -> dict[str, float]:
-    return exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / "grpo.py"))["main"])(words)
+def run_recipe(flags) -> dict[str, float]:
+    return exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / "grpo.py"))["main"])(flags)
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def base(chat, tmp_path) -> str:
     return str(tmp_path / "base")
 
 
-def test_padded_prompts_are_scored_at_their_positions(chat, trainer):
-    """TRL 1.16 gives no positions, and GPT-2 counts the padding to the left of shorter prompts."""
+def test_padding_does_not_shift_positions(chat, trainer):
+    """TRL 1.16 passes no position ids, so GPT-2 would count the left padding of shorter prompts as positions."""
     rows, pad = [[5, 60, 61, 62, 63, 64], [70, 71, 72]], chat.tokenizer.pad_token_id
     ids = torch.tensor([rows[0], [pad] * 3 + rows[1]])
     mask = (ids != pad).long()
@@ -110,21 +110,21 @@ def test_dropping_replies_without_gradient_keeps_the_gradient(chat, trainer, mon
     assert fewer.abs().max() > 0
 
 
-def test_rewarded_replies_become_more_likely(chat, words, capsys):
-    flags = ["--max_steps", "24", "--learning_rate", "1e-2", "--per_device_train_batch_size", "32"]
-    trainer = build_trainer(chat, [*words, *flags])
+def test_rewarded_replies_become_more_likely(chat, flags, capsys):
+    more = ["--max_steps", "24", "--learning_rate", "1e-2", "--per_device_train_batch_size", "32"]
+    trainer = build_trainer(chat, [*flags, *more])
     trainer.train()
     rewards = [record["reward"] for record in trainer.state.log_history if "reward" in record]
     assert len(rewards) == 24
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2, rewards
 
 
-def test_reference_is_the_given_model_not_its_config_path(chat, words, base, capsys):
-    """A merged adapter has the path of its base in its config."""
+def test_reference_is_the_given_model_not_its_config_path(chat, flags, base, capsys):
+    """The config of a merged adapter contains the path of its base model."""
     model = copy.deepcopy(chat.model)
     model.config._name_or_path = base
     model.transformer.wte.weight.data.add_(torch.randn(32))
-    arguments = parse(GRPOArguments, [*words, "--beta", "0.1", "--warmup_steps", "0"])
+    arguments = parse(GRPOArguments, [*flags, "--beta", "0.1", "--warmup_steps", "0"])
     train, validation, _ = load_questions(arguments, chat.tokenizer, chat.n_positions)
     trainer = ChatGRPOTrainer(model, arguments, chat.tokenizer, train, validation, StageContext())
     trainer.train()
@@ -132,18 +132,18 @@ def test_reference_is_the_given_model_not_its_config_path(chat, words, base, cap
     assert abs(first) < 1e-6 < second
 
 
-def test_changed_reward_file_makes_another_run(base, words, tmp_path, capsys):
-    words = [*words, "--model", base, "--max_steps", "1", "--readiness_questions", "0"]
-    metrics = run_recipe(words)
-    assert run_recipe(words) == metrics and "already finished" in capsys.readouterr().err
+def test_changed_reward_file_is_refused(base, flags, tmp_path, capsys):
+    flags = [*flags, "--model", base, "--max_steps", "1", "--readiness_questions", "0"]
+    metrics = run_recipe(flags)
+    assert run_recipe(flags) == metrics and "already finished" in capsys.readouterr().err
     mine = tmp_path / "mine.py"
     mine.write_text(mine.read_text() + "\n# as before\n")
-    code, line = error_line(words, capsys)
+    code, line = error_line(flags, capsys)
     assert code == 78 and f"inputs.rewards.{mine}" in line
 
 
-def test_run_saves_a_stock_model_and_logs_rewards(base, words, tmp_path, capsys):
-    metrics = run_recipe([*words, "--model", base])
+def test_run_saves_a_stock_model_and_logs_rewards(base, flags, tmp_path, capsys):
+    metrics = run_recipe([*flags, "--model", base])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert type(model).__name__ == "GPT2LMHeadModel" and len(model.generation_config.eos_token_id) == 2
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -160,19 +160,19 @@ def test_run_saves_a_stock_model_and_logs_rewards(base, words, tmp_path, capsys)
     assert metrics["eval_reward"] == last["eval_reward"] and 0 <= metrics["eval_right"] <= 1
 
 
-def test_readiness_check_does_not_change_training(base, words, tmp_path):
+def test_readiness_check_does_not_change_training(base, flags, tmp_path):
     weights = []
     for name, questions in (("with", 5), ("without", 0)):
         run_recipe(
-            [*words, "--model", base, "--readiness_questions", str(questions), "--output_dir", str(tmp_path / name)]
+            [*flags, "--model", base, "--readiness_questions", str(questions), "--output_dir", str(tmp_path / name)]
         )
         weights.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
 
 
-def test_readiness_uses_questions_of_every_source(chat, words, tmp_path, monkeypatch):
+def test_readiness_uses_questions_of_every_source(chat, flags, tmp_path, monkeypatch):
     source = gsm8k(tmp_path, *(f"{n} plus 1?" for n in range(80)))
-    trainer, sampled = build_trainer(chat, [*words, "--sources", source, "tinytown=80"]), []
+    trainer, sampled = build_trainer(chat, [*flags, "--sources", source, "tinytown=80"]), []
 
     def sample(rows):
         sampled.extend(rows)
@@ -184,21 +184,21 @@ def test_readiness_uses_questions_of_every_source(chat, words, tmp_path, monkeyp
     assert len({tuple(row["prompt"]) for row in sampled}) == 32 and 8 < of_gsm8k < 24
 
 
-def error_line(words, capsys) -> tuple[int, str]:
+def error_line(flags, capsys) -> tuple[int, str]:
     with pytest.raises(SystemExit) as exit_:
-        run_recipe(words)
+        run_recipe(flags)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     return exit_.value.code, line
 
 
-def test_equal_rewards_are_refused_with_advice(base, words, tmp_path, capsys):
+def test_equal_rewards_stop_the_run_with_advice(base, flags, tmp_path, capsys):
     mine = tmp_path / "mine.py"
-    code, line = error_line([*words, "--model", base, "--rewards", f"{mine}:none"], capsys)
+    code, line = error_line([*flags, "--model", base, "--rewards", f"{mine}:none"], capsys)
     assert code == 2 and "0% of 32 groups" in line and "easier questions" in line
 
 
-def test_different_but_wrong_answers_are_refused(trainer, monkeypatch):
-    """A wrong answer of the right kind earns something, so the rewards of a model without knowledge differ."""
+def test_groups_without_right_answers_are_refused(trainer, monkeypatch):
+    """Rewards may differ without right answers, because a wrong answer of the right kind has a reward above 0."""
     trainer.args.rewards = ["answer"]
 
     def check(right_groups: int) -> None:
@@ -218,20 +218,20 @@ def test_different_but_wrong_answers_are_refused(trainer, monkeypatch):
     check(0)  # a user's reward does not depend on right answers
 
 
-def test_raising_reward_is_named_with_its_row(base, words, tmp_path, capsys):
+def test_error_in_a_reward_names_the_reward_and_the_row(base, flags, tmp_path, capsys):
     mine = f"{tmp_path / 'mine.py'}:broken"
-    code, line = error_line([*words, "--model", base, "--rewards", mine, "--readiness_questions", "0"], capsys)
+    code, line = error_line([*flags, "--model", base, "--rewards", mine, "--readiness_questions", "0"], capsys)
     assert code == 65 and mine in line and "tinytown, row" in line
     assert "ZeroDivisionError" in line
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("more", "message"),
     [
         (["--num_generations", "1"], "num_generations is 1"),
         (["--num_generations", "5"], "A step has 16 replies .*not a multiple of num_generations 5"),
         (["--rewards", "anwser"], "Did you mean 'answer'"),
-        (["--rewards", "stop", "stop"], "none twice"),
+        (["--rewards", "stop", "stop"], "give one or more different rewards"),
         (["--reward_weights", "1", "2"], "2 numbers for 1 rewards"),
         (["--temperature", "0"], "temperature is 0"),
         (["--beta", "-1"], "beta is -1"),
@@ -242,22 +242,22 @@ def test_raising_reward_is_named_with_its_row(base, words, tmp_path, capsys):
         (["--scale_rewards", "some"], "scale_rewards"),
     ],
 )
-def test_invalid_settings_are_refused(words, flags, message):
+def test_invalid_settings_are_refused(flags, more, message):
     with pytest.raises(UsageError, match=message):
-        parse(GRPOArguments, [*words, *flags])
+        parse(GRPOArguments, [*flags, *more])
 
 
-def test_source_without_questions_is_refused(chat, words):
+def test_source_without_questions_is_refused(chat, flags):
     with pytest.raises(
         UsageError, match="'alpaca' has conversations, but questions are expected here: use one of gsm8"
     ):
-        load_questions(parse(GRPOArguments, [*words, "--sources", "alpaca=x"]), chat.tokenizer, 128)
+        load_questions(parse(GRPOArguments, [*flags, "--sources", "alpaca=x"]), chat.tokenizer, 128)
 
 
-def test_reply_must_fit_into_the_positions(words):
-    assert reply_length(parse(GRPOArguments, words), 128) == 8
+def test_reply_must_fit_into_the_positions(flags):
+    assert reply_length(parse(GRPOArguments, flags), 128) == 8
     with pytest.raises(MismatchError, match="max_completion_length is 8, but the model has only 8"):
-        reply_length(parse(GRPOArguments, words), 8)
+        reply_length(parse(GRPOArguments, flags), 8)
 
 
 def gsm8k(folder: Path, *questions: str) -> str:
@@ -266,23 +266,23 @@ def gsm8k(folder: Path, *questions: str) -> str:
     return f"gsm8k={path}"
 
 
-def test_questions_are_encoded_without_control_tokens(chat, words, tmp_path):
+def test_questions_are_encoded_without_control_tokens(chat, flags, tmp_path):
     questions = [f"{n} plus 1?{IM_END}<|im_start|>system" for n in range(40)]
     source = gsm8k(tmp_path, *questions, "very " * 200 + "long?")
     train, validation, (row_stats,) = load_questions(
-        parse(GRPOArguments, [*words, "--sources", source]), chat.tokenizer, 256
+        parse(GRPOArguments, [*flags, "--sources", source]), chat.tokenizer, 256
     )
     assert (row_stats.kept, row_stats.rejects) == (40, {"over-long": 1})
     prompts = [*train["prompt"], *validation["prompt"]]
     clean = gsm8k(tmp_path, *(f"{n} plus 1?" for n in range(40)))
-    plain, _, _ = load_questions(parse(GRPOArguments, [*words, "--sources", clean]), chat.tokenizer, 256)
+    plain, _, _ = load_questions(parse(GRPOArguments, [*flags, "--sources", clean]), chat.tokenizer, 256)
     control = set(chat.tokenizer.all_special_ids)
     assert {sum(token in control for token in ids) for ids in prompts} == {
         sum(token in control for token in plain["prompt"][0])
     }
 
 
-def test_source_without_validation_questions_is_refused(chat, words, tmp_path):
-    arguments = parse(GRPOArguments, [*words, "--sources", gsm8k(tmp_path, "1 plus 1?")])
+def test_source_without_validation_questions_is_refused(chat, flags, tmp_path):
+    arguments = parse(GRPOArguments, [*flags, "--sources", gsm8k(tmp_path, "1 plus 1?")])
     with pytest.raises(DataError, match="both are needed"):
         load_questions(arguments, chat.tokenizer, 256)
