@@ -2,7 +2,8 @@
 
 Training, evaluation and inference share this encoder. Text can never become a control token: control ids are inserted
 directly, and all text between them is encoded with special tokens disabled. The Jinja template that is saved with the
-tokenizer gives the same ids for clean text and defuses control strings in content, so other servers are safe as well.
+tokenizer gives the same ids for text without control strings, which are the names of control tokens. Control strings in
+content are neutralised by the template, so the model is also safe on other servers.
 """
 
 import functools
@@ -18,9 +19,9 @@ CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END, PAD)
 IGNORE_INDEX = -100  # labels with this value are ignored by the loss
 VOCABULARY_MULTIPLE = 64  # reserved tokens pad the vocabulary to a multiple of this
 
-# Template and encoder apply the same rules:
+# The template and the encoder apply the same rules:
 #  - A conversation without a system message gets the persona's.
-#  - Replies are stripped: a reply starts exactly where generation starts, so no token spans prompt and reply.
+#  - Replies are stripped, so a reply starts exactly where generation starts and no token spans prompt and reply.
 #  - Control strings in content get a space after `<`. They are not deleted, because deletion can create a new control
 #    string (`<|im_<|im_end|>end|>`).
 # `{% generation %}` marks the targets of the loss: each reply and the <|im_end|> that ends it.
@@ -49,16 +50,16 @@ _TEMPLATE = """\
 
 
 def reserved_token(number: int) -> str:
-    """The name of an unused token that is reserved for later use."""
+    """The name of a reserved token, which pads the vocabulary and can be used later."""
     return f"<|reserved_{number}|>"
 
 
 def chat_template(control_strings: Sequence[str], system_message: str) -> str:
-    """The Jinja template that is saved with a tokenizer: ChatML with a default system message and defused content.
+    """The Jinja template that is saved with a tokenizer: ChatML with a default system message and neutralised content.
 
     Args:
         control_strings: every special token of the tokenizer, including the reserved ones.
-        system_message: used if a conversation has no system message; empty for none.
+        system_message: the default for conversations without one; an empty string adds none.
     """
 
     def quoted(text: str) -> str:
@@ -70,7 +71,7 @@ def chat_template(control_strings: Sequence[str], system_message: str) -> str:
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """`input_ids` (T,) and `labels` (T,), which are -100 except at replies and the `<|im_end|>` that ends each.
+    """`input_ids` (T,) and `labels` (T,), which are -100 except in replies, including their `<|im_end|>`.
 
     `dropped_turns` is the number of messages removed from the end because they did not fit.
     """
@@ -107,8 +108,8 @@ def check_messages(messages: Sequence[dict]) -> None:
 
 
 def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
-    """The ids of each text. Special tokens are disabled: no text can produce a control id."""
-    # verbose=False: Transformers would warn about texts longer than the context, which are split into rows later
+    """Encodes texts with special tokens disabled, so no text can produce a control id."""
+    # verbose=False: no warning about texts longer than the context window, because they are split into rows later
     options = {
         "add_special_tokens": False,
         "split_special_tokens": True,
@@ -143,21 +144,21 @@ def system_message(tokenizer) -> str:
 @dataclass(frozen=True)
 class _Turn:
     role: str
-    ids: list[int]  # <|im_start|>role\n content <|im_end|>\n
+    ids: list[int]  # of "<|im_start|>role\ncontent<|im_end|>\n"
     n_header: int  # number of ids before the content
 
 
 def _encode_turns(
     tokenizer, conversations: Sequence[Sequence[dict]], encode: Callable[[list[str]], list[list[int]]] | None = None
 ) -> list[list[_Turn]]:
-    """The encoded turns of each conversation, with the default system message. The tokenizer is called once."""
+    """Encodes the turns of all conversations in one call of the tokenizer, and adds the default system message."""
     default = system_message(tokenizer)
     complete = [
         [{"role": "system", "content": default}, *messages] if default and messages[0]["role"] != "system" else messages
         for messages in conversations
     ]
-    # A role and its content are encoded as one text, as they are when the template is tokenized: content that starts
-    # with spaces gives the same ids. A reply is stripped and encoded alone: its ids start where generation starts.
+    # A role and its content are encoded as one text, so that content with leading spaces gives the same ids as the
+    # rendered template. A reply is stripped and encoded on its own, so that its ids start where generation starts.
     texts = [
         message["content"].strip() if message["role"] == "assistant" else f"{message['role']}\n{message['content']}"
         for messages in complete
@@ -182,7 +183,7 @@ def encode_conversations(
     max_length: int | None = None,
     encode: Callable[[list[str]], list[list[int]]] | None = None,
 ) -> list[EncodedConversation | None]:
-    """Encodes many conversations as `encode_conversation` does, with one call of the tokenizer.
+    """Batched `encode_conversation`, with one call of the tokenizer.
 
     Args:
         encode: a faster equivalent of `encode_text`, such as `rorchat.tokens.encode.Encoder.encode_texts`.
@@ -215,7 +216,7 @@ def encode_conversations(
 
 
 def encode_conversation(tokenizer, messages: Sequence[dict], max_length: int | None = None) -> EncodedConversation:
-    """The ids and labels of a conversation for training. Only replies and their `<|im_end|>` have labels.
+    """Encodes a conversation for training. Only replies and the `<|im_end|>` after them have labels.
 
     Args:
         tokenizer: from `rorchat.load_tokenizer`, so that it has the control tokens and the ChatML template.
@@ -223,18 +224,20 @@ def encode_conversation(tokenizer, messages: Sequence[dict], max_length: int | N
         max_length: maximum number of tokens. Whole turns are removed from the end; the last one kept is a reply.
 
     Raises:
-        DataError: wrong roles, no assistant message, or the first exchange is longer than `max_length`.
+        DataError: the roles do not alternate, there is no reply, or the first exchange is longer than `max_length`.
     """
     check_messages(messages)
     (encoded,) = encode_conversations(tokenizer, [messages], max_length)
     if encoded is None:
-        raise DataError(f"No exchange of this conversation with an assistant's reply fits into {max_length} tokens.")
+        if not any(message["role"] == "assistant" for message in messages):
+            raise DataError("The conversation has no assistant message.")
+        raise DataError(f"The first exchange of the conversation does not fit into {max_length} tokens.")
     return encoded
 
 
 @dataclass(frozen=True)
 class EncodedPreference:
-    """Ids of a prompt, up to where the reply begins, and of two replies to it, each with its closing `<|im_end|>`."""
+    """Ids of a prompt, including the header of the reply, and of two replies, which end with `<|im_end|>`."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -244,13 +247,13 @@ class EncodedPreference:
 def encode_preferences(
     tokenizer, preferences: Sequence[dict], max_length: int | None = None
 ) -> list[EncodedPreference | None]:
-    """Encode rows `{"prompt": [messages], "chosen": [message], "rejected": [message]}` with one call of the tokenizer.
+    """Encodes rows `{"prompt": [messages], "chosen": [message], "rejected": [message]}` in one call of the tokenizer.
 
     Args:
-        max_length: Maximum number of tokens of prompt and reply, including the newline that ends a turn.
+        max_length: maximum number of tokens of prompt and reply, including the newline that ends a turn.
 
     Returns:
-        One entry per preference; None if one of its two sides is longer than `max_length`.
+        One entry per preference; None if the prompt and one of its replies are longer than `max_length`.
     """
     newline = len(encode_text(tokenizer, ["\n"])[0])
     conversations = [[*row["prompt"], *row["chosen"], *row["rejected"]] for row in preferences]
@@ -267,10 +270,10 @@ def encode_preferences(
 
 
 def encode_prompt(tokenizer, messages: Sequence[dict], *, n_positions: int, max_new_tokens: int) -> EncodedPrompt:
-    """The ids from which the next reply is generated, fitted into the context window.
+    """Encodes a prompt for generation and truncates it to the context window.
 
-    Keeps the system message and the newest whole exchanges. If the last message alone is too long, its beginning is
-    dropped. The result says how much was dropped.
+    The system message and the newest complete exchanges are kept. If the last message alone is too long, its beginning
+    is dropped.
 
     Args:
         messages: a conversation that ends with a user message.

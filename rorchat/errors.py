@@ -1,7 +1,7 @@
-"""Errors with a message for the user and an exit code.
+"""Exceptions with a one-line message and an exit code.
 
-Every error that a user can cause is a `RorchatError`. Its message is one line: the problem, what is allowed, what to do
-next. Commands print it and exit with its code. Any other exception is a bug and keeps its traceback.
+Every error that a user can cause is a `RorchatError`. Its message states the problem, the allowed values and what to do
+next. Commands print the message and exit with the code. Any other exception is a bug and keeps its traceback.
 """
 
 import difflib
@@ -37,7 +37,7 @@ class DivergedError(RorchatError):
 
 
 class StorageError(RorchatError):
-    """The disk is full or cannot be written."""
+    """The disk is full or not writable."""
 
     exit_code = 74
 
@@ -54,8 +54,8 @@ class RemoteError(RorchatError):
     exit_code = 76
 
 
-class PermissionRefused(RorchatError):
-    """A remote service or the file system denies permission."""
+class PermissionDenied(RorchatError):
+    """A remote service or the file system denied permission."""
 
     exit_code = 77
 
@@ -70,12 +70,12 @@ class MismatchError(RorchatError):
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place",
     errno.EDQUOT: "free some space, or choose another place",
-    errno.EROFS: "choose a place that can be written",
+    errno.EROFS: "choose a writable place",
     errno.EACCES: "choose another place, or ask its owner",
     errno.EPERM: "choose another place, or ask its owner",
-    errno.EEXIST: "choose another place, or move away what is there",
-    errno.ENOTDIR: "a part of this path is a file: choose another place, or move it away",
-    errno.EISDIR: "a file is expected there",
+    errno.EEXIST: "choose another place, or move the existing file",
+    errno.ENOTDIR: "part of this path is a file, not a folder: choose another place, or move the file",
+    errno.EISDIR: "this is a folder, but a file is expected",
     errno.ENOENT: "create it first, or give another path",
 }
 
@@ -87,9 +87,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def exits_with_one_line(main: Callable) -> Callable:
-    """Decorator for a command's `main` that prints errors as one line on stderr and exits with their code.
+    """Decorates the `main` of a command: prints an error to stderr as one line and exits with its code.
 
-    Processes of a distributed run other than the first print their rank, because their errors may differ.
+    In a distributed run, all processes except rank 0 print their rank before the message.
     """
 
     @functools.wraps(main)
@@ -107,7 +107,7 @@ def exits_with_one_line(main: Callable) -> Callable:
         except OSError as error:
             if error.errno is None and error.filename is None:
                 raise
-            code = PermissionRefused.exit_code if isinstance(error, PermissionError) else StorageError.exit_code
+            code = PermissionDenied.exit_code if isinstance(error, PermissionError) else StorageError.exit_code
             where = f"{error.filename}: " if error.filename else ""
             remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
             print(f"error: {where}{str(error.strerror).lower()}{remedy}", file=sys.stderr, flush=True)

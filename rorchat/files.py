@@ -21,13 +21,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Waits until everything written to a file is on the disk."""
+    """Flushes a file to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file, which is read in pieces."""
+    """The sha256 of a file, which is read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -39,12 +39,12 @@ def json_sha256(value: dict) -> str:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Locks a folder, which need not exist yet, against other processes of this machine.
+    """Holds an exclusive lock on a folder, which need not exist yet, among the processes of this machine.
 
-    The lock is a file beside the folder. The operating system releases it when its holder dies.
+    The lock is a file next to the folder. The operating system releases it when the process that holds it exits.
 
     Raises:
-        MismatchError: another process holds the lock; the message names it.
+        MismatchError: another process holds the lock; the message contains its id.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
@@ -52,7 +52,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         with path.open("a+", encoding="utf-8") as file:
             _acquire(file, folder)
             if not _is_same_file(path, file):
-                continue  # the previous holder has deleted this file: other processes would lock a new one
+                continue  # the previous holder has deleted this file, so the lock on it is void
             _close_in_forked_processes(file)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -78,7 +78,7 @@ def _acquire(file: TextIO, folder: Path) -> None:
 
 
 def _close_in_forked_processes(file: TextIO) -> None:
-    """A lock belongs to the open file: a forked process that inherits it would keep the lock after its holder dies."""
+    """Closes the lock file in forked processes, which would otherwise keep the lock after their parent exits."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=file.close)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rorchat.adapter import ADAPTER_WEIGHTS
-from rorchat.errors import DataError, MismatchError, PermissionRefused, RemoteError, UsageError
+from rorchat.errors import DataError, MismatchError, PermissionDenied, RemoteError, UsageError
 from rorchat.evaluation.scores import read_scores
 from rorchat.files import file_sha256
 from rorchat.inference.engine import resolve_model_path
@@ -192,7 +192,7 @@ def push_model(name_or_path: str, repository: str, private: bool = False) -> str
     Raises:
         UsageError: the name of the repository is invalid.
         DataError, MismatchError: the model cannot be published; nothing was uploaded.
-        PermissionRefused, RemoteError: the Hub refused or failed.
+        PermissionDenied, RemoteError: the Hub denied access or failed.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -266,7 +266,7 @@ def translate_hub_errors(repository: str) -> Iterator[None]:
         message = f"{status}, {message}" if message else str(error).strip() or type(error).__name__
         message = message.splitlines()[0][:200].rstrip(".")
         if status in (401, 403) or isinstance(error, (LocalTokenNotFoundError, PermissionError)):
-            raise PermissionRefused(
+            raise PermissionDenied(
                 f"The Hub refuses to write {repository}: log in as its owner with `hf auth login` ({message})."
             ) from None
         raise RemoteError(

@@ -1,10 +1,11 @@
-"""The persona of the model: turns a persona file into a system message, conversations about the model, and probes.
+"""The persona of the model: turns a persona file into a system message, training conversations and probes.
 
-Questions, openings and replies are combined to several hundred different conversations, without an API. Probes are
-questions that measure whether the model has learned its persona. Some wordings, chosen by a hash, are only used in
-probes, so that probes do not test memorization. Harder probes begin with an opening that training never uses. Some of
-the conversations have a foreign system message, so that the model keeps its persona whatever system message a server
-sends; other foreign messages are only used in probes.
+Openings, questions and replies are combined into several hundred different conversations. Probes are questions that
+measure whether the model has learned its persona. The wordings of probes are chosen by a hash and never used in
+training, so probes do not measure memorization. Harder probes start with an opening that training never uses.
+
+Some conversations have a foreign system message, which is any system message other than the persona's own. The model
+thus learns to keep its persona whatever system message a server sends. Probes use other foreign system messages.
 """
 
 import hashlib
@@ -21,8 +22,8 @@ from rorchat.yaml_file import read_yaml
 DEFAULT_PERSONA = Path(__file__).with_name("persona.yaml")
 FILE_KEYS = ("name", "maker", "manner", "system", "facts", "unknowns", "greetings", "farewells")
 SECTION_KEYS = ("questions", "replies", "expect")
-REQUIRED_TOPICS = ("name", "maker")  # added to a file that has other facts
-UNKNOWN_DEFAULTS = {  # for keys that a topic of `unknowns` omits
+REQUIRED_TOPICS = ("name", "maker")  # added to a persona file that lacks them
+UNKNOWN_DEFAULTS = {  # defaults for the topics of `unknowns`
     "replies": ["I do not know that. I am {name}, a small chat model.", "I am sorry, I do not know."],
     "expect": ["do not know"],
 }
@@ -37,13 +38,13 @@ OPENINGS = (
     "well, ",
     "I wonder, ",
 )
-PROBE_INTERVAL = 8  # one of this many wordings is a probe and never trained
+PROBE_INTERVAL = 8  # one in 8 wordings is a probe and never used in training
 NEW_OPENINGS = ("hello there, ", "good morning, ", "can you tell me, ", "one more question: ", "I want to know, ")
-NEW_PROBES_PER_TOPIC = 2  # with one of these openings
-CARELESS_SHARE = 0.2  # of the questions have no question mark, and of the questions are in lower case
-CARELESS_PROBE_INTERVAL = 4  # one of this many probes has neither question mark nor capitals
+NEW_PROBES_PER_TOPIC = 2  # number of probes with an opening from NEW_OPENINGS
+CARELESS_SHARE = 0.2  # probability of dropping the question mark, and, independently, of lower case
+CARELESS_PROBE_INTERVAL = 4  # one in 4 probes is in lower case and has no question mark
 
-FOREIGN_SYSTEM_SHARE = 0.3  # of the conversations have one of these system messages instead of the persona's
+FOREIGN_SYSTEM_SHARE = 0.3  # share of the conversations with a system message from FOREIGN_SYSTEMS
 FOREIGN_SYSTEMS = (
     "",
     "You are {name}.",
@@ -86,7 +87,7 @@ class Persona:
 
 @dataclass(frozen=True)
 class Probe:
-    """A question about the persona in an untrained wording. A reply passes if it contains any phrase of `expect`."""
+    """A question in a wording that is never trained. A reply passes if it contains any phrase of `expect`."""
 
     topic: str
     question: str
@@ -113,10 +114,10 @@ def contains_phrase(reply: str, phrase: str) -> bool:
 
 
 def load_persona(path: str | Path | None = None) -> Persona:
-    """The persona in a YAML file, by default RorChat. The comments in `persona.yaml` describe the format.
+    """Loads a persona from a YAML file, by default RorChat's. The comments in `persona.yaml` describe the format.
 
     Raises:
-        DataError: the file is missing, not YAML, has no name or maker, or contains something invalid.
+        DataError: the file is missing or not YAML, has no name or maker, or contains an invalid value.
     """
     path = Path(path or DEFAULT_PERSONA)
     default = read_yaml(DEFAULT_PERSONA, "persona file")
@@ -136,7 +137,7 @@ def load_persona(path: str | Path | None = None) -> Persona:
 
 
 def _merge_defaults(path: Path, given: dict, default: dict) -> dict:
-    """The checked values of a file, and the default values of the keys that it omits."""
+    """The validated values of a file, with default values for missing keys."""
     for key in given:
         if key not in FILE_KEYS:
             raise DataError(f"{path}: unknown key {key!r}.{did_you_mean(str(key), FILE_KEYS)} {_ALLOWED}")
@@ -147,7 +148,7 @@ def _merge_defaults(path: Path, given: dict, default: dict) -> dict:
         if not isinstance(parts[part], dict):
             raise DataError(f"{path}: {part!r} is {_shorten(parts[part])}, expected topics with their questions.")
     for part, other in (("facts", "unknowns"), ("unknowns", "facts")):
-        if part not in given:  # topics of the file replace default topics of the same name
+        if part not in given:  # a topic of the file replaces the default topic of the same name
             parts[part] = {topic: section for topic, section in parts[part].items() if topic not in parts[other]}
     _check_sections(path, parts)
     return parts
@@ -181,7 +182,7 @@ def _check_sections(path: Path, parts: dict) -> None:
 
 
 def _fill_placeholders(value: object, words: dict[str, str], path: Path):
-    """A value of the file with all placeholders filled. "a {manner}" becomes "an ..." before a vowel."""
+    """Fills the placeholders in a value of the file. "a {manner}" becomes "an ..." before a vowel."""
 
     def fill(match: re.Match) -> str:
         article, name = match.groups()
@@ -203,7 +204,7 @@ def _fill_placeholders(value: object, words: dict[str, str], path: Path):
 
 
 def _check_texts(persona: Persona, path: Path) -> None:
-    """Raises DataError unless every section has its lists of texts and every reply passes the probes of its topic."""
+    """Raises DataError if a section lacks one of its lists of texts or a reply fails the probes of its topic."""
     sections: list[tuple[str, dict, tuple[str, ...]]]
     sections = [(f"topic {name!r}", topic, SECTION_KEYS) for name, topic in persona.topics.items()]
     sections += [(name, getattr(persona, name), SECTION_KEYS[:2]) for name in ("greetings", "farewells")]
@@ -249,13 +250,13 @@ def _check_questions(persona: Persona, path: Path) -> None:
             if first_name != name:
                 raise DataError(
                     f"{path}: the question {_shorten(question)} is in both {first_name!r} and {name!r}, so replies "
-                    f"would contradict each other: remove one. Omitted keys are taken from {DEFAULT_PERSONA}."
+                    f"would contradict each other: remove one. The default of a missing key is in {DEFAULT_PERSONA}."
                 )
     for name, topic in persona.topics.items():
         if not _list_probe_wordings(OPENINGS, topic, persona.name):
             raise DataError(
-                f"{path}: topic {name!r} expects one of {', '.join(map(repr, topic['expect']))}, which each of its "
-                "questions already contains, so repeating the question would pass. Reword the questions or `expect`."
+                f"{path}: topic {name!r} expects one of {', '.join(map(repr, topic['expect']))}, but all of its "
+                "questions contain it, so repeating the question would pass. Reword the questions or `expect`."
             )
 
 
@@ -278,13 +279,13 @@ def _list_probe_wordings(openings: Sequence[str], topic: dict[str, list[str]], n
 
 
 def _reserve_wordings(topic: dict[str, list[str]], name: str) -> list[str]:
-    """The wordings of a topic that are used for probes and never trained, at least one."""
+    """The wordings of a topic that are used only for probes; at least one."""
     count = len(OPENINGS) * len(topic["questions"]) // PROBE_INTERVAL
     return _list_probe_wordings(OPENINGS, topic, name)[: max(1, count)]
 
 
 def _build_probes(wordings_by_topic: dict[str, list[str]], persona: Persona) -> list[Probe]:
-    """Probes of the wordings of each topic, some of them in lower case and without a question mark."""
+    """Makes a probe of every wording. Some probes are in lower case and have no question mark."""
     pairs = [(name, wording) for name, wordings in wordings_by_topic.items() for wording in wordings]
     probes = []
     for number, (name, wording) in enumerate(pairs, 1):
@@ -294,13 +295,13 @@ def _build_probes(wordings_by_topic: dict[str, list[str]], persona: Persona) -> 
 
 
 def build_probes(persona: Persona) -> list[Probe]:
-    """Probes that combine a trained opening with a trained question, but are never trained in this combination."""
+    """Probes whose opening and question both occur in training, but never in this combination."""
     wordings = {name: _reserve_wordings(topic, persona.name) for name, topic in persona.topics.items()}
     return _build_probes(wordings, persona)
 
 
 def build_new_wording_probes(persona: Persona) -> list[Probe]:
-    """Probes with an opening that is never trained."""
+    """Probes with an opening that never occurs in training."""
     wordings = {
         name: _list_probe_wordings(NEW_OPENINGS, topic, persona.name)[:NEW_PROBES_PER_TOPIC]
         for name, topic in persona.topics.items()
@@ -309,12 +310,12 @@ def build_new_wording_probes(persona: Persona) -> list[Probe]:
 
 
 def _foreign_names(names: Sequence[str], persona: Persona) -> list[str]:
-    """The names that do not occur in those of the model and its maker, or all names if there are no others."""
+    """The names that are not part of the model's or its maker's name; all names if none is left."""
     return [name for name in names if not contains_phrase(f"{persona.name} {persona.maker}", name)] or list(names)
 
 
 def probe_system_messages(persona: Persona) -> list[tuple[str, str]]:
-    """(system message, the foreign name in it or "") of every foreign system message that is only used in probes."""
+    """(system message, name that it contains or "") of each foreign system message for probes."""
     names = itertools.cycle(_foreign_names(PROBE_NAMES, persona))
     return [
         (_fill_system(template, persona, name), name if "{other}" in template else "")
@@ -330,7 +331,7 @@ def _fill_system(template: str, persona: Persona, other: str) -> str:
 
 
 def _list_trained_questions(persona: Persona) -> list[tuple[str, str]]:
-    """(topic, question) of all trained questions. Plain ones are repeated to balance those with openings."""
+    """(topic, question) of all training questions. Those without an opening are repeated to balance the others."""
     questions = []
     for name, topic in persona.topics.items():
         reserved = _reserve_wordings(topic, persona.name)
@@ -341,17 +342,17 @@ def _list_trained_questions(persona: Persona) -> list[tuple[str, str]]:
 
 
 def _type_carelessly(rng: random.Random, question: str) -> str:
-    """Sometimes removes the question mark, sometimes the capitals."""
+    """Randomly removes the end mark, and randomly converts the question to lower case."""
     question = question.rstrip("?!.") if rng.random() < CARELESS_SHARE else question
     return question.lower() if rng.random() < CARELESS_SHARE else question
 
 
 def generate_conversations(persona: Persona, count: int, seed: int = 0) -> Iterator[list[dict[str, str]]]:
-    """`count` conversations about the persona. Some begin with a greeting, some end with a farewell.
+    """Generates `count` conversations about the persona. Some begin with a greeting, some end with a farewell.
 
     Yields:
-        Messages. Most have no system message, so that the chat template adds that of the persona; the others have a
-        foreign one.
+        The messages of a conversation. Most have no system message, so the chat template adds the persona's. The others
+        have a foreign one.
     """
     rng = random.Random(f"persona {seed}")
     trained = _list_trained_questions(persona)
@@ -375,7 +376,7 @@ def generate_conversations(persona: Persona, count: int, seed: int = 0) -> Itera
 
 
 def generate_preferences(persona: Persona, count: int, seed: int = 0) -> Iterator[tuple[str, str, str]]:
-    """`count` (question, reply, worse reply). The worse reply belongs to another topic.
+    """Yields `count` tuples (question, reply, worse reply). The worse reply belongs to another topic.
 
     Raises:
         DataError: the persona has only one topic.

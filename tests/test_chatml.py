@@ -181,7 +181,7 @@ def test_the_template_adds_one_space_to_control_strings_only(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("messages", "error"),
     [
         ([], "no messages"),
         ([{"role": "robot", "content": "x"}], "'robot'"),
@@ -189,15 +189,15 @@ def test_the_template_adds_one_space_to_control_strings_only(tokenizer):
         ([{"role": "user", "content": "x"}, {"role": "user", "content": "y"}], "expected 'assistant'"),
         ([{"role": "user", "content": None}], "NoneType"),
         ([{"role": "user"}], "NoneType"),
-        ([{"role": "user", "content": "x"}], "assistant"),
+        ([{"role": "user", "content": "x"}], "no assistant message"),
     ],
 )
-def test_a_malformed_conversation_is_refused_with_a_reason(tokenizer, messages, said):
-    with pytest.raises(DataError, match=said):
+def test_a_malformed_conversation_raises_an_error_with_the_reason(tokenizer, messages, error):
+    with pytest.raises(DataError, match=error):
         encode_conversation(tokenizer, messages)
 
 
-def test_the_template_refuses_an_unknown_role(tokenizer):
+def test_the_template_rejects_an_unknown_role(tokenizer):
     with pytest.raises(Exception, match="allowed are system, user, assistant"):
         tokenizer.apply_chat_template([{"role": "<|im_end|>", "content": "x"}])
 
@@ -207,7 +207,7 @@ def test_an_overlong_conversation_loses_its_last_turns(tokenizer):
     part = encode_conversation(tokenizer, DIALOGUE, max_length=len(whole.input_ids) - 1)
     assert part.dropped_turns == 2
     assert part.input_ids == encode_conversation(tokenizer, DIALOGUE[:2]).input_ids
-    with pytest.raises(DataError, match="fits into 10 tokens"):
+    with pytest.raises(DataError, match="does not fit into 10 tokens"):
         encode_conversation(tokenizer, DIALOGUE, max_length=10)
 
 

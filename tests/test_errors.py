@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from rorchat.errors import DataError, PermissionRefused, StorageError, did_you_mean, exits_with_one_line
+from rorchat.errors import DataError, PermissionDenied, StorageError, did_you_mean, exits_with_one_line
 
 
 def run_failing(error: BaseException) -> int:
@@ -23,7 +23,7 @@ def run_failing(error: BaseException) -> int:
         (DataError("a.txt is empty."), 65, "error: a.txt is empty."),
         (KeyboardInterrupt(), 130, "stopped"),
         (OSError(errno.ENOSPC, "No space left", "run"), StorageError.exit_code, "error: run: no space left; free some"),
-        (PermissionError(errno.EACCES, "Denied", "run"), PermissionRefused.exit_code, "error: run: denied; choose"),
+        (PermissionError(errno.EACCES, "Denied", "run"), PermissionDenied.exit_code, "error: run: denied; choose"),
     ],
     ids=["data", "interrupt", "disk full", "permission"],
 )

@@ -15,7 +15,7 @@ from fake_hub import TOKEN, FakeHub
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from rorchat import hub as rorchat_hub
-from rorchat.errors import DataError, PermissionRefused, RemoteError, UsageError
+from rorchat.errors import DataError, PermissionDenied, RemoteError, UsageError
 from rorchat.hub import build_model_card
 from rorchat.model import build_model, save_model
 from rorchat.tokenizer import train_tokenizer
@@ -294,8 +294,8 @@ def test_files_in_subfolders_are_compared(damage, tmp_path):
         (ConnectionResetError(errno.ECONNRESET, "reset"), RemoteError),
         (OSError("Consistency check failed"), RemoteError),
         (RuntimeError("Xet: CAS service error"), RemoteError),
-        (LocalTokenNotFoundError("no token"), PermissionRefused),
-        (PermissionError("the Hub's answer to Xet"), PermissionRefused),
+        (LocalTokenNotFoundError("no token"), PermissionDenied),
+        (PermissionError("the Hub's answer to Xet"), PermissionDenied),
         (OSError(errno.ENOSPC, "No space left on device"), OSError),
         (FileNotFoundError(errno.ENOENT, "gone", "config.json"), FileNotFoundError),
         (PermissionError(errno.EACCES, "not yours", "config.json"), PermissionError),

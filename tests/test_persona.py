@@ -356,7 +356,7 @@ def test_yaml_anchors_can_be_merged(tmp_path):
         ({"unknowns": {"x": {"questions": ["?"]}}}, "'x' has a question without words: remove it"),
         (
             {"unknowns": {"x": {"questions": ["what do you not know", "do you do not know"], "expect": ["know"]}}},
-            "topic 'x' expects one of 'know', which each of its questions already contains",
+            "topic 'x' expects one of 'know', but all of its questions contain it",
         ),
     ],
     ids=str,

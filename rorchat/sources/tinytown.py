@@ -1,13 +1,13 @@
 """Tinytown: a small world, generated from a seed, that a small model can learn within minutes.
 
-It needs no network and no licence, and because every answer is known, the trained model can be scored. Tinytown has
-twenty people, each with a job, a home, a pet, a favourite food and a favourite colour. Documents contain facts about
-them, short stories and sums; conversations ask for these; preferences contrast a good answer with a worse one.
+It needs no download, and every answer is known, so the trained model can be scored. Tinytown has twenty people. Every
+person has a job, a home, a pet, a favourite food and a favourite colour. Documents contain facts about the people,
+short stories and sums; conversations ask about them; preferences contrast a good answer with a worse one.
 
-A hash of each fact, sum and story decides whether it is held out. Held-out questions therefore never occur in training.
-No document, conversation, preference or question contains
+A hash of each fact, sum and story decides whether it is held out, so held-out questions never occur in training. No
+document, conversation, preference or question contains
 
-- a question about a held-out fact, in any wording. (The fact itself is stated, or no model could know it.)
+- a question about a held-out fact, in any wording. (Documents do state the fact, or no model could know it.)
 - a held-out sum, in any wording or order of its numbers.
 - a story with a held-out combination of people, object and place.
 """
@@ -24,7 +24,7 @@ KIND = ("document", "conversation", "preference", "question")
 LICENCE = "Apache-2.0"
 SIZE = "any amount, generated"
 
-WORLD_SEED = 2025  # fixed, so that scores can be compared
+WORLD_SEED = 2025  # fixed, so that scores are comparable
 LARGEST_NUMBER = 99
 
 NAMES = "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Uma".split()
@@ -90,12 +90,12 @@ WORLD = _build_world()
 
 
 def fact_is_held_out(name: str, attribute: str) -> bool:
-    """Whether no training row asks for this attribute of this person."""
+    """Whether questions about this attribute of this person are excluded from training."""
     return _hash("fact", name, attribute) % 4 == 0
 
 
 def sum_is_held_out(a: int, operation: str, b: int) -> bool:
-    """Whether no training row contains this sum (nor b + a for a + b). Sums of one-digit numbers are never held out."""
+    """Whether this sum is excluded from training, like b + a for a + b. Sums of one-digit numbers never are."""
     low, high = sorted((a, b)) if operation == "+" else (a, b)
     return high > 9 and _hash("sum", low, operation, high) % 8 == 0
 
@@ -106,7 +106,7 @@ def _find_numbers(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with a known answer. A reply is right if it contains the answer and none of the alternatives."""
+    """A question with a known answer. A reply is correct if it contains the answer and none of the alternatives."""
 
     kind: str
     text: str
@@ -151,7 +151,7 @@ class Story:
         )
 
     def questions(self) -> list[tuple[Question, str]]:
-        """(question, answer as a full sentence) of everything that can be asked about the story."""
+        """(question, answer as a full sentence) for everything that can be asked about the story."""
         finder, colour, thing, place, receiver, goal = vars(self).values()
         a_thing = _with_article(f"{colour} {thing}")
 
@@ -185,7 +185,7 @@ def _draw_story(rng: random.Random, held_out: bool) -> Story:
 
 def _all_sums() -> list[tuple[int, str, int]]:
     numbers = range(1, LARGEST_NUMBER)
-    # Carries only occur if one number has one digit: other carries take more steps to learn than the demo trains
+    # Only sums with a one-digit number have carries: others take more training steps to learn than the demo has
     pairs = [
         (a, b) for a in numbers for b in numbers if a + b <= LARGEST_NUMBER and (a % 10 + b % 10 < 10 or max(a, b) < 10)
     ]
@@ -263,7 +263,7 @@ def _story_document(rng: random.Random) -> str:
     return " ".join([rng.choice(story.wordings()), *(f"{question.text} {answer}" for question, answer in chosen)])
 
 
-TOPIC_WEIGHTS = (2, 5, 4)  # facts, sums and stories; facts are the easiest to learn
+TOPIC_WEIGHTS = (2, 5, 4)  # of facts, sums and stories; facts are the easiest to learn
 CONVERSATIONS = (_fact_conversation, _sum_conversation, _story_conversation)
 DOCUMENTS = (_fact_document, _sum_document, _story_document)
 
@@ -334,14 +334,14 @@ _GENERATORS: dict[str, Callable[[random.Random], dict]] = {
 
 
 def generate(kind: str, amount: int, seed: int, persona: Persona | None = None) -> Iterator[dict]:
-    """`amount` rows of a kind, which depend only on the seed. `persona` is ignored."""
+    """Generates `amount` rows of a kind, which depend only on the seed. `persona` is ignored."""
     rng = random.Random(f"{kind} {seed}")
     for _ in range(amount):
         yield _GENERATORS[kind](rng)
 
 
 def held_out_questions(count: int = 200, seed: int = 0) -> list[Question]:
-    """Held-out questions with known answers, one third each about facts, sums, and a story in the question."""
+    """Held-out questions with known answers: one third each about facts, sums and stories (quoted in the question)."""
     rng = random.Random(f"questions {seed}")
     facts = [
         _fact_question(name, attribute, wording)

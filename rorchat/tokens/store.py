@@ -10,9 +10,9 @@
 Every document is stored as `<|endoftext|>` followed by its text. The model thus learns to start a text after
 `<|endoftext|>` and, because documents follow each other, to end one with it.
 
-Hashing a store of many gigabytes before every run would take minutes; not checking it would let a flipped bit into the
-training data. Therefore each block is compared with its CRC when it is first read. Opening a store takes the same time
-for any size.
+Hashing a store of many gigabytes before every run would take minutes, but without a check a flipped bit could enter the
+training data. Each block is therefore compared with its CRC when it is first read. The time to open a store does not
+depend on its size.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ DTYPES = ("uint16", "uint32")
 BLOCK_BYTES = 2**18
 #: Exceptions that numpy raises for a damaged .npy file, whose header it parses as Python.
 NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError)
-_VERIFY_TOKENS = 2**24  # ids that `verify` examines at a time
+_VERIFY_TOKENS = 2**24  # number of ids that `verify` checks at a time
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Manifest:
     validation_share: float
     seed: int
     kind: str = "document"
-    chat_template_sha256: str = ""  # of stores of conversations, which are rendered with the template
+    chat_template_sha256: str = ""  # only for conversations, which are rendered with the template
     filters: dict[str, Any] = field(default_factory=dict)
     source_sha256: str = ""  # `rorchat.sources.registry.source_digest`
     evaluation: dict[str, str] = field(default_factory=dict)  # evaluation set -> its digest
@@ -83,7 +83,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def fingerprint(self) -> dict[str, Any]:
-        """The settings that must be equal for an existing store to be used again."""
+        """The settings that must be equal for an existing store to be reused."""
         keys = (
             "format_version", "source", "kind", "tokenizer_sha256", "chat_template_sha256", "vocabulary_size",
             "validation_share", "seed", "filters", "source_sha256", "evaluation",
@@ -95,7 +95,7 @@ class Manifest:
         return sum(getattr(shard, key) for shard in self.shards if shard.split == split)
 
     def content_sha256(self) -> str:
-        """A digest of the arrays' content, independent of the store's location."""
+        """A digest of the content of the arrays, independent of the location of the store."""
         return hashlib.sha256("".join(f"{s.split} {s.sha256}\n" for s in self.shards).encode()).hexdigest()
 
     def summary(self) -> dict[str, object]:
@@ -172,14 +172,14 @@ class _ShardArray:
 
 
 class TokenStore:
-    """The memory-mapped arrays of one source. Only what is read is copied and checked.
+    """The memory-mapped arrays of one source. Data is copied and checked when it is read.
 
     Args:
         name: the name of the source in a mixture; default: the folder's name.
 
     Raises:
-        DataError: a file is missing, damaged, or does not match the manifest; the message names it. Damage inside an
-            array is detected when its block is first read.
+        DataError: a file is missing, damaged, or does not match the manifest; the message names the file. Damage inside
+            an array is detected later, when the block is first read.
     """
 
     def __init__(self, folder: str | Path, name: str | None = None):
@@ -216,10 +216,10 @@ class TokenStore:
         return int(self._starts[split][-1])
 
     def slice(self, split: str, start: int, stop: int) -> np.ndarray:
-        """The ids from `start` to `stop` of a split as one int64 array; they may lie in several shards.
+        """The ids from `start` to `stop` (exclusive) of a split, int64, (stop - start,). They may span several shards.
 
         Raises:
-            DataError: one of their blocks is damaged; the message names file and block.
+            DataError: a block in this range is damaged; the message names the file and the block.
         """
         starts = self._starts[split]
         shard = int(np.searchsorted(starts, start, side="right")) - 1
@@ -234,10 +234,10 @@ class TokenStore:
         return ids
 
     def documents(self, split: str) -> np.ndarray:
-        """The offsets at which the documents of a split start, and its length: int64, ascending.
+        """The offsets of the documents of a split in ascending order, and at the end the length of the split, int64.
 
         Raises:
-            DataError: a file of offsets is damaged; the message names it.
+            DataError: a file of document offsets is damaged; the message names it.
         """
         tables = []
         shards = [shard for shard in self.manifest.shards if shard.split == split]
@@ -249,7 +249,7 @@ class TokenStore:
         return np.concatenate([*tables, self._starts[split][-1:]]).astype(np.int64)
 
     def verify(self, progress: Callable[[int], object] | None = None) -> list[str]:
-        """Reads every byte of the store and returns a list of problems, which is empty if there are none.
+        """Reads every byte of the store and returns a list of problems, empty if the store is valid.
 
         Args:
             progress: called with the number of bytes read since the last call.
@@ -287,7 +287,7 @@ class TokenStore:
 
 
 def load_npy(path: Path, mmap: bool = True) -> np.ndarray:
-    """The array in an .npy file of a store.
+    """Loads an .npy file of a store.
 
     Raises:
         DataError: the file is missing or damaged.
@@ -299,7 +299,7 @@ def load_npy(path: Path, mmap: bool = True) -> np.ndarray:
     except NPY_ERRORS as error:
         raise _damaged(path, f"it cannot be read: {' '.join(str(error).split())[:120]}") from None
     if not isinstance(array, np.ndarray):
-        raise _damaged(path, "it is an archive of arrays")
+        raise _damaged(path, "it is an .npz archive, not an .npy file")
     return array
 
 
@@ -308,7 +308,7 @@ def _damaged(path: Path, problem: str) -> DataError:
 
 
 def open_store(folder: str | Path, tokenizer, name: str | None = None) -> TokenStore:
-    """Opens an existing token store that was made with this tokenizer.
+    """Opens a token store and checks that it was made with this tokenizer.
 
     Args:
         name: the name of the source in a mixture; default: the folder's name.

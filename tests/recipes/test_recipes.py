@@ -310,5 +310,5 @@ def test_a_file_at_the_path_of_a_folder_is_named(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         exits_with_one_line((tmp_path / "runs").mkdir)()
     assert stop.value.code == 74
-    message = f"error: {tmp_path / 'runs'}: file exists; choose another place, or move away what lies there\n"
+    message = f"error: {tmp_path / 'runs'}: file exists; choose another place, or move the existing file\n"
     assert capsys.readouterr().err == message

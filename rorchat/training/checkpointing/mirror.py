@@ -16,7 +16,7 @@ from typing import Protocol
 
 from tqdm.auto import tqdm
 
-from rorchat.errors import DataError, MismatchError, PermissionRefused, RemoteError, StorageError, UsageError
+from rorchat.errors import DataError, MismatchError, PermissionDenied, RemoteError, StorageError, UsageError
 from rorchat.training.checkpointing.checkpoint import KEPT, MANIFEST, Checkpoint, Checkpoints, DamagedCheckpoint, copy
 
 #: Without run.json: it may already say that the run has finished, and the final model is not copied.
@@ -166,7 +166,7 @@ def open_mirror(name: str | None, run: Path) -> Mirror | None:
     Raises:
         UsageError: the name is neither a folder nor a Hub id, or it is inside the run's folder.
         StorageError: the parent of the folder does not exist, as when a drive is not mounted.
-        PermissionRefused, RemoteError: the Hub refuses access to the repository, or cannot be reached.
+        PermissionDenied, RemoteError: the Hub denies access to the repository, or cannot be reached.
     """
     if name is None:
         return None
@@ -235,7 +235,7 @@ class HubStorage:
 
     Raises:
         UsageError: the name is not a Hub id.
-        PermissionRefused, RemoteError: the Hub refuses write access, or cannot be reached.
+        PermissionDenied, RemoteError: the Hub denies write access, or cannot be reached.
     """
 
     def __init__(self, repository: str):
@@ -264,7 +264,7 @@ class HubStorage:
             status = getattr(getattr(error, "response", None), "status_code", None)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
             if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
-                raise PermissionRefused(
+                raise PermissionDenied(
                     f"mirror {self.repository}: the Hub refuses access ({reason}). Log in as its owner with `hf auth "
                     f"login`, or give a folder, ./{self.repository}."
                 ) from None
