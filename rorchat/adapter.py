@@ -1,7 +1,8 @@
-"""MODEL: LoRA adapters in a folder: read, compare with their base model, load and merge.
+"""Reads, loads and merges LoRA adapters, and checks that an adapter belongs to its base model.
 
-A folder has PEFT's files, `adapter_config.json` and `adapter_model.safetensors`, and our `base.json`, which records the
-base model's sha256 and whether it was held in 4 bits. Without `base.json` the adapter is plain PEFT's.
+An adapter folder contains PEFT's files, `adapter_config.json` and `adapter_model.safetensors`, and rorchat's
+`base.json`, which has the sha256 of the base model and whether it was loaded in 4 bits. Adapters made by PEFT alone
+have no `base.json`; the weights of their base model are not checked.
 """
 
 import hashlib
@@ -24,11 +25,11 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_BASE = "adapter_config.json", "adapter_
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """An adapter on disk whose base model has been compared with the one it was trained with."""
+    """An adapter on disk, after `read_adapter` has checked its base model."""
 
     folder: Path
     config: "LoraConfig"
-    load_in_4bit: bool  # the adapter was trained with the base in 4 bits
+    load_in_4bit: bool  # whether the base was loaded in 4 bits during training
 
     @property
     def base(self) -> str:
@@ -37,16 +38,16 @@ class AdapterFolder:
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder contains an adapter instead of a whole model."""
+    """Whether a folder contains an adapter instead of a complete model."""
     return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
 def read_adapter(folder: Path) -> AdapterFolder:
-    """Read an adapter's configuration and compare its base with the one that it was trained with.
+    """Reads the configuration of an adapter and checks its base model.
 
     Raises:
-        DataError: It is not a LoRA adapter, does not name a base, or its base does not exist.
-        MismatchError: The base has other weights than in training.
+        DataError: the folder has no LoRA adapter, or the base model is not named or does not exist.
+        MismatchError: the weights of the base model differ from those that the adapter was trained with.
     """
     from peft import LoraConfig, PeftConfig
 
@@ -57,7 +58,7 @@ def read_adapter(folder: Path) -> AdapterFolder:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"The adapter {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(config, LoraConfig):
-        raise DataError(f"{folder} is an adapter of type {config.peft_type.value}: only LORA can be merged.")
+        raise DataError(f"{folder} is an adapter of type {config.peft_type.value}: only LORA is supported.")
     base = config.base_model_name_or_path
     correction = f"correct base_model_name_or_path in {folder / ADAPTER_CONFIG}"
     if not base:
@@ -75,37 +76,37 @@ def read_adapter(folder: Path) -> AdapterFolder:
 
 
 def merge_adapter(model: "GPT2LMHeadModel", adapter: AdapterFolder) -> "GPT2LMHeadModel":
-    """Merge an adapter into its base model.
+    """Merges an adapter into its base model.
 
     Raises:
-        DataError: The adapter's weights cannot be read.
-        MismatchError: The adapter does not fit the model.
+        DataError: the weights of the adapter cannot be read.
+        MismatchError: the adapter belongs to another base model.
     """
     from peft import get_peft_model
 
     rows, largest = model.get_input_embeddings().num_embeddings, max(_trained_rows(adapter.config), default=0)
     if largest >= rows:
         raise MismatchError(
-            f"The adapter {adapter.folder} has a row for token {largest:,} but {adapter.base!r} only {rows:,} rows: it "
-            "belongs to another base model."
+            f"The adapter {adapter.folder} has an embedding row for token {largest:,}, but {adapter.base!r} has only "
+            f"{rows:,} rows: the adapter belongs to another base model."
         )
     if adapter.load_in_4bit:
         for _, _, matrix in block_matrices(model):
             matrix.weight.data = round_to_4_bits(matrix.weight.data).contiguous()
-    adapter.config.fan_in_fan_out = True  # stock matrices are (in, out), the 4-bit ones of training (out, in)
+    adapter.config.fan_in_fan_out = True  # stock weights are (in, out); the 4-bit weights of training are (out, in)
     adapted = get_peft_model(model, adapter.config)
     load_adapter(adapted, adapter.folder)
-    return adapted.merge_and_unload().requires_grad_(True)  # PEFT froze it
+    return adapted.merge_and_unload().requires_grad_(True)  # PEFT has frozen the base
 
 
 def load_adapter(adapted: "PeftModel", folder: Path) -> None:
-    """Load an adapter's weights into a model that has its layers; PEFT alone would ignore weights that do not fit.
+    """Loads the weights of an adapter into a PEFT model. PEFT alone would ignore missing and unexpected weights.
 
-    If the model trains fewer rows of the embedding than the folder has, the others are left out.
+    If the model trains fewer embedding rows than the folder contains, the other rows are dropped.
 
     Raises:
-        DataError: The weights are missing or cannot be read.
-        MismatchError: The weights belong to another adapter.
+        DataError: the weights are missing or cannot be read.
+        MismatchError: names or shapes of the weights differ from the model's.
     """
     from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors import SafetensorError
@@ -135,15 +136,15 @@ def load_adapter(adapted: "PeftModel", folder: Path) -> None:
 
 
 def _trained_rows(config: "LoraConfig") -> list[int]:
-    """The embedding rows of an adapter; PEFT accepts a list, or a dictionary of lists by module name."""
+    """The embedding rows that an adapter trains. PEFT accepts a list, or a dictionary of lists by module name."""
     rows = config.trainable_token_indices or []
     return [row for part in rows.values() for row in part] if isinstance(rows, dict) else list(rows)
 
 
 def weights_sha256(name_or_path: str) -> str | None:
-    """The sha256 of a model's weights in a folder or on the Hub; for shards, the sha256 of their hashes.
+    """The sha256 of a model's weights in a folder or on the Hub; for sharded weights, the sha256 of their hashes.
 
-    None if there are no weights, which is an error when they are loaded.
+    Returns None if there are no weights. Loading them will raise the error.
     """
     from transformers import utils
     from transformers.utils.hub import get_checkpoint_shard_files
@@ -161,14 +162,14 @@ def weights_sha256(name_or_path: str) -> str | None:
 
 
 def block_matrices(model: "GPT2LMHeadModel") -> "Iterator[tuple[nn.Module, str, nn.Module]]":
-    """(parent module, attribute name, module) of the four matrices of every block, whose weights are (in, out)."""
+    """(parent module, attribute name, module) for the four `Conv1D` layers of every block, with weights (in, out)."""
     for block in model.transformer.h:
         for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"), (block.mlp, "c_proj")):
             yield part, name, getattr(part, name)
 
 
 def round_to_4_bits(weight: "Tensor") -> "Tensor":
-    """A matrix (in, out) rounded as in QLoRA: NF4 with quantized scales (Dettmers et al. 2023, arXiv:2305.14314)."""
+    """Rounds a matrix (in, out) as QLoRA does: NF4 with quantized scales (Dettmers et al. 2023, arXiv:2305.14314)."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     return dequantize_4bit(*quantize_4bit(weight.T.contiguous(), quant_type="nf4", compress_statistics=True)).T

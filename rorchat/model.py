@@ -1,4 +1,4 @@
-"""A stock GPT-2 with random weights or from a checkpoint, with embeddings that fit its tokenizer.
+"""Builds or loads a stock GPT-2 with as many embedding rows as the tokenizer has tokens.
 
 The architecture is Transformers' `GPT2LMHeadModel`, and a saved model is a folder that any tool for GPT-2 can load.
 """
@@ -20,7 +20,7 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a GPT-2: layers, heads, width. A head is n_embd / n_head wide."""
+    """The size of a GPT-2: layers, heads per layer, and width. The size of a head is n_embd / n_head."""
 
     n_layer: int
     n_head: int
@@ -28,7 +28,7 @@ class Shape:
 
 
 #: Named by their number of parameters with GPT-2's vocabulary. Exceptions: `demo` (1M with 1,024 tokens), and `561m`,
-#: which has as many as nanochat's d20 (20 layers, untied head) with 65,536 tokens.
+#: which has as many parameters as nanochat's d20 (20 layers, untied head) with 65,536 tokens.
 SIZES = {
     "demo": Shape(4, 4, 128),
     "51m": Shape(8, 8, 512),
@@ -68,26 +68,26 @@ def count_parameters(shape: Shape, vocab_size: int, n_positions: int) -> int:
 
 
 def count_scaling_parameters(shape: Shape, vocab_size: int) -> int:
-    """N of scaling laws and of FLOPs: the matrices of the blocks, and the token embedding once.
+    """The N in scaling laws and FLOP estimates: the matrices of the blocks, and the tied token embedding counted once.
 
-    Position embeddings, biases and norms (1 % of 124M) are left out: no matrix product uses them.
+    Position embeddings, biases and norms (1 % of 124M) are excluded, because no matrix product uses them.
     """
     return 12 * shape.n_layer * shape.n_embd**2 + vocab_size * shape.n_embd
 
 
 def flops_per_token(shape: Shape, vocab_size: int, block_size: int) -> float:
-    """FLOPs of training on one token, forward and backward: 6 N + 12 L d T.
+    """Training FLOPs per token, forward and backward: 6 N + 12 L d T.
 
-    N is `count_scaling_parameters`, with the head; there are L layers of width d, and rows of T tokens. The attention
-    term counts the whole T x T square although half of it is masked. This is the convention of PaLM (Chowdhery et al.
-    2022, arXiv:2204.02311, appendix B) and of nanoGPT, so MFU values are comparable. Recomputation by gradient
-    checkpointing is not counted.
+    N is `count_scaling_parameters`, L the number of layers, d the width, and T the number of tokens in a row. The
+    attention term counts the whole T x T matrix although half of it is masked. This is the convention of PaLM
+    (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) and of nanoGPT, so MFU values are comparable. Recomputation by
+    gradient checkpointing is not counted.
     """
     return 6.0 * count_scaling_parameters(shape, vocab_size) + 12.0 * shape.n_layer * shape.n_embd * block_size
 
 
 def build_model(size: str, tokenizer, n_positions: int, seed: int = 0) -> "GPT2LMHeadModel":
-    """A stock GPT-2 with random weights in float32, without dropout.
+    """Builds a stock GPT-2 with random float32 weights and without dropout.
 
     Args:
         size: a name in `SIZES`, or layers x heads x width.
@@ -103,7 +103,7 @@ def build_model(size: str, tokenizer, n_positions: int, seed: int = 0) -> "GPT2L
         n_layer=shape.n_layer,
         n_head=shape.n_head,
         n_embd=shape.n_embd,
-        # A small model does not overfit a large text, and on a CPU dropout disables the fast attention kernel.
+        # A small model does not overfit a large corpus, and on a CPU dropout disables the fast attention kernel.
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -121,8 +121,8 @@ def build_model(size: str, tokenizer, n_positions: int, seed: int = 0) -> "GPT2L
 def zero_output_projections(model: "GPT2LMHeadModel") -> None:
     """Sets the output projections of attention and MLP to zero, so that every block starts as the identity.
 
-    With Muon, whose updates have the same size whatever the gradient, this reaches the same loss with fewer tokens
-    (docs/LOG.md).
+    With Muon, whose updates do not depend on the size of the gradient, this reaches the same loss with fewer tokens (see
+    docs/LOG.md).
     """
     for block in model.transformer.h:
         for projection in (block.attn.c_proj, block.mlp.c_proj):
@@ -130,17 +130,17 @@ def zero_output_projections(model: "GPT2LMHeadModel") -> None:
 
 
 def load_checkpoint(name_or_path: str, tokenizer, seed: int = 0) -> "GPT2LMHeadModel":
-    """A GPT-2 from a folder or the Hub in float32, without dropout, with embeddings enlarged to fit the tokenizer.
+    """Loads a GPT-2 from a folder or the Hub in float32, without dropout, and resizes its embeddings for the tokenizer.
 
-    New embedding rows are the mean of the old ones plus noise with the standard deviation of the old rows. The
-    `mean_resizing` of Transformers puts them only 2e-6 apart, so `<|im_start|>`, `<|im_end|>` and `<|pad|>` would start
-    as the same token. The logits of the old tokens do not change. If the folder holds an adapter, the adapter is merged
-    into its base model.
+    New embedding rows are the mean of the old rows plus noise with the standard deviation of the old rows. With
+    Transformers' `mean_resizing`, the new rows differ by only 2e-6, so `<|im_start|>`, `<|im_end|>` and `<|pad|>` would
+    start as the same token. The logits of the old tokens do not change. If the folder contains an adapter, the adapter
+    is merged into its base model.
 
     Raises:
-        DataError: there is no model, or it is not a GPT-2.
+        DataError: there is no model, its weights cannot be loaded, or it is not a GPT-2.
         RemoteError: the Hub cannot be reached.
-        MismatchError: model and tokenizer do not fit together, or the adapter belongs to another base model.
+        MismatchError: the tokenizer is not the model's, or the adapter belongs to another base model.
     """
     import torch
     from safetensors import SafetensorError
@@ -165,8 +165,7 @@ def load_checkpoint(name_or_path: str, tokenizer, seed: int = 0) -> "GPT2LMHeadM
     if not tokenizer.vocab_size <= rows <= len(tokenizer):
         raise MismatchError(
             f"The model {name_or_path!r} has {rows:,} embedding rows, but the tokenizer has {len(tokenizer):,} tokens "
-            f"({tokenizer.vocab_size:,} without added ones), so they do not belong together. Give the "
-            "tokenizer that the model was trained with."
+            f"({tokenizer.vocab_size:,} without added tokens). Give the tokenizer that the model was trained with."
         )
     set_seed(seed)
     if rows < len(tokenizer):
@@ -205,7 +204,7 @@ def _enlarge_embeddings(model: "GPT2LMHeadModel", rows: int) -> None:
 
 
 def _set_generation_config(model: "GPT2LMHeadModel", tokenizer) -> None:
-    """Sets defaults for `generate`: stop at the end of a turn or a document, sample, stay in the context window."""
+    """Sets the defaults of `generate`: sampling, and a stop at the end of the turn, document or context window."""
     from transformers import GenerationConfig
 
     end_of_turn, end_of_text, pad = tokenizer.convert_tokens_to_ids([IM_END, END_OF_TEXT, PAD])
@@ -221,7 +220,7 @@ def _set_generation_config(model: "GPT2LMHeadModel", tokenizer) -> None:
 
 
 def check_fit(model: "GPT2LMHeadModel", tokenizer, length: int | None = None, setting: str = "block_size") -> None:
-    """Raises MismatchError unless model and tokenizer fit together and `length` tokens fit into the context window."""
+    """Raises MismatchError if the tokenizer is not the model's or `length` tokens exceed the context window."""
     rows = model.get_input_embeddings().num_embeddings
     if rows != len(tokenizer):
         raise MismatchError(
@@ -233,12 +232,12 @@ def check_fit(model: "GPT2LMHeadModel", tokenizer, length: int | None = None, se
         raise MismatchError(f"The control tokens {', '.join(outside)} have no embedding row.")
     if length and length > model.config.n_positions:
         raise MismatchError(
-            f"{setting} is {length}, but the model has only {model.config.n_positions} positions: give at most that."
+            f"{setting} is {length}, but the model has only {model.config.n_positions} positions: reduce {setting}."
         )
 
 
 def save_model(model: "GPT2LMHeadModel", tokenizer, folder: str | Path) -> None:
-    """Writes a standard Transformers folder: safetensors, config, generation config, tokenizer, chat template."""
+    """Writes a standard Transformers folder: weights, config, generation config, tokenizer and chat template."""
     tokenizer.model_max_length = model.config.n_positions
     model.config.architectures = ["GPT2LMHeadModel"]
     model.save_pretrained(folder)

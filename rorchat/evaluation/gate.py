@@ -1,4 +1,4 @@
-"""The behaviour gate: judges a chat model's behaviour by thresholds, optionally next to the previous stage's model."""
+"""The behaviour gate: checks a chat model against thresholds and compares it with the previous stage."""
 
 import json
 import math
@@ -16,13 +16,13 @@ THRESHOLDS_FILE = Path(__file__).with_name("behaviour.yaml")
 
 
 class BehaviourFailure(RorchatError):
-    """A model misses a threshold of the behaviour gate."""
+    """A model does not meet a threshold of the behaviour gate."""
 
-    exit_code = DivergedError.exit_code  # tells scripts that the model is bad, not that a file is wrong
+    exit_code = DivergedError.exit_code  # lets scripts distinguish a bad model from a bad file
 
 
 def load_thresholds(path: str | Path | None = None) -> dict[str, float]:
-    """{measure: threshold} from a YAML file like `behaviour.yaml`, the default.
+    """Loads {measure: threshold} from a YAML file, by default `behaviour.yaml`.
 
     Raises:
         DataError: the file is missing, is not YAML, names an unknown measure, or has an invalid threshold.
@@ -52,14 +52,14 @@ def _parse_threshold(path: Path, name: object, entry: object) -> float:
 
 @dataclass
 class Verdict:
-    """A model's behaviour, its thresholds, and optionally the behaviour of the previous stage's model."""
+    """The behaviour of a model, the thresholds, and optionally the behaviour of the previous stage's model."""
 
     model: Behaviour
     thresholds: dict[str, float]
     before: Behaviour | None = None
 
     def failures(self) -> list[str]:
-        """The measures that miss their threshold. A measure that applied to no reply misses it too."""
+        """The measures that fail their threshold, including those that applied to no reply."""
         return [name for name in self.thresholds if not self._passes(name)]
 
     def _passes(self, name: str) -> bool:
@@ -82,7 +82,7 @@ class Verdict:
         return ["measure", self.model.name, *comparison, "threshold", ""], rows
 
     def _comparison(self, name: str) -> list[str]:
-        """The cells for the previous model and the change; empty without one."""
+        """The cells for the previous model and the change; empty if there is no previous model."""
         if self.before is None:
             return []
         now, before = self.model.measures[name], self.before.measures[name]
@@ -92,7 +92,7 @@ class Verdict:
         return [_format_value(before, MEASURES[name], self.before.persona), change]
 
     def examples(self) -> list[tuple[str, str, str]]:
-        """(measure, prompt, reply) examples of every failed measure."""
+        """(measure, prompt, reply) for the examples of every failed measure."""
         return [(name, *example) for name in self.failures() for example in self.model.measures[name].examples]
 
     def summary(self) -> str:
@@ -113,7 +113,7 @@ def _format_value(value: Value, measure: Measure, persona: str) -> str:
 
 
 def _check_persona(model: str, chat: ChatModel, persona: Persona, thresholds: dict[str, float]) -> None:
-    """Raises MismatchError if probes have thresholds but the model's chat template belongs to another persona."""
+    """Raises MismatchError if a probe measure has a threshold but the chat template belongs to another persona."""
     judged = [name for name in thresholds if MEASURES[name].unit == "probes"]
     message = system_message(chat.tokenizer)
     if judged and message != persona.system:
@@ -125,10 +125,10 @@ def _check_persona(model: str, chat: ChatModel, persona: Persona, thresholds: di
 
 
 def judge_model(model: str, persona: Persona, thresholds: dict[str, float], before: str | None = None) -> Verdict:
-    """The verdict on a chat model, optionally with the model of the previous stage.
+    """Measures a chat model, and optionally the model of the previous stage for comparison.
 
     Args:
-        model, before: a model's folder, a run's folder or a Hub id.
+        model, before: model folder, run folder or Hub id.
 
     Raises:
         DataError, RemoteError: a model cannot be loaded.
@@ -146,10 +146,10 @@ def write_verdict(verdict: Verdict, path: Path) -> None:
 
 
 def read_verdict(path: Path) -> Verdict:
-    """Reads a file of `write_verdict`.
+    """Reads a verdict written by `write_verdict`.
 
     Raises:
-        DataError: the file holds something else.
+        DataError: the file does not contain a verdict.
     """
 
     def parse_behaviour(values: dict) -> Behaviour:

@@ -1,17 +1,20 @@
-"""Interleaves sources by their shares: decides for every row which source it comes from.
+"""Interleaves sources by their shares: determines the source of every row.
 
-Every source has a budget: the number of rows, a real number, that it should have contributed at any point. Its count of
-whole rows must stay close to the budget, and the source of any row must be computable without the rows before it.
+The budget of a source at row m is the integral of its share over the first m rows, a real number. The number of rows
+that a source has contributed must stay close to its budget, and the source of any row must be computable without the
+rows before it.
 
-Algorithm. The sources are the leaves of a binary tree. Of the first m rows of a group, its left half gets
-floor(T + 1/2), where T is the budget of the left half at the point where the budget of the group reaches m. The right
-half gets the rest. From m to m + 1, T grows by at least 0 and at most 1, so every row goes to exactly one half, and m
-alone determines which. To find the source of a row, walk down from the root. All arithmetic is in integers (shares are
-multiples of 2**-40), so no rounding error can lose or repeat a row.
+Algorithm. The sources are the leaves of a binary tree. A node of the tree is a group of sources with a left and a right
+half, and its budget is the sum of their budgets. Of the first m rows of a group, the left half gets floor(T + 1/2),
+where T is the budget of the left half at the point where the budget of the group reaches m. The right half gets the
+rest. When m increases by 1, T increases by a number between 0 and 1, so the row goes to exactly one half, which depends
+only on m. To find the source of a row, descend from the root. All arithmetic uses integers (shares are multiples of
+2**-40), so rounding errors cannot lose or repeat a row.
 
-Deviation. A half deviates from its budget by at most 1/2 plus its ratio of the group times the deviation of the group:
-e = 1/2 + ratio * e_group. For any shares, that is at most 1/2 row for two sources, 1 row for three or four, and 1.5
-rows for five to eight. `Interleaver.bound` is the bound for the given shares.
+Deviation. Let e_group be the largest deviation of a group from its budget, and ratio the share of the group that goes
+to one half. The deviation of that half is at most e = 1/2 + ratio * e_group. For any shares, this is at most 1/2 row
+for two sources, 1 row for three or four, and 1.5 rows for five to eight. `Interleaver.bound` is the bound for the
+given shares.
 """
 
 import heapq
@@ -29,7 +32,7 @@ UNIT = 1 << 40
 class Segment:
     """Rows `start` to `end` (exclusive), over which the share of every source changes linearly.
 
-    `first` and `last` are the shares at both ends in multiples of 1/UNIT. All are even, and each tuple sums to UNIT.
+    `first` and `last` are the shares at `start` and `end` in multiples of 1/UNIT: even numbers that sum to UNIT.
     """
 
     start: int
@@ -42,13 +45,13 @@ class Segment:
         return self.end - self.start
 
     def budget(self, source: int, row: int) -> float:
-        """The budget of a source for the rows from `start` to `row`."""
+        """The budget of a source for the rows from `start` to `row` (exclusive)."""
         after, first = row - self.start, self.first[source]
         return (2 * self.rows * first + (self.last[source] - first) * after) * after / (2 * self.rows * UNIT)
 
 
 def to_units(weights: Sequence[float]) -> tuple[int, ...]:
-    """Weights of any scale as shares in multiples of 1/UNIT: even, 0 for a weight of 0, with the exact sum UNIT."""
+    """Normalizes weights to shares in multiples of 1/UNIT: even numbers that sum to UNIT; a weight of 0 stays 0."""
     total = sum(weights)
     units = [2 * int(weight / total * (UNIT // 2)) for weight in weights]
     units[max(range(len(units)), key=units.__getitem__)] += UNIT - sum(units)
@@ -56,7 +59,7 @@ def to_units(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 class _Group:
-    """A node of the tree: a source, or a group of sources with two halves."""
+    """A node of the tree: a single source (a leaf), or a group of sources with two halves."""
 
     def __init__(self, segments: Sequence[Segment], sources: Sequence[int], halves: tuple["_Group", "_Group"] | None):
         self.segments, self.sources = segments, sources
@@ -73,7 +76,7 @@ class _Group:
         return 2 * rows * self.totals[j] + (2 * rows * first + (self.last[j] - first) * after) * after
 
     def _find_budget(self, rows: int) -> tuple[int, int]:
-        """(segment, rows into it) of the last row at which the budget of the group is at most `rows`."""
+        """(index of the segment, offset in it) of the last row at which the budget of the group is at most `rows`."""
         j = bisect_right(self.totals, rows * UNIT) - 1
         length, first = self.segments[j].rows, self.first[j]
         # Solve the quadratic equation budget(after) = rows
@@ -81,7 +84,7 @@ class _Group:
         missing, slope = target - 2 * length * self.totals[j], self.last[j] - first
         divisor = length * first + math.isqrt(max(0, (length * first) ** 2 + slope * missing))
         after = min(missing // divisor if divisor else 0, length - 1)
-        while self._budget(j, after) > target:  # the integer square root is a few rows off where shares approach 0
+        while self._budget(j, after) > target:  # where shares approach 0, the integer square root is off by a few rows
             after -= 1
         while self._budget(j, after + 1) <= target:
             after += 1
@@ -90,17 +93,17 @@ class _Group:
     def count_left(self, rows: int) -> int:
         """How many of the group's first `rows` rows go to its left half."""
         if not self.totals[-1]:
-            return 0  # none of its sources is ever used
+            return 0  # all of its sources have a share of 0
         half = self.halves[0]
         j, after = self._find_budget(rows)
         unit = 2 * self.segments[j].rows * UNIT
         start, half_start = self._budget(j, after), half._budget(j, after)
         step, half_step = self._budget(j, after + 1) - start, half._budget(j, after + 1) - half_start
-        # Between two rows budgets are linear: floor(T + 1/2) with T = half_start + half_step * (rows - start) / step
+        # Budgets are linear between two rows: floor(T + 1/2) with T = half_start + half_step * (rows - start) / step
         return (2 * (half_start * step + half_step * (rows * unit - start)) + step * unit) // (2 * step * unit)
 
     def ratio(self, half: "_Group") -> float:
-        """The largest share of the group that a half ever has; in a linear segment it is at one of the ends."""
+        """The largest share of the group that goes to a half. In a linear segment, it is reached at one of the ends."""
         ends = zip(half.first + half.last, self.first + self.last, strict=True)
         return max((part / whole for part, whole in ends if whole), default=0.0)
 
@@ -113,7 +116,7 @@ class Interleaver:
         sources = range(len(segments[0].first))
         budgets = [sum((s.first[k] + s.last[k]) * s.rows for s in segments) for k in sources]
         smallest = min(budget for budget in budgets if budget)
-        # A group may get its last row up to half a row early, so budgets continue after the end at their average rate
+        # A group may receive its last row half a row early, so budgets continue after the end with the average shares
         average = to_units(budgets)
         extension = Segment(end, end + 4 * sum(budgets) // smallest + 4, average, average)
         leaves = [_Group([*segments, extension], (source,), None) for source in sources]
@@ -125,7 +128,7 @@ class Interleaver:
         self.bound, self._root = min(((_bound(tree), tree) for tree in trees), key=lambda pair: pair[0])
 
     def locate(self, row: int) -> tuple[int, int]:
-        """(source of a row, number of rows of that source before it)."""
+        """(source of a row, number of earlier rows from that source)."""
         group, number = self._root, row
         while group.halves:
             before = group.count_left(number)
@@ -152,7 +155,7 @@ def _join(left: _Group, right: _Group) -> _Group:
 
 
 def _huffman_tree(leaves: Sequence[_Group], weight: Callable[[_Group], int]) -> _Group:
-    """The tree in which heavy sources are close to the root."""
+    """A Huffman tree: sources with a large weight are close to the root."""
     heap = [(weight(leaf), number, leaf) for number, leaf in enumerate(leaves)]
     heapq.heapify(heap)
     for number in range(len(leaves), 2 * len(leaves) - 1):
@@ -163,14 +166,14 @@ def _huffman_tree(leaves: Sequence[_Group], weight: Callable[[_Group], int]) -> 
 
 
 def _balanced_tree(leaves: Sequence[_Group]) -> _Group:
-    """The tree of least depth. Its bound is at most half its depth: 1 row for four sources, 1.5 rows for eight."""
+    """A tree of minimum depth. Its bound is at most half its depth: 1 row for four sources, 1.5 rows for eight."""
     if len(leaves) == 1:
         return leaves[0]
     return _join(_balanced_tree(leaves[::2]), _balanced_tree(leaves[1::2]))
 
 
 def _bound(group: _Group, deviation: float = 0.0) -> float:
-    """The largest deviation of a source in a group that itself deviates: e = 1/2 + ratio * e_group along each path."""
+    """The largest deviation of a source in a group that deviates by `deviation`, see the module docstring."""
     if not group.halves:
         return deviation
     return max(_bound(half, 0.5 + group.ratio(half) * deviation) for half in group.halves)

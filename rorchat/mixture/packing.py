@@ -1,8 +1,8 @@
-"""Packs sequences of different lengths into rows of one length, with almost no padding. No sequence is cut.
+"""Packs sequences of different lengths into rows of equal length, with almost no padding. No sequence is truncated.
 
-Each row takes the longest remaining sequence. Then it is filled: with one sequence, or with two, that fill the rest
-exactly; otherwise with the longest that fits. Best-fit decreasing (Johnson 1973), which considers one sequence at
-a time, leaves five times as much padding on real conversations.
+Every row starts with the longest remaining sequence. The remaining room is filled exactly by one sequence, or by two,
+if there are any of these lengths; otherwise the longest sequence that fits is added. Best-fit decreasing (Johnson
+1973), which considers one sequence at a time, leaves five times as much padding on real conversations.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,11 +19,11 @@ def pack(lengths: Sequence[int] | np.ndarray, window: int) -> list[list[int]]:
     """Assigns sequences to rows.
 
     Args:
-        lengths: tokens in each sequence; of equal ones, the first are used first.
-        window: tokens in a row.
+        lengths: number of tokens of each sequence. Sequences of equal length are used in order.
+        window: number of tokens in a row.
 
     Returns:
-        The indices of the sequences in each row; each index occurs once.
+        The indices of the sequences in each row. Every index occurs exactly once.
 
     Raises:
         ValueError: a sequence is empty or longer than the window.
@@ -33,12 +33,12 @@ def pack(lengths: Sequence[int] | np.ndarray, window: int) -> list[list[int]]:
         raise ValueError(
             f"Sequences of {lengths.min()} to {lengths.max()} tokens do not all fit into rows of {window}."
         )
-    waiting: list[list[int]] = [[] for _ in range(window + 1)]  # the sequences of each length, the first one last
+    waiting: list[list[int]] = [[] for _ in range(window + 1)]  # indices by length, in reverse order for `pop`
     for index in range(len(lengths) - 1, -1, -1):
         waiting[lengths[index]].append(index)
-    # Two integers as bit sets of the lengths that are left: bit n of `available` stands for length n, bit n of
-    # `mirrored` for length window - n. Shifted right by window - room, bit n of `mirrored` stands for length room - n.
-    # Where both have bit n, sequences of length n and room - n fill the room exactly.
+    # Two integers serve as bit sets of the remaining lengths: bit n of `available` stands for length n, and bit n of
+    # `mirrored` for length window - n. After a right shift by window - room, bit n of `mirrored` stands for length
+    # room - n. If bit n is set in both, a sequence of length n and one of length room - n fill the room exactly.
     available = sum(1 << length for length in range(window + 1) if waiting[length])
     mirrored = sum(1 << (window - length) for length in range(window + 1) if waiting[length])
     rows = []
@@ -58,10 +58,10 @@ def pack(lengths: Sequence[int] | np.ndarray, window: int) -> list[list[int]]:
 
 
 class Sequences:
-    """Encoded sequences in flat arrays, which take 5 bytes per token.
+    """Encoded sequences in flat arrays, with 5 bytes per token.
 
     Args:
-        encoded: (input_ids, labels) of each sequence; labels equal the ids or are -100.
+        encoded: (input_ids, labels) of each sequence. A label equals its input id or is -100.
     """
 
     def __init__(self, encoded: Iterable[tuple[Sequence[int], Sequence[int]]]):
@@ -69,7 +69,7 @@ class Sequences:
         for input_ids, labels in encoded:
             ids.append(np.asarray(input_ids, np.int32))
             is_target.append(np.asarray(labels) != IGNORE_INDEX)
-            is_target[-1][:1] = False  # in a packed row, another sequence precedes the first token
+            is_target[-1][:1] = False  # in a packed row, the token before the first one belongs to another sequence
             lengths.append(len(input_ids))
         self.input_ids, self.is_target = np.concatenate(ids), np.concatenate(is_target)
         self.starts = np.cumsum(lengths)
@@ -94,11 +94,11 @@ class Sequences:
 
 
 class PackedRows(Dataset):
-    """Rows of packed sequences. Every epoch is packed anew and shuffled.
+    """A dataset of packed rows. Every epoch is shuffled and packed again.
 
     Args:
-        window: tokens in a row.
-        count: number of rows; the last epoch may be incomplete.
+        window: number of tokens in a row.
+        count: number of rows in total; the last epoch may be incomplete.
     """
 
     def __init__(self, sequences: Sequences, window: int, count: int, seed: int):
@@ -118,7 +118,7 @@ class PackedRows(Dataset):
 
     @property
     def tokens(self) -> np.ndarray:
-        """Tokens in each row, (R,)."""
+        """The number of tokens in each row, (R,)."""
         lengths = self.sequences.lengths
         return np.array([lengths[row].sum() for row in self.rows])
 
