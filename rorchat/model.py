@@ -121,7 +121,7 @@ def build_model(size: str, tokenizer, n_positions: int, seed: int = 0) -> "GPT2L
 def zero_output_projections(model: "GPT2LMHeadModel") -> None:
     """Sets the output projections of attention and MLP to zero, so that every block starts as the identity.
 
-    With Muon, whose updates do not depend on the size of the gradient, this reaches the same loss with fewer tokens (see
+    With Muon, whose update size is independent of the gradient, this reaches the same loss with fewer tokens (see
     docs/LOG.md).
     """
     for block in model.transformer.h:
