@@ -31,7 +31,7 @@ from rorchat.sources.base import licence_restriction
 
 PROBE = "Who are you?"
 VERIFY_SECONDS = 600  # enough to load the largest size from a slow disk
-NOT_UPLOADED = ("*.bin", "checkpoint-*", "README.md")  # pickles; training state; the card is written anew
+NOT_UPLOADED = ("*.bin", "checkpoint-*", "README.md")  # pickles; training state; the card is rewritten
 # Runs in a fresh process that imports only what a user of the model has
 _VERIFY = """
 import json, sys

@@ -20,7 +20,9 @@ app = App("List, check, show and tokenize datasets.")
 Tokenizer = Annotated[str, typer.Option(help="A folder or a Hub id.")]
 Source = Annotated[
     str,
-    typer.Argument(help="NAME (from the Hub), NAME=PATH, NAME=AMOUNT (generated); chat:NAME for its conversations."),
+    typer.Argument(
+        help="NAME (from the Hub), NAME=PATH, NAME=AMOUNT (generated); chat:NAME for its conversations only."
+    ),
 ]
 RowFormat = Annotated[
     str | None, typer.Option("--as", help="The source whose row format a path has, e.g. messages; default: guessed.")
@@ -42,7 +44,7 @@ Out = Annotated[Path, typer.Option(help="A new folder for the token store.")]
 
 @app.command("list")
 def list_sources() -> None:
-    """List the datasets by the names that recipes use: kind, licence, size, and which tokens the loss counts."""
+    """List the datasets by the names that recipes use: kind, licence, size, and which tokens are in the loss."""
     from rorchat.cli.tables import print_table
     from rorchat.sources.base import LOSS_BY_KIND, licence_restriction
     from rorchat.sources.registry import find_source, list_sources
@@ -54,7 +56,7 @@ def list_sources() -> None:
         loss = "; ".join(LOSS_BY_KIND[kind] for kind in source.kinds)
         title = source.title.split(":")[0].rstrip(".")
         rows.append([name, title, ", ".join(source.kinds), where, source.size, source.licence, loss])
-    print_table(["source", "what it is", "gives", "from", "size", "licence", "the loss counts"], rows)
+    print_table(["source", "description", "kinds", "from", "size", "licence", "tokens in the loss"], rows)
     restricted = [name for name in list_sources() if licence_restriction(find_source(name).licence)]
     print(f"\nNot for commercial use, or of unstated licence: {', '.join(restricted)}.")
 
@@ -75,7 +77,7 @@ def check(
     min_letters: MinLetters = 0.0,
     min_latin: MinLatin = 0.0,
 ) -> None:
-    """Read every row and count the kept and the rejected ones, with the reasons and the first places."""
+    """Read every row. Count kept and rejected rows, with the reasons and the first places."""
     from rorchat.inspection import FORMAT_REASONS, check_source
     from rorchat.reading.filters import Filters
     from rorchat.sources.registry import unread_files
@@ -104,14 +106,14 @@ def check(
             file.close()
     name = result.spec.partition("=")[0]
     if result.guessed:
-        print(f"read as {name!r}; to read it as another format: --as")
+        print(f"read as {name!r}; use --as to read it as another format")
     if result.evaluation:
         print(result.evaluation.describe())
     print(result.stats)
     _print_unread(unread_files(result.spec))
     other_format = sum(count for reason, count in result.stats.rejects.items() if reason in FORMAT_REASONS)
     if result.guessed and other_format > result.stats.rows_in / 10:
-        print(f"{other_format:,} rows have another format than {name!r}: check the files one by one")
+        print(f"{other_format:,} rows have a different format than {name!r}: check the files one by one")
     if rejects:
         print(f"rejects  {rejects}")
     if not result.stats.kept:
@@ -129,7 +131,7 @@ def _require_separate(source: str, rejects: Path) -> None:
     location = source if Path(source).expanduser().exists() else source.partition("=")[2]
     path = Path(location).expanduser().resolve()
     if location and path in (rejects.expanduser().resolve(), *rejects.expanduser().resolve().parents):
-        raise UsageError(f"--rejects {rejects} would change the checked data, {location}: choose another place.")
+        raise UsageError(f"--rejects {rejects} would change the checked data in {location}: choose another file.")
 
 
 @app.command()
@@ -139,7 +141,7 @@ def show(
     row: Annotated[int, typer.Option(help="The number of the row, from 0.")] = 0,
     row_format: RowFormat = None,
 ) -> None:
-    """Show a row as tokens. Those in the loss are green on a terminal, otherwise in brackets."""
+    """Show a row as tokens. Tokens in the loss are green on a terminal, and in brackets elsewhere."""
     from rorchat.inspection import resolve_spec, show_row
     from rorchat.tokenizer import load_tokenizer
 
@@ -155,7 +157,7 @@ def show(
 
 
 def format_in_colour(tokens: "Sequence[ShownToken]") -> str:
-    """Tokens in the loss on green, others on grey; neighbours alternate between two shades."""
+    """Shows tokens in the loss on green and others on grey, in two alternating shades."""
     shades = {True: ("\033[30;48;5;114m", "\033[30;48;5;157m"), False: ("\033[37;48;5;238m", "\033[37;48;5;242m")}
     parts = []
     for number, token in enumerate(tokens):
@@ -165,7 +167,7 @@ def format_in_colour(tokens: "Sequence[ShownToken]") -> str:
 
 
 def format_in_brackets(tokens: "Sequence[ShownToken]") -> str:
-    """Tokens separated by bars; each run of tokens in the loss is in double brackets."""
+    """Separates tokens by bars and encloses every run of tokens in the loss in double brackets."""
     parts = []
     for before, token in zip([None, *tokens], tokens, strict=False):
         was_trained = before is not None and before.trained
@@ -255,7 +257,7 @@ def import_(
     tokenizer: Tokenizer,
     out: Out,
 ) -> None:
-    """Make a token store of shards that another project tokenized; files with 'val' in their name become validation.
+    """Make a token store from shards tokenized by another project. Files with 'val' in their name become validation.
 
     The files are linked, not copied, if the file system allows it: do not change the originals.
     """
@@ -267,7 +269,7 @@ def import_(
 
 @app.command()
 def plan(
-    mixture: Annotated[str, typer.Argument(help="A mixture file, or one of a story: rorchat-124m/mixture.yaml.")],
+    mixture: Annotated[str, typer.Argument(help="A mixture file, or that of a story: rorchat-124m/mixture.yaml.")],
     tokenizer: Tokenizer,
     train_tokens: Annotated[int, typer.Option(help="Tokens to train on.")],
     stores: Annotated[Path, typer.Option(help="The folder of token stores: `token_store` of the recipe.")],

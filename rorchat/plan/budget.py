@@ -1,4 +1,4 @@
-"""A request -> a plan, or an error in one line that says what would fit."""
+"""Turns a request into a plan, or raises a one-line error that says what would fit."""
 
 import math
 from collections.abc import Iterator
@@ -20,18 +20,18 @@ from rorchat.plan.cost import (
 )
 from rorchat.plan.scaling import FITS, Fit, format_size, list_shapes
 
-GLOBAL_BATCH_TOKENS = 524_288  # of GPT-3's smallest model, and of all reproductions of GPT-2
-TARGET_STEPS = 2_000  # the batch of a short run is halved until the run has so many steps
+GLOBAL_BATCH_TOKENS = 524_288  # the batch of GPT-3's smallest model, and of all reproductions of GPT-2
+TARGET_STEPS = 2_000  # the batch of a short run is halved until the run has at least this many steps
 MIN_STEPS = 100  # a shorter run is refused
-#: Parameters and tokens of the smallest models that the fits were fitted on (Hoffmann et al. 2022, abstract)
+#: Smallest numbers of parameters and tokens that the scaling laws were fitted on (Hoffmann et al. 2022, abstract)
 FITTED_FROM = (70e6, 5e9)
-NOTABLE_LOSS = 0.05  # nats: another size is mentioned only if it is better by this much
-MICRO_BATCH_TOKENS = {True: 8_192, False: 65_536}  # on a CPU, on a GPU: larger micro-batches are no faster
+NOTABLE_LOSS = 0.05  # nats; another size is mentioned only if its loss is lower by this much
+MICRO_BATCH_TOKENS = {True: 8_192, False: 65_536}  # {is_cpu: tokens}; larger micro-batches are not faster
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user wants: one budget (dollars, hours or FLOPs), optionally a size or tokens; or a size and tokens."""
+    """A budget (dollars, hours or FLOPs), optionally with a size or tokens, or a size and tokens without a budget."""
 
     device: Device
     money: float | None = None
@@ -103,7 +103,7 @@ class Request:
         return f"{self.flops:.3g} FLOPs on {devices}" if self.flops else f"{self.tokens:,.0f} tokens on {devices}"
 
     def affordable_tokens(self, setup: Setup, shape: Shape, seconds_per_token: float) -> float:
-        """Tokens that the budget pays for; infinity without a budget.
+        """The number of tokens that the budget pays for; infinity without a budget.
 
         Raises:
             UsageError: the budget is money and the device has no price.
@@ -129,7 +129,7 @@ def _check_positive(option: str, value: float | None, most: float = math.inf) ->
 class Plan:
     """A run that its budget pays for.
 
-    `seconds_per_token` is for all devices together. `hours` includes the time outside of steps.
+    `seconds_per_token` is for all devices together. `hours` includes the time outside of training steps.
     """
 
     request: Request
@@ -143,7 +143,7 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """N of the fits and of the FLOPs."""
+        """N in the scaling laws and in the FLOP count."""
         return count_scaling_parameters(self.shape, self.setup.vocabulary)
 
     @property
@@ -185,7 +185,7 @@ class Plan:
 
     @property
     def is_extrapolated(self) -> bool:
-        """Whether model or tokens are smaller than any that the fits were fitted on."""
+        """Whether the model or the number of tokens is smaller than any that the scaling laws were fitted on."""
         return self.parameters < FITTED_FROM[0] or self.tokens < FITTED_FROM[1]
 
     @property
@@ -201,26 +201,26 @@ class Plan:
 
 
 def compute_hours(tokens: float, seconds_per_token: float) -> float:
-    """Hours of a run: the time in steps and outside of them."""
+    """The duration of a run in hours, including the time outside of training steps."""
     return tokens * seconds_per_token * (1 + OUTSIDE_STEPS) / 3600
 
 
 @dataclass(frozen=True)
 class DoesNotFit:
-    """A shape that does not fit into memory with one row, or (with a `reason`) with the requested micro-batch."""
+    """A shape that does not fit into memory with a micro-batch of one row, or with the requested one (`reason`)."""
 
     shape: Shape
     reason: str = ""
 
 
 def make_plan(request: Request, measured: float | None = None) -> Plan:
-    """The plan for a request.
+    """Plans a run.
 
     Args:
-        measured: seconds per token of the requested size on all devices, instead of the estimate.
+        measured: measured seconds per token of the requested size on all devices together; None to estimate them.
 
     Raises:
-        UsageError: the budget does not pay for such a run, or it does not fit into memory. The message says what would.
+        UsageError: the run is too expensive or does not fit into memory. The message says what would be possible.
     """
     if not request.size:
         return _choose_size(request)
@@ -234,12 +234,12 @@ def make_plan(request: Request, measured: float | None = None) -> Plan:
 
 
 def compare_fits(request: Request) -> dict[str, Plan]:
-    """{name of a fit: the plan by this fit}."""
+    """{name of a fit: the plan according to this fit}."""
     return {name: make_plan(replace(request, fit=name)) for name in FITS}
 
 
 def iterate_plans(request: Request) -> Iterator[Plan | DoesNotFit]:
-    """A plan for every shape that the budget can train, from small to large; then a DoesNotFit if memory ends it."""
+    """Yields a plan for every affordable shape, from small to large; ends with a DoesNotFit if memory is the limit."""
     for shape in list_shapes():
         plan = _plan_shape(request, shape)
         if isinstance(plan, DoesNotFit):
@@ -251,7 +251,7 @@ def iterate_plans(request: Request) -> Iterator[Plan | DoesNotFit]:
 
 
 def _choose_size(request: Request) -> Plan:
-    """The plan with the lowest loss of all shapes."""
+    """The plan with the lowest predicted loss over all shapes."""
     candidates = list(iterate_plans(request))
     fitting = [plan for plan in candidates if isinstance(plan, Plan)]
     if not fitting:
@@ -274,11 +274,11 @@ def _choose_size(request: Request) -> Plan:
 
 
 def _plan_shape(request: Request, shape: Shape, measured: float | None = None) -> Plan | DoesNotFit:
-    """The plan for a shape, with the requested tokens or else all that the budget pays for."""
+    """The plan for a shape, with the requested number of tokens, or else as many as the budget pays for."""
     setup = replace(request.setup, seconds_per_token=measured)
     limit = request.micro_batch or MICRO_BATCH_TOKENS[setup.device.is_cpu] // setup.block_size
     batch = request.global_batch_tokens or GLOBAL_BATCH_TOKENS
-    for _ in range(2):  # the batch depends on the tokens, which depend a little on the speed with this batch
+    for _ in range(2):  # the batch depends on the tokens, which in turn depend slightly on the speed with this batch
         rows = _choose_rows(request, batch)
         micro_batch = find_largest_micro_batch(setup, shape, rows, limit)
         if not micro_batch:
@@ -307,7 +307,7 @@ def _choose_rows(request: Request, batch_tokens: int) -> int:
     if request.global_batch_tokens and batch_tokens % unit:
         raise UsageError(
             f"--global_batch_tokens {batch_tokens:,} is not a multiple of block size {request.block_size} x "
-            f"{request.gpus} devices = {unit:,}: the nearest that fit are {max(1, batch_tokens // unit) * unit:,} and "
+            f"{request.gpus} devices = {unit:,}: the nearest multiples are {max(1, batch_tokens // unit) * unit:,} and "
             f"{(batch_tokens // unit + 1) * unit:,}."
         )
     rows = max(1, batch_tokens // unit)
@@ -319,7 +319,7 @@ def _choose_rows(request: Request, batch_tokens: int) -> int:
 
 
 def _choose_batch_tokens(request: Request, tokens: float) -> int:
-    """GPT-3's batch, halved until the run has TARGET_STEPS."""
+    """GPT-3's batch, halved until the run has at least TARGET_STEPS steps."""
     batch = GLOBAL_BATCH_TOKENS
     while batch > request.block_size * request.gpus and tokens / batch < TARGET_STEPS:
         batch //= 2
@@ -329,8 +329,8 @@ def _choose_batch_tokens(request: Request, tokens: float) -> int:
 def _check_steps(plan: Plan) -> Plan:
     if plan.steps < MIN_STEPS:
         raise UsageError(
-            f"{plan.request.budget} pays for {plan.tokens:,} tokens of {plan.size}, {plan.steps} steps of "
-            f"{plan.global_batch_tokens:,}: too few to train on. Give a larger budget, a smaller --size, or a smaller "
+            f"{plan.request.budget} pays for {plan.tokens:,} tokens of {plan.size}, which is {plan.steps} steps of "
+            f"{plan.global_batch_tokens:,} tokens: too few. Give a larger budget, a smaller --size, or a smaller "
             "--global_batch_tokens."
         )
     return plan
@@ -341,12 +341,12 @@ def _add_extrapolation_note(plan: Plan) -> Plan:
         return plan
     return plan.with_note(
         f"The fits are based on models from {FITTED_FROM[0] / 1e6:.0f}M parameters and {FITTED_FROM[1] / 1e9:.0f}B "
-        "tokens up. Here they are extrapolated: use the loss to compare choices, not as a forecast."
+        "tokens up. Here they are extrapolated: use the loss to compare plans, not as a prediction."
     )
 
 
 def _add_better_size_note(plan: Plan) -> Plan:
-    """Names the best size for the budget if it has a much lower loss than the requested one."""
+    """Adds a note on the best size for the budget if its loss is much lower than that of the requested size."""
     request = replace(plan.request, size=None, micro_batch=None)
     others = [other for other in iterate_plans(request) if isinstance(other, Plan)]
     best = min(others, key=lambda other: other.loss, default=plan)
@@ -354,12 +354,12 @@ def _add_better_size_note(plan: Plan) -> Plan:
         return plan
     return plan.with_note(
         f"By the {plan.fit.name} fit, {best.size} on {best.tokens:,} tokens would reach a loss of {best.loss:.2f} with "
-        f"the same budget, {plan.size} reaches {plan.loss:.2f}."
+        f"the same budget; {plan.size} reaches {plan.loss:.2f}."
     )
 
 
 def _explain_price(plan: Plan) -> str:
-    """Why the requested tokens are too expensive, and which model can be trained on them."""
+    """Says why the requested number of tokens is too expensive, and which model could be trained on it."""
     price = f" (${plan.money:,.2f})" if plan.money else ""
     others = [other for other in iterate_plans(replace(plan.request, size=None)) if isinstance(other, Plan)]
     remedy = "no model fits them: give fewer tokens"
@@ -372,7 +372,7 @@ def _explain_price(plan: Plan) -> str:
 
 
 def _explain_memory(request: Request, too_large: DoesNotFit) -> str:
-    """Why a shape does not fit into memory, and what would."""
+    """Says why a shape does not fit into memory, and what would fit."""
     if too_large.reason:
         return too_large.reason
     setup = request.setup

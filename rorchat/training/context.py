@@ -10,7 +10,7 @@ from rorchat.training.lora import Adapter
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a trainer needs from its run, beside model, data and arguments. `RunFolder.context` creates it.
+    """What a trainer needs from its run besides model, data and arguments. Created by `RunFolder.context`.
 
     Args:
         resume: what the run resumes from; by default nothing.

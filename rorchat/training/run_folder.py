@@ -47,7 +47,7 @@ class RunFolder:
     """The folder of one run, locked against other processes until the run ends.
 
     Args:
-        arguments: of a stage; `output_dir` is the folder.
+        arguments: the arguments of the stage; `output_dir` is the folder.
         stage: "pretrain", "sft", "dpo" or "grpo".
         inputs: folders or Hub ids of the tokenizer and the model that the run starts from, by role.
 
@@ -181,10 +181,10 @@ class RunFolder:
     # The record
 
     def _read_record(self) -> dict | None:
-        """run.json, or None if the folder holds nothing.
+        """run.json, or None if the folder is empty.
 
         Raises:
-            MismatchError: it holds files that do not belong to a run.
+            MismatchError: the folder contains files that do not belong to a run.
         """
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         if not {name for name in names if name != TOKENS_FOLDER and not name.startswith(".")}:

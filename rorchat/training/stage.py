@@ -1,9 +1,9 @@
-"""What the trainers of all stages share: construction, loss, validation, optimizer, logs.
+"""The base class of the trainers of all stages: construction, loss, validation, optimizer, logs.
 
 The training loop is that of Transformers' Trainer. `StageTrainer` is mixed into it and into TRL's trainers:
 
     PretrainTrainer(StageTrainer)                     over transformers.Trainer
-    ChatSFTTrainer(ChatStageTrainer, SFTTrainer)         and alike for DPO and GRPO
+    ChatSFTTrainer(ChatStageTrainer, SFTTrainer)         likewise for DPO and GRPO
     StageTrainer(OOMRecoveryMixin, CheckpointMixin)
 """
 
@@ -46,12 +46,13 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
     """A Trainer with rorchat's loss, validation, optimizer, checkpoints and logs.
 
     Args:
-        context: of the run.
-        mixture_shares: returns the share of every source in the rows after one step and up to another.
-        row_tokens: tokens of every row, if all of them go through the vocabulary head. Without it, MFU is not reported.
+        context: the context of the run: resume plan, adapter, mirror and metadata.
+        mixture_shares: takes two steps and returns the share of every source in the rows read between them; None
+            without a mixture.
+        row_tokens: tokens per row, if the vocabulary head is applied to all of them. If None, MFU is not reported.
     """
 
-    stop_reason = ""  # why training ended before its last step
+    stop_reason = ""  # why training stopped before the last step
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         # The loss shifts labels, so that position 0 is not a target. Transformers 5.23 counts it for GPT-2 and would
         # divide the loss of a row of T tokens by T instead of T - 1.
         self._loss_shifts_labels = True
-        has_known_peak = row_tokens and self.args.device.type in ("cuda", "cpu")  # not Apple's GPUs
+        has_known_peak = row_tokens and self.args.device.type in ("cuda", "cpu")  # not on Apple's GPUs
         self.metrics = MetricsCallback(
             folder,
             self.tokens_after,
@@ -89,7 +90,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         self.base_loss = create_base_loss_callback(self, self.args, self.chat.n_positions)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(self.divergence)  # before the metrics: a diverged step has no log line
+        self.add_callback(self.divergence)  # before the metrics, so that a diverged step is not logged
         self.add_callback(self.metrics)
         if self.base_loss:
             self.add_callback(self.base_loss)
@@ -97,12 +98,12 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
             self.add_callback(callback)
         prompts = self._sample_prompts()
         self.add_callback(SamplesCallback(folder, prompts, self.generate_samples, self.metrics, self.signals))
-        for name in ("trainer", "trainer_utils"):  # they warn about differences that RunFolder compares
+        for name in ("trainer", "trainer_utils"):  # they warn about differences that RunFolder checks
             logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
 
     @abstractmethod
     def tokens_after(self, step: int) -> int:
-        """Tokens read after so many steps, over all processes."""
+        """The number of tokens read in the first `step` steps, summed over all processes."""
 
     @abstractmethod
     def generate_samples(self, prompts: Sequence[str]) -> list[str]:
@@ -111,15 +112,15 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
     def _measure_utilization(self, row_tokens: int) -> Utilization:
         precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
         on_gpu = self.args.device.type == "cuda"
-        with torch.random.fork_rng([self.args.device] if on_gpu else []):  # a measurement uses random numbers
+        with torch.random.fork_rng([self.args.device] if on_gpu else []):  # the measurement uses random numbers
             peak, origin = get_peak_flops(precision, on_gpu)
         if on_gpu and origin == "measured":
-            torch.cuda.reset_peak_memory_stats()  # the memory of the measurement is not the run's
+            torch.cuda.reset_peak_memory_stats()  # exclude the memory of the measurement
         flops = flops_per_token(self.model.config, self.model.config.vocab_size, row_tokens)
         return Utilization(flops, peak * self.accelerator.num_processes, origin)
 
     def _sample_prompts(self) -> list[str]:
-        """The sample prompts; none if the parameters are sharded, because the main process generates alone."""
+        """The sample prompts; empty if the parameters are sharded, because only the main process generates."""
         prompts = self.args.sample_prompts
         if prompts and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             if self.is_world_process_zero():
@@ -143,7 +144,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.args.lr_scheduler_type == COOLDOWN_SCHEDULE and not self.args.lr_scheduler_kwargs:
-            # at most the steps after the warm-up: otherwise `get_wsd_schedule` would jump at the end of the warm-up
+            # limited to the steps after the warm-up; otherwise `get_wsd_schedule` would jump at the end of the warm-up
             after_warmup = num_training_steps - self.args.get_warmup_steps(num_training_steps)
             cooldown = min(round(self.args.cooldown_share * num_training_steps), after_warmup)
             self.args.lr_scheduler_kwargs = {"num_decay_steps": cooldown, "decay_type": "linear", "min_lr_ratio": 0.0}
@@ -152,10 +153,10 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_learning_rate(self):
-        # called before the schedule advances: the logged rates are those of the step
+        # called before the scheduler advances, so the logged rates are those of this step
         groups = self.optimizer.param_groups
         self._matrix_learning_rate = next((group["lr"] for group in groups if group.get("use_muon")), None)
-        return groups[-1]["lr"]  # AdamW's; the first group, which the Trainer reads, may be Muon's
+        return groups[-1]["lr"]  # AdamW's rate; the Trainer reads the first group, which may be Muon's
 
     # The training step
 
@@ -164,9 +165,9 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         self.divergence.record_loss(self.state.global_step + 1, loss)
         return loss
 
-    # The Trainer's versions of the following methods support every model and device, which costs a small model a
-    # noticeable part of a step (scripts/bench, work "overhead"): they traverse modules and parameters, and look for
-    # installed packages.
+    # The Trainer's versions of the following methods support every model and device: they traverse modules and
+    # parameters, and look for installed packages. For a small model, this takes a noticeable part of a step
+    # (scripts/bench, work "overhead").
 
     def forward_backward(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         if not self._is_plain or num_items_in_batch is None:
@@ -229,7 +230,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
             self.adapter.save(output_dir, self.processing_class)
             return
         super()._save(output_dir, state_dict)
-        # a pickle that contains the Hub token in clear text
+        # delete the pickled arguments, which contain the Hub token in clear text
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -238,7 +239,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
     # Validation
 
     def loss_on(self, datasets: dict[str, Dataset]) -> dict[str, Loss]:
-        """The loss on each dataset; every process measures its share of the rows."""
+        """The loss on each dataset. Every process computes it on its share of the rows, and the sums are gathered."""
         model = gather_model(self.accelerator.unwrap_model(self.model))
         was_training = model.training
         model.eval()
@@ -252,7 +253,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
                     model, local, collate, self.token_bytes, self.args.per_device_eval_batch_size
                 )
             sums = torch.tensor([[part.nats, part.tokens, part.text_nats, part.utf8_bytes]], dtype=torch.float64)
-            if world > 1:  # a single process keeps it on the host, because Apple's GPUs have no float64
+            if world > 1:  # otherwise stay on the CPU, because Apple's GPUs have no float64
                 sums = self.accelerator.gather(sums.to(self.args.device))
             nats, tokens, text_nats, utf8_bytes = sums.sum(0).tolist()
             losses[name] = Loss(nats, int(tokens), text_nats, int(utf8_bytes))
@@ -260,17 +261,17 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         return losses
 
     def final_metrics(self) -> dict[str, float]:
-        """The validation metrics after the last step: the last ones logged, if they are of this step."""
+        """The validation metrics after the last step: those already logged for this step, or else a new evaluation."""
         for record in self.state.log_history[-2:]:
             if record["step"] == self.state.global_step and "eval_loss" in record:
                 return {key: value for key, value in record.items() if key.startswith("eval_")}
         return self.evaluate()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Validation loss in nats per token and bits per byte, both token-weighted; per source if there are several.
+        """Computes the validation loss in nats per token and in bits per byte, in total and for each source.
 
         Raises:
-            ValueError: another dataset or prefix was given: use `rorchat.evaluation.loss.compute_dataset_loss`.
+            ValueError: a dataset or prefix was given. Use `rorchat.evaluation.loss.compute_dataset_loss` instead.
         """
         if eval_dataset is not None or metric_key_prefix != "eval":
             raise ValueError("This evaluates the validation split of the run; use compute_dataset_loss for other data.")
@@ -289,7 +290,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
 
 
 class ChatStageTrainer(StageTrainer):
-    """What the trainers of chat stages share. They stand over TRL's trainers, and their samples are replies."""
+    """The base class of the trainers of chat stages, mixed into TRL's trainers. Samples are replies to the prompts."""
 
     trl_state = ("_metrics", "_total_train_tokens")
 

@@ -96,7 +96,7 @@ def test_check_as_a_user_runs_it(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "read as 'messages'; to read it as another format: --as",
+        "read as 'messages'; use --as to read it as another format",
         f"messages={path}: 2 of 4 rows kept",
         f"  1 rejected: empty reply, first at {path}:2 (message 1)",
         f"  1 rejected: duplicate, first at {path}:3",
@@ -167,10 +167,10 @@ def test_what_is_checked_is_never_overwritten_by_its_rejects(tmp_path):
     path = write(tmp_path, "folder/rows.jsonl", [chat_row()])
     before = path.read_bytes()
     for source, rejects in ((path, path), (f"messages={path}", path), (path.parent, path.parent / "rejects.jsonl")):
-        assert "choose another place" in refused(2, "check", source, "--rejects", rejects)
+        assert "choose another file" in refused(2, "check", source, "--rejects", rejects)
     link = tmp_path / "link.jsonl"
     link.symlink_to(path)
-    assert "choose another place" in refused(2, "check", path, "--rejects", link)
+    assert "choose another file" in refused(2, "check", path, "--rejects", link)
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
 
 
@@ -181,7 +181,7 @@ def test_a_check_names_the_files_of_a_folder_that_are_not_read_and_rows_of_anoth
     assert "1 of 1 rows kept" in said and "1 other files of the folder are not read: other.txt" in said
     rows = [{"text": f"It was {n}."} for n in range(40)] + [{"else": n} for n in range(10)]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "10 rows have another format than 'text'" in succeeded("check", tmp_path / "mixed.jsonl")
+    assert "10 rows have a different format than 'text'" in succeeded("check", tmp_path / "mixed.jsonl")
 
 
 # -- show ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A plan follows its phases, and its description states what it does."""
+"""Plans follow the phases of their mixture, and their summaries match them."""
 
 import json
 import time
@@ -60,7 +60,7 @@ def test_replay_keeps_its_share_of_the_previous_mixture():
             assert abs(plan.count(source, 2000) - plan.count(source, 1000) - expected[source]) <= 1
 
 
-def test_a_phase_without_weights_continues_the_one_before():
+def test_a_phase_without_weights_continues_the_previous_phase():
     plan = Plan(config_of(Phase(share=0.5), Phase(share=0.5)), {"s0": 100, "s1": 300, "s2": 600}, 1000, 16)
     assert [plan.count(source, 1000) for source in range(3)] == [100, 300, 600]
     assert plan.phases[1].jump == 0 and not plan.warnings()
@@ -109,7 +109,7 @@ def test_other_sources_take_the_share_of_a_missing_optional_source():
 
 
 @pytest.mark.parametrize(
-    ("phases", "said"),
+    ("phases", "message"),
     [
         ([Phase(tokens=800), Phase(tokens=1600)], "tokens sum to 2,400, the run trains on 1,600: give less"),
         ([Phase(tokens=800)], "tokens sum to 800, the run trains on 1,600: give one phase `share: 100%` instead"),
@@ -117,8 +117,8 @@ def test_other_sources_take_the_share_of_a_missing_optional_source():
         ([Phase(tokens=1600), Phase(share=1.0)], "phase 2 is less than one row"),
     ],
 )
-def test_phases_that_do_not_fit_the_run_are_a_usage_error(phases, said):
-    with pytest.raises(UsageError, match=said):
+def test_phases_that_do_not_fit_the_run_are_a_usage_error(phases, message):
+    with pytest.raises(UsageError, match=message):
         Plan(config_of(*phases), {"s0": 9, "s1": 9, "s2": 9}, 100, 16)
 
 
@@ -128,10 +128,10 @@ def test_a_plan_of_a_billion_rows_is_fast_and_small():
         Phase(share=0.4, ramp_to={"s1": 5, "s2": 3, "s3": 2}),
         Phase(share=0.1),
     )
-    windows = {f"s{number}": 10**8 for number in range(4)}
+    rows_per_epoch = {f"s{number}": 10**8 for number in range(4)}
     rows = 10**9
     tracemalloc.start()
-    plan = Plan(config_of(*phases, sources=4), windows, rows, 1024)
+    plan = Plan(config_of(*phases, sources=4), rows_per_epoch, rows, 1024)
     plan.locate(rows - 1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -146,7 +146,7 @@ def test_a_plan_of_a_billion_rows_is_fast_and_small():
     builds = []
     for _ in range(5):
         started = time.perf_counter()
-        Plan(config_of(*phases, sources=4), windows, rows, 1024)
+        Plan(config_of(*phases, sources=4), rows_per_epoch, rows, 1024)
         builds.append(time.perf_counter() - started)
     assert sorted(seconds)[10] < 0.001 and min(builds) < 0.005
     assert sum(plan.count(source, rows) for source in range(4)) == rows
@@ -164,8 +164,8 @@ def test_jumps_and_many_epochs_give_warnings():
 
 def test_the_description_lists_every_phase_and_the_total():
     phases = (Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, ramp_to={"s1": 1}))
-    told = Plan(config_of(*phases, sources=2), {"s0": 1000, "s1": 100}, 1000, 16).describe()
-    lines = [" ".join(line.split()) for line in told.splitlines()]
+    description = Plan(config_of(*phases, sources=2), {"s0": 1000, "s1": 100}, 1000, 16).describe()
+    lines = [" ".join(line.split()) for line in description.splitlines()]
     assert lines[:5] == [
         "mixture: 16,000 tokens in 1,000 rows of 16",
         "phase 1: 8,000 tokens, rows 0 to 499",
@@ -176,7 +176,7 @@ def test_the_description_lists_every_phase_and_the_total():
     assert "s1 4,000 tokens 25.0 % of all 2.50 epochs" in lines
 
 
-def test_the_summary_is_json_and_its_totals_are_the_rows_of_the_plan():
+def test_the_summary_is_json_and_its_totals_match_the_rows():
     for number in range(20):
         plan = drawn_plan(number)
         summary = json.loads(json.dumps(plan.summary()))
@@ -188,17 +188,17 @@ def test_the_summary_is_json_and_its_totals_are_the_rows_of_the_plan():
         assert sum(part["share"] for part in summary["sources"]) == pytest.approx(1)
 
 
-def test_the_picture_is_drawn(tmp_path):
+def test_the_plot_is_a_png_file(tmp_path):
     drawn_plan(6).draw(tmp_path / "mixture.png")
     assert (tmp_path / "mixture.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("count", "is_recorded"), [(2, False), (4, False), (6, True)])
 def test_only_plans_with_a_changed_row_order_record_it(count, is_recorded):
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     recorded = []
     for _ in range(20):
-        phase = Phase(share=1.0, weights={f"s{n}": float(weight) for n, weight in enumerate(draw.random(count))})
+        phase = Phase(share=1.0, weights={f"s{n}": float(weight) for n, weight in enumerate(rng.random(count))})
         plan = Plan(config_of(phase, sources=count), {f"s{n}": 100 for n in range(count)}, 100, 16)
         recorded.append("row_order" in plan.summary())
     assert any(recorded) == is_recorded

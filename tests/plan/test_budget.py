@@ -76,11 +76,11 @@ def test_tokens_with_a_budget_give_the_largest_affordable_model():
         ({"hours": 1, "kernels": "flash"}, "Available: eager, compiled, manual"),
         ({"hours": 1, "precision": "bf16"}, "T4 has no peak for bf16"),
         ({"hours": 1, "size": "123m"}, "Did you mean '124m'?"),
-        ({"hours": 1, "size": "124m", "global_batch_tokens": 100_000}, "nearest that fit are 99,328 and 100,352"),
+        ({"hours": 1, "size": "124m", "global_batch_tokens": 100_000}, "nearest multiples are 99,328 and 100,352"),
         ({"hours": 9, "size": "124m", "micro_batch": 128, "global_batch_tokens": 131_072}, "at most 32 does"),
         ({"hours": 9, "size": "124m", "micro_batch": 3, "global_batch_tokens": 131_072}, "not divide the 128 rows"),
-        ({"hours": 1e-4}, "too few to train on"),
-        ({"hours": 1e-3, "size": "355m"}, "too few to train on"),
+        ({"hours": 1e-4}, "tokens: too few. Give a larger budget"),
+        ({"hours": 1e-3, "size": "355m"}, "tokens: too few. Give a larger budget"),
         (
             {"hours": 48, "kernels": "eager", "size": "124m", "tokens": 1e10},
             r"124m on 10,000,000,000 tokens needs 8.55e\+18 FLOPs, \d+ hours \(\$[\d.]+\); 48 hours on one T4 pays for "

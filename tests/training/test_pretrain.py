@@ -1,4 +1,4 @@
-"""Training: the fused loss is the stock loss, batches cut differently train alike, the optimizers do what they say."""
+"""Fused loss, optimizers, order of rows, settings of pretraining."""
 
 import copy
 from types import SimpleNamespace
@@ -25,16 +25,16 @@ def model(tokenizer):
 
 
 def batch(model, masked: bool = True) -> dict[str, torch.Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(20, model.config.vocab_size, (3, 40), generator=draw)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(20, model.config.vocab_size, (3, 40), generator=generator)
     labels = ids.clone()
     if masked:
-        labels[torch.rand(ids.shape, generator=draw) < 0.5] = -100
+        labels[torch.rand(ids.shape, generator=generator) < 0.5] = -100
     return {"input_ids": ids, "labels": labels}
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 7, 10_000])
-def test_the_fused_loss_and_its_gradients_are_those_of_full_logits(model, monkeypatch, rows_at_once):
+def test_the_fused_loss_and_its_gradients_equal_those_of_full_logits(model, monkeypatch, rows_at_once):
     monkeypatch.setattr("rorchat.training.kernels.sliced_head.MAX_LOGITS", rows_at_once * model.config.vocab_size)
     data = batch(model)
     hidden = torch.randn(3, 40, 32, dtype=torch.float32, requires_grad=True)
@@ -51,29 +51,29 @@ def test_the_fused_loss_and_its_gradients_are_those_of_full_logits(model, monkey
     torch.testing.assert_close(gradients[1], weight.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_made_ready_for_training_has_the_stock_loss_and_keeps_its_logits(model):
+def test_a_patched_model_has_the_loss_and_logits_of_the_stock_model(model):
     data = batch(model)
     stock = model(**data)
-    ready = copy.deepcopy(model)
-    patch_lm_head_loss(ready)
-    patch_gelu(ready)
-    torch.testing.assert_close(ready(**data).loss, stock.loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ready(data["input_ids"]).logits, stock.logits, rtol=1e-4, atol=1e-5)
-    assert ready(**data, num_items_in_batch=7).loss.item() == pytest.approx(
+    patched = copy.deepcopy(model)
+    patch_lm_head_loss(patched)
+    patch_gelu(patched)
+    torch.testing.assert_close(patched(**data).loss, stock.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(patched(data["input_ids"]).logits, stock.logits, rtol=1e-4, atol=1e-5)
+    assert patched(**data, num_items_in_batch=7).loss.item() == pytest.approx(
         stock.loss.item() * int((data["labels"][:, 1:] != -100).sum()) / 7, rel=1e-5
     )
 
 
-def test_the_gradient_of_the_tied_embedding_is_the_stock_gradient(model):
-    data, ready = batch(model), copy.deepcopy(model)
-    patch_lm_head_loss(ready)
+def test_a_patched_model_has_the_gradients_of_the_stock_model(model):
+    data, patched = batch(model), copy.deepcopy(model)
+    patch_lm_head_loss(patched)
     model(**data).loss.backward()
-    ready(**data).loss.backward()
-    for (name, expected), (_, found) in zip(model.named_parameters(), ready.named_parameters(), strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-6, msg=name)
+    patched(**data).loss.backward()
+    for (name, expected), (_, actual) in zip(model.named_parameters(), patched.named_parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_a_batch_without_a_label_costs_nothing_and_breaks_nothing(model):
+def test_a_batch_without_labels_has_zero_loss_and_gradients(model):
     patch_lm_head_loss(model)
     data = batch(model)
     data["labels"].fill_(-100)
@@ -83,13 +83,13 @@ def test_a_batch_without_a_label_costs_nothing_and_breaks_nothing(model):
     assert float(model.transformer.wte.weight.grad.abs().sum()) == 0
 
 
-def test_a_model_at_birth_knows_nothing(model):
+def test_the_initial_loss_is_that_of_a_uniform_distribution(model):
     loss = model(**batch(model, masked=False)).loss.item()
     assert loss == pytest.approx(np.log(model.config.vocab_size), abs=0.1)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
-def test_one_batch_can_be_learned_by_heart(model, name):
+def test_every_optimizer_can_overfit_one_batch(model, name):
     patch_lm_head_loss(model)
     data = batch(model, masked=False)
     optimizer = build_optimizer(model, name, learning_rate=1e-2, matrix_learning_rate=1e-2, weight_decay=0.0)
@@ -101,7 +101,7 @@ def test_one_batch_can_be_learned_by_heart(model, name):
     assert loss.item() < 0.1
 
 
-def test_padding_on_the_right_changes_neither_loss_nor_gradient(model):
+def test_right_padding_does_not_change_the_gradients(model):
     patch_lm_head_loss(model)
     rows = [{key: value[0][:length] for key, value in batch(model).items()} for length in (40, 11, 25)]
     model(**collate_padded(rows, pad_id=3), num_items_in_batch=10).loss.backward()
@@ -112,7 +112,7 @@ def test_padding_on_the_right_changes_neither_loss_nor_gradient(model):
     torch.testing.assert_close(together, model.transformer.wte.weight.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_muon_treats_q_k_and_v_as_three_matrices(model):
+def test_muon_orthogonalizes_q_k_and_v_separately(model):
     optimizer = build_optimizer(model, "muon", learning_rate=0.0, matrix_learning_rate=1.0, weight_decay=0.0)
     weight = model.transformer.h[0].attn.c_attn.weight
     before = weight.detach().clone()
@@ -123,7 +123,7 @@ def test_muon_treats_q_k_and_v_as_three_matrices(model):
         assert float(torch.linalg.svdvals(update).mean()) == pytest.approx(0.2 * 32**0.5, rel=0.3)
 
 
-def test_every_parameter_is_in_exactly_one_group_and_only_matrices_go_to_muon(model):
+def test_every_parameter_is_in_one_group_and_muon_gets_only_matrices(model):
     optimizer = build_optimizer(model, "muon", learning_rate=1.0, matrix_learning_rate=2.0, weight_decay=0.1)
     members = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(members) == sorted(id(parameter) for parameter in model.parameters())
@@ -135,12 +135,12 @@ def test_every_parameter_is_in_exactly_one_group_and_only_matrices_go_to_muon(mo
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
-def test_an_optimizer_goes_on_from_its_state_as_if_never_stopped(model, name):
+def test_an_optimizer_resumes_exactly_from_its_state(model, name):
     def steps(model, optimizer, count):
         for number in range(count):
             for index, parameter in enumerate(model.parameters()):
-                draw = torch.Generator().manual_seed(1000 * number + index)
-                parameter.grad = torch.randn(parameter.shape, generator=draw)
+                generator = torch.Generator().manual_seed(1000 * number + index)
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
             optimizer.step()
 
     settings = {"learning_rate": 1e-3, "matrix_learning_rate": 1e-3, "weight_decay": 0.1}
@@ -154,7 +154,7 @@ def test_an_optimizer_goes_on_from_its_state_as_if_never_stopped(model, name):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_the_order_of_rows_shows_each_row_once_an_epoch_and_puts_like_lengths_together():
+def test_the_order_of_rows_depends_on_the_seed_and_groups_rows_by_length():
     lengths = np.random.default_rng(0).integers(5, 100, 400)
     order = training_order(lengths, rows=800, batch_size=8, seed=0)
     assert np.array_equal(order, training_order(lengths, 800, 8, 0))
@@ -164,14 +164,14 @@ def test_the_order_of_rows_shows_each_row_once_an_epoch_and_puts_like_lengths_to
 
 
 @pytest.mark.parametrize("rows", [8, 9, 100])
-def test_no_batch_holds_a_row_twice_though_epochs_are_smaller_than_what_is_sorted(rows):
+def test_no_batch_contains_a_row_twice_if_epochs_are_short(rows):
     order = training_order(np.random.default_rng(0).integers(5, 100, rows), rows=8 * rows, batch_size=8, seed=0)
     assert np.array_equal(np.sort(order.reshape(8, rows)), np.tile(np.arange(rows), (8, 1)))
     assert all(len(set(batch)) == 8 for batch in order.reshape(-1, 8).tolist())
 
 
 @pytest.mark.parametrize(("rows", "epochs", "steps"), [(47, 1, 2), (64, 1, 2), (10, 1, 1), (47, 2, 3)])
-def test_the_steps_of_an_epoch_leave_no_row_out(rows, epochs, steps):
+def test_the_steps_of_an_epoch_cover_all_rows(rows, epochs, steps):
     sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "world_size": 1}
     assert count_steps(SimpleNamespace(**sizes, max_steps=-1, num_train_epochs=epochs), rows) == steps
 
@@ -179,15 +179,15 @@ def test_the_steps_of_an_epoch_leave_no_row_out(rows, epochs, steps):
 BASE = ["--sources", "tinytown=10", "--output_dir", "x", "--block_size", "64", "--per_device_train_batch_size", "2"]
 
 
-def test_accumulation_follows_from_the_global_batch():
+def test_gradient_accumulation_is_derived_from_the_global_batch():
     arguments = parse(PretrainArguments, [*BASE, "--global_batch_tokens", "512", "--train_tokens", "5120"])
     assert (arguments.gradient_accumulation_steps, arguments.max_steps) == (4, 10)
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
-        (["--global_batch_tokens", "500"], "nearest that fit are 384 and 512"),
+        (["--global_batch_tokens", "500"], "give 384 or 512"),
         (["--global_batch_tokens", "512"], "less than one step"),
         (["--block_sise", "3"], "Did you mean 'block_size'"),
         (["--block_size", "many"], "invalid int value"),
@@ -198,14 +198,14 @@ def test_accumulation_follows_from_the_global_batch():
         (["--per_device_train_batch_size", "0"], "give a positive number"),
     ],
 )
-def test_a_wrong_setting_is_one_sentence_that_says_what_fits(flags, said):
-    with pytest.raises(UsageError, match=said) as caught:
+def test_invalid_flags_raise_a_one_line_error(flags, message):
+    with pytest.raises(UsageError, match=message) as error:
         parse(PretrainArguments, [*BASE, *flags])
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("learning_rat: 1", "unknown key 'learning_rat'. Did you mean 'learning_rate'"),
         ("block_size: [1, 2]", "expected an int"),
@@ -220,15 +220,15 @@ def test_a_wrong_setting_is_one_sentence_that_says_what_fits(flags, said):
         ("fp16: maybe", "expected true or false"),
     ],
 )
-def test_a_wrong_line_in_a_config_is_named_with_file_and_line(tmp_path, line, said):
+def test_an_error_in_a_config_names_file_and_line(tmp_path, line, message):
     config = tmp_path / "c.yaml"
     config.write_text(f"# a comment\n{line}\n")
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError) as error:
         parse(PretrainArguments, ["--config", str(config), *BASE])
-    assert said in str(caught.value) and f"{config}:2: " in str(caught.value)
+    assert message in str(error.value) and f"{config}:2: " in str(error.value)
 
 
-def test_the_command_line_goes_before_the_config_and_the_config_before_the_defaults(tmp_path):
+def test_flags_override_the_config_and_the_config_overrides_defaults(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("sources: [tinytown=10]\noutput_dir: x\nlearning_rate: 6e-4\nmax_steps: 7\n")
     arguments = parse(SFTArguments, ["--config", str(config), "--max_steps", "3"])
@@ -237,7 +237,7 @@ def test_the_command_line_goes_before_the_config_and_the_config_before_the_defau
 
 
 def test_the_logged_loss_of_a_row_is_the_mean_over_its_predicted_tokens(tokenizer, tmp_path):
-    """Not over the row's length: position 0 is no target, and Transformers counts it for GPT-2."""
+    """Not over the row's length: position 0 is not a target, but Transformers counts it for GPT-2."""
     import json
 
     from training_support import build_pretrain_trainer

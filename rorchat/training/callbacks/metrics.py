@@ -24,9 +24,9 @@ from rorchat.errors import DivergedError
 from rorchat.jsonl import append_json_line, drop_partial_line
 
 MIXTURE = "mixture/"  # prefix of the share of a source in the flat logs that trackers receive
-MAX_SKIPPED_STEPS = 25  # consecutive, under fp16: the loss scale has then fallen from 65,536 below 1
-SPEED_WINDOW = 5  # log lines whose median speed gives the remaining time
-#: What a progress line shows of a record, in this order.
+MAX_SKIPPED_STEPS = 25  # consecutive, under fp16; by then, the loss scale has fallen from 65,536 to below 1
+SPEED_WINDOW = 5  # log lines; the remaining time is estimated from their median speed
+#: Fields of a record that a progress line shows, in this order.
 PROGRESS_FIELDS = {
     "loss": "loss {:.3f}",
     "eval_loss": "validation loss {:.3f}",
@@ -44,7 +44,7 @@ PROGRESS_FIELDS = {
 
 
 def peak_memory_bytes() -> int:
-    """The most memory used so far: of the device on a GPU, otherwise the resident set of the process."""
+    """Peak memory so far in bytes: allocated on the GPU, or the resident set size of the process without a GPU."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():  # 0 with --use_cpu
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, kilobytes on Linux
@@ -52,7 +52,7 @@ def peak_memory_bytes() -> int:
 
 
 def read_elapsed(path: Path) -> tuple[float, float]:
-    """(seconds, dollars) of the last record of metrics.jsonl that has them; zeros if there is none."""
+    """(seconds, dollars) from the last record of metrics.jsonl with these fields; zeros if there is none."""
     if path.is_file():
         for line in reversed(path.read_text(encoding="utf-8").split("\n")):
             record = json.loads(line) if line else {}
@@ -67,7 +67,7 @@ class Utilization:
 
     Args:
         flops_per_token: 6 N + 12 L d T, see `rorchat.model.flops_per_token`; includes the vocabulary head.
-        peak_flops: FLOP/s of all devices of the run together, in the precision of the matrix products.
+        peak_flops: peak FLOP/s summed over all devices of the run, in the precision of the matrix products.
         peak: "known" if it comes from the table of devices, "measured" if it was measured on this device.
     """
 
@@ -85,7 +85,7 @@ class StartEvents:
     """What metrics.jsonl records about the start of a resumed run.
 
     Args:
-        weights_only: only the weights of the checkpoint were loaded.
+        weights_only: whether only the weights of the checkpoint were loaded.
         new_phase: names of the sources of the mixture that was appended; empty if there is none.
     """
 
@@ -94,19 +94,19 @@ class StartEvents:
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes metrics.jsonl, one line per logging step, and shows a bar on a terminal or plain lines in a log.
+    """Writes one line per logging step to metrics.jsonl. Shows a progress bar on a terminal, or plain lines in a log.
 
     The file is append-only: a resumed run adds `{"event": "resumed", "step": N}`, which supersedes the lines of later
     steps. Derived values are added to the logs before trackers receive them (`complete`).
 
     Args:
-        folder: of the run.
-        tokens_after: returns the tokens read after N steps, over all processes.
-        mixture_shares: returns the share of every source in the rows after one step and up to another; None without a
-            mixture.
+        folder: the run folder.
+        tokens_after: takes a step and returns the number of tokens read up to it, summed over all processes.
+        mixture_shares: takes two steps and returns the share of every source in the rows read between them; None
+            without a mixture.
         price_per_hour: dollars per hour of the whole machine; 0 if the cost is not reported.
         measure_utilization: returns FLOPs per token and the peak of the devices. Called when training begins.
-        start: what is recorded when the run resumes.
+        start: the events to record when the run resumes.
     """
 
     def __init__(
@@ -129,14 +129,14 @@ class MetricsCallback(TrainerCallback):
         self.counts_skipped_steps = False
         self.seconds_before = self.dollars_before = self.paused_seconds = 0.0
         self.skipped_steps = self.skipped_in_a_row = self.last_step = 0
-        self.last_mixture = 0  # the step of the last logged shares; saved in checkpoints, so that no step is left out
+        self.last_mixture = 0  # step of the last logged shares; saved in checkpoints, so that no step is left out
         self.seconds_per_step: deque[float] = deque(maxlen=SPEED_WINDOW)
 
     # Derived values
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Excludes time from `tokens_per_second`; it still counts in `seconds`."""
+        """Excludes the time in this context from `tokens_per_second`, but not from `seconds`."""
         began = time.monotonic()
         yield
         self.paused_seconds += time.monotonic() - began
@@ -150,7 +150,7 @@ class MetricsCallback(TrainerCallback):
         return elapsed
 
     def complete(self, logs: dict[str, float], step: int, matrix_learning_rate: float | None = None) -> dict:
-        """The Trainer's logs of a step with the derived values, flat, as trackers expect them."""
+        """Adds the derived values to the Trainer's logs of a step. The result is flat, as trackers expect."""
         if "train_runtime" in logs:  # the Trainer's summary at the end
             return logs
         logs = {**logs, "tokens": self.tokens_after(step)}
@@ -182,7 +182,7 @@ class MetricsCallback(TrainerCallback):
     # Events
 
     def record_event(self, step: int, event: str, **values: object) -> None:
-        """Appends an event to metrics.jsonl; only on the main process."""
+        """Appends an event to metrics.jsonl, on the main process only."""
         record = {"step": step, "event": event, "tokens": self.tokens_after(step), **values}
         if self.is_main_process:
             append_json_line(self.path, record | self.elapsed())
@@ -266,7 +266,7 @@ class MetricsCallback(TrainerCallback):
         self.bar.write("  ".join(parts), file=sys.stderr)
 
     def _time_left(self, args, state) -> str:
-        """From the median speed of the last log lines: the first one includes compilation and warm-up."""
+        """The remaining time, from the median speed of the last log lines; the first line includes warm-up."""
         seconds = statistics.median(self.seconds_per_step) * (state.max_steps - state.global_step)
         pending = []
         if args.eval_strategy == IntervalStrategy.STEPS:
@@ -278,4 +278,5 @@ class MetricsCallback(TrainerCallback):
 
 
 def _count_multiples(after: int, until: int, of: float) -> int:
+    """The number of multiples of `of` in (after, until]."""
     return int(until // of - after // of)

@@ -16,7 +16,7 @@ class SamplesCallback(TrainerCallback):
     The main process generates; the others wait for it in the next step.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         prompts: may be empty.
         generate_samples: returns one text per prompt, in order.
         metrics: excludes the time of generation from the training speed.

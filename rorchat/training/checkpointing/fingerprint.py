@@ -120,7 +120,7 @@ def _non_default_settings(arguments: StageArguments) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Difference:
-    """One entry in which the metadata of a checkpoint and of the present run differ, and the consequence."""
+    """One entry in which the metadata of a checkpoint and of the current run differ, and the consequence."""
 
     name: str
     before: object
@@ -139,11 +139,11 @@ class Difference:
 def compare_metadata(
     before: dict, now: dict, *, elastic: bool, new_phase: bool = False, weights_only: bool = False
 ) -> list[Difference]:
-    """The entries in which two runs differ, without those that have no effect.
+    """The entries in which the metadata of two runs differ, except entries without an effect.
 
     Args:
-        before: of the checkpoint. Entries that `now` lacks are not compared.
-        now: of the present run.
+        before: the metadata of the checkpoint. Entries that `now` does not have are not compared.
+        now: the metadata of the current run.
         elastic: True if the order of the data does not depend on the number of processes and the micro-batch size.
         new_phase: True if a changed mixture is to be appended, so that it is not another run.
         weights_only: True if the optimizer state is not resumed, so that its settings may change.

@@ -48,15 +48,15 @@ class Mirror:
     """Copies of the checkpoints of a run. One thread copies; the main thread calls everything else.
 
     Args:
-        storage: where the copies are.
-        run: the folder of the run.
-        name: of the storage, for messages.
+        storage: where the copies are stored.
+        run: the run folder.
+        name: the name of the storage in messages.
     """
 
     def __init__(self, storage: MirrorStorage, run: Path, name: str):
         self.storage, self.run, self.name = storage, run, name
         self._pending: Checkpoint | None = None
-        self._copied_step: int | None = None  # of the newest copy
+        self._copied_step: int | None = None  # step of the newest copy
         self._newest: Checkpoint | None = None
         self._in_use: set[Path] = set()
         self._changed = threading.Condition()

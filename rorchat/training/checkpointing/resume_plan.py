@@ -13,11 +13,11 @@ from rorchat.training.checkpointing.fingerprint import ONLY_WEIGHTS, Difference,
 
 @dataclass(frozen=True)
 class ResumeRequest:
-    """What the present command asks for.
+    """What the current command asks for.
 
     Args:
-        metadata: of the present run, see `collect_run_metadata`.
-        new_phase: append the mixture of this command to the run, if it is another one.
+        metadata: the metadata of the current run, see `collect_run_metadata`.
+        new_phase: append the mixture of this command to the run, if it differs from the mixture of the run.
         weights_only: allow resuming without the optimizer state.
         rows_per_step: rows of the mixture that an optimizer step reads; 0 for stages without a mixture.
         max_steps: the last step of the run.
@@ -39,7 +39,7 @@ class FolderState:
     """What the folder of a run contains.
 
     Args:
-        record: run.json; None if the folder holds no run.
+        record: run.json; None if the folder contains no run.
         checkpoint: the newest valid checkpoint of an unfinished run.
         only_weights_are_valid: True if the optimizer state of `checkpoint` is damaged.
     """
@@ -51,17 +51,17 @@ class FolderState:
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """What the run does.
+    """How the run starts.
 
     Args:
-        metadata: of the present run, with what it inherits from the checkpoint: earlier mixtures, and the steps at
-            which it was resumed from weights only.
-        checkpoint: to resume from; None to start from step 0.
+        metadata: the metadata of the current run, with the entries that it inherits from the checkpoint: earlier
+            mixtures, and the steps at which it was resumed from weights only.
+        checkpoint: the checkpoint to resume from; None to start from step 0.
         finished: run.json of the finished run, if there is nothing left to do.
-        weights_only: the weights of the checkpoint are loaded, and the optimizer starts anew.
-        appends_phase: another mixture begins at the step of the checkpoint.
-        differences: between the checkpoint (or the finished run) and the present run. A fatal one means that the
-            folder belongs to another run, and the caller must refuse.
+        weights_only: only the weights of the checkpoint are loaded, and the optimizer is reset.
+        appends_phase: a new mixture begins at the step of the checkpoint.
+        differences: the differences between the checkpoint (or the finished run) and the current run. A fatal one means
+            that the folder belongs to another run, and the caller must refuse to start.
     """
 
     metadata: dict

@@ -1,8 +1,8 @@
 """Saving, loading, signals and recovery from divergence inside the training loop of Transformers.
 
-The Trainer of transformers 5.23 resumes exactly if nothing goes wrong. This adds: checkpoints are committed completely
-or not at all (`rorchat.training.checkpointing.checkpoint`), loaded strictly, and contain what the Trainer forgets, the
-losses that have been summed for the next log line. NaN or infinite values are never applied or saved.
+The Trainer of transformers 5.23 resumes exactly if nothing goes wrong. `CheckpointMixin` adds atomic checkpoints
+(`rorchat.training.checkpointing.checkpoint`), strict loading, and the state that the Trainer does not save: the loss
+accumulated since the last log line. NaN or infinite values are never applied or saved.
 """
 
 import dataclasses
@@ -37,15 +37,15 @@ from rorchat.training.checkpointing.resume_plan import ResumePlan
 from rorchat.training.distributed import any_rank, set_collective_timeout
 from rorchat.training.lora import Adapter
 
-STATE_FILE = "run_state_{}.json"  # what the Trainer forgets; one file per process
-MAX_FAILED_SAVES = 3  # in a row
-MAX_SKIPPED_STEPS = 3  # in a row; then the run rolls back to a checkpoint
+STATE_FILE = "run_state_{}.json"  # state that the Trainer does not save; one file per process
+MAX_FAILED_SAVES = 3  # consecutive
+MAX_SKIPPED_STEPS = 3  # consecutive; after that, the run rolls back to a checkpoint
 #: Parts of the messages of PyTorch's C++ writer when the disk is full (torch 2.13, inline_container.cc).
 _WRITER_FAILURES = ("unexpected pos", "PytorchStreamWriter failed", "inline_container")
 
 
 def find_storage_failure(write: Callable[[], object]) -> Exception | None:
-    """Calls `write` and returns the failure of the disk, if there was one; other exceptions are raised."""
+    """Calls `write` and returns the exception if the disk failed. Other exceptions propagate."""
     try:
         write()
     except (OSError, SafetensorError) as failure:
@@ -58,13 +58,13 @@ def find_storage_failure(write: Callable[[], object]) -> Exception | None:
 
 
 class CheckpointMixin(Trainer):
-    """A Trainer whose checkpoints are committed, verified, and resumed exactly.
+    """A Trainer with atomic, verified checkpoints that resumes exactly.
 
     Args:
-        resume: what the run resumes from.
-        run_metadata: recorded in every checkpoint, see `rorchat.training.checkpointing.fingerprint`.
-        adapter: what is trained, if the model itself is frozen.
-        mirror: receives a copy of every checkpoint; on the main process.
+        resume: the checkpoint to resume from, if any.
+        run_metadata: metadata recorded in every checkpoint, see `rorchat.training.checkpointing.fingerprint`.
+        adapter: the adapter that is trained; None if the model itself is trained.
+        mirror: receives a copy of every checkpoint. Used on the main process only.
     """
 
     #: Attributes of TRL's trainers (1.16) that accumulate values for the next log line.
@@ -88,7 +88,7 @@ class CheckpointMixin(Trainer):
         self.failed_saves = self.skipped_in_a_row = 0
         self.rolled_back = self._step_was_skipped = False
         self._resumed_from: Path | None = None
-        self._optimizer_is_new = resume.weights_only  # until the first checkpoint of this start
+        self._optimizer_is_new = resume.weights_only  # until the first checkpoint after this start
         self._staging: Path | None = None
         self._validation: tuple[int, float] | None = None  # (step, loss) of the last evaluation
         set_collective_timeout(self.args.ddp_timeout)
@@ -208,7 +208,7 @@ class CheckpointMixin(Trainer):
         # weights, and at most two numbers of optimizer state per weight, 4 bytes each
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         checkpoint_bytes = committed[0].bytes if committed else 12 * trained
-        # the oldest is deleted only after the new one is complete; one more may be kept as the best
+        # the oldest is deleted after the new one is complete, and one more may be kept as the best
         most = self.checkpoints.kept + 1 + (self.args.eval_strategy != IntervalStrategy.NO)
         upcoming = self._count_upcoming_saves(committed[0].step if committed else 0)
         needed = checkpoint_bytes * max(0, min(most - len(committed), upcoming))
@@ -228,15 +228,18 @@ class CheckpointMixin(Trainer):
     # Divergence
 
     def handle_divergence(self, step: int) -> str:
-        """Recovers from a step whose loss or gradient is not finite, and returns what was done; "" if nothing is left.
+        """Recovers from a step with a loss or gradient that is not finite.
 
-        The rows of the step are written to a file, and its gradients are dropped. After MAX_SKIPPED_STEPS such steps in
-        a row, the weights are the likely cause: they and the optimizer state are restored from the last checkpoint,
-        once per run, while the rows and the learning rate continue from here.
+        The rows of the step are written to a file, and its gradients are discarded. After MAX_SKIPPED_STEPS consecutive
+        steps of this kind, the weights are the likely cause. They and the optimizer state are restored from the last
+        checkpoint, once per run. The position in the data and in the learning rate schedule does not change.
+
+        Returns:
+            The action taken, in words; "" if there is no way to recover.
         """
         if self.is_world_process_zero():
             self.write_diverged_rows(step)
-        self._tr_loss.copy_(self._loss_before_step)  # otherwise the next log line would be NaN, too
+        self._tr_loss.copy_(self._loss_before_step)  # otherwise the next logged loss would be NaN
         self._globalstep_last_logged += 1
         self.discard_step_metrics()
         self._step_was_skipped = True
@@ -248,12 +251,12 @@ class CheckpointMixin(Trainer):
             action = f"rolled back to the weights of step {checkpoint.step}"
         else:
             return ""
-        if not self.args.fp16:  # the gradient scaler skips the step, and must see the gradients
+        if not self.args.fp16:  # under fp16, the gradient scaler skips the step and needs the gradients
             self.model.zero_grad()
         return action
 
     def discard_step_metrics(self) -> None:
-        """Removes what TRL has recorded since the step began from the averages of the next log line."""
+        """Removes the metrics that TRL has recorded in this step, so that the next log line does not average them."""
         if "_metrics" not in self.trl_state:
             return
         metrics = self._metrics["train"]
@@ -277,7 +280,7 @@ class CheckpointMixin(Trainer):
         return checkpoint
 
     def write_diverged_rows(self, step: int) -> None:
-        """Appends the decoded rows of a step to a file of the run."""
+        """Appends the decoded rows of a step to DIVERGED_ROWS in the run folder."""
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         for number in range((step - 1) * rows, min(step * rows, len(self.train_dataset))):
             for text in self.decode_row(self.train_dataset[number]):
@@ -290,7 +293,7 @@ class CheckpointMixin(Trainer):
     # Loading
 
     def prepare_resume(self) -> str | None:
-        """The folder to pass to `train(resume_from_checkpoint=...)`; every process must call this."""
+        """Returns the folder to pass to `train(resume_from_checkpoint=...)`. Must be called on every process."""
         checkpoint = self.resume.checkpoint
         if checkpoint is None:
             return None
@@ -304,7 +307,7 @@ class CheckpointMixin(Trainer):
             state = dataclasses.replace(self.state, **position)
             state.save_to_json(str(self.checkpoints.weights_folder / TRAINER_STATE_NAME))
             print(  # noqa: T201
-                f"Resuming from the weights of step {checkpoint.step} only: optimizer and random state start anew.",
+                f"Resuming from the weights of step {checkpoint.step} only: optimizer and random state are reset.",
                 file=sys.stderr,
             )
         self.accelerator.wait_for_everyone()
@@ -322,10 +325,10 @@ class CheckpointMixin(Trainer):
         missing = sorted(n for n, value in expected.items() if n not in weights and value.data_ptr() not in loaded)
         unexpected = sorted(weights.keys() - expected.keys())
         shapes = sorted(n for n in weights.keys() & expected.keys() if weights[n].shape != expected[n].shape)
-        for problem, names in (("lacks", missing), ("also has", unexpected), ("has another shape of", shapes)):
+        for problem, names in (("lacks", missing), ("has unexpected", unexpected), ("has other shapes of", shapes)):
             if names:
                 raise MismatchError(
-                    f"{resume_from_checkpoint} {problem} {', '.join(names[:3])}: it is of another model."
+                    f"{resume_from_checkpoint} {problem} {', '.join(names[:3])}: it belongs to another model."
                 )
         model.load_state_dict(weights, strict=False)
 
@@ -340,7 +343,7 @@ class CheckpointMixin(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if self.accelerator.scaler is not None:  # the checkpoint may be of a device with another precision
+        if self.accelerator.scaler is not None:  # the checkpoint may come from a device with another precision
             super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -349,7 +352,7 @@ class CheckpointMixin(Trainer):
         if _is_complete(checkpoint) and Checkpoint.read(checkpoint).manifest["world_size"] == self.args.world_size:
             super()._load_rng_state(checkpoint)
             return
-        # only weights, or another number of processes: there is no state to restore, so derive a distinct one
+        # only weights, or another number of processes: there is no state to restore, so seed each process differently
         step = self.state.global_step
         seeds = numpy.random.SeedSequence([self.args.seed, step, self.args.process_index]).generate_state(3)
         random.seed(int(seeds[0]))
@@ -358,7 +361,7 @@ class CheckpointMixin(Trainer):
 
 
 class _RestoreCallback(TrainerCallback):
-    """Restores what the Trainer forgets when it resumes, and remembers the state at the start of each step."""
+    """Restores the state that the Trainer does not, and records the state at the start of each step."""
 
     def __init__(self, trainer: CheckpointMixin):
         self.trainer = trainer
@@ -391,5 +394,5 @@ class _RestoreCallback(TrainerCallback):
 
 
 def _is_complete(folder: str) -> bool:
-    """Whether a folder to resume from is a whole checkpoint, and not only its weights."""
+    """Whether a folder to resume from is a complete checkpoint, not only weights."""
     return (Path(folder) / MANIFEST).is_file()

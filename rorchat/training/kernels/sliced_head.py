@@ -1,7 +1,7 @@
 """The vocabulary head of a stock GPT-2, applied to a slice of the hidden states at a time.
 
-The head is a third of the work of a small model, and its float32 logits are most of the memory: 16 rows of 1,024 tokens
-over a vocabulary of 50,304 make 3.3 GB, of which Transformers holds three copies. Here only the logits of one slice
+The head is a third of the FLOPs of a small model, and its float32 logits are most of the memory: 3.3 GB for 16 rows of
+1,024 tokens and a vocabulary of 50,304, of which Transformers keeps three copies. Here only the logits of one slice
 exist at any time. `lm_head_loss` and `dpo_logps` build their autograd functions on `SlicedHead`.
 """
 
@@ -12,27 +12,28 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-MAX_LOGITS = 2**25  # logits of one slice, 134 MB in float32
+MAX_LOGITS = 2**25  # maximum number of logits in a slice: 134 MB in float32
 
 
 class TiedGradient:
-    """Carries the head's gradient of a tied weight to the embedding lookup, which adds its own part in place.
+    """Passes the head's gradient of a tied weight to the embedding lookup, which adds its gradient in place.
 
-    Without it torch allocates one gradient of the whole vocabulary for each of the two, 154 MB at 124M, and adds them.
+    Without it, PyTorch allocates a gradient of the whole weight for each of the two, 154 MB at 124M, and adds them.
     """
 
     gradient: Tensor | None = None
 
 
 class TrainedRows(NamedTuple):
-    """Rows of a frozen, tied embedding that are trained on their own, as PEFT's `trainable_token_indices`.
+    """Trainable rows of an otherwise frozen, tied embedding, as with PEFT's `trainable_token_indices`.
 
-    PEFT copies the weight in every lookup and computes the gradient of the whole weight; here only the rows get one.
+    PEFT copies the weight in every lookup and computes the gradient of the whole weight. Here only the trained rows get
+    a gradient.
     """
 
     rows: Tensor  # (K, D), trained
     ids: Tensor  # (K,), their token ids
-    frozen: Tensor  # (V, D), the weight that holds all other rows
+    frozen: Tensor  # (V, D), the weight with all other rows
 
     def look_up(self, ids: Tensor) -> Tensor:
         """Embeddings (B, T, D) of `ids` (B, T)."""
@@ -91,10 +92,10 @@ class SlicedHead:
         return logits.float()
 
     def backward(self, hidden: Tensor, gradient: Tensor) -> Tensor | None:
-        """Add a slice's part to the gradients of weight and rows and return that of its hidden states.
+        """Add a slice's part to the gradients of weight and rows, and return the gradient of its hidden states.
 
         Args:
-            hidden: (n, D), as given to `logits`.
+            hidden: (n, D), as passed to `logits`.
             gradient: (n, V), the gradient of the slice's logits; overwritten.
 
         Returns:
@@ -103,7 +104,7 @@ class SlicedHead:
         slice_dtype, hidden, gradient = hidden.dtype, hidden.to(self.dtype), gradient.to(self.dtype)
         if self.rows is not None:
             rows_logits_gradient = gradient[:, self.row_ids]  # (n, K)
-            gradient.index_fill_(1, self.row_ids, 0)  # the weight's rows took no part
+            gradient.index_fill_(1, self.row_ids, 0)  # these rows of the weight were not used
         if self.weight_gradient is not None and self.dtype == torch.float32:
             self.weight_gradient.addmm_(gradient.T, hidden)
         elif self.weight_gradient is not None:
@@ -119,7 +120,7 @@ class SlicedHead:
 
 
 def hand_over(tied: TiedGradient | None, weight_gradient: Tensor | None) -> Tensor | None:
-    """Leave the weight's gradient to the embedding lookup if the two are tied, otherwise return it."""
+    """Pass the weight's gradient to the embedding lookup if the two are tied, otherwise return it."""
     if tied is None:
         return weight_gradient
     tied.gradient = weight_gradient
@@ -134,24 +135,24 @@ def apply_head(
     tied: TiedGradient | None,
     trained_rows: TrainedRows | None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Apply an autograd function of the head in the dtype that autocast asks for.
+    """Apply an autograd function of the head in the dtype of autocast.
 
-    Autocast does not reach into custom functions, and the last norm returns float32 under it.
+    Autocast does not apply inside custom functions, and the last norm returns float32 under autocast.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     rows, row_ids = trained_rows[:2] if trained_rows else (None, None)
     with torch.autocast(device, enabled=False):
-        # inside of a custom function gradients are always off, so it is told whether they are needed
+        # grad mode is always off inside a custom function, so it is passed as an argument
         return function.apply(hidden, weight, targets, rows, row_ids, dtype, tied, torch.is_grad_enabled())
 
 
 def needed_gradients(ctx: FunctionCtx) -> tuple[bool, bool, bool]:
-    """Whether hidden states, weight and trained rows need gradients, by the order of arguments in `apply_head`."""
+    """Whether hidden states, weight and trained rows need gradients; depends on the argument order in `apply_head`."""
     hidden, weight, _, rows, *_ = ctx.needs_input_grad
     return hidden, weight, rows
 
 
 def as_input_gradients(hidden: Tensor | None, weight: Tensor | None, rows: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What `backward` returns for the arguments of `apply_head`."""
+    """The return value of `backward`: gradients in the argument order of `apply_head`."""
     return hidden, weight, None, rows, None, None, None, None
