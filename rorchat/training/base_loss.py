@@ -1,8 +1,8 @@
-"""The base loss: the loss on the validation split of a model's pretraining, before and after a later stage.
+"""Measures the base loss: the loss on the validation split of pretraining, before and after a later stage.
 
-It measures forgetting: what a stage teaches costs some of what the model knew (McCloskey and Cohen 1989). The text is
-found through the records of runs. Each names the model that it started from, back to the pretraining, whose token
-stores contain the validation split.
+Its increase measures forgetting (McCloskey and Cohen 1989): a later stage makes the model worse at what it learned in
+pretraining. The validation text is found through the run.json of each run, which names the model that the run started
+from. Followed back, they lead to the pretraining run and its token stores, which contain the validation split.
 """
 
 import hashlib
@@ -37,10 +37,11 @@ class BaseText:
     """The text on which the base loss is measured.
 
     Args:
-        rows: Token ids of `tokens` targets.
+        rows: Rows with `input_ids` and `labels`.
         origins: Folders of token stores, or the spec of a source.
-        available_tokens: Targets of the whole text; None if it was not read to its end.
-        validation_share: The largest validation share among the stores; 0 for the text of a source.
+        tokens: Number of predicted tokens (targets) in `rows`.
+        available_tokens: Number of targets in the whole text; None if the text was not read to its end.
+        validation_share: The largest validation share of the stores; 0 for the text of a source.
     """
 
     rows: Dataset | list = field(repr=False)
@@ -59,7 +60,7 @@ class BaseText:
         return f"{amount} {'held-out ' if self.validation_share else ''}tokens of {', '.join(self.origins)}"
 
     def sha256(self) -> str:
-        """Identifies the text by its ids, row by row, wherever its files are."""
+        """Returns a hash of the token ids of all rows. It does not depend on where the files are."""
         digest = hashlib.sha256()
         for index in range(len(self.rows)):
             digest.update(self.rows[index]["input_ids"].numpy().astype("<i8").tobytes() + b"end")
@@ -67,7 +68,7 @@ class BaseText:
 
 
 def find_previous_runs(model: str) -> Iterator[tuple[Path, dict]]:
-    """(folder, run.json) of the runs that led to a model, the latest first, as far back as they exist on this disk."""
+    """Yields (folder, run.json) of the runs that led to a model, latest first, as far back as they are on this disk."""
     seen: set[Path] = set()
     run = find_run(model)
     while run and run[0].resolve() not in seen:
@@ -78,7 +79,10 @@ def find_previous_runs(model: str) -> Iterator[tuple[Path, dict]]:
 
 
 def _find_initial_run(folder: Path, record: dict) -> tuple[Path, dict] | None:
-    """The run whose model a run started from, at the recorded path or next to the run, if its model is unchanged."""
+    """Finds the run whose model a run started from, at the recorded path or next to the run.
+
+    Returns None if there is no such run, or if its model has changed since.
+    """
     model = record["settings"].get("model")
     if not model:
         return None
@@ -89,7 +93,7 @@ def _find_initial_run(folder: Path, record: dict) -> tuple[Path, dict] | None:
 
 
 def open_run_stores(folder: Path, record: dict, tokenizer) -> list[TokenStore]:
-    """The token stores of a pretraining run that still exist, are intact and were made with this tokenizer."""
+    """Opens the token stores of a pretraining run that exist, are intact and were created with this tokenizer."""
     root = Path(record["settings"].get("token_store") or folder / TOKENS_FOLDER)
     paths = {}
     for phase in (*record.get("past", []), record["inputs"]):
@@ -106,11 +110,14 @@ def open_run_stores(folder: Path, record: dict, tokenizer) -> list[TokenStore]:
 
 
 def find_base_text(given: str | None, model: str, tokenizer, n_positions: int) -> BaseText | None:
-    """The validation split of the pretraining that a model came from, or the text `given`; None if there is none.
+    """Returns the text given by `base_text`, or else the validation split of the model's pretraining.
+
+    Returns None if neither exists.
 
     Args:
-        given: A token store, whose validation split is used, or the spec of a source, used as a whole.
-        model: A folder or Hub id. Of several pretraining runs behind it, the first one that has stores is used.
+        given: The setting `base_text`: a token store, of which the validation split is used, or the spec of a source,
+            of which all documents are used.
+        model: A folder or Hub id. If it was pretrained in several runs, the earliest run with token stores is used.
         n_positions: Maximum number of tokens of a row.
 
     Raises:
@@ -129,7 +136,7 @@ def find_base_text(given: str | None, model: str, tokenizer, n_positions: int) -
 
 
 def _read_stores(stores: list[TokenStore], n_positions: int) -> BaseText:
-    """The validation rows of all stores, or an equal share of each, evenly spaced, if they exceed MAX_TOKENS."""
+    """Returns the validation rows of all stores. Above MAX_TOKENS, uses an equal share of each, evenly spaced."""
     rows_by_store = [ValidationRows(store, n_positions) for store in stores]
     share = min(1.0, MAX_TOKENS / sum(rows.tokens for rows in rows_by_store))
     subsets = []
@@ -147,7 +154,7 @@ def _read_stores(stores: list[TokenStore], n_positions: int) -> BaseText:
 
 
 def _read_source(spec: str, tokenizer, n_positions: int) -> BaseText:
-    """The first MAX_TOKENS of a source's documents."""
+    """Returns the first MAX_TOKENS of a source's documents, cut into rows that overlap by one token."""
     end_of_text = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     ids: list[int] = []
     for row in load_rows(spec, "document"):
@@ -161,10 +168,10 @@ def _read_source(spec: str, tokenizer, n_positions: int) -> BaseText:
 
 
 class BaseLossCallback(TrainerCallback):
-    """Measures and logs the base loss before the first step, and when `measure_after` is called.
+    """Measures and logs the base loss before the first step, and whenever `measure_after` is called.
 
-    A resumed run does not repeat the first measurement. If its text differs from the one measured at the start, no
-    difference is reported.
+    A resumed run does not repeat the first measurement. If its text differs from the text of the first measurement, the
+    increase of the loss is not reported.
     """
 
     def __init__(self, trainer, text: BaseText):
@@ -182,19 +189,19 @@ class BaseLossCallback(TrainerCallback):
         first_text, _ = self._read_first_measurement()
         if state.is_world_process_zero and first_text and first_text["sha256"] != self.text.sha256():
             print(  # noqa: T201
-                f"base loss: the run started with another text, {first_text['text']}. The difference is not reported.",
+                f"base loss: the run started with a different text, {first_text['text']}. The change is not reported.",
                 file=sys.stderr,
             )
 
     def measure_after(self) -> dict[str, float]:
-        """The loss now and, if it was measured on the same text, before the first step; for run.json."""
+        """Measures the loss. Also returns the loss before the first step, if it was measured on the same text."""
         text, before = self._read_first_measurement()
         if text.get("sha256") != self.text.sha256():
             before = {}
         return self._measure() | {f"{name}_before": value for name, value in before.items()}
 
     def _read_first_measurement(self) -> tuple[dict, dict[str, float]]:
-        """The event with the text, and the loss before the first step; both empty if nothing was measured."""
+        """Returns the event with the text and the loss before the first step, or two empty dictionaries."""
         path, text = self.trainer.metrics.path, {}
         for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
             record = json.loads(line) if line else {}
@@ -209,13 +216,13 @@ class BaseLossCallback(TrainerCallback):
         with trainer.metrics.pause():
             loss: Loss = trainer.loss_on({"": self.text.rows})[""]
         values = dict(zip(LOSS_NAMES, (loss.per_token, loss.bits_per_byte), strict=True)) | {"base_tokens": loss.tokens}
-        # not by TRL's `log`, which would add its averages of the steps since the last line
+        # not TRL's `log`, which would add its averages over the steps since the last log entry
         Trainer.log(trainer, trainer.metrics.complete(dict(values), trainer.state.global_step))
         return values
 
 
 def create_base_loss_callback(trainer, arguments, n_positions: int) -> BaseLossCallback | None:
-    """The callback of a stage that starts from a model; None, with a message, if there is no text to measure.
+    """Creates the callback of a stage that starts from a model. Without a text, prints a message and returns None.
 
     Raises:
         UsageError: The stage would train on the text.
@@ -236,13 +243,13 @@ def _check_not_trained_on(text: BaseText, arguments) -> None:
     trained_specs = [replay] if arguments.resolved_mixture() is None else arguments.source_specs()
     if not text.validation_share and set(trained_specs) & set(text.origins):
         raise UsageError(
-            f"base_text {text.origins[0]} is also trained on, and of a source all documents are measured: give other "
-            "text, or a token store, of which only the validation split is measured."
+            f"base_text {text.origins[0]} is also training data: the base loss would be measured on all of its "
+            "documents. Give a different text, or a token store, of which only the validation split is used."
         )
     if replay and not store_folder(replay) and arguments.validation_share < text.validation_share:
         raise UsageError(
-            f"replay {replay} is split by validation_share {arguments.validation_share}, but the validation_share of "
-            f"{', '.join(text.origins)} is {text.validation_share}: parts of its validation split would be trained on. "
+            f"replay {replay} is split with validation_share {arguments.validation_share}, but the base text "
+            f"{', '.join(text.origins)} with {text.validation_share}: part of its validation split would be trained on. "
             f"Give --validation_share {text.validation_share}, or replay the token store."
         )
 
@@ -250,21 +257,21 @@ def _check_not_trained_on(text: BaseText, arguments) -> None:
 def _startup_message(text: BaseText | None, model: str, arguments) -> str:
     if text is None:
         return (
-            f"base loss: not measured, because no pretraining run with token stores was found for {model}. Give "
-            "--base_text, a token store or a source."
+            f"base loss: not measured, because no pretraining run with token stores was found for {model}. To "
+            "measure it, pass a token store or a source as --base_text."
         )
     message = f"base loss: measured on {text.describe()}"
     share = _training_validation_share(text, arguments)
     if share is not None and share < text.validation_share:
         message += (
-            f"; warning: validation_share is {share} here and {text.validation_share} there, so parts of this text may "
-            "be trained on"
+            f"; warning: this stage has validation_share {share}, but the text was split with "
+            f"{text.validation_share}, so parts of it may be trained on"
         )
     return message
 
 
 def _training_validation_share(text: BaseText, arguments) -> float | None:
-    """The validation share of this stage's documents; None if it has no documents, or only those of the text."""
+    """Returns the validation share of this stage's documents, or None if they are those of the text."""
     if arguments.resolved_mixture() is not None:
         return arguments.validation_share
     folder = store_folder(arguments.replay_source() or "")

@@ -1,10 +1,10 @@
-"""Optimizers for a stock GPT-2: AdamW, AdamW with 8-bit states, and Muon for the matrices of the blocks.
+"""Optimizers for a stock GPT-2: AdamW, AdamW with 8-bit states, and Muon for the weight matrices of the blocks.
 
-Muon replaces the momentum of a matrix by the nearest semi-orthogonal matrix (Jordan et al. 2024,
-kellerjordan.github.io/posts/muon) and needs far fewer tokens. Everything else is updated by AdamW.
-`torch.optim.Muon` is not used: it treats GPT-2's fused (q, k, v) matrix as one, runs Newton-Schulz one matrix at a
-time, and always in bfloat16, which a CPU without bf16 matrix units only emulates. Here q, k and v are separate
-matrices, and matrices of equal shape go through one batched product.
+Muon replaces the momentum of a matrix with the nearest semi-orthogonal matrix (Jordan et al. 2024,
+kellerjordan.github.io/posts/muon) and needs far fewer tokens to reach the same loss. All other parameters are updated
+by AdamW. `torch.optim.Muon` is not used for three reasons: it treats GPT-2's fused (q, k, v) matrix as one matrix, it
+runs Newton-Schulz on one matrix at a time, and it always uses bfloat16, which CPUs without bf16 matrix units only
+emulate. Here q, k and v are separate matrices, and matrices of equal shape are processed in one batched product.
 """
 
 from collections import defaultdict
@@ -15,53 +15,61 @@ from torch import Tensor, nn
 
 ADAMW_BETAS = (0.9, 0.95)  # GPT-3, and every reproduction of GPT-2 since
 OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
-# (a, b, c) of a x + b x^3 + c x^5 for each step: by Remez' exchange, the polynomials nearest to 1 on the interval that
-# the previous steps make of [0.001, 1] (Amsel et al. 2025, arXiv:2505.16932). They are scaled to values smaller by a
-# hundredth, so that rounding to bf16 stays within the interval. Three of them train as well as five steps with one
+# Coefficients (a, b, c) of the polynomial a x + b x^3 + c x^5 of each Newton-Schulz step (Amsel et al. 2025,
+# arXiv:2505.16932). Each polynomial is the best uniform approximation of 1, found with the Remez algorithm, on the
+# interval to which the previous steps map [0.001, 1]. Three such steps train as well as five steps with one fixed
 # polynomial (docs/LOG.md).
-SAFETY = 1.01
+SAFETY = 1.01  # inputs are divided by this factor, so that they stay in the interval when rounded to bf16
 NEWTON_SCHULZ = tuple(
     (a / SAFETY, b / SAFETY**3, c / SAFETY**5)
     for a, b, c in ((8.4703, -25.1081, 18.6293), (4.1828, -3.1087, 0.5806), (3.9619, -2.9541, 0.5630))
 )
-EMBEDDING_RATE = 10.0  # times learning_rate, with Muon; norms, biases and positions would not bear it
-# Elements of the matrices that go through Newton-Schulz together, which holds about five copies: 340 MB in float32 on a
-# GPU, where large products are fast, and 85 MB on a CPU, where small ones took three quarters of the time (docs/LOG.md)
+EMBEDDING_RATE = 10.0  # with Muon, multiple of learning_rate for the token embedding; too high for norms and biases
+# Maximum number of elements in a batch of Newton-Schulz, which needs about five copies of them in float32: 340 MB on a
+# GPU, where large products are fast, and 85 MB on a CPU, where small batches took 25 % less time (docs/LOG.md)
 MAX_ELEMENTS = {"cpu": 2**22, "gpu": 2**24}
 RMS_OF_ADAMW = 0.2  # scales an orthogonal update to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """The semi-orthogonal matrix nearest to each matrix, approximately.
+    """Approximates the semi-orthogonal matrix nearest to each matrix.
 
-    Singular values above a thousandth of the Frobenius norm end between 0.14 and 1.86; training only needs that none of
-    them dominates. A Newton-Schulz step maps x to p(x x^T) x with p(g) = a + b g + c g^2. If one side is at least twice
-    as long as the other, the steps run on the small Gram matrix and x is multiplied once, at the end: half of the
-    products for the same result, except in bf16, whose rounding is too coarse for the Gram matrix.
+    Singular values above a thousandth of the Frobenius norm are mapped to values between 0.14 and 1.86. This is
+    sufficient for training, which only requires that none of them dominates. A Newton-Schulz step maps x to p(x x^T) x
+    with p(g) = a + b g + c g^2. If one side is at least twice as long as the other, the steps are computed on the small
+    Gram matrix, and x is multiplied once at the end. This halves the number of products. It is not used in bf16, whose
+    rounding is too coarse for the Gram matrix.
 
     Args:
         matrices: (N, A, B), of any scale.
+
+    Returns:
+        (N, A, B) in the same dtype.
     """
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
-    x = x / (SAFETY * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # (N, A, B) with A <= B: the smaller Gram matrix
+    x = x / (
+        SAFETY * x.norm(dim=(-2, -1), keepdim=True) + 1e-7
+    )  # (N, A, B) with A <= B, so that the Gram matrix is small
     on_gram = 2 * x.size(-2) <= x.size(-1) and x.dtype == torch.float32
     x = _newton_schulz_on_gram(x) if on_gram else _newton_schulz(x)
     return x.mT if tall else x
 
 
 def _newton_schulz(x: Tensor) -> Tensor:
+    """(N, A, B) -> (N, A, B)."""
     for a, b, c in NEWTON_SCHULZ:
-        gram = x @ x.mT
+        gram = x @ x.mT  # (N, A, A)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
 def _newton_schulz_on_gram(x: Tensor) -> Tensor:
-    gram, factor, product = x @ x.mT, None, None
+    """The same as `_newton_schulz`, with one product of the size of x at the end: (N, A, B) -> (N, A, B)."""
+    gram, factor, product = x @ x.mT, None, None  # (N, A, A) each
     for a, b, c in NEWTON_SCHULZ:
         if factor is not None:
-            gram = factor @ gram @ factor  # they commute: all are polynomials of one symmetric matrix
+            gram = factor @ gram @ factor  # the order is irrelevant: polynomials of the same matrix commute
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = factor if product is None else factor @ product
@@ -74,7 +82,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         groups: Parameter groups with `use_muon`, `lr`, `weight_decay` and `splits`, the number of equal parts of a
             matrix's columns (3 for GPT-2's `c_attn`, which holds q, k and v side by side).
-        momentum: Nesterov momentum of Muon.
+        momentum: Coefficient of Muon's Nesterov momentum.
     """
 
     def __init__(self, groups: Iterable[dict], momentum: float = 0.95):
@@ -82,17 +90,17 @@ class Muon(torch.optim.Optimizer):
         self._adamw = torch.optim.AdamW(
             [group for group in self.param_groups if not group["use_muon"]], betas=ADAMW_BETAS, fused=True
         )
-        # Both share their group dictionaries, so that schedulers, checkpoints and logs see one optimizer
+        # Both optimizers share the group dictionaries, so that schedulers, checkpoints and logs see one optimizer
         adamw_groups = iter(self._adamw.param_groups)
         self.param_groups = [group if group["use_muon"] else next(adamw_groups) for group in self.param_groups]
         self._adamw.state = self.state
 
     @torch.no_grad()
     def step(self, closure=None):
-        self._adamw.state = self.state  # `load_state_dict` replaces it
+        self._adamw.state = self.state  # `load_state_dict` replaces `self.state`
         self._adamw.param_groups = [group for group in self.param_groups if not group["use_muon"]]
         self._adamw.step()
-        by_shape = defaultdict(list)  # over all groups: larger batched products are faster
+        by_shape = defaultdict(list)  # across groups, because larger batches are faster
         for group in self.param_groups:
             if group["use_muon"]:
                 for piece in self._pieces(group):
@@ -104,7 +112,10 @@ class Muon(torch.optim.Optimizer):
                 _step_pieces(pieces[start : start + batch_size])
 
     def _pieces(self, group: dict) -> Iterable[tuple[dict, Tensor, Tensor, Tensor]]:
-        """(group, matrix, gradient, momentum) of each matrix as views; q, k and v are three matrices."""
+        """Yields (group, matrix, gradient, momentum) for each matrix, the last three as views (A, B).
+
+        A parameter with `splits` consists of several matrices: q, k and v.
+        """
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
@@ -117,7 +128,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _step_pieces(pieces: list[tuple[dict, Tensor, Tensor, Tensor]]) -> None:
-    """Update the momentum of matrices of one shape, apply weight decay and step."""
+    """Update the momentum of matrices of the same shape, apply weight decay, and update the matrices."""
     updates = []
     for group, _, gradient, momentum in pieces:
         momentum.lerp_(gradient, 1 - group["momentum"])
@@ -141,17 +152,17 @@ def build_optimizer(
     weight_decay: float,
     scaled: bool = False,
 ) -> torch.optim.Optimizer:
-    """The optimizer of a stock GPT-2.
+    """Build the optimizer of a stock GPT-2.
 
-    Biases, norms and position embeddings have no weight decay. With Muon, AdamW also updates the token embedding, tied
-    to the head, without weight decay.
+    Weight decay is not applied to biases, norms and position embeddings. With Muon, the token embedding (tied to the
+    head) is updated by AdamW without weight decay.
 
     Args:
         name: "adamw", "adamw_8bit" (states of matrices in 8 bits, of embeddings in 32 bits) or "muon".
-        learning_rate: Of AdamW; with Muon, the token embedding's is `EMBEDDING_RATE` times that.
-        matrix_learning_rate: Of Muon; other optimizers ignore it.
-        scaled: Gradients have a loss scale (fp16). Fused AdamW would skip steps with infinite gradients on its own,
-            unnoticed by the learning rate schedule and the step count.
+        learning_rate: Learning rate of AdamW. With Muon, that of the token embedding is `EMBEDDING_RATE` times as high.
+        matrix_learning_rate: Learning rate of Muon; ignored by the other optimizers.
+        scaled: Whether gradients have a loss scale (fp16). Fused AdamW is then not used: it would skip steps with
+            infinite gradients without the learning rate schedule and the step count noticing.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = {n for n, p in trained.items() if p.ndim == 2 and ".h." in n and n.endswith(".weight")}
@@ -184,11 +195,11 @@ def build_optimizer(
 
 
 def adamw_8bit(groups: list[dict]) -> torch.optim.Optimizer:
-    """AdamW of bitsandbytes with states in 8 bits, in blocks of 256 (Dettmers et al. 2022, arXiv:2110.02861).
+    """Build bitsandbytes' AdamW with 8-bit states in blocks of 256 (Dettmers et al. 2022, arXiv:2110.02861).
 
-    A group may set `optim_bits`: embeddings, whose gradients are sparse and very unequal in size, are unstable in 8
-    bits (section 2.3 of the paper). bitsandbytes' own way to set it is a global register of object ids, which outlives
-    the objects.
+    A group may set `optim_bits` to 32: training is unstable with 8-bit states of embeddings, whose gradients are sparse
+    and vary widely in size (section 2.3 of the paper). The override mechanism of bitsandbytes is not used, because it
+    is a global table of object ids, which may outlive the objects.
     """
     from bitsandbytes.optim import AdamW8bit
 

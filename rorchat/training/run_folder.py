@@ -1,13 +1,13 @@
-"""The folder of a run: its lock, its record, and the decision to start, resume, or leave a finished run alone.
+"""The run folder: locks it, reads and writes run.json, and decides whether the run starts, resumes or has finished.
 
-config.yaml     the settings; itself a valid --config
-run.json        versions, device, inputs with their sha256, results; `finished` once the model has been saved, and why
-                training `stopped` if that was before the last step
+config.yaml     the settings; can be passed as --config
+run.json        versions, device, inputs with their sha256, and results. `finished` is true after the model was saved;
+                `stopped` is the reason if training ended before the last step
 metrics.jsonl   one line per logging step, see docs/metrics.md; append-only
-mixture.png     the share of every source over the run (pretraining)
+mixture.png     the share of every source in the course of the run (pretraining)
 micro_batch.json  the micro-batch size that fits, if a step ran out of memory
 .reference_*.json  log-probabilities of the reference model, see rorchat/training/reference_logps.py
-samples.jsonl   generated samples for fixed prompts: before, during and after training
+samples.jsonl   samples generated from fixed prompts before, during and after training
 checkpoint-N/   see rorchat/training/checkpointing/checkpoint.py; damaged ones are renamed
 adapter/        the LoRA adapter, if one was trained
 model/          the result: a plain Transformers folder
@@ -44,15 +44,15 @@ REMEDY = "Choose another output_dir, or delete the folder."
 
 
 class RunFolder:
-    """The folder of one run, locked against other processes until the run ends.
+    """The folder of a run. It is locked against other processes until the run ends.
 
     Args:
-        arguments: the arguments of the stage; `output_dir` is the folder.
+        arguments: the arguments of a stage; `output_dir` is the folder.
         stage: "pretrain", "sft", "dpo" or "grpo".
-        inputs: folders or Hub ids of the tokenizer and the model that the run starts from, by role.
+        inputs: the folders or Hub ids of the tokenizer and of the initial model, by role.
 
     Raises:
-        MismatchError: the folder contains another run, or files that do not belong to a run.
+        MismatchError: the folder contains a different run, or files that do not belong to a run.
         DataError: the folder contains checkpoints, and none of them is valid.
     """
 
@@ -70,7 +70,7 @@ class RunFolder:
         self.held.enter_context(handle_signals())
         run_on_main_process(self._lock_and_restore)
         self.plan = self._make_plan()
-        PartialState().wait_for_everyone()  # before any process writes into the folder that another one is reading
+        PartialState().wait_for_everyone()  # other processes may still be reading the folder
 
     @property
     def model_folder(self) -> Path:
@@ -82,11 +82,11 @@ class RunFolder:
 
     @property
     def mixture_history(self) -> list[dict]:
-        """The mixtures before the present one, see `rorchat.mixture.history`; empty while the first one lasts."""
+        """The mixtures before the current one, see `rorchat.mixture.history`. Empty if it never changed."""
         return self.plan.metadata.get("past", [])
 
     def _lock_and_restore(self) -> None:
-        """Locks the folder and copies a newer checkpoint from the mirror, as after a machine was lost."""
+        """Locks the folder. If the mirror has a newer checkpoint, as on a new machine, copies it into the folder."""
         self.held.enter_context(folder_lock(self.folder))
         self.mirror = open_mirror(self.arguments.mirror, self.folder)
         if self.mirror is None:
@@ -112,6 +112,7 @@ class RunFolder:
             self._write_record(restored.metadata)
 
     def _make_plan(self) -> ResumePlan:
+        """Compares the folder with the current command, prints the differences, and refuses fatal ones."""
         state = FolderState(self._read_record())
         if state.record is not None and not state.record.get("finished"):
             checkpoint, only_weights_are_valid = self._newest_checkpoint()
@@ -122,7 +123,11 @@ class RunFolder:
         return plan
 
     def _newest_checkpoint(self) -> tuple[Checkpoint | None, bool]:
-        """The newest valid checkpoint, and whether only its weights are valid (with `weights_only`)."""
+        """Finds the newest valid checkpoint. With `weights_only`, only its weights need to be valid.
+
+        Returns:
+            The checkpoint, and whether only its weights are valid.
+        """
         checkpoints, newest = Checkpoints(self.folder), None
         try:
             newest = checkpoints.newest()
@@ -134,13 +139,13 @@ class RunFolder:
         return newest, False
 
     def context(self, details: dict, adapter: Adapter | None = None) -> StageContext:
-        """What the trainer needs from the run.
+        """Returns what the trainer needs from the run.
 
         Args:
-            details: recorded in run.json and in every checkpoint: the data, and the plan of a mixture.
+            details: the data and the plan of a mixture, which are stored in run.json and in every checkpoint.
 
         Raises:
-            MismatchError: the checkpoint was trained on another plan of the mixture, as after its data changed.
+            MismatchError: the checkpoint was trained with a different plan, because the data of the mixture changed.
         """
         details = json.loads(json.dumps(details))
         if self.plan.checkpoint and not self.plan.appends_phase:
@@ -175,13 +180,13 @@ class RunFolder:
         advice = ""
         is_other_mixture = all(d.is_mixture for d in fatal)
         if checkpoint and is_other_mixture and any(d.name.startswith("inputs.mixture") for d in fatal):
-            advice = "Give --new_phase to continue with another mixture. "
+            advice = "Give --new_phase to continue with a different mixture. "
         raise MismatchError(f"{place} contains another run: {listed}. {advice}{REMEDY}")
 
     # The record
 
     def _read_record(self) -> dict | None:
-        """run.json, or None if the folder is empty.
+        """Returns the contents of run.json, or None if the folder is empty or does not exist.
 
         Raises:
             MismatchError: the folder contains files that do not belong to a run.
@@ -195,16 +200,18 @@ class RunFolder:
             record = None
         if isinstance(record, dict):
             return record
-        if committed := Checkpoints(self.folder).committed():  # their manifests hold the same metadata
+        if committed := Checkpoints(self.folder).committed():  # their manifests contain the same metadata
             return committed[0].metadata
-        raise MismatchError(f"The output folder {self.folder} is not empty, and it is not a run of rorchat. {REMEDY}")
+        raise MismatchError(
+            f"The output folder {self.folder} is not empty and does not contain a run of rorchat. {REMEDY}"
+        )
 
     def _write_record(self, record: dict) -> None:
-        """Replaces run.json in one step: without it, the folder would not count as a run's."""
+        """Replaces run.json atomically: without this file, the folder would not be recognized as a run folder."""
         write_atomically(self.folder / "run.json", json.dumps(record, indent=2) + "\n")
 
     def begin(self, mixture_plan: object = None) -> None:
-        """Writes config.yaml and run.json, and deletes the logs of an earlier start that saved no checkpoint."""
+        """Writes config.yaml and run.json. Deletes the logs of an earlier start if it saved no checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.plan.checkpoint is None:
             for name in ("metrics.jsonl", "samples.jsonl", DIVERGED_ROWS, MICRO_BATCH_FILE):
@@ -213,11 +220,11 @@ class RunFolder:
         self._write_record(self.plan.metadata | ({"plan": mixture_plan} if mixture_plan else {}))
 
     def finish(self, results: dict) -> None:
-        """Records that the run has finished, with its results."""
+        """Writes the results to run.json and marks the run as finished."""
         self._write_record({**self.plan.metadata, **results, "finished": True})
 
     def finished_metrics(self) -> dict[str, float]:
-        """The metrics of a finished run; prints that there is nothing to do, and completes its mirror."""
+        """Returns the metrics of a finished run. Prints that the run is finished, and completes the mirror."""
         checkpoints = Checkpoints(self.folder)
         if self.mirror and (committed := checkpoints.committed()):  # a signal may have interrupted the last copy
             self.mirror.offer(committed[0], checkpoints.in_use)
@@ -229,6 +236,6 @@ class RunFolder:
 
 
 def _shorten(value: object) -> str:
-    """A value for an error message; the table of differences shows all of it."""
+    """Shortens a value for an error message. The table of differences shows it in full."""
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."

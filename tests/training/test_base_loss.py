@@ -163,15 +163,15 @@ def test_resumed_run_with_another_text_reports_no_difference(story, spec, tmp_pa
     (out / "run.json").write_text(json.dumps(record | {"finished": False}))
     message = run("sft", out, save_steps=1, base_text=spec, **flags)
     store = story / "pretrain" / "tokens" / "tinytown"
-    assert re.search(rf"the run started with another text, [\d,]+ held-out tokens of {store}\. The difference", message)
+    assert re.search(rf"the run started with a different text, [\d,]+ held-out tokens of {store}\. The change", message)
     assert "base_loss" in read_metrics(out) and "base_loss_before" not in read_metrics(out)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"validation_share": 0.1}, "validation_share 0.1, but .* is 0.2: .* Give --validation_share 0.2"),
-        ({"base_text": "tinytown=100"}, "base_text tinytown=100 is also trained on"),
+        ({"validation_share": 0.1}, "validation_share 0.1, but .* with 0.2: .* Give --validation_share 0.2"),
+        ({"base_text": "tinytown=100"}, "base_text tinytown=100 is also training data"),
     ],
 )
 def test_measured_documents_are_not_replayed(flags, message, story, tmp_path):

@@ -1,6 +1,6 @@
-"""Decides what a run does with the contents of its folder: start, resume, append a phase, or report that it is done.
+"""Decides whether a run starts, resumes, appends a phase, or has already finished.
 
-This module is pure: it reads no file and prints nothing, so that every case can be tested.
+The functions are pure: they read no files and print nothing, so that every case can be tested.
 """
 
 from dataclasses import dataclass, field
@@ -13,13 +13,13 @@ from rorchat.training.checkpointing.fingerprint import ONLY_WEIGHTS, Difference,
 
 @dataclass(frozen=True)
 class ResumeRequest:
-    """What the current command asks for.
+    """What the current command requests.
 
     Args:
-        metadata: the metadata of the current run, see `collect_run_metadata`.
-        new_phase: append the mixture of this command to the run, if it differs from the mixture of the run.
-        weights_only: allow resuming without the optimizer state.
-        rows_per_step: rows of the mixture that an optimizer step reads; 0 for stages without a mixture.
+        metadata: metadata of the current run, see `collect_run_metadata`.
+        new_phase: whether to append the mixture of this command to the run, if it differs from the run's mixture.
+        weights_only: whether to allow resuming without the optimizer state.
+        rows_per_step: rows of the mixture in an optimizer step; 0 for stages without a mixture.
         max_steps: the last step of the run.
     """
 
@@ -31,17 +31,18 @@ class ResumeRequest:
 
     @property
     def is_elastic(self) -> bool:
+        """Whether the number of processes may change between two starts."""
         return self.metadata["stage"] == "pretrain"
 
 
 @dataclass(frozen=True)
 class FolderState:
-    """What the folder of a run contains.
+    """The contents of a run folder.
 
     Args:
-        record: run.json; None if the folder contains no run.
+        record: the contents of run.json; None if the folder contains no run.
         checkpoint: the newest valid checkpoint of an unfinished run.
-        only_weights_are_valid: True if the optimizer state of `checkpoint` is damaged.
+        only_weights_are_valid: whether `checkpoint` is damaged except for its weights.
     """
 
     record: dict | None = None
@@ -51,17 +52,17 @@ class FolderState:
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """How the run starts.
+    """The decision how to start or resume a run.
 
     Args:
-        metadata: the metadata of the current run, with the entries that it inherits from the checkpoint: earlier
-            mixtures, and the steps at which it was resumed from weights only.
+        metadata: metadata of the current run. Inherited from the checkpoint are the earlier mixtures and the steps at
+            which the run was resumed from weights only.
         checkpoint: the checkpoint to resume from; None to start from step 0.
-        finished: run.json of the finished run, if there is nothing left to do.
-        weights_only: only the weights of the checkpoint are loaded, and the optimizer is reset.
-        appends_phase: a new mixture begins at the step of the checkpoint.
-        differences: the differences between the checkpoint (or the finished run) and the current run. A fatal one means
-            that the folder belongs to another run, and the caller must refuse to start.
+        finished: the contents of run.json if the run has already finished.
+        weights_only: whether only the weights of the checkpoint are loaded and the optimizer is reinitialized.
+        appends_phase: whether a new mixture starts at the step of the checkpoint.
+        differences: the differences between the checkpoint (or the finished run) and the current run. A fatal
+            difference means that the folder contains a different run. The caller must then raise an error.
     """
 
     metadata: dict
@@ -73,28 +74,29 @@ class ResumePlan:
 
     @property
     def fatal(self) -> list[Difference]:
+        """The differences that do not allow resuming."""
         return [difference for difference in self.differences if difference.is_fatal]
 
 
 def plan_resume(folder: str, state: FolderState, request: ResumeRequest) -> ResumePlan:
-    """Decides what the run does.
+    """Decides how to start or resume a run.
 
     Args:
-        folder: the name of the run's folder, for messages.
+        folder: the name of the run folder, for error messages.
 
     Raises:
-        MismatchError: `new_phase` is set and there is no checkpoint to append to, or no step left, or a source of an
-            earlier phase has changed under its name.
+        MismatchError: `new_phase` is set, but there is no checkpoint, no steps are left, or the data of a source of an
+            earlier phase has changed.
     """
     finished = state.record if state.record and state.record.get("finished") else None
     checkpoint = state.checkpoint
     if finished is None and checkpoint is None:  # nothing, or a run that was stopped before its first checkpoint
         if request.new_phase:
             raise MismatchError(
-                f"The output folder {folder} has no checkpoint that a phase could be appended to: leave new_phase out."
+                f"The output folder {folder} has no checkpoint to which a phase could be appended: omit new_phase."
             )
         return ResumePlan(request.metadata)
-    # run.json describes the newest start, which may not have reached a checkpoint: the checkpoint's own metadata counts
+    # Not run.json if there is a checkpoint: the last start may not have reached one
     before = checkpoint.metadata if checkpoint else finished
     history, appends_phase = _extend_history(before, checkpoint, request)
     inherited = {"past": history, "weights_only": before.get("weights_only", [])}
@@ -113,7 +115,7 @@ def plan_resume(folder: str, state: FolderState, request: ResumeRequest) -> Resu
 
 
 def _extend_history(before: dict, checkpoint: Checkpoint | None, request: ResumeRequest) -> tuple[list[dict], bool]:
-    """The earlier mixtures of the run, and whether the checkpoint's mixture is one of them from now on."""
+    """Returns the mixture history of the run, and whether the mixture of the checkpoint has been added to it."""
     history = before.get("past", [])
     if not (checkpoint and request.new_phase and "windows" in before):
         return history, False
@@ -123,7 +125,7 @@ def _extend_history(before: dict, checkpoint: Checkpoint | None, request: Resume
         return history, False
     if checkpoint.step >= request.max_steps:
         raise MismatchError(
-            f"{checkpoint.folder} is of the last step, so that no tokens are left for a new phase. Leave new_phase "
-            "out and give the previous mixture."
+            f"{checkpoint.folder} is the checkpoint of the last step: no tokens are left for a new phase. Omit "
+            "new_phase and give the previous mixture."
         )
     return [*history, ended], True

@@ -1,12 +1,14 @@
-"""Attention without a mask in a stock GPT-2, for unpadded rows and for packed ones.
+"""Attention without a mask in a stock GPT-2, for unpadded rows and for packed rows.
 
-With the stock implementation, GPT-2 builds a dense mask wherever position ids restart: one number for every pair of
-tokens of a row. Here each packed sequence goes through the causal kernel on its own, or all of them through one
-variable-length kernel on GPUs that have it.
+In a packed row, position ids restart with every sequence. The stock implementation then builds a dense (T, T) mask for
+each row. Here the causal kernel is called for each packed sequence separately or, on GPUs that support it, a
+variable-length kernel is called once for all sequences.
 
-A packed row consists of prefix groups. A group is a prefix and its continuations: every continuation attends to the
-prefix and to itself, not to the other continuations. Two replies to one prompt so share the computation of the prompt.
-A plain sequence is a group without continuations.
+A packed row consists of *prefix groups*. A prefix group is a prefix and its continuations: every continuation attends
+to the prefix and to itself, but not to the other continuations. For example, two replies to the same prompt share the
+computation of the prompt. A plain sequence is a prefix group without continuations.
+
+Shapes: batch B, heads H, positions T, head size D; N = B x T tokens in total.
 """
 
 import contextlib
@@ -20,9 +22,9 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-CAUSAL_ATTENTION, PACKED_ATTENTION = "causal_sdpa", "packed_sdpa"  # names for which Transformers builds no mask
+CAUSAL_ATTENTION, PACKED_ATTENTION = "causal_sdpa", "packed_sdpa"  # Transformers builds no mask for these names
 
-PrefixGroup = tuple[int, ...]  # number of tokens of the prefix and of each continuation
+PrefixGroup = tuple[int, ...]  # (tokens of the prefix, tokens of each continuation...)
 
 
 def packed_attention_forward(
@@ -40,8 +42,8 @@ def packed_attention_forward(
     """Causal attention within each prefix group.
 
     Args:
-        query, key, value: (B, H, T, D); the groups follow each other in row-major order.
-        prefix_groups: The groups of all rows, B x T tokens in total.
+        query, key, value: (B, H, T, D).
+        prefix_groups: The prefix groups of all rows, in row-major order; N tokens in total.
 
     Returns:
         The output (B, T, H, D), and None for the attention weights.
@@ -63,7 +65,7 @@ def _has_varlen_kernel(query: Tensor) -> bool:
 def attend_by_sequence(
     query: Tensor, key: Tensor, value: Tensor, prefix_groups: Sequence[PrefixGroup], dropout: float, scaling
 ) -> Tensor:
-    """One kernel call for each prefix with one continuation: (N, H, D) each -> (N, H, D)."""
+    """Call the causal kernel for each pair of a prefix and a continuation: (N, H, D) each -> (N, H, D)."""
     sizes = [size for group in prefix_groups for size in group]
     # split instead of slicing: the gradient of a slice is as large as the tensor it was taken from
     parts = iter(zip(*(x.split(sizes) for x in (query, key, value)), strict=True))
@@ -79,33 +81,35 @@ def attend_by_sequence(
             outputs.append(attend(*prefix))
         for number, _ in enumerate(continuations):
             output = attend(*(torch.cat(both) for both in zip(prefix, next(parts), strict=True)))
-            outputs.append(output[prefix_size if number else 0 :])  # the first call returns the prefix as well
+            outputs.append(output[prefix_size if number else 0 :])  # the output of the prefix is kept once
     return torch.cat(outputs)
 
 
 def attend_by_varlen_kernel(
     query: Tensor, key: Tensor, value: Tensor, prefix_groups: Sequence[PrefixGroup], scaling
 ) -> Tensor:
+    """Call the variable-length kernel once for all sequences: (N, H, D) each -> (N, H, D)."""
     index, bounds, longest = _varlen_layout(tuple(prefix_groups), query.device)
     if index is not None:
-        key, value = key[index], value[index]
+        key, value = key[index], value[index]  # (K, H, D), K >= N
     # the causal window is aligned to the last key, so a continuation attends to its whole prefix
     return varlen_attn(query, key, value, *bounds, *longest, scale=scaling, window_size=(-1, 0))
 
 
-@functools.lru_cache(maxsize=1)  # every block of a micro-batch asks for the same layout
+@functools.lru_cache(maxsize=1)  # all blocks use the same layout for a micro-batch
 def _varlen_layout(
     prefix_groups: tuple[PrefixGroup, ...], device: torch.device
 ) -> tuple[Tensor | None, list[Tensor], list[int]]:
-    """Which keys the kernel reads for which queries.
+    """Compute the arguments of the variable-length kernel.
 
-    The kernel takes queries and keys as sequences one after another. The first continuation forms one sequence with
-    its prefix. Each further continuation is a separate sequence, whose keys are the prefix's, gathered again, and those
-    of the continuation.
+    The kernel expects concatenated sequences of queries and of keys. The first continuation forms one sequence with its
+    prefix. Each further continuation is a separate sequence of queries; its keys are those of the prefix, which are
+    gathered again, and those of the continuation.
 
     Returns:
-        The positions to gather keys from, None if every key is already in place; the cumulative lengths of the query
-        sequences and of the key sequences; the longest query sequence and the longest key sequence.
+        - the positions of the keys to gather, (K,), or None if all keys are already in place
+        - the cumulative lengths of the query sequences and of the key sequences, (sequences + 1,) each
+        - the lengths of the longest query sequence and of the longest key sequence
     """
     key_positions, query_lengths = [], []
     start = 0
@@ -143,12 +147,12 @@ def _attention_implementation(config, name: str) -> Iterator[None]:
 
 
 def causal_attention(config) -> contextlib.AbstractContextManager:
-    """A context in which attention is causal and builds no mask: for rows without left padding and without packing."""
+    """A context with causal attention and no mask, for rows without left padding and without packing."""
     return _attention_implementation(config, CAUSAL_ATTENTION)
 
 
 def packed_attention(config) -> contextlib.AbstractContextManager:
-    """A context in which the model attends to packed rows and is called with their `prefix_groups`."""
+    """A context with attention to packed rows. Within it, call the model with their `prefix_groups`."""
     return _attention_implementation(config, PACKED_ATTENTION)
 
 
@@ -171,8 +175,9 @@ def _forward_with_groups(attention: nn.Module, stock_forward, *args, **kwargs):
 
 
 def skip_padding_warning(model: nn.Module) -> None:
-    """Keep Transformers from searching every batch for padding in order to recommend an attention mask.
+    """Disable a check of Transformers that searches every batch for padding and then recommends an attention mask.
 
-    Batches are padded on the right (rorchat/mixture/collators.py), where a causal model does not look.
+    The mask is not needed: batches are padded on the right (rorchat/mixture/collators.py), and in a causal model no
+    token attends to the padding after it.
     """
     model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
