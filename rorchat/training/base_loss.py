@@ -249,8 +249,8 @@ def _check_not_trained_on(text: BaseText, arguments) -> None:
     if replay and not store_folder(replay) and arguments.validation_share < text.validation_share:
         raise UsageError(
             f"replay {replay} is split with validation_share {arguments.validation_share}, but the base text "
-            f"{', '.join(text.origins)} with {text.validation_share}: part of its validation split would be trained on. "
-            f"Give --validation_share {text.validation_share}, or replay the token store."
+            f"{', '.join(text.origins)} with {text.validation_share}: parts of its validation split would be trained "
+            f"on. Give --validation_share {text.validation_share}, or replay the token store."
         )
 
 

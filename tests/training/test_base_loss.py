@@ -151,7 +151,10 @@ def test_midtraining_with_a_smaller_validation_share_warns(story, tmp_path):
         "pretrain", tmp_path / "run", model=story / "pretrain", sources=["tinytown=200"], **ROWS | {"max_steps": 1},
         validation_share=0.1,
     )  # fmt: skip
-    assert "; warning: validation_share is 0.1 here and 0.2 there, so parts of this text may be trained on" in message
+    assert (
+        "; warning: this stage has validation_share 0.1, but the text was split with 0.2, so parts of it may be"
+        in message
+    )
 
 
 def test_resumed_run_with_another_text_reports_no_difference(story, spec, tmp_path):

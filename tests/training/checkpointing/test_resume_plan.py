@@ -94,7 +94,7 @@ def test_new_phase_with_the_same_mixture_only_resumes():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (FolderState(), "The output folder run has no checkpoint that a phase could be appended to"),
+        (FolderState(), "The output folder run has no checkpoint to which a phase could be appended"),
         (FolderState({}, make_checkpoint(10, make_metadata())), "no tokens are left for a new phase"),
     ],
     ids=["no checkpoint", "last step"],
