@@ -1,4 +1,7 @@
-"""Run folders -> report.md and curves.png: what was done, how it went, and what came of it, stage by stage."""
+"""Writes report.md and curves.png from run folders: training curves, scores, behaviour, samples and data of all stages.
+
+The runs of a story (see the glossary in CONTRIBUTING.md) lie in one folder; a report covers all of them.
+"""
 
 import json
 import re
@@ -14,7 +17,7 @@ STAGE_ORDER = ("pretrain", "sft", "dpo", "grpo")
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The runs of a story in the order of their stages: the folder itself, or its subfolders with a run.json.
+    """Finds the runs in a folder, sorted by stage: the folder itself, or its subfolders with a run.json.
 
     Raises:
         DataError: there is no run.
@@ -26,31 +29,31 @@ def find_runs(folder: Path) -> list[Path]:
     def position(run: Path) -> tuple[int, bool, str]:
         record = read_run_record(run)
         stage = STAGE_ORDER.index(record["stage"]) if record["stage"] in STAGE_ORDER else len(STAGE_ORDER)
-        is_continued = "model" in (record.get("settings") or {})  # pretraining that starts from a model: midtraining
+        is_continued = "model" in (record.get("settings") or {})  # pretraining from a model, which is midtraining
         return stage, is_continued, run.name
 
     return sorted(runs, key=position)
 
 
 def read_run_record(run: Path) -> dict[str, Any]:
-    """The content of a run's run.json.
+    """Reads the run.json of a run.
 
     Raises:
-        DataError: it cannot be read or is not the record of a run.
+        DataError: the file cannot be read or is not the record of a run.
     """
     try:
         record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{run}/run.json cannot be read: {error}") from None
     if not isinstance(record, dict) or "stage" not in record:
-        raise DataError(f"{run}/run.json cannot be read: it is not the record of a run, which has a 'stage'.")
+        raise DataError(f"{run}/run.json is not the record of a run: it has no 'stage'.")
     return record
 
 
 def drop_superseded_lines(records: list[dict]) -> list[dict]:
-    """The records of metrics.jsonl without those of steps that a resumed run has repeated.
+    """Removes records of metrics.jsonl whose steps were repeated after a resume.
 
-    A phase that was started at the step of the checkpoint is dropped too: the checkpoint does not contain it.
+    A phase that started at the step of the checkpoint is removed too, because the checkpoint does not contain it.
     """
     kept: list[dict] = []
     for record in records:
@@ -67,9 +70,9 @@ Line = tuple[str, str, float]  # key of metrics.jsonl, label, scale
 
 
 def draw_curves(runs: list[Path], target: Path) -> None:
-    """One column of panels per run, by step: losses, reward, learning rates, gradient norm, speed, MFU and memory.
+    """Plots losses, reward, learning rates, gradient norm, speed, MFU and memory by step, one column of panels per run.
 
-    Panels without a value in any run are left out. Dotted lines are restarts, red lines are divergences.
+    Panels without values are omitted. Dotted vertical lines mark resumes, red ones divergences.
     """
     import matplotlib
 
@@ -96,7 +99,7 @@ def draw_curves(runs: list[Path], target: Path) -> None:
 
 
 def _list_panels(keys: list[str]) -> tuple[tuple[str, tuple[Line, ...]], ...]:
-    """(label, lines) of every panel."""
+    """(label of the y axis, lines) for every panel."""
     sources = [match for key in keys if (match := re.fullmatch(r"eval_(.+)_loss", key))]
     return (
         ("loss\n(nats/token; dpo: per pair)", (("loss", "training", 1), ("eval_loss", "validation", 1))),
@@ -147,7 +150,7 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def format_score_table(columns: list[Scores]) -> str:
-    """Scores side by side, one column per model."""
+    """A Markdown table of scores, one column per model."""
     return _format_columns([(column.name, column.rows()) for column in columns])
 
 
@@ -159,10 +162,10 @@ def _format_columns(columns: list[tuple[str, dict[str, str]]]) -> str:
 
 
 def format_stage_table(folder: Path) -> str:
-    """Everything measured on the stages of a story: scores.json, behaviour.json and the loss on the base's text.
+    """The results of all stages: scores.json, behaviour.json and the base loss of every run.
 
     Returns:
-        A Markdown table with one column per stage, after columns for other models; empty if nothing was measured.
+        A Markdown table, or "" if there are no results. Columns of models without a run come first, then one per stage.
     """
     runs = {run.resolve(): run.name for run in find_runs(folder)}
     scores = read_scores(folder / "scores.json") if (folder / "scores.json").is_file() else []
@@ -178,13 +181,13 @@ def format_stage_table(folder: Path) -> str:
 
 
 def _find_run_folder(model: str) -> Path:
-    """The folder of the run to which a model's folder belongs."""
+    """The run folder that contains a model folder."""
     folder = Path(model).resolve()
     return folder.parent if folder.name == "model" else folder
 
 
 def _read_behaviour_cells(path: Path) -> dict[Path, dict[str, str]]:
-    """{run: {row: cell}} of a verdict, for its model and the previous stage's."""
+    """{run: {row: cell}} for the model of a verdict and the previous stage's model."""
     if not path.is_file():
         return {}
     verdict = read_verdict(path)
@@ -200,7 +203,7 @@ def _read_behaviour_cells(path: Path) -> dict[Path, dict[str, str]]:
 
 
 def _read_base_losses(runs: list[Path]) -> dict[Path, dict[str, str]]:
-    """{run: {row: cell}} of the loss on the base's text; the loss before a stage belongs to the run it started from."""
+    """{run: {row: cell}} of the base loss. The loss before a stage belongs to the run that the stage started from."""
     records = [(run, record) for run in runs if "base_loss" in ((record := read_run_record(run)).get("metrics") or {})]
     texts = dict.fromkeys(record.get("base_text", "") for _, record in records)
     columns: dict[Path, dict[str, str]] = {}
@@ -244,7 +247,7 @@ def format_run_table(runs: list[Path]) -> str:
 
 
 def format_forgetting_table(runs: list[Path]) -> str:
-    """The loss on the base's text before and after every stage; empty if it was not measured."""
+    """The base loss before and after every stage, as a table; "" if it was not measured."""
     rows = []
     for run in runs:
         record = read_run_record(run)
@@ -264,7 +267,7 @@ def format_forgetting_table(runs: list[Path]) -> str:
 
 
 def format_data_table(runs: list[Path], public: bool = False) -> str:
-    """The rows kept and rejected of every source; a `public` table omits the paths of sources."""
+    """The kept and rejected rows of every source, as a table. `public` omits the paths of sources."""
     rows = [
         [
             run.name,
@@ -280,7 +283,7 @@ def format_data_table(runs: list[Path], public: bool = False) -> str:
 
 
 def format_samples(runs: list[Path]) -> str:
-    """The first and the last sample of every prompt, one table per run."""
+    """The first and last sample of every prompt, one table per run."""
     parts = []
     for run in runs:
         texts: dict[str, list[str]] = {}
@@ -302,10 +305,10 @@ def format_behaviour(path: Path) -> str:
 
 
 def write_report(folder: Path) -> tuple[Path, Path]:
-    """Writes report.md and curves.png into the folder of a run or of a story.
+    """Writes report.md and curves.png into a run folder or the folder of a story.
 
     Returns:
-        (path of the report, path of the curves).
+        The paths of the two files.
     """
     runs = find_runs(folder)
     curves, report = folder / "curves.png", folder / "report.md"
@@ -315,9 +318,7 @@ def write_report(folder: Path) -> tuple[Path, Path]:
         parts += ["## Stages", stages]
     if (folder / "scores.json").is_file():
         last = read_scores(folder / "scores.json")[-1]
-        parts.append(
-            "Replies are greedy. A reply is right if it contains the answer and no alternative answer of the same kind."
-        )
+        parts.append("Replies are greedy. A reply is correct if it contains the answer and none of the alternatives.")
         if last.examples:
             table = format_table(["user", "model"], [list(example) for example in last.examples])
             parts += [f"### Exchanges with {last.name}", table]

@@ -1,4 +1,4 @@
-"""Commands on a model: chat, evaluate, gate, report and push."""
+"""The commands `rorchat chat`, `evaluate`, `gate`, `report` and `push`."""
 
 import io
 import os
@@ -10,11 +10,11 @@ import typer
 
 from rorchat.errors import UsageError
 
-Model = Annotated[str, typer.Argument(help="A model's folder, a run's folder, or a Hub id.")]
+Model = Annotated[str, typer.Argument(help="Model folder, run folder or Hub id.")]
 
 
 def _silence_transformers() -> None:
-    """Turns off Transformers' progress bars and hints for developers."""
+    """Turns off the progress bars and warnings of Transformers."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
@@ -24,38 +24,40 @@ def _silence_transformers() -> None:
 
 def chat(
     folder: Model,
-    system: Annotated[str | None, typer.Option(help="A system message in place of the default one.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message; default: the model's.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0: greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling: total probability.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling: cumulative probability.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Maximum tokens of a reply; default: a quarter of the context window.")
     ] = None,
 ) -> None:
-    """Chat with a model in the terminal, or through a pipe with one message per line."""
+    """Chat with a model in the terminal or through a pipe, with one message per line."""
     _silence_transformers()
     from rorchat.inference.engine import load_model
     from rorchat.inference.terminal import run_chat
 
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # a pipe may carry any bytes
+        sys.stdin.reconfigure(errors="replace")  # input from a pipe may not be valid UTF-8
     model = load_model(folder, require_chat=True)
     run_chat(model, system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
 
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="FOLDER or NAME=FOLDER; each becomes a column.")],
+    models: Annotated[list[str], typer.Argument(help="FOLDER or NAME=FOLDER of each model; one column per model.")],
     untrained: Annotated[
-        bool, typer.Option(help="Add a column for random weights in the size of the first model.")
+        bool, typer.Option(help="Add a column for a model of the same size with random weights.")
     ] = False,
     text: Annotated[
         str | None,
-        typer.Option(help="Text for the loss: a source such as text=FILE, or a token store."),
+        typer.Option(help="Text to compute the loss on: a source such as text=FILE, or a token store."),
     ] = None,
     chat: Annotated[bool, typer.Option(help="Ask Tinytown's validation questions and the persona probes.")] = True,
-    persona: Annotated[str | None, typer.Option(help="A persona file; its probes are asked.")] = None,
+    persona: Annotated[
+        str | None, typer.Option(help="Persona file whose probes are asked; default: RorChat's.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the scores to this JSON file.")] = None,
 ) -> None:
-    """Score models side by side."""
+    """Compare the scores of models in a table."""
     _silence_transformers()
     from rorchat.evaluation.compare import compare_models
     from rorchat.evaluation.scores import write_scores
@@ -74,19 +76,21 @@ def evaluate(
 
 def gate(
     model: Model,
-    before: Annotated[str | None, typer.Option(help="The model of the previous stage, for comparison.")] = None,
-    thresholds: Annotated[Path | None, typer.Option(help="A YAML file with thresholds.")] = None,
-    persona: Annotated[str | None, typer.Option(help="A persona file; its probes are asked.")] = None,
+    before: Annotated[str | None, typer.Option(help="Model of the previous stage, for comparison.")] = None,
+    thresholds: Annotated[Path | None, typer.Option(help="YAML file with thresholds; default: rorchat's.")] = None,
+    persona: Annotated[
+        str | None, typer.Option(help="Persona file whose probes are asked; default: RorChat's.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the verdict to this JSON file.")] = None,
 ) -> None:
-    """Measure how a chat model behaves (stops, template leaks, repetition, persona). Exits with 70 if it fails."""
+    """Measure how a chat model behaves (stops, template leaks, repetition, persona). Exits with code 70 if it fails."""
     _silence_transformers()
     from rorchat.cli.tables import print_table
     from rorchat.evaluation import gate as behaviour_gate
     from rorchat.persona import load_persona
 
     if out and not out.absolute().parent.is_dir():
-        raise UsageError(f"--out {out}: no folder {out.parent}. Create it, or choose another place.")
+        raise UsageError(f"--out {out}: the folder {out.parent} does not exist. Create it, or choose another place.")
     limits = behaviour_gate.load_thresholds(thresholds)
     verdict = behaviour_gate.judge_model(model, load_persona(persona), limits, before)
     if out:
@@ -98,8 +102,8 @@ def gate(
         raise behaviour_gate.BehaviourFailure(verdict.summary())
 
 
-def report(folder: Annotated[Path, typer.Argument(help="The folder of a run, or of the runs of a story.")]) -> None:
-    """Write report.md and curves.png from the logs of runs."""
+def report(folder: Annotated[Path, typer.Argument(help="Run folder, or folder with the runs of a story.")]) -> None:
+    """Write report.md and curves.png for one or more runs."""
     from rorchat.evaluation.scores import read_scores
     from rorchat.report import format_stage_table, write_report
 
@@ -118,13 +122,13 @@ def report(folder: Annotated[Path, typer.Argument(help="The folder of a run, or 
 
 def push(
     folder: Model,
-    repository: Annotated[str, typer.Argument(help="The Hub id to push to: you/your-model.")],
+    repository: Annotated[str, typer.Argument(help="Hub id to push to, such as you/your-model.")],
     private: Annotated[bool, typer.Option(help="Create a private repository.")] = False,
 ) -> None:
-    """Verify a model in a new process, upload it with a model card, download it and verify it again."""
+    """Verify a model, upload it to the Hub with a model card, download it and verify the download."""
     _silence_transformers()
     from rorchat.hub import push_model
 
     if repository.count("/") != 1:
-        raise UsageError(f"{repository!r} is not a Hub id: give owner/name, as in rory/my-chat-model.")
+        raise UsageError(f"{repository!r} is not a Hub id: give owner/name, such as rory/my-chat-model.")
     print(push_model(folder, repository, private=private))

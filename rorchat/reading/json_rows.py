@@ -11,10 +11,10 @@ from rorchat.reading.slices import FileSlice, Row
 from rorchat.reading.text import read_lines
 from rorchat.rows import RejectedRow
 
-# Not only JSONDecodeError: a number of 5,000 digits raises a plain ValueError, 100,000 brackets a RecursionError
+# More than JSONDecodeError: a number of 5,000 digits raises ValueError, and 100,000 nested brackets RecursionError
 _JSON_ERRORS = (ValueError, RecursionError)
 _BETWEEN_ELEMENTS = re.compile(r"\s*,?\s*")
-_FIRST_KEY = re.compile(r'[{\[]\s*"(?:[^"\\\n]|\\.)*"')  # an object up to its first key, or a list up to its first text
+_FIRST_KEY = re.compile(r'[{\[]\s*"(?:[^"\\\n]|\\.)*"')  # up to the first key of an object or first string of a list
 
 
 class _DuplicateKey(ValueError):
@@ -30,7 +30,7 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_build_object)
-# Finds the end of a value that _DECODER refuses because of a duplicate key or a number with too many digits
+# Finds the end of a value that _DECODER rejects because of a duplicate key or a number with too many digits
 _LENIENT_DECODER = json.JSONDecoder(parse_int=len)
 
 
@@ -43,7 +43,7 @@ def _reject_json(error: Exception) -> RejectedRow:
 
 
 def read_json_lines(file_slice: FileSlice) -> Iterator[Row]:
-    """Yields (file:line, value) of each line."""
+    """Yields ("file:line", value) for each line."""
     for place, line in read_lines(file_slice):
         if isinstance(line, RejectedRow):
             yield place, line
@@ -57,7 +57,7 @@ def read_json_lines(file_slice: FileSlice) -> Iterator[Row]:
 
 
 def read_json(file_slice: FileSlice) -> Iterator[Row]:
-    """Yields the elements of a JSON array, or of JSON Lines that are named .json, or the one object of a file."""
+    """Yields the elements of a JSON array, the rows of a JSON Lines file named .json, or a single object."""
     path = file_slice.path
     if _is_json_lines(path):
         yield from read_json_lines(FileSlice(path))
@@ -75,7 +75,7 @@ def read_json(file_slice: FileSlice) -> Iterator[Row]:
 
 
 def _is_json_lines(path: Path) -> bool:
-    """Whether the first line of a file is a complete object, as in C4, whose JSON Lines are named .json.gz."""
+    """Whether the first line of a file is a complete object, as in C4, whose JSON Lines files are named .json.gz."""
     line = next((line for _, line in read_lines(path)), "")
     if isinstance(line, RejectedRow) or not line.lstrip().startswith("{"):
         return False
@@ -86,7 +86,7 @@ def _is_json_lines(path: Path) -> bool:
 
 
 def _read_object(path: Path, text: str, rejected_row: RejectedRow | None) -> Iterator[Row]:
-    """One object over several lines, or JSON Lines whose first line is damaged.
+    """Yields a single object that spans several lines, or the rows of JSON Lines whose first line is damaged.
 
     Args:
         rejected_row: why the text could not be decoded; None if it could.
@@ -105,7 +105,7 @@ def _read_object(path: Path, text: str, rejected_row: RejectedRow | None) -> Ite
 
 
 def _read_array(path: Path, text: str, *, has_bad_bytes: bool) -> Iterator[Row]:
-    """The elements of an array, decoded one at a time.
+    """Yields the elements of an array, decoded one at a time.
 
     After a damaged element, reading continues at the next position that looks like the start of the first element.
     """
@@ -129,7 +129,7 @@ def _read_array(path: Path, text: str, *, has_bad_bytes: bool) -> Iterator[Row]:
             yield place, RejectedRow("invalid UTF-8") if has_bad_bytes and BAD_BYTE.search(text, start, at) else row
         at = _skip_comma(text, at)
     if text[at:].strip() != "]":
-        problem = "the array does not end" if at >= len(text) else "the array is followed by something else"
+        problem = "the array does not end" if at >= len(text) else "extra data after the array"
         line = text.count("\n", 0, at) + 1
         yield f"{path}, row {number}", RejectedRow("not JSON", f"{problem}, at line {line}")
 
@@ -140,7 +140,7 @@ def _skip_comma(text: str, at: int) -> int:
 
 
 def _build_element_pattern(text: str, at: int) -> re.Pattern | None:
-    """A pattern for the start of elements like the first one, at `at`: same indentation, or else same first key.
+    """A pattern for the start of an element, taken from the first element at `at`: its indentation, or its first key.
 
     Quotation marks inside strings are escaped, so `{"key"` cannot occur within a string.
     """
@@ -152,7 +152,7 @@ def _build_element_pattern(text: str, at: int) -> re.Pattern | None:
 
 
 def _find_next_element(text: str, at: int, element_start: re.Pattern | None) -> int | None:
-    """Where to continue after an element that cannot be decoded, or None if no further element is found."""
+    """The position of the next element after one that cannot be decoded, or None if there is no other."""
     try:
         return _LENIENT_DECODER.raw_decode(text, at)[1]
     except _JSON_ERRORS:

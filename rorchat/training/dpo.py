@@ -1,9 +1,8 @@
-"""Preference training: pairs of replies -> a model that prefers the better one, with TRL's DPOTrainer.
+"""Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) on pairs of replies, with TRL's DPOTrainer.
 
-Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) with an SFT term: without it the chosen replies
-lose probability as well, and a small model soon degenerates. The log-probabilities of the reference are computed once
-and kept, so that no second model is in memory. Pairs are encoded, batched and scored by rorchat; TRL computes the
-losses.
+The default loss has an SFT term. Without it, the chosen replies lose probability as well, and a small model soon
+degenerates. The log-probabilities of the reference are computed once and cached, so no second model is in memory.
+rorchat encodes, batches and scores the pairs; TRL computes the losses.
 """
 
 import math
@@ -47,28 +46,31 @@ from rorchat.training.stage import ChatStageTrainer
 NOT_COMPUTED = ("entropy", "logits/chosen", "logits/rejected")  # metrics that `score_replies` leaves at 0
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-CHOSEN_FELL = "chosen fell"  # name of the event, and the reason in run.json why training stopped
-PAIRS, TOKENS = "pairs", "chosen_tokens"  # the weights of each value that TRL records
-#: The values that TRL 1.16 accepts. It would refuse others after loading the model or in the first step.
+CHOSEN_FELL = "chosen fell"  # event in metrics.jsonl and stop reason in run.json
+PAIRS, TOKENS = "pairs", "chosen_tokens"  # weights for averaging the metrics that TRL records per micro-batch
+#: The values that TRL 1.16 supports. It rejects others only after loading the model, or in the first step.
 LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-#: Losses that are defined for every divergence, because they depend on the difference between the two sides.
+#: Losses that support every divergence, because they depend on the difference between chosen and rejected.
 DIFFERENCE_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 LIMITS = {
-    "max_length": (lambda value: value is None or value > 0, "a positive number, or nothing for the positions"),
-    "chosen_drop": (lambda value: 0 <= value < math.inf, "nats per token, or 0 for never"),
+    "max_length": (
+        lambda value: value is None or value > 0,
+        "a positive number, or omit it",
+    ),
+    "chosen_drop": (lambda value: 0 <= value < math.inf, "a number of nats per token, or 0 to disable it"),
     "beta": (lambda value: 0 < value < math.inf, "a positive number"),
     "label_smoothing": (lambda value: 0 <= value < 0.5, "a number from 0 to below 0.5"),
     "ld_alpha": (lambda value: value is None or 0 <= value <= 1, "a number from 0 to 1"),
     "f_alpha_divergence_coef": (math.isfinite, "a number"),
     "discopop_tau": (lambda value: 0 < value < math.inf, "a positive number"),
-    "precompute_ref_batch_size": (lambda value: value is None or value > 0, "a positive number, or nothing"),
+    "precompute_ref_batch_size": (lambda value: value is None or value > 0, "a positive number, or omit it"),
 }
-FIRST_MODEL = "the reference is the model that the run starts from"
-STOCK = "the model is a stock GPT-2"
+FIXED_REFERENCE = "the reference is the model that the run starts from"
+STOCK_MODEL = "the model is a stock GPT-2"
 
 
 @dataclass
@@ -77,20 +79,20 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
 
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = StageArguments.UNSUPPORTED_ARGS | {
         "precompute_ref_log_probs": "the reference's log-probabilities are always computed once, at the start",
-        "sync_ref_model": FIRST_MODEL,
-        "ref_model_mixup_alpha": FIRST_MODEL,
-        "ref_model_sync_steps": FIRST_MODEL,
+        "sync_ref_model": FIXED_REFERENCE,
+        "ref_model_mixup_alpha": FIXED_REFERENCE,
+        "ref_model_sync_steps": FIXED_REFERENCE,
         "use_weighting": "its weights are sums over the whole vocabulary, which are not computed",
-        "label_smoothing_factor": "it smooths tokens; use `label_smoothing` for preferences",
+        "label_smoothing_factor": "it smooths token labels; use `label_smoothing` for preferences",
         "truncation_mode": "pairs with a side longer than `max_length` are rejected and counted",
         "padding_free": "batches are computed without padding",
         "pad_to_multiple_of": "batches are computed without padding",
-        "pad_token": "the tokenizer has its own",
+        "pad_token": "the tokenizer has a pad token",
         "dataset_num_proc": "pairs are encoded by rorchat",
         "disable_dropout": "models are loaded without dropout",
-        "model_init_kwargs": STOCK,
-        "trust_remote_code": STOCK,
-        "router_aux_loss_coef": STOCK,
+        "model_init_kwargs": STOCK_MODEL,
+        "trust_remote_code": STOCK_MODEL,
+        "router_aux_loss_coef": STOCK_MODEL,
     }
 
     model: str = field(default="", metadata={"help": "The chat model to train: folder of a run or model, or Hub id."})
@@ -101,7 +103,7 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
     beta: float = field(default=0.1, metadata={"help": "How strongly the model is kept close to the reference."})
     chosen_drop: float = field(
         default=0.5,
-        metadata={"help": "Stop if chosen replies have lost this many nats per token; 0: never."},
+        metadata={"help": "Stop if chosen replies lose this many nats per token against the reference; 0: never."},
     )
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid", "sft"])
     precompute_ref_log_probs: bool = True
@@ -141,8 +143,8 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
                 raise UsageError(f"{name} is {value}: give {allowed}.")
         if self.chosen_drop and self.logging_strategy == IntervalStrategy.NO:
             raise UsageError(
-                "chosen_drop is checked at every log line, but logging_strategy is no: leave one of them out, or give "
-                "--chosen_drop 0."
+                "chosen_drop is checked at every log line, but logging_strategy is no: use logging_strategy "
+                "steps, or give --chosen_drop 0."
             )
 
     def _check_loss(self) -> None:
@@ -154,7 +156,7 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
         if len(self.loss_weights) != len(kinds):
             raise UsageError(
                 f"loss_weights has {len(self.loss_weights)} numbers for {len(kinds)} losses ({', '.join(kinds)}): give "
-                "one for each, or leave it out for 1 each."
+                "one number for each, or omit it for equal weights."
             )
         if not all(0 <= weight < math.inf for weight in self.loss_weights) or not any(self.loss_weights):
             raise UsageError(f"loss_weights is {self.loss_weights}: give non-negative numbers, not all of them 0.")
@@ -174,9 +176,10 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
 
 
 def load_preferences(arguments: DPOArguments, tokenizer, max_length: int) -> Split:
-    """Encoded pairs with columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
+    """Loads and encodes pairs, with columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
-    A pair is rejected as over-long if one of its sides is longer than `max_length`. See `load_split` for the errors.
+    A side of a pair is the prompt with one of the replies. A pair is rejected as over-long if a side is longer than
+    `max_length`. See `load_split` for the errors.
     """
 
     def encode(rows: list[dict], _: RowStats) -> Iterator[dict | RejectedRow]:
@@ -184,18 +187,19 @@ def load_preferences(arguments: DPOArguments, tokenizer, max_length: int) -> Spl
             if encoded is None:
                 yield RejectedRow("over-long", f"a side is longer than {max_length} tokens")
             else:
-                # a list of Python integers takes up to nine times the memory
+                # lists of Python integers need up to nine times the memory
                 yield {name: np.array(getattr(encoded, name), np.int32) for name in PAIR_COLUMNS}
 
     return load_split(arguments, "preference", encode)
 
 
 def collate_pairs(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
-    """A batch of `score_replies`, with the reference's log-probabilities if the rows have them.
+    """Collates pairs into a batch for `score_replies`, with the reference's log-probabilities if the rows have them.
 
     Returns:
-        `input_ids` (B, W), prompt, chosen and rejected reply of each pair, padded on the right; `group_sizes` (B, 3),
-        their numbers of tokens; `ref_chosen_logps` and `ref_rejected_logps` (B,).
+        `input_ids` (B, W): prompt, chosen reply and rejected reply of each pair, concatenated and right-padded.
+        `group_sizes` (B, 3): the number of tokens in each of the three parts.
+        `ref_chosen_logps` and `ref_rejected_logps` (B,).
     """
     parts = [[row[name] for name in PAIR_COLUMNS] for row in rows]
     pairs = [torch.tensor([token for part in pair for token in part]) for pair in parts]
@@ -208,7 +212,7 @@ def collate_pairs(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
 
 
 class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
-    """DPOTrainer over encoded pairs, with one forward pass for a prompt and both replies."""
+    """DPOTrainer for encoded pairs, with one forward pass for a prompt and both replies."""
 
     def __init__(
         self,
@@ -227,8 +231,8 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
         order = training_order(lengths, rows, micro, arguments.data_seed)
         self._tokens_read = np.cumsum([0, *lengths[order].reshape(arguments.max_steps, -1).sum(1)])
         needed, order = np.unique(order, return_inverse=True)
-        train = train.select(needed)  # each pair once: the reference reads them in the constructor
-        # mean tokens of a chosen reply, in the current step and in the validation split
+        train = train.select(needed)  # each pair once, because super().__init__ scores all of them with the reference
+        # mean number of tokens in a chosen reply: of the current step ("train") and of the validation split ("eval")
         self._chosen_length = {"eval": row_lengths(validation, "chosen_ids").mean()}
         patch_gelu(model)
         patch_dpo_logps(model)
@@ -252,7 +256,7 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
     # The reference
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Replaces TRL's (1.16), whose cache has a random name that a resumed run and other processes cannot know."""
+        """Replaces TRL's cache (1.16): its file name is random, so resumed runs and other processes cannot find it."""
         if self.ref_model is not None:  # under FSDP
             patch_dpo_logps(self.accelerator.unwrap_model(self.ref_model))
         arguments, path = self.args, Path(self.args.output_dir) / reference_logps.FILE_NAME.format(name)
@@ -279,8 +283,8 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
         return dataset
 
     def _compute_reference(self, dataset: Dataset, name: str, batch_size: int) -> torch.Tensor:
-        """Log-probabilities of chosen and rejected replies, (2, pairs), on every process."""
-        model = self.ref_model or self.model  # under FSDP the model is not sharded before training starts
+        """The reference's log-probabilities (2, pairs) of chosen and rejected replies, gathered on every process."""
+        model = self.ref_model or self.model  # TRL makes a `ref_model` under FSDP, where `model` is not sharded yet
         if self.ref_model is None and self.is_deepspeed_enabled:
             self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
             model = self._precompute_engine
@@ -300,7 +304,7 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
     # Steps
 
     def _prepare_dataset(self, dataset, *_):
-        """Replaces TRL's tokenization: pairs come encoded, see `load_preferences`."""
+        """Skips TRL's tokenization: the pairs are already encoded, see `load_preferences`."""
         return dataset
 
     def get_batch_samples(self, *args, **kwargs):
@@ -312,9 +316,9 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
         return batches, items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's losses, with an SFT term that weighs all chosen tokens of a step alike, whatever its micro-batches.
+        """TRL's losses, with an SFT term that weights all chosen tokens of a step equally.
 
-        TRL averages the SFT term over the tokens of a micro-batch, and the Trainer averages those averages.
+        TRL averages the SFT term over the tokens of each micro-batch, and Trainer averages these means without weights.
         """
         mode = "train" if self.model.training else "eval"
         pairs, tokens = _count_chosen(inputs)
@@ -337,7 +341,7 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
             metrics.pop(name, None)
         pairs, tokens = metrics.pop(PAIRS, []), metrics.pop(TOKENS, [])
         for name, values in metrics.items():
-            if len(values) == len(pairs):  # one value per micro-batch, which TRL would average without weights
+            if len(values) == len(pairs):  # one value per micro-batch; TRL would take the unweighted mean
                 weights = tokens if name == "mean_token_accuracy" else pairs
                 metrics[name] = [float(np.average(values, weights=weights))]
         if "loss" in logs and pairs:
@@ -346,7 +350,7 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
         super().log(logs, start_time)
 
     def _stop_if_chosen_fell(self, change: float) -> None:
-        """Stop training if the model unlearns the replies that it should prefer: it would soon degenerate."""
+        """Stops training if the chosen replies have become too unlikely: the model would soon degenerate."""
         if not self.args.chosen_drop or not change < -self.args.chosen_drop:
             return
         self.control.should_training_stop = True
@@ -361,21 +365,22 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
             )
 
     def evaluate(self, *args, **kwargs):
-        metrics = DPOTrainer.evaluate(self, *args, **kwargs)  # loss, accuracy and margin per pair, not per token
+        metrics = DPOTrainer.evaluate(self, *args, **kwargs)  # metrics per pair, not per token as in the other stages
         self._validation = self.state.global_step, metrics["eval_loss"]
         return metrics
 
 
 def _count_chosen(batch: dict[str, torch.Tensor]) -> tuple[int, int]:
-    """The pairs of a batch and the tokens of their chosen replies."""
+    """The number of pairs in a batch, and of tokens in their chosen replies."""
     sizes = batch["group_sizes"]
     return len(sizes), int(sizes[:, 1].sum())
 
 
 def _as_trl_batch(model, inputs: dict[str, torch.Tensor]) -> tuple[Callable, dict[str, torch.Tensor]]:
-    """A model and a batch for the losses of TRL (1.16), which expect all chosen sides, then all rejected sides.
+    """Wraps the model and the batch for TRL's losses (1.16), which expect all chosen sides before all rejected sides.
 
-    The model that TRL gets scores our batch, without repeated prompts; of TRL's batch only the masks are used.
+    The returned model ignores its arguments and scores `inputs`, in which prompts are not repeated. TRL uses only the
+    masks of the returned batch.
     """
     attention_mask, completion_mask = (mask.long() for mask in reply_masks(inputs["group_sizes"]))  # (2 B, T)
 
@@ -383,5 +388,5 @@ def _as_trl_batch(model, inputs: dict[str, torch.Tensor]) -> tuple[Callable, dic
         return model(input_ids=inputs["input_ids"], group_sizes=inputs["group_sizes"])
 
     batch = {"attention_mask": attention_mask, "completion_mask": completion_mask}
-    batch["input_ids"] = attention_mask  # TRL turns them into labels, which `score` ignores
+    batch["input_ids"] = attention_mask  # a placeholder: TRL makes labels of it, which `score` ignores
     return score, batch | {name: inputs[name] for name in REFERENCE_COLUMNS if name in inputs}

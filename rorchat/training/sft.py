@@ -1,8 +1,8 @@
-"""Supervised fine-tuning: conversations -> encoded, packed rows -> a chat model, with TRL's SFTTrainer.
+"""Supervised fine-tuning of a chat model on packed conversations, with TRL's SFTTrainer.
 
-Conversations are encoded by rorchat: TRL does not protect control tokens from user text, and its errors name no row.
-They are packed into rows of the context window without attending to each other. The loss covers the assistant's
-replies and the `<|im_end|>` that closes them.
+rorchat encodes the conversations, because TRL lets user text become control tokens and its errors do not name the row.
+Conversations are packed into rows of the context window and do not attend to each other. The loss covers the
+assistant's replies and the `<|im_end|>` after them.
 """
 
 from collections.abc import Iterator
@@ -31,9 +31,9 @@ from rorchat.training.sampler import count_steps
 from rorchat.training.smoke_test import shrink_chat_stage
 from rorchat.training.stage import ChatStageTrainer
 
-OWN_ROWS = "rorchat encodes and packs the rows: conversations do not attend to each other, the loss covers replies"
-OWN_TOKENS = "rorchat's chat template and control tokens are used: user text cannot become a control token"
-MAX_TOKENS_ON_CPU = 2048  # of a micro-batch; larger matrix products are not faster there, so it is split
+ROWS_ARE_PACKED = "rorchat encodes and packs the rows: conversations do not attend to each other, loss on replies only"
+TEMPLATE_IS_FIXED = "rorchat's chat template and control tokens are used: user text cannot become a control token"
+MAX_TOKENS_ON_CPU = 2048  # per micro-batch; larger ones are split: larger matrix products are not faster on a CPU
 
 
 @dataclass
@@ -41,22 +41,22 @@ class SFTArguments(LoraArguments, StageArguments, SFTConfig):
     """Settings of `recipes/sft.py`."""
 
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = StageArguments.UNSUPPORTED_ARGS | {
-        "packing": OWN_ROWS,
-        "packing_strategy": OWN_ROWS,
-        "eval_packing": OWN_ROWS,
-        "padding_free": OWN_ROWS,
-        "assistant_only_loss": OWN_ROWS,
-        "completion_only_loss": OWN_ROWS,
-        "dataset_text_field": OWN_ROWS,
-        "dataset_kwargs": OWN_ROWS,
-        "dataset_num_proc": OWN_ROWS,
-        "pad_to_multiple_of": OWN_ROWS,
-        "chat_template_path": OWN_TOKENS,
-        "eos_token": OWN_TOKENS,
-        "pad_token": OWN_TOKENS,
+        "packing": ROWS_ARE_PACKED,
+        "packing_strategy": ROWS_ARE_PACKED,
+        "eval_packing": ROWS_ARE_PACKED,
+        "padding_free": ROWS_ARE_PACKED,
+        "assistant_only_loss": ROWS_ARE_PACKED,
+        "completion_only_loss": ROWS_ARE_PACKED,
+        "dataset_text_field": ROWS_ARE_PACKED,
+        "dataset_kwargs": ROWS_ARE_PACKED,
+        "dataset_num_proc": ROWS_ARE_PACKED,
+        "pad_to_multiple_of": ROWS_ARE_PACKED,
+        "chat_template_path": TEMPLATE_IS_FIXED,
+        "eos_token": TEMPLATE_IS_FIXED,
+        "pad_token": TEMPLATE_IS_FIXED,
         "loss_type": "the loss is always the negative log-likelihood of the replies",
-        "label_smoothing_factor": "it needs the logits of a whole batch, which are never in memory",
-        "truncation_mode": "conversations longer than `max_length` are cut after a turn",
+        "label_smoothing_factor": "it needs the logits of a whole batch, which are never held in memory",
+        "truncation_mode": "conversations longer than `max_length` are truncated after a turn",
         "shuffle_dataset": "the order of rows is determined by the data, see `data_seed`",
         "model_init_kwargs": "models are loaded by rorchat, in float32",
     }
@@ -91,7 +91,7 @@ class SFTArguments(LoraArguments, StageArguments, SFTConfig):
         self.check_lora()
         self.resolve_defaults()
         if self.max_length is not None and self.max_length < 1:
-            raise UsageError(f"max_length is {self.max_length}: give a positive number, or leave it out.")
+            raise UsageError(f"max_length is {self.max_length}: give a positive number, or omit it.")
         if not 0 <= self.replay_share < 1:
             raise UsageError(f"replay_share is {self.replay_share}: it must lie between 0 and 1.")
         super().__post_init__()
@@ -106,10 +106,10 @@ class SFTArguments(LoraArguments, StageArguments, SFTConfig):
 
 
 def load_conversations(arguments: SFTArguments, tokenizer, max_length: int) -> Split:
-    """Encoded conversations with columns `input_ids` and `labels`; the training rows end with replayed documents.
+    """Loads and encodes conversations, with columns `input_ids` and `labels`. Appends replayed documents to `train`.
 
-    Turns at the end of a conversation that do not fit into `max_length` are cut. A conversation whose first exchange
-    does not fit is rejected as over-long. See `load_split` for the errors.
+    Turns beyond `max_length` are removed. A conversation is rejected as over-long if its first exchange does not fit.
+    See `load_split` for the errors.
     """
 
     def encode(rows: list[dict], row_stats: RowStats) -> Iterator[dict | RejectedRow]:
@@ -131,12 +131,12 @@ def load_conversations(arguments: SFTArguments, tokenizer, max_length: int) -> S
 
 
 def _as_columns(input_ids: list[int], labels: list[int]) -> dict[str, np.ndarray]:
-    # a list of Python integers takes up to nine times the memory
+    # lists of Python integers need up to nine times the memory
     return {"input_ids": np.array(input_ids, np.int32), "labels": np.array(labels, np.int32)}
 
 
 class ChatSFTTrainer(ChatStageTrainer, SFTTrainer):
-    """SFTTrainer over packed conversations, with rorchat's fused loss instead of TRL's."""
+    """SFTTrainer for packed conversations, with rorchat's fused loss instead of TRL's."""
 
     def __init__(
         self,
@@ -171,14 +171,14 @@ class ChatSFTTrainer(ChatStageTrainer, SFTTrainer):
             yield self.processing_class.decode(sequence["input_ids"])
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """Replaces TRL's tokenization and packing: rows come encoded, and packed rows do not attend to each other.
+        """Replaces TRL's tokenization and packing: the rows are already encoded.
 
-        Without flash-attention, TRL flattens a packed batch into one row, with a dense mask over all of its tokens.
+        Without FlashAttention, TRL flattens a packed batch into one row and builds a dense mask over all of its tokens.
         """
         columns = ((batch["input_ids"], batch["labels"]) for batch in dataset.with_format("numpy").iter(ROWS_PER_CALL))
         rows = [row for ids, labels in columns for row in zip(ids, labels, strict=True)]
         if dataset_name != "train":
-            return Sequences(sorted(rows, key=lambda row: len(row[0])))  # by length: less padding
+            return Sequences(sorted(rows, key=lambda row: len(row[0])))  # sorted by length to reduce padding
         sequences = Sequences(rows)
         args.max_steps = count_steps(args, len(pack(sequences.lengths, self.window)))
         rows_in_run = (
@@ -187,9 +187,9 @@ class ChatSFTTrainer(ChatStageTrainer, SFTTrainer):
         return PackedRows(sequences, self.window, rows_in_run, args.data_seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # the Trainer's, which uses the loss of `patch_lm_head_loss`; TRL's (1.16) would call its own fused head
+        # Trainer's method uses the loss of `patch_lm_head_loss`; SFTTrainer's (TRL 1.16) would call its own fused head
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs, start_time=None):
-        # without TRL's entropy and accuracy, which `patch_lm_head_loss` does not compute
+        # skips TRL's entropy and accuracy, which `patch_lm_head_loss` does not compute
         Trainer.log(self, self.complete_logs(logs), start_time)

@@ -1,4 +1,4 @@
-"""A run interrupted after any step ends with the same weights, optimizer, schedule, random states and log."""
+"""An interrupted and resumed run ends with the same weights, optimizer, schedule, random states and log."""
 
 import json
 import signal
@@ -24,7 +24,7 @@ def assert_identical(run, complete) -> None:
 
 @pytest.fixture(scope="module")
 def complete_run(sandbox):
-    """Makes uninterrupted runs: two micro-batches per step, dropout, and a mixture that changes during the run."""
+    """Runs training without interruption, once for each set of flags, with dropout and a mixture that changes."""
     made = {}
     mixture = sandbox.folder / "ramp.yaml"
     mixture.write_text(RAMP)

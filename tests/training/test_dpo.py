@@ -1,4 +1,4 @@
-"""DPO: the reference, micro-batches, stopping when chosen replies fall, and settings that are refused."""
+"""DPO: cached reference log-probabilities, micro-batches, the stop at `chosen_drop`, and invalid settings."""
 
 import json
 import math
@@ -16,12 +16,12 @@ from rorchat.training.arguments import parse
 from rorchat.training.context import StageContext
 from rorchat.training.dpo import CHOSEN_FELL, ChatDPOTrainer, DPOArguments
 
-FLAGS = ["--model", "given-as-an-object", "--sources", "tinytown=1", "--bf16", "false", "--logging_steps", "1"]
+FLAGS = ["--model", "unused", "--sources", "tinytown=1", "--bf16", "false", "--logging_steps", "1"]
 DROP = 0.1  # nats per token
 
 
 def build_pairs(lengths: list[int], seed: int = 0) -> Dataset:
-    """Pairs whose chosen replies have the given numbers of tokens."""
+    """Random pairs whose chosen replies have these numbers of tokens."""
     generator = np.random.default_rng(seed)
     sizes = {"prompt_ids": lambda _: 4, "chosen_ids": lambda length: length, "rejected_ids": lambda _: 3}
     return Dataset.from_list(
@@ -47,7 +47,7 @@ def build_trainer(tokenizer, tmp_path):
 
 @pytest.fixture
 def reference_pairs(monkeypatch) -> list[int]:
-    """The number of pairs in each call of the reference."""
+    """Records the number of pairs in each call of the reference model."""
     counts, compute = [], ChatDPOTrainer.compute_ref_log_probs
 
     def counted(trainer, model, inputs):
@@ -60,7 +60,7 @@ def reference_pairs(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def better_reference(monkeypatch) -> None:
-    """A reference whose chosen log-probabilities are higher than the model's by DROP nats per token."""
+    """Makes the reference prefer the chosen replies by DROP nats per token more than the model."""
     compute = ChatDPOTrainer.compute_ref_log_probs
 
     def better(trainer, model, inputs):
@@ -90,7 +90,7 @@ def test_reference_is_computed_once_per_pair(build_trainer, reference_pairs, tmp
 
 
 @pytest.mark.parametrize("change", ["a digit", "half", "other pairs", "other settings"])
-def test_damaged_or_foreign_reference_is_computed_again(build_trainer, reference_pairs, tmp_path, change):
+def test_damaged_or_mismatched_reference_is_computed_again(build_trainer, reference_pairs, tmp_path, change):
     build_trainer(build_pairs([3] * 5))
     file = tmp_path / "run" / ".reference_train.json"
     text = file.read_text()
@@ -107,7 +107,7 @@ def test_damaged_or_foreign_reference_is_computed_again(build_trainer, reference
 
 
 def test_step_does_not_depend_on_micro_batches(build_trainer):
-    """Replies of very different lengths, in training and validation."""
+    """Chosen replies have very different lengths in training and validation."""
     results = []
     for micro in (4, 1):
         flags = ["--per_device_train_batch_size", micro, "--gradient_accumulation_steps", 4 // micro]
@@ -123,7 +123,7 @@ def test_step_does_not_depend_on_micro_batches(build_trainer):
 
 
 def test_chosen_change_does_not_depend_on_reply_length(build_trainer, better_reference):
-    """Replies of 40 tokens in one micro-batch and of 2 in seven: an unweighted mean would be six times as large."""
+    """One micro-batch has replies of 40 tokens, seven of 2 tokens: an unweighted mean would be six times as large."""
     flags = ["--learning_rate", 0, "--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 2]
     trainer = build_trainer(build_pairs([40, 40] + [2] * 14), *flags, "--chosen_drop", 1.5 * DROP)
     trainer.train()
@@ -135,7 +135,7 @@ def test_chosen_change_does_not_depend_on_reply_length(build_trainer, better_ref
     )
 
 
-def test_run_stops_when_chosen_replies_fall(tokenizer, tmp_path):
+def test_run_stops_when_chosen_replies_become_less_likely(tokenizer, tmp_path):
     save_model(build_model("1x2x16", tokenizer, n_positions=128), tokenizer, tmp_path / "base")
     turns = [[{"role": role, "content": text}] for role, text in (("assistant", "Yes."), ("assistant", "Yes, yes."))]
     rows = [
@@ -157,7 +157,7 @@ def test_run_stops_when_chosen_replies_fall(tokenizer, tmp_path):
     assert event["step"] == record["metrics"]["steps"] and event["chosen_change"] < -0.5
 
 
-def test_nan_step_is_neither_logged_nor_stops_the_run(build_trainer, monkeypatch):
+def test_nan_step_is_not_logged_and_does_not_stop_the_run(build_trainer, monkeypatch):
     compute = ChatDPOTrainer.compute_ref_log_probs
 
     def with_nan(trainer, model, inputs):
@@ -194,7 +194,7 @@ def test_nan_step_is_neither_logged_nor_stops_the_run(build_trainer, monkeypatch
         ("--logging_strategy no", "give --chosen_drop 0"),
     ],
 )
-def test_invalid_settings_are_refused(flags, message, tmp_path):
+def test_invalid_settings_raise_usage_error(flags, message, tmp_path):
     with pytest.raises(UsageError) as error:
         parse(DPOArguments, [*FLAGS, "--output_dir", str(tmp_path), *flags.split()])
     assert message in str(error.value)

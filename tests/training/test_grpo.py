@@ -1,4 +1,4 @@
-"""GRPO: sampling, learning from rewards, readiness, and settings that are refused."""
+"""GRPO: sampling, learning from rewards, readiness, and invalid settings."""
 
 import copy
 import json

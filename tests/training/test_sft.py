@@ -1,4 +1,4 @@
-"""SFT: labels, replayed documents, and settings that are refused."""
+"""SFT: labels, replayed documents, and invalid settings."""
 
 import runpy
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""Detects a loss or gradient norm that is not finite before the optimizer steps."""
+"""Detects a non-finite loss or gradient norm before the optimizer step."""
 
 import math
 import sys
@@ -17,16 +17,16 @@ DIVERGED_ROWS = "diverged_rows.jsonl"
 
 
 class DivergenceCallback(TrainerCallback):
-    """Checks the loss and the gradient norm of every step, and skips, rolls back or ends a run that diverges.
+    """Checks loss and gradient norm of every step. If one is not finite, the run skips the step, rolls back or ends.
 
-    All processes decide alike: the loss is checked on each, and the gradient norm is the global one. On a GPU the check
-    waits for the gradients once per optimizer step. Under fp16, infinite gradients are not an error: the gradient
-    scaler skips the step and halves its scale, which `skipped_steps` counts.
+    All processes make the same decision: a non-finite loss on any process counts, and the gradient norm is global. On a
+    GPU, the check synchronizes with the host once per optimizer step. Under fp16, infinite gradients are not an error:
+    the gradient scaler skips the step and reduces its scale, which is counted as `skipped_steps`.
 
     Args:
-        metrics: records the event.
-        handle_divergence: prepares the run to continue after the diverged step and returns what was done, such as
-            "skipped"; returns "" if the run must end.
+        metrics: records the event in metrics.jsonl.
+        handle_divergence: takes the step, prepares the run to continue and returns the action, such as "skipped", or ""
+            if the run must end.
 
     Raises:
         DivergedError: in `on_pre_optimizer_step`, on every process.
@@ -40,12 +40,12 @@ class DivergenceCallback(TrainerCallback):
         self.last_finite: tuple[int, float] | None = None  # (step, loss)
 
     def record_loss(self, step: int, loss: Tensor) -> None:
-        """Adds the detached loss of a micro-batch; the loss of a step is their sum, as in the Trainer."""
+        """Adds the detached loss of a micro-batch. The loss of a step is their sum, as in Trainer."""
         self.step = step
         self.loss = self.loss + (loss.item() if loss.device.type == "cpu" else loss)
 
     def record_grad_norm(self, grad_norm: Tensor | float | None) -> None:
-        """Sets the norm of the gradients of a step before clipping; None if it was not computed."""
+        """Sets the gradient norm of a step before clipping; None if it was not computed."""
         self.grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm  # sharded under FSDP
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -71,11 +71,11 @@ class DivergenceCallback(TrainerCallback):
         if not action:
             metrics.close()
             raise DivergedError(
-                f"{message} Look at the rows of that step, or lower learning_rate (and matrix_learning_rate with muon) "
+                f"{message} Inspect the rows of that step, or lower learning_rate (and matrix_learning_rate with muon) "
                 "in a new output_dir. Run the same command again to resume from the last checkpoint."
             )
         if metrics.is_main_process:
-            tqdm.write(f"{message} {action.capitalize()}: {DIVERGED_ROWS} has its rows.", file=sys.stderr)
+            tqdm.write(f"{message} {action.capitalize()}: see {DIVERGED_ROWS} for its rows.", file=sys.stderr)
 
     def _describe(self, loss: float, grad_norm: float | None, shares: dict[str, float]) -> str:
         what = f"The loss is {loss}"

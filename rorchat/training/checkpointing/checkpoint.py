@@ -1,14 +1,14 @@
-"""Checkpoints on disk: written to a staging folder, sealed by a manifest, and verified before they are used.
+"""Checkpoints on disk: written to a staging folder, committed by a manifest, and verified before they are loaded.
 
     .staging/checkpoint-120/   being written; never read
     checkpoint-120/            committed: MANIFEST.json has the size and the sha256 of every file
-    checkpoint-120.damaged-1/  failed verification; renamed, never deleted
+    checkpoint-120.damaged-1/  failed verification: renamed, never deleted automatically
     .trash-checkpoint-80/      being deleted
 
-The manifest is the commit point. It is written last, after every other file has reached the disk; a folder with a
-matching manifest is complete, wherever it is. The rename that follows is only cosmetic, so that nothing is lost on file
-systems without atomic renames (Google Drive, some network mounts). Checkpoints are ordered by the step in their
-manifests, because modification times and folder names do not survive copying.
+The manifest is the commit point. It is written last, after all other files have been flushed to the disk, so a folder
+with a matching manifest is complete, whatever its name. Safety does not depend on the rename that follows, because some
+file systems have no atomic rename (Google Drive, some network mounts). Checkpoints are ordered by the step in their
+manifests, because modification times and folder names can change when they are copied.
 
 This module does not import torch.
 """
@@ -30,10 +30,10 @@ from rorchat.model import WEIGHTS
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
 STAGING, TRASH, DAMAGED = ".staging", ".trash-", ".damaged-"
-KEPT = 2  # verified checkpoints, at least: the newest one may be damaged by the disk
+KEPT = 2  # minimum number of checkpoints to keep, because the newest one may get damaged on the disk
 #: Errors of file systems that cannot rename a folder.
 _NO_RENAME = {errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-#: Errors of file systems that cannot fsync a folder: many FUSE and network file systems.
+#: Errors of file systems that cannot fsync a folder, such as many FUSE and network file systems.
 _NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -43,11 +43,11 @@ class DamagedCheckpoint(DataError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with a manifest. Call `verify` to compare its files with the manifest.
+    """A checkpoint folder and its manifest. Call `verify` to compare the files with the manifest.
 
     Args:
         manifest: step, metadata of the run ("identity"), validation loss and number of processes.
-        files: (bytes, sha256) by path relative to the folder.
+        files: {path relative to the folder: (size in bytes, sha256)}.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ class Checkpoint:
 
     @property
     def mixture_history(self) -> list:
-        """The mixtures before the present one. Validation losses are comparable only if these are equal."""
+        """The earlier mixtures of the run. Validation losses are comparable only between equal histories."""
         return self.metadata.get("past", [])
 
     @property
@@ -78,7 +78,7 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> list[str]:
-        """The files with the trained weights: of the model, or of an adapter with its config."""
+        """The files with the trained weights: those of the model, or those of the adapter and its config."""
         return [WEIGHTS] if WEIGHTS in self.files else [ADAPTER_WEIGHTS, ADAPTER_CONFIG]
 
     @classmethod
@@ -92,7 +92,7 @@ class Checkpoint:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise DamagedCheckpoint(f"{folder} has no {MANIFEST}: it was never completed.") from None
+            raise DamagedCheckpoint(f"{folder} has no {MANIFEST}: it is incomplete.") from None
         except (OSError, ValueError) as error:
             raise DamagedCheckpoint(f"Cannot read {folder / MANIFEST}: {' '.join(str(error).split())}.") from None
         sha256 = manifest.pop("sha256", None) if isinstance(manifest, dict) else None
@@ -113,14 +113,14 @@ class Checkpoint:
         """Reads every file and compares it with the manifest.
 
         Raises:
-            DamagedCheckpoint: a file is missing, unexpected, or has another size or content than the manifest says.
+            DamagedCheckpoint: a file is missing or unexpected, or its size or sha256 differs from the manifest.
         """
         self.verify_sizes()
         for name in self.files:
             self.verify_file(name)
 
     def verify_file(self, name: str) -> None:
-        """Reads one file; raises DamagedCheckpoint as `verify` does."""
+        """Compares the sha256 of one file with the manifest; raises DamagedCheckpoint if it differs."""
         try:
             sha256 = file_sha256(self.folder / name)
         except OSError as error:  # deleted, or on a failing disk
@@ -129,14 +129,14 @@ class Checkpoint:
             raise DamagedCheckpoint(f"{self.folder / name} is damaged: its sha256 differs from the manifest.")
 
     def verify_sizes(self) -> None:
-        """The fast part of `verify`: all files exist with their sizes, and there are no others."""
+        """The fast part of `verify`: checks the names and sizes of all files without reading them."""
         existing = set(_list_files(self.folder)) - {MANIFEST}
         for name, (size, _) in self.files.items():
             if name not in existing:
                 raise DamagedCheckpoint(f"{self.folder / name} is missing.")
             try:
                 actual = (self.folder / name).stat().st_size
-            except OSError as error:  # rotated away in the meantime
+            except OSError as error:  # deleted by rotation in the meantime
                 raise DamagedCheckpoint(f"Cannot read {self.folder / name}: {error.strerror}.") from None
             if actual != size:
                 raise DamagedCheckpoint(f"{self.folder / name} has {actual:,} bytes; the manifest says {size:,}.")
@@ -157,10 +157,10 @@ def _list_files(folder: Path) -> list[str]:
 
 
 def seal(folder: Path, manifest: dict) -> Checkpoint:
-    """Turns a folder into a checkpoint: flushes its files to the disk, then writes the manifest.
+    """Flushes the files of a folder to the disk and writes the manifest, which makes it a checkpoint.
 
     Args:
-        manifest: entries in addition to the files; JSON, with at least `step`.
+        manifest: JSON values to store in addition to the list of files, at least `step`.
     """
     files = {}
     for name in _list_files(folder):
@@ -175,7 +175,7 @@ def seal(folder: Path, manifest: dict) -> Checkpoint:
 
 
 def _fsync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere, a folder cannot be opened
+    if os.name != "posix":  # a folder can be opened only on POSIX
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -188,7 +188,7 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Renames a folder. If the file system cannot, copies it, the manifest last, and deletes the original."""
+    """Renames a folder. On file systems without rename, copies the folder and deletes the original."""
     try:
         os.rename(source, target)
     except OSError as error:
@@ -210,37 +210,37 @@ def copy(source: Path, target: Path) -> None:
 
 
 class Checkpoints:
-    """The checkpoints in the folder of a run. Only one process at a time may change them.
+    """The checkpoints of a run folder. Only one process may modify them at a time.
 
     Args:
-        kept: how many of the newest ones are kept, in addition to the one with the lowest validation loss.
+        kept: number of newest checkpoints to keep, in addition to the one with the lowest validation loss.
     """
 
     def __init__(self, folder: str | Path, kept: int = KEPT):
         self.folder, self.kept = Path(folder), kept
-        self.in_use: set[Path] = set()  # not rotated, because a copy is in progress
+        self.in_use: set[Path] = set()  # excluded from rotation while they are being copied
 
     # Writing
 
     def begin(self, step: int) -> Path:
-        """Creates an empty staging folder for the files of a checkpoint, for `commit`."""
+        """Creates an empty staging folder. Write the files of the checkpoint there, then call `commit`."""
         self.discard_staging()
         staging = self.folder / STAGING / f"checkpoint-{step}"
         staging.mkdir(parents=True)
         return staging
 
     def commit(self, staging: Path, manifest: dict) -> Checkpoint:
-        """Seals a staging folder, renames it, and then rotates. A failed rotation is reported, and not an error."""
+        """Seals and renames a staging folder, then rotates. If the rotation fails, a message is printed."""
         return self._publish(seal(staging, manifest))
 
     def import_copy(self, step: int, fetch: Callable[[Path], None]) -> Checkpoint:
-        """Adds a checkpoint from another place.
+        """Adds a copy of a checkpoint, such as one from a mirror.
 
         Args:
             fetch: copies the files into an empty folder, the manifest last.
 
         Raises:
-            DamagedCheckpoint: the copy is damaged; it is not added.
+            DamagedCheckpoint: the copy is damaged and was not added.
         """
         staging = self.begin(step)
         fetch(staging)
@@ -266,9 +266,9 @@ class Checkpoints:
             shutil.rmtree(self.folder / STAGING)
 
     def rotate(self, new: Path) -> None:
-        """Deletes all checkpoints but the new one, the newest complete ones, and the best one.
+        """Deletes all checkpoints except the new one, the `kept` newest complete ones, and the best one.
 
-        The best one has the lowest validation loss among those that were validated on the same sources as the new one.
+        The best checkpoint has the lowest validation loss among those with the same mixture history as the new one.
         """
         self._empty_trash()
         committed = [checkpoint for checkpoint in self.committed() if checkpoint.has_all_files()]
@@ -290,7 +290,7 @@ class Checkpoints:
             shutil.rmtree(trash)
 
     def _delete(self, folder: Path) -> None:
-        """Renames a checkpoint before deleting its files, so that an interrupted deletion leaves no checkpoint."""
+        """Deletes a checkpoint. It is renamed first, so an interrupted deletion leaves no partial checkpoint."""
         trash = self.folder / f"{TRASH}{folder.name}"
         if trash.exists():
             shutil.rmtree(trash)
@@ -306,14 +306,14 @@ class Checkpoints:
     # Reading
 
     def newest(self) -> Checkpoint | None:
-        """`recover` on the main process; every process gets the checkpoint that it leaves as the newest."""
+        """Calls `recover` on the main process and returns the newest valid checkpoint on all processes."""
         from rorchat.training.distributed import run_on_main_process
 
         run_on_main_process(self.recover)
         return next(iter(self.committed()), None)
 
     def committed(self) -> list[Checkpoint]:
-        """All checkpoints with a readable manifest, the newest first; their files are not verified."""
+        """All checkpoints with a valid manifest, newest first. Their files are not verified."""
         checkpoints = []
         for folder in self._list_folders():
             try:
@@ -323,17 +323,17 @@ class Checkpoints:
         return sorted(checkpoints, key=lambda checkpoint: checkpoint.step, reverse=True)
 
     def _list_folders(self) -> list[Path]:
-        """Every folder named like a checkpoint, in descending order of its number."""
+        """All folders named checkpoint-N, in descending order of N."""
         folders = [path for path in self.folder.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir()]
         return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
 
     def damaged(self) -> list[Path]:
-        """The folders that failed verification, the newest last."""
+        """The folders that failed verification, newest last."""
         folders = [path for path in self.folder.glob(f"checkpoint-*{DAMAGED}*") if path.is_dir()]
         return sorted(folders, key=lambda path: (int(path.name.split("-")[1].split(".")[0]), path.name))
 
     def newest_weights(self) -> Checkpoint:
-        """The newest damaged checkpoint whose weights are valid.
+        """The newest of the damaged checkpoints with intact weights.
 
         Raises:
             DataError: there is none.
@@ -349,33 +349,34 @@ class Checkpoints:
                 print(damage, file=sys.stderr)  # noqa: T201
         if not checkpoints:
             raise DataError(
-                f"No checkpoint in {self.folder} is valid, and neither are the weights of one. Restore one from a "
+                f"All checkpoints in {self.folder} are damaged, and none has intact weights. Restore one from a "
                 "backup, or delete them to start from step 0."
             )
         return max(checkpoints, key=lambda checkpoint: checkpoint.step)
 
     @property
     def weights_folder(self) -> Path:
-        """The target of `copy_weights`. The next save deletes it."""
+        """The folder that `copy_weights` writes to. The next save deletes it."""
         return self.folder / STAGING / "weights"
 
     def copy_weights(self, checkpoint: Checkpoint) -> None:
-        """Copies the weights of a checkpoint, and nothing else, into a folder to resume from."""
+        """Copies only the weights of a checkpoint to `weights_folder`, to resume from them."""
         self.discard_staging()
         self.weights_folder.mkdir(parents=True)
         for name in checkpoint.weight_files:
             shutil.copyfile(checkpoint.folder / name, self.weights_folder / name)
 
     def recover(self) -> Checkpoint | None:
-        """The newest valid checkpoint, after completing or deleting what a killed run left behind.
+        """Cleans up after a killed run and finds the newest valid checkpoint.
 
-        Newer checkpoints that are damaged are renamed, with a message.
+        A complete checkpoint in the staging folder is published; other leftovers are deleted. Damaged checkpoints are
+        renamed with a message.
 
         Returns:
-            None if no checkpoint was ever committed.
+            The newest valid checkpoint, or None if no checkpoint was ever committed.
 
         Raises:
-            DataError: there were checkpoints, and none is valid. Starting from step 0 would hide the loss.
+            DataError: all checkpoints are damaged. Starting from step 0 would hide this.
         """
         for staging in sorted(self.folder.glob(f"{STAGING}/*")):
             self._complete_staging(staging)
@@ -392,17 +393,17 @@ class Checkpoints:
             raise DataError(
                 f"No checkpoint in {self.folder} is valid; {len(damaged)} are damaged, such as {damaged[-1].name}. "
                 "Restore one from a backup, delete them to start from step 0, or give --weights_only to resume from "
-                "the weights of one, if they are valid."
+                "the newest intact weights."
             )
         return None
 
     def _list_by_step(self) -> list[Path]:
-        """Every folder named like a checkpoint, the newest first: by its manifest, or else by its name."""
+        """All folders named checkpoint-N, newest first, by the step in their manifest, or by N if it is unreadable."""
         steps = {checkpoint.folder: checkpoint.step for checkpoint in self.committed()}
         return sorted(self._list_folders(), key=lambda path: steps.get(path, int(path.name[11:])), reverse=True)
 
     def _complete_staging(self, staging: Path) -> None:
-        """Publishes a staged checkpoint that is complete, unless there is a valid one of the same step."""
+        """Publishes a complete checkpoint from the staging folder, unless there is a valid one of the same step."""
         try:
             checkpoint = Checkpoint.read(staging)
             checkpoint.verify()
@@ -418,7 +419,7 @@ class Checkpoints:
         move(staging, target)
 
     def quarantine(self, folder: Path, damage: DamagedCheckpoint) -> None:
-        """Renames a damaged checkpoint, and prints why."""
+        """Renames a damaged checkpoint and prints the reason."""
         number = 1
         while (renamed := folder.with_name(f"{folder.name}{DAMAGED}{number}")).exists():
             number += 1

@@ -1,12 +1,13 @@
 """Log-probabilities of two replies to one prompt, for preference training, without padding or a repeated prompt.
 
-TRL's batch holds every prompt twice and pads all rows to the longest. Here a pair is one row, (prompt, chosen reply,
-rejected reply), and what the model reads is one row of prefix groups without padding: B pairs of N tokens in total.
-The head runs on replies only, a slice at a time, and its logits are formed again in the backward pass.
+TRL's batch contains every prompt twice and pads all rows to the longest. Here a pair is a prefix group: the prompt is
+the prefix, and the chosen and the rejected reply are its continuations, which attend to the prompt and to themselves
+(see `attention`). The model reads the B pairs of a batch as one packed row of N tokens. The head is applied only to
+replies, one slice at a time, and its logits are recomputed in the backward pass.
 
     pair          p0 p1 p2 | c0 c1 | r0 r1 r2           prefix group (3, 2, 3)
-    position       0  1  2    3  4    3  4  5           the rejected reply continues the prompt, too
-    predicted by           p2 c0   p2 r0 r1             not the token before r0, but the last of the prompt
+    position       0  1  2    3  4    3  4  5           both replies continue the prompt
+    predicted by           p2 c0   p2 r0 r1             r0 by the last token of the prompt, not by c1
 """
 
 import functools
@@ -29,9 +30,10 @@ from rorchat.training.kernels.sliced_head import (
 
 
 class LogProbabilities(torch.autograd.Function):
-    """log p(target) in nats, float32, and whether the target is the most likely token, both (N,).
+    """log p(target) in nats, float32, and whether the target is the most likely token, both (M,).
 
-    Keeps one number for each target, its logsumexp, and forms the logits again in the backward pass.
+    Saves only the logsumexp of each target's logits and recomputes the logits in the backward pass. The arguments are
+    those of `apply_head`: hidden (M, D), weight (V, D), targets (M,).
     """
 
     @staticmethod
@@ -63,19 +65,19 @@ class LogProbabilities(torch.autograd.Function):
 
 
 def _logits_gradient(head: SlicedHead, hidden: Tensor, targets: Tensor, sums: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of a slice's logits (n, V), of log p(target) = logit(target) - logsumexp: one-hot - softmax."""
+    """The gradient of a slice's logits, (n, V): one-hot - softmax, times the gradient (n,) of log p(target)."""
     softmax = head.logits(hidden).sub_(sums[:, None]).exp_()
     return softmax.mul_(-gradient[:, None]).scatter_add_(1, targets[:, None], gradient[:, None].float())
 
 
 def reply_masks(group_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks of TRL's layout, (2 B, T): all chosen sides, then all rejected sides, padded on the right to the longest.
+    """Masks in TRL's layout, (2 B, T): all chosen sides, then all rejected sides, right-padded to the longest side.
 
     Args:
-        group_sizes: (B, 3), tokens of each prompt, chosen reply and rejected reply.
+        group_sizes: (B, 3), number of tokens in each prompt, chosen reply and rejected reply.
 
     Returns:
-        Which positions hold a token, and which of these belong to the reply.
+        The attention mask and the completion mask, both bool.
     """
     prompts = group_sizes[:, :1].expand(-1, 2)  # (B, 2)
     ends = prompts + group_sizes[:, 1:]  # (B, 2), tokens of each side
@@ -85,9 +87,9 @@ def reply_masks(group_sizes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def patch_dpo_logps(model: nn.Module) -> None:
-    """Let a stock GPT-2 score pairs: `model(input_ids=..., group_sizes=...)`; without `group_sizes` nothing changes.
+    """Patches the forward method of a stock GPT-2 so that `model(input_ids=..., group_sizes=...)` scores pairs.
 
-    Arguments are those of `score_replies`; the output is the one that TRL's DPOTrainer reads.
+    The arguments and the output are those of `score_replies`. Without `group_sizes`, the stock method is called.
     """
     stock_forward = model.forward
     patch_packed_attention(model)
@@ -106,24 +108,24 @@ def score_replies(model: nn.Module, input_ids: Tensor, group_sizes: Tensor) -> F
     """The log-probability of every token of both replies of every pair, in TRL's layout.
 
     Args:
-        input_ids: (B, W), prompt, chosen reply and rejected reply of each pair, padded on the right.
-        group_sizes: (B, 3), their numbers of tokens.
+        input_ids: (B, W), prompt, chosen reply and rejected reply of each pair, concatenated and right-padded.
+        group_sizes: (B, 3), number of tokens in each of the three parts.
 
     Returns:
-        `log_probs` and `is_top1`, (2 B, T - 1), all chosen sides before all rejected ones, 0 outside of replies. The
-        entropy and the mean logits, which TRL would only log, are zeros.
+        `log_probs` and `is_top1`, (2 B, T - 1), all chosen sides before all rejected sides, 0 outside of replies. The
+        entropy and the mean logits, which TRL only logs, are zeros.
     """
     groups: list[PrefixGroup] = [tuple(sizes) for sizes in group_sizes.tolist()]
     lengths = group_sizes.sum(dim=1, keepdim=True)  # (B, 1)
     prompts, chosen = group_sizes[:, :1], group_sizes[:, 1:2]  # (B, 1)
     columns = torch.arange(input_ids.size(1), device=input_ids.device)  # (W,)
     is_token = columns < lengths  # (B, W)
-    is_reply = is_token & (columns >= prompts)
-    position_ids = columns - chosen * (columns >= prompts + chosen)
+    is_reply = is_token & (columns >= prompts)  # (B, W)
+    position_ids = columns - chosen * (columns >= prompts + chosen)  # (B, W)
     packed = {"input_ids": input_ids[is_token][None], "position_ids": position_ids[is_token][None]}  # (1, N)
     recompute = packed["input_ids"].numel() * model.config.n_embd >= MIN_RECOMPUTE_ELEMENTS
     hidden, tied = hidden_states(model, model.base_model, (), packed, groups, recompute)  # (1, N, D)
-    # the state that predicts each token, as its place among the N tokens
+    # (B, W), for each token the index among the N packed tokens of the hidden state that predicts it
     predictors = torch.where(columns == prompts + chosen, prompts, columns) - 1 + lengths.cumsum(dim=0) - lengths
     weight, trained_rows = head_weight(model)
     scores = apply_head(
