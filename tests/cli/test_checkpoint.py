@@ -36,7 +36,7 @@ def test_verify_names_the_damaged_file_and_exits_with_65(sandbox, uninterrupted)
     flip_bit(0.5)(out / "checkpoint-8" / "optimizer.pt")
     result = command("checkpoint", "verify", out)
     assert result.returncode == 65 and "1 of 2 checkpoints" in result.stderr
-    assert "optimizer.pt is not what was written" in result.stdout and "checkpoint-6: valid" in result.stdout
+    assert "optimizer.pt is damaged: its sha256 differs" in result.stdout and "checkpoint-6: valid" in result.stdout
     (out / "checkpoint-8").rename(out / "checkpoint-8.damaged-1")
     assert "set aside earlier" in succeeded("verify", out)
 
@@ -61,7 +61,7 @@ def test_impossible_requests_fail_with_one_line(sandbox, uninterrupted, tmp_path
     out = sandbox.new_folder(uninterrupted)
     flip_bit(0.5)(out / "checkpoint-8" / "model.safetensors")
     error = refused(65, "export", out, tmp_path / "model")
-    assert "model.safetensors is not what was written" in error and "checkpoint-6 is valid" in error
+    assert "model.safetensors is damaged: its sha256 differs" in error and "checkpoint-6 is valid" in error
     assert not (tmp_path / "model").exists()
 
 
