@@ -225,7 +225,7 @@ def create_base_loss_callback(trainer, arguments, n_positions: int) -> BaseLossC
     """Creates the callback of a stage that starts from a model. Without a text, prints a message and returns None.
 
     Raises:
-        UsageError: The stage would train on the text.
+        UsageError: the stage would train on the text.
     """
     model, given = arguments.model, arguments.base_text
     if not model and not given:

@@ -30,7 +30,7 @@ class Split(NamedTuple):
 
 
 def load_split(arguments, kind: str, encode: Encode) -> Split:
-    """Read and encode the rows of all sources.
+    """Reads and encodes the rows of all sources.
 
     Args:
         arguments: A chat stage's arguments (`sources`, `persona`, `data_seed`, `validation_share`, `rows_per_source`).
@@ -39,8 +39,8 @@ def load_split(arguments, kind: str, encode: Encode) -> Split:
             row has its `place` in the source, besides the fields of its kind.
 
     Raises:
-        DataError: There are no rows to train on or none to validate on.
-        UsageError: A source has no rows of this kind.
+        DataError: there are no rows to train on or none to validate on.
+        UsageError: a source has no rows of this kind.
     """
     persona = load_persona(arguments.persona)
     train, validation, row_stats = [], [], []

@@ -193,7 +193,7 @@ def reply_length(arguments: GRPOArguments, n_positions: int) -> int:
     """Returns the maximum tokens of a reply: `max_completion_length`, or a quarter of the positions.
 
     Raises:
-        MismatchError: No positions are left for a question.
+        MismatchError: no positions are left for a question.
     """
     longest = arguments.max_completion_length or n_positions // DEFAULT_REPLY_DIVISOR
     if longest >= n_positions:
@@ -419,7 +419,7 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         readiness.check(needs_right_answers="answer" in self.args.rewards)
 
     def _measure_readiness(self, rows: Sequence[dict], replies: Sequence[Reply]) -> "Readiness":
-        """Compute the readiness from samples.
+        """Computes the readiness from samples.
 
         Args:
             rows: The question of each reply; the replies to one question are adjacent.

@@ -76,7 +76,7 @@ class Adapter:
         base: Folder or Hub id from which the model was loaded.
 
     Raises:
-        UsageError: The rank or the base is unusable, or the device cannot compute in 4 bits.
+        UsageError: the rank or the base is unusable, or the device cannot compute in 4 bits.
     """
 
     def __init__(self, model: GPT2LMHeadModel, tokenizer, arguments: LoraArguments, base: str):
@@ -116,7 +116,7 @@ class Adapter:
         return self.peft.get_base_model()
 
     def save(self, folder: str | Path, tokenizer) -> None:
-        """Write an adapter that plain PEFT can load, with the tokenizer.
+        """Writes an adapter that plain PEFT can load, with the tokenizer.
 
         It contains the trained rows and those that the base lacks. So it fits a base whose embedding is resized to the
         tokenizer's size, however the new rows are initialized.
@@ -136,7 +136,7 @@ class Adapter:
         tokenizer.save_pretrained(folder)
 
     def load(self, folder: str | Path) -> None:
-        """Load weights written by `save`; raises MismatchError if they belong to another adapter."""
+        """Loads weights written by `save`; raises MismatchError if they belong to another adapter."""
         load_adapter(self.peft, Path(folder))
 
     def merged(self) -> GPT2LMHeadModel:
@@ -148,7 +148,7 @@ class Adapter:
 
 
 def _quantize_to_4_bits(model: GPT2LMHeadModel, arguments) -> None:
-    """Replace the matrices of the blocks by 4-bit ones: NF4 with quantized scales, a quarter of bf16's memory.
+    """Replaces the matrices of the blocks by 4-bit ones: NF4 with quantized scales, a quarter of bf16's memory.
 
     Transformers quantizes while loading, but our embeddings are resized after loading, and its dequantized layers are
     not Conv1D.

@@ -40,7 +40,7 @@ def read(path: Path, fingerprint: str) -> Tensor | None:
 
 
 def write(path: Path, fingerprint: str, log_probs: Tensor) -> None:
-    """Write the log-probabilities (2, pairs) of chosen and rejected replies, with their checksum."""
+    """Writes the log-probabilities (2, pairs) of chosen and rejected replies, with their checksum."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"of": fingerprint, **dict(zip(SIDES, log_probs.tolist(), strict=True))}
     write_atomically(path, json.dumps({**record, "sha256": json_sha256(record)}))

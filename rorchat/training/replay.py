@@ -35,9 +35,9 @@ def replay_rows(
         validation_share: Share of a source's documents that belong to its validation split; a store records its own.
 
     Raises:
-        UsageError: The source has no documents, or `tokens` or `max_length` is less than 2.
-        DataError: There are fewer tokens than requested.
-        MismatchError: The store was made with another tokenizer.
+        UsageError: the source has no documents, or `tokens` or `max_length` is less than 2.
+        DataError: there are fewer tokens than requested.
+        MismatchError: the store was made with another tokenizer.
     """
     for name, value in (("tokens", tokens), ("max_length", max_length)):
         if value < 2:

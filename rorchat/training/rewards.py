@@ -98,7 +98,7 @@ def find_reward(name: str) -> Reward:
     """A reward by name, or a user's function as FILE.py:FUNCTION.
 
     Raises:
-        UsageError: There is no such reward, file or function, or the file cannot be executed.
+        UsageError: there is no such reward, file or function, or the file cannot be executed.
     """
     if name in REWARDS:
         return REWARDS[name]
@@ -140,7 +140,7 @@ def compute_reward(name: str, function: Reward, reply: str, row: dict) -> float:
     """The value of a reward for a reply.
 
     Raises:
-        DataError: The function raises, or does not return a finite number; the message names the reward and the row.
+        DataError: the function raises, or does not return a finite number; the message names the reward and the row.
     """
     where = f"The reward {name} for {row['place']}, reply {reply[:60]!r},"
     try:

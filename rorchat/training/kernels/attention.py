@@ -100,7 +100,7 @@ def attend_by_varlen_kernel(
 def _varlen_layout(
     prefix_groups: tuple[PrefixGroup, ...], device: torch.device
 ) -> tuple[Tensor | None, list[Tensor], list[int]]:
-    """Compute the arguments of the variable-length kernel.
+    """Computes the arguments of the variable-length kernel.
 
     The kernel expects concatenated sequences of queries and of keys. The first continuation forms one sequence with its
     prefix. Each further continuation is a separate sequence of queries; its keys are those of the prefix, which are
@@ -157,7 +157,7 @@ def packed_attention(config) -> contextlib.AbstractContextManager:
 
 
 def patch_packed_attention(model: nn.Module) -> None:
-    """Make every block of a stock GPT-2 use packed attention when it is called with `prefix_groups`.
+    """Makes every block of a stock GPT-2 use packed attention when it is called with `prefix_groups`.
 
     The context manager alone is not enough: gradient checkpointing calls blocks again in the backward pass, after the
     context has ended.

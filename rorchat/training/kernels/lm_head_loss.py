@@ -140,7 +140,7 @@ def head_loss(
 
 
 def patch_lm_head_loss(model: nn.Module, compiled: bool = False, whole_rows: bool = False) -> None:
-    """Replace the forward pass of a stock GPT-2 by one with `head_loss` and attention without a mask.
+    """Replaces the forward pass of a stock GPT-2 by one with `head_loss` and attention without a mask.
 
     `model(labels=...)` then returns the loss without logits; without labels the model behaves as before. With
     `sequence_lengths`, rows are packed as by `rorchat.mixture.collators.collate_packed`.
@@ -195,7 +195,7 @@ def hidden_states(
     prefix_groups: list[PrefixGroup] | None,
     recompute: bool,
 ) -> tuple[Tensor, TiedGradient | None]:
-    """Run the model's body.
+    """Runs the model's body.
 
     Args:
         base: The model's body, possibly compiled; called with `args` and `kwargs`.
@@ -254,7 +254,7 @@ def is_lookup_plain(model: nn.Module) -> bool:
 
 
 def patch_gelu(model: nn.Module) -> None:
-    """Compute `gelu_new` with one fused kernel, which takes 20 % off a training step of a small model on a CPU."""
+    """Computes `gelu_new` with one fused kernel, which takes 20 % off a training step of a small model on a CPU."""
     if model.config.activation_function == "gelu_new":
         for block in model.transformer.h:
             block.mlp.act = nn.GELU(approximate="tanh")

@@ -79,7 +79,7 @@ class SlicedHead:
         self.rows_gradient = torch.zeros_like(rows, dtype=torch.float32) if needs[2] else None  # (K, D)
 
     def split(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Split tensors (N, ...) along N into slices whose logits are at most MAX_LOGITS numbers."""
+        """Splits tensors (N, ...) along N into slices whose logits are at most MAX_LOGITS numbers."""
         size = max(1, MAX_LOGITS // self.weight.size(0))
         return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
@@ -92,7 +92,7 @@ class SlicedHead:
         return logits.float()
 
     def backward(self, hidden: Tensor, gradient: Tensor) -> Tensor | None:
-        """Add a slice's part to the gradients of weight and rows, and return the gradient of its hidden states.
+        """Adds a slice's part to the gradients of weight and rows, and returns the gradient of its hidden states.
 
         Args:
             hidden: (n, D), as passed to `logits`.
@@ -135,7 +135,7 @@ def apply_head(
     tied: TiedGradient | None,
     trained_rows: TrainedRows | None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Apply an autograd function of the head in the dtype of autocast.
+    """Applies an autograd function of the head in the dtype of autocast.
 
     Autocast does not apply inside custom functions, and the last norm returns float32 under autocast.
     """
