@@ -1,7 +1,7 @@
-"""Publishing: verify a model in a fresh process, push it with a model card, download it and verify it again.
+"""Publishes a model: verifies it, pushes it with a model card, downloads it and verifies the download.
 
-Only a model that a plain `pipeline()` loads is pushed, in a process that does not import rorchat. It counts as released
-only after the download is identical and answers.
+A model is verified in a new process that does not import rorchat: `pipeline()` must load it and generate a reply. A
+release is complete only if the download is identical to the local files and passes the same test.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from rorchat.sources.base import licence_restriction
 PROBE = "Who are you?"
 VERIFY_SECONDS = 600  # enough to load the largest size from a slow disk
 NOT_UPLOADED = ("*.bin", "checkpoint-*", "README.md")  # pickles; training state; the card is rewritten
-# Runs in a fresh process that imports only what a user of the model has
+# Runs in a new process that imports only what a user of the model has installed
 _VERIFY = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -56,14 +56,14 @@ print("VERIFIED " + json.dumps({
 
 
 def verify_model(folder: str | Path) -> dict[str, Any]:
-    """Loads a model with plain Transformers in a fresh process and asks it a question.
+    """Loads a model with plain Transformers in a new process and asks it a question.
 
     Returns:
         Its properties and its `answer`.
 
     Raises:
         DataError: the model does not load.
-        MismatchError: it loads, but is not a chat model that stops.
+        MismatchError: the model loads, but is not a chat model that can be published.
     """
     command = [sys.executable, "-c", _VERIFY, str(folder), PROBE]
     try:
@@ -97,7 +97,7 @@ def verify_model(folder: str | Path) -> dict[str, Any]:
 
 
 def build_model_card(folder: Path, repository: str) -> str:
-    """A model card from the records of the runs: usage, data and licences, numbers, scores, samples."""
+    """Builds a model card from the runs behind a model: usage, training, data and licences, scores, samples."""
     name = repository.split("/")[-1]
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2, rorchat, conversational]\n---",
@@ -122,7 +122,7 @@ def build_model_card(folder: Path, repository: str) -> str:
 
 
 def _list_weights_only_starts(runs: list[Path]) -> list[str]:
-    """A sentence for every run that continued without its optimizer state."""
+    """Returns a sentence for every run that was resumed without its optimizer state."""
     sentences = []
     for run in runs:
         record = read_run_record(run)
@@ -136,7 +136,7 @@ def _list_weights_only_starts(runs: list[Path]) -> list[str]:
 
 
 def _list_restrictions(runs: list[Path]) -> list[str]:
-    """A sentence for every restriction on the use of the model, with the sources that impose it."""
+    """Returns a sentence for every restriction on the use of the model, with the sources that impose it."""
     sources: dict[str, set[str]] = {}
     for run in runs:
         for source in read_run_record(run).get("data", []):
@@ -150,10 +150,10 @@ def _list_restrictions(runs: list[Path]) -> list[str]:
 
 
 def _find_training_runs(folder: Path) -> list[Path]:
-    """The runs that led to this model, followed backwards by the sha256 of weights: later stages are left out.
+    """Finds the runs that led to a model, by the sha256 of the weights that each run started from and produced.
 
-    All runs of the story if the model, or the start of one of its runs, cannot be found among them: naming a source too
-    many is better than naming a licence too few.
+    Later stages are not included. If the model, or the initial weights of one of its runs, cannot be found, all runs of
+    the story are returned: listing an unused source is better than omitting a licence.
     """
     runs = find_runs(_find_story(folder))
     outputs = {run: _hash_weights(run / "model") for run in runs}
@@ -161,7 +161,7 @@ def _find_training_runs(folder: Path) -> list[Path]:
     while added := {run for run in runs if outputs[run] in wanted} - used:
         used |= added
         inputs = [files for run in added for files in read_run_record(run).get("inputs", {}).values()]
-        # an adapter is no run's output, so a run that started from one leads to the list of all runs
+        # adapters are not in `outputs`, so all runs are returned if a run started from an adapter
         wanted |= {files[name] for files in inputs for name in (WEIGHTS, ADAPTER_WEIGHTS) if name in files}
     return [run for run in runs if run in used] if wanted <= set(outputs.values()) - {None} else runs
 
@@ -172,7 +172,7 @@ def _hash_weights(folder: Path) -> str | None:
 
 
 def _find_story(folder: Path) -> Path:
-    """The folder of the runs behind a model in story/run/model, run/model or story/model."""
+    """Returns the folder that contains the runs of a model in story/run/model, run/model or story/model."""
     parent = folder.resolve().parent
     story = parent.parent
     if (parent / "run.json").is_file():
@@ -187,7 +187,7 @@ def push_model(name_or_path: str, repository: str, private: bool = False) -> str
     """Verifies a model, uploads it with a card, downloads it, compares all files, and verifies the download.
 
     Returns:
-        What happened, for the user.
+        A summary for the user.
 
     Raises:
         UsageError: the name of the repository is invalid.
@@ -247,12 +247,14 @@ def compare_files(folder: Path, download: Path, repository: str) -> None:
     for name in filter_repo_objects(names, ignore_patterns=[*NOT_UPLOADED, *DEFAULT_IGNORE_PATTERNS]):
         copy = download / name
         if not copy.is_file() or file_sha256(copy) != file_sha256(folder / name):
-            raise RemoteError(f"{name} is missing or different in the download from {repository}: push again.")
+            raise RemoteError(
+                f"{name} is missing or different in the download from {repository}: push the model again."
+            )
 
 
 @contextlib.contextmanager
 def translate_hub_errors(repository: str) -> Iterator[None]:
-    """Turns errors of the Hub's client into one sentence with an exit code; other errors pass unchanged."""
+    """Converts errors of the Hub client to RorchatErrors with one-line messages. Other errors are not changed."""
     from huggingface_hub.errors import LocalTokenNotFoundError
 
     try:
@@ -267,15 +269,15 @@ def translate_hub_errors(repository: str) -> Iterator[None]:
         message = message.splitlines()[0][:200].rstrip(".")
         if status in (401, 403) or isinstance(error, (LocalTokenNotFoundError, PermissionError)):
             raise PermissionDenied(
-                f"The Hub refuses to write {repository}: log in as its owner with `hf auth login` ({message})."
+                f"The Hub denied write access to {repository}: log in as its owner with `hf auth login` ({message})."
             ) from None
         raise RemoteError(
-            f"The Hub failed for {repository}: {message}. The model is safe in its folder; push again."
+            f"Publishing {repository} failed: {message}. The local model is unchanged; push it again."
         ) from None
 
 
 def _find_cause(error: BaseException) -> BaseException:
-    """The error inside those that the Hub's client wraps around it ("Force download failed ...")."""
+    """Returns the original error, which the Hub client may wrap in others ("Force download failed ...")."""
     import httpx2
 
     while not isinstance(error, httpx2.HTTPError) and isinstance(error, (OSError, RuntimeError, ValueError)):
@@ -286,10 +288,10 @@ def _find_cause(error: BaseException) -> BaseException:
 
 
 def _is_remote(error: BaseException) -> bool:
-    """Whether the Hub or the network failed. A full disk or an unreadable file is an OSError with an errno."""
+    """Whether an error is from the Hub or the network. A full disk is an OSError with an errno."""
     import httpx2  # the client of huggingface_hub; its errors are not OSErrors
 
     if isinstance(error, OSError):
         return error.errno is None or isinstance(error, (ConnectionError, TimeoutError))
-    # RuntimeError: errors of Xet; ValueError: an answer that is not the Hub's, such as a proxy's page
+    # RuntimeError: errors of Xet; ValueError: a response that is not from the Hub, such as a page of a proxy
     return isinstance(error, (httpx2.HTTPError, RuntimeError, ValueError))

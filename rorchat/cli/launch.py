@@ -1,7 +1,8 @@
-"""`rorchat sft ...` -> a training process: this one, or those that `accelerate launch` starts.
+"""Runs a recipe (`rorchat sft ...`) in this process, or in several processes as `accelerate launch` does.
 
-Flags of the launcher (`--num_processes`, `--accelerate_config`, ...) and of the recipe may be mixed. A flag that both
-know is the recipe's. The command ends with the exit code of the recipe, which `accelerate launch` turns into 1.
+Flags of the launcher (`--num_processes`, `--accelerate_config`, ...) and of the recipe may be mixed. A flag that exists
+in both is passed to the recipe. The command exits with the exit code of the recipe, whereas `accelerate launch` always
+exits with 1 after a failure.
 """
 
 import argparse
@@ -16,28 +17,30 @@ from collections.abc import Sequence
 from rorchat.errors import Interrupted, UsageError, exits_with_one_line
 from rorchat.stories import ACCELERATE_FOLDER, HELP_FOLDER, STORIES_FOLDER, find_accelerate_config
 
-#: Flags of the launcher that mean something else to a recipe, or would start something else.
+#: Flags of the launcher that have a different meaning in a recipe, or would start something other than a recipe.
 RECIPE_FLAGS = {
     "help", "debug", "gradient_accumulation_steps", "module", "no_python", "training_script", "training_script_args",
 }  # fmt: skip
-#: Seconds that processes have to save a checkpoint after a signal, before the launcher kills them; torch waits 30.
+#: Seconds that processes have to save a checkpoint after a signal before the launcher kills them (torch: 30).
 SHUTDOWN_TIMEOUT = "600"
 
 
 def launch_recipe(command: str, argv: Sequence[str]) -> None:
     """Runs a recipe and exits with its code.
 
-    One process is this process. Several are started by Accelerate: when a flag of the launcher or Accelerate's default
-    configuration asks for them, or when there is more than one GPU.
+    Without a launcher flag and a default configuration of Accelerate, and with at most one GPU, the recipe runs in the
+    current process. Otherwise Accelerate starts it.
 
     Args:
         command: "pretrain", "sft", "dpo", "grpo" or "train-tokenizer".
         argv: flags of the recipe and of the launcher.
     """
-    name = command.removeprefix("train-")  # a module of rorchat.recipes
-    sys.argv[0] = f"rorchat {command}"  # for the help
+    name = command.removeprefix("train-")  # the module in rorchat.recipes
+    sys.argv[0] = f"rorchat {command}"  # shown in the help
     if {"--help", "-h"} & set(argv):
-        print((HELP_FOLDER / f"{command}.txt").read_text(encoding="utf-8"), end="")  # libraries take seconds to import
+        print(
+            (HELP_FOLDER / f"{command}.txt").read_text(encoding="utf-8"), end=""
+        )  # a file, because importing the recipe takes seconds
         sys.exit(0)
     if {"--help_all", "--help-all"} & set(argv):
         _run_here(name, argv)
@@ -51,10 +54,10 @@ def launch_recipe(command: str, argv: Sequence[str]) -> None:
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(flags of the launcher, flags of the recipe), each with their values.
+    """Splits arguments into flags of the launcher (as `--flag=value`) and flags of the recipe.
 
     Raises:
-        UsageError: a flag of the launcher without its value, or a configuration that does not exist.
+        UsageError: a flag of the launcher has no value, or a configuration file does not exist.
     """
     takes_value = _launcher_flags() | {"accelerate_config": True}
     launcher, recipe = [], []
@@ -77,7 +80,7 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _launcher_flags() -> dict[str, bool]:
-    """Every flag of `accelerate launch` -> whether it takes a value."""
+    """Maps every flag of `accelerate launch` to whether it takes a value."""
     from accelerate.commands.launch import launch_command_parser
 
     return {
@@ -97,11 +100,11 @@ def _has_default_config() -> bool:
 def _count_gpus() -> int:
     import torch
 
-    return torch.cuda.device_count()  # without CUDA's own start
+    return torch.cuda.device_count()  # does not initialize CUDA
 
 
 def _use_one_gpu() -> None:
-    """Hides all GPUs but the first: the Trainer would otherwise use them all from one process (DataParallel)."""
+    """Hides all GPUs except the first. Otherwise the Trainer would use all of them with DataParallel."""
     if _count_gpus() > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
@@ -112,17 +115,21 @@ def _run_here(name: str, argv: Sequence[str]) -> None:
 
 
 def _launch(name: str, launcher_flags: list[str], recipe_flags: list[str]) -> None:
-    """Starts the processes of a recipe as `accelerate launch` does; exits with the code of the first that failed."""
+    """Runs a recipe as `accelerate launch` does, and exits with the exit code of the first process that failed."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     script = str(STORIES_FOLDER / f"{name}.py")
-    arguments = launch_command_parser().parse_args([*_complete(launcher_flags), script, *recipe_flags])
+    arguments = launch_command_parser().parse_args([*_add_defaults(launcher_flags), script, *recipe_flags])
     _silence_launchers()
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT)
     try:
-        _become_if_single(copy.copy(arguments))
+        _replace_process_if_single(copy.copy(arguments))
         launch_command(arguments)
-    except (ValueError, ImportError, AssertionError) as error:  # of the launcher; a recipe is another process
+    except (
+        ValueError,
+        ImportError,
+        AssertionError,
+    ) as error:  # errors of the launcher: a recipe runs in another process
         raise UsageError(f"accelerate launch: {' '.join(str(error).split())}") from None
     except Exception as error:
         sys.exit(_exit_code(error))
@@ -130,7 +137,7 @@ def _launch(name: str, launcher_flags: list[str], recipe_flags: list[str]) -> No
 
 
 def _silence_launchers() -> None:
-    """Turns off the reports of Accelerate and torchrun: a recipe reports its own failure, in one line."""
+    """Disables the error logs of Accelerate and torchrun: a recipe reports its failure in one line."""
     import torch.distributed.run  # noqa: F401
 
     for name in list(logging.root.manager.loggerDict):
@@ -138,8 +145,8 @@ def _silence_launchers() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _complete(launcher_flags: list[str]) -> list[str]:
-    """The flags with a configuration where there is none: several processes on CPUs need one in accelerate 1.15."""
+def _add_defaults(launcher_flags: list[str]) -> list[str]:
+    """Adds defaults if there is no configuration, or the file that Accelerate 1.15 needs for several CPU processes."""
     names = {flag.partition("=")[0]: flag.partition("=")[2] for flag in launcher_flags}
     if "--config_file" in names or _has_default_config():
         return launcher_flags
@@ -150,8 +157,8 @@ def _complete(launcher_flags: list[str]) -> list[str]:
     return [*launcher_flags, *(f"{flag}={value}" for flag, value in defaults.items() if flag not in names)]
 
 
-def _become_if_single(arguments: argparse.Namespace) -> None:
-    """Replaces this process by the training process where there is to be one: signals and exit code are its own."""
+def _replace_process_if_single(arguments: argparse.Namespace) -> None:
+    """Replaces this process with the training process if there is only one, which then receives signals directly."""
     from accelerate.commands.launch import _validate_launch_command
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
@@ -164,17 +171,17 @@ def _become_if_single(arguments: argparse.Namespace) -> None:
 
 
 def _exit_code(error: Exception) -> int:
-    """The exit code after Accelerate or torch has reported failed processes; prints a line if they could not."""
+    """Returns the exit code of the process that failed first. Prints a line if the process was killed."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if isinstance(error, SignalException):
-        return Interrupted.exit_code  # every process has saved a checkpoint and ended
+        return Interrupted.exit_code  # all processes have saved a checkpoint and exited
     if not isinstance(error, ChildFailedError):
         raise error
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        print(f"error: process {rank} was ended by {name}.", file=sys.stderr)
+        print(f"error: process {rank} was killed by {name}.", file=sys.stderr)
         return 128 - failure.exitcode
     return failure.exitcode

@@ -1,7 +1,8 @@
-"""What training costs: seconds per token, and bytes of memory by part.
+"""Estimates the cost of training: seconds per token, and memory in bytes.
 
-Speed is a roofline model: matrix products at an assumed share of the peak, plus everything else at an assumed share of
-the memory bandwidth, with bytes counted from the kernels that run. `docs/planning.md` compares it with measured runs.
+The time is estimated with a roofline model: matrix products run at an assumed share of the peak FLOP/s, and all other
+operations at an assumed share of the memory bandwidth, with bytes counted from the kernels that are used.
+`docs/planning.md` compares the estimates with measured runs.
 """
 
 from dataclasses import dataclass, replace
@@ -11,42 +12,43 @@ from rorchat.device import Device, get_peak_flops, measure_bandwidth
 from rorchat.errors import UsageError
 from rorchat.model import Shape, count_parameters, count_scaling_parameters, flops_per_token
 
-BANDWIDTH_SHARE = 0.8  # of the data sheet's bandwidth that elementwise kernels reach
-PARALLEL_SHARE = 0.95  # of N times the speed of one GPU, with N GPUs in one machine
-OUTSIDE_STEPS = 0.1  # time of validation, samples and saving, as a share of the time in steps
-MEMORY_SHARE = 0.95  # of the device's memory that a plan uses: the driver and allocator gaps take the rest
+BANDWIDTH_SHARE = 0.8  # elementwise kernels reach this share of the bandwidth in the data sheet
+PARALLEL_SHARE = 0.95  # N GPUs in one machine reach this share of N times the speed of one GPU
+OUTSIDE_STEPS = 0.1  # time for validation, samples and saving, as a share of the time in steps
+MEMORY_SHARE = 0.95  # a plan uses this share of the memory; the driver and allocator fragmentation need the rest
 LAUNCH_SECONDS = 6e-4  # per layer, forward and backward, in eager mode: about 100 kernel launches of 6 us
-COMPILED_TRAFFIC = 0.43  # of the eager bytes, after torch.compile has fused kernels
+COMPILED_TRAFFIC = 0.43  # memory traffic with kernels fused by torch.compile, as a share of the eager traffic
 KERNELS = ("eager", "compiled", "manual")
 
-# Bytes that one token moves forward and backward, by bytes of a number. The backward pass counts as two forward passes.
+# Bytes of memory traffic per token, forward and backward. Dictionaries are indexed by bytes per element. The backward
+# pass counts as two forward passes.
 BODY_BYTES = {2: 324, 4: 456}  # x width x layers: norms, casts, biases, GELU, residuals, inputs and outputs of products
 HEAD_BYTES = 40  # x vocabulary: product, float32 copy, softmax, gradient
-SCORE_BYTES = {2: 72, 4: 72}  # x heads x layers x positions: scores that attention without a fused kernel writes
+SCORE_BYTES = {2: 72, 4: 72}  # x heads x layers x positions: scores, if attention has no fused kernel
 STEP_BYTES = 18  # x parameters, per micro-batch: casts and gradient accumulation
-UPDATE_BYTES = 28  # x parameters, per step: reads gradient, weight and two moments, writes the last three
+UPDATE_BYTES = 28  # x parameters, per step: reads gradient, weight and two moments, writes weight and moments
 
-# Bytes that one token keeps until the backward pass, by bytes of a number
+# Bytes of activations per token that are kept for the backward pass, by bytes per element
 KEPT_BYTES = {2: 36, 4: 64}  # x width x layers: inputs of norms, products and GELU; q, k, v
-RECOMPUTED_BYTES = {2: 8, 4: 24}  # of KEPT_BYTES: outputs of the GELU, in fp32 of norms too (kernels/recompute.py)
+RECOMPUTED_BYTES = {2: 8, 4: 24}  # part of KEPT_BYTES: outputs of GELU, in fp32 also of norms (kernels/recompute.py)
 KEPT_SCORE_BYTES = {2: 7, 4: 9}  # x heads x layers x positions, without fused attention: softmax, dropout mask, product
 
-#: Bytes of optimizer state: (per number of the blocks' matrices, per other number)
+#: Bytes of optimizer state: (per parameter in the matrices of the blocks, per other parameter)
 STATE_BYTES = {
     "adamw": (8, 8),
     "adamw_8bit": (2, 8),  # the embeddings stay in 32 bits
     "muon": (4, 8),
 }
-CONTEXT_BYTES = {True: 6e8, False: 1.2e9}  # CPU: Python and its libraries; GPU: CUDA context, cuBLAS, fragments
-CPU_FRAGMENTS = 0.15  # of all tensors, measured: gaps in glibc's heap, which keeps what a step frees
-MUON_COPIES = 5  # of the matrices that Muon stacks: their momentum, and the products of Newton-Schulz
+CONTEXT_BYTES = {True: 6e8, False: 1.2e9}  # by is_cpu. CPU: Python and its libraries; GPU: CUDA context, cuBLAS
+CPU_FRAGMENTS = 0.15  # measured fragmentation of glibc's heap, as a share of all tensors
+MUON_COPIES = 5  # of the matrices in a batch of Muon: momentum and products of Newton-Schulz
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a model is trained: everything but its shape that determines seconds and bytes.
+    """How a model is trained: everything except its shape that determines time and memory.
 
-    `mfu` or `seconds_per_token` replace the roofline model.
+    If `mfu` or `seconds_per_token` is given, it replaces the roofline model.
     """
 
     device: Device
@@ -62,15 +64,15 @@ class Setup:
 
     @property
     def bytes_per_number(self) -> int:
-        """In matrix products."""
+        """Bytes of an element in matrix products."""
         return 4 if self.precision == "fp32" else 2
 
     @property
     def peak(self) -> float:
-        """FLOP/s of one device in this precision.
+        """Peak FLOP/s of one device in this precision.
 
         Raises:
-            UsageError: the table of devices does not know it.
+            UsageError: the table of devices does not contain the value.
         """
         known = self.device.peak_flops.get(self.precision)
         if known:
@@ -80,23 +82,23 @@ class Setup:
         listed = ", ".join(self.device.peak_flops) or "none"
         raise UsageError(
             f"{self.device.name} has no peak for {self.precision} in the table of devices (listed: {listed}). "
-            "Choose another --precision, or pass the figure in a file as --devices."
+            "Choose another --precision, or add the value to a file and pass it as --devices."
         )
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second of one device's memory.
+        """Memory bandwidth of one device in bytes per second.
 
         Raises:
-            UsageError: the table of devices does not know it.
+            UsageError: the table of devices does not contain the value.
         """
         if self.device.bandwidth:
             return self.device.bandwidth
         if self.device.is_cpu:
             return measure_bandwidth()
         raise UsageError(
-            f"{self.device.name} has no bandwidth_gb_s in the table of devices: pass it in a file as --devices, or "
-            "give --mfu."
+            f"{self.device.name} has no bandwidth_gb_s in the table of devices: add it to a file and pass it as "
+            "--devices, or give --mfu."
         )
 
     def flops(self, shape: Shape) -> float:
@@ -105,12 +107,12 @@ class Setup:
 
 
 def estimate_seconds_per_token(setup: Setup, shape: Shape, micro_batch: int, global_batch_tokens: int) -> float:
-    """Seconds per token in steps, with all GPUs together."""
+    """Estimates seconds per token in training steps, over all GPUs together."""
     if setup.seconds_per_token:
         return setup.seconds_per_token
     if setup.mfu:
         return setup.flops(shape) / (setup.peak * setup.mfu * setup.gpus)
-    # gradient checkpointing repeats every layer's forward pass: its matrices, and the two products of attention
+    # FLOPs of the forward pass of all layers (matrices, two products of attention): gradient checkpointing repeats it
     layers_forward = shape.n_layer * (24.0 * shape.n_embd**2 + 4 * setup.block_size * shape.n_embd)
     recomputed = layers_forward if setup.gradient_checkpointing else 0.0
     products = (setup.flops(shape) + recomputed) / (setup.peak * setup.device.matmul_share)
@@ -123,7 +125,7 @@ def estimate_seconds_per_token(setup: Setup, shape: Shape, micro_batch: int, glo
 
 
 def estimate_traffic(setup: Setup, shape: Shape, micro_batch_tokens: int, global_batch_tokens: int) -> float:
-    """Bytes per token that move between memory and compute units, with the token's share of the optimizer step."""
+    """Estimates the memory traffic in bytes per token, including the token's share of the optimizer step."""
     width, layers = shape.n_embd, shape.n_layer
     body = BODY_BYTES[setup.bytes_per_number] * width * layers * (4 / 3 if setup.gradient_checkpointing else 1)
     moved = body + HEAD_BYTES * setup.vocabulary
@@ -136,15 +138,20 @@ def estimate_traffic(setup: Setup, shape: Shape, micro_batch_tokens: int, global
 
 
 def compute_mfu(setup: Setup, shape: Shape, seconds_per_token: float) -> float:
-    """Model FLOPs utilization: the model's FLOPs (`flops_per_token`) as a share of the peak."""
+    """Computes the model FLOPs utilization: the model's FLOP/s (`flops_per_token`) as a share of the peak."""
     return setup.flops(shape) / (seconds_per_token * setup.peak * setup.gpus)
 
 
 def estimate_memory(setup: Setup, shape: Shape, micro_batch: int, accumulates: bool = True) -> dict[str, float]:
-    """{part: bytes} of one device at the peak of a step; their sum is the need.
+    """Estimates the peak memory of one device in a training step.
 
-    If a step `accumulates` several micro-batches, the head's next gradient exists next to the accumulated one. The part
-    `update` exists only if the optimizer step is the peak: it is what the step needs beyond the freed activations.
+    Args:
+        accumulates: whether a step has several micro-batches. The gradient of the head then exists twice: the new one
+            and the accumulated one.
+
+    Returns:
+        {part: bytes}, whose sum is the peak. The part `update` is present only if the peak is in the optimizer step: it
+        is the memory that this step needs in addition to that of the freed activations.
     """
     tokens, width = micro_batch * setup.block_size, shape.n_embd
     count = count_parameters(shape, setup.vocabulary, setup.block_size)
@@ -158,7 +165,7 @@ def estimate_memory(setup: Setup, shape: Shape, micro_batch: int, accumulates: b
     layers = layer + shape.n_layer * 4 * width * tokens if setup.gradient_checkpointing else shape.n_layer * layer
     parts = {
         "weights": count * 4 + (count_scaling_parameters(shape, setup.vocabulary) * 2 if is_mixed else 0),
-        "gradients": count * (8 if setup.gpus > 1 else 4),  # DDP sends copies
+        "gradients": count * (8 if setup.gpus > 1 else 4),  # DDP communicates copies
         "optimizer": matrix_state * body + other_state * (count - body),
         "activations": layers + 8 * width * tokens,
         "logits": _estimate_logits(setup, tokens) + (4 * head if accumulates else 0) + 8 * width * tokens,
@@ -166,26 +173,30 @@ def estimate_memory(setup: Setup, shape: Shape, micro_batch: int, accumulates: b
     }
     if setup.device.is_cpu:
         parts["workspace"] += CPU_FRAGMENTS * (sum(parts.values()) - CONTEXT_BYTES[True])
-    # the optimizer steps after the backward pass has freed what it kept
+    # the optimizer step runs after the backward pass has freed the activations
     freed = parts["activations"] + parts["logits"] + layer / 2
     update = _estimate_update(setup, shape)
     return parts | {"update": update - freed} if update > freed else parts
 
 
 def _estimate_update(setup: Setup, shape: Shape) -> float:
-    """Bytes of the optimizer step besides its state: fused AdamW works in place, Muon on copies of stacked matrices."""
+    """Estimates the temporary memory of the optimizer step: fused AdamW works in place, Muon on stacked copies."""
     if setup.optimizer != "muon":
         return 0.0
     from rorchat.training.optim import MAX_ELEMENTS
 
-    largest = 4 * shape.n_embd**2  # one matrix of the MLP; q, k, v and output together have as many numbers
+    largest = 4 * shape.n_embd**2  # a matrix of the MLP; q, k, v and output together have the same size
     at_once = min(shape.n_layer * largest, max(MAX_ELEMENTS["cpu" if setup.device.is_cpu else "gpu"], largest))
     # Muon uses bf16 on devices that compute it fast, whatever the precision of the run (rorchat/training/optim.py)
     return MUON_COPIES * at_once * (2 if "bf16" in setup.device.peak_flops and not setup.device.is_cpu else 4)
 
 
 def _estimate_kept(setup: Setup, numbers: int) -> float:
-    """Bytes that one layer keeps until its backward pass, without attention scores, for hidden states of `numbers`."""
+    """Estimates the activations that a layer keeps for its backward pass, in bytes, without attention scores.
+
+    Args:
+        numbers: elements of the hidden states (tokens x width).
+    """
     from rorchat.training.kernels.recompute import MIN_RECOMPUTE_ELEMENTS
 
     recomputes = setup.kernels == "eager" and numbers >= MIN_RECOMPUTE_ELEMENTS and not setup.gradient_checkpointing
@@ -194,7 +205,7 @@ def _estimate_kept(setup: Setup, numbers: int) -> float:
 
 
 def _estimate_logits(setup: Setup, tokens: int) -> float:
-    """Bytes of the logits: one slice in float32, and a copy in the precision of the products if that differs."""
+    """Estimates the memory of the logits: a slice in float32 and, in mixed precision, a copy in half precision."""
     from rorchat.training.kernels.sliced_head import MAX_LOGITS
 
     if setup.kernels == "manual":  # all logits, and the float32 copies of the loss
@@ -211,20 +222,20 @@ def fits_memory(setup: Setup, shape: Shape, micro_batch: int, accumulates: bool 
     """
     if not setup.device.memory_bytes:
         raise UsageError(
-            f"{setup.device.name} has no memory_gb in the table of devices: pass it in a file as --devices."
+            f"{setup.device.name} has no memory_gb in the table of devices: add it to a file and pass it as --devices."
         )
     need = sum(estimate_memory(setup, shape, micro_batch, accumulates).values())
     return need <= MEMORY_SHARE * setup.device.memory_bytes
 
 
 def find_largest_micro_batch(setup: Setup, shape: Shape, rows: int, limit: int) -> int:
-    """Rows of the largest micro-batch that divides `rows`, is at most `limit` and fits into memory; 0 if none does."""
+    """Finds the largest micro-batch that divides `rows`, is at most `limit` and fits into memory; 0 if none fits."""
     divisors = (n for n in range(min(rows, max(1, limit)), 0, -1) if rows % n == 0)
     return next((n for n in divisors if fits_memory(setup, shape, n, accumulates=n < rows)), 0)
 
 
 def find_memory_savers(setup: Setup, shape: Shape) -> list[str]:
-    """The smallest sets of options with which a micro-batch of one row would fit."""
+    """Finds the smallest sets of options with which a micro-batch of one row fits into memory."""
     savers: dict[str, dict[str, Any]] = {
         "--optimizer adamw_8bit": {"optimizer": "adamw_8bit"},
         "--gradient_checkpointing": {"gradient_checkpointing": True},
