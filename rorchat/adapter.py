@@ -7,18 +7,20 @@ have no `base.json`; the weights of their base model are not checked.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rorchat.errors import DataError, MismatchError
 from rorchat.files import file_sha256
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
     from torch import Tensor, nn
     from transformers import GPT2LMHeadModel
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+    from transformers.pytorch_utils import Conv1D
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 
@@ -29,12 +31,8 @@ class AdapterFolder:
 
     folder: Path
     config: "LoraConfig"
+    base: str  # folder or Hub id of the base model
     load_in_4bit: bool  # whether the base was loaded in 4 bits during training
-
-    @property
-    def base(self) -> str:
-        """Folder or Hub id of the base model."""
-        return self.config.base_model_name_or_path
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -53,7 +51,7 @@ def read_adapter(folder: Path) -> AdapterFolder:
 
     record_file = folder / ADAPTER_BASE
     try:
-        config = PeftConfig.from_pretrained(folder)
+        config = PeftConfig.from_pretrained(str(folder))
         record = {**json.loads(record_file.read_text(encoding="utf-8"))} if record_file.is_file() else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"The adapter {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
@@ -72,7 +70,7 @@ def read_adapter(folder: Path) -> AdapterFolder:
             f"The adapter {folder} was trained with another model than {base}: the sha256 differs. Restore that "
             f"model, or {correction}."
         )
-    return AdapterFolder(folder, config, bool(record.get("load_in_4bit")))
+    return AdapterFolder(folder, config, base, bool(record.get("load_in_4bit")))
 
 
 def merge_adapter(model: "GPT2LMHeadModel", adapter: AdapterFolder) -> "GPT2LMHeadModel":
@@ -84,7 +82,7 @@ def merge_adapter(model: "GPT2LMHeadModel", adapter: AdapterFolder) -> "GPT2LMHe
     """
     from peft import get_peft_model
 
-    rows, largest = model.get_input_embeddings().num_embeddings, max(_trained_rows(adapter.config), default=0)
+    rows, largest = model.transformer.wte.num_embeddings, max(_trained_rows(adapter.config), default=0)
     if largest >= rows:
         raise MismatchError(
             f"The adapter {adapter.folder} has an embedding row for token {largest:,}, but {adapter.base!r} has only "
@@ -96,7 +94,8 @@ def merge_adapter(model: "GPT2LMHeadModel", adapter: AdapterFolder) -> "GPT2LMHe
     adapter.config.fan_in_fan_out = True  # stock weights are (in, out); the 4-bit weights of training are (out, in)
     adapted = get_peft_model(model, adapter.config)
     load_adapter(adapted, adapter.folder)
-    return adapted.merge_and_unload().requires_grad_(True)  # PEFT has frozen the base
+    merged = cast("GPT2LMHeadModel", adapted.merge_and_unload())
+    return merged.requires_grad_(True)  # PEFT has frozen the base
 
 
 def load_adapter(adapted: "PeftModel", folder: Path) -> None:
@@ -118,7 +117,7 @@ def load_adapter(adapted: "PeftModel", folder: Path) -> None:
         raise DataError(f"Cannot load the adapter in {folder}: {' '.join(str(error).split())[:200]}") from None
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     config = adapted.peft_config["default"]
-    rows, saved_rows = _trained_rows(config), _trained_rows(PeftConfig.from_pretrained(folder))
+    rows, saved_rows = _trained_rows(config), _trained_rows(PeftConfig.from_pretrained(str(folder)))
     if rows != saved_rows and set(rows) <= set(saved_rows):
         for name in [name for name in weights if name.endswith("trainable_tokens_delta")]:
             weights[name] = weights[name][[saved_rows.index(row) for row in rows]]
@@ -135,9 +134,9 @@ def load_adapter(adapted: "PeftModel", folder: Path) -> None:
     set_peft_model_state_dict(adapted, weights)
 
 
-def _trained_rows(config: "LoraConfig") -> list[int]:
+def _trained_rows(config: "PeftConfig") -> list[int]:
     """The embedding rows that an adapter trains. PEFT accepts a list, or a dictionary of lists by module name."""
-    rows = config.trainable_token_indices or []
+    rows = getattr(config, "trainable_token_indices", None) or []
     return [row for part in rows.values() for row in part] if isinstance(rows, dict) else list(rows)
 
 
@@ -153,6 +152,7 @@ def weights_sha256(name_or_path: str) -> str | None:
     for name in (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME, utils.WEIGHTS_NAME, utils.WEIGHTS_INDEX_NAME):
         try:
             file = utils.cached_file(name_or_path, name)
+            assert file is not None, "a missing file is an OSError"
             files = get_checkpoint_shard_files(name_or_path, file)[0] if name in indices else [file]
         except (OSError, ValueError):
             continue
@@ -161,9 +161,14 @@ def weights_sha256(name_or_path: str) -> str | None:
     return None
 
 
-def block_matrices(model: "GPT2LMHeadModel") -> "Iterator[tuple[nn.Module, str, nn.Module]]":
+def iterate_blocks(model: "GPT2LMHeadModel") -> "Iterator[GPT2Block]":
+    """The blocks of a stock GPT-2, with their type, which `nn.ModuleList` does not have."""
+    return iter(cast("Iterable[GPT2Block]", model.transformer.h))
+
+
+def block_matrices(model: "GPT2LMHeadModel") -> "Iterator[tuple[nn.Module, str, Conv1D]]":
     """(parent module, attribute name, module) for the four `Conv1D` layers of every block, with weights (in, out)."""
-    for block in model.transformer.h:
+    for block in iterate_blocks(model):
         for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"), (block.mlp, "c_proj")):
             yield part, name, getattr(part, name)
 

@@ -119,6 +119,11 @@ def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, **options)["input_ids"]
 
 
+def token_id(tokenizer, token: str) -> int:
+    """The id of a token. The tokenizer's own method is declared to return a number or a list."""
+    return tokenizer.convert_tokens_to_ids(token)
+
+
 @functools.lru_cache(maxsize=8)
 def _system_message(render: Callable[..., str], template: str) -> str:
     rendered = render([{"role": "user", "content": ""}], chat_template=template, tokenize=False)

@@ -157,7 +157,8 @@ def _find_training_runs(folder: Path) -> list[Path]:
     """
     runs = find_runs(_find_story(folder))
     outputs = {run: _hash_weights(run / "model") for run in runs}
-    used, wanted = set(), {_hash_weights(folder)}
+    used: set[Path] = set()
+    wanted = {_hash_weights(folder)}
     while added := {run for run in runs if outputs[run] in wanted} - used:
         used |= added
         inputs = [files for run in added for files in read_run_record(run).get("inputs", {}).values()]

@@ -146,6 +146,7 @@ def check_source(
     filters = filters or Filters()
     seen: set[bytes] = set()
     batch: list[tuple[str, dict]] = []
+    longest = max_length if tokenizer is not None and kind != "document" else None
     for row in tqdm(rows, desc=f"check {spec}", unit=" rows", disable=None, leave=False):
         text = row_text(row)
         row_digest = exact_digest(row, text_digest(text))
@@ -159,13 +160,13 @@ def check_source(
             rows.withdraw(rows.place, rejected_row, row)
             continue
         seen.add(row_digest)
-        if tokenizer is not None and max_length and kind != "document":
+        if longest:
             batch.append((rows.place, row))
             if len(batch) == BATCH_ROWS:
-                _check_lengths(batch, tokenizer, max_length, rows)
+                _check_lengths(batch, tokenizer, longest, rows)
                 batch = []
-    if batch:
-        _check_lengths(batch, tokenizer, max_length, rows)
+    if longest and batch:
+        _check_lengths(batch, tokenizer, longest, rows)
     return CheckResult(spec, guessed, rows.stats, evaluation_text)
 
 
@@ -191,9 +192,11 @@ def _check_lengths(batch: list[tuple[str, dict]], tokenizer, max_length: int, ro
     encoded = iter(encode_conversations(tokenizer, conversations, max_length))
     for place, row in batch:
         sides = [next(encoded) for _ in _conversations(row)]
-        if None in sides or ("chosen" in row and any(side.dropped_turns for side in sides)):
+        fitting = [side for side in sides if side is not None]
+        is_cut = any(side.dropped_turns for side in fitting)
+        if len(fitting) < len(sides) or ("chosen" in row and is_cut):
             rows.withdraw(place, RejectedRow("over-long", f"no exchange fits into {max_length} tokens"), row)
-        elif any(side.dropped_turns for side in sides):
+        elif is_cut:
             rows.stats.cut += 1
 
 
@@ -245,6 +248,7 @@ def show_row(
     return place, {
         title: list(_tokens(tokenizer, sequence.input_ids, sequence.labels))
         for title, sequence in zip(titles, encoded, strict=True)
+        if sequence is not None  # there is no limit, so every sequence fits
     }
 
 

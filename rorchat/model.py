@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rorchat.adapter import is_adapter, merge_adapter, read_adapter
+from rorchat.adapter import is_adapter, iterate_blocks, merge_adapter, read_adapter
 from rorchat.chatml import CONTROL_TOKENS, END_OF_TEXT, IM_END, PAD
 from rorchat.errors import DataError, MismatchError, RemoteError, UsageError, did_you_mean
 
@@ -124,7 +124,7 @@ def zero_output_projections(model: "GPT2LMHeadModel") -> None:
     With Muon, whose update size is independent of the gradient, this reaches the same loss with fewer tokens (see
     docs/LOG.md).
     """
-    for block in model.transformer.h:
+    for block in iterate_blocks(model):
         for projection in (block.attn.c_proj, block.mlp.c_proj):
             projection.weight.detach().zero_()
 
@@ -153,14 +153,15 @@ def load_checkpoint(name_or_path: str, tokenizer, seed: int = 0) -> "GPT2LMHeadM
     for dropout in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         setattr(config, dropout, 0.0)
     try:
-        model, info = GPT2LMHeadModel.from_pretrained(
+        loaded: tuple[GPT2LMHeadModel, dict] = GPT2LMHeadModel.from_pretrained(  # type: ignore[assignment]
             name_or_path, config=config, dtype=torch.float32, output_loading_info=True
-        )
+        )  # declared to return a model, but with `output_loading_info` it is a pair
     except (OSError, SafetensorError) as error:
         raise DataError(f"Cannot load the weights of {name_or_path!r}: {' '.join(str(error).split())[:200]}") from None
+    model, info = loaded
     if info["missing_keys"]:
         raise DataError(f"{name_or_path!r} has no weights for {', '.join(sorted(info['missing_keys'])[:4])}.")
-    rows = model.get_input_embeddings().num_embeddings
+    rows = model.transformer.wte.num_embeddings
     # vocab_size counts no added tokens: GPT-2's 50,257 match the 50,257 rows of its model
     if not tokenizer.vocab_size <= rows <= len(tokenizer):
         raise MismatchError(
@@ -194,9 +195,9 @@ def _read_config(name_or_path: str) -> "GPT2Config":
 def _enlarge_embeddings(model: "GPT2LMHeadModel", rows: int) -> None:
     import torch
 
-    old = model.get_input_embeddings().weight.detach().clone()
+    old = model.transformer.wte.weight.detach().clone()
     model.resize_token_embeddings(rows, mean_resizing=False)
-    weight = model.get_input_embeddings().weight
+    weight = model.transformer.wte.weight
     with torch.no_grad():
         noise = torch.randn(rows - len(old), old.size(1)) * old.std(dim=0)
         weight[len(old) :] = old.mean(dim=0) + noise
@@ -221,7 +222,7 @@ def _set_generation_config(model: "GPT2LMHeadModel", tokenizer) -> None:
 
 def check_fit(model: "GPT2LMHeadModel", tokenizer, length: int | None = None, setting: str = "block_size") -> None:
     """Raises MismatchError if the tokenizer is not the model's or `length` tokens exceed the context window."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows = model.transformer.wte.num_embeddings
     if rows != len(tokenizer):
         raise MismatchError(
             f"The model has {rows:,} embedding rows, but the tokenizer has {len(tokenizer):,} tokens: use the "

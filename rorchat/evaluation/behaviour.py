@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from rorchat.chatml import IM_END, encode_prompt
+from rorchat.chatml import IM_END, encode_prompt, token_id
 from rorchat.evaluation.text_measures import (
     LANGUAGES,
     closes_turn,
@@ -137,13 +137,14 @@ def _ask(chat: ChatModel, prompts: Sequence[Prompt], limit: int, temperature: fl
     replies = generate_replies(
         chat, [prompt.messages for prompt in asked], max_new_tokens=limit, temperature=temperature
     )
-    end_of_turn = chat.tokenizer.convert_tokens_to_ids(IM_END)
+    end_of_turn = token_id(chat.tokenizer, IM_END)
     control_ids = frozenset(chat.tokenizer.all_special_ids)
     exchanges = []
     for prompt, reply in zip(asked, replies, strict=True):
         encoded = encode_prompt(chat.tokenizer, prompt.messages, n_positions=chat.n_positions, max_new_tokens=limit)
         exchange = Exchange(prompt, tuple(encoded.input_ids), reply, "", control_ids, end_of_turn)
-        exchanges.append(replace(exchange, text=chat.tokenizer.decode(exchange.ids, skip_special_tokens=False)))
+        (text,) = chat.tokenizer.batch_decode([list(exchange.ids)], skip_special_tokens=False)
+        exchanges.append(replace(exchange, text=text))
     harmless_exchanges = iter(exchanges[len(prompts) :])
     return [
         replace(exchange, harmless=next(harmless_exchanges)) if exchange.prompt.word else exchange

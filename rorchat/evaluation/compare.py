@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rorchat.chatml import END_OF_TEXT, encode_text
+from rorchat.chatml import END_OF_TEXT, encode_text, token_id
 from rorchat.errors import MismatchError
 from rorchat.evaluation.loss import Loss, compute_dataset_loss, gzip_bits_per_byte
 from rorchat.evaluation.scores import Scores, score_chat
@@ -59,9 +59,10 @@ def _randomize(chat: ChatModel) -> ChatModel:
     from transformers import GPT2LMHeadModel, set_seed
 
     set_seed(0)
-    model = GPT2LMHeadModel(chat.model.config).to(chat.model.device).eval()
+    model = GPT2LMHeadModel(chat.model.config)
+    model.to(chat.model.device)  # type: ignore[arg-type]  # a decorator of Transformers hides that this is a method
     model.generation_config = chat.model.generation_config
-    return ChatModel(model, chat.tokenizer)
+    return ChatModel(model.eval(), chat.tokenizer)
 
 
 def load_validation_documents(text: str, tokenizer) -> list[str]:
@@ -91,12 +92,12 @@ def compute_document_loss(chat: ChatModel, documents: Sequence[str]) -> Loss:
     first is predicted exactly once.
     """
     check_fit(chat.model, chat.tokenizer)
-    start, width = chat.tokenizer.convert_tokens_to_ids(END_OF_TEXT), chat.n_positions
+    start, width = token_id(chat.tokenizer, END_OF_TEXT), chat.n_positions
     rows = []
     for ids in encode_text(chat.tokenizer, list(documents)):
-        ids = torch.tensor([start, *ids])
-        for first in range(0, len(ids) - 1, width - 1):
-            row = ids[first : first + width]
+        document = torch.tensor([start, *ids])
+        for first in range(0, len(document) - 1, width - 1):
+            row = document[first : first + width]
             rows.append({"input_ids": row, "labels": row})
     rows.sort(key=lambda row: len(row["input_ids"]))
     pad = chat.tokenizer.pad_token_id

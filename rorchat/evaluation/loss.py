@@ -2,8 +2,9 @@
 
 import gzip
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.nn import functional as F
 
 from rorchat.chatml import IGNORE_INDEX
 from rorchat.evaluation.text_measures import bits_per_byte
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
 
 TOKENS_PER_CHUNK = 1024  # logits held at once: 1,024 x 50,304 x 4 bytes = 206 MB
 
@@ -48,8 +52,16 @@ class Loss:
         return bits_per_byte(self.text_nats, self.utf8_bytes)
 
 
+class Rows(Protocol):
+    """Rows with `input_ids` and `labels`, by number: a list, or a dataset of torch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 @torch.no_grad()
-def compute_batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], token_bytes: Tensor) -> Loss:
+def compute_batch_loss(model: "GPT2LMHeadModel", batch: dict[str, Tensor], token_bytes: Tensor) -> Loss:
     """The loss of one batch; the language-model head runs on labelled positions only.
 
     Args:
@@ -74,8 +86,8 @@ def compute_batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], token_b
 
 
 def compute_dataset_loss(
-    model: torch.nn.Module,
-    rows: Sequence[dict[str, Tensor]],
+    model: "GPT2LMHeadModel",
+    rows: Rows,
     collate: Callable[[list[dict]], dict[str, Tensor]],
     token_bytes: Tensor,
     batch_size: int,

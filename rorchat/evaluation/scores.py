@@ -5,7 +5,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rorchat.chatml import IM_END
+from rorchat.chatml import IM_END, token_id
 from rorchat.evaluation.text_measures import closes_turn
 from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.persona import Persona, build_probes
@@ -86,7 +86,7 @@ def score_chat(
         first_of_kind.setdefault(question.kind, (question.text, reply.text))
     for probe, reply in zip(persona_probes, replies[len(asked) :], strict=True):
         scores.persona.add(probe.passes(reply.text))
-    end_of_turn = chat.tokenizer.convert_tokens_to_ids(IM_END)
+    end_of_turn = token_id(chat.tokenizer, IM_END)
     for reply in replies:
         scores.stops.add(closes_turn(reply.ids, end_of_turn))
     scores.kinds = dict(kinds)

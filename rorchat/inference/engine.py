@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from rorchat.chatml import END_OF_TEXT, PAD, encode_prompt, encode_text
+from rorchat.chatml import END_OF_TEXT, PAD, encode_prompt, encode_text, token_id
 from rorchat.errors import DataError, UsageError
 from rorchat.model import check_fit, load_checkpoint
 from rorchat.tokenizer import load_tokenizer
@@ -93,7 +93,8 @@ def load_model(name_or_path: str, device: str | None = None, *, require_chat: bo
     model = load_checkpoint(folder, tokenizer)
     check_fit(model, tokenizer)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return ChatModel(model.to(device).eval(), tokenizer)
+    model.to(device)  # type: ignore[arg-type]  # a decorator of Transformers hides that this is a method
+    return ChatModel(model.eval(), tokenizer)
 
 
 def to_messages(prompt: str | Messages) -> Messages:
@@ -142,14 +143,17 @@ def _generate(
     import torch
 
     longest = max(map(len, prompts))
-    pad = chat.tokenizer.convert_tokens_to_ids(PAD)
+    pad = token_id(chat.tokenizer, PAD)
     device = chat.model.device
     input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=device)
     attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     limit = min(kwargs["max_new_tokens"], chat.n_positions - longest)
     kwargs = {**kwargs, "max_new_tokens": limit}
     with torch.inference_mode():
-        output = chat.model.generate(input_ids, attention_mask=attention_mask, use_cache=True, **kwargs, **more)
+        # declared for models of a protocol that GPT-2 does not satisfy, and for all kinds of results
+        output: Tensor = chat.model.generate(  # type: ignore[misc, assignment]
+            input_ids, attention_mask=attention_mask, use_cache=True, **kwargs, **more
+        )
     return output, longest
 
 
@@ -206,7 +210,7 @@ def generate_replies(
             ids = _cut_after_stop(row, stop_ids)
             stopped = ids[-1] in stop_ids
             tokens = len(ids) - stopped
-            text = chat.tokenizer.decode(ids[:tokens], skip_special_tokens=True)
+            (text,) = chat.tokenizer.batch_decode([ids[:tokens]], skip_special_tokens=True)
             replies[index] = Reply(text, stopped, tokens, encoded[index].notice(), tuple(ids))
     return [replies[index] for index in range(len(prompts))]
 
@@ -251,9 +255,9 @@ def stream_text(
 
 def continue_texts(chat: ChatModel, texts: Sequence[str], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
     """Continues each text as the beginning of a document, not as a user message. Returns the continuations."""
-    start = chat.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    start = token_id(chat.tokenizer, END_OF_TEXT)
     kwargs = _build_generate_kwargs(chat, max_new_tokens, temperature, None)
     room = chat.n_positions - max_new_tokens - 1
     prompts = [[start, *ids[max(0, len(ids) - room) :]] for ids in encode_text(chat.tokenizer, list(texts))]
     output, width = _generate(chat, prompts, kwargs)
-    return [chat.tokenizer.decode(row, skip_special_tokens=True) for row in output[:, width:].tolist()]
+    return chat.tokenizer.batch_decode(output[:, width:].tolist(), skip_special_tokens=True)
