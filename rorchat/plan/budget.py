@@ -110,12 +110,14 @@ class Request:
         """
         if self.flops:
             return self.flops / setup.flops(shape)
-        if self.money and not self.price:
-            raise UsageError(
-                f"{self.device.name} has no price: give --dollars_per_hour, or name a device that has one, as in "
-                "--device H100."
-            )
-        hours = self.money / self.price if self.money else self.hours
+        hours = self.hours
+        if self.money:
+            if not self.price:
+                raise UsageError(
+                    f"{self.device.name} has no price: give --dollars_per_hour, or name a device that has one, as in "
+                    "--device H100."
+                )
+            hours = self.money / self.price
         return hours / compute_hours(1, seconds_per_token) if hours else math.inf
 
 
@@ -385,5 +387,5 @@ def _explain_memory(request: Request, too_large: DoesNotFit) -> str:
     largest = f"the largest that fits now is {format_size(fitting[-1])}" if fitting else "no shape fits now"
     return (
         f"{format_size(too_large.shape)} needs {need / 1e9:.1f} GB for a micro-batch of one row of {setup.block_size} "
-        f"tokens; {setup.device.name} has {setup.device.memory_bytes / 1e9:.1f} GB. {remedy}; {largest}."
+        f"tokens; {setup.device.name} has {setup.memory_bytes / 1e9:.1f} GB. {remedy}; {largest}."
     )

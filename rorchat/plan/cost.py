@@ -68,6 +68,19 @@ class Setup:
         return 4 if self.precision == "fp32" else 2
 
     @property
+    def memory_bytes(self) -> int:
+        """Memory of one device.
+
+        Raises:
+            UsageError: the table of devices does not contain the value.
+        """
+        if not self.device.memory_bytes:
+            raise UsageError(
+                f"{self.device.name} has no memory_gb in the table of devices: add it to a file and pass it as --devices."
+            )
+        return self.device.memory_bytes
+
+    @property
     def peak(self) -> float:
         """Peak FLOP/s of one device in this precision.
 
@@ -220,12 +233,8 @@ def fits_memory(setup: Setup, shape: Shape, micro_batch: int, accumulates: bool 
     Raises:
         UsageError: the table of devices does not know the memory.
     """
-    if not setup.device.memory_bytes:
-        raise UsageError(
-            f"{setup.device.name} has no memory_gb in the table of devices: add it to a file and pass it as --devices."
-        )
-    need = sum(estimate_memory(setup, shape, micro_batch, accumulates).values())
-    return need <= MEMORY_SHARE * setup.device.memory_bytes
+    available = MEMORY_SHARE * setup.memory_bytes
+    return sum(estimate_memory(setup, shape, micro_batch, accumulates).values()) <= available
 
 
 def find_largest_micro_batch(setup: Setup, shape: Shape, rows: int, limit: int) -> int:

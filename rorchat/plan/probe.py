@@ -100,9 +100,9 @@ def build_step(plan: Plan, micro_batch: int) -> tuple[Callable[[], None], Callab
     keep_freed_memory()
     setup = plan.setup
     torch_device = "cpu" if setup.device.is_cpu else "cuda"
-    model = (
-        build_model(format_size(plan.shape), _Vocabulary(setup.vocabulary), setup.block_size).to(torch_device).train()
-    )
+    model = build_model(format_size(plan.shape), _Vocabulary(setup.vocabulary), setup.block_size)
+    model.to(torch_device)  # type: ignore[arg-type]  # a decorator of Transformers hides that this is a method
+    model.train()
     if setup.gradient_checkpointing:
         model.activation_checkpointing_enable()
     patch_lm_head_loss(model, compiled=setup.kernels == "compiled", whole_rows=True)

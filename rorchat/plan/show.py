@@ -70,7 +70,7 @@ def build_rows(plan: Plan) -> list[list[str]]:
         [
             "memory",
             f"{sum(memory.values()) / 1e9:.2f} GB",
-            f"of {setup.device.memory_bytes / 1e9:.1f} GB; optimizer: {setup.optimizer}",
+            f"of {setup.memory_bytes / 1e9:.1f} GB; optimizer: {setup.optimizer}",
         ],
     ]
     return rows + [[f"- {part}", f"{size / 1e9:.2f} GB", ""] for part, size in memory.items()]

@@ -126,8 +126,9 @@ class ShardTokenizer:
         """Conversations in the chat format, with control tokens, each after an `<|endoftext|>`."""
         conversations = [document.row["messages"] for document in documents]
         encoded = encode_conversations(self.tokenizer, conversations, encode=self.encoder.encode_texts)
-        end_of_text = self.encoder.end_of_text
-        return _concatenate([[end_of_text, *conversation.input_ids] for conversation in encoded], self.encoder.dtype)
+        # there is no limit, so every conversation fits
+        rows = [[self.encoder.end_of_text, *conversation.input_ids] for conversation in encoded if conversation]
+        return _concatenate(rows, self.encoder.dtype)
 
 
 def _utf8_bytes(text: str) -> int:
