@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, GPT2LMHeadModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rorchat.adapter import iterate_blocks
 
 CAUSAL_ATTENTION, PACKED_ATTENTION = "causal_sdpa", "packed_sdpa"  # Transformers builds no mask for these names
 
@@ -71,8 +73,9 @@ def attend_by_sequence(
     parts = iter(zip(*(x.split(sizes) for x in (query, key, value)), strict=True))
 
     def attend(*qkv: Tensor) -> Tensor:
-        qkv = [x.transpose(0, 1).unsqueeze(0) for x in qkv]  # (L, H, D) -> (1, H, L, D)
-        return F.scaled_dot_product_attention(*qkv, dropout_p=dropout, scale=scaling, is_causal=True)[0].transpose(0, 1)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in qkv)  # (L, H, D) -> (1, H, L, D)
+        output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True)
+        return output[0].transpose(0, 1)
 
     outputs = []
     for prefix_size, *continuations in prefix_groups:
@@ -89,11 +92,13 @@ def attend_by_varlen_kernel(
     query: Tensor, key: Tensor, value: Tensor, prefix_groups: Sequence[PrefixGroup], scaling
 ) -> Tensor:
     """Call the variable-length kernel once for all sequences: (N, H, D) each -> (N, H, D)."""
-    index, bounds, longest = _varlen_layout(tuple(prefix_groups), query.device)
+    index, (query_bounds, key_bounds), (most_queries, most_keys) = _varlen_layout(tuple(prefix_groups), query.device)
     if index is not None:
         key, value = key[index], value[index]  # (K, H, D), K >= N
     # the causal window is aligned to the last key, so a continuation attends to its whole prefix
-    return varlen_attn(query, key, value, *bounds, *longest, scale=scaling, window_size=(-1, 0))
+    return varlen_attn(  # type: ignore[return-value]  # a pair only on request
+        query, key, value, query_bounds, key_bounds, most_queries, most_keys, scale=scaling, window_size=(-1, 0)
+    )
 
 
 @functools.lru_cache(maxsize=1)  # all blocks use the same layout for a micro-batch
@@ -111,7 +116,8 @@ def _varlen_layout(
         - the cumulative lengths of the query sequences and of the key sequences, (sequences + 1,) each
         - the lengths of the longest query sequence and of the longest key sequence
     """
-    key_positions, query_lengths = [], []
+    key_positions: list[Sequence[int]] = []
+    query_lengths = []
     start = 0
     for prefix, *continuations in prefix_groups:
         length = prefix + sum(continuations[:1])
@@ -156,15 +162,16 @@ def packed_attention(config) -> contextlib.AbstractContextManager:
     return _attention_implementation(config, PACKED_ATTENTION)
 
 
-def patch_packed_attention(model: nn.Module) -> None:
+def patch_packed_attention(model: GPT2LMHeadModel) -> None:
     """Makes every block of a stock GPT-2 use packed attention when it is called with `prefix_groups`.
 
     The context manager alone is not enough: gradient checkpointing calls blocks again in the backward pass, after the
     context has ended.
     """
-    for block in model.transformer.h:
-        if "forward" not in vars(block.attn):
-            block.attn.forward = functools.partial(_forward_with_groups, block.attn, block.attn.forward)
+    for block in iterate_blocks(model):
+        attention = block.attn
+        if "forward" not in vars(attention):  # replaced in the instance, which hides the method
+            vars(attention)["forward"] = functools.partial(_forward_with_groups, attention, attention.forward)
 
 
 def _forward_with_groups(attention: nn.Module, stock_forward, *args, **kwargs):
@@ -174,10 +181,10 @@ def _forward_with_groups(attention: nn.Module, stock_forward, *args, **kwargs):
         return stock_forward(*args, **kwargs)
 
 
-def skip_padding_warning(model: nn.Module) -> None:
+def skip_padding_warning(model: GPT2LMHeadModel) -> None:
     """Disable a check of Transformers that searches every batch for padding and then recommends an attention mask.
 
     The mask is not needed: batches are padded on the right (rorchat/mixture/collators.py), and in a causal model no
     token attends to the padding after it.
     """
-    model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
+    vars(model.transformer)["warn_if_padding_and_no_attention_mask"] = lambda *_: None

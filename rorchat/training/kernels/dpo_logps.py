@@ -13,8 +13,9 @@ replies, one slice at a time, and its logits are recomputed in the backward pass
 import functools
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+from transformers import GPT2LMHeadModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from rorchat.training.kernels.attention import PrefixGroup, patch_packed_attention, skip_padding_warning
@@ -47,9 +48,9 @@ class LogProbabilities(torch.autograd.Function):
             is_top1.append(logits.argmax(dim=-1) == part_targets)
         ctx.save_for_backward(hidden, weight, targets, rows, torch.cat(sums))
         ctx.row_ids, ctx.dtype, ctx.tied = row_ids, dtype, tied
-        is_top1 = torch.cat(is_top1)
-        ctx.mark_non_differentiable(is_top1)
-        return torch.cat(log_probs), is_top1
+        top1 = torch.cat(is_top1)
+        ctx.mark_non_differentiable(top1)
+        return torch.cat(log_probs), top1
 
     @staticmethod
     @once_differentiable
@@ -60,7 +61,7 @@ class LogProbabilities(torch.autograd.Function):
             head.backward(slice_[0], _logits_gradient(head, *slice_))
             for slice_ in head.split(hidden, targets, sums, gradient)
         ]
-        hidden_gradient = torch.cat(parts) if head.needs_hidden else None
+        hidden_gradient = torch.cat([part for part in parts if part is not None]) if head.needs_hidden else None
         return as_input_gradients(hidden_gradient, hand_over(ctx.tied, head.weight_gradient), head.rows_gradient)
 
 
@@ -86,7 +87,7 @@ def reply_masks(group_sizes: Tensor) -> tuple[Tensor, Tensor]:
     return positions < ends, (positions >= prompts) & (positions < ends)
 
 
-def patch_dpo_logps(model: nn.Module) -> None:
+def patch_dpo_logps(model: GPT2LMHeadModel) -> None:
     """Patches the forward method of a stock GPT-2 so that `model(input_ids=..., group_sizes=...)` scores pairs.
 
     The arguments and the output are those of `score_replies`. Without `group_sizes`, the stock method is called.
@@ -101,10 +102,10 @@ def patch_dpo_logps(model: nn.Module) -> None:
             return stock_forward(*args, **kwargs)
         return score_replies(model, kwargs["input_ids"], group_sizes)
 
-    model.forward = forward
+    vars(model)["forward"] = forward
 
 
-def score_replies(model: nn.Module, input_ids: Tensor, group_sizes: Tensor) -> FusedCausalLMOutput:
+def score_replies(model: GPT2LMHeadModel, input_ids: Tensor, group_sizes: Tensor) -> FusedCausalLMOutput:
     """The log-probability of every token of both replies of every pair, in TRL's layout.
 
     Args:

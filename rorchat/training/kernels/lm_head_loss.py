@@ -7,12 +7,16 @@ without labels it behaves as the stock model, and its config does not change.
 
 import contextlib
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from rorchat.adapter import iterate_blocks
 from rorchat.chatml import IGNORE_INDEX
 from rorchat.training.kernels.attention import (
     PrefixGroup,
@@ -51,7 +55,7 @@ class HeadLoss(torch.autograd.Function):
         for part, targets in head.split(hidden, labels):  # (n, D), (n,): one slice
             loss, part_gradient = _slice_loss(head, part, targets)
             total += loss
-            if part_gradient is not None:
+            if hidden_gradient is not None and part_gradient is not None:
                 hidden_gradient[start : start + len(part)] = part_gradient
             start += len(part)
         ctx.gradients, ctx.tied = (hidden_gradient, head.weight_gradient, head.rows_gradient), tied
@@ -139,7 +143,7 @@ def head_loss(
     return apply_head(HeadLoss, hidden, weight, labels, tied, trained_rows)
 
 
-def patch_lm_head_loss(model: nn.Module, compiled: bool = False, whole_rows: bool = False) -> None:
+def patch_lm_head_loss(model: GPT2LMHeadModel, compiled: bool = False, whole_rows: bool = False) -> None:
     """Replaces the forward pass of a stock GPT-2 by one with `head_loss` and attention without a mask.
 
     `model(labels=...)` then returns the loss without logits; without labels the model behaves as before. With
@@ -174,22 +178,22 @@ def patch_lm_head_loss(model: nn.Module, compiled: bool = False, whole_rows: boo
         items = (labels[:, 1:] != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=loss / items)
 
-    model.forward = forward
+    vars(model)["forward"] = forward
 
 
-def head_weight(model: nn.Module) -> tuple[Tensor, TrainedRows | None]:
+def head_weight(model: GPT2LMHeadModel) -> tuple[Tensor, TrainedRows | None]:
     """The head's weight (V, D), and the rows that are trained in place of it if it is frozen.
 
     Call this after the model's body, because FSDP gathers a sharded weight during the forward pass of the body.
     """
     trained_rows = find_trained_rows(model)
-    weight = model.get_output_embeddings().weight if trained_rows is None else trained_rows.frozen
+    weight = model.lm_head.weight if trained_rows is None else trained_rows.frozen
     return weight, trained_rows
 
 
 def hidden_states(
-    model: nn.Module,
-    base: nn.Module,
+    model: GPT2LMHeadModel,
+    base: Callable[..., Any],
     args: tuple,
     kwargs: dict,
     prefix_groups: list[PrefixGroup] | None,
@@ -210,7 +214,7 @@ def hidden_states(
     tied = TiedGradient() if (has_only_ids or prefix_groups) and is_lookup_plain(model) else None
     trained_rows, embedded = find_trained_rows(model), None
     if tied is not None:
-        embedded = TiedLookup.apply(model.get_input_embeddings().weight, kwargs["input_ids"], tied)
+        embedded = TiedLookup.apply(model.transformer.wte.weight, kwargs["input_ids"], tied)
     elif trained_rows is not None and "input_ids" in kwargs:
         embedded = trained_rows.look_up(kwargs["input_ids"])
     if embedded is not None:
@@ -233,15 +237,15 @@ def _sequences_as_groups(sequence_lengths: Tensor, width: int) -> list[PrefixGro
         sequence_lengths: (B, S), 0 where a row has fewer than S sequences.
         width: Tokens per row.
     """
-    groups = []
+    groups: list[PrefixGroup] = []
     for lengths in sequence_lengths.tolist():
         groups += [(length,) for length in (*lengths, width - sum(lengths)) if length]
     return groups
 
 
-def is_lookup_plain(model: nn.Module) -> bool:
+def is_lookup_plain(model: GPT2LMHeadModel) -> bool:
     """Whether `TiedLookup` can replace the token embedding: tied to the head, trainable, unsharded, without hooks."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.transformer.wte, model.lm_head
     if type(embedding) is not nn.Embedding or "forward" in vars(embedding):  # accelerate replaces `forward`
         return False
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -253,8 +257,8 @@ def is_lookup_plain(model: nn.Module) -> bool:
     return torch.is_grad_enabled() and is_tied and head.weight.requires_grad
 
 
-def patch_gelu(model: nn.Module) -> None:
+def patch_gelu(model: GPT2LMHeadModel) -> None:
     """Computes `gelu_new` with one fused kernel, which takes 20 % off a training step of a small model on a CPU."""
     if model.config.activation_function == "gelu_new":
-        for block in model.transformer.h:
+        for block in iterate_blocks(model):
             block.mlp.act = nn.GELU(approximate="tanh")

@@ -9,14 +9,17 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from rorchat.adapter import iterate_blocks
 
 #: Elements of a hidden state (tokens x width) from which it pays off: below, the Python overhead is a tenth of a step.
 MIN_RECOMPUTE_ELEMENTS = 2**20
 
 
 @contextlib.contextmanager
-def recompute_cheap_outputs(model: nn.Module) -> Iterator[None]:
+def recompute_cheap_outputs(model: GPT2LMHeadModel) -> Iterator[None]:
     """A context in which forward passes of a stock GPT-2 do not keep the outputs of norms and of the GELU.
 
     Gradients are equal to the bit. Under autocast a matrix product keeps its own copy of a norm's output in bf16 or
@@ -59,7 +62,7 @@ def recompute_cheap_outputs(model: nn.Module) -> Iterator[None]:
         with torch.no_grad(), torch.autocast(layer_input.device.type, enabled=False):
             return layer.forward(layer_input).view(shape)
 
-    cheap = [module for block in model.transformer.h for module in (block.ln_1, block.ln_2, block.mlp.act)]
+    cheap = [module for block in iterate_blocks(model) for module in (block.ln_1, block.ln_2, block.mlp.act)]
     handles = [
         module.register_forward_hook(note_output)
         for module in cheap

@@ -6,11 +6,12 @@ exist at any time. `lm_head_loss` and `dpo_logps` build their autograd functions
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from transformers import GPT2LMHeadModel
 
 MAX_LOGITS = 2**25  # maximum number of logits in a slice: 134 MB in float32
 
@@ -42,9 +43,9 @@ class TrainedRows(NamedTuple):
         return torch.where(is_row.any(-1, keepdim=True), embedded, nn.functional.embedding(ids, self.frozen))
 
 
-def find_trained_rows(model: nn.Module) -> TrainedRows | None:
+def find_trained_rows(model: GPT2LMHeadModel) -> TrainedRows | None:
     """The rows of the tied embedding that PEFT trains in this model, None if there are none."""
-    adapter = getattr(model.get_input_embeddings(), "token_adapter", None)
+    adapter = getattr(model.transformer.wte, "token_adapter", None)
     if adapter is None:
         return None
     (name,) = adapter.active_adapters
@@ -76,7 +77,9 @@ class SlicedHead:
         self.rows = None if rows is None else rows.to(dtype)
         self.needs_hidden = needs[0]
         self.weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None  # (V, D)
-        self.rows_gradient = torch.zeros_like(rows, dtype=torch.float32) if needs[2] else None  # (K, D)
+        self.rows_gradient: Tensor | None = None  # (K, D)
+        if rows is not None and needs[2]:
+            self.rows_gradient = torch.zeros_like(rows, dtype=torch.float32)
 
     def split(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Splits tensors (N, ...) along N into slices whose logits are at most MAX_LOGITS numbers."""
@@ -87,7 +90,7 @@ class SlicedHead:
         """Logits in float32: (n, D) -> (n, V)."""
         hidden = hidden.to(self.dtype)
         logits = hidden @ self.weight.T
-        if self.rows is not None:
+        if self.rows is not None and self.row_ids is not None:
             logits.index_copy_(1, self.row_ids, hidden @ self.rows.T)
         return logits.float()
 
@@ -102,7 +105,7 @@ class SlicedHead:
             (n, D) in the dtype of `hidden`, None if it is not needed.
         """
         slice_dtype, hidden, gradient = hidden.dtype, hidden.to(self.dtype), gradient.to(self.dtype)
-        if self.rows is not None:
+        if self.row_ids is not None:
             rows_logits_gradient = gradient[:, self.row_ids]  # (n, K)
             gradient.index_fill_(1, self.row_ids, 0)  # these rows of the weight were not used
         if self.weight_gradient is not None and self.dtype == torch.float32:
@@ -134,7 +137,7 @@ def apply_head(
     targets: Tensor,
     tied: TiedGradient | None,
     trained_rows: TrainedRows | None,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:
     """Applies an autograd function of the head in the dtype of autocast.
 
     Autocast does not apply inside custom functions, and the last norm returns float32 under autocast.
@@ -149,7 +152,7 @@ def apply_head(
 
 def needed_gradients(ctx: FunctionCtx) -> tuple[bool, bool, bool]:
     """Whether hidden states, weight and trained rows need gradients; depends on the argument order in `apply_head`."""
-    hidden, weight, _, rows, *_ = ctx.needs_input_grad
+    hidden, weight, _, rows, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]  # set by torch in C++
     return hidden, weight, rows
 
 
