@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from transformers.integrations import INTEGRATION_TO_CALLBACK
@@ -25,7 +25,12 @@ from rorchat.training.optim import ADAMW_BETAS, OPTIMIZERS
 from rorchat.training.runtime import best_precision, keep_freed_memory, use_all_cores
 from rorchat.yaml_file import read_yaml
 
-Arguments = TypeVar("Arguments")
+if TYPE_CHECKING:
+    from transformers import TrainingArguments as _TrainerArguments
+else:
+    _TrainerArguments = object  # the class of each stage adds Transformers' or TRL's settings
+
+Arguments = TypeVar("Arguments", bound="DataArguments")
 TOKENS_FOLDER = "tokens"  # default folder of token stores, inside the folder of a run
 SMOKE_ROWS_PER_SOURCE = 64
 SMOKE_REPLY_TOKENS = 16  # a model that has not learned to stop would fill a quarter of the window
@@ -54,6 +59,8 @@ class DataArguments:
         default=0.01, metadata={"help": "Share of documents or conversations in the validation split, in (0, 1)."}
     )
     data_seed: int = field(default=0, metadata={"help": "Seed of generated sources and of the order of rows."})
+    #: The settings of the config file and the command line, which `parse` sets; the run's config.yaml.
+    given: dict[str, object] = field(default_factory=dict, init=False)
 
     def source_specs(self) -> list[str]:
         """Every source that the stage reads."""
@@ -68,7 +75,7 @@ class DataArguments:
 
 
 @dataclass
-class StageArguments(DataArguments):
+class StageArguments(DataArguments, _TrainerArguments):
     """The settings that all training stages share, beside those of Transformers' Trainer.
 
     A stage's class lists this one before Transformers' or TRL's, so that the defaults below take precedence.
@@ -135,10 +142,14 @@ class StageArguments(DataArguments):
         metadata={"help": "Back up checkpoints to this folder or Hub id, and resume from it."},
     )
 
+    if TYPE_CHECKING:  # never None, unlike in Transformers' settings
+        data_seed: int = 0
+        output_dir: str = ""
+
     # settings of Transformers and TRL with other defaults
     lr_scheduler_type: str = COOLDOWN_SCHEDULE
     gradient_checkpointing: bool = False
-    bf16: bool | None = None
+    bf16: bool | None = None  # type: ignore[assignment]  # until `resolve_defaults` chooses the precision
     save_total_limit: int = 2
     report_to: str = "none"
     disable_tqdm: bool = True
@@ -231,7 +242,7 @@ class StageArguments(DataArguments):
     def resolve_defaults(self) -> None:
         """Checks the settings and sets what must not be left to Transformers' defaults. Call before its own checks."""
         self.check_stage()
-        self.report_to = parse_trackers(self.report_to)
+        self.report_to = parse_trackers(self.report_to)  # type: ignore[assignment]  # one string on the command line
         if self.bf16 is None and not self.fp16:
             precision = best_precision(self.on_gpu)
             self.bf16, self.fp16 = precision["bf16"], precision["fp16"]
@@ -277,7 +288,8 @@ class StageParser(TrlParser):
     """TrlParser with errors of one line. Abbreviated options are refused: a guess would hide a typo."""
 
     def __init__(self, dataclass_type: type):
-        super().__init__(dataclass_type, allow_abbrev=False)
+        # Transformers declares the parameter as a type of its own, which no class has
+        super().__init__(dataclass_type, allow_abbrev=False)  # type: ignore[arg-type]
 
     def error(self, message: str):
         raise UsageError(f"{message.removesuffix('.')}. See --help.")

@@ -10,6 +10,7 @@ import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -27,6 +28,7 @@ from rorchat.adapter import (
 )
 from rorchat.chatml import CONTROL_TOKENS
 from rorchat.errors import UsageError
+from rorchat.training.arguments import StageArguments
 from rorchat.training.distributed import sharding_strategy
 
 ALPHA_PER_RANK = 2  # a layer adds 2 B A x, whatever the rank
@@ -35,7 +37,7 @@ ROWS = "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta"
 
 
 @dataclass
-class LoraArguments:
+class LoraArguments(StageArguments):
     """Low-rank adaptation (LoRA)."""
 
     lora_rank: int = field(
@@ -113,7 +115,7 @@ class Adapter:
 
     @property
     def model(self) -> GPT2LMHeadModel:
-        return self.peft.get_base_model()
+        return cast(GPT2LMHeadModel, self.peft.get_base_model())
 
     def save(self, folder: str | Path, tokenizer) -> None:
         """Writes an adapter that plain PEFT can load, with the tokenizer.
@@ -124,14 +126,14 @@ class Adapter:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
-        weights[ROWS] = self.model.get_input_embeddings().weight.detach()[self.rows]
+        weights[ROWS] = self.model.transformer.wte.weight.detach()[self.rows]
         weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        config = copy.copy(self.peft.peft_config["default"])
+        config = cast(LoraConfig, copy.copy(self.peft.peft_config["default"]))
         config.base_model_name_or_path = self.base
         config.trainable_token_indices, config.inference_mode = self.rows, True
-        config.target_modules = sorted(config.target_modules)  # a set: its order differs between processes
-        config.save_pretrained(folder)
+        config.target_modules = sorted(config.target_modules or ())  # a set: its order differs between processes
+        config.save_pretrained(str(folder))
         (folder / ADAPTER_BASE).write_text(json.dumps(self.base_record, indent=2) + "\n")
         tokenizer.save_pretrained(folder)
 
@@ -144,10 +146,10 @@ class Adapter:
         if self.base_record["load_in_4bit"]:  # PEFT would round the sum to 4 bits again
             for (part, name, layer), bias in zip(list(block_matrices(self.model)), self._biases, strict=True):
                 setattr(part, name, _as_merged_conv1d(layer, bias))
-        return self.peft.merge_and_unload()
+        return cast(GPT2LMHeadModel, self.peft.merge_and_unload())
 
 
-def _quantize_to_4_bits(model: GPT2LMHeadModel, arguments) -> None:
+def _quantize_to_4_bits(model: GPT2LMHeadModel, arguments: LoraArguments) -> None:
     """Replaces the matrices of the blocks by 4-bit ones: NF4 with quantized scales, a quarter of bf16's memory.
 
     Transformers quantizes while loading, but our embeddings are resized after loading, and its dequantized layers are
@@ -156,9 +158,10 @@ def _quantize_to_4_bits(model: GPT2LMHeadModel, arguments) -> None:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
-    kind = {"quant_type": "nf4", "compress_statistics": True}
+    kind: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
     for part, name, matrix in list(block_matrices(model)):
-        layer = Linear4bit(*matrix.weight.shape, compute_dtype=dtype, device="meta", **kind)
+        inputs, outputs = matrix.weight.shape
+        layer = Linear4bit(inputs, outputs, compute_dtype=dtype, device="meta", **kind)
         layer.weight = Params4bit(matrix.weight.detach().T.contiguous(), requires_grad=False, module=layer, **kind)
         layer.bias = torch.nn.Parameter(matrix.bias.detach().clone(), requires_grad=False)
         # bitsandbytes 0.50 repacks the weights in the first evaluation on a CPU with AVX512-BF16, and after that no
@@ -171,10 +174,10 @@ def _quantize_to_4_bits(model: GPT2LMHeadModel, arguments) -> None:
                 f"load_in_4bit: bitsandbytes cannot compute in 4 bits on {arguments.device} "
                 f"({' '.join(str(error).split())[:100]}): leave it out, or train on a CUDA GPU."
             ) from None
-    model.is_loaded_in_4bit = True  # PEFT checks this
+    vars(model)["is_loaded_in_4bit"] = True  # PEFT checks this
 
 
-def _as_merged_conv1d(layer: torch.nn.Module, bias: torch.Tensor) -> Conv1D:
+def _as_merged_conv1d(layer: Any, bias: torch.Tensor) -> Conv1D:
     """A PEFT layer over a 4-bit matrix as one float32 matrix (in, out): the dequantized matrix plus the adapter's."""
     from bitsandbytes.functional import dequantize_4bit
 
