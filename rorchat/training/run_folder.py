@@ -230,6 +230,7 @@ class RunFolder:
             self.mirror.offer(committed[0], checkpoints.in_use)
             self.mirror.finish()
         self.held.close()
+        assert self.plan.finished is not None, "only of a finished run"
         message = f"{self.folder}: already finished with these settings; delete the folder to run it again"
         print(message, file=sys.stderr)  # noqa: T201
         return self.plan.finished["metrics"]

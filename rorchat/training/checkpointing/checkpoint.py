@@ -273,14 +273,14 @@ class Checkpoints:
         self._empty_trash()
         committed = [checkpoint for checkpoint in self.committed() if checkpoint.has_all_files()]
         history = next((checkpoint.mixture_history for checkpoint in committed if checkpoint.folder == new), [])
-        comparable = [
-            checkpoint
+        losses = {
+            checkpoint.folder: checkpoint.validation_loss
             for checkpoint in committed
             if checkpoint.validation_loss is not None and checkpoint.mixture_history == history
-        ]
+        }
         keep = {new, *self.in_use, *(checkpoint.folder for checkpoint in committed[: self.kept])}
-        if comparable:
-            keep.add(min(comparable, key=lambda checkpoint: checkpoint.validation_loss).folder)
+        if losses:
+            keep.add(min(losses, key=lambda folder: losses[folder]))
         for checkpoint in committed:
             if checkpoint.folder not in keep:
                 self._delete(checkpoint.folder)

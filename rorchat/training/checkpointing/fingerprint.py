@@ -166,7 +166,7 @@ def compare_metadata(
         before, now = (_without_locations(metadata, names) for metadata in (before, now))
     if "plan" in now:
         before, now = ({**metadata, "plan": _without_specs(metadata["plan"])} for metadata in (before, now))
-    return [Difference(name, *values, consequence(name)) for name, *values in _unequal_entries("", before, now)]
+    return [Difference(name, old, new, consequence(name)) for name, old, new in _unequal_entries("", before, now)]
 
 
 def _without_locations(metadata: dict, names: set[str]) -> dict:
@@ -201,7 +201,7 @@ def format_differences(differences: list[Difference]) -> list[str]:
     """The lines of a table, differences that mean another run first."""
     rows = [("", "before", "now", "")]
     for difference in sorted(differences, key=lambda difference: not difference.is_fatal):
-        values = (json.dumps(value) for value in (difference.before, difference.now))
-        rows.append((difference.name, *values, difference.consequence))
+        before, now = json.dumps(difference.before), json.dumps(difference.now)
+        rows.append((difference.name, before, now, difference.consequence))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]

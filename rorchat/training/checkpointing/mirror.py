@@ -11,8 +11,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -23,6 +24,8 @@ from rorchat.training.checkpointing.checkpoint import KEPT, MANIFEST, Checkpoint
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl")
 SILENT_SECONDS = 1.0  # a shorter wait is not announced
 GRACE_SECONDS = 20.0  # to complete a copy when a run is stopped
+
+Answer = TypeVar("Answer")
 
 
 class MirrorStorage(Protocol):
@@ -77,9 +80,7 @@ class Mirror:
             if local and copied.step <= local.step:
                 break
             try:
-                restored = checkpoints.import_copy(
-                    copied.step, lambda target, copied=copied: self.storage.download(copied, target)
-                )
+                restored = checkpoints.import_copy(copied.step, partial(self.storage.download, copied))
             except DamagedCheckpoint as damage:
                 _report(f"mirror {self.name}: the copy of step {copied.step} is damaged and is no longer used.")
                 self.storage.quarantine(copied, damage)
@@ -146,6 +147,7 @@ class Mirror:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending is not None)
                 checkpoint, self._pending = self._pending, None
+            assert checkpoint is not None, "the wait has ended"
             try:
                 self.storage.upload(checkpoint, self.run)
                 self._copied_step = checkpoint.step
@@ -253,7 +255,7 @@ class HubStorage:
         if not self._request(lambda: self.api.repo_info(repository)).private:
             raise MismatchError(f"mirror {repository} is a public repository: make it private, or give another one.")
 
-    def _request(self, request: Callable[[], object]):
+    def _request(self, request: Callable[[], Answer]) -> Answer:
         """Sends a request before training, when a failure can still end the run."""
         import httpx2
         from huggingface_hub.errors import LocalTokenNotFoundError
@@ -275,11 +277,13 @@ class HubStorage:
 
     def _list_files(self) -> dict[str, tuple[int, str]]:
         """(bytes, hash) of every file: the sha256 for LFS files, otherwise git's blob id."""
+        from huggingface_hub.hf_api import RepoFile
+
         entries = self.api.list_repo_tree(self.repository, recursive=True)
         return {
             entry.path: (entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
             for entry in entries
-            if hasattr(entry, "size")  # folders have none
+            if isinstance(entry, RepoFile)
         }
 
     def list_checkpoints(self) -> list[Checkpoint]:
@@ -287,7 +291,7 @@ class HubStorage:
         checkpoints = []
         with tempfile.TemporaryDirectory() as folder:
             for name in names:
-                self._request(lambda name=name: self._download_file(f"{name}/{MANIFEST}", folder))
+                self._request(partial(self._download_file, f"{name}/{MANIFEST}", folder))
                 try:
                     checkpoints.append(Checkpoint.read(Path(folder) / name))
                 except DamagedCheckpoint as damage:
@@ -300,7 +304,7 @@ class HubStorage:
     def download(self, checkpoint: Checkpoint, target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             for name in (*checkpoint.files, MANIFEST):
-                self._request(lambda name=name: self._download_file(f"{checkpoint.folder.name}/{name}", folder))
+                self._request(partial(self._download_file, f"{checkpoint.folder.name}/{name}", folder))
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(Path(folder) / checkpoint.folder.name / name, target / name)
 
@@ -314,7 +318,7 @@ class HubStorage:
         with tempfile.TemporaryDirectory() as folder:
             for name in RUN_FILES:
                 if name in existing:
-                    self._request(lambda name=name: self._download_file(name, folder))
+                    self._request(partial(self._download_file, name, folder))
             _copy_run_files(Path(folder), run)
 
     def upload(self, checkpoint: Checkpoint, run: Path) -> None:
@@ -324,11 +328,12 @@ class HubStorage:
         files = {f"{folder}/{name}": checkpoint.folder / name for name in (*checkpoint.files, MANIFEST)}
         # as bytes, because these files grow during the upload
         run_files = {name: (run / name).read_bytes() for name in RUN_FILES if (run / name).is_file()}
-        operations = [CommitOperationAdd(path, content) for path, content in {**files, **run_files}.items()]
+        contents: dict[str, Path | bytes] = {**files, **run_files}
+        operations = [CommitOperationAdd(path, content) for path, content in contents.items()]
         self.api.create_commit(self.repository, operations, commit_message=f"step {checkpoint.step}")
         uploaded = self._list_files()
         for path, file in files.items():
-            if uploaded.get(path) not in ((file.stat().st_size, digest) for digest in _hub_hashes(file)):
+            if uploaded.get(path) not in [(file.stat().st_size, digest) for digest in _hub_hashes(file)]:
                 raise RemoteError(f"{path} differs from the uploaded file")
         copies = {path.split("/")[0] for path in uploaded if path.endswith(f"/{MANIFEST}")}
         others = sorted(copies - {folder}, key=lambda name: int(name.rpartition("-")[2]), reverse=True)

@@ -90,14 +90,14 @@ def plan_resume(folder: str, state: FolderState, request: ResumeRequest) -> Resu
     """
     finished = state.record if state.record and state.record.get("finished") else None
     checkpoint = state.checkpoint
-    if finished is None and checkpoint is None:  # nothing, or a run that was stopped before its first checkpoint
+    # Not run.json if there is a checkpoint: the last start may not have reached one
+    before = checkpoint.metadata if checkpoint else finished
+    if before is None:  # nothing, or a run that was stopped before its first checkpoint
         if request.new_phase:
             raise MismatchError(
                 f"The output folder {folder} has no checkpoint to which a phase could be appended: omit new_phase."
             )
         return ResumePlan(request.metadata)
-    # Not run.json if there is a checkpoint: the last start may not have reached one
-    before = checkpoint.metadata if checkpoint else finished
     history, appends_phase = _extend_history(before, checkpoint, request)
     inherited = {"past": history, "weights_only": before.get("weights_only", [])}
     metadata = request.metadata | {key: value for key, value in inherited.items() if value}

@@ -12,22 +12,26 @@ import random
 import shutil
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from rorchat.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rorchat.errors import DataError, DivergedError, MismatchError, StorageError
+from rorchat.evaluation.loss import Rows
 from rorchat.jsonl import append_json_line
 from rorchat.model import WEIGHTS
+from rorchat.training.arguments import StageArguments
 from rorchat.training.callbacks.divergence import DIVERGED_ROWS
 from rorchat.training.callbacks.metrics import MetricsCallback
 from rorchat.training.callbacks.signals import SignalCallback
@@ -70,6 +74,19 @@ class CheckpointMixin(Trainer):
     #: Attributes of TRL's trainers (1.16) that accumulate values for the next log line.
     trl_state: tuple[str, ...] = ()
     metrics: MetricsCallback  # set by the subclass, which knows the tokens of a step
+
+    # what the stages give to the Trainer, or what it has from the first step on
+    args: StageArguments
+    model: GPT2LMHeadModel
+    processing_class: PreTrainedTokenizerBase
+    train_dataset: Rows
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
+
+    # values that are summed for the next log line: at the start of the step, and TRL's
+    _loss_before_step: torch.Tensor
+    _metric_counts: dict[str, int]
+    _metrics: dict[str, defaultdict[str, list]]
 
     def __init__(
         self,
@@ -186,7 +203,7 @@ class CheckpointMixin(Trainer):
 
     def is_finite(self) -> bool:
         """Whether all weights and the state of the optimizer are finite, on every process."""
-        tensors = [*self.model.parameters()]
+        tensors: list[torch.Tensor] = [*self.model.parameters()]
         if not self.is_deepspeed_enabled:
             tensors += [value for state in self.optimizer.state.values() for value in state.values()]
         tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
@@ -286,9 +303,9 @@ class CheckpointMixin(Trainer):
             for text in self.decode_row(self.train_dataset[number]):
                 append_json_line(self.checkpoints.folder / DIVERGED_ROWS, {"step": step, "row": number, "text": text})
 
-    def decode_row(self, row: dict) -> Iterator[str]:
+    def decode_row(self, row: Any) -> Iterator[str]:
         """The texts of a row of the training dataset."""
-        yield self.processing_class.decode(row["input_ids"])
+        yield from self.processing_class.batch_decode([row["input_ids"]])
 
     # Loading
 
@@ -303,8 +320,9 @@ class CheckpointMixin(Trainer):
             return str(checkpoint.folder)
         if self.is_world_process_zero():
             self.checkpoints.copy_weights(checkpoint)
-            position = {"global_step": checkpoint.step, "train_batch_size": self.args.train_batch_size}
-            state = dataclasses.replace(self.state, **position)
+            state = dataclasses.replace(
+                self.state, global_step=checkpoint.step, train_batch_size=self.args.train_batch_size
+            )
             state.save_to_json(str(self.checkpoints.weights_folder / TRAINER_STATE_NAME))
             print(  # noqa: T201
                 f"Resuming from the weights of step {checkpoint.step} only: optimizer and random state are reset.",
