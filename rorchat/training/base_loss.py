@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, Subset
 from transformers import Trainer, TrainerCallback
 
 from rorchat.chatml import END_OF_TEXT, encode_text
 from rorchat.errors import RorchatError, UsageError
-from rorchat.evaluation.loss import Loss
+from rorchat.evaluation.loss import Loss, Rows
 from rorchat.inference.engine import resolve_model_path
 from rorchat.jsonl import append_json_line
 from rorchat.mixture.dataset import ValidationRows
@@ -44,7 +44,7 @@ class BaseText:
         validation_share: The largest validation share of the stores; 0 for the text of a source.
     """
 
-    rows: Dataset | list = field(repr=False)
+    rows: Rows = field(repr=False)
     origins: list[str]
     tokens: int
     available_tokens: int | None
@@ -143,7 +143,7 @@ def _read_stores(stores: list[TokenStore], n_positions: int) -> BaseText:
     for rows in rows_by_store:
         count = len(rows) if share == 1 else max(1, int(share * len(rows)))
         subsets.append(Subset(rows, [index * len(rows) // count for index in range(count)]))
-    selected = ConcatDataset(subsets)
+    selected: ConcatDataset[dict] = ConcatDataset(subsets)
     return BaseText(
         selected,
         [str(store.folder) for store in stores],
@@ -161,10 +161,10 @@ def _read_source(spec: str, tokenizer, n_positions: int) -> BaseText:
         ids += [end_of_text, *encode_text(tokenizer, [row["text"]])[0]]
         if len(ids) > MAX_TOKENS:
             break
-    is_complete, ids = len(ids) <= MAX_TOKENS, torch.tensor(ids[: MAX_TOKENS + 1])
-    parts = [ids[start : start + n_positions] for start in range(0, len(ids) - 1, n_positions - 1)]
+    read = torch.tensor(ids[: MAX_TOKENS + 1])
+    parts = [read[start : start + n_positions] for start in range(0, len(read) - 1, n_positions - 1)]
     rows = [{"input_ids": part, "labels": part} for part in parts]
-    return BaseText(rows, [spec], len(ids) - 1, len(ids) - 1 if is_complete else None)
+    return BaseText(rows, [spec], len(read) - 1, len(read) - 1 if len(ids) <= MAX_TOKENS else None)
 
 
 class BaseLossCallback(TrainerCallback):
@@ -202,7 +202,8 @@ class BaseLossCallback(TrainerCallback):
 
     def _read_first_measurement(self) -> tuple[dict, dict[str, float]]:
         """Returns the event with the text and the loss before the first step, or two empty dictionaries."""
-        path, text = self.trainer.metrics.path, {}
+        path = self.trainer.metrics.path
+        text: dict = {}
         for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
             record = json.loads(line) if line else {}
             if record.get("event") == "base text":

@@ -16,7 +16,7 @@ def run_chat_stage(
     stage: str,
     arguments,
     load_data: Callable[..., Split],
-    trainer_class: type[ChatStageTrainer],
+    trainer_class: Callable[..., ChatStageTrainer],
     *,
     add_control_tokens: bool = False,
 ) -> dict[str, float]:

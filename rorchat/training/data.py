@@ -43,7 +43,9 @@ def load_split(arguments, kind: str, encode: Encode) -> Split:
         UsageError: a source has no rows of this kind.
     """
     persona = load_persona(arguments.persona)
-    train, validation, row_stats = [], [], []
+    train: list[dict] = []
+    validation: list[dict] = []
+    row_stats = []
     for spec in arguments.sources:
         source = load_rows(spec, kind, seed=arguments.data_seed, persona=persona)
         rows = ({**row, "place": source.place} for row in islice(source, arguments.rows_per_source))

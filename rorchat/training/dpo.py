@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -94,6 +94,9 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
         "trust_remote_code": STOCK_MODEL,
         "router_aux_loss_coef": STOCK_MODEL,
     }
+
+    if TYPE_CHECKING:  # never None after the checks, unlike in TRL's settings
+        loss_weights: list[float] = field(default_factory=list)
 
     model: str = field(default="", metadata={"help": "The chat model to train: folder of a run or model, or Hub id."})
     # TRL's fields with other defaults
@@ -214,6 +217,10 @@ def collate_pairs(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
 class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
     """DPOTrainer for encoded pairs, with one forward pass for a prompt and both replies."""
 
+    args: DPOArguments
+    train_dataset: Dataset
+    _precompute_engine: Any  # DeepSpeed's, once it is needed
+
     def __init__(
         self,
         model,
@@ -251,7 +258,7 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
         return int(self._tokens_read[step])
 
     def decode_row(self, row: dict) -> Iterator[str]:
-        yield self.processing_class.decode([*row["prompt_ids"], *row["chosen_ids"]])
+        yield from self.processing_class.batch_decode([[*row["prompt_ids"], *row["chosen_ids"]]])
 
     # The reference
 
@@ -266,10 +273,9 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
             "fp16": arguments.fp16,
         }  # fmt: skip
         fingerprint = reference_logps.build_fingerprint(dataset, **settings)
-        log_probs = reference_logps.read(path, fingerprint)
-        is_missing = any_rank(log_probs is None)[0]
-        if is_missing:
-            log_probs = self._compute_reference(dataset, name, batch_size)
+        saved = reference_logps.read(path, fingerprint)
+        is_missing = any_rank(saved is None)[0]
+        log_probs = self._compute_reference(dataset, name, batch_size) if saved is None or is_missing else saved
         if self.is_world_process_zero():
             origin, failure = f"read from {path}", None
             if is_missing:

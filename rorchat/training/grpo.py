@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from datasets import Dataset
@@ -79,6 +79,9 @@ class GRPOArguments(StageArguments, GRPOConfig):
         "use_adaptive_entropy": "checkpoints do not contain its state; use `entropy_coef`",
         "cast_lm_head_to_fp32": "the head is tied to the embedding",
     }
+
+    if TYPE_CHECKING:  # never None, unlike in TRL's settings
+        num_generations: int = 8
 
     model: str = field(default="", metadata={"help": "The chat model to train: folder of a run or model, or Hub id."})
     rewards: list[str] = field(
@@ -213,6 +216,10 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         context: What the trainer needs from the run folder.
     """
 
+    args: GRPOArguments
+    eval_dataset: Dataset
+    num_generations: int
+
     def __init__(
         self,
         model,
@@ -236,9 +243,11 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         reference, beta = copy.deepcopy(model) if arguments.beta else None, arguments.beta
         # TRL 1.16 would load the reference from the path in the policy's config, which for an adapter is its base
         arguments.beta = 0.0
+        limit = reply_length(arguments, model.config.n_positions)
+        self.scorers = [Scorer(name, limit, stops, control) for name in arguments.rewards]
         super().__init__(
             model=model,
-            reward_funcs=[Scorer(name, arguments.max_completion_length, stops, control) for name in arguments.rewards],
+            reward_funcs=[*self.scorers],
             args=arguments,
             train_dataset=train.select(order),
             eval_dataset=validation,
@@ -349,7 +358,7 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
 
     def _score(self, rows: Sequence[dict], replies: Sequence[Reply]) -> torch.Tensor:
         """Returns the weighted sum of the rewards of each reply, (replies,)."""
-        rewards = torch.tensor([scorer.score(rows, replies) for scorer in self.reward_funcs])  # (rewards, replies)
+        rewards = torch.tensor([scorer.score(rows, replies) for scorer in self.scorers])  # (rewards, replies)
         return self.reward_weights.to(rewards) @ rewards
 
     def _sum_over_processes(self, *numbers: float) -> list[float]:
@@ -369,11 +378,12 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         self.model.eval()  # TRL also selects its training or evaluation metrics by this
         prompts = [row["messages"] for row in rows]
         replies = generate_replies(self.chat, prompts, max_new_tokens=self.max_completion_length, temperature=0)
-        right = [is_right(reply.text, row) for row, reply in zip(rows, replies, strict=True)]
-        stopped = [reply.stopped for reply in replies]
         rewards = self._score(rows, replies) if rows else torch.zeros(0)
         count, reward, right, stopped = self._sum_over_processes(
-            len(rows), rewards.sum().item(), sum(right), sum(stopped)
+            len(rows),
+            rewards.sum().item(),
+            sum(is_right(reply.text, row) for row, reply in zip(rows, replies, strict=True)),
+            sum(reply.stopped for reply in replies),
         )
         metrics = {"eval_reward": reward / count, "eval_right": right / count, "eval_stopped": stopped / count}
         metrics |= {"eval_questions": round(count), "eval_seconds": round(time.monotonic() - started, 2)}

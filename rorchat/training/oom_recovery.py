@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
-from transformers import Trainer
+from transformers import GPT2LMHeadModel, Trainer
 
 from rorchat.errors import Interrupted, UsageError
 from rorchat.files import write_atomically
+from rorchat.training.arguments import StageArguments
 
 MICRO_BATCH_FILE = "micro_batch.json"  # the size that fits, so that a resumed run need not search again
 Batch = dict[str, Tensor]
@@ -31,6 +32,9 @@ class OOMRecoveryMixin(Trainer):
     The samples of the step, their order and the total of their losses stay the same; floating-point sums are formed in
     another order. The micro-batch size that fits is stored in the folder of the run and used by the next start.
     """
+
+    args: StageArguments
+    model: GPT2LMHeadModel
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -90,7 +94,8 @@ class OOMRecoveryMixin(Trainer):
         steps, losses = self.current_gradient_accumulation_steps, []
         for part in self.split_batch(inputs, self.micro_batch_rows):
             share = len(next(iter(part.values()))) / len(next(iter(inputs.values())))
-            self.current_gradient_accumulation_steps = steps / share  # the divisor of a loss that is a mean over rows
+            # the divisor of a loss that is a mean over rows, which the Trainer keeps as an integer
+            self.current_gradient_accumulation_steps = steps / share  # type: ignore[assignment]
             losses.append(step_fn(part))
         self.current_gradient_accumulation_steps = steps
         return torch.stack(losses).sum()

@@ -66,13 +66,18 @@ def _newton_schulz(x: Tensor) -> Tensor:
 
 def _newton_schulz_on_gram(x: Tensor) -> Tensor:
     """The same as `_newton_schulz`, with one product of the size of x at the end: (N, A, B) -> (N, A, B)."""
-    gram, factor, product = x @ x.mT, None, None  # (N, A, A) each
-    for a, b, c in NEWTON_SCHULZ:
-        if factor is not None:
-            gram = factor @ gram @ factor  # the order is irrelevant: polynomials of the same matrix commute
+
+    def factor_of(gram: Tensor, a: float, b: float, c: float) -> Tensor:
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = factor if product is None else factor @ product
+        return factor
+
+    gram = x @ x.mT  # (N, A, A), like the factors and their product
+    product = factor = factor_of(gram, *NEWTON_SCHULZ[0])
+    for coefficients in NEWTON_SCHULZ[1:]:
+        gram = factor @ gram @ factor  # the order is irrelevant: polynomials of the same matrix commute
+        factor = factor_of(gram, *coefficients)
+        product = factor @ product
     return product @ x
 
 

@@ -74,7 +74,9 @@ class PretrainArguments(StageArguments, TrainingArguments):
     warmup_steps: float = field(default=0.02, metadata={"help": "Steps, or a share of them if below 1."})
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
-    dataloader_num_workers: int | None = field(default=None, metadata={"help": "Default: 2 on a GPU, otherwise 0."})
+    dataloader_num_workers: int | None = field(  # type: ignore[assignment]  # None until the checks choose a number
+        default=None, metadata={"help": "Default: 2 on a GPU, otherwise 0."}
+    )
     logging_steps: float = 20
     eval_strategy: str = "steps"
     eval_steps: float = field(default=0.25, metadata={"help": "Steps, or a share of them if below 1."})
@@ -197,6 +199,8 @@ class SequentialSampler(Sampler):
 class PretrainTrainer(StageTrainer):
     """Trains a stock GPT-2 on the rows of a mixture, with a fused vocabulary head and loss."""
 
+    args: PretrainArguments
+
     def __init__(
         self,
         model,
@@ -208,7 +212,7 @@ class PretrainTrainer(StageTrainer):
     ):
         self.mixture = mixture
         self._rows_per_step = arguments.rows_per_step()
-        patch_lm_head_loss(model, compiled=arguments.compile, whole_rows=True)
+        patch_lm_head_loss(model, compiled=bool(arguments.compile), whole_rows=True)
         patch_gelu(model)
         super().__init__(
             model=model,
@@ -245,10 +249,10 @@ class PretrainTrainer(StageTrainer):
         self._sampler = SequentialSampler(len(self.train_dataset))
         return self._sampler
 
-    def _run_epoch(self, *, train_dataloader, **rest) -> None:
+    def _run_epoch(self, *args, **kwargs) -> None:
         self._sampler.start = self.state.global_step * self._rows_per_step
-        self._batch_iterator = iter(train_dataloader)
-        super()._run_epoch(train_dataloader=train_dataloader, **rest)
+        self._batch_iterator = iter(kwargs["train_dataloader"])
+        super()._run_epoch(*args, **kwargs)
         self._batch_iterator = None  # ends its workers
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

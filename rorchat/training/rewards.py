@@ -123,6 +123,7 @@ def _load_module(path: Path, sha256: str) -> ModuleType:
     """Execute a file once for all of its rewards, and again when its content has changed."""
     name = str(path)  # no other module has this name
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader, "a file that ends with .py has a loader"
     sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look up their module there
     try:
         spec.loader.exec_module(module)

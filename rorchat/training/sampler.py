@@ -27,7 +27,7 @@ def training_order(lengths: Sequence[int], rows: int, batch_size: int, seed: int
         rows: Number of rows to return, a multiple of `batch_size`.
         batch_size: Rows of a micro-batch.
     """
-    lengths = np.asarray(lengths)
+    row_tokens = np.asarray(lengths)
     batches, remainder = [], np.empty(0, int)
     for epoch in range(-(-rows // len(lengths))):
         generator = np.random.default_rng([seed, epoch])
@@ -39,7 +39,7 @@ def training_order(lengths: Sequence[int], rows: int, batch_size: int, seed: int
         batches.append(stream[: min(start_of_epoch, end)])
         for start in range(start_of_epoch, end, batch_size * BATCHES_PER_POOL):
             pool = stream[start : min(start + batch_size * BATCHES_PER_POOL, end)]
-            pool = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, batch_size)
+            pool = pool[np.argsort(row_tokens[pool], kind="stable")].reshape(-1, batch_size)
             batches.append(generator.permutation(pool).reshape(-1))
         remainder = stream[end:]
     return np.concatenate(batches)[:rows]

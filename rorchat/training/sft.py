@@ -138,6 +138,8 @@ def _as_columns(input_ids: list[int], labels: list[int]) -> dict[str, np.ndarray
 class ChatSFTTrainer(ChatStageTrainer, SFTTrainer):
     """SFTTrainer for packed conversations, with rorchat's fused loss instead of TRL's."""
 
+    train_dataset: PackedRows
+
     def __init__(
         self,
         model,
@@ -167,8 +169,7 @@ class ChatSFTTrainer(ChatStageTrainer, SFTTrainer):
         return int(self._tokens_read[step])
 
     def decode_row(self, row: list[dict]) -> Iterator[str]:
-        for sequence in row:
-            yield self.processing_class.decode(sequence["input_ids"])
+        yield from self.processing_class.batch_decode([sequence["input_ids"] for sequence in row])
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """Replaces TRL's tokenization and packing: the rows are already encoded.

@@ -12,21 +12,21 @@ import logging
 import sys
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rorchat.device import get_peak_flops
-from rorchat.evaluation.loss import Loss, compute_dataset_loss
+from rorchat.evaluation.loss import Loss, Rows, compute_dataset_loss
 from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.mixture.collators import collate_padded
-from rorchat.model import flops_per_token
+from rorchat.model import Shape, flops_per_token
 from rorchat.tokenizer import token_bytes
 from rorchat.training.arguments import COOLDOWN_SCHEDULE, COSINE_SCHEDULE
 from rorchat.training.base_loss import create_base_loss_callback
@@ -53,6 +53,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
     """
 
     stop_reason = ""  # why training stopped before the last step
+    eval_dataset: Rows | dict[str, Rows]
 
     def __init__(
         self,
@@ -77,13 +78,15 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         # The loss shifts labels, so that position 0 is not a target. Transformers 5.23 counts it for GPT-2 and would
         # divide the loss of a row of T tokens by T instead of T - 1.
         self._loss_shifts_labels = True
-        has_known_peak = row_tokens and self.args.device.type in ("cuda", "cpu")  # not on Apple's GPUs
+        measure_utilization = None
+        if row_tokens and self.args.device.type in ("cuda", "cpu"):  # not on Apple's GPUs, whose peak is unknown
+            measure_utilization = functools.partial(self._measure_utilization, row_tokens)
         self.metrics = MetricsCallback(
             folder,
             self.tokens_after,
             mixture_shares,
             self.args.price_per_hour,
-            functools.partial(self._measure_utilization, row_tokens) if has_known_peak else None,
+            measure_utilization,
             context.start_events(),
         )
         self.divergence = DivergenceCallback(self.metrics, self.handle_divergence)
@@ -116,7 +119,9 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
             peak, origin = get_peak_flops(precision, on_gpu)
         if on_gpu and origin == "measured":
             torch.cuda.reset_peak_memory_stats()  # exclude the memory of the measurement
-        flops = flops_per_token(self.model.config, self.model.config.vocab_size, row_tokens)
+        config = self.model.config
+        shape = Shape(config.n_layer, config.n_head, config.n_embd)
+        flops = flops_per_token(shape, config.vocab_size, row_tokens)
         return Utilization(flops, peak * self.accelerator.num_processes, origin)
 
     def _sample_prompts(self) -> list[str]:
@@ -175,7 +180,11 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         if not model.training:
             model.train()
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+            prepared = self._prepare_inputs(inputs)
+            # a pair only with `return_outputs`
+            loss: torch.Tensor = self.compute_loss(  # type: ignore[assignment]
+                model, prepared, num_items_in_batch=num_items_in_batch
+            )
         loss.backward()
         return loss.detach()
 
@@ -238,7 +247,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
 
     # Validation
 
-    def loss_on(self, datasets: dict[str, Dataset]) -> dict[str, Loss]:
+    def loss_on(self, datasets: Mapping[str, Rows]) -> dict[str, Loss]:
         """The loss on each dataset. Every process computes it on its share of the rows, and the sums are gathered."""
         model = gather_model(self.accelerator.unwrap_model(self.model))
         was_training = model.training
@@ -247,7 +256,8 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         collate = functools.partial(collate_padded, pad_id=self.processing_class.pad_token_id)
         for name, rows in datasets.items():
-            local = Subset(rows, range(rank, len(rows), world))
+            # declared for a Dataset of torch, but any rows by number will do
+            local: Subset[dict] = Subset(rows, range(rank, len(rows), world))  # type: ignore[arg-type]
             with self.accelerator.autocast():
                 part = compute_dataset_loss(
                     model, local, collate, self.token_bytes, self.args.per_device_eval_batch_size

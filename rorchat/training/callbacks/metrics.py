@@ -125,6 +125,7 @@ class MetricsCallback(TrainerCallback):
         self.peak_is_logged = False
         self.bar: tqdm | None = None
         self.start_time: float | None = None
+        self.last_time = 0.0  # of the last log line
         self.is_main_process = True
         self.counts_skipped_steps = False
         self.seconds_before = self.dollars_before = self.paused_seconds = 0.0
