@@ -76,7 +76,8 @@ class Setup:
         """
         if not self.device.memory_bytes:
             raise UsageError(
-                f"{self.device.name} has no memory_gb in the table of devices: add it to a file and pass it as --devices."
+                f"{self.device.name} has no memory_gb in the table of devices: add it to a file and pass it as "
+                "--devices."
             )
         return self.device.memory_bytes
 
