@@ -22,7 +22,7 @@ MIN_RECOMPUTE_ELEMENTS = 2**20
 def recompute_cheap_outputs(model: GPT2LMHeadModel) -> Iterator[None]:
     """A context in which forward passes of a stock GPT-2 do not keep the outputs of norms and of the GELU.
 
-    Gradients are equal to the bit. Under autocast a matrix product keeps its own copy of a norm's output in bf16 or
+    Gradients are bit-identical. Under autocast a matrix product keeps its own copy of a norm's output in bf16 or
     fp16, and only the GELU's output is saved. The context has no effect if no gradient is needed, under gradient
     checkpointing, which keeps neither, and inside other saved-tensor hooks (`save_on_cpu`, TRL's activation
     offloading), which it would hide. It skips layers with hooks, because those would run twice.
