@@ -21,6 +21,7 @@ STAGES = (
     "stories",  # the files of the stories, found by name
     "persona",  # raw data: system message, conversations about the model, probes
     "rows",  # raw data: the kinds of rows, and reasons to reject one
+    "validation_split",  # raw data: the hash that decides between training and validation
     "reading",  # raw data: files -> raw rows
     "sources",  # raw data: one file per dataset: raw row -> document, conversation or preference
     "chatml",  # chat: control tokens, template, conversation -> (input_ids, labels), context window

@@ -16,10 +16,11 @@ from rorchat.errors import DataError, RorchatError, UsageError
 from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
 from rorchat.rows import RejectedRow, row_text
-from rorchat.sources.base import RowStats, exact_digest, text_digest
+from rorchat.sources.base import RowStats
 from rorchat.sources.registry import SourceRows, find_source, list_sources, load_rows
 from rorchat.tokenizer import byte_characters
 from rorchat.tokens.decontamination import EvaluationText
+from rorchat.validation_split import exact_digest, text_digest
 
 #: The row formats of files that belong to no known dataset, the most specific first.
 ROW_FORMATS = ("preference", "messages", "alpaca", "prompt_completion", "text")

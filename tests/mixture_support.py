@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rorchat.mixture.config import MixtureConfig, Phase, Source
+from rorchat.mixture.mixture_file import MixtureConfig, Phase, Source
 from rorchat.mixture.plan import Plan
 
 MAX_DEVIATION = 1.5  # rows: allowed in plans of five to eight sources

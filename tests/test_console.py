@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-TRAINING = "import rorchat.training.run, rorchat.training.dpo"
+TRAINING = "import rorchat.training.train_and_save, rorchat.training.dpo"
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:

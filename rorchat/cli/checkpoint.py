@@ -8,7 +8,8 @@ import typer
 
 from rorchat.cli.app import App
 from rorchat.errors import DataError, UsageError
-from rorchat.training.checkpointing.checkpoint import DAMAGED, MANIFEST, Checkpoint, Checkpoints, DamagedCheckpoint
+from rorchat.training.checkpointing.checkpoint import DAMAGED, MANIFEST, Checkpoint, DamagedCheckpoint
+from rorchat.training.checkpointing.recovery import Checkpoints
 
 VALID = "valid"
 app = App("List, verify and export the checkpoints of a run.")

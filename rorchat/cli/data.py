@@ -280,7 +280,7 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="Plot the plan to this PNG file.")] = None,
 ) -> None:
     """Prepare the sources of a mixture and show the tokens and epochs of each in every phase, with warnings."""
-    from rorchat.mixture.config import read_mixture
+    from rorchat.mixture.mixture_file import read_mixture
     from rorchat.mixture.plan import Plan
     from rorchat.mixture.stores import count_rows_per_epoch, prepare_stores
     from rorchat.persona import load_persona

@@ -1,4 +1,4 @@
-"""Pure functions that measure one reply, used by the gate, `rorchat evaluate` and `rorchat.evaluation.metrics`."""
+"""Pure functions that measure one reply, used by the gate, `rorchat evaluate` and the `evaluate` metrics."""
 
 import math
 import re

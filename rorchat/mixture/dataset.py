@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import Dataset
 
-from rorchat.mixture.permutation import permutation_keys, permute
+from rorchat.mixture.permutation import epoch_keys, permute
 from rorchat.mixture.plan import Plan
 from rorchat.tokens.store import TokenStore
 
@@ -43,7 +43,7 @@ class Mixture(Dataset):
         source, number = self.plan.locate(row)
         rows_per_epoch = self.plan.rows_per_epoch[source]
         epoch, index = divmod(number, rows_per_epoch)
-        keys = permutation_keys(f"{self.seed}/{self.plan.names[source]}/{epoch}")  # independent of other sources
+        keys = epoch_keys(self.seed, self.plan.names[source], epoch)
         return source, permute(index, rows_per_epoch, keys) * self.plan.block_size
 
 

@@ -12,7 +12,7 @@ The entries are stored as JSON in run.json and in every checkpoint:
 from collections.abc import Sequence
 
 from rorchat.errors import MismatchError
-from rorchat.mixture.config import MixtureConfig
+from rorchat.mixture.mixture_file import MixtureConfig
 from rorchat.mixture.plan import Plan
 from rorchat.sources.registry import find_source
 from rorchat.tokens.store import TokenStore

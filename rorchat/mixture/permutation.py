@@ -15,6 +15,11 @@ def permutation_keys(seed: str) -> tuple[int, ...]:
     return tuple(int.from_bytes(digest[at : at + 8], "little") for at in range(0, len(digest), 8))
 
 
+def epoch_keys(seed: int, source: str, epoch: int) -> tuple[int, ...]:
+    """The keys of the order of a source's rows in an epoch. They do not depend on other sources."""
+    return permutation_keys(f"{seed}/{source}/{epoch}")
+
+
 def permute(index: int, size: int, keys: Sequence[int]) -> int:
     """The element at `index` of the permutation of range(size) that the keys define.
 

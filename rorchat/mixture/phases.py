@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rorchat.errors import DataError, UsageError
-from rorchat.mixture.config import MixtureConfig, Phase
 from rorchat.mixture.interleave import UNIT, Segment, to_units
+from rorchat.mixture.mixture_file import MixtureConfig, Phase
 
 Shares = tuple[int, ...]  # one per source, in multiples of 1/UNIT
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from rorchat.errors import DataError
 from rorchat.mixture import plot
-from rorchat.mixture.config import MixtureConfig, Source
 from rorchat.mixture.interleave import UNIT, Interleaver, Segment
+from rorchat.mixture.mixture_file import MixtureConfig, Source
 from rorchat.mixture.phases import PhasePlanner, PlannedPhase
 
 MAX_JUMP = 0.25  # total variation distance; a larger jump shows as a bump in the loss

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from rorchat.errors import DataError, MismatchError, RorchatError
-from rorchat.mixture.config import MixtureConfig
+from rorchat.mixture.mixture_file import MixtureConfig
 from rorchat.persona import Persona
 from rorchat.tokens.prepare import prepare
 from rorchat.tokens.store import TokenStore, open_store

@@ -23,8 +23,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         prepare_token_stores,
         show_plan,
     )
-    from rorchat.training.run import train
     from rorchat.training.run_folder import RunFolder
+    from rorchat.training.train_and_save import train
 
     arguments = parse(PretrainArguments, argv)
     base = resolve_model_path(arguments.model) if arguments.model else None

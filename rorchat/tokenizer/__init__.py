@@ -29,7 +29,7 @@ from rorchat.chatml import (
 from rorchat.errors import DataError, MismatchError, RemoteError, UsageError
 from rorchat.persona import Persona, load_persona
 from rorchat.sources.registry import CHAT_PREFIX, find_source, list_sources
-from rorchat.tokenizer.text import BoundedText
+from rorchat.tokenizer.training_text import BoundedText
 
 # GPT-2's pattern, except that each digit is a separate token without the space before it. A number is therefore
 # tokenized the same way everywhere, and sums can be learned digit by digit.

@@ -11,7 +11,7 @@ import yaml
 from rorchat.chatml import encode_text
 from rorchat.errors import DataError, UsageError
 from rorchat.tokenizer import token_bytes
-from rorchat.tokenizer.text import BoundedText
+from rorchat.tokenizer.training_text import BoundedText
 
 DOMAINS = Path(__file__).parent.parent / "domains.yaml"
 TOGETHER = "all together"

@@ -19,12 +19,13 @@ from rorchat.files import fsync_file, write_atomically
 from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
 from rorchat.rows import RejectedRow, row_text
-from rorchat.sources.base import RowStats, exact_digest, is_validation_digest, text_digest
+from rorchat.sources.base import RowStats
 from rorchat.sources.registry import SourcePart, SourceRows, load_rows
 from rorchat.tokens.decontamination import EvaluationText
 from rorchat.tokens.encode import Encoder, WordTooLongError
 from rorchat.tokens.store import SPLITS
 from rorchat.tokens.store_writer import ArrayWriter
+from rorchat.validation_split import exact_digest, is_validation_digest, text_digest
 
 BATCH_CHARACTERS = 2**22
 # An empty part must write tables of the same dtypes as any other

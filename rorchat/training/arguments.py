@@ -16,7 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl import TrlParser
 
 from rorchat.errors import UsageError, did_you_mean
-from rorchat.mixture.config import expand_variables
+from rorchat.mixture.mixture_file import expand_variables
 from rorchat.stories import find_beside, find_story_file
 from rorchat.training.checkpointing.checkpoint import KEPT
 from rorchat.training.distributed import check_sharding, use_gloo_on_cpu

@@ -7,9 +7,9 @@ from rorchat.model import check_fit, load_checkpoint
 from rorchat.persona import load_persona
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.data import Split
-from rorchat.training.run import train
 from rorchat.training.run_folder import RunFolder
 from rorchat.training.stage import ChatStageTrainer
+from rorchat.training.train_and_save import train
 
 
 def run_chat_stage(

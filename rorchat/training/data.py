@@ -11,8 +11,9 @@ from pyarrow.compute import list_value_length
 from rorchat.errors import DataError
 from rorchat.persona import load_persona
 from rorchat.rows import RejectedRow
-from rorchat.sources.base import RowStats, is_validation_text
+from rorchat.sources.base import RowStats
 from rorchat.sources.registry import load_rows
+from rorchat.validation_split import is_validation_text
 
 ROWS_PER_CALL = 1000  # rows given to a call of `encode`, and so to one of the tokenizer
 #: By kind of row, the messages whose text decides between training and validation: no prompt is in both.

@@ -12,9 +12,9 @@ from transformers import TrainingArguments
 from rorchat.errors import UsageError
 from rorchat.inference.engine import continue_texts
 from rorchat.mixture.collators import collate_padded
-from rorchat.mixture.config import MixtureConfig, read_mixture
 from rorchat.mixture.dataset import Mixture, ValidationRows
 from rorchat.mixture.history import build_plan, data_summaries
+from rorchat.mixture.mixture_file import MixtureConfig, read_mixture
 from rorchat.mixture.plan import Plan
 from rorchat.mixture.stores import count_rows_per_epoch, prepare_stores
 from rorchat.persona import load_persona

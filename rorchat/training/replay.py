@@ -11,9 +11,9 @@ import numpy as np
 
 from rorchat.chatml import END_OF_TEXT, IGNORE_INDEX, encode_text
 from rorchat.errors import DataError, UsageError
-from rorchat.sources.base import is_validation_text
 from rorchat.sources.registry import load_rows
 from rorchat.tokens.store import open_store, store_folder
+from rorchat.validation_split import is_validation_text
 
 DOCUMENTS_PER_CALL = 200  # of the tokenizer
 

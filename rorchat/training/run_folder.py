@@ -26,7 +26,7 @@ from rorchat.files import folder_lock, write_atomically
 from rorchat.training.arguments import TOKENS_FOLDER, StageArguments
 from rorchat.training.callbacks.divergence import DIVERGED_ROWS
 from rorchat.training.callbacks.signals import handle_signals
-from rorchat.training.checkpointing.checkpoint import KEPT, Checkpoint, Checkpoints
+from rorchat.training.checkpointing.checkpoint import KEPT, Checkpoint
 from rorchat.training.checkpointing.fingerprint import (
     Difference,
     collect_run_metadata,
@@ -34,6 +34,7 @@ from rorchat.training.checkpointing.fingerprint import (
     format_differences,
 )
 from rorchat.training.checkpointing.mirror import GRACE_SECONDS, Mirror, open_mirror
+from rorchat.training.checkpointing.recovery import Checkpoints
 from rorchat.training.checkpointing.resume_plan import FolderState, ResumePlan, ResumeRequest, plan_resume
 from rorchat.training.context import StageContext
 from rorchat.training.distributed import run_on_main_process

@@ -12,7 +12,7 @@ from rorchat.errors import MismatchError, UsageError
 from rorchat.persona import load_persona
 from rorchat.sources.registry import iterate_texts
 from rorchat.tokenizer import train_tokenizer
-from rorchat.tokenizer.text import BoundedText
+from rorchat.tokenizer.training_text import BoundedText
 from rorchat.training.arguments import DataArguments
 
 

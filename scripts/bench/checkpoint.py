@@ -19,7 +19,7 @@ from pathlib import Path
 from material import make_tokenizer
 from works import WORKS
 
-from rorchat.training.checkpointing.checkpoint import Checkpoints
+from rorchat.training.checkpointing.recovery import Checkpoints
 
 ROOT = Path(__file__).parents[2]
 EVERY = 50

@@ -88,8 +88,8 @@ def make_tokenizer(work: Work):
 
 
 def make_mixture(work: Work, folder: Path):
-    from rorchat.mixture.config import MixtureConfig
     from rorchat.mixture.dataset import Mixture
+    from rorchat.mixture.mixture_file import MixtureConfig
     from rorchat.mixture.plan import Plan
     from rorchat.mixture.stores import count_rows_per_epoch
     from rorchat.tokens.store import TokenStore

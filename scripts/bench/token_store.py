@@ -49,8 +49,8 @@ def anonymous_bytes() -> int:
 
 
 def measure(folders: list[str]) -> dict[str, float]:
-    from rorchat.mixture.config import MixtureConfig
     from rorchat.mixture.dataset import Mixture
+    from rorchat.mixture.mixture_file import MixtureConfig
     from rorchat.mixture.plan import Plan
     from rorchat.mixture.stores import count_rows_per_epoch
     from rorchat.tokens.store import TokenStore

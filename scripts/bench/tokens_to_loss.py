@@ -88,8 +88,8 @@ def race(side: str, data: str, folder: Path, times: float) -> dict:
 
     from rorchat.evaluation.loss import compute_dataset_loss
     from rorchat.mixture.collators import collate_padded
-    from rorchat.mixture.config import MixtureConfig
     from rorchat.mixture.dataset import Mixture, ValidationRows
+    from rorchat.mixture.mixture_file import MixtureConfig
     from rorchat.mixture.plan import Plan
     from rorchat.mixture.stores import count_rows_per_epoch
     from rorchat.tokenizer import load_tokenizer, token_bytes

@@ -10,7 +10,7 @@ from support import RORCHAT, TEXTS, command, refused, succeeded, write
 
 import rorchat
 from rorchat.chatml import END_OF_TEXT, encode_text
-from rorchat.mixture.config import read_mixture
+from rorchat.mixture.mixture_file import read_mixture
 from rorchat.mixture.stores import prepare_stores
 from rorchat.tokenizer import token_bytes
 from rorchat.tokens.store import TokenStore

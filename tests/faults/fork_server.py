@@ -53,11 +53,11 @@ import rorchat.model as model_module
 from rorchat.errors import exits_with_one_line
 from rorchat.mixture.plan import Plan
 from rorchat.training import arguments, oom_recovery, run_folder, stage
-from rorchat.training import run as run_module
+from rorchat.training import train_and_save as run_module
 from rorchat.training.callbacks.divergence import DivergenceCallback
 from rorchat.training.checkpointing import resume_plan, trainer_mixin
-from rorchat.training.checkpointing.checkpoint import Checkpoints
 from rorchat.training.checkpointing.mirror import FolderStorage, Mirror
+from rorchat.training.checkpointing.recovery import Checkpoints
 from rorchat.training.checkpointing.trainer_mixin import CheckpointMixin
 from rorchat.training.dpo import ChatDPOTrainer
 from rorchat.training.pretrain import PretrainTrainer

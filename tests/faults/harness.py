@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from rorchat.files import file_sha256
-from rorchat.training.checkpointing.checkpoint import Checkpoints, DamagedCheckpoint
+from rorchat.training.checkpointing.checkpoint import DamagedCheckpoint
+from rorchat.training.checkpointing.recovery import Checkpoints
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -11,7 +11,8 @@ from faults.harness import weights_sha256
 
 from rorchat.errors import DataError
 from rorchat.tokens.store import TokenStore
-from rorchat.training.checkpointing.checkpoint import DAMAGED, Checkpoints
+from rorchat.training.checkpointing.checkpoint import DAMAGED
+from rorchat.training.checkpointing.recovery import Checkpoints
 
 
 def truncate(share: float) -> Callable[[Path], None]:

@@ -13,7 +13,8 @@ import pytest
 from faults.harness import verified_steps, weights_sha256
 
 from rorchat.errors import StorageError
-from rorchat.training.checkpointing.checkpoint import STAGING, TRASH, Checkpoints
+from rorchat.training.checkpointing.checkpoint import STAGING, TRASH
+from rorchat.training.checkpointing.recovery import Checkpoints
 from rorchat.training.checkpointing.trainer_mixin import CheckpointMixin
 
 

@@ -8,7 +8,7 @@ import torch
 from faults.harness import verified_steps
 from safetensors.torch import load_file
 
-from rorchat.training.checkpointing.checkpoint import Checkpoints
+from rorchat.training.checkpointing.recovery import Checkpoints
 
 EVENTS = ("skipped", "rolled back", "diverged")
 

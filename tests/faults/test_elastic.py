@@ -20,7 +20,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from rorchat.model import build_model
 from rorchat.training.arguments import parse
-from rorchat.training.pretrain import PretrainArguments, PretrainTrainer
+from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, prepare_token_stores
 
 STEPS, MICRO_BATCHES, BLOCK_SIZE = 1000, 12, 16
 MIDDLE = 437
@@ -108,11 +108,14 @@ def reader(tokenizer, saved, tmp_path_factory):
         }  # fmt: skip
         return parse(PretrainArguments, [word for name in flags for word in (f"--{name}", str(flags[name]).lower())])
 
+    stores = prepare_token_stores(parse_arguments(0, STEPS), tokenizer)  # before the number of processes is changed
+
     def make(patch, processes=1, rank=0, workers=0, steps=STEPS, with_ids=False) -> Reader:
         patch.setattr(TrainingArguments, "world_size", processes)
         patch.setattr(Accelerator, "num_processes", processes)
         patch.setattr(Accelerator, "process_index", rank)
-        trainer = build_pretrain_trainer(model, parse_arguments(workers, steps), tokenizer, Reader)
+        arguments = parse_arguments(workers, steps)
+        trainer = build_pretrain_trainer(model, arguments, tokenizer, Reader, stores=stores)
         trainer.train_dataset = RecordedRows(trainer.mixture, with_ids)
         trainer.data_collator = list
         return trainer

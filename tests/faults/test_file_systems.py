@@ -7,7 +7,8 @@ import pytest
 from faults.harness import kill_during_save, verified_steps, weights_sha256
 
 from rorchat.training.checkpointing import checkpoint
-from rorchat.training.checkpointing.checkpoint import Checkpoint, Checkpoints, seal
+from rorchat.training.checkpointing.checkpoint import Checkpoint, seal
+from rorchat.training.checkpointing.recovery import Checkpoints
 
 
 def test_a_copy_with_other_names_and_times_resumes_at_its_newest_step(sandbox, stopped_at_4, uninterrupted):

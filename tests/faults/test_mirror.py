@@ -12,7 +12,7 @@ from fake_hub import TOKEN, FakeHub
 from faults.comparison import flip_bit
 from faults.harness import ENVIRONMENT, ROOT, verified_steps, weights_sha256
 
-from rorchat.training.checkpointing.checkpoint import Checkpoints
+from rorchat.training.checkpointing.recovery import Checkpoints
 
 DURING = 6
 

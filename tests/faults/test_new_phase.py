@@ -15,7 +15,7 @@ from rorchat.jsonl import read_json_lines
 from rorchat.report import drop_superseded_lines
 from rorchat.tokenizer import load_tokenizer
 from rorchat.tokens.import_shards import import_shards
-from rorchat.training.checkpointing.checkpoint import Checkpoints
+from rorchat.training.checkpointing.recovery import Checkpoints
 
 STEPS, STOP = 12, 5  # in total, and before the mixture changes; a step has four rows of 32 tokens
 OLD = """\

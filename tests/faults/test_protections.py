@@ -15,7 +15,8 @@ from rorchat.errors import DataError
 from rorchat.files import folder_lock
 from rorchat.tokens.store import TokenStore
 from rorchat.training.checkpointing import mirror
-from rorchat.training.checkpointing.checkpoint import Checkpoint, Checkpoints, DamagedCheckpoint, copy, seal
+from rorchat.training.checkpointing.checkpoint import Checkpoint, DamagedCheckpoint, copy, seal
+from rorchat.training.checkpointing.recovery import Checkpoints
 
 
 def test_without_verification_a_flipped_bit_is_accepted(sandbox, stopped_at_4, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from faults.comparison import RAMP, load_state, read_log, states_equal
 from faults.harness import weights_sha256
 
-from rorchat.training.checkpointing.checkpoint import Checkpoints
+from rorchat.training.checkpointing.recovery import Checkpoints
 
 STEPS = 24
 FLAGS = {

@@ -7,8 +7,8 @@ from mixture_support import CountingStore
 from support import locate_rows
 
 from rorchat.errors import DataError
-from rorchat.mixture.config import MixtureConfig, Phase, Source
 from rorchat.mixture.dataset import Mixture, ValidationRows
+from rorchat.mixture.mixture_file import MixtureConfig, Phase, Source
 from rorchat.mixture.plan import Plan
 from rorchat.mixture.stores import count_rows_per_epoch
 

@@ -9,9 +9,9 @@ from mixture_support import MAX_DEVIATION, config_of, drawn_plan, drawn_weights
 from support import locate_rows
 
 from rorchat.errors import DataError, MismatchError, UsageError
-from rorchat.mixture.config import MixtureConfig, Phase, Source, read_mixture
 from rorchat.mixture.history import build_plan, require_same_data
 from rorchat.mixture.interleave import UNIT
+from rorchat.mixture.mixture_file import MixtureConfig, Phase, Source, read_mixture
 from rorchat.mixture.plan import Plan
 from rorchat.reading.filters import Filters
 

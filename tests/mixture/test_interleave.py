@@ -4,8 +4,8 @@ import numpy as np
 from mixture_support import MAX_DEVIATION, config_of, drawn_plan
 from support import locate_rows
 
-from rorchat.mixture.config import Phase
 from rorchat.mixture.interleave import UNIT
+from rorchat.mixture.mixture_file import Phase
 from rorchat.mixture.plan import Plan
 
 PLANS = 200

@@ -11,8 +11,8 @@ from mixture_support import config_of, drawn_plan
 from support import locate_rows
 
 from rorchat.errors import DataError, UsageError
-from rorchat.mixture.config import Phase
 from rorchat.mixture.interleave import UNIT
+from rorchat.mixture.mixture_file import Phase
 from rorchat.mixture.plan import Plan
 
 

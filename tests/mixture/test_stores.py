@@ -11,7 +11,7 @@ import pytest
 from mixture_support import MIXTURE, CountingStore, write_mixture
 
 from rorchat.errors import DataError, MismatchError
-from rorchat.mixture.config import MixtureConfig, read_mixture
+from rorchat.mixture.mixture_file import MixtureConfig, read_mixture
 from rorchat.mixture.stores import prepare_stores
 from rorchat.tokens.import_shards import import_shards
 from rorchat.tokens.prepare import prepare
@@ -98,7 +98,7 @@ from torch import distributed
 from rorchat.errors import RemoteError
 from rorchat.tokenizer import load_tokenizer
 from rorchat.mixture import stores as stores_module
-from rorchat.mixture.config import MixtureConfig, Source
+from rorchat.mixture.mixture_file import MixtureConfig, Source
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 prepare = stores_module.prepare

@@ -13,7 +13,7 @@ from recipe_commands import VARIABLES, inside
 
 from rorchat.cli import app
 from rorchat.cli.launch import split_flags
-from rorchat.mixture.config import read_mixture
+from rorchat.mixture.mixture_file import read_mixture
 from rorchat.stories import STORIES_FOLDER, list_stories
 from rorchat.training.arguments import parse
 from rorchat.training.dpo import DPOArguments

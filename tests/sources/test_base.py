@@ -6,7 +6,7 @@ import pytest
 from support import chat_row
 
 from rorchat.rows import row_text
-from rorchat.sources.base import exact_digest, is_validation_text, text_digest
+from rorchat.validation_split import exact_digest, is_validation_text, text_digest
 
 
 def test_the_validation_split_has_its_share_and_depends_only_on_words():

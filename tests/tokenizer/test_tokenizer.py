@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from rorchat.chatml import CONTROL_TOKENS, encode_text
 from rorchat.errors import DataError, UsageError
 from rorchat.tokenizer import load_tokenizer, token_bytes, tokenizer_sha256, train_tokenizer
-from rorchat.tokenizer.text import PIECE_CHARACTERS, BoundedText
+from rorchat.tokenizer.training_text import PIECE_CHARACTERS, BoundedText
 
 
 def random_texts(count: int) -> list[str]:
@@ -128,17 +128,17 @@ def test_a_long_text_is_split_before_the_space_of_a_word():
 
 def test_pieces_give_the_same_tokens_as_the_whole_text(tokenizer, monkeypatch):
     whole = " ".join(SENTENCES * 5) + "\n\n \tthe  end \n of it"
-    monkeypatch.setattr("rorchat.tokenizer.text.PIECE_CHARACTERS", 40)
+    monkeypatch.setattr("rorchat.tokenizer.training_text.PIECE_CHARACTERS", 40)
     pieces = list(BoundedText([whole], max_characters=10**9))
     assert len(pieces) > 100
     assert sum(encode_text(tokenizer, pieces), []) == encode_text(tokenizer, [whole])[0]
     in_pieces = tokenizer_sha256(train_tokenizer([whole], 384))
-    monkeypatch.setattr("rorchat.tokenizer.text.PIECE_CHARACTERS", 10**9)
+    monkeypatch.setattr("rorchat.tokenizer.training_text.PIECE_CHARACTERS", 10**9)
     assert in_pieces == tokenizer_sha256(train_tokenizer([whole], 384))
 
 
 def test_progress_in_a_log_is_plain_lines(capsys, monkeypatch):
-    monkeypatch.setattr("rorchat.tokenizer.text.LOG_INTERVAL_SECONDS", 0)
+    monkeypatch.setattr("rorchat.tokenizer.training_text.LOG_INTERVAL_SECONDS", 0)
     list(BoundedText(["ab", "cde"], max_characters=100, show=True))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("2 characters read, ") and lines[0].endswith(" a second")

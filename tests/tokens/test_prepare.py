@@ -15,9 +15,9 @@ from rorchat.chatml import END_OF_TEXT, encode_conversation, encode_text
 from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.persona import load_persona
 from rorchat.reading.filters import Filters
-from rorchat.sources.base import is_validation_text
 from rorchat.tokens.prepare import prepare
 from rorchat.tokens.store import Manifest, TokenStore
+from rorchat.validation_split import is_validation_text
 
 
 def test_a_store_decodes_to_its_documents(store, tokenizer):

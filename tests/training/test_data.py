@@ -7,8 +7,8 @@ from support import json_lines
 
 from rorchat.errors import DataError
 from rorchat.rows import RejectedRow
-from rorchat.sources.base import is_validation_text
 from rorchat.training.data import load_split, row_lengths
+from rorchat.validation_split import is_validation_text
 
 SHARE = 0.3
 

@@ -9,7 +9,7 @@ from training_support import build_pretrain_trainer
 
 from rorchat.chatml import encode_conversation
 from rorchat.errors import MismatchError, UsageError
-from rorchat.mixture.config import MixtureConfig, read_mixture
+from rorchat.mixture.mixture_file import MixtureConfig, read_mixture
 from rorchat.mixture.stores import prepare_stores
 from rorchat.model import build_model
 from rorchat.persona import DEFAULT_PERSONA, load_persona

@@ -6,7 +6,7 @@ import pytest
 from mixture_support import MIXTURE, write_mixture
 
 from rorchat.errors import UsageError
-from rorchat.mixture.config import read_mixture
+from rorchat.mixture.mixture_file import read_mixture
 
 
 def pretrain_arguments(folder: Path, **more):

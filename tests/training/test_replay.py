@@ -6,10 +6,10 @@ from support import DOCUMENTS, SHARE, decode, write_documents
 
 from rorchat.chatml import encode_text
 from rorchat.errors import DataError, MismatchError, UsageError
-from rorchat.sources.base import is_validation_text
 from rorchat.tokenizer import train_tokenizer
 from rorchat.tokens.prepare import prepare
 from rorchat.training.replay import replay_rows
+from rorchat.validation_split import is_validation_text
 
 
 def decode_rows(rows, tokenizer) -> list[str]:

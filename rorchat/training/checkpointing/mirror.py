@@ -18,7 +18,8 @@ from typing import Protocol, TypeVar
 from tqdm.auto import tqdm
 
 from rorchat.errors import DataError, MismatchError, PermissionDenied, RemoteError, StorageError, UsageError
-from rorchat.training.checkpointing.checkpoint import KEPT, MANIFEST, Checkpoint, Checkpoints, DamagedCheckpoint, copy
+from rorchat.training.checkpointing.checkpoint import KEPT, MANIFEST, Checkpoint, DamagedCheckpoint, copy
+from rorchat.training.checkpointing.recovery import Checkpoints
 
 #: Without run.json: it may already say that the run has finished, and the final model is not copied.
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl")

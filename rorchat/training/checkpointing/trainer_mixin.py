@@ -35,8 +35,9 @@ from rorchat.training.arguments import StageArguments
 from rorchat.training.callbacks.divergence import DIVERGED_ROWS
 from rorchat.training.callbacks.metrics import MetricsCallback
 from rorchat.training.callbacks.signals import SignalCallback
-from rorchat.training.checkpointing.checkpoint import KEPT, MANIFEST, STAGING, Checkpoint, Checkpoints
+from rorchat.training.checkpointing.checkpoint import KEPT, MANIFEST, STAGING, Checkpoint
 from rorchat.training.checkpointing.mirror import Mirror
+from rorchat.training.checkpointing.recovery import Checkpoints
 from rorchat.training.checkpointing.resume_plan import ResumePlan
 from rorchat.training.distributed import any_rank, set_collective_timeout
 from rorchat.training.lora import Adapter

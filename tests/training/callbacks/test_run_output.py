@@ -24,9 +24,9 @@ from rorchat.training.arguments import parse, parse_trackers
 from rorchat.training.callbacks.metrics import Utilization
 from rorchat.training.context import StageContext
 from rorchat.training.pretrain import PretrainArguments, PretrainTrainer
-from rorchat.training.run import train
 from rorchat.training.run_folder import RunFolder
 from rorchat.training.sft import ChatSFTTrainer, SFTArguments, load_conversations
+from rorchat.training.train_and_save import train
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE = [

@@ -3,7 +3,7 @@
 import evaluate
 from datasets import Features, Value
 
-from rorchat.evaluation.metrics.base import CITATION, InMemoryMetric, mean
+from rorchat.evaluation.evaluate_metrics.base import CITATION, InMemoryMetric, mean
 from rorchat.evaluation.text_measures import leaks_template, strip_end_token
 
 DESCRIPTION = """\
@@ -16,7 +16,7 @@ Args:
 Returns:
     template_leaks: 0 to 1, lower is better.
 Examples:
-    >>> from rorchat.evaluation.metrics import TemplateLeaks
+    >>> from rorchat.evaluation.evaluate_metrics import TemplateLeaks
     >>> TemplateLeaks().compute(predictions=["I am fine.<|im_end|>", "I am fine.<|im_end|> user"])
     {'template_leaks': 0.5}
 """

@@ -14,7 +14,7 @@ from rorchat.chatml import END_OF_TEXT, IM_END, encode_text
 from rorchat.evaluation import metrics
 from rorchat.evaluation.behaviour import measure_behaviour
 from rorchat.evaluation.compare import compute_document_loss
-from rorchat.evaluation.metrics import BitsPerByte, ExactAnswer, Repetition, StopRate, TemplateLeaks
+from rorchat.evaluation.evaluate_metrics import BitsPerByte, ExactAnswer, Repetition, StopRate, TemplateLeaks
 from rorchat.evaluation.scores import score_chat
 from rorchat.inference.engine import generate_replies
 from rorchat.mixture.collators import collate_padded
@@ -74,7 +74,7 @@ def test_evaluate_load_finds_the_metric_of_a_file(metric, tmp_path, monkeypatch)
 
 def test_metrics_write_no_files(tmp_path):
     code = (
-        "from rorchat.evaluation.metrics import StopRate\n"
+        "from rorchat.evaluation.evaluate_metrics import StopRate\n"
         "print(StopRate().compute(predictions=['a<|im_end|>']))\n"
         "assert StopRate(cache_dir='cache').compute(predictions=['a']) == {'stop_rate': 0.0}"
     )
@@ -90,7 +90,7 @@ def test_only_the_metrics_import_evaluate():
     code = (
         "import sys, rorchat.evaluation.compare, rorchat.evaluation.gate, rorchat.report\n"
         "assert 'evaluate' not in sys.modules\n"
-        "import rorchat.evaluation.metrics\n"
+        "import rorchat.evaluation.evaluate_metrics\n"
         "assert 'evaluate' in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -4,7 +4,7 @@ import evaluate
 from datasets import Features, Sequence, Value
 
 from rorchat.chatml import IM_END
-from rorchat.evaluation.metrics.base import CITATION, InMemoryMetric, mean
+from rorchat.evaluation.evaluate_metrics.base import CITATION, InMemoryMetric, mean
 from rorchat.evaluation.text_measures import closes_turn
 
 DESCRIPTION = """\
@@ -19,7 +19,7 @@ Constructor args:
 Returns:
     stop_rate: 0 to 1, higher is better.
 Examples:
-    >>> from rorchat.evaluation.metrics import StopRate
+    >>> from rorchat.evaluation.evaluate_metrics import StopRate
     >>> StopRate().compute(predictions=["I am fine.<|im_end|>", "I am fine and you are"])
     {'stop_rate': 0.5}
     >>> StopRate(end_of_turn=2).compute(predictions=[[71, 72, 2], [71, 72, 73]])

@@ -3,7 +3,7 @@
 import evaluate
 from datasets import Features, Sequence, Value
 
-from rorchat.evaluation.metrics.base import CITATION, InMemoryMetric, mean
+from rorchat.evaluation.evaluate_metrics.base import CITATION, InMemoryMetric, mean
 from rorchat.evaluation.text_measures import strip_end_token
 from rorchat.sources.tinytown import Question
 
@@ -18,7 +18,7 @@ Args:
 Returns:
     exact_answer: 0 to 1, higher is better.
 Examples:
-    >>> from rorchat.evaluation.metrics import ExactAnswer
+    >>> from rorchat.evaluation.evaluate_metrics import ExactAnswer
     >>> ExactAnswer().compute(predictions=["In the mill.<|im_end|>", "In the harbour."], references=["mill", "lake"])
     {'exact_answer': 0.5}
     >>> question = {"kind": "place", "text": "Where is it?", "answer": "mill", "alternatives": ["mill", "lake"]}

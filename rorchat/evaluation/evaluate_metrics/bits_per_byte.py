@@ -3,7 +3,7 @@
 import evaluate
 from datasets import Features, Value
 
-from rorchat.evaluation.metrics.base import CITATION, InMemoryMetric
+from rorchat.evaluation.evaluate_metrics.base import CITATION, InMemoryMetric
 from rorchat.evaluation.text_measures import bits_per_byte
 
 DESCRIPTION = """\
@@ -17,7 +17,7 @@ Args:
 Returns:
     bits_per_byte: lower is better; 8 for a uniform distribution over bytes, NaN for no text.
 Examples:
-    >>> from rorchat.evaluation.metrics import BitsPerByte
+    >>> from rorchat.evaluation.evaluate_metrics import BitsPerByte
     >>> result = BitsPerByte().compute(predictions=[8.5, 13.0], references=["Hello", "Bonjour"])
     >>> round(result["bits_per_byte"], 3)
     2.585

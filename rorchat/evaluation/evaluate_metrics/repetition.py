@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import evaluate
 from datasets import Features, Value
 
-from rorchat.evaluation.metrics.base import InMemoryMetric, mean
+from rorchat.evaluation.evaluate_metrics.base import InMemoryMetric, mean
 from rorchat.evaluation.text_measures import is_repetitive, repetition_rate, strip_end_token
 
 DESCRIPTION = """\
@@ -30,7 +30,7 @@ Returns:
     repetition: share of repetitive replies, 0 to 1, lower is better; NaN if every reply is too short.
     seq_rep_4: mean share of repeated 4-grams, 0 to 1, lower is better; NaN if every reply is too short.
 Examples:
-    >>> from rorchat.evaluation.metrics import Repetition
+    >>> from rorchat.evaluation.evaluate_metrics import Repetition
     >>> Repetition().compute(predictions=["the mill the mill the mill the mill", "one two three four", "Hi"])
     {'repetition': 0.5, 'seq_rep_4': 0.3}
 """

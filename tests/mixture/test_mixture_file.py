@@ -6,7 +6,7 @@ import pytest
 from mixture_support import MIXTURE, write_mixture
 
 from rorchat.errors import UsageError
-from rorchat.mixture.config import MixtureConfig, Phase, Source, read_mixture
+from rorchat.mixture.mixture_file import MixtureConfig, Phase, Source, read_mixture
 
 
 def test_a_mixture_file_is_read_as_it_says(tmp_path):

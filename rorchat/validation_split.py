@@ -1,0 +1,60 @@
+"""Decides by a hash of its text whether a row belongs to the validation split, and which rows are duplicates."""
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+
+_WHITE_SPACE = b" \t\n\r\v\f"
+_CHUNK_CHARACTERS = 2**20  # texts are hashed in chunks, so that a book of 100 MB is not copied as a whole
+
+
+def text_digest(text: str) -> bytes:
+    """Returns a 32-byte hash of a text that ignores case and white space.
+
+    The validation split is chosen by this hash, so near-identical copies of a text are always in the same split.
+    """
+    sha256 = hashlib.sha256()
+    for chunk in _chunks(text):
+        sha256.update(chunk.lower().encode(errors="surrogatepass").translate(None, _WHITE_SPACE))
+    return sha256.digest()
+
+
+def exact_digest(row: dict, digest: bytes) -> bytes:
+    """Returns a 16-byte hash of a row, used to find exact duplicates.
+
+    Unlike `text_digest`, it depends on case and white space (which matter in source code), on roles, and on message
+    boundaries. White space at the start and end of a document is ignored.
+
+    The hash consists of the first 12 bytes of `digest` and a 4-byte CRC of the exact text. For two different texts with
+    the same `text_digest`, the CRCs are equal by chance once in four billion.
+
+    Args:
+        digest: the `text_digest` of the row's text.
+    """
+    if "text" in row:
+        text = row["text"]
+        if text[:1].isspace() or text[-1:].isspace():
+            text = text.strip()
+    else:
+        text = "\0".join(f"{key}\0{turn['role']}\0{turn['content']}" for key, part in row.items() for turn in part)
+    crc = 0
+    for chunk in _chunks(text):
+        crc = zlib.crc32(chunk.encode(errors="surrogatepass"), crc)
+    return digest[:12] + crc.to_bytes(4)
+
+
+def _chunks(text: str) -> Iterator[str]:
+    if len(text) <= _CHUNK_CHARACTERS:
+        yield text
+    else:
+        yield from (text[start : start + _CHUNK_CHARACTERS] for start in range(0, len(text), _CHUNK_CHARACTERS))
+
+
+def is_validation_digest(digest: bytes, share: float) -> bool:
+    """Whether the text with this `text_digest` is in the validation split, which has a `share` of all texts."""
+    return int.from_bytes(digest[:8]) < share * 2**64
+
+
+def is_validation_text(text: str, share: float) -> bool:
+    """Whether a text is in the validation split. Case and white space are ignored."""
+    return is_validation_digest(text_digest(text), share)
