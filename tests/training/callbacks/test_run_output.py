@@ -87,7 +87,7 @@ def training_lines(lines: list[dict]) -> list[dict]:
 # metrics.jsonl
 
 
-def test_a_training_line_has_every_field_and_each_is_in_the_documentation(shown):
+def test_every_field_of_a_training_line_is_documented(shown):
     lines = training_lines(shown.lines)
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
     fields = {
@@ -103,7 +103,7 @@ def test_a_training_line_has_every_field_and_each_is_in_the_documentation(shown)
     assert general <= documented, general - documented
 
 
-def test_mfu_is_the_speed_times_six_n_and_attention_over_the_peak(shown):
+def test_mfu_is_flops_per_token_times_speed_over_the_peak(shown):
     first = training_lines(shown.lines)[0]
     width, layers, vocabulary, positions = 32, 2, 384, 32
     work = 6 * (12 * layers * width**2 + vocabulary * width) + 12 * layers * width * positions
@@ -113,7 +113,7 @@ def test_mfu_is_the_speed_times_six_n_and_attention_over_the_peak(shown):
         assert line["mfu"] == pytest.approx(line["tokens_per_second"] * work / 1e12, abs=1e-5)
 
 
-def test_the_mixture_of_a_line_is_that_of_the_rows_read_since_the_last(shown):
+def test_a_line_has_the_mixture_since_the_previous_line(shown):
     mixture, before = shown.trainer.mixture, 0
     for line in training_lines(shown.lines):
         rows = range(before * 4, line["step"] * 4)
@@ -123,7 +123,7 @@ def test_the_mixture_of_a_line_is_that_of_the_rows_read_since_the_last(shown):
     assert len({line["mixture"]["persona"] for line in training_lines(shown.lines)}) > 1
 
 
-def test_both_learning_rates_are_those_of_the_step(shown):
+def test_both_learning_rates_are_logged(shown):
     lines = training_lines(shown.lines)
     for line in lines:
         assert line["matrix_learning_rate"] == pytest.approx(
@@ -132,13 +132,13 @@ def test_both_learning_rates_are_those_of_the_step(shown):
     assert lines[-1]["learning_rate"] < lines[0]["learning_rate"]
 
 
-def test_the_cost_is_the_time_at_the_price_of_an_hour(shown):
+def test_the_cost_is_time_times_price(shown):
     assert shown.lines[-1]["seconds"] > 0
     for line in shown.lines:
         assert line["dollars"] == pytest.approx(10 * line["seconds"], abs=0.06)  # 36,000 $/h; seconds have two digits
 
 
-def test_trackers_get_the_numbers_of_the_file_flat(shown):
+def test_trackers_receive_the_same_numbers_flat(shown):
     got = [(step, logs) for step, logs in shown.got.logged if "train_runtime" not in logs]
     assert len(got) == len(shown.lines) == 6
     for (step, logs), line in zip(got, shown.lines, strict=True):
@@ -150,7 +150,7 @@ def test_trackers_get_the_numbers_of_the_file_flat(shown):
             assert logs[key] == pytest.approx(told[key], abs=1e-6), key
 
 
-def test_trackio_is_given_them_by_transformers_own_callback(tokenizer, tmp_path, monkeypatch):
+def test_trackio_works_through_the_callback_of_transformers(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "trackio.py").write_text(
         "from types import SimpleNamespace\n__version__ = '0'\nlogged = []\nlog = logged.append\n"
         "class Config(dict):\n    def update(self, more, allow_val_change): super().update(more)\n"
@@ -180,7 +180,7 @@ def test_trackio_is_given_them_by_transformers_own_callback(tokenizer, tmp_path,
         ("tensorbord", "no tracker 'tensorbord'. Did you mean 'tensorboard'?"),
     ],
 )
-def test_a_tracker_that_cannot_be_had_is_one_line_before_anything_starts(name, said, monkeypatch):
+def test_an_unavailable_tracker_is_refused_before_the_start(name, said, monkeypatch):
     monkeypatch.setattr(arguments_module.importlib.util, "find_spec", lambda package: None)
     with pytest.raises(UsageError, match=re.escape(said)) as caught:
         parse(PretrainArguments, [*BASE, "--output_dir", "x", "--report_to", name])
@@ -188,7 +188,7 @@ def test_a_tracker_that_cannot_be_had_is_one_line_before_anything_starts(name, s
 
 
 @pytest.mark.parametrize("name", ["tensorboard,wandb", ["tensorboard", "wandb"]])
-def test_several_trackers_are_named_with_commas_or_as_a_list(name, tmp_path, monkeypatch):
+def test_trackers_are_given_with_commas_or_as_a_list(name, tmp_path, monkeypatch):
     monkeypatch.setattr(arguments_module.importlib.util, "find_spec", lambda package: package)
     assert parse_trackers(name) == ["tensorboard", "wandb"]
     assert parse_trackers("none") == parse_trackers(None) == []
@@ -199,13 +199,13 @@ def test_several_trackers_are_named_with_commas_or_as_a_list(name, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", [*arguments_module.NOT_NEGATIVE, "seed", "data_seed"])
-def test_a_negative_number_where_none_can_be_is_a_usage_error(name):
+def test_negative_settings_are_refused(name):
     with pytest.raises(UsageError, match=rf"^{name} is -1(\.0)?: give (0 or a positive number|a number from 0)"):
         parse(PretrainArguments, [*BASE, "--output_dir", "x", f"--{name}", "-1"])
 
 
 @pytest.mark.parametrize("steps", ["-3", "0"])
-def test_steps_that_are_none_are_named(steps):
+def test_invalid_max_steps_are_refused(steps):
     with pytest.raises(UsageError, match=f"max_steps is {steps}: give a positive number"):
         parse(PretrainArguments, [*BASE, "--output_dir", "x", "--max_steps", steps])
 
@@ -213,14 +213,14 @@ def test_steps_that_are_none_are_named(steps):
 # Samples
 
 
-def test_samples_are_taken_before_after_and_every_so_many_steps(shown):
+def test_samples_are_generated_before_during_and_after_training(shown):
     lines = read_strict(shown.folder / "samples.jsonl")
     assert [(line["step"], line["tokens"]) for line in lines] == [(0, 0), (3, 384), (6, 768), (8, 1024)]
     assert all(line.keys() == {"step", "tokens", "prompt", "text"} for line in lines)
     assert {line["prompt"] for line in lines} == {"One day"}
 
 
-def test_sampling_changes_nothing_of_the_training(shown, tokenizer, tmp_path):
+def test_sampling_does_not_change_the_training(shown, tokenizer, tmp_path):
     plain = make_trainer(tokenizer, tmp_path)
     plain.train()
     other = dict(shown.trainer.model.named_parameters())
@@ -232,8 +232,8 @@ def test_sampling_changes_nothing_of_the_training(shown, tokenizer, tmp_path):
 
 
 @pytest.fixture
-def nothing_is_skipped(monkeypatch):
-    monkeypatch.setattr("rorchat.training.checkpointing.trainer_mixin.MOST_SKIPPED", 0)
+def no_skipped_steps(monkeypatch):
+    monkeypatch.setattr("rorchat.training.checkpointing.trainer_mixin.MAX_SKIPPED_STEPS", 0)
 
 
 class Poisoned(PretrainTrainer):
@@ -253,7 +253,7 @@ class Poisoned(PretrainTrainer):
         return loss * self.poison
 
 
-def test_a_loss_that_is_no_number_stops_the_run_at_its_step_with_its_value(tokenizer, tmp_path, nothing_is_skipped):
+def test_a_non_finite_loss_ends_the_run_at_its_step(tokenizer, tmp_path, no_skipped_steps):
     for poison in (math.nan, math.inf):
         trainer = make_trainer(tokenizer, tmp_path / str(poison), kind=Poisoned)
         trainer.poison = poison
@@ -263,24 +263,24 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_step_with_its_value(token
         assert (last["event"], last["step"], last["loss"]) == ("diverged", 7, str(poison))
         assert math.isfinite(last["last_finite_loss"]) and sum(last["mixture"].values()) == 1
         said = str(caught.value)
-        assert said.startswith(f"The loss is {poison} at step 7, whose rows are of tinytown")
+        assert said.startswith(f"The loss is {poison} at step 7, with rows from tinytown")
         assert f"the last finite loss was {last['last_finite_loss']:.4f} at step 6" in said
         assert "learning_rate" in said and "checkpoint" in said and "\n" not in said
         assert caught.value.exit_code == 70
         assert torch.equal(trainer.model.transformer.wte.weight, trainer.before)  # the step was not taken
 
 
-def test_a_gradient_that_is_no_number_is_named_although_the_loss_is_one(tokenizer, tmp_path, nothing_is_skipped):
+def test_a_non_finite_gradient_ends_the_run(tokenizer, tmp_path, no_skipped_steps):
     trainer = make_trainer(tokenizer, tmp_path, kind=Poisoned)
     trainer.in_gradient = True
-    with pytest.raises(DivergedError, match=r"The loss is \d\.\d{4} but the gradient norm nan at step 7"):
+    with pytest.raises(DivergedError, match=r"The loss is \d\.\d{4} but the gradient norm is nan at step 7"):
         trainer.train()
     last = read_strict(tmp_path / "metrics.jsonl")[-1]
     assert (last["step"], last["grad_norm"]) == (7, "nan") and math.isfinite(last["loss"])
 
 
 @pytest.mark.parametrize("warmup", [0.5, 4])
-def test_a_cooldown_waits_for_the_warm_up(tokenizer, tmp_path, warmup):
+def test_the_cooldown_starts_after_the_warmup(tokenizer, tmp_path, warmup):
     """Half of eight steps up and 0.7 of them down: no rate is skipped between the two."""
     trainer = make_trainer(tokenizer, tmp_path, "--warmup_steps", warmup, "--cooldown_share", 0.7)
     trainer.create_optimizer()
@@ -301,20 +301,18 @@ def test_a_cooldown_waits_for_the_warm_up(tokenizer, tmp_path, warmup):
         (["--lr_scheduler_type", "cosin"], "lr_scheduler_type: cosin is not a valid SchedulerType"),
     ],
 )
-def test_settings_of_transformers_that_make_no_sense_are_named(tmp_path, flags, said):
+def test_unsupported_settings_are_refused_by_name(tmp_path, flags, said):
     with pytest.raises(UsageError, match=re.escape(said)):
         parse(PretrainArguments, [*BASE, "--output_dir", str(tmp_path), *flags])
 
 
-def test_another_dataset_than_the_runs_own_is_not_measured_in_silence(tokenizer, tmp_path):
+def test_evaluate_refuses_another_dataset(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path)
     with pytest.raises(ValueError, match="validation split of the run"):
         trainer.evaluate(trainer.train_dataset)
 
 
-def test_a_diverged_run_goes_on_from_its_checkpoint_and_its_file_only_grows(
-    tokenizer, tmp_path, nothing_is_skipped, monkeypatch
-):
+def test_a_diverged_run_resumes_and_its_log_is_append_only(tokenizer, tmp_path, no_skipped_steps, monkeypatch):
     monkeypatch.setattr(PretrainTrainer, "_roll_back", lambda trainer: None)
     flags = ["--save_strategy", "steps", "--save_steps", 4]
     with pytest.raises(DivergedError):
@@ -330,7 +328,7 @@ def test_a_diverged_run_goes_on_from_its_checkpoint_and_its_file_only_grows(
     assert [line["event"] for line in stands if "event" in line] == ["resumed"]
 
 
-def test_a_run_without_a_checkpoint_begins_its_files_anew(tokenizer, tmp_path):
+def test_without_a_checkpoint_the_logs_start_anew(tokenizer, tmp_path):
     flags = ["--max_steps", 2, "--sample_prompts", "Hi", "--save_strategy", "no"]
     for _ in range(2):
         trainer = make_trainer(tokenizer, tmp_path, *flags)
@@ -358,7 +356,7 @@ def test_the_command_ends_with_70_and_one_line(tokenizer, tmp_path, capsys):
 # The chat stages and the picture
 
 
-def test_fine_tuning_writes_the_same_lines_without_what_it_does_not_know(tokenizer, tmp_path):
+def test_sft_writes_the_same_fields_except_mfu_and_mixture(tokenizer, tmp_path):
     flags = ["--sources", "tinytown=60", "--validation_share", "0.2", "--max_steps", "4", "--logging_steps", "2"]
     flags += ["--output_dir", str(tmp_path), "--eval_strategy", "no", "--bf16", "false", "--price_per_hour", "1"]
     arguments = parse(SFTArguments, flags)
@@ -372,7 +370,7 @@ def test_fine_tuning_writes_the_same_lines_without_what_it_does_not_know(tokeniz
     assert lines[0].keys() == fields | {"memory_bytes", "seconds", "dollars"}
 
 
-def test_a_restart_takes_back_the_lines_of_later_steps():
+def test_a_resumed_event_supersedes_the_lines_of_later_steps():
     records = [{"step": 2, "loss": 3}, {"step": 2, "eval_loss": 3}, {"step": 4, "loss": "nan", "event": "diverged"}]
     resumed = {"event": "resumed", "step": 2}
     assert drop_superseded_lines([*records, resumed, {"step": 3, "loss": 1}]) == [
@@ -382,7 +380,7 @@ def test_a_restart_takes_back_the_lines_of_later_steps():
     ]
 
 
-def test_the_picture_has_a_panel_for_what_was_logged_and_bears_words_for_numbers(shown, tmp_path, monkeypatch):
+def test_the_picture_has_a_panel_for_each_logged_quantity(shown, tmp_path, monkeypatch):
     from matplotlib import pyplot
 
     (tmp_path / "run").mkdir()
@@ -403,7 +401,7 @@ def test_the_picture_has_a_panel_for_what_was_logged_and_bears_words_for_numbers
 
 
 @pytest.mark.slow
-def test_two_processes_sample_without_waiting_for_ever_and_both_stop_when_the_run_diverges(tokenizer, tmp_path):
+def test_two_processes_sample_and_stop_together_on_divergence(tokenizer, tmp_path):
     from recipe_commands import launch, succeeded
 
     tokenizer.save_pretrained(tmp_path / "tokenizer")
