@@ -143,7 +143,7 @@ def _gather_weights(model) -> dict[str, torch.Tensor] | None:
 
     parameters = list(model.parameters())
     if any(hasattr(parameter, "ds_id") for parameter in parameters):  # ZeRO-3
-        from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]  # an optional package
+        from deepspeed.zero import GatheredParameters
 
         with GatheredParameters(parameters):
             return {name: value.detach().clone() for name, value in model.state_dict().items()}
