@@ -49,33 +49,33 @@ def config_of(*phases: Phase, sources: int = 3, **options) -> MixtureConfig:
     return MixtureConfig({name: Source(f"text={name}", **options.get(name, {})) for name in names}, phases)
 
 
-def drawn_weights(draw: np.random.Generator, names: list[str]) -> dict[str, float]:
-    kind = draw.integers(3)
+def drawn_weights(rng: np.random.Generator, names: list[str]) -> dict[str, float]:
+    kind = rng.integers(3)
     if kind == 0:
-        return {str(draw.choice(names)): 1.0}  # one source only
-    weights = draw.random(len(names)) ** 3 + 1e-4
+        return {str(rng.choice(names)): 1.0}  # one source only
+    weights = rng.random(len(names)) ** 3 + 1e-4
     if kind == 1:
-        weights *= draw.random(len(names)) < 0.5
-        weights[draw.integers(len(names))] += 0.1
+        weights *= rng.random(len(names)) < 0.5
+        weights[rng.integers(len(names))] += 0.1
     return dict(zip(names, weights.tolist(), strict=True))
 
 
 def drawn_plan(number: int) -> Plan:
     """A random plan: 2 to 8 sources, 1 to 5 phases, ramps, replay, zero weights, limits of epochs, optional sources."""
-    draw = np.random.default_rng(number)
+    rng = np.random.default_rng(number)
     names = [f"s{n}" for n in range(2 + number % 7)]
     sources = {
-        name: Source(name, max_epochs=float(draw.integers(1, 4)) if draw.random() < 0.2 else None) for name in names
+        name: Source(name, max_epochs=float(rng.integers(1, 4)) if rng.random() < 0.2 else None) for name in names
     }
     sources["s0"] = Source("s0")  # at least one source is never exhausted
-    windows = {name: int(draw.integers(20, 200)) for name in names}
-    missing = names[-1] if len(names) > 2 and draw.random() < 0.2 else None
+    windows = {name: int(rng.integers(20, 200)) for name in names}
+    missing = names[-1] if len(names) > 2 and rng.random() < 0.2 else None
     sources[names[-1]] = Source(names[-1], optional=True)
     phases = []
-    for phase, share in enumerate(draw.dirichlet(np.full(draw.integers(1, 6), 3.0)).tolist()):
-        weights = drawn_weights(draw, names) | {"s0": float(draw.random()) + 0.01 if draw.random() < 0.9 else 1e-3}
-        ramp = phase > 0 and draw.random() < 0.5
-        replay = float(draw.random()) if phase > 0 and draw.random() < 0.3 else 0.0
+    for phase, share in enumerate(rng.dirichlet(np.full(rng.integers(1, 6), 3.0)).tolist()):
+        weights = drawn_weights(rng, names) | {"s0": float(rng.random()) + 0.01 if rng.random() < 0.9 else 1e-3}
+        ramp = phase > 0 and rng.random() < 0.5
+        replay = float(rng.random()) if phase > 0 and rng.random() < 0.3 else 0.0
         phases.append(Phase(share=share, replay=replay, **{"ramp_to" if ramp else "weights": weights}))
     windows.pop(missing, None)
-    return Plan(MixtureConfig(sources, tuple(phases)), windows, int(draw.integers(300, 700)), 16)
+    return Plan(MixtureConfig(sources, tuple(phases)), windows, int(rng.integers(300, 700)), 16)

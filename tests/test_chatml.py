@@ -116,7 +116,7 @@ def test_template_and_encoder_agree_on_real_conversations(gpt2_tokenizer, shared
 
 def fuzzed(count: int) -> list[str]:
     """Control tokens, halves of them, nestings and separators, put together at random."""
-    draw = random.Random(0)
+    rng = random.Random(0)
     tokens = [*CONTROL_TOKENS, "<|reserved_0|>"]
     pieces = [*tokens, *(t[: len(t) // 2] for t in tokens), *(t[len(t) // 2 :] for t in tokens)]
     pieces += [t[:5] + inner + t[5:] for t in tokens for inner in tokens]
@@ -141,7 +141,7 @@ def fuzzed(count: int) -> list[str]:
         "{{",
         "}}",
     ]
-    return ["".join(draw.choices(pieces, k=draw.randint(1, 8))) for _ in range(count)]
+    return ["".join(rng.choices(pieces, k=rng.randint(1, 8))) for _ in range(count)]
 
 
 @pytest.mark.parametrize("role", ["user", "assistant"])

@@ -38,12 +38,12 @@ MISBEHAVING = {  # name: (parts of the reply that the model is trained on, the m
 @pytest.fixture(scope="module")
 def training_prompts(bibo) -> list[list[int]]:
     """Encoded random prompts of many lengths, half of them with a random system message."""
-    draw = random.Random(0)
+    rng = random.Random(0)
     prompts = []
     for _ in range(640):
-        messages = [{"role": "user", "content": " ".join(draw.choices(WORDS, k=draw.randint(1, 12)))}]
-        if draw.random() < 0.5:
-            messages.insert(0, {"role": "system", "content": draw.choice(SENTENCES)[:40]})
+        messages = [{"role": "user", "content": " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))}]
+        if rng.random() < 0.5:
+            messages.insert(0, {"role": "system", "content": rng.choice(SENTENCES)[:40]})
         prompts.append(encode_prompt(bibo, messages, n_positions=128, max_new_tokens=42).input_ids)
     return prompts
 

@@ -21,27 +21,27 @@ HALF = {"s0": 50, "s1": 50, "s2": 50}
 
 def appended(past: Plan, number: int) -> Plan:
     """Appends a random mixture at a random row of a plan: some sources continue, some are removed, some are new."""
-    draw = np.random.default_rng(10_000 + number)
-    kept = [name for name in past.names if name == "s0" or draw.random() < 0.6]
-    names = [*kept, *(f"n{number}-{n}" for n in range(draw.integers(0, 3)))]
-    windows = {name: int(draw.integers(20, 200)) for name in names}
+    rng = np.random.default_rng(10_000 + number)
+    kept = [name for name in past.names if name == "s0" or rng.random() < 0.6]
+    names = [*kept, *(f"n{number}-{n}" for n in range(rng.integers(0, 3)))]
+    windows = {name: int(rng.integers(20, 200)) for name in names}
     windows |= {name: past.rows_per_epoch[past.names.index(name)] for name in kept}
-    start = int(draw.integers(past.start + 1, (past.start + past.rows) // 2))
+    start = int(rng.integers(past.start + 1, (past.start + past.rows) // 2))
     ends_on = [
         past.names[source]
         for source, share in enumerate(past.phases_until(start, len(past.names))[-1].ends_with)
         if share
     ]
     phases = []
-    for phase, share in enumerate(draw.dirichlet(np.full(draw.integers(1, 4), 3.0)).tolist()):
+    for phase, share in enumerate(rng.dirichlet(np.full(rng.integers(1, 4), 3.0)).tolist()):
         before = phase > 0 or any(name in kept for name in ends_on)
-        weights = drawn_weights(draw, names) | {"s0": float(draw.random()) + 0.01}
-        kind = "ramp_to" if before and draw.random() < 0.5 else "weights"
-        replay = float(draw.random()) if before and draw.random() < 0.3 else 0.0
+        weights = drawn_weights(rng, names) | {"s0": float(rng.random()) + 0.01}
+        kind = "ramp_to" if before and rng.random() < 0.5 else "weights"
+        replay = float(rng.random()) if before and rng.random() < 0.3 else 0.0
         phases.append(Phase(share=max(share, 0.1), replay=replay, **{kind: weights}))
     total = sum(phase.share for phase in phases)
     phases = [Phase(phase.share / total, None, phase.weights, phase.ramp_to, phase.replay) for phase in phases]
-    caps = {name: float(draw.integers(1, 5)) if draw.random() < 0.2 and name != "s0" else None for name in names}
+    caps = {name: float(rng.integers(1, 5)) if rng.random() < 0.2 and name != "s0" else None for name in names}
     config = MixtureConfig({name: Source(name, max_epochs=caps[name]) for name in names}, tuple(phases))
     return Plan(config, windows, past.rows, past.block_size, past, start)
 

@@ -55,10 +55,10 @@ def test_random_plans_follow_their_budgets_and_lose_no_row():
 def test_deviation_stays_within_the_bound_for_single_sources_in_turn():
     for sources in (2, 3, 4, 8):
         for number in range(20):
-            draw = np.random.default_rng(number)
+            rng = np.random.default_rng(number)
             phases = [Phase(share=0.1, weights=dict.fromkeys([f"s{n}" for n in range(sources)], 1.0))]
-            phases += [Phase(share=0.9 / sources, weights={f"s{n}": 1.0}) for n in draw.permutation(sources)]
+            phases += [Phase(share=0.9 / sources, weights={f"s{n}": 1.0}) for n in rng.permutation(sources)]
             names = {f"s{n}": 100 for n in range(sources)}
-            plan = Plan(config_of(*phases, sources=sources), names, int(draw.integers(300, 500)), 16)
+            plan = Plan(config_of(*phases, sources=sources), names, int(rng.integers(300, 500)), 16)
             worst = largest_deviation(plan, locate_rows(plan)[:, 0])
             assert worst <= min(plan.bound, 1 if sources <= 4 else MAX_DEVIATION) + 1e-9

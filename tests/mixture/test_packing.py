@@ -68,11 +68,11 @@ def test_empty_and_overlong_sequences_are_errors():
 
 
 def sequences(count: int = 40, most: int = 30) -> Sequences:
-    draw = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     found = []
     for length in drawn(count, most):
-        ids = draw.integers(1, VOCABULARY, length)
-        found.append((ids, np.where(draw.random(length) < 0.5, ids, IGNORE_INDEX)))
+        ids = rng.integers(1, VOCABULARY, length)
+        found.append((ids, np.where(rng.random(length) < 0.5, ids, IGNORE_INDEX)))
     return Sequences(found)
 
 

@@ -64,8 +64,8 @@ def test_an_invalid_byte_rejects_only_its_row(name, bad, tmp_path):
 
 @pytest.mark.parametrize("form", ["txt", "jsonl", "json"])
 def test_a_truncated_gzip_file_is_counted(form, tmp_path):
-    draw = random.Random(0)
-    lines = json_lines(*({"text": str(draw.random())} for _ in range(2000)))
+    rng = random.Random(0)
+    lines = json_lines(*({"text": str(rng.random())} for _ in range(2000)))
     whole = gzip.compress(lines.encode() if form != "json" else json.dumps(lines).encode())
     write(tmp_path, f"a.{form}.gz", whole[: len(whole) // 2])
     write(tmp_path, "b.txt", "good")

@@ -72,7 +72,7 @@ def without(row: object, path: tuple) -> object:
     return row
 
 
-def malformed(raw: object, draw: random.Random) -> Iterator[str | bytes]:
+def malformed(raw: object, rng: random.Random) -> Iterator[str | bytes]:
     """Lines made from a valid raw row: with parts replaced, missing or duplicated, and with damaged JSON."""
     good = json.dumps(raw)
     for path in places_in(raw):
@@ -85,17 +85,17 @@ def malformed(raw: object, draw: random.Random) -> Iterator[str | bytes]:
         yield json.dumps({f"{key}\n\x1b[31m" * 1000: raw[key]})
     yield from (good[:cut] for cut in range(1, len(good), max(1, len(good) // 12)))
     yield from (good + tail for tail in ("}", "]", ",", " trailing", "\0", good))
-    yield from (good.encode()[:9] + bytes(draw.choices(range(128, 256), k=5)) + good.encode()[9:] for _ in range(3))
+    yield from (good.encode()[:9] + bytes(rng.choices(range(128, 256), k=5)) + good.encode()[9:] for _ in range(3))
     yield from (b"\xef\xbb\xbf" + good.encode(), good.encode("utf-16"), b"\xff", b"\0" * 20)
     yield from ("NaN", "-Infinity", "1" * 5000, "[" * 5000, '{"a":' * 5000, '"\\ud800"', "'single'", "# comment")
 
 
 def hostile_lines(name: str) -> list[bytes]:
-    draw = random.Random(name)
-    lines = list(chain.from_iterable(malformed(raw, draw) for raw in find_source(name).raw))
+    rng = random.Random(name)
+    lines = list(chain.from_iterable(malformed(raw, rng) for raw in find_source(name).raw))
     lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
     lines = [line.replace(b"\n", b" ").replace(b"\r", b" ") for line in lines]
-    draw.shuffle(lines)
+    rng.shuffle(lines)
     return [line for line in lines if line.strip()]
 
 
@@ -191,12 +191,12 @@ def written_rows(form: str) -> list[bytes]:
 @pytest.mark.parametrize("form", DAMAGE)
 def test_only_damaged_rows_of_a_file_are_lost(form, tmp_path):
     """The number of rows is known from the writing of the file, not from its reading."""
-    draw, harmed, path = random.Random(form), 0, tmp_path / f"rows.{form}"
+    rng, harmed, path = random.Random(form), 0, tmp_path / f"rows.{form}"
     for _ in range(60):
         rows = written_rows(form)
-        bad = sorted(draw.sample(range(0, ROWS, 2), draw.randrange(1, 9)))  # never two in a row
+        bad = sorted(rng.sample(range(0, ROWS, 2), rng.randrange(1, 9)))  # never two in a row
         for number in bad:
-            old, new = draw.choice(DAMAGE[form])
+            old, new = rng.choice(DAMAGE[form])
             assert old in rows[number]
             rows[number] = rows[number].replace(old, new, 1)
         content = b"".join(rows)
@@ -212,7 +212,7 @@ def test_only_damaged_rows_of_a_file_are_lost(form, tmp_path):
     assert harmed > 200
 
 
-def garbage(draw: random.Random, size: int) -> bytes:
+def garbage(rng: random.Random, size: int) -> bytes:
     """Bytes as a broken download has them: text, marks of all formats, control bytes and no UTF-8."""
     pieces = [
         b"It was the best of times.", b"\n", b"\n\n", b"\r\n", b"\0", b"\xff\xfe", b"\xc3\xa9", b"<|endoftext|>", b"'",
@@ -220,7 +220,7 @@ def garbage(draw: random.Random, size: int) -> bytes:
         b"*** START OF THE PROJECT GUTENBERG EBOOK A ***\n", b"End of Project Gutenberg", b"b'a'", b"\x1b[31m", b"PAR1",
         b"What is 1?", b"\n-6\n", b"\x80\x81", b"\xf0\x9f\x99", b"['L1', 'L2']", b"#### 12", b"\xe2\x80\xa8",
     ]  # fmt: skip
-    return b"".join(draw.choices(pieces, k=size))
+    return b"".join(rng.choices(pieces, k=size))
 
 
 SUFFIXES = [".txt", ".md", ".py", ".tokens", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".zip"]
@@ -229,10 +229,10 @@ PACKINGS = {"": bytes, ".gz": gzip.compress, ".zst": lambda data: pyarrow.compre
 
 @pytest.mark.parametrize("name", CONVERTING)
 def test_garbage_files_are_counted_or_raise_one_line(name, tmp_path):
-    draw, read = random.Random(name), 0
+    rng, read = random.Random(name), 0
     for suffix in SUFFIXES:
         for packing, pack in PACKINGS.items():
-            data = pack(garbage(draw, 300))
+            data = pack(garbage(rng, 300))
             for content in (data, data[: len(data) // 2], b""):
                 path = tmp_path / f"movie_conversations{suffix}{packing}"
                 path.write_bytes(content)
@@ -252,10 +252,10 @@ def test_an_archive_of_garbage_is_counted(tmp_path):
 
 
 def test_garbage_is_assigned_a_format_or_raises(tmp_path):
-    draw, guessed = random.Random(1), 0
+    rng, guessed = random.Random(1), 0
     for suffix in SUFFIXES:
         path = tmp_path / f"rows{suffix}"
-        path.write_bytes(garbage(draw, 200))
+        path.write_bytes(garbage(rng, 200))
         try:
             assert guess_row_format(path) in CONVERTING
             guessed += 1

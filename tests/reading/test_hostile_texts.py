@@ -55,33 +55,33 @@ RANGES += [
 ]
 
 
-def fuzzed(draw: random.Random) -> str:
+def fuzzed(rng: random.Random) -> str:
     """A text that passes the checks: characters of anywhere but half pairs and control characters."""
     parts = []
-    for _ in range(draw.randint(1, 6)):
-        kind = draw.random()
+    for _ in range(rng.randint(1, 6)):
+        kind = rng.random()
         if kind < 0.45:
-            parts.append(draw.choice(SPELLINGS))
+            parts.append(rng.choice(SPELLINGS))
         elif kind < 0.6:
-            parts.append("".join(draw.choices(ODD, k=draw.randint(1, 5))))
+            parts.append("".join(rng.choices(ODD, k=rng.randint(1, 5))))
         elif kind < 0.75:
             parts.append(
-                draw.choice(["assistant\n", "user\n", "system\n", "I'll don't ", "12 34", "   ", "def f():\n\t"])
+                rng.choice(["assistant\n", "user\n", "system\n", "I'll don't ", "12 34", "   ", "def f():\n\t"])
             )
         else:
-            start, stop = draw.choice(RANGES)
-            parts.append("".join(chr(draw.randrange(start, stop)) for _ in range(draw.randint(1, 12))))
-    return draw.choice(["", " ", "\n"]) + "".join(parts)
+            start, stop = rng.choice(RANGES)
+            parts.append("".join(chr(rng.randrange(start, stop)) for _ in range(rng.randint(1, 12))))
+    return rng.choice(["", " ", "\n"]) + "".join(parts)
 
 
 def fuzzed_conversations(seed: int, messages: int, tag: str = "") -> list[list[dict]]:
     """Conversations that `check_conversation` lets pass, with so many messages in all."""
-    draw, made, count = random.Random(seed), [], 0
+    rng, made, count = random.Random(seed), [], 0
     while count < messages:
-        turns = [{"role": "system", "content": f"Be {fuzzed(draw)}"}] if draw.random() < 0.3 else []
-        for _ in range(draw.randint(1, 3)):
-            turns.append({"role": "user", "content": f"{tag}{count}{fuzzed(draw)}"})
-            turns.append({"role": "assistant", "content": f"{fuzzed(draw)}{count}"})
+        turns = [{"role": "system", "content": f"Be {fuzzed(rng)}"}] if rng.random() < 0.3 else []
+        for _ in range(rng.randint(1, 3)):
+            turns.append({"role": "user", "content": f"{tag}{count}{fuzzed(rng)}"})
+            turns.append({"role": "assistant", "content": f"{fuzzed(rng)}{count}"})
             count += 2
         try:
             CHECKS["conversation"]({"messages": turns})
@@ -152,9 +152,9 @@ def test_rendered_templates_contain_only_the_control_tokens_of_roles(tokenizer):
 
 
 def test_surrogates_are_refused_before_tokenization(tokenizer):
-    draw = random.Random(3)
+    rng = random.Random(3)
     for _ in range(200):
-        content = fuzzed(draw) + chr(draw.randrange(0xD800, 0xE000)) + fuzzed(draw)
+        content = fuzzed(rng) + chr(rng.randrange(0xD800, 0xE000)) + fuzzed(rng)
         with pytest.raises(DataError, match="a lone surrogate"):
             encode_conversation(tokenizer, [{"role": "user", "content": content}])
 
@@ -169,8 +169,8 @@ def documents_of(store: TokenStore, split: str) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", ["tokenizer", "gpt2_tokenizer"])
 def test_stored_documents_decode_to_their_texts(name, request, tmp_path):
-    tokenizer, draw = request.getfixturevalue(name), random.Random(4)
-    texts = [f"{number}. {fuzzed(draw)}" for number in range(4000)]
+    tokenizer, rng = request.getfixturevalue(name), random.Random(4)
+    texts = [f"{number}. {fuzzed(rng)}" for number in range(4000)]
     texts += [SPELLINGS[0] * 5000, "x" * 60_000, "x" * 70_000, "\u200b" * 9000, "a'" * 9000, " " * 9000 + "a"]
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -33,8 +33,8 @@ def test_a_damaged_row_group_rejects_only_its_rows(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    draw = random.Random(0)
-    table = pyarrow.table({"text": [draw.randbytes(40).hex() for _ in range(1000)]})
+    rng = random.Random(0)
+    table = pyarrow.table({"text": [rng.randbytes(40).hex() for _ in range(1000)]})
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(table, path, row_group_size=100, use_dictionary=False)
     place = pyarrow.parquet.ParquetFile(path).metadata.row_group(3).column(0).data_page_offset

@@ -51,8 +51,8 @@ def test_parts_have_the_same_rows_as_the_whole_source(name, tmp_path, monkeypatc
 def test_parts_of_a_large_text_have_the_same_documents(end, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "SMALLEST_PART", 500)
     monkeypatch.setattr(parts, "BLOCK_BYTES", 64)
-    draw = random.Random(0)
-    stories = ["".join(draw.choices("ab \né<|\ufeff", k=draw.randrange(400))) for _ in range(120)]
+    rng = random.Random(0)
+    stories = ["".join(rng.choices("ab \né<|\ufeff", k=rng.randrange(400))) for _ in range(120)]
     path = write(tmp_path, "a.txt", "<|endoftext|>".join(stories) + end)
     whole = list(load_rows(f"text={path}", "document").raw)
     pieces = source_parts(f"text={path}")

@@ -136,8 +136,8 @@ def test_a_single_story_without_separator_is_complete(tmp_path):
 
 @pytest.mark.parametrize("block", [1, 7, 13, 14, 100, 2**20])
 def test_documents_do_not_depend_on_the_block_size(block, tmp_path, monkeypatch):
-    draw = random.Random(block)
-    parts = ["".join(draw.choices("ab\n<|é", k=draw.randrange(60))) for _ in range(40)] + ["end"]
+    rng = random.Random(block)
+    parts = ["".join(rng.choices("ab\n<|é", k=rng.randrange(60))) for _ in range(40)] + ["end"]
     text = "<|endoftext|>".join(parts)
     (tmp_path / "a.txt").write_text(text)
     monkeypatch.setattr("rorchat.reading.text.BLOCK_BYTES", block)
@@ -162,8 +162,8 @@ def test_an_undecodable_document_is_rejected_with_its_byte(tmp_path):
 
 
 def test_a_truncated_archive_yields_the_documents_before_the_damage(tmp_path):
-    draw = random.Random(0)
-    stories = [str(draw.random()) for _ in range(200_000)]
+    rng = random.Random(0)
+    stories = [str(rng.random()) for _ in range(200_000)]
     whole = gzip.compress("<|endoftext|>".join(stories).encode())
     path = tmp_path / "a.txt.gz"
     path.write_bytes(whole[: len(whole) // 2])

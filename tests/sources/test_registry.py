@@ -81,14 +81,14 @@ def test_arbitrary_json_values_are_kept_or_rejected(name, tmp_path):
 @pytest.mark.parametrize("name", CONVERTING)
 def test_raw_rows_with_damaged_parts_are_kept_or_rejected(name):
     """Every raw row with any part of it missing, null, a number, a list or empty."""
-    draw, source, tried = random.Random(0), find_source(name), 0
+    rng, source, tried = random.Random(0), find_source(name), 0
 
     def damaged(value):
-        if draw.random() < 0.15:
-            return draw.choice([None, 7, [], {}, "", [value], {"role": value}])
+        if rng.random() < 0.15:
+            return rng.choice([None, 7, [], {}, "", [value], {"role": value}])
         if isinstance(value, dict):
-            return {key: damaged(part) for key, part in value.items() if draw.random() > 0.1}
-        return [damaged(part) for part in value if draw.random() > 0.1] if isinstance(value, list) else value
+            return {key: damaged(part) for key, part in value.items() if rng.random() > 0.1}
+        return [damaged(part) for part in value if rng.random() > 0.1] if isinstance(value, list) else value
 
     for _ in range(300):
         for raw in source.raw:

@@ -16,9 +16,9 @@ from rorchat.tokenizer.training_text import PIECE_CHARACTERS, BoundedText
 
 
 def random_texts(count: int) -> list[str]:
-    draw = random.Random(0)
+    rng = random.Random(0)
     alphabet = "ab zA1239.,'\n\t <|>_éß你🙂\u200b\x00\r"
-    return ["".join(draw.choices(alphabet, k=draw.randint(0, 40))) for _ in range(count)]
+    return ["".join(rng.choices(alphabet, k=rng.randint(0, 40))) for _ in range(count)]
 
 
 def test_a_trained_tokenizer_reproduces_any_text(tokenizer):
@@ -117,8 +117,8 @@ def test_text_that_ends_at_the_limit_is_complete():
 
 
 def test_a_long_text_is_split_before_the_space_of_a_word():
-    draw = random.Random(1)
-    words = "".join(draw.choices(["word", " ", "  ", "\n\n", "12", "é", "!"], k=120_000))
+    rng = random.Random(1)
+    words = "".join(rng.choices(["word", " ", "  ", "\n\n", "12", "é", "!"], k=120_000))
     pieces = list(BoundedText([words], max_characters=10**9))
     assert "".join(pieces) == words
     assert max(map(len, pieces)) <= PIECE_CHARACTERS

@@ -78,14 +78,14 @@ def test_equal_hashes_match_only_if_the_words_are_equal(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("n", [2, 5, 13])
 def test_the_count_equals_that_of_tuple_sets(n, tmp_path):
-    draw = random.Random(n)
+    rng = random.Random(n)
     vocabulary = [f"v{number}" for number in range(6 if n < 13 else 2)] * 10
-    rows = [{"text": " ".join(draw.choices(vocabulary, k=draw.randrange(40)))} for _ in range(30)]
+    rows = [{"text": " ".join(rng.choices(vocabulary, k=rng.randrange(40)))} for _ in range(30)]
     text = evaluation(tmp_path, *rows, n=n)
     known = {tuple(w[at : at + n]) for row in rows for w in [words(row["text"])] for at in range(len(w) - n + 1)}
     found = 0
     for _ in range(300):
-        sample = " ".join(draw.choices([*vocabulary, "unknown"], k=draw.randrange(60)))
+        sample = " ".join(rng.choices([*vocabulary, "unknown"], k=rng.randrange(60)))
         w = words(sample)
         windows = [tuple(w[at : at + n]) for at in range(len(w) - n + 1)]
         common = sum(window in known for window in windows)
@@ -110,9 +110,9 @@ def test_chunks_of_a_long_text_lose_and_repeat_no_window(piece, tmp_path, monkey
 
 def test_evaluation_words_in_another_order_do_not_match(shared_data):
     text = EvaluationText.read([str(shared_data / "gsm8k" / "test.jsonl")])
-    draw = random.Random(0)
+    rng = random.Random(0)
     sample = list(text.word_ids)
-    draw.shuffle(sample)
+    rng.shuffle(sample)
     assert text.find(" ".join(word.decode() for word in sample)) is None
 
 

@@ -22,14 +22,14 @@ PIECES = (
 )
 
 
-def random_text(draw: random.Random) -> str:
-    kind = draw.random()
+def random_text(rng: random.Random) -> str:
+    kind = rng.random()
     if kind < 0.7:
-        return "".join(draw.choices(PIECES, k=draw.randint(1, 30)))
+        return "".join(rng.choices(PIECES, k=rng.randint(1, 30)))
     if kind < 0.85:
-        return "".join(chr(draw.randint(1, 127)) for _ in range(draw.randint(1, 200)))
+        return "".join(chr(rng.randint(1, 127)) for _ in range(rng.randint(1, 200)))
     ranges = ((1, 0x2FF), (0x300, 0x3000), (0x3000, 0xD7FF), (0xE000, 0x10FFFF))
-    return "".join(chr(draw.randint(*draw.choice(ranges))) for _ in range(draw.randint(1, 40)))
+    return "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(1, 40)))
 
 
 def encoded(encoder: Encoder, texts: list[str]) -> list[list[int]]:
@@ -47,8 +47,8 @@ def any_tokenizer(request, tokenizer):
 
 
 def test_the_ids_of_random_texts_are_those_of_the_tokenizer(any_tokenizer):
-    draw = random.Random(1)
-    texts = [random_text(draw) for _ in range(8000)]
+    rng = random.Random(1)
+    texts = [random_text(rng) for _ in range(8000)]
     encoder = Encoder(any_tokenizer)
     assert encoder.pattern in (GPT2_PATTERN, SPLIT_PATTERN)
     for text, fast, slow in zip(texts, encoded(encoder, texts), encode_text(any_tokenizer, texts), strict=True):
@@ -132,8 +132,8 @@ def test_a_trained_tokenizer_gives_the_same_ids_on_other_text(shared_data):
 
 
 def test_encode_texts_equals_the_tokenizer_for_any_text(any_tokenizer):
-    draw = random.Random(2)
-    texts = [random_text(draw) for _ in range(300)] + ["", "\n", "a\0b", "x" * (MAX_WORD_BYTES + 1)]
+    rng = random.Random(2)
+    texts = [random_text(rng) for _ in range(300)] + ["", "\n", "a\0b", "x" * (MAX_WORD_BYTES + 1)]
     encoder = Encoder(any_tokenizer)
     assert encoder.encode_texts(texts[:-2]) == encode_text(any_tokenizer, texts[:-2])
     assert encoder.encode_texts(texts) == encode_text(any_tokenizer, texts)

@@ -34,10 +34,10 @@ def test_orthogonalize_equals_svd_for_every_shape(shape):
 
 
 def test_singular_values_above_a_thousandth_become_about_one():
-    draw = torch.Generator().manual_seed(2)
+    rng = torch.Generator().manual_seed(2)
     for shape in ((64, 64), (64, 256), (256, 64)):
         values = torch.logspace(0, -2.5, 64)
-        left, right = (torch.linalg.qr(torch.randn(size, 64, generator=draw))[0] for size in shape)
+        left, right = (torch.linalg.qr(torch.randn(size, 64, generator=rng))[0] for size in shape)
         matrix = left @ values.diag() @ right.T
         assert (values / matrix.norm()).min() > 1e-3
         for dtype, low, high in ((torch.float32, 0.13, 1.87), (torch.bfloat16, 0.10, 1.95)):
@@ -54,8 +54,8 @@ def test_muon_updates_every_matrix_as_the_reference_does(stock):
     buffers = {name: torch.zeros_like(value) for name, value in expected.items()}
     for step in range(2):
         for index, (name, parameter) in enumerate(model.named_parameters()):
-            draw = torch.Generator().manual_seed(100 * step + index)
-            parameter.grad = torch.randn(parameter.shape, generator=draw)
+            rng = torch.Generator().manual_seed(100 * step + index)
+            parameter.grad = torch.randn(parameter.shape, generator=rng)
             if name not in names:
                 continue
             gradient = parameter.grad.double()
