@@ -94,7 +94,7 @@ def test_samples_are_taken_before_and_after(story):
 def test_a_finished_run_is_not_repeated_and_other_settings_are_a_mismatch(story):
     config = story / "sft" / "config.yaml"
     again = succeeded(inside("sft", "--config", config))
-    assert "finished before" in again.stderr
+    assert "already finished" in again.stderr
     refused(inside("sft", "--config", config, "--learning_rate", "0.5"), 78, "another run", "learning_rate")
 
 

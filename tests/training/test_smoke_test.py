@@ -224,7 +224,7 @@ class TestArguments:
     def test_a_batch_that_does_not_fit_is_refused_as_in_the_real_run(self, tmp_path):
         flags = ["--max_steps", 10, "--block_size", 1000, "--global_batch_tokens", 524_288]
         for smoke in (False, True):
-            with pytest.raises(UsageError, match="no multiple of block_size"):
+            with pytest.raises(UsageError, match="is not a multiple of block_size"):
                 self.arguments(tmp_path, *flags, smoke=smoke)
 
     def test_a_store_that_the_real_run_has_prepared_is_read_and_none_is_made_for_it(self, tmp_path):
@@ -244,11 +244,18 @@ class TestArguments:
         assert second.given == first.given
         assert second.output_dir == str(tmp_path / "run-smoke")
 
-    def test_it_says_in_one_line_what_it_made_smaller(self, tmp_path, capsys):
+    def test_one_line_describes_what_was_reduced(self, tmp_path, capsys):
         self.arguments(tmp_path, "--max_steps", 1000)
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("smoke:")]
-        for said in ("2x4x64", "124m", "64 tokens for 1,024", "for 524,288", "3 of them for 1,000", "run-smoke"):
-            assert said in line
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("smoke test:")]
+        for text in (
+            "model 2x4x64",
+            "configured: 124m",
+            "64 tokens (1,024)",
+            "(524,288)",
+            "3 steps (1,000)",
+            "run-smoke",
+        ):
+            assert text in line
 
 
 @pytest.mark.parametrize("stage", [SFTArguments, DPOArguments])
@@ -297,17 +304,17 @@ class TestArgumentsOfChatStages:
         second = parse(stage, ["--config", str(config)])
         assert second.given == first.given and second.output_dir == str(tmp_path / "run-smoke")
 
-    def test_it_says_in_one_line_what_it_made_smaller(self, stage, tmp_path, capsys):
+    def test_one_line_describes_what_was_reduced(self, stage, tmp_path, capsys):
         self.arguments(stage, tmp_path, "--gradient_accumulation_steps", 4)
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("smoke:")]
-        for said in (
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("smoke test:")]
+        for text in (
             f"first {SMOKE_ROWS_PER_SOURCE} rows",
             "10%",
-            "steps of 2 rows for 32",
-            "3 of them for num_train_epochs 1",
+            "2 rows per step (configured: 32)",
+            "3 steps (num_train_epochs 1)",
             "run-smoke",
         ):
-            assert said in line
+            assert text in line
 
     def test_sources_of_a_file_may_name_variables_which_must_be_set(self, stage, tmp_path, monkeypatch):
         config = tmp_path / "c.yaml"

@@ -231,7 +231,7 @@ def test_sft_starts_from_a_base_or_a_chat_model(model, request, data, tmp_path):
 
 
 def test_stages_that_need_a_chat_model_refuse_a_base_model(base, data, tmp_path):
-    message = ("no control tokens <|im_start|> and <|im_end|>", "recipes/sft.py")
+    message = ("no control tokens <|im_start|> and <|im_end|>", "rorchat sft")
     refused(run_dpo(base, data, tmp_path / "out"), 78, *message)
     refused(inside("grpo", "--model", base, "--sources", "tinytown=20", "--output_dir", tmp_path / "out"), 78, *message)
     for name in ("chat", "gate"):
