@@ -19,22 +19,22 @@ LONG = "once upon a time there was a small model that wanted to talk " * 20
 KNOWN = ", ".join(ROLE_NAMES)
 
 
-def turns(*said: tuple[str, str]) -> dict:
-    return {"messages": [{"role": role, "content": content} for role, content in said]}
+def turns(*messages: tuple[str, str]) -> dict:
+    return {"messages": [{"role": role, "content": content} for role, content in messages]}
 
 
 def checked(given: object, **options: object) -> tuple[CheckResult, list[dict]]:
-    """What `check` finds and the rejects that it wrote, after comparing the two with one another."""
+    """The result of `check` and the rejected rows that it wrote, which must agree."""
     rejects = io.StringIO()
-    found = check_source(str(given), rejects=rejects, **options)
-    said = [json.loads(line) for line in rejects.getvalue().splitlines()]
-    tally = found.stats
-    assert tally.rows_in == tally.kept + sum(tally.rejects.values())
-    assert Counter(reject["reason"] for reject in said) == tally.rejects
-    for reason, places in tally.places.items():
-        of_reason = [reject for reject in said if reject["reason"] == reason]
+    result = check_source(str(given), rejects=rejects, **options)
+    rejected = [json.loads(line) for line in rejects.getvalue().splitlines()]
+    row_stats = result.stats
+    assert row_stats.rows_in == row_stats.kept + sum(row_stats.rejects.values())
+    assert Counter(row["reason"] for row in rejected) == row_stats.rejects
+    for reason, places in row_stats.places.items():
+        of_reason = [row for row in rejected if row["reason"] == reason]
         assert places == [r["place"] + (f" ({r['detail']})" if r["detail"] else "") for r in of_reason[:3]]
-    return found, said
+    return result, rejected
 
 
 # -- what is wrong with rows -----------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ CONVERSATIONS = [
 def test_every_fault_of_a_conversation_is_counted_at_its_line(tokenizer, tmp_path):
     path = write(tmp_path, "rows.jsonl", [row for row, _, _ in CONVERSATIONS])
     evaluation = write(tmp_path, "evaluation.jsonl", [{"question": "none"}, {"question": EVALUATION}])
-    found, said = checked(
+    result, rejected = checked(
         path,
         row_format="messages",
         filters=Filters(max_characters=9000, max_repetition=0.5),
@@ -104,13 +104,13 @@ def test_every_fault_of_a_conversation_is_counted_at_its_line(tokenizer, tmp_pat
         if reason
     }
     assert len(expected) == 30
-    assert {reject["place"]: reject["reason"] for reject in said} == {p: reason for p, (reason, _) in expected.items()}
-    for reject in said:
-        if expected[reject["place"]][1] is not None:
-            assert (reject["place"], reject["detail"]) == (reject["place"], expected[reject["place"]][1])
-    assert (found.stats.rows_in, found.stats.kept) == (35, 5)
-    assert found.stats.places["unknown role"] == [f"{path}:15 (message 0 has the role 'robot'; allowed are {KNOWN})"]
-    (contaminated,) = [reject for reject in said if reject["reason"] == "contaminated"]
+    assert {row["place"]: row["reason"] for row in rejected} == {p: reason for p, (reason, _) in expected.items()}
+    for row in rejected:
+        if expected[row["place"]][1] is not None:
+            assert (row["place"], row["detail"]) == (row["place"], expected[row["place"]][1])
+    assert (result.stats.rows_in, result.stats.kept) == (35, 5)
+    assert result.stats.places["unknown role"] == [f"{path}:15 (message 0 has the role 'robot'; allowed are {KNOWN})"]
+    (contaminated,) = [row for row in rejected if row["reason"] == "contaminated"]
     assert (
         contaminated["detail"]
         == f"13 words of {evaluation.parent.name}/{evaluation.name}, row 1: {' '.join(EVALUATION.split()[:13])}"
@@ -120,18 +120,18 @@ def test_every_fault_of_a_conversation_is_counted_at_its_line(tokenizer, tmp_pat
 def test_the_rejects_file_contains_rows_as_read(tmp_path):
     rows = [chat_row("Hello", ""), chat_row("\ud800", "b"), b"{", [5], chat_row(), chat_row()]
     path = write(tmp_path, "rows.jsonl", rows)
-    _, said = checked(path, row_format="messages")
-    assert [reject["row"] for reject in said] == [rows[0], rows[1], None, [5], chat_row()]
-    assert [reject["place"] for reject in said] == [f"{path}:{line}" for line in (1, 2, 3, 4, 6)]
-    assert set(said[0]) == {"place", "reason", "detail", "row"}
+    _, rejected = checked(path, row_format="messages")
+    assert [row["row"] for row in rejected] == [rows[0], rows[1], None, [5], chat_row()]
+    assert [row["place"] for row in rejected] == [f"{path}:{line}" for line in (1, 2, 3, 4, 6)]
+    assert set(rejected[0]) == {"place", "reason", "detail", "row"}
 
 
 def test_the_first_three_places_of_a_reason_are_kept(tmp_path):
     path = write(tmp_path, "rows.jsonl", [chat_row(), *[chat_row(f"{n}", "") for n in range(50)]])
-    found, _ = checked(path)
-    assert (found.guessed, found.spec) == (True, f"messages={path}")
-    assert found.stats.rejects == {"empty reply": 50}
-    assert found.stats.places == {"empty reply": [f"{path}:{line} (message 1)" for line in (2, 3, 4)]}
+    result, _ = checked(path)
+    assert (result.guessed, result.spec) == (True, f"messages={path}")
+    assert result.stats.rejects == {"empty reply": 50}
+    assert result.stats.places == {"empty reply": [f"{path}:{line} (message 1)" for line in (2, 3, 4)]}
 
 
 DOCUMENTS = [
@@ -166,12 +166,12 @@ def test_every_fault_of_a_document_is_counted_at_its_line_or_row(form, tmp_path)
     else:
         path = write(tmp_path, "rows.jsonl", rows)
     limits = Filters(min_characters=2, max_characters=200, min_letters=0.5, min_latin=0.5)
-    found, said = checked(path, row_format="text", filters=limits)
+    result, rejected = checked(path, row_format="text", filters=limits)
     places = [f"{path}:{n + 1}" if form == "jsonl" else f"{path}, row {n}" for n in range(len(rows))]
-    assert [(reject["place"], reject["reason"], reject["detail"]) for reject in said] == [
+    assert [(row["place"], row["reason"], row["detail"]) for row in rejected] == [
         (place, reason, detail) for place, (_, reason, detail) in zip(places, DOCUMENTS, strict=True) if reason
     ]
-    assert (found.stats.rows_in, found.stats.kept, len(said)) == (19, 4, 15)
+    assert (result.stats.rows_in, result.stats.kept, len(rejected)) == (19, 4, 15)
 
 
 PREFERENCES = [
@@ -196,25 +196,25 @@ PREFERENCES = [
 
 def test_every_fault_of_a_preference_is_counted_with_its_side(tokenizer, tmp_path):
     path = write(tmp_path, "rows.jsonl", [row for row, _, _ in PREFERENCES])
-    found, said = checked(path, tokenizer=tokenizer, max_length=96)
-    assert found.spec == f"preference={path}"
-    assert {reject["place"]: reject["reason"] for reject in said} == {
+    result, rejected = checked(path, tokenizer=tokenizer, max_length=96)
+    assert result.spec == f"preference={path}"
+    assert {row["place"]: row["reason"] for row in rejected} == {
         f"{path}:{number}": reason for number, (_, reason, _) in enumerate(PREFERENCES, start=1) if reason
     }
-    details = {reject["place"]: reject["detail"] for reject in said}
+    details = {row["place"]: row["detail"] for row in rejected}
     for number, (_, reason, detail) in enumerate(PREFERENCES, start=1):
         if reason and detail is not None:
             assert (number, details[f"{path}:{number}"]) == (number, detail)
-    assert (found.stats.rows_in, found.stats.kept) == (12, 1)
+    assert (result.stats.rows_in, result.stats.kept) == (12, 1)
 
 
 def test_byte_literals_are_repaired_only_in_datasets_known_for_them(tmp_path):
     rows = [{"question": "b'Solve 2*x = 4 for x.\\n'", "answer": "b'2\\n'"}, {"question": "What is 1?", "answer": "1"}]
-    found, said = checked(write(tmp_path, "rows.jsonl", rows), row_format="math_dataset")
-    assert (found.stats.kept, found.stats.repairs, said) == (2, {"byte literal": 1}, [])
+    result, rejected = checked(write(tmp_path, "rows.jsonl", rows), row_format="math_dataset")
+    assert (result.stats.kept, result.stats.repairs, rejected) == (2, {"byte literal": 1}, [])
     alpaca = [{"instruction": row["question"], "output": row["answer"]} for row in rows]
-    found, said = checked(write(tmp_path, "alpaca.jsonl", alpaca), row_format="alpaca")
-    assert (found.stats.kept, found.stats.rejects, found.stats.repairs) == (1, {"byte literal": 1}, {})
+    result, rejected = checked(write(tmp_path, "alpaca.jsonl", alpaca), row_format="alpaca")
+    assert (result.stats.kept, result.stats.rejects, result.stats.repairs) == (1, {"byte literal": 1}, {})
 
 
 def test_a_conversation_is_rejected_only_if_no_exchange_fits(tokenizer, tmp_path):
@@ -222,27 +222,29 @@ def test_a_conversation_is_rejected_only_if_no_exchange_fits(tokenizer, tmp_path
     path = write(tmp_path, "rows.jsonl", [chat_row(), longer])
     whole = len(encode_conversation(tokenizer, chat_row()["messages"]).input_ids)
     options = {"row_format": "messages", "tokenizer": tokenizer}
-    tallies = [checked(path, **options, max_length=length)[0].stats for length in (whole - 1, whole, 10_000)]
-    assert [(tally.kept, tally.cut, tally.rejects) for tally in tallies] == [
+    stats = [checked(path, **options, max_length=length)[0].stats for length in (whole - 1, whole, 10_000)]
+    assert [(row_stats.kept, row_stats.cut, row_stats.rejects) for row_stats in stats] == [
         (1, 1, {"over-long": 1}),
         (2, 1, {}),
         (2, 0, {}),
     ]
 
 
-def test_lengths_are_the_same_in_batches_as_alone(tokenizer, tmp_path):
+def test_batched_lengths_equal_separate_lengths(tokenizer, tmp_path):
     """More than ROWS_AT_ONCE, so that they are encoded in several batches, the last one not full."""
     rows = [chat_row(f"Question {n}", "word " * (n % 60)) for n in range(1, 1207)]
     rows = [row for row in rows if row["messages"][1]["content"]]
-    found, said = checked(write(tmp_path, "r.jsonl", rows), row_format="messages", tokenizer=tokenizer, max_length=120)
+    result, rejected = checked(
+        write(tmp_path, "r.jsonl", rows), row_format="messages", tokenizer=tokenizer, max_length=120
+    )
     too_long = [
         number
         for number, row in enumerate(rows, start=1)
         if len(encode_conversation(tokenizer, row["messages"]).input_ids) > 120
     ]
     assert 100 < len(too_long) < len(rows) - 100
-    assert [int(reject["place"].rpartition(":")[2]) for reject in said] == too_long
-    assert found.stats.kept == len(rows) - len(too_long)
+    assert [int(row["place"].rpartition(":")[2]) for row in rejected] == too_long
+    assert result.stats.kept == len(rows) - len(too_long)
 
 
 def test_one_bad_file_of_a_folder_is_one_reject(tmp_path):
@@ -251,28 +253,28 @@ def test_one_bad_file_of_a_folder_is_one_reject(tmp_path):
     write(tmp_path, "c.parquet", b"PAR1 and no more")
     write(tmp_path, "d.json", b"")
     write(tmp_path, "e.jsonl", [chat_row("e")])
-    found, said = checked(tmp_path, row_format="messages")
-    assert [reject["reason"] for reject in said][-2:] == ["not Parquet", "not JSON"]
-    assert sum(found.stats.rejects.values()) == 3 and found.stats.rejects["damaged gzip"] == 1
-    assert 2 <= found.stats.kept <= 101
+    result, rejected = checked(tmp_path, row_format="messages")
+    assert [row["reason"] for row in rejected][-2:] == ["not Parquet", "not JSON"]
+    assert sum(result.stats.rejects.values()) == 3 and result.stats.rejects["damaged gzip"] == 1
+    assert 2 <= result.stats.kept <= 101
 
 
 def test_a_file_without_usable_rows_is_reported_not_raised(tmp_path):
-    found, said = checked(write(tmp_path, "rows.jsonl", [chat_row("a", "")] * 4))
-    assert (found.stats.rows_in, found.stats.kept, len(said)) == (4, 0, 4)
+    result, rejected = checked(write(tmp_path, "rows.jsonl", [chat_row("a", "")] * 4))
+    assert (result.stats.rows_in, result.stats.kept, len(rejected)) == (4, 0, 4)
 
 
 def test_all_generated_rows_are_usable():
     for spec in ("tinytown=300", "persona=30"):
-        found, _ = checked(spec, seed=3)
-        assert found.stats.rows_in == int(spec.partition("=")[2])
-        assert set(found.stats.rejects) <= {"duplicate"}
+        result, _ = checked(spec, seed=3)
+        assert result.stats.rows_in == int(spec.partition("=")[2])
+        assert set(result.stats.rejects) <= {"duplicate"}
 
 
 def test_every_row_of_real_files_is_accounted_for(shared_data):
     for path in ("alpaca/alpaca_en_demo.json", "chat/openai_sft.jsonl", "preference/dpo_en_demo.json"):
-        found, _ = checked(shared_data / path)
-        assert found.guessed and found.stats.kept > 0.9 * found.stats.rows_in > 0
+        result, _ = checked(shared_data / path)
+        assert result.guessed and result.stats.kept > 0.9 * result.stats.rows_in > 0
 
 
 # -- what a model sees -----------------------------------------------------------------------------------------------
@@ -346,7 +348,7 @@ def test_generated_rows_are_shown(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "message"),
     [
         (0, r"empty reply: .*:1 \(message 1\)\."),
         (1, r"not JSON: .*:2 \(.*\)\."),
@@ -355,9 +357,9 @@ def test_generated_rows_are_shown(tokenizer):
         (10**6, "has no row 1000000"),
     ],
 )
-def test_a_row_that_cannot_be_shown_is_one_line(number, said, tokenizer, tmp_path):
+def test_a_row_that_cannot_be_shown_is_one_line(number, message, tokenizer, tmp_path):
     path = write(tmp_path, "rows.jsonl", [chat_row("a", ""), b"{", b"\xff", chat_row()])
-    with pytest.raises(DataError, match=said) as error:
+    with pytest.raises(DataError, match=message) as error:
         show_row(f"messages={path}", number, tokenizer)
     assert str(error.value).count("\n") == 0
     assert show_row(f"messages={path}", 3, tokenizer)[0] == f"{path}:4"

@@ -1,4 +1,4 @@
-"""`rorchat data`: what list, check and show print, and that a mistake is one line on stderr and an exit code."""
+"""`rorchat data list`, `check` and `show`: their output; an error is one line on stderr and an exit code."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def cells_of(line: str) -> list[str]:
 # -- list and help ---------------------------------------------------------------------------------------------------
 
 
-def test_the_list_names_every_source_with_its_licence_size_and_what_the_loss_counts():
+def test_the_list_shows_kind_home_size_licence_and_loss_of_every_source():
     lines = [line for line in succeeded("list").splitlines() if line.startswith("|")]
     rows = {cells[0]: cells for cells in (cells_of(line) for line in lines)}
     assert set(list_sources()) == {name for name in rows if name.strip("-: ") and name != "source"}
@@ -66,11 +66,13 @@ def test_the_list_names_every_source_with_its_licence_size_and_what_the_loss_cou
 def test_the_list_ends_with_the_sources_that_have_restrictions():
     last = succeeded("list").splitlines()[-1]
     named = last.partition(": ")[2].rstrip(".").split(", ")
-    told = [name for name in list_sources() if re.search("not for commercial use|^unstated", find_source(name).licence)]
-    assert named == told and "alpaca" in named and "pile" in named
+    expected = [
+        name for name in list_sources() if re.search("not for commercial use|^unstated", find_source(name).licence)
+    ]
+    assert named == expected and "alpaca" in named and "pile" in named
 
 
-def test_every_command_is_tried_here():
+def test_the_commands_have_exactly_these_options():
     group = typer.main.get_command(rorchat.cli.data.app)
     assert set(group.commands) == set(COMMANDS)
     for name, options in COMMANDS.items():
@@ -81,14 +83,14 @@ def test_every_command_is_tried_here():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_every_command_mentions_each_option(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    said = succeeded(name, "--help")
-    assert [option for option in [*COMMANDS[name], "--help"] if option not in said] == []
+    output = succeeded(name, "--help")
+    assert [option for option in [*COMMANDS[name], "--help"] if option not in output] == []
 
 
 # -- check -----------------------------------------------------------------------------------------------------------
 
 
-def test_check_as_a_user_runs_it(tmp_path):
+def test_check_prints_counts_and_writes_rejected_rows(tmp_path):
     rows = [chat_row(), chat_row("a", ""), chat_row(), chat_row("b", "c")]
     path = write(tmp_path, "rows.jsonl", rows)
     done = subprocess.run(
@@ -106,7 +108,7 @@ def test_check_as_a_user_runs_it(tmp_path):
     assert [(reject["place"], reject["row"]) for reject in rejects] == [(f"{path}:2", rows[1]), (f"{path}:3", rows[2])]
 
 
-def test_check_takes_a_shape_filters_evaluation_sets_and_a_length(saved, tmp_path):
+def test_check_accepts_a_format_filters_evaluation_sets_and_a_length(saved, tmp_path):
     question = "which of these seven animals would a careful farmer never keep in the kitchen of his house"
     rows = [
         {"prompt": "a", "completion": "short"},
@@ -119,12 +121,12 @@ def test_check_takes_a_shape_filters_evaluation_sets_and_a_length(saved, tmp_pat
     ]
     path = write(tmp_path, "rows.jsonl", rows)
     evaluation = write(tmp_path, "evaluation.jsonl", [{"question": question}])
-    said = succeeded(
+    output = succeeded(
         "check", path, "--as", "prompt_completion", "--tokenizer", saved, "--max_length", 200, "--against", evaluation,
         "--min_characters", 10, "--max_characters", 10_000, "--max_repetition", 0.5, "--min_letters", 0.6,
         "--min_latin", 0.6,
     )  # fmt: skip
-    counts = re.findall(r"  (\d+) rejected: ([\w -]+), first at [^(]*:(\d+)", said)
+    counts = re.findall(r"  (\d+) rejected: ([\w -]+), first at [^(]*:(\d+)", output)
     assert {reason: (int(count), int(line)) for count, reason, line in counts} == {
         "too short": (1, 1),
         "over-long": (1, 2),
@@ -133,12 +135,12 @@ def test_check_takes_a_shape_filters_evaluation_sets_and_a_length(saved, tmp_pat
         "other script": (1, 6),
         "repetition": (1, 7),
     }
-    assert f"prompt_completion={path}: 1 of 7 rows kept" in said and "read as" not in said
-    assert "over-long, first at" in said and "10,000" not in said  # by its tokens, not its 1,500 characters
+    assert f"prompt_completion={path}: 1 of 7 rows kept" in output and "read as" not in output
+    assert "over-long, first at" in output and "10,000" not in output  # by its tokens, not its 1,500 characters
     assert "1 of 7" in succeeded("check", path, "--as", "prompt_completion", "--min_characters", 1000)
 
 
-def test_a_file_whose_name_is_no_utf8_is_told(tmp_path):
+def test_a_file_name_that_is_not_utf8_is_printed_escaped(tmp_path):
     with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "w") as file:
         file.write('{"text": "a"}\n5\n')
     done = subprocess.run(
@@ -150,7 +152,7 @@ def test_a_file_whose_name_is_no_utf8_is_told(tmp_path):
     assert (done.returncode, done.stderr) == (0, "") and "caf\\udce9.jsonl:2" in done.stdout
 
 
-def test_check_tells_of_licences_and_repairs(tmp_path):
+def test_check_reports_licences_and_repairs(tmp_path):
     path = write(tmp_path, "rows.jsonl", [{"question": "b'Solve 2*x = 4.'", "answer": "b'2'"}])
     assert "1 of them repaired: byte literal" in succeeded("check", f"math_dataset={path}")
     path = write(tmp_path, "rows.jsonl", [{"instruction": "a", "input": "", "output": "b"}])
@@ -163,7 +165,7 @@ def test_a_file_without_a_usable_row_is_counted_and_ends_with_65(tmp_path):
     assert "3 rejected: empty reply" in command("data", "check", path).stdout
 
 
-def test_what_is_checked_is_never_overwritten_by_its_rejects(tmp_path):
+def test_rejects_never_overwrite_the_checked_files(tmp_path):
     path = write(tmp_path, "folder/rows.jsonl", [chat_row()])
     before = path.read_bytes()
     for source, rejects in ((path, path), (f"messages={path}", path), (path.parent, path.parent / "rejects.jsonl")):
@@ -174,11 +176,11 @@ def test_what_is_checked_is_never_overwritten_by_its_rejects(tmp_path):
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
 
 
-def test_a_check_names_the_files_of_a_folder_that_are_not_read_and_rows_of_another_shape(tmp_path):
+def test_check_names_files_not_read_and_counts_rows_of_another_format(tmp_path):
     (tmp_path / "train-1.jsonl").write_text(json.dumps({"text": "It was."}) + "\n")
     (tmp_path / "other.txt").write_text("Left alone.")
-    said = succeeded("check", f"prose={tmp_path}")
-    assert "1 of 1 rows kept" in said and "1 other files of the folder are not read: other.txt" in said
+    output = succeeded("check", f"prose={tmp_path}")
+    assert "1 of 1 rows kept" in output and "1 other files of the folder are not read: other.txt" in output
     rows = [{"text": f"It was {n}."} for n in range(40)] + [{"else": n} for n in range(10)]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "10 rows have a different format than 'text'" in succeeded("check", tmp_path / "mixed.jsonl")
@@ -187,7 +189,7 @@ def test_a_check_names_the_files_of_a_folder_that_are_not_read_and_rows_of_anoth
 # -- show ------------------------------------------------------------------------------------------------------------
 
 
-def test_show_puts_what_is_trained_in_brackets(saved, tokenizer, tmp_path):
+def test_show_puts_trained_tokens_in_brackets(saved, tokenizer, tmp_path):
     path = write(tmp_path, "rows.jsonl", [chat_row("Not me"), chat_row("Hello", "Hi!\nThere.")])
     encoded = encode_conversation(tokenizer, chat_row("Hello", "Hi!\nThere.")["messages"])
     head, _, shown = succeeded("show", path, "--tokenizer", saved, "--row", 1).partition("\n")
@@ -200,7 +202,7 @@ def test_show_puts_what_is_trained_in_brackets(saved, tokenizer, tmp_path):
     assert plain.rstrip("\n") == tokenizer.decode(encoded.input_ids).rstrip("\n")
 
 
-def test_show_draws_a_bar_between_tokens_and_brackets_around_stretches():
+def test_brackets_surround_trained_tokens_and_bars_separate_tokens():
     tokens = [
         ShownToken(text, trained, False) for text, trained in (("a", 0), ("b\n", 1), ("c", 1), ("d", 0), ("e", 1))
     ]
@@ -208,7 +210,7 @@ def test_show_draws_a_bar_between_tokens_and_brackets_around_stretches():
     assert format_in_brackets([]) == ""
 
 
-def test_on_a_terminal_what_is_trained_is_green(saved, tokenizer, tmp_path):
+def test_trained_tokens_are_green_on_a_terminal(saved, tokenizer, tmp_path):
     path = write(tmp_path, "rows.jsonl", [chat_row("Hello", "Hi!\nThere.")])
     words = [RORCHAT, "data", "show", path, "--tokenizer", saved]
     environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
@@ -235,21 +237,21 @@ def test_neighbouring_tokens_have_different_shades_and_control_tokens_are_bold()
     assert colours == [("114", "", "a"), ("157", "", "b"), ("114", "\033[1m", "<|im_end|>")]
 
 
-def test_show_gives_documents_and_both_sides_of_a_preference(saved, tmp_path):
+def test_show_prints_documents_and_both_sides_of_a_preference(saved, tmp_path):
     path = write(tmp_path, "rows.jsonl", [{"prompt": "What is red?", "chosen": "A colour.", "rejected": "No."}])
-    said = succeeded("show", path, "--tokenizer", saved)
-    assert re.findall(r", (\w+): \d+ tokens", said) == ["chosen", "rejected"]
+    output = succeeded("show", path, "--tokenizer", saved)
+    assert re.findall(r", (\w+): \d+ tokens", output) == ["chosen", "rejected"]
     path = write(tmp_path, "letter.txt", "Dear reader")
     head, _, shown = succeeded("show", path, "--tokenizer", saved).partition("\n")
     count, trained = re.findall(r"(\d+) tokens, (\d+) of them", head)[0]
     assert count == trained and shown.startswith("⟦<|endoftext|>|") and shown.endswith("⟧\n")
 
 
-# -- mistakes --------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------------------------
 
-# (words, exit code, what the line says); {rows} is a good file, {tok} the tokenizer, {out} a new folder
+# (words, exit code, message); {rows} is a good file, {tok} the tokenizer, {out} a new folder
 PREPARE, SHOW = "prepare text={rows} --tokenizer {tok} --out {out}", "show {rows} --tokenizer {tok}"
-MISTAKES = [
+ERRORS = [
     ("check nosuch", 2, "No source named 'nosuch'"),
     ("check alpacca={rows}", 2, "Did you mean 'alpaca'?"),
     ("check {out}/none.jsonl", 65, "No file or folder"),
@@ -302,20 +304,20 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("words", "code", "said"), MISTAKES)
-def test_a_mistake_is_one_line_with_its_exit_code(words, code, said, saved, tmp_path):
+@pytest.mark.parametrize(("words", "code", "message"), ERRORS)
+def test_an_error_is_one_line_with_its_exit_code(words, code, message, saved, tmp_path):
     rows = write(tmp_path, "rows.jsonl", [{"text": text} for text in TEXTS])
     names = {"rows": rows, "tok": saved, "out": tmp_path / "out"}
     names["mixture"] = write(tmp_path, "mixture.yaml", f"sources: {{a: 'text={rows}'}}\n")
     line = refused(code, *(word.format(**names) for word in words.split()))
-    assert said.format(**names) in line
+    assert message.format(**names) in line
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     "words", ["check", "check a --bogus", "show a", "plan a --train_tokens x", "nosuch", "prepare"]
 )
-def test_what_the_command_line_itself_refuses_is_no_traceback(words):
+def test_invalid_arguments_are_one_line_without_a_traceback(words):
     done = command("data", *words.split())
     assert (done.returncode, done.stdout, done.stderr.count("Traceback")) == (2, "", 0)
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -324,7 +326,7 @@ def test_what_the_command_line_itself_refuses_is_no_traceback(words):
 @pytest.mark.parametrize(
     "words", ["check {missing}", "prepare text={missing} --tokenizer {saved} --out {missing}.store"]
 )
-def test_a_mistake_is_one_line_in_a_process_of_its_own_too(words, saved, tmp_path):
+def test_an_error_is_one_line_in_a_separate_process(words, saved, tmp_path):
     missing = tmp_path / "missing.jsonl"
     words = words.format(missing=missing, saved=saved).split()
     done = subprocess.run([RORCHAT, "data", *words], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""`rorchat data`: what prepare, verify, import and plan print and leave, and what they refuse."""
+"""`rorchat data prepare`, `verify`, `import` and `plan`: their output, files and refusals."""
 
 import re
 import subprocess
@@ -32,7 +32,7 @@ def store(texts, saved, tmp_path) -> Path:
 # -- prepare and verify ----------------------------------------------------------------------------------------------
 
 
-def test_prepare_and_verify_as_a_user_runs_them(texts, saved, tmp_path, tokenizer):
+def test_prepare_and_verify_print_documents_and_tokens(texts, saved, tmp_path, tokenizer):
     words = [RORCHAT, "data", "prepare", f"text={texts}", "--tokenizer", saved, "--out", tmp_path / "store"]
     done = subprocess.run([*map(str, words), "--validation_share", "0.1"], capture_output=True, text=True)
     assert done.returncode == 0
@@ -42,17 +42,17 @@ def test_prepare_and_verify_as_a_user_runs_them(texts, saved, tmp_path, tokenize
     assert train + validation == 300 and 10 < validation < 60
     tokens = sum(len(ids) + 1 for ids in encode_text(tokenizer, TEXTS))
     assert manifest.total("train", "tokens") + manifest.total("validation", "tokens") == tokens
-    told = [
+    expected = [
         f"train: {train:,} documents, {manifest.total('train', 'tokens'):,} tokens",
         f"validation: {validation:,} documents, {manifest.total('validation', 'tokens'):,} tokens",
         f"store  {tmp_path / 'store'}",
     ]
-    assert done.stdout.splitlines() == told
+    assert done.stdout.splitlines() == expected
     verified = succeeded("verify", tmp_path / "store").splitlines()
-    assert verified == [*told, "all 2 shards are valid"]
+    assert verified == [*expected, "all 2 shards are valid"]
 
 
-def test_prepare_takes_filters_evaluation_sets_workers_and_a_persona(saved, tmp_path):
+def test_prepare_accepts_filters_evaluation_sets_workers_and_a_persona(saved, tmp_path):
     question = "which of these seven animals would a careful farmer never keep in the kitchen of his house"
     evaluation = write(tmp_path, "evaluation.jsonl", [{"question": question}])
     rows = [{"text": text} for text in [*TEXTS, "short", "12345678901234567890", f"So, {question}?", TEXTS[0]]]
@@ -66,24 +66,24 @@ def test_prepare_takes_filters_evaluation_sets_workers_and_a_persona(saved, tmp_
     assert manifest.rejects == {"contaminated": 1, "duplicate": 1, "few letters": 1, "too short": 1}
     assert manifest.rows_in == manifest.kept + 4 == 304
     persona = write(tmp_path, "persona.yaml", Path(rorchat.__file__).with_name("persona.yaml").read_text())
-    said = succeeded(
+    output = succeeded(
         "prepare", "persona=200", "--tokenizer", saved, "--out", tmp_path / "p", "--persona", persona, *SHARE
     )
-    assert said.splitlines()[-1] == f"store  {tmp_path / 'p'}"
+    assert output.splitlines()[-1] == f"store  {tmp_path / 'p'}"
 
 
-def test_check_and_prepare_tell_what_of_an_evaluation_set_is_not_compared(texts, saved, tmp_path):
+def test_check_and_prepare_count_evaluation_rows_that_are_not_compared(texts, saved, tmp_path):
     rows = [{"question": " ".join(f"word{number}" for number in range(20))}, {"question": "too short"}]
     evaluation = write(tmp_path, "evaluation.jsonl", rows)
-    told = f"against {evaluation}: 20 words of 1 rows\n  1 of 2 rows have no string of 13 words: not compared\n"
-    assert told in succeeded("check", texts, "--against", evaluation)
+    expected = f"against {evaluation}: 20 words of 1 rows\n  1 of 2 rows have no string of 13 words: not compared\n"
+    assert expected in succeeded("check", texts, "--against", evaluation)
     words = ("prepare", f"text={texts}", "--tokenizer", saved, "--out", tmp_path / "store", *SHARE)
-    assert told in command("data", *words, "--against", evaluation).stderr
+    assert expected in command("data", *words, "--against", evaluation).stderr
     write(tmp_path, "short.jsonl", rows[1:])
     assert "nothing would be compared" in refused(65, "check", texts, "--against", tmp_path / "short.jsonl")
 
 
-def test_a_finished_store_is_found_and_one_of_other_settings_is_refused(store, texts, saved):
+def test_a_finished_store_is_reused_or_refused_if_settings_differ(store, texts, saved):
     words = ("prepare", f"text={texts}", "--tokenizer", saved, "--out", store)
     assert command("data", *words, *SHARE).stderr == ""
     assert "validation_share 0.1, now 0.2" in refused(78, *words, "--validation_share", 0.2)
@@ -108,7 +108,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("file", ["train-00000.npy", "validation-00000.npy", "train-00000.docs.npy", "blocks.npy"])
-def test_a_damaged_store_is_one_line_that_names_the_file(damage, file, store):
+def test_verify_names_the_damaged_file_in_one_line(damage, file, store):
     DAMAGE[damage](store / file)
     line = refused(65, "verify", store)
     assert str(store / file) in line and f"Delete {store} to prepare it again." in line
@@ -121,7 +121,7 @@ def test_several_damaged_files_are_counted(store):
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "5", '{"source": "a"}'])
-def test_a_store_without_a_readable_manifest_is_none(content, store):
+def test_a_folder_without_a_readable_manifest_is_not_a_store(content, store):
     (store / "manifest.json").unlink()
     if content is not None:
         (store / "manifest.json").write_text(content)
@@ -131,7 +131,7 @@ def test_a_store_without_a_readable_manifest_is_none(content, store):
 # -- import ----------------------------------------------------------------------------------------------------------
 
 
-def shards_of(folder: Path, **arrays: np.ndarray) -> Path:
+def save_shards(folder: Path, **arrays: np.ndarray) -> Path:
     folder.mkdir(exist_ok=True)
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
@@ -139,29 +139,29 @@ def shards_of(folder: Path, **arrays: np.ndarray) -> Path:
 
 
 def tokenized(tokenizer, texts: list[str]) -> np.ndarray:
-    """As nanoGPT-style projects do it: every text behind an <|endoftext|>, uint16."""
+    """The format of nanoGPT: every text after an <|endoftext|>, uint16."""
     end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     return np.array([token for ids in encode_text(tokenizer, texts) for token in (end, *ids)], dtype=np.uint16)
 
 
-def test_imported_shards_train_like_any_store(tokenizer, saved, tmp_path):
+def test_imported_shards_are_read_as_a_token_store(tokenizer, saved, tmp_path):
     arrays = {
         "corpus_train_000001": tokenized(tokenizer, TEXTS[:100]),
         "corpus_train_000002": tokenized(tokenizer, TEXTS[100:250])[5:],  # a shard may begin inside a document
         "corpus_val_000000": tokenized(tokenizer, TEXTS[250:]),
     }
-    shards = shards_of(tmp_path / "shards", **arrays)
-    said = succeeded("import", shards, "--tokenizer", saved, "--out", tmp_path / "imported")
+    shards = save_shards(tmp_path / "shards", **arrays)
+    output = succeeded("import", shards, "--tokenizer", saved, "--out", tmp_path / "imported")
     store = TokenStore(tmp_path / "imported")
     train = np.concatenate([arrays["corpus_train_000001"], arrays["corpus_train_000002"]])
     assert store.slice("train", 0, store.tokens("train")).tolist() == train.tolist()
-    held_out = arrays["corpus_val_000000"]
-    assert store.slice("validation", 0, store.tokens("validation")).tolist() == held_out.tolist()
+    validation = arrays["corpus_val_000000"]
+    assert store.slice("validation", 0, store.tokens("validation")).tolist() == validation.tolist()
     sizes = np.array(token_bytes(tokenizer))
     assert store.manifest.total("train", "utf8_bytes") == sizes[train].sum()
-    assert said.splitlines() == [
+    assert output.splitlines() == [
         f"train: 249 documents, {len(train):,} tokens",
-        f"validation: 50 documents, {len(held_out):,} tokens",
+        f"validation: 50 documents, {len(validation):,} tokens",
         f"store  {tmp_path / 'imported'}",
     ]
     assert "all 3 shards" in succeeded("verify", tmp_path / "imported")
@@ -177,9 +177,9 @@ def test_real_gpt2_shards_are_imported(names, gpt2_tokenizer, shared_data, tmp_p
     stories = [story.strip() for story in text.split("<|endoftext|>")[:60]]
     arrays = [tokenized(gpt2_tokenizer, part) for part in (stories[:50], stories[50:])]
     assert arrays[0].max() == 50256 and arrays[0].dtype == np.uint16
-    shards = shards_of(tmp_path / "shards", **dict(zip(names, arrays, strict=True)))
-    said = succeeded("import", shards, "--tokenizer", shared_data / "gpt2_tokenizer", "--out", tmp_path / "imported")
-    assert said.startswith(f"train: 50 documents, {len(arrays[0]):,} tokens\nvalidation: 10 documents, ")
+    shards = save_shards(tmp_path / "shards", **dict(zip(names, arrays, strict=True)))
+    output = succeeded("import", shards, "--tokenizer", shared_data / "gpt2_tokenizer", "--out", tmp_path / "imported")
+    assert output.startswith(f"train: 50 documents, {len(arrays[0]):,} tokens\nvalidation: 10 documents, ")
     store = TokenStore(tmp_path / "imported")
     assert store.slice("train", 0, len(arrays[0])).tolist() == arrays[0].tolist()
     assert store.manifest.total("train", "utf8_bytes") == sum(len(story.encode()) for story in stories[:50])
@@ -207,17 +207,17 @@ BAD_SHARDS = {
 
 
 @pytest.mark.parametrize("case", BAD_SHARDS)
-def test_shards_that_do_not_fit_are_one_line_and_leave_nothing(case, tokenizer, saved, tmp_path):
+def test_unusable_shards_are_refused_in_one_line_and_leave_no_files(case, tokenizer, saved, tmp_path):
     assert tokenizer.convert_tokens_to_ids(END_OF_TEXT) == 0 and len(tokenizer) == 384
-    code, arrays, said = BAD_SHARDS[case]
-    shards = shards_of(tmp_path / "shards", **arrays)
-    assert said in refused(code, "import", shards, "--tokenizer", saved, "--out", tmp_path / "out")
+    code, arrays, message = BAD_SHARDS[case]
+    shards = save_shards(tmp_path / "shards", **arrays)
+    assert message in refused(code, "import", shards, "--tokenizer", saved, "--out", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"not numpy at all", "archive", "folder", "short head"])
-def test_a_shard_that_is_no_array_is_one_line(content, saved, tmp_path):
-    shards = shards_of(tmp_path / "shards", val=GOOD)
+def test_a_shard_that_is_not_an_array_is_refused_in_one_line(content, saved, tmp_path):
+    shards = save_shards(tmp_path / "shards", val=GOOD)
     if content == "folder":
         (shards / "train.npy").mkdir()
     elif content == "short head":
@@ -231,9 +231,9 @@ def test_a_shard_that_is_no_array_is_one_line(content, saved, tmp_path):
     assert "train.npy" in refused(65, "import", shards, "--tokenizer", saved, "--out", tmp_path / "out")
 
 
-def test_only_the_word_val_makes_an_array_validation(saved, tmp_path):
+def test_only_names_with_the_word_val_are_validation_shards(saved, tmp_path):
     names = ("retrieval_000", "interval", "values_train", "corpus_train", "my-val-0", "val", "validation_1", "a_valid")
-    shards = shards_of(tmp_path / "shards", **dict.fromkeys(names, GOOD))
+    shards = save_shards(tmp_path / "shards", **dict.fromkeys(names, GOOD))
     succeeded("import", shards, "--tokenizer", saved, "--out", tmp_path / "out")
     manifest = TokenStore(tmp_path / "out").manifest
     assert (manifest.total("train", "documents"), manifest.total("validation", "documents")) == (4, 4)
@@ -242,7 +242,7 @@ def test_only_the_word_val_makes_an_array_validation(saved, tmp_path):
 def test_import_is_refused_while_the_store_is_locked(saved, tmp_path):
     from rorchat.files import folder_lock
 
-    shards = shards_of(tmp_path / "shards", train=GOOD, val=GOOD)
+    shards = save_shards(tmp_path / "shards", train=GOOD, val=GOOD)
     (tmp_path / ".out.unfinished").mkdir()
     (tmp_path / ".out.unfinished" / "part-00000.json").write_text("{}")
     with folder_lock(tmp_path / "out"):
@@ -251,7 +251,7 @@ def test_import_is_refused_while_the_store_is_locked(saved, tmp_path):
 
 
 def test_import_never_overwrites_a_folder(saved, tmp_path):
-    shards = shards_of(tmp_path / "shards", train=GOOD, val=GOOD)
+    shards = save_shards(tmp_path / "shards", train=GOOD, val=GOOD)
     (tmp_path / "out").mkdir()
     assert "exists" in refused(2, "import", shards, "--tokenizer", saved, "--out", tmp_path / "out")
     assert "No folder" in refused(65, "import", tmp_path / "none", "--tokenizer", saved, "--out", tmp_path / "new")
@@ -260,14 +260,15 @@ def test_import_never_overwrites_a_folder(saved, tmp_path):
 # -- plan ------------------------------------------------------------------------------------------------------------
 
 
-def test_plan_prints_and_draws_what_a_mixture_comes_to(texts, store, saved, tmp_path):
-    said = f"sources: {{a: 'text={texts}', b: 'store={store}'}}\nphases: [{{share: 100%, weights: {{a: 1, b: 3}}}}]\n"
-    mixture = write(tmp_path, "mixture.yaml", said)
+def test_plan_prints_and_plots_the_tokens_of_each_source(texts, store, saved, tmp_path):
+    sources = f"sources: {{a: 'text={texts}', b: 'store={store}'}}\n"
+    phases = "phases: [{share: 100%, weights: {a: 1, b: 3}}]\n"
+    mixture = write(tmp_path, "mixture.yaml", sources + phases)
     picture = tmp_path / "plan.png"
     words = ("--tokenizer", saved, "--stores", tmp_path / "stores", "--block_size", 32, *SHARE)
-    told = succeeded("plan", mixture, *words, "--train_tokens", 3210, "--out", picture)
-    assert told.startswith("mixture: 3,200 tokens in 100 rows of 32\n") and told.endswith(f"plot  {picture}\n")
-    assert re.findall(r"^    (\w) +([\d,]+) tokens .*of all", told, re.MULTILINE) == [("a", "800"), ("b", "2,400")]
+    output = succeeded("plan", mixture, *words, "--train_tokens", 3210, "--out", picture)
+    assert output.startswith("mixture: 3,200 tokens in 100 rows of 32\n") and output.endswith(f"plot  {picture}\n")
+    assert re.findall(r"^    (\w) +([\d,]+) tokens .*of all", output, re.MULTILINE) == [("a", "800"), ("b", "2,400")]
     header = picture.read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n" and min(np.frombuffer(header[16:24], dtype=">u4")) > 300
     assert (tmp_path / "stores" / "a" / "manifest.json").is_file()
@@ -275,7 +276,7 @@ def test_plan_prints_and_draws_what_a_mixture_comes_to(texts, store, saved, tmp_
     assert "PNG" in refused(2, "plan", mixture, *words, "--train_tokens", 3210, "--out", tmp_path / "plan.xyz")
 
 
-def test_plan_makes_the_stores_of_the_persona_and_the_seed_that_the_run_will_have(saved, tmp_path):
+def test_plan_prepares_stores_with_the_given_persona_and_seed(saved, tmp_path):
     persona = (Path(rorchat.__file__).parent / "persona.yaml").read_text().replace("RorChat", "Zebulon")
     write(tmp_path, "zebulon.yaml", persona)
     mixture = write(tmp_path, "mixture.yaml", "sources: {me: persona=100}\n")
@@ -298,17 +299,17 @@ MIXTURES = {
     "an unknown source": ("sources: {a: nosuch=x}", "No source named 'nosuch'"),
     "shares over one": ("sources: {a: text=x}\nphases: [{share: 80%, weights: {a: 1}}, {share: 0.4}]", "120 %"),
     "a negative weight": ("sources: {a: text=x}\nweights: {a: -1}", "a"),
-    "a weight of nothing": ("sources: {a: text=x}\nweights: {b: 1}", "b"),
+    "a weight without a source": ("sources: {a: text=x}\nweights: {b: 1}", "b"),
 }
 
 
 @pytest.mark.parametrize("case", MIXTURES)
-def test_a_mixture_that_cannot_be_read_is_one_line(case, saved, tmp_path):
-    content, said = MIXTURES[case]
+def test_an_unreadable_mixture_is_refused_in_one_line(case, saved, tmp_path):
+    content, message = MIXTURES[case]
     mixture = write(tmp_path, "mixture.yaml", content)
     words = ("--tokenizer", saved, "--stores", tmp_path / "stores", "--train_tokens", 3200, "--block_size", 32)
     line = refused(2, "plan", mixture, *words)
-    assert said in line
+    assert message in line
     assert "Cannot read the mixture" in refused(2, "plan", tmp_path / "none.yaml", *words)
     (tmp_path / "latin.yaml").write_bytes(b"sources: \xff")
     assert "Cannot read the mixture" in refused(2, "plan", tmp_path / "latin.yaml", *words)
