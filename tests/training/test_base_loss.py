@@ -138,7 +138,7 @@ def test_unknown_pretraining_needs_a_given_text(story, spec, tmp_path):
     line = next(line for line in message.splitlines() if line.startswith("base loss"))
     assert line == (
         "base loss: not measured, because no pretraining run with token stores was found for "
-        f"{tmp_path / 'stranger'}. Give --base_text, a token store or a source."
+        f"{tmp_path / 'stranger'}. To measure it, pass a token store or a source as --base_text."
     )
     assert base_loss_lines(tmp_path / "unknown") == []
     message = run("sft", tmp_path / "given", base_text=spec, **flags)
