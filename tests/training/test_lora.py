@@ -414,7 +414,7 @@ def test_resume_from_weights_only(sandbox, run, chat_base):
     record.pop("finished")
     (out / "run.json").write_text(json.dumps(record))
     done = sandbox.run(out, stage="sft", **RUN | {"model": str(chat_base), "weights_only": True})
-    assert done.code == 0 and "The weights of step 6 go on alone" in done.output, done.output
+    assert done.code == 0 and "Resuming from the weights of step 6 only" in done.output, done.output
     assert weights_sha256(out) == weights_sha256(run)
 
 

@@ -41,8 +41,8 @@ def test_chat_prefix_selects_conversations():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("chat:c4", "Source 'c4' gives documents and no conversations: leave chat: out."),
-        ("chat:preference", "Source 'preference' gives preferences and no conversations"),
+        ("chat:c4", "Source 'c4' has documents but no conversations: omit 'chat:'."),
+        ("chat:preference", "Source 'preference' has preferences but no conversations"),
         ("chat:tinytwn", "No source named 'tinytwn'. Did you mean 'tinytown'?"),
     ],
 )
@@ -99,9 +99,9 @@ def test_store_of_another_persona_is_refused(saved, tokenizer, tmp_path):
     store = prepare("chat:tinytown=60", tokenizer, tmp_path / "store", validation_share=SHARE)
     (tmp_path / "bibo.yaml").write_text(DEFAULT_PERSONA.read_text().replace("RorChat", "Bibo"))
     other = load_tokenizer(str(saved), load_persona(tmp_path / "bibo.yaml"))
-    with pytest.raises(MismatchError, match="another chat template or system message"):
+    with pytest.raises(MismatchError, match="different chat template or system message"):
         prepare("chat:tinytown=60", other, store.folder, validation_share=SHARE)
-    with pytest.raises(MismatchError, match="have another chat template or system message than the tokenizer"):
+    with pytest.raises(MismatchError, match="have different chat template or system message than the tokenizer"):
         prepare_stores(MixtureConfig.from_specs([f"store={store.folder}"]), other, tmp_path, 32, validation_share=SHARE)
     documents = prepare("tinytown=60", tokenizer, tmp_path / "documents", validation_share=SHARE)
     assert prepare("tinytown=60", other, documents.folder, validation_share=SHARE)  # documents have no template
@@ -114,7 +114,7 @@ def test_command_line_prepares_conversations(saved, tmp_path):
     assert "train: " in output
     assert json.loads((tmp_path / "s" / "manifest.json").read_text())["kind"] == "conversation"
     line = refused(2, "prepare", "chat:c4=x", "--tokenizer", saved, "--out", tmp_path / "t")
-    assert "no conversations: leave chat: out" in line
+    assert "no conversations: omit 'chat:'" in line
 
 
 def test_conversations_start_with_the_cooldown(saved, tokenizer, tmp_path):
