@@ -68,7 +68,7 @@ def drawn_plan(number: int) -> Plan:
         name: Source(name, max_epochs=float(rng.integers(1, 4)) if rng.random() < 0.2 else None) for name in names
     }
     sources["s0"] = Source("s0")  # at least one source is never exhausted
-    windows = {name: int(rng.integers(20, 200)) for name in names}
+    rows_per_epoch = {name: int(rng.integers(20, 200)) for name in names}
     missing = names[-1] if len(names) > 2 and rng.random() < 0.2 else None
     sources[names[-1]] = Source(names[-1], optional=True)
     phases = []
@@ -77,5 +77,5 @@ def drawn_plan(number: int) -> Plan:
         ramp = phase > 0 and rng.random() < 0.5
         replay = float(rng.random()) if phase > 0 and rng.random() < 0.3 else 0.0
         phases.append(Phase(share=share, replay=replay, **{"ramp_to" if ramp else "weights": weights}))
-    windows.pop(missing, None)
-    return Plan(MixtureConfig(sources, tuple(phases)), windows, int(rng.integers(300, 700)), 16)
+    rows_per_epoch.pop(missing, None)
+    return Plan(MixtureConfig(sources, tuple(phases)), rows_per_epoch, int(rng.integers(300, 700)), 16)

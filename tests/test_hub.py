@@ -143,9 +143,9 @@ def test_push_downloads_every_file(pushed):
 
 def test_the_token_is_neither_uploaded_nor_printed(pushed):
     sent = [*pushed.hub.received, *pushed.hub.files[NAME].values(), *pushed.hub.lfs.values()]
-    said = [pushed.done.stdout.encode(), pushed.done.stderr.encode()]
+    printed = [pushed.done.stdout.encode(), pushed.done.stderr.encode()]
     assert len(sent) > 20
-    assert [part for part in sent + said if TOKEN.encode() in part] == []
+    assert [part for part in sent + printed if TOKEN.encode() in part] == []
 
 
 def test_a_pushed_model_answers_with_transformers_alone(pushed, tmp_path):

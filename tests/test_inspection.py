@@ -160,7 +160,7 @@ DOCUMENTS = [
 @pytest.mark.parametrize("form", ["jsonl", "json"])
 def test_every_fault_of_a_document_is_counted_at_its_line_or_row(form, tmp_path):
     rows = [row for row, _, _ in DOCUMENTS]
-    if form == "json":  # each element begins a line, so that the next can be found behind a damaged one
+    if form == "json":  # each element begins a line, so that the one after a damaged element can be found
         content = b"[\n  " + b",\n  ".join(as_jsonl([row])[:-1] for row in rows) + b"\n]\n"
         path = write(tmp_path, "rows.json", content)
     else:

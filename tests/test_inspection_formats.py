@@ -45,7 +45,7 @@ FORMATTED = {
     "TinyStories-train.txt": ("tinystories", "It was.\n<|endoftext|>\nIt was not.\n<|endoftext|>\n"),
     "tiny-stories/a.txt": ("tinystories", "It was.\n<|endoftext|>\nIt was not.\n<|endoftext|>\n"),
     "FineWebEdu2/rows.jsonl": ("fineweb_edu", as_jsonl(find_source("fineweb_edu").raw)),
-    "compiled/rows.jsonl": ("text", as_jsonl([{"text": "It was."}])),  # "pile" stands in it, but begins no word
+    "compiled/rows.jsonl": ("text", as_jsonl([{"text": "It was."}])),  # contains "pile", but not at the start of a word
     "smol-smoltalk/rows.jsonl": ("smol_smoltalk", as_jsonl([chat_row()])),
     "trees.jsonl": ("oasst", as_jsonl(find_source("oasst").raw[:1])),
     "chats.jsonl": ("moss", as_jsonl(find_source("moss").raw)),
@@ -61,7 +61,7 @@ FORMATTED = {
 def test_the_row_format_is_guessed_from_the_rows(name, tmp_path, monkeypatch):
     shape, content = FORMATTED[name]
     write(tmp_path, name, content)
-    monkeypatch.chdir(tmp_path)  # the name of this test stands in tmp_path
+    monkeypatch.chdir(tmp_path)  # tmp_path contains the name of this test
     assert guess_row_format(Path(name)) == shape
     assert resolve_spec(name) == (f"{shape}={name}", True)
     assert resolve_spec(name, "text") == (f"text={name}", False)

@@ -64,11 +64,11 @@ def test_no_probe_wording_is_trained(trained):
 
 @pytest.mark.parametrize("kind", [build_probes, build_new_wording_probes])
 def test_topics_have_equally_many_probes_that_do_not_contain_the_answer(kind):
-    found = kind(PERSONA)
-    topics = [probe.topic for probe in found]
-    assert {topics.count(topic) for topic in PERSONA.topics} == {len(found) // len(PERSONA.topics)}
-    assert len({probe.question for probe in found}) == len(found)
-    assert not [probe for probe in found if probe.passes(probe.question)]
+    probes = kind(PERSONA)
+    topics = [probe.topic for probe in probes]
+    assert {topics.count(topic) for topic in PERSONA.topics} == {len(probes) // len(PERSONA.topics)}
+    assert len({probe.question for probe in probes}) == len(probes)
+    assert not [probe for probe in probes if probe.passes(probe.question)]
 
 
 def test_some_questions_and_probes_are_in_lower_case_without_mark(trained):

@@ -69,7 +69,7 @@ def test_a_failure_is_one_line_with_the_exit_code_of_the_recipe(words, code, mes
     refused(inside("rorchat", *words), code, message)
 
 
-def test_help_shows_own_settings_first_and_help_all_every_one():
+def test_help_shows_rorchat_settings_first_and_help_all_every_setting():
     shown = succeeded(command("rorchat", "sft", "--help")).stdout
     assert shown.startswith("usage: rorchat sft ") and shown.index("--replay") < shown.index("--max_steps")
     assert "--adafactor" not in shown and "--torch_compile" not in shown

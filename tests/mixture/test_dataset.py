@@ -60,13 +60,14 @@ def test_a_row_is_a_slice_of_its_source_with_equal_labels(stores):
 
 def test_every_epoch_has_each_row_of_a_source_once_in_a_new_order(stores):
     dataset = mixture_of(stores, [1, 1, 1], block_size=10, rows=3000)
-    for source, windows in enumerate((100, 33, 205)):
+    for source, rows_per_epoch in enumerate((100, 33, 205)):
         offsets = [offset for s, offset in map(dataset.locate, range(3000)) if s == source]
         assert len(offsets) == 1000
-        epochs = [offsets[start : start + windows] for start in range(0, 1000 - windows + 1, windows)]
-        assert len(epochs) == 1000 // windows >= 4
+        starts = range(0, 1000 - rows_per_epoch + 1, rows_per_epoch)
+        epochs = [offsets[start : start + rows_per_epoch] for start in starts]
+        assert len(epochs) == 1000 // rows_per_epoch >= 4
         for epoch in epochs:
-            assert sorted(epoch) == [10 * window for window in range(windows)]
+            assert sorted(epoch) == [10 * window for window in range(rows_per_epoch)]
         assert len(set(map(tuple, epochs))) == len(epochs)
 
 

@@ -31,22 +31,22 @@ def test_random_plans_follow_their_budgets_and_lose_no_row():
     guaranteed = within = capped = left_out = 0
     for number in range(PLANS):
         plan = drawn_plan(number)
-        found = locate_rows(plan)
+        rows_of_plan = locate_rows(plan)
         counts = [0] * len(plan.names)
-        for source, count in found:
+        for source, count in rows_of_plan:
             assert counts[source] == count, number  # consecutive
             counts[source] += 1
         for rows in (0, 1, plan.rows // 3, plan.rows):
             for source in range(len(plan.names)):
-                assert plan.count(source, rows) == (found[:rows, 0] == source).sum(), number
-        worst = largest_deviation(plan, found[:, 0])
+                assert plan.count(source, rows) == (rows_of_plan[:rows, 0] == source).sum(), number
+        worst = largest_deviation(plan, rows_of_plan[:, 0])
         assert worst <= (1 if len(plan.names) <= 4 else MAX_DEVIATION) + 1e-9, (number, worst)
         assert worst <= plan.bound + 1e-9 and (len(plan.names) > 4 or plan.bound <= 1), (number, worst, plan.bound)
         guaranteed += plan.bound <= 1
         within += worst <= 1 + 1e-9
-        for name, windows, count in zip(plan.names, plan.rows_per_epoch, counts, strict=True):
+        for name, rows_per_epoch, count in zip(plan.names, plan.rows_per_epoch, counts, strict=True):
             cap = plan.config.sources[name].max_epochs
-            assert cap is None or count <= cap * windows, (number, name)
+            assert cap is None or count <= cap * rows_per_epoch, (number, name)
         capped += any("max_epochs" in notice for notice in plan.notices)
         left_out += len(plan.names) < len(plan.config.sources)
     assert guaranteed >= PLANS // 2 and within >= PLANS * 3 // 5 and capped > 20 and left_out > 15

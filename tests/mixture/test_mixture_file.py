@@ -9,7 +9,7 @@ from rorchat.errors import UsageError
 from rorchat.mixture.mixture_file import MixtureConfig, Phase, Source, read_mixture
 
 
-def test_a_mixture_file_is_read_as_it_says(tmp_path):
+def test_a_mixture_file_is_parsed_into_sources_and_phases(tmp_path):
     config = read_mixture(write_mixture(tmp_path, MIXTURE))
     assert config.sources["c4"] == Source("c4=data/c4")
     assert config.sources["tales"] == Source("cosmopedia=data/tales", 4.0, True)
@@ -31,13 +31,13 @@ def test_a_mixture_file_without_phases_has_one_phase(tmp_path):
 
 def test_equivalent_mixture_files_are_equal(tmp_path):
     first = read_mixture(write_mixture(tmp_path, MIXTURE)).to_dict()
-    other_words = MIXTURE.replace("60%", "0.6").replace("c4: c4=data/c4", "c4: {from: c4=data/c4}")
-    assert read_mixture(write_mixture(tmp_path, other_words)).to_dict() == first
+    equivalent = MIXTURE.replace("60%", "0.6").replace("c4: c4=data/c4", "c4: {from: c4=data/c4}")
+    assert read_mixture(write_mixture(tmp_path, equivalent)).to_dict() == first
     assert read_mixture(write_mixture(tmp_path, MIXTURE.replace("50", "51"))).to_dict() != first
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("phases:", "phaess:", "unknown key 'phaess'. Did you mean 'phases'"),
         ("optional: true", "optinal: true", "source 'tales': unknown key 'optinal'. Did you mean 'optional'"),
@@ -70,10 +70,10 @@ def test_equivalent_mixture_files_are_equal(tmp_path):
         ("phases:", "phases: []\nother:", "unknown key 'other'"),
     ],
 )
-def test_a_mistake_in_a_mixture_file_is_one_line(old, new, said, tmp_path):
+def test_an_error_in_a_mixture_file_is_one_line(old, new, message, tmp_path):
     assert old in MIXTURE
     path = write_mixture(tmp_path, MIXTURE.replace(old, new, 1))
-    with pytest.raises(UsageError, match=said) as failure:
+    with pytest.raises(UsageError, match=message) as failure:
         read_mixture(path)
     assert str(path) in str(failure.value) and "\n" not in str(failure.value)
 

@@ -69,20 +69,20 @@ def test_empty_and_overlong_sequences_are_errors():
 
 def sequences(count: int = 40, most: int = 30) -> Sequences:
     rng = np.random.default_rng(1)
-    found = []
+    rows = []
     for length in drawn(count, most):
         ids = rng.integers(1, VOCABULARY, length)
-        found.append((ids, np.where(rng.random(length) < 0.5, ids, IGNORE_INDEX)))
-    return Sequences(found)
+        rows.append((ids, np.where(rng.random(length) < 0.5, ids, IGNORE_INDEX)))
+    return Sequences(rows)
 
 
 def test_sequences_are_returned_without_their_first_label():
     rows = [([5, 6, 7], [5, IGNORE_INDEX, 7]), ([8], [8]), ([9, 10], [IGNORE_INDEX, 10])]
     given = Sequences(rows)
     assert given.lengths.tolist() == [3, 1, 2]
-    for (ids, labels), found in zip(rows, given, strict=True):
-        assert found["input_ids"].tolist() == ids
-        assert found["labels"].tolist() == [IGNORE_INDEX, *labels[1:]]
+    for (ids, labels), row in zip(rows, given, strict=True):
+        assert row["input_ids"].tolist() == ids
+        assert row["labels"].tolist() == [IGNORE_INDEX, *labels[1:]]
 
 
 def test_every_epoch_packs_all_sequences_in_a_new_seeded_order():
@@ -135,21 +135,21 @@ def packed_loss_and_gradients(
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_rows_equal_separate_sequences_in_loss_and_gradients(stock, checkpointing):
     given = sequences()
-    expected, found = separate_loss_and_gradients(stock, given), packed_loss_and_gradients(stock, given, checkpointing)
-    assert expected.keys() == found.keys()
+    expected, actual = separate_loss_and_gradients(stock, given), packed_loss_and_gradients(stock, given, checkpointing)
+    assert expected.keys() == actual.keys()
     for name, value in expected.items():
-        assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-5), name
-        assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+        assert torch.allclose(actual[name], value, rtol=1e-4, atol=1e-5), name
+        assert (actual[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
-def test_no_sequence_sees_another(stock):
-    """Bit-equal hidden states whatever stands beside."""
+def test_hidden_states_do_not_depend_on_other_sequences(stock):
+    """The hidden states are bit-identical with any other sequences in the row."""
     model = copy.deepcopy(stock).eval()
     patch_lm_head_loss(model)
     given = [row for row in sequences(6, 12)]
     other = [dict(row, input_ids=row["input_ids"].flip(0) + (number != 2)) for number, row in enumerate(given)]
     other[2] = given[2]
-    found = []
+    hidden_states = []
     for rows in (given, other):
         hidden = []
         hook = model.transformer.ln_f.register_forward_hook(lambda *call, into=hidden: into.append(call[-1]))
@@ -157,8 +157,8 @@ def test_no_sequence_sees_another(stock):
             model(**collate_packed([rows], PAD))
         hook.remove()
         start = sum(len(row["input_ids"]) for row in rows[:2])
-        found.append(hidden[0][0, start : start + len(rows[2]["input_ids"])])
-    assert torch.equal(*found)
+        hidden_states.append(hidden[0][0, start : start + len(rows[2]["input_ids"])])
+    assert torch.equal(*hidden_states)
 
 
 def test_attention_needs_no_mask_and_stays_within_sequences(stock, monkeypatch):
@@ -209,17 +209,17 @@ LARGE_FILES = (
 def test_in_real_conversations_only_replies_have_labels(path, gpt2_tokenizer, shared_data):
     conversations = [row["messages"] for row in load_rows(f"{CHAT_FILES[path]}={shared_data / path}", "conversation")]
     encoded = encode_conversations(gpt2_tokenizer, conversations, 1024)
-    wanted = Counter()
-    for messages, each in zip(conversations, encoded, strict=True):
-        turns = messages[: len(messages) - each.dropped_turns] if each else []
-        wanted.update(turn["content"].strip() + "<|im_end|>" for turn in turns if turn["role"] == "assistant")
-    given = Sequences((each.input_ids, each.labels) for each in encoded if each)
+    expected = Counter()
+    for messages, encoding in zip(conversations, encoded, strict=True):
+        turns = messages[: len(messages) - encoding.dropped_turns] if encoding else []
+        expected.update(turn["content"].strip() + "<|im_end|>" for turn in turns if turn["role"] == "assistant")
+    given = Sequences((encoding.input_ids, encoding.labels) for encoding in encoded if encoding)
     batch = collate_packed(PackedRows(given, 1024, len(pack(given.lengths, 1024)), seed=0), gpt2_tokenizer.pad_token_id)
-    found = Counter()
+    actual = Counter()
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         edges = np.flatnonzero(np.diff(np.concatenate([[False], (labels != IGNORE_INDEX).numpy(), [False]])))
-        found.update(gpt2_tokenizer.decode(ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True))
-    assert found == wanted and wanted
+        actual.update(gpt2_tokenizer.decode(ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True))
+    assert actual == expected and expected
 
 
 def test_packed_real_conversations_fill_their_rows(gpt2_tokenizer, shared_data):

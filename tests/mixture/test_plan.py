@@ -104,8 +104,8 @@ def test_other_sources_take_the_share_of_a_missing_optional_source():
     with pytest.raises(DataError, match="source 's1' is missing and not optional"):
         Plan(config_of(phase), {"s0": 90, "s2": 90}, 400, 16)
     with pytest.raises(DataError, match="phase 2 has no source left: s1 not available"):
-        alone = (Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, weights={"s1": 1}))
-        Plan(config_of(*alone, s1={"optional": True}), {"s0": 90, "s2": 90}, 400, 16)
+        phases = (Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, weights={"s1": 1}))
+        Plan(config_of(*phases, s1={"optional": True}), {"s0": 90, "s2": 90}, 400, 16)
 
 
 @pytest.mark.parametrize(

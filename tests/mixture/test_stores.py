@@ -1,4 +1,4 @@
-"""Stores are prepared for a mixture, and those that do not belong together are refused."""
+"""Stores are prepared for a mixture, and stores with different validation splits are refused."""
 
 import json
 import os
@@ -33,9 +33,9 @@ def test_only_optional_sources_may_fail(tmp_path, monkeypatch, capsys):
         return [store.name for store in prepare_stores(config, None, tmp_path, 16, validation_share=0.1)]
 
     assert stores(optional) == ["c4"]
-    told = capsys.readouterr().err.splitlines()
-    assert told[0] == "optional source tales is omitted: data/tales is not there."
-    assert told[1].startswith("optional source alpaca is omitted: ") and "less than one row of 16" in told[1]
+    messages = capsys.readouterr().err.splitlines()
+    assert messages[0] == "optional source tales is omitted: data/tales is not there."
+    assert messages[1].startswith("optional source alpaca is omitted: ") and "less than one row of 16" in messages[1]
     with pytest.raises(DataError, match="less than one row of 16"):
         stores(MIXTURE)
 
@@ -49,7 +49,7 @@ def texts(tmp_path) -> Path:
     return path
 
 
-def split_of(store, split: str, tokenizer) -> set[str]:
+def texts_of(store, split: str, tokenizer) -> set[str]:
     ids = store.slice(split, 0, store.tokens(split)).tolist()
     return set(tokenizer.decode(ids).split("<|endoftext|>")) - {""}
 
@@ -68,9 +68,9 @@ def test_a_store_with_another_validation_share_is_refused(texts, tokenizer, tmp_
     ):
         stores(f"store={tmp_path / 'small'}", f"text={texts}")
     first, second = stores(f"store={tmp_path / 'same'}", f"text={texts}")
-    held_out = split_of(second, "validation", tokenizer)
-    assert len(held_out) > 40 and not held_out & split_of(first, "train", tokenizer)
-    assert len(stores(f"store={tmp_path / 'small'}")) == 1  # alone it agrees with itself
+    validation = texts_of(second, "validation", tokenizer)
+    assert len(validation) > 40 and not validation & texts_of(first, "train", tokenizer)
+    assert len(stores(f"store={tmp_path / 'small'}")) == 1  # a single store has no other to disagree with
 
 
 def test_an_imported_store_in_a_mixture_prints_a_warning(texts, tokenizer, tmp_path, capsys):
@@ -81,10 +81,10 @@ def test_an_imported_store_in_a_mixture_prints_a_warning(texts, tokenizer, tmp_p
     ]
     for name in ("train", "val"):
         np.save(shards / f"{name}.npy", np.array(ids * 3, dtype=np.uint16))
-    import_shards(shards, tokenizer, tmp_path / "theirs")
-    config = MixtureConfig.from_specs([f"store={tmp_path / 'theirs'}", f"text={texts}"])
+    import_shards(shards, tokenizer, tmp_path / "imported")
+    config = MixtureConfig.from_specs([f"store={tmp_path / 'imported'}", f"text={texts}"])
     assert len(prepare_stores(config, tokenizer, tmp_path / "tokens", 16, validation_share=0.2)) == 2
-    assert f"{tmp_path / 'theirs'} was tokenized elsewhere: its training text may" in capsys.readouterr().err
+    assert f"{tmp_path / 'imported'} was tokenized elsewhere: its training text may" in capsys.readouterr().err
     prepare_stores(
         MixtureConfig.from_specs([config.sources["store"].spec]), tokenizer, tmp_path, 16, validation_share=0.2
     )
@@ -119,7 +119,7 @@ stores = stores_module.prepare_stores(
 )
 print("STORES", [store.name for store in stores])
 distributed.barrier()
-distributed.destroy_process_group()  # else a process may abort as the other leaves
+distributed.destroy_process_group()  # otherwise a process may abort when the other exits
 """
 
 
@@ -134,8 +134,8 @@ def test_a_source_that_fails_in_one_process_is_omitted_in_all(failing, texts, to
         )
         for rank in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     names = "['texts']" if failing is not None else "['texts', 'other']"
-    assert [out.partition("STORES ")[2].strip() for out, _ in said] == [names] * 2
-    assert [err.count("optional source other is omitted") > 0 for _, err in said] == [failing is not None, False]
+    assert [out.partition("STORES ")[2].strip() for out, _ in outputs] == [names] * 2
+    assert [err.count("optional source other is omitted") > 0 for _, err in outputs] == [failing is not None, False]

@@ -21,8 +21,8 @@ from rorchat.plan.show import (
 
 
 def test_both_fits_are_compared():
-    found = compare_fits(Request(device=find_device("T4"), hours=100))
-    assert {name: plan.fit.name for name, plan in found.items()} == {"chinchilla": "chinchilla", "epoch": "epoch"}
+    plans = compare_fits(Request(device=find_device("T4"), hours=100))
+    assert {name: plan.fit.name for name, plan in plans.items()} == {"chinchilla": "chinchilla", "epoch": "epoch"}
     assert "arXiv:2203.15556" in FITS["chinchilla"].source and "arXiv:2404.10102" in FITS["epoch"].source
 
 

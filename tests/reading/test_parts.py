@@ -36,7 +36,7 @@ def test_parts_have_the_same_rows_as_the_whole_source(name, tmp_path, monkeypatc
     raw = next(row for row in module.raw if isinstance(row, dict))
     for number in range(3):
         rows = [raw] * (150 + number)
-        if name == "wikitext":  # an article goes on in the next file
+        if name == "wikitext":  # an article continues in the next file
             rows = [{"text": line} for line in ["words", "", " = A title = ", "", *["words"] * 9] * 9]
         table = pyarrow.Table.from_pylist(rows)
         pyarrow.parquet.write_table(table, tmp_path / f"{number}.parquet", row_group_size=50)

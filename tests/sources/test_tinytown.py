@@ -57,7 +57,7 @@ def sentences(text: str) -> list[str]:
 
 def sums_in(text: str) -> list[tuple[int, str, int]]:
     """Every (a, operation, b) in a text; the numbers of an addition are sorted."""
-    found = []
+    equations = []
     for sentence in sentences(text):
         numbers = [int(number) for number in re.findall(r"\d+", sentence)]
         if len(numbers) < 2:
@@ -67,11 +67,11 @@ def sums_in(text: str) -> list[tuple[int, str, int]]:
         (operation,) = operations
         # Results are never negative, so the larger number is the minuend
         low, high = sorted(numbers[:2])
-        found.append((low, "+", high) if operation == "+" else (high, "-", low))
+        equations.append((low, "+", high) if operation == "+" else (high, "-", low))
         if len(numbers) > 2:
             assert len(numbers) == 3, f"unknown wording: {sentence!r}"
             assert numbers[2] == (low + high if operation == "+" else high - low), f"wrong: {sentence!r}"
-    return found
+    return equations
 
 
 def stories_in(text: str) -> list[tuple[str, str, str, str]]:
@@ -107,9 +107,9 @@ def test_rows_depend_only_on_the_seed(kind):
 
 @pytest.mark.parametrize("kind", tinytown.KIND)
 def test_generators_do_not_share_random_state(kind):
-    alone = list(tinytown.generate(kind, 50, 1))
+    separate = list(tinytown.generate(kind, 50, 1))
     mixed = zip(tinytown.generate(kind, 50, 1), tinytown.generate(kind, 50, 2), strict=True)
-    assert [row for row, _ in mixed] == alone
+    assert [row for row, _ in mixed] == separate
 
 
 @pytest.mark.parametrize("kind", tinytown.KIND)

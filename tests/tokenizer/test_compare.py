@@ -114,8 +114,8 @@ def test_the_builtin_domains_are_six_texts_of_some_hundred_words(merged):
 
 
 def test_the_command_works_without_any_file_and_writes_none(rorchat_command, folders, tmp_path):
-    code, said, _ = rorchat_command(folders / "merged", f"bytes={folders / 'unmerged'}")
-    lines = said.splitlines()
+    code, output, _ = rorchat_command(folders / "merged", f"bytes={folders / 'unmerged'}")
+    lines = output.splitlines()
     assert code == 0
     assert lines[0].startswith("| domain | characters | UTF-8 bytes | merged: bytes/token |")
     assert [line.split(" | ")[0] for line in lines[2:9]] == [
@@ -129,13 +129,13 @@ def test_the_command_reads_files_and_sources_and_draws_a_picture(rorchat_command
     (tmp_path / "a.txt").write_text("ab ab")
     (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "ab"}, '
                                           '{"role": "assistant", "content": "ab ab"}]}\n')  # fmt: skip
-    code, said, _ = rorchat_command(
+    code, output, _ = rorchat_command(
         folders / "merged", "--data", "letters=a.txt", "--data", "talk=messages=chats.jsonl", "--out", "drawn"
     )
     assert code == 0
-    assert "| letters | 5 | 5 | 2.500 | 1.000 | 99.2% |" in said
-    assert "| talk | 7 | 7 | 2.333 | 1.000 | 99.2% |" in said
-    assert "plot  drawn/tokenizers.png" in said
+    assert "| letters | 5 | 5 | 2.500 | 1.000 | 99.2% |" in output
+    assert "| talk | 7 | 7 | 2.333 | 1.000 | 99.2% |" in output
+    assert "plot  drawn/tokenizers.png" in output
     assert (tmp_path / "drawn" / "tokenizers.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -155,7 +155,7 @@ def test_the_picture_has_a_labelled_bar_for_every_value(merged, unmerged, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "message"),
     [
         (["nowhere/"], 65, "No tokenizer at nowhere/"),
         (["=merged"], 2, "give FOLDER, a Hub id, or NAME=FOLDER"),
@@ -169,13 +169,13 @@ def test_the_picture_has_a_labelled_bar_for_every_value(merged, unmerged, tmp_pa
         (["{}/merged", "--max_characters", "0"], 2, "it must be at least 1"),
     ],
 )
-def test_invalid_comparisons_are_one_line_and_an_exit_code(rorchat_command, folders, tmp_path, words, code, said):
+def test_invalid_comparisons_are_one_line_and_an_exit_code(rorchat_command, folders, tmp_path, words, code, message):
     (tmp_path / "a.txt").write_text("ab ab")
     (tmp_path / "empty.txt").write_text(" \n ")
     stopped, printed, error = rorchat_command(*(word.format(folders) for word in words))
     assert (stopped, printed) == (code, "")
     assert len(error.splitlines()) == 1 and error.startswith("error: ")
-    assert said in error
+    assert message in error
 
 
 def test_empty_and_reserved_domains_are_refused():

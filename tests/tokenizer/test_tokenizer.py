@@ -151,8 +151,8 @@ def test_a_limit_of_zero_is_refused():
         train_tokenizer(["x"], 320, max_characters=0)
 
 
-@pytest.mark.parametrize(("bound", "stopped", "said"), [(10**9, False, "all of the text"), (9, True, "stopped at")])
-def test_the_recipe_reports_what_it_read(tmp_path, capsys, bound, stopped, said):
+@pytest.mark.parametrize(("bound", "stopped", "message"), [(10**9, False, "all of the text"), (9, True, "stopped at")])
+def test_the_recipe_reports_how_much_text_it_read(tmp_path, capsys, bound, stopped, message):
     (tmp_path / "a.txt").write_text("ab äb ab ab")
     out = tmp_path / "out"
     words = ["--sources", f"text={tmp_path / 'a.txt'}", "--vocab_size", "320", "--output_dir", str(out)]
@@ -167,12 +167,12 @@ def test_the_recipe_reports_what_it_read(tmp_path, capsys, bound, stopped, said)
     }
     printed = capsys.readouterr().out
     assert f"320 tokens, trained on {characters} characters ({characters + 1} UTF-8 bytes) in " in printed
-    assert f"({said}" in printed
+    assert f"({message}" in printed
 
 
-@pytest.mark.parametrize(("size", "said"), [(1000, "multiple of 64"), (192, "at least")])
-def test_invalid_vocabulary_sizes_are_refused(size, said):
-    with pytest.raises(UsageError, match=said):
+@pytest.mark.parametrize(("size", "message"), [(1000, "multiple of 64"), (192, "at least")])
+def test_invalid_vocabulary_sizes_are_refused(size, message):
+    with pytest.raises(UsageError, match=message):
         train_tokenizer(["x"], size)
 
 

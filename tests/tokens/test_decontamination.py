@@ -83,7 +83,7 @@ def test_the_count_equals_that_of_tuple_sets(n, tmp_path):
     rows = [{"text": " ".join(rng.choices(vocabulary, k=rng.randrange(40)))} for _ in range(30)]
     text = evaluation(tmp_path, *rows, n=n)
     known = {tuple(w[at : at + n]) for row in rows for w in [words(row["text"])] for at in range(len(w) - n + 1)}
-    found = 0
+    matches = 0
     for _ in range(300):
         sample = " ".join(rng.choices([*vocabulary, "unknown"], k=rng.randrange(60)))
         w = words(sample)
@@ -92,8 +92,8 @@ def test_the_count_equals_that_of_tuple_sets(n, tmp_path):
         match = text.find(sample)
         assert (match.ngrams if match else 0) == common
         assert match is None or match.share == common / len(windows)
-        found += common
-    assert found > 40
+        matches += common
+    assert matches > 40
 
 
 @pytest.mark.parametrize("piece", [1, 50, 333, 4000])
@@ -217,8 +217,8 @@ def test_rows_that_cannot_be_compared_are_reported_by_set(tmp_path):
 )
 def test_rows_of_real_sets_without_long_strings_are_counted(path, rows, short, shared_data):
     (given,) = [*(shared_data / path).rglob("Main/test.jsonl")] or [shared_data / path]
-    told = EvaluationText.read([str(given)]).describe()
-    assert f"  {short:,} of {rows:,} rows have no string of 13 words: not compared" in told
+    description = EvaluationText.read([str(given)]).describe()
+    assert f"  {short:,} of {rows:,} rows have no string of 13 words: not compared" in description
 
 
 def test_an_evaluation_set_without_a_window_is_refused(tmp_path):

@@ -107,11 +107,11 @@ def test_conversations_are_stored_with_control_tokens(tokenizer, tmp_path):
     expected = {
         (store.manifest.end_of_text_id, *encode_conversation(tokenizer, row["messages"]).input_ids) for row in rows
     }
-    found = set()
+    actual = set()
     for shard in store.manifest.shards:
         ids, starts = np.load(store.folder / shard.file), np.load(store.folder / shard.docs_file)
-        found |= {tuple(ids[a:b].tolist()) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)}
-    assert found == expected
+        actual |= {tuple(ids[a:b].tolist()) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)}
+    assert actual == expected
     other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace("RorChat", "Bibo")
     with pytest.raises(MismatchError, match="chat_template_sha256"):

@@ -185,11 +185,11 @@ def test_a_file_renamed_during_an_interruption_loses_no_document(tokenizer, tmp_
     pieces = len(source_parts(f"text={folder}"))
     whole, done = tokenize_shard.ShardTokenizer.tokenize, []
 
-    def half(job, number, piece, told):
+    def half(job, number, piece, progress):
         if len(done) == pieces // 2:
             raise KeyboardInterrupt
         done.append(number)
-        whole(job, number, piece, told)
+        whole(job, number, piece, progress)
 
     with monkeypatch.context() as patch:
         patch.setattr(tokenize_shard.ShardTokenizer, "tokenize", half)
@@ -249,9 +249,9 @@ def test_a_part_without_usable_rows_does_not_affect_others(folder_of_parts, stor
 
 def test_duplicates_across_parts_are_reported_with_their_places(folder_of_parts, tokenizer, tmp_path, capsys):
     prepare(folder_of_parts, tokenizer, tmp_path / "store", validation_share=SHARE, workers=2)
-    said = capsys.readouterr().err
-    assert f"{len(COPIES)} rejected: duplicate, first at " in said
-    assert f"{tmp_path / 'parts' / '6.jsonl'}:" in said
+    messages = capsys.readouterr().err
+    assert f"{len(COPIES)} rejected: duplicate, first at " in messages
+    assert f"{tmp_path / 'parts' / '6.jsonl'}:" in messages
 
 
 class HubRows(list):

@@ -77,8 +77,8 @@ def test_padding_does_not_shift_positions(chat, trainer):
     mask = (ids != pad).long()
     logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 2, compute_entropy=True)
     for number, row in enumerate(rows):
-        alone = chat.model(torch.tensor([row])).logits[0, -3:-1].log_softmax(-1)
-        expected = alone[[0, 1], row[-2:]]
+        unpadded = chat.model(torch.tensor([row])).logits[0, -3:-1].log_softmax(-1)
+        expected = unpadded[[0, 1], row[-2:]]
         torch.testing.assert_close(logps[number], expected, rtol=1e-4, atol=1e-5)
 
 

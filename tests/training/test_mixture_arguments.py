@@ -46,11 +46,11 @@ def test_a_difference_between_mixtures_has_a_path(tmp_path):
 
     before = read_mixture(write_mixture(tmp_path, MIXTURE)).to_dict()
     now = read_mixture(write_mixture(tmp_path, MIXTURE.replace("{c4: 1}", "{c4: 2}"))).to_dict()
-    (found,) = compare_metadata({"mixture": before}, {"mixture": now}, elastic=True)
-    assert (found.name, found.before, found.now, found.is_fatal) == ("mixture.phases.1.weights.c4", 1.0, 2.0, True)
+    (change,) = compare_metadata({"mixture": before}, {"mixture": now}, elastic=True)
+    assert (change.name, change.before, change.now, change.is_fatal) == ("mixture.phases.1.weights.c4", 1.0, 2.0, True)
     assert compare_metadata({"mixture": before}, {"mixture": before}, elastic=True) == []
-    (found,) = compare_metadata({"a": {"b": [1]}}, {"a": {"b": [1, 2]}}, elastic=True)
-    assert (found.name, found.before, found.now) == ("a.b", [1], [1, 2])
+    (change,) = compare_metadata({"a": {"b": [1]}}, {"a": {"b": [1, 2]}}, elastic=True)
+    assert (change.name, change.before, change.now) == ("a.b", [1], [1, 2])
 
 
 def test_only_differences_that_change_results_are_fatal():

@@ -1,4 +1,4 @@
-"""Seeing: what a run writes and shows while it goes on, what trackers get, and that it stops when it has diverged."""
+"""Metrics, samples and trackers of a run while it trains, and how it stops after a divergence."""
 
 import json
 import math
@@ -38,7 +38,7 @@ SHOWN = ["--sample_prompts", "One day", "--sample_steps", "3", "--price_per_hour
 
 
 class Recorder(TrainerCallback):
-    """A tracker: what Transformers' own ones get, in `on_log`."""
+    """A tracker that keeps its logs, as the trackers of Transformers receive them in `on_log`."""
 
     def __init__(self):
         self.logged = []
@@ -48,7 +48,7 @@ class Recorder(TrainerCallback):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def a_known_peak():
+def known_peak():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage_module, "get_peak_flops", lambda precision, on_gpu: (1e12, "measured"))
         yield
@@ -64,7 +64,7 @@ def make_trainer(tokenizer, folder: Path, *flags: object, kind: type = PretrainT
 
 
 def train_run(tokenizer, folder: Path, *flags: object, kind: type = PretrainTrainer) -> None:
-    """As the recipe does, with the folder of the run."""
+    """Trains as the recipe does, with the folder of the run."""
     arguments = parse_flags(folder, *flags)
     run, model = RunFolder(arguments, "pretrain", {}), build_model("2x2x32", tokenizer, 32)
     train(run, build_pretrain_trainer(model, arguments, tokenizer, kind, run.context({})))
@@ -72,12 +72,13 @@ def train_run(tokenizer, folder: Path, *flags: object, kind: type = PretrainTrai
 
 @pytest.fixture(scope="module")
 def shown(tokenizer, tmp_path_factory) -> SimpleNamespace:
-    """A whole short run with everything to be seen: its trainer, its lines, and what a tracker got."""
+    """A complete short run with every output: its trainer, its lines and the logs of a tracker."""
     folder = tmp_path_factory.mktemp("shown")
     trainer, recorder = make_trainer(tokenizer, folder, *SHOWN), Recorder()
     trainer.add_callback(recorder)
     trainer.train()
-    return SimpleNamespace(trainer=trainer, folder=folder, lines=read_strict(folder / "metrics.jsonl"), got=recorder)
+    lines = read_strict(folder / "metrics.jsonl")
+    return SimpleNamespace(trainer=trainer, folder=folder, lines=lines, tracker=recorder)
 
 
 def training_lines(lines: list[dict]) -> list[dict]:
@@ -139,15 +140,15 @@ def test_the_cost_is_time_times_price(shown):
 
 
 def test_trackers_receive_the_same_numbers_flat(shown):
-    got = [(step, logs) for step, logs in shown.got.logged if "train_runtime" not in logs]
-    assert len(got) == len(shown.lines) == 6
-    for (step, logs), line in zip(got, shown.lines, strict=True):
+    logged = [(step, logs) for step, logs in shown.tracker.logged if "train_runtime" not in logs]
+    assert len(logged) == len(shown.lines) == 6
+    for (step, logs), line in zip(logged, shown.lines, strict=True):
         assert all(isinstance(value, (int, float)) for value in logs.values())
         assert step == line["step"]
         flat = {f"mixture/{name}": share for name, share in line.get("mixture", {}).items()}
-        told = {key: value for key, value in line.items() if isinstance(value, (int, float))} | flat
-        for key in told.keys() - {"step", "peak_flops", "flops_per_token"}:
-            assert logs[key] == pytest.approx(told[key], abs=1e-6), key
+        expected = {key: value for key, value in line.items() if isinstance(value, (int, float))} | flat
+        for key in expected.keys() - {"step", "peak_flops", "flops_per_token"}:
+            assert logs[key] == pytest.approx(expected[key], abs=1e-6), key
 
 
 def test_trackio_works_through_the_callback_of_transformers(tokenizer, tmp_path, monkeypatch):
@@ -172,7 +173,7 @@ def test_trackio_works_through_the_callback_of_transformers(tokenizer, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("wandb", "report_to wandb needs a package that is not installed: pip install wandb"),
         ("tensorboard", "pip install tensorboard"),
@@ -180,9 +181,9 @@ def test_trackio_works_through_the_callback_of_transformers(tokenizer, tmp_path,
         ("tensorbord", "no tracker 'tensorbord'. Did you mean 'tensorboard'?"),
     ],
 )
-def test_an_unavailable_tracker_is_refused_before_the_start(name, said, monkeypatch):
+def test_an_unavailable_tracker_is_refused_before_the_start(name, message, monkeypatch):
     monkeypatch.setattr(arguments_module.importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(UsageError, match=re.escape(said)) as caught:
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
         parse(PretrainArguments, [*BASE, "--output_dir", "x", "--report_to", name])
     assert "\n" not in str(caught.value)
 
@@ -228,7 +229,7 @@ def test_sampling_does_not_change_the_training(shown, tokenizer, tmp_path):
     assert not (tmp_path / "samples.jsonl").exists()
 
 
-# What has diverged
+# Divergence
 
 
 @pytest.fixture
@@ -262,12 +263,12 @@ def test_a_non_finite_loss_ends_the_run_at_its_step(tokenizer, tmp_path, no_skip
         last = read_strict(tmp_path / str(poison) / "metrics.jsonl")[-1]
         assert (last["event"], last["step"], last["loss"]) == ("diverged", 7, str(poison))
         assert math.isfinite(last["last_finite_loss"]) and sum(last["mixture"].values()) == 1
-        said = str(caught.value)
-        assert said.startswith(f"The loss is {poison} at step 7, with rows from tinytown")
-        assert f"the last finite loss was {last['last_finite_loss']:.4f} at step 6" in said
-        assert "learning_rate" in said and "checkpoint" in said and "\n" not in said
+        message = str(caught.value)
+        assert message.startswith(f"The loss is {poison} at step 7, with rows from tinytown")
+        assert f"the last finite loss was {last['last_finite_loss']:.4f} at step 6" in message
+        assert "learning_rate" in message and "checkpoint" in message and "\n" not in message
         assert caught.value.exit_code == 70
-        assert torch.equal(trainer.model.transformer.wte.weight, trainer.before)  # the step was not taken
+        assert torch.equal(trainer.model.transformer.wte.weight, trainer.before)  # the step was skipped
 
 
 def test_a_non_finite_gradient_ends_the_run(tokenizer, tmp_path, no_skipped_steps):
@@ -293,7 +294,7 @@ def test_the_cooldown_starts_after_the_warmup(tokenizer, tmp_path, warmup):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--save_steps", "-3"], "save_steps is -3.0: give 0 or a positive number"),
         (["--logging_steps", "-1"], "logging_steps is -1.0: give 0 or a positive number"),
@@ -301,8 +302,8 @@ def test_the_cooldown_starts_after_the_warmup(tokenizer, tmp_path, warmup):
         (["--lr_scheduler_type", "cosin"], "lr_scheduler_type: cosin is not a valid SchedulerType"),
     ],
 )
-def test_unsupported_settings_are_refused_by_name(tmp_path, flags, said):
-    with pytest.raises(UsageError, match=re.escape(said)):
+def test_unsupported_settings_are_refused_by_name(tmp_path, flags, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
         parse(PretrainArguments, [*BASE, "--output_dir", str(tmp_path), *flags])
 
 
@@ -323,19 +324,19 @@ def test_a_diverged_run_resumes_and_its_log_is_append_only(tokenizer, tmp_path, 
     lines = read_strict(tmp_path / "metrics.jsonl")
     assert [line.get("event", line["step"]) for line in training_lines(lines)] == [2, 4, 6, "diverged", 6, 8]
     assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
-    stands = drop_superseded_lines(lines)
-    assert [line["step"] for line in training_lines(stands)] == [2, 4, 6, 8]
-    assert [line["event"] for line in stands if "event" in line] == ["resumed"]
+    valid_lines = drop_superseded_lines(lines)
+    assert [line["step"] for line in training_lines(valid_lines)] == [2, 4, 6, 8]
+    assert [line["event"] for line in valid_lines if "event" in line] == ["resumed"]
 
 
-def test_without_a_checkpoint_the_logs_start_anew(tokenizer, tmp_path):
+def test_without_a_checkpoint_the_logs_start_again(tokenizer, tmp_path):
     flags = ["--max_steps", 2, "--sample_prompts", "Hi", "--save_strategy", "no"]
     for _ in range(2):
         trainer = make_trainer(tokenizer, tmp_path, *flags)
         run = RunFolder(trainer.args, "pretrain", {})
         run.begin()
         trainer.train()
-        run.held.close()  # as the end of the process would
+        run.held.close()  # as at the end of the process
     assert [line["step"] for line in training_lines(read_strict(tmp_path / "metrics.jsonl"))] == [2]
     assert [line["step"] for line in read_strict(tmp_path / "samples.jsonl")] == [0, 2]
 
@@ -406,12 +407,12 @@ def test_two_processes_sample_and_stop_together_on_divergence(tokenizer, tmp_pat
 
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     flags = [*BASE, "--tokenizer", tmp_path / "tokenizer", "--size", "2x2x32", "--max_steps", 3, *SHOWN]
-    more = ["--output_dir", tmp_path / "well", "--sample_steps", 1, "--logging_steps", 1]
+    more = ["--output_dir", tmp_path / "finite", "--sample_steps", 1, "--logging_steps", 1]
     succeeded(launch("pretrain", *flags, *more, processes=2))
-    assert [line["step"] for line in read_strict(tmp_path / "well" / "samples.jsonl")] == [0, 1, 2, 3]
-    lines = training_lines(read_strict(tmp_path / "well" / "metrics.jsonl"))
+    assert [line["step"] for line in read_strict(tmp_path / "finite" / "samples.jsonl")] == [0, 1, 2, 3]
+    lines = training_lines(read_strict(tmp_path / "finite" / "metrics.jsonl"))
     assert [(line["step"], line["tokens"]) for line in lines] == [(1, 128), (2, 256), (3, 384)]
-    more = ["--output_dir", tmp_path / "ill", "--optimizer", "adamw", "--learning_rate", "1e38", "--max_steps", 8]
-    ill = launch("pretrain", *flags, *more, processes=2)
-    assert ill.returncode != 0 and "error: The loss is" in ill.stderr
-    assert read_strict(tmp_path / "ill" / "metrics.jsonl")[-1]["event"] == "diverged"
+    more = ["--output_dir", tmp_path / "diverged", "--optimizer", "adamw", "--learning_rate", "1e38", "--max_steps", 8]
+    done = launch("pretrain", *flags, *more, processes=2)
+    assert done.returncode != 0 and "error: The loss is" in done.stderr
+    assert read_strict(tmp_path / "diverged" / "metrics.jsonl")[-1]["event"] == "diverged"

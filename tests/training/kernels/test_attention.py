@@ -39,10 +39,10 @@ def test_continuation_attends_to_its_prefix_and_itself(continuation):
     qkv = torch.randn(3, 26, 2, 8, generator=torch.Generator().manual_seed(0))
     packed = attention.attend_by_sequence(*qkv, [(prefix, *sizes)], 0.0, None)
     start = prefix + sum(sizes[:continuation])
-    own = slice(start, start + sizes[continuation])
-    alone = torch.cat([qkv[:, :prefix], qkv[:, own]], dim=1)
-    expected = attention.attend_by_sequence(*alone, [(alone.size(1),)], 0.0, None)
-    assert torch.allclose(packed[own], expected[prefix:], atol=1e-6)
+    rows = slice(start, start + sizes[continuation])
+    sequence = torch.cat([qkv[:, :prefix], qkv[:, rows]], dim=1)
+    expected = attention.attend_by_sequence(*sequence, [(sequence.size(1),)], 0.0, None)
+    assert torch.allclose(packed[rows], expected[prefix:], atol=1e-6)
     assert torch.allclose(packed[:prefix], expected[:prefix], atol=1e-6)
 
 
