@@ -217,7 +217,11 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         step, rows = self.state.global_step + 1, self.micro_batch_rows
         accumulation = self.args.gradient_accumulation_steps * -(-self.args.per_device_train_batch_size // rows)
         self.metrics.record_event(
-            step, "out of memory", per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation
+            step,
+            "out of memory",
+            tokens=self.tokens_after(step - 1),  # this step is repeated
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=accumulation,
         )
         tqdm.write(
             f"Out of memory at step {step}. It is repeated, like all later steps, with {accumulation} micro-batches of "

@@ -12,7 +12,7 @@ FLAGS = {"per_device_train_batch_size": 4, "logging_steps": 1}  # 4 rows a step
 
 def events(run) -> list[tuple]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    keys = ("step", "per_device_train_batch_size", "gradient_accumulation_steps")
+    keys = ("step", "tokens", "per_device_train_batch_size", "gradient_accumulation_steps")
     return [tuple(line[key] for key in keys) for line in lines if line.get("event") == "out of memory"]
 
 
@@ -30,7 +30,7 @@ def test_recovery_in_the_first_step_equals_the_smaller_micro_batch(sandbox, one_
     out = sandbox.new_folder()
     result = sandbox.run(out, {"fits": 1, "from": 1, "in": where}, **FLAGS)
     assert result.code == 0, result.output
-    assert events(out) == [(1, 2, 2), (1, 1, 4)]
+    assert events(out) == [(1, 0, 2, 2), (1, 0, 1, 4)]
     assert "Out of memory at step 1" in result.output
     assert weights_sha256(out) == weights_sha256(one_row)
     assert read_log(out) == read_log(one_row)
@@ -43,7 +43,7 @@ def test_recovery_in_the_second_micro_batch_repeats_the_first(sandbox, where):
     flags = FLAGS | {"per_device_train_batch_size": 2, "optimizer": "adamw"}
     assert sandbox.run(out, {"fits": 1, "from": 5, "micro_batch": 2, "in": where}, **flags).code == 0
     assert sandbox.run(other, **flags).code == 0
-    assert events(out) == [(5, 1, 4)]
+    assert events(out) == [(5, 4 * 128, 1, 4)]  # tokens before the step
     losses = [[line["loss"] for line in read_log(run) if "loss" in line] for run in (out, other)]
     norms = [[line["grad_norm"] for line in read_log(run) if "loss" in line] for run in (out, other)]
     assert losses[0][:4] == losses[1][:4]
