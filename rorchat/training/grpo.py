@@ -177,7 +177,7 @@ def load_questions(arguments: GRPOArguments, tokenizer, n_positions: int) -> Spl
     A question is rejected as over-long if the question and a reply do not fit into the context window: the answer may
     depend on the part that would be truncated. See `load_split` for the errors.
     """
-    reserve = arguments.max_completion_length = reply_length(arguments, n_positions)
+    reserve = reply_length(arguments, n_positions)
 
     def encode(rows: list[dict], _: RowStats) -> Iterator[dict | RejectedRow]:
         for row in rows:
@@ -243,7 +243,7 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         reference, beta = copy.deepcopy(model) if arguments.beta else None, arguments.beta
         # TRL 1.16 would load the reference from the path in the policy's config, which for an adapter is its base
         arguments.beta = 0.0
-        limit = reply_length(arguments, model.config.n_positions)
+        arguments.max_completion_length = limit = reply_length(arguments, model.config.n_positions)
         self.scorers = [Scorer(name, limit, stops, control) for name in arguments.rewards]
         super().__init__(
             model=model,
