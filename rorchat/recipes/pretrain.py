@@ -28,26 +28,26 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     arguments = parse(PretrainArguments, argv)
     base = resolve_model_path(arguments.model) if arguments.model else None
-    run = RunFolder(arguments, "pretrain", {"start": base or arguments.tokenizer})
-    if run.is_finished:
-        return run.finished_metrics()
+    with RunFolder(arguments, "pretrain", {"start": base or arguments.tokenizer}) as run:
+        if run.is_finished:
+            return run.finished_metrics()
 
-    persona = load_persona(arguments.persona) if arguments.persona else None
-    tokenizer = load_tokenizer(base or arguments.tokenizer, persona)
-    if base:
-        model = load_checkpoint(base, tokenizer, arguments.seed)
-    else:
-        model = build_model(arguments.size, tokenizer, arguments.block_size, arguments.seed)
-        if arguments.optimizer == "muon":
-            zero_output_projections(model)
-    check_fit(model, tokenizer, arguments.block_size)
+        persona = load_persona(arguments.persona) if arguments.persona else None
+        tokenizer = load_tokenizer(base or arguments.tokenizer, persona)
+        if base:
+            model = load_checkpoint(base, tokenizer, arguments.seed)
+        else:
+            model = build_model(arguments.size, tokenizer, arguments.block_size, arguments.seed)
+            if arguments.optimizer == "muon":
+                zero_output_projections(model)
+        check_fit(model, tokenizer, arguments.block_size)
 
-    history = run.mixture_history
-    stores = prepare_token_stores(arguments, tokenizer, history)
-    mixture = build_mixture(arguments, stores, history)
-    context = run.context(describe_mixture(mixture.plan, stores, history))
-    trainer = PretrainTrainer(model, arguments, tokenizer, mixture, stores, context)
-    return train(run, trainer, startup_messages=show_plan(mixture.plan, run.folder))
+        history = run.mixture_history
+        stores = prepare_token_stores(arguments, tokenizer, history)
+        mixture = build_mixture(arguments, stores, history)
+        context = run.context(describe_mixture(mixture.plan, stores, history))
+        trainer = PretrainTrainer(model, arguments, tokenizer, mixture, stores, context)
+        return train(run, trainer, startup_messages=show_plan(mixture.plan, run.folder))
 
 
 if __name__ == "__main__":

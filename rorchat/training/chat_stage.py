@@ -31,16 +31,16 @@ def run_chat_stage(
         The final metrics, which are also in run.json.
     """
     base = resolve_model_path(arguments.model)
-    run = RunFolder(arguments, stage, {"start": base})
-    if run.is_finished:
-        return run.finished_metrics()
+    with RunFolder(arguments, stage, {"start": base}) as run:
+        if run.is_finished:
+            return run.finished_metrics()
 
-    persona = load_persona(arguments.persona) if add_control_tokens and arguments.persona else None
-    tokenizer = load_tokenizer(base, persona, require_chat=not add_control_tokens)
-    model = load_checkpoint(base, tokenizer, arguments.seed)
-    check_fit(model, tokenizer, arguments.max_row_length(), "max_length")
-    adapter = arguments.create_adapter(model, tokenizer, base)
-    split = load_data(arguments, tokenizer, arguments.max_row_length() or model.config.n_positions)
-    context = run.context({"data": [stats.summary() for stats in split.row_stats]}, adapter)
-    trainer = trainer_class(model, arguments, tokenizer, split.train, split.validation, context)
-    return train(run, trainer, startup_messages=split.row_stats)
+        persona = load_persona(arguments.persona) if add_control_tokens and arguments.persona else None
+        tokenizer = load_tokenizer(base, persona, require_chat=not add_control_tokens)
+        model = load_checkpoint(base, tokenizer, arguments.seed)
+        check_fit(model, tokenizer, arguments.max_row_length(), "max_length")
+        adapter = arguments.create_adapter(model, tokenizer, base)
+        split = load_data(arguments, tokenizer, arguments.max_row_length() or model.config.n_positions)
+        context = run.context({"data": [stats.summary() for stats in split.row_stats]}, adapter)
+        trainer = trainer_class(model, arguments, tokenizer, split.train, split.validation, context)
+        return train(run, trainer, startup_messages=split.row_stats)

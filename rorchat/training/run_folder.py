@@ -17,6 +17,7 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Self
 
 import yaml
 from accelerate import PartialState
@@ -45,7 +46,7 @@ REMEDY = "Choose another output_dir, or delete the folder."
 
 
 class RunFolder:
-    """The folder of a run. It is locked against other processes until the run ends.
+    """The folder of a run. It is locked against other processes until the run ends, or until the `with` block ends.
 
     Args:
         arguments: the arguments of a stage; `output_dir` is the folder.
@@ -68,10 +69,18 @@ class RunFolder:
         )
         self.mirror: Mirror | None = None  # on the main process
         self.held = ExitStack()  # the lock, the signal handlers and the mirror, until the run ends
-        self.held.enter_context(handle_signals())
-        run_on_main_process(self._lock_and_restore)
-        self.plan = self._make_plan()
-        PartialState().wait_for_everyone()  # other processes may still be reading the folder
+        with self.held:  # released if a check fails
+            self.held.enter_context(handle_signals())
+            run_on_main_process(self._lock_and_restore)
+            self.plan = self._make_plan()
+            PartialState().wait_for_everyone()  # other processes may still be reading the folder
+            self.held = self.held.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.held.close()
 
     @property
     def model_folder(self) -> Path:

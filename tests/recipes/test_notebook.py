@@ -1,11 +1,13 @@
 """Recipes called from Python: `main` returns metrics and raises exceptions, in a notebook too."""
 
+import signal
+
 import nbclient
 import nbformat
 import pytest
 
-from rorchat.errors import MismatchError, UsageError
-from rorchat.recipes import sft
+from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.recipes import pretrain, sft
 from rorchat.recipes import tokenizer as tokenizer_recipe
 
 TRAIN = """
@@ -45,3 +47,15 @@ def test_a_recipe_called_from_python_raises(tmp_path, monkeypatch):
     (tmp_path / "out" / "notes.txt").touch()
     with pytest.raises(MismatchError, match="contains another tokenizer or other files"):
         tokenizer_recipe.main(["--sources", "tinytown=20", "--output_dir", "out"])
+
+
+def test_a_recipe_that_failed_releases_its_folder_and_signals(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--sources", "tinytown=1", "--tokenizer", str(saved), "--size", "2x2x32", "--block_size", "64"]
+    flags += ["--per_device_train_batch_size", "2", "--global_batch_tokens", "128", "--max_steps", "1"]
+    before, errors = signal.getsignal(signal.SIGINT), []  # a notebook keeps the traceback, and with it the run
+    for _ in range(2):
+        with pytest.raises(DataError, match="tinytown") as error:
+            pretrain.main([*flags, "--output_dir", "run"])
+        errors.append(error)
+        assert signal.getsignal(signal.SIGINT) is before
