@@ -172,9 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def dispatch(self, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
         method = "GET" if self.command == "HEAD" else self.command
-        for wanted, pattern, name, logged_in in self.ROUTES:
+        for expected_method, pattern, name, logged_in in self.ROUTES:
             match = re.fullmatch(pattern, path)
-            if wanted != method or not match:
+            if expected_method != method or not match:
                 continue
             if logged_in and self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 raise _Refused(401, "Invalid username or password.")
@@ -204,12 +204,12 @@ class _Handler(BaseHTTPRequestHandler):
         return {}
 
     def create(self, body):
-        wanted = json.loads(body)
-        repository = f"{wanted['organization']}/{wanted['name']}"
+        requested = json.loads(body)
+        repository = f"{requested['organization']}/{requested['name']}"
         if repository in self.hub.files:
             raise _Refused(409, "You already created this model repo", url=f"{self.hub.url}/{repository}")
         self.hub.files[repository] = {}
-        if wanted.get("private") or wanted.get("visibility") == "private":
+        if requested.get("private") or requested.get("visibility") == "private":
             self.hub.private.add(repository)
         return {"url": f"{self.hub.url}/{repository}", "name": repository, "id": repository}
 
@@ -295,12 +295,12 @@ class _Handler(BaseHTTPRequestHandler):
     def lfs_batch(self, body, repository):
         self.repository_files(repository)
         objects = []
-        for wanted in json.loads(body)["objects"]:
+        for requested in json.loads(body)["objects"]:
             actions = {
-                "upload": {"href": f"{self.hub.url}/lfs/upload/{wanted['oid']}"},
+                "upload": {"href": f"{self.hub.url}/lfs/upload/{requested['oid']}"},
                 "verify": {"href": f"{self.hub.url}/lfs/verify"},
             }
-            objects.append(wanted | ({} if wanted["oid"] in self.hub.lfs else {"actions": actions}))
+            objects.append(requested | ({} if requested["oid"] in self.hub.lfs else {"actions": actions}))
         return {"transfer": "basic", "objects": objects}
 
     def lfs_upload(self, body, oid):
@@ -310,7 +310,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {}
 
     def lfs_verify(self, body):
-        wanted = json.loads(body)
-        if len(self.hub.lfs.get(wanted["oid"], b"")) != wanted["size"]:
+        requested = json.loads(body)
+        if len(self.hub.lfs.get(requested["oid"], b"")) != requested["size"]:
             raise _Refused(404, "the content did not arrive")
         return {}

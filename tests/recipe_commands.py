@@ -23,9 +23,9 @@ ENVIRONMENT = {
 }
 
 
-def command(*words: object, **more) -> subprocess.CompletedProcess:
+def command(*arguments: object, **more) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [str(word) for word in words],
+        [str(word) for word in arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -40,19 +40,19 @@ def recipe(name: str, *flags: object) -> subprocess.CompletedProcess:
 
 def inside(name: str, *flags: object) -> subprocess.CompletedProcess:
     """Runs a recipe or `rorchat ...` in this process; returns its stderr and exit code."""
-    words = [str(flag) for flag in flags]
+    arguments = [str(flag) for flag in flags]
     errors, code = io.StringIO(), 0
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:
             if name == "rorchat":
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(sys, "argv", ["rorchat", *words])
+                    patch.setattr(sys, "argv", ["rorchat", *arguments])
                     rorchat.cli.main()
             else:
-                exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))["main"])(words)
+                exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))["main"])(arguments)
         except SystemExit as stop:
             code = stop.code or 0
-    return subprocess.CompletedProcess([name, *words], code, "", errors.getvalue())
+    return subprocess.CompletedProcess([name, *arguments], code, "", errors.getvalue())
 
 
 def launch(name: str, *flags: object, processes: int = 1) -> subprocess.CompletedProcess:

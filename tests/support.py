@@ -143,30 +143,30 @@ def read_strict(path: Path) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def command(*words: object) -> subprocess.CompletedProcess:
+def command(*arguments: object) -> subprocess.CompletedProcess:
     """Run `rorchat ...` in this process and capture its output."""
     import rorchat.cli
 
     out, err, code = io.StringIO(), io.StringIO(), 0
-    words = [str(word) for word in words]
+    arguments = [str(word) for word in arguments]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["rorchat", *words])
+        patch.setattr(sys, "argv", ["rorchat", *arguments])
         try:
             rorchat.cli.main()
         except SystemExit as stopped:
             code = stopped.code or 0
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
-def succeeded(*words: object) -> str:
-    done = command("data", *words)
+def succeeded(*arguments: object) -> str:
+    done = command("data", *arguments)
     assert (done.returncode, done.stderr if done.returncode else "") == (0, "")
     return done.stdout
 
 
-def refused(code: int, *words: object) -> str:
+def refused(code: int, *arguments: object) -> str:
     """The single error line of a `rorchat data` command that fails with `code`; progress lines are ignored."""
-    done = command("data", *words)
+    done = command("data", *arguments)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert (done.returncode, len(lines)) == (code, 1), done.stderr
     others = [line for line in done.stderr.splitlines() if line != lines[0]]

@@ -263,7 +263,7 @@ def test_a_persona_with_quotes_and_control_strings_stays_text(tokenizer, tmp_pat
 
 
 def test_preferences_are_encoded_like_their_conversations(gpt2_tokenizer, shared_data):
-    """Prompt and reply are the conversation's ids up to the newline after the reply; the reply is what has labels."""
+    """Prompt and reply are the conversation's ids up to the newline after the reply; only the reply has labels."""
     source = f"ultrafeedback={shared_data / 'preference'}"
     rows = [row for row, _ in zip(load_rows(source, "preference"), range(300), strict=False)]
     (newline,) = encode_text(gpt2_tokenizer, ["\n"])

@@ -170,7 +170,7 @@ def test_a_pushed_model_answers_with_transformers_alone(pushed, tmp_path):
     assert result["own"] is False
     assert from_hub == from_folder
     assert [message["role"] for message in from_hub[0]["generated_text"]] == ["user", "assistant"]
-    assert list((tmp_path / "home").rglob("model.safetensors")) != []  # it did come from the Hub
+    assert list((tmp_path / "home").rglob("model.safetensors")) != []  # it came from the Hub
 
 
 def test_pushing_the_same_model_again_adds_no_commit(pushed, tmp_path):
@@ -345,7 +345,7 @@ def test_a_card_names_every_source_if_a_run_is_missing(story):
     (story / "pretrain" / "model" / "model.safetensors").unlink()
     card = build_model_card(story / "sft" / "model", NAME)
     assert [source in card for source in ("tinytown", "alpaca", "persona", "dailydialog")] == [True] * 4
-    assert "=" not in card.split("## Data")[1].split("##")[0]  # no path of the machine it was trained on
+    assert "=" not in card.split("## Data")[1].split("##")[0]  # no local path of the training machine
 
 
 def test_a_card_names_every_source_if_a_run_started_from_an_adapter(story):

@@ -53,13 +53,13 @@ def words(text: str) -> str:
 
 def test_no_probe_wording_is_trained(trained):
     assert len(trained) == 20_000
-    spoken = {words(turn["content"]) for messages in trained for turn in messages}
+    trained_texts = {words(turn["content"]) for messages in trained for turn in messages}
     assert len(build_probes(PERSONA)) >= len(PERSONA.topics)
     asked = [probe.question for probe in build_probes(PERSONA) + build_new_wording_probes(PERSONA)]
-    assert [question for question in asked if words(question) in spoken] == []
+    assert [question for question in asked if words(question) in trained_texts] == []
     openings = tuple(opening.lower() for opening in NEW_OPENINGS)
     assert all(probe.question.lower().startswith(openings) for probe in build_new_wording_probes(PERSONA))
-    assert not [text for text in spoken if text.startswith(openings)]
+    assert not [text for text in trained_texts if text.startswith(openings)]
 
 
 @pytest.mark.parametrize("kind", [build_probes, build_new_wording_probes])
@@ -78,8 +78,8 @@ def test_some_questions_and_probes_are_in_lower_case_without_mark(trained):
     assert 0.75 < sum(text.endswith("?") for text in asked) / len(asked) < 0.85
     assert {question for question, _, _ in generate_preferences(PERSONA, 400)} >= {"Who made you?", "who made you?"}
     for kind in (build_probes, build_new_wording_probes):
-        careless = [probe.question for probe in kind(PERSONA) if not probe.question.endswith("?")]
-        assert len(careless) == len(kind(PERSONA)) // 4 and [text.lower() for text in careless] == careless
+        informal = [probe.question for probe in kind(PERSONA) if not probe.question.endswith("?")]
+        assert len(informal) == len(kind(PERSONA)) // 4 and [text.lower() for text in informal] == informal
 
 
 @pytest.mark.parametrize(
@@ -234,8 +234,8 @@ def test_the_source_uses_the_given_persona_or_the_default(tmp_path):
     path = tmp_path / "bibo.yaml"
     path.write_text(yaml.safe_dump(values))
     rows = list(load_rows("persona=2000", "conversation", persona=load_persona(path)))
-    spoken = " ".join(turn["content"] for row in rows for turn in row["messages"])
-    assert (spoken.count("Bibo") > 100, spoken.count("RorChat")) == (True, 0)
+    trained_text = " ".join(turn["content"] for row in rows for turn in row["messages"])
+    assert (trained_text.count("Bibo") > 100, trained_text.count("RorChat")) == (True, 0)
     asked = [probe.question for probe in build_probes(load_persona(path))]
     assert len(asked) > 0 and not [question for question in asked if "RorChat" in question]
 
@@ -259,8 +259,10 @@ def test_questions_are_normalized(tmp_path):
     persona = load_persona(persona_file(tmp_path, name="Bibo", maker="Ann", facts={"home": home}, unknowns={}))
     kept = ["where do you live", "I am lost", "Bibo, where are you", "AI or not", "¿Dónde vives"]
     assert persona.topics["home"]["questions"] == kept
-    spoken = {turn["content"] for turns in generate_conversations(persona, 500) for turn in turns}
-    assert "Where do you live?" in spoken and not [text for text in spoken if "??" in text or ", Where" in text]
+    trained_texts = {turn["content"] for turns in generate_conversations(persona, 500) for turn in turns}
+    assert "Where do you live?" in trained_texts and not [
+        text for text in trained_texts if "??" in text or ", Where" in text
+    ]
 
 
 def test_a_missing_persona_file_names_an_example(tmp_path):

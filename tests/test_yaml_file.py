@@ -1,4 +1,4 @@
-"""YAML files of users: every mistake is one line with its place."""
+"""YAML files of users: every error is one line with its place."""
 
 from pathlib import Path
 

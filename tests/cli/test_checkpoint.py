@@ -9,14 +9,14 @@ from support import command
 from transformers import AutoModelForCausalLM
 
 
-def succeeded(*words) -> str:
-    result = command("checkpoint", *words)
+def succeeded(*arguments) -> str:
+    result = command("checkpoint", *arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def refused(code: int, *words) -> str:
-    result = command("checkpoint", *words)
+def refused(code: int, *arguments) -> str:
+    result = command("checkpoint", *arguments)
     assert result.returncode == code and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, (
         result.stderr
     )
@@ -65,6 +65,6 @@ def test_impossible_requests_fail_with_one_line(sandbox, uninterrupted, tmp_path
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("words", [(), ("list",), ("verify",), ("export",)])
-def test_every_command_has_help(words):
-    assert "Usage" in succeeded(*words, "--help")
+@pytest.mark.parametrize("arguments", [(), ("list",), ("verify",), ("export",)])
+def test_every_command_has_help(arguments):
+    assert "Usage" in succeeded(*arguments, "--help")

@@ -1,4 +1,4 @@
-"""The command line itself: version, help, and wrong words."""
+"""The command line itself: version, help and invalid arguments."""
 
 import pytest
 import typer
@@ -9,7 +9,7 @@ from rorchat.cli import app
 
 
 def commands_of(group, path=()):
-    """(words, command) of every command without subcommands."""
+    """(arguments, command) of every command without subcommands."""
     for name, item in group.commands.items():
         if hasattr(item, "commands"):
             yield from commands_of(item, (*path, name))
@@ -28,11 +28,11 @@ def test_the_version_is_that_of_the_package():
 def test_without_a_command_the_help_lists_all():
     done = command()
     assert done.returncode == 2 and done.stderr == ""
-    assert [words[0] for words in COMMANDS if f" {words[0]} " not in done.stdout] == []
+    assert [arguments[0] for arguments in COMMANDS if f" {arguments[0]} " not in done.stdout] == []
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--nosuch"], "No such option: --nosuch"),
         (["nosuch"], "No such command 'nosuch'"),
@@ -43,8 +43,8 @@ def test_without_a_command_the_help_lists_all():
         (["recipes", "copy", "dem"], "No story 'dem'. Did you mean 'demo'?"),
     ],
 )
-def test_a_wrong_word_is_one_line_and_exit_code_2(words, message):
-    done = command(*words)
+def test_an_invalid_argument_is_one_line_and_exit_code_2(arguments, message):
+    done = command(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
 

@@ -105,7 +105,7 @@ def test_check_prints_counts_and_writes_rejected_rows(tmp_path):
         f"rejects  {tmp_path / 'rejects.jsonl'}",
     ]
     rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
-    assert [(reject["place"], reject["row"]) for reject in rejects] == [(f"{path}:2", rows[1]), (f"{path}:3", rows[2])]
+    assert [(row["place"], row["row"]) for row in rejects] == [(f"{path}:2", rows[1]), (f"{path}:3", rows[2])]
 
 
 def test_check_accepts_a_format_filters_evaluation_sets_and_a_length(saved, tmp_path):
@@ -212,10 +212,10 @@ def test_brackets_surround_trained_tokens_and_bars_separate_tokens():
 
 def test_trained_tokens_are_green_on_a_terminal(saved, tokenizer, tmp_path):
     path = write(tmp_path, "rows.jsonl", [chat_row("Hello", "Hi!\nThere.")])
-    words = [RORCHAT, "data", "show", path, "--tokenizer", saved]
+    arguments = [RORCHAT, "data", "show", path, "--tokenizer", saved]
     environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
     control, terminal = pty.openpty()
-    done = subprocess.run(words, stdout=terminal, stderr=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run(arguments, stdout=terminal, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(terminal)
     shown = b""
     with contextlib.suppress(OSError):  # the terminal's end
@@ -249,7 +249,7 @@ def test_show_prints_documents_and_both_sides_of_a_preference(saved, tmp_path):
 
 # -- errors ----------------------------------------------------------------------------------------------------------
 
-# (words, exit code, message); {rows} is a good file, {tok} the tokenizer, {out} a new folder
+# (arguments, exit code, message); {rows} is a good file, {tok} the tokenizer, {out} a new folder
 PREPARE, SHOW = "prepare text={rows} --tokenizer {tok} --out {out}", "show {rows} --tokenizer {tok}"
 ERRORS = [
     ("check nosuch", 2, "No source named 'nosuch'"),
@@ -304,31 +304,31 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("words", "code", "message"), ERRORS)
-def test_an_error_is_one_line_with_its_exit_code(words, code, message, saved, tmp_path):
+@pytest.mark.parametrize(("arguments", "code", "message"), ERRORS)
+def test_an_error_is_one_line_with_its_exit_code(arguments, code, message, saved, tmp_path):
     rows = write(tmp_path, "rows.jsonl", [{"text": text} for text in TEXTS])
     names = {"rows": rows, "tok": saved, "out": tmp_path / "out"}
     names["mixture"] = write(tmp_path, "mixture.yaml", f"sources: {{a: 'text={rows}'}}\n")
-    line = refused(code, *(word.format(**names) for word in words.split()))
+    line = refused(code, *(word.format(**names) for word in arguments.split()))
     assert message.format(**names) in line
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    "words", ["check", "check a --bogus", "show a", "plan a --train_tokens x", "nosuch", "prepare"]
+    "arguments", ["check", "check a --bogus", "show a", "plan a --train_tokens x", "nosuch", "prepare"]
 )
-def test_invalid_arguments_are_one_line_without_a_traceback(words):
-    done = command("data", *words.split())
+def test_invalid_arguments_are_one_line_without_a_traceback(arguments):
+    done = command("data", *arguments.split())
     assert (done.returncode, done.stdout, done.stderr.count("Traceback")) == (2, "", 0)
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    "words", ["check {missing}", "prepare text={missing} --tokenizer {saved} --out {missing}.store"]
+    "arguments", ["check {missing}", "prepare text={missing} --tokenizer {saved} --out {missing}.store"]
 )
-def test_an_error_is_one_line_in_a_separate_process(words, saved, tmp_path):
+def test_an_error_is_one_line_in_a_separate_process(arguments, saved, tmp_path):
     missing = tmp_path / "missing.jsonl"
-    words = words.format(missing=missing, saved=saved).split()
-    done = subprocess.run([RORCHAT, "data", *words], capture_output=True, text=True)
+    arguments = arguments.format(missing=missing, saved=saved).split()
+    done = subprocess.run([RORCHAT, "data", *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (65, "")
     assert done.stderr == f"error: No file or folder {missing}.\n"

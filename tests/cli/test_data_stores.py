@@ -33,8 +33,8 @@ def store(texts, saved, tmp_path) -> Path:
 
 
 def test_prepare_and_verify_print_documents_and_tokens(texts, saved, tmp_path, tokenizer):
-    words = [RORCHAT, "data", "prepare", f"text={texts}", "--tokenizer", saved, "--out", tmp_path / "store"]
-    done = subprocess.run([*map(str, words), "--validation_share", "0.1"], capture_output=True, text=True)
+    arguments = [RORCHAT, "data", "prepare", f"text={texts}", "--tokenizer", saved, "--out", tmp_path / "store"]
+    done = subprocess.run([*map(str, arguments), "--validation_share", "0.1"], capture_output=True, text=True)
     assert done.returncode == 0
     assert f"text={texts}: 300 of 300 rows kept" in done.stderr
     manifest = TokenStore(tmp_path / "store").manifest
@@ -77,16 +77,16 @@ def test_check_and_prepare_count_evaluation_rows_that_are_not_compared(texts, sa
     evaluation = write(tmp_path, "evaluation.jsonl", rows)
     expected = f"against {evaluation}: 20 words of 1 rows\n  1 of 2 rows have no string of 13 words: not compared\n"
     assert expected in succeeded("check", texts, "--against", evaluation)
-    words = ("prepare", f"text={texts}", "--tokenizer", saved, "--out", tmp_path / "store", *SHARE)
-    assert expected in command("data", *words, "--against", evaluation).stderr
+    arguments = ("prepare", f"text={texts}", "--tokenizer", saved, "--out", tmp_path / "store", *SHARE)
+    assert expected in command("data", *arguments, "--against", evaluation).stderr
     write(tmp_path, "short.jsonl", rows[1:])
     assert "nothing would be compared" in refused(65, "check", texts, "--against", tmp_path / "short.jsonl")
 
 
 def test_a_finished_store_is_reused_or_refused_if_settings_differ(store, texts, saved):
-    words = ("prepare", f"text={texts}", "--tokenizer", saved, "--out", store)
-    assert command("data", *words, *SHARE).stderr == ""
-    assert "validation_share 0.1, now 0.2" in refused(78, *words, "--validation_share", 0.2)
+    arguments = ("prepare", f"text={texts}", "--tokenizer", saved, "--out", store)
+    assert command("data", *arguments, *SHARE).stderr == ""
+    assert "validation_share 0.1, now 0.2" in refused(78, *arguments, "--validation_share", 0.2)
 
 
 def flipped(path: Path) -> None:
@@ -265,27 +265,27 @@ def test_plan_prints_and_plots_the_tokens_of_each_source(texts, store, saved, tm
     phases = "phases: [{share: 100%, weights: {a: 1, b: 3}}]\n"
     mixture = write(tmp_path, "mixture.yaml", sources + phases)
     picture = tmp_path / "plan.png"
-    words = ("--tokenizer", saved, "--stores", tmp_path / "stores", "--block_size", 32, *SHARE)
-    output = succeeded("plan", mixture, *words, "--train_tokens", 3210, "--out", picture)
+    arguments = ("--tokenizer", saved, "--stores", tmp_path / "stores", "--block_size", 32, *SHARE)
+    output = succeeded("plan", mixture, *arguments, "--train_tokens", 3210, "--out", picture)
     assert output.startswith("mixture: 3,200 tokens in 100 rows of 32\n") and output.endswith(f"plot  {picture}\n")
     assert re.findall(r"^    (\w) +([\d,]+) tokens .*of all", output, re.MULTILINE) == [("a", "800"), ("b", "2,400")]
     header = picture.read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n" and min(np.frombuffer(header[16:24], dtype=">u4")) > 300
     assert (tmp_path / "stores" / "a" / "manifest.json").is_file()
-    assert "--train_tokens 31 is less than one row" in refused(2, "plan", mixture, *words, "--train_tokens", 31)
-    assert "PNG" in refused(2, "plan", mixture, *words, "--train_tokens", 3210, "--out", tmp_path / "plan.xyz")
+    assert "--train_tokens 31 is less than one row" in refused(2, "plan", mixture, *arguments, "--train_tokens", 31)
+    assert "PNG" in refused(2, "plan", mixture, *arguments, "--train_tokens", 3210, "--out", tmp_path / "plan.xyz")
 
 
 def test_plan_prepares_stores_with_the_given_persona_and_seed(saved, tmp_path):
     persona = (Path(rorchat.__file__).parent / "persona.yaml").read_text().replace("RorChat", "Zebulon")
     write(tmp_path, "zebulon.yaml", persona)
     mixture = write(tmp_path, "mixture.yaml", "sources: {me: persona=100}\n")
-    words = ("plan", mixture, "--tokenizer", saved, "--stores", tmp_path / "stores", "--block_size", 32, *SHARE)
+    arguments = ("plan", mixture, "--tokenizer", saved, "--stores", tmp_path / "stores", "--block_size", 32, *SHARE)
     more = ("--train_tokens", 3200, "--persona", tmp_path / "zebulon.yaml")
-    succeeded(*words, *more, "--seed", 5)
+    succeeded(*arguments, *more, "--seed", 5)
     assert TokenStore(tmp_path / "stores" / "me").manifest.seed == 5
-    assert "its source (files, persona or " in refused(78, *words, "--train_tokens", 3200, "--seed", 5)
-    assert "seed 5, now 0" in refused(78, *words, *more)
+    assert "its source (files, persona or " in refused(78, *arguments, "--train_tokens", 3200, "--seed", 5)
+    assert "seed 5, now 0" in refused(78, *arguments, *more)
 
 
 MIXTURES = {
@@ -307,9 +307,9 @@ MIXTURES = {
 def test_an_unreadable_mixture_is_refused_in_one_line(case, saved, tmp_path):
     content, message = MIXTURES[case]
     mixture = write(tmp_path, "mixture.yaml", content)
-    words = ("--tokenizer", saved, "--stores", tmp_path / "stores", "--train_tokens", 3200, "--block_size", 32)
-    line = refused(2, "plan", mixture, *words)
+    arguments = ("--tokenizer", saved, "--stores", tmp_path / "stores", "--train_tokens", 3200, "--block_size", 32)
+    line = refused(2, "plan", mixture, *arguments)
     assert message in line
-    assert "Cannot read the mixture" in refused(2, "plan", tmp_path / "none.yaml", *words)
+    assert "Cannot read the mixture" in refused(2, "plan", tmp_path / "none.yaml", *arguments)
     (tmp_path / "latin.yaml").write_bytes(b"sources: \xff")
-    assert "Cannot read the mixture" in refused(2, "plan", tmp_path / "latin.yaml", *words)
+    assert "Cannot read the mixture" in refused(2, "plan", tmp_path / "latin.yaml", *arguments)

@@ -1,4 +1,4 @@
-"""`rorchat pretrain | sft | ...`: which flags go where, one process or several, exit codes and signals."""
+"""`rorchat pretrain | sft | ...`: flags of launcher and recipe, one process or several, exit codes and signals."""
 
 import json
 import signal
@@ -36,8 +36,17 @@ def test_flags_that_launcher_and_recipe_share_belong_to_the_recipe(arguments):
 
 
 def test_launcher_flags_are_taken_out_with_their_values():
-    words = ["--num_processes", "2", "--config", "my.yaml", "--mixed-precision=no", "--learning_rate", "1e-3", "--cpu"]
-    launcher, recipe = split_flags(words)
+    arguments = [
+        "--num_processes",
+        "2",
+        "--config",
+        "my.yaml",
+        "--mixed-precision=no",
+        "--learning_rate",
+        "1e-3",
+        "--cpu",
+    ]
+    launcher, recipe = split_flags(arguments)
     assert launcher == ["--num_processes=2", "--mixed_precision=no", "--cpu"]
     assert recipe == ["--config", "my.yaml", "--learning_rate", "1e-3"]
 
@@ -55,7 +64,7 @@ def test_launcher_configurations_have_names(flag, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("arguments", "code", "message"),
     [
         (["sft", "--config", "demo/sftt.yaml"], 2, "Did you mean 'demo/sft.yaml'"),
         (["sft", "--config", "dem/sft.yaml"], 2, "Did you mean 'demo'"),
@@ -64,9 +73,9 @@ def test_launcher_configurations_have_names(flag, tmp_path, monkeypatch):
         (["sft", "--num_processes"], 2, "--num_processes needs a value"),
     ],
 )
-def test_a_failure_is_one_line_with_the_exit_code_of_the_recipe(words, code, message, tmp_path, monkeypatch):
+def test_a_failure_is_one_line_with_the_exit_code_of_the_recipe(arguments, code, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(inside("rorchat", *words), code, message)
+    refused(inside("rorchat", *arguments), code, message)
 
 
 def test_help_shows_rorchat_settings_first_and_help_all_every_setting():
@@ -97,9 +106,9 @@ def test_processes_of_the_launcher_train_and_keep_the_exit_code(launcher, tokeni
 @pytest.mark.parametrize("launcher", [[], ["--num_processes", 2]], ids=["here", "two"])
 def test_a_signal_saves_once_and_exits_with_75(launcher, tokenizer_folder, tmp_path):
     flags = [*launcher, *TINY, "--tokenizer", tokenizer_folder, "--output_dir", tmp_path / "run"]
-    words = [RORCHAT, "pretrain", *flags, "--max_steps", 100_000]
+    arguments = [RORCHAT, "pretrain", *flags, "--max_steps", 100_000]
     process = subprocess.Popen(
-        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        list(map(str, arguments)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
     deadline = time.monotonic() + 120
     log = tmp_path / "run" / "metrics.jsonl"

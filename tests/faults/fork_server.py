@@ -94,13 +94,11 @@ class FileOperations:
         self.watch(transformers.modeling_utils, "safe_save_file", path_index=1)
         if "mirroring" in self.fault:
             wait_for_copies()
-            wanted = self.fault["mirroring"]
-            self.activate_in(FolderStorage, "upload", lambda storage, checkpoint, run: checkpoint.step == wanted)
+            step = self.fault["mirroring"]
+            self.activate_in(FolderStorage, "upload", lambda storage, checkpoint, run: checkpoint.step == step)
         else:
-            wanted = self.fault.get("during")
-            self.activate_in(
-                CheckpointMixin, "_save_checkpoint", lambda trainer, *_: trainer.state.global_step == wanted
-            )
+            step = self.fault.get("during")
+            self.activate_in(CheckpointMixin, "_save_checkpoint", lambda trainer, *_: trainer.state.global_step == step)
 
     def watch(self, owner: object, name: str, path_index: int = 0) -> None:
         def watched(original, *args, **kwargs):

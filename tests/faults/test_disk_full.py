@@ -68,8 +68,8 @@ def test_too_little_space_for_checkpoints_is_refused_at_the_start(monkeypatch, t
 
 def mount(folder: Path, size: int, *options: str) -> bool:
     """Mount a tmpfs of `size` bytes, or change its size with the option "remount"; returns False if not permitted."""
-    words = ",".join([*options, f"size={size}"])
-    return not subprocess.run(["mount", "-t", "tmpfs", "-o", words, "tmpfs", str(folder)]).returncode
+    mount_options = ",".join([*options, f"size={size}"])
+    return not subprocess.run(["mount", "-t", "tmpfs", "-o", mount_options, "tmpfs", str(folder)]).returncode
 
 
 @contextmanager

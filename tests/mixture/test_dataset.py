@@ -103,6 +103,6 @@ def test_validation_rows_predict_every_token_but_the_first_exactly_once(tokens):
         row = rows[number]
         assert row["input_ids"].tolist() == row["labels"].tolist()
         widths.append(len(row["labels"]))
-        predicted += row["labels"][1:].tolist()  # the loss shifts: the first label of a row is never asked for
+        predicted += row["labels"][1:].tolist()  # the loss shifts the labels: the first label of a row is not used
     assert predicted == list(range(501, 500 + tokens))
     assert all(width == 10 for width in widths[:-1]) and 2 <= widths[-1] <= 10

@@ -1,4 +1,4 @@
-"""The mixture file is read as written, and mistakes in it are reported in one line."""
+"""The mixture file is parsed exactly, and errors in it are reported in one line."""
 
 import json
 

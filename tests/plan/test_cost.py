@@ -20,8 +20,8 @@ torch.set_num_threads(1)
 from rorchat.device import find_device
 from rorchat.plan.budget import Request, make_plan
 from rorchat.plan.probe import build_step
-def plan_of(wanted):
-    return make_plan(Request(device=find_device("cpu"), precision="fp32", tokens=1e9, **wanted))
+def plan_of(request):
+    return make_plan(Request(device=find_device("cpu"), precision="fp32", tokens=1e9, **request))
 def resident(name):
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").open() if line.startswith(name))
 def train(plan):
@@ -49,12 +49,12 @@ def test_parameter_counts_equal_the_models(size, tokenizer):
 
 
 def test_74_million_padded_sentences_take_a_v100_less_than_a_day():
-    """The seed says no more than that. Filled rows hold the same 1.1 billion tokens in a quarter of the positions."""
-    as_it_was = {"size": "51m", "vocabulary": 50_257, "block_size": 64, "optimizer": "adamw", "micro_batch": 256,
+    """The original project gives only this bound. Filled rows need a quarter of the positions for the same tokens."""
+    settings = {"size": "51m", "vocabulary": 50_257, "block_size": 64, "optimizer": "adamw", "micro_batch": 256,
                  "global_batch_tokens": 16_384, "kernels": "eager"}  # fmt: skip
-    padded = make_test_plan("V100", tokens=74e6 * 64, **as_it_was)
+    padded = make_test_plan("V100", tokens=74e6 * 64, **settings)
     assert 8 < padded.hours < 24
-    filled = make_test_plan("V100", tokens=1.1e9, **as_it_was)
+    filled = make_test_plan("V100", tokens=1.1e9, **settings)
     assert filled.hours == pytest.approx(padded.hours * 1.1e9 / (74e6 * 64), rel=1e-3)
 
 
@@ -100,22 +100,22 @@ def test_the_assumptions_reproduce_published_speeds(device, gpus, kernels, micro
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
-    ("wanted", "optimizer"),
+    ("request", "optimizer"),
     [
         ({"size": "6x6x384", "vocabulary": 8192, "block_size": 256, "micro_batch": 8}, "adamw"),
         ({"size": "4x4x256", "vocabulary": 50_304, "block_size": 256, "micro_batch": 4}, "muon"),
     ],
     ids=["mostly activations", "mostly logits"],
 )
-def test_the_predicted_memory_equals_the_measurement(wanted, optimizer):
+def test_the_predicted_memory_equals_the_measurement(request, optimizer):
     """Within 20 % of the additional peak resident memory of five real fp32 steps of two micro-batches.
 
     As in training, `build_step` makes the C library keep the memory that a step frees.
     """
-    wanted = wanted | {"optimizer": optimizer}
-    done = subprocess.run([sys.executable, "-c", MEASURE, json.dumps(wanted)], capture_output=True, text=True)
+    request = request | {"optimizer": optimizer}
+    done = subprocess.run([sys.executable, "-c", MEASURE, json.dumps(request)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    plan = make_test_plan("cpu", precision="fp32", tokens=1e9, **wanted)
+    plan = make_test_plan("cpu", precision="fp32", tokens=1e9, **request)
     assert within(1.2, sum(plan.memory.values()) - CONTEXT_BYTES[True], float(done.stdout)), (plan.memory, done.stdout)
 
 

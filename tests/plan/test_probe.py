@@ -11,8 +11,8 @@ from rorchat.plan.show import list_assumptions
 
 
 def test_a_plan_uses_the_measured_speed():
-    words = ["--size", "2x2x128", "--tokens", "1e7", "--device", "cpu", "--vocabulary", 512, "--block_size", 64]
-    done = command("plan", *words, "--probe", "--precision", "fp32")
+    arguments = ["--size", "2x2x128", "--tokens", "1e7", "--device", "cpu", "--vocabulary", 512, "--block_size", 64]
+    done = command("plan", *arguments, "--probe", "--precision", "fp32")
     assert done.returncode == 0, done.stderr
     assert "probe: 4 steps of 2x2x128 on" in done.stderr
     assert "measured |" in done.stdout and "Speed: measured here" in done.stdout

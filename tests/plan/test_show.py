@@ -27,18 +27,18 @@ def test_both_fits_are_compared():
 
 
 @pytest.mark.parametrize(
-    "wanted",
+    "settings",
     [
         {"hours": 24},
         {"hours": 24, "gradient_checkpointing": True, "kernels": "compiled", "vocabulary": 8192, "block_size": 512},
         {"hours": 24, "gpus": 8, "optimizer": "adamw", "precision": "fp32"},
     ],
 )
-def test_pretraining_accepts_the_yaml(wanted, tmp_path):
+def test_pretraining_accepts_the_yaml(settings, tmp_path):
     from rorchat.training.arguments import parse
     from rorchat.training.pretrain import PretrainArguments
 
-    plan = make_test_plan("T4", **wanted)
+    plan = make_test_plan("T4", **settings)
     (tmp_path / "run.yaml").write_text(to_yaml(plan))
     arguments = parse(PretrainArguments, ["--config", str(tmp_path / "run.yaml")])
     assert parse_shape(arguments.size) == plan.shape
@@ -95,7 +95,7 @@ def test_with_yaml_nothing_else_is_printed():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--device", "T4"], "No budget"),
         (["--hours", "1", "--device", "T44"], "No device 'T44'. Did you mean 'T4'"),
@@ -105,8 +105,8 @@ def test_with_yaml_nothing_else_is_printed():
         (["--size", "124m", "--tokens", "1e9", "--device", "T4", "--probe"], "--probe measures this machine"),
     ],
 )
-def test_a_mistake_is_one_line_with_exit_code_2(words, message):
-    done = command("plan", *words)
+def test_an_error_is_one_line_with_exit_code_2(arguments, message):
+    done = command("plan", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
     assert done.stdout == ""

@@ -15,8 +15,8 @@ def rejected(filters: Filters, text: str) -> str:
     """The reason for which a text is rejected, or nothing."""
     try:
         filters.check(text)
-    except RejectedRow as reject:
-        return reject.reason
+    except RejectedRow as rejection:
+        return rejection.reason
     return ""
 
 

@@ -106,7 +106,7 @@ def check_counts(path: Path, name: str) -> tuple[object, list[dict]]:
     rejected_rows = [json.loads(line) for line in rejects.getvalue().splitlines()]
     assert stats.rows_in == stats.kept + sum(stats.rejects.values())
     assert len(rejected_rows) == sum(stats.rejects.values())
-    assert {reject["reason"] for reject in rejected_rows} == set(stats.rejects)
+    assert {rejected_row["reason"] for rejected_row in rejected_rows} == set(stats.rejects)
     str(stats).encode()
     return stats, rejected_rows
 
@@ -122,7 +122,7 @@ def test_no_malformed_row_is_lost_or_stops_reading(name, tmp_path):
     assert stats.rejects["not JSON"] > 10 and stats.rejects["invalid UTF-8"] > 4
     if name not in GATHERING:
         assert stats.rows_in == len(lines)
-        assert len({reject["place"] for reject in rejected_rows}) == len(rejected_rows)
+        assert len({rejected_row["place"] for rejected_row in rejected_rows}) == len(rejected_rows)
     else:
         with open(path, "rb") as file:
             assert file.read().count(b"\n") == len(lines)
@@ -190,11 +190,11 @@ def written_rows(form: str) -> list[bytes]:
 
 @pytest.mark.parametrize("form", DAMAGE)
 def test_only_damaged_rows_of_a_file_are_lost(form, tmp_path):
-    """The number of rows is known from the writing of the file, not from its reading."""
+    """The expected number of rows is that of the written file."""
     rng, harmed, path = random.Random(form), 0, tmp_path / f"rows.{form}"
     for _ in range(60):
         rows = written_rows(form)
-        bad = sorted(rng.sample(range(0, ROWS, 2), rng.randrange(1, 9)))  # never two in a row
+        bad = sorted(rng.sample(range(0, ROWS, 2), rng.randrange(1, 9)))  # never two consecutive rows
         for number in bad:
             old, new = rng.choice(DAMAGE[form])
             assert old in rows[number]
@@ -206,14 +206,14 @@ def test_only_damaged_rows_of_a_file_are_lost(form, tmp_path):
         stats, rejected_rows = check_counts(path, "text")
         good = [f"It was number {number},\nthe best of times." for number in range(ROWS) if number not in bad]
         assert [row["text"] for row in load_rows(f"text={path}", "document")] == good
-        # the second line of a row of CSV that was cut short there may be a row to its reader, and is a reject
+        # if a CSV row is cut short, its second line may be read as a row, which is rejected
         assert stats.rows_in == ROWS if form != "csv" else ROWS <= stats.rows_in <= ROWS + len(bad)
         harmed += len(bad)
     assert harmed > 200
 
 
 def garbage(rng: random.Random, size: int) -> bytes:
-    """Bytes as a broken download has them: text, marks of all formats, control bytes and no UTF-8."""
+    """Bytes like those of a broken download: text, marks of all formats, control bytes and no UTF-8."""
     pieces = [
         b"It was the best of times.", b"\n", b"\n\n", b"\r\n", b"\0", b"\xff\xfe", b"\xc3\xa9", b"<|endoftext|>", b"'",
         b'"', b"{", b"[", b",", b"\t", b" __eou__ ", b"L1044 +++$+++ u0 +++$+++ m0", b" = Title = ", b"+++$+++",
@@ -275,7 +275,7 @@ def test_brackets_of_any_depth_are_one_row(tmp_path):
 
 # -- memory ----------------------------------------------------------------------------------------------------------
 
-# VmHWM, not ru_maxrss: that one begins at what the parent held when it started the child
+# VmHWM, not ru_maxrss, which includes the memory of the parent when it started the child
 MEASURED = """
 import sys
 from rorchat.cli import main

@@ -56,7 +56,7 @@ RANGES += [
 
 
 def fuzzed(rng: random.Random) -> str:
-    """A text that passes the checks: characters of anywhere but half pairs and control characters."""
+    """A text that passes the checks: any characters except lone surrogates and control characters."""
     parts = []
     for _ in range(rng.randint(1, 6)):
         kind = rng.random()
@@ -75,7 +75,7 @@ def fuzzed(rng: random.Random) -> str:
 
 
 def fuzzed_conversations(seed: int, messages: int, tag: str = "") -> list[list[dict]]:
-    """Conversations that `check_conversation` lets pass, with so many messages in all."""
+    """Conversations that `check_conversation` accepts, with this total number of messages."""
     rng, made, count = random.Random(seed), [], 0
     while count < messages:
         turns = [{"role": "system", "content": f"Be {fuzzed(rng)}"}] if rng.random() < 0.3 else []
@@ -85,14 +85,14 @@ def fuzzed_conversations(seed: int, messages: int, tag: str = "") -> list[list[d
             count += 2
         try:
             CHECKS["conversation"]({"messages": turns})
-        except RejectedRow as reject:
-            raise AssertionError(f"{reject} of {turns}") from None
+        except RejectedRow as rejection:
+            raise AssertionError(f"{rejection} of {turns}") from None
         made.append(turns)
     return made
 
 
 def assert_rendered(ids: list[int], messages: list[dict], tokenizer) -> None:
-    """Ids are `<|im_start|>role\\ncontent<|im_end|>\\n` a message, with no other control token."""
+    """Ids are `<|im_start|>role\\ncontent<|im_end|>\\n` for each message, with no other control token."""
     special = set(tokenizer.all_special_ids)
     start, end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
     if messages[0]["role"] != "system":
@@ -133,7 +133,7 @@ def test_messages_never_encode_to_control_tokens_of_gpt2(gpt2_tokenizer):
 
 
 def test_rendered_templates_contain_only_the_control_tokens_of_roles(tokenizer):
-    """A server renders the template and reads the text with control tokens on: only those of the roles may come."""
+    """A server tokenizes the rendered template with control tokens: only those of the roles may occur."""
     special = set(tokenizer.all_special_ids)
     start, end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
     conversations = fuzzed_conversations(2, MESSAGES)

@@ -6,7 +6,7 @@ from support import json_lines, read_source, write
 
 
 def bad_strings() -> object:
-    """A column of three strings, the second of which is no UTF-8."""
+    """A column of three strings, the second of which is not UTF-8."""
     import pyarrow
 
     return pyarrow.Array.from_buffers(pyarrow.binary(), 3, pyarrow.array([b"good", b"bad\xff", b"fine"]).buffers())

@@ -54,7 +54,7 @@ def test_every_yaml_fits_its_recipe(path, tmp_path, monkeypatch):
         assert parsed.given[name] == expected, name
 
 
-def run_script(story: str, folder: Path, *words: object, gate_exit_code: int = 0) -> tuple[int, list[list[str]]]:
+def run_script(story: str, folder: Path, *arguments: object, gate_exit_code: int = 0) -> tuple[int, list[list[str]]]:
     """(exit code, `rorchat` commands in order) of a story's script; a stand-in records the commands."""
     log, commands = folder / "commands.txt", folder / "bin"
     log.unlink(missing_ok=True)
@@ -65,7 +65,7 @@ def run_script(story: str, folder: Path, *words: object, gate_exit_code: int = 0
     )
     (commands / "rorchat").chmod(0o755)
     environment = os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
-    script = ["bash", STORIES_FOLDER / story / "run.sh", *map(str, words)]
+    script = ["bash", STORIES_FOLDER / story / "run.sh", *map(str, arguments)]
     done = subprocess.run(script, env=environment, cwd=folder, capture_output=True, text=True)
     return done.returncode, [line.split("\t")[:-1] for line in log.read_text().splitlines()]
 
@@ -95,12 +95,12 @@ def test_every_story_has_a_script_that_is_tested():
     assert {path.parent.name for path in CONFIGS} == set(list_stories())
 
 
-@pytest.mark.parametrize(("story", "words", "commands"), SCRIPTS)
-def test_the_commands_of_a_script_exist(story, words, commands, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("story", "arguments", "commands"), SCRIPTS)
+def test_the_commands_of_a_script_exist(story, arguments, commands, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     leave_dpo_model(tmp_path / ("runs/demo" if story == "demo" else "out"))
-    code, recorded = run_script(story, tmp_path, *words)
+    code, recorded = run_script(story, tmp_path, *arguments)
     assert code == 0
     assert [name for name, *_ in recorded] == commands
     for name, *flags in recorded:
@@ -119,20 +119,20 @@ def test_the_commands_of_a_script_exist(story, words, commands, tmp_path, monkey
 
 @pytest.mark.parametrize("gate_exit_code", [70, 78])
 @pytest.mark.parametrize(
-    ("story", "words", "out"),
+    ("story", "arguments", "out"),
     [
         ("demo", [], "runs/demo"),
         ("first-words", ["data", "out"], "out"),
         ("rorchat-124m", ["data", "out", "me/mine"], "out"),
     ],
 )
-def test_a_failed_gate_stops_a_push_and_an_error_stops_the_script(story, words, out, gate_exit_code, tmp_path):
+def test_a_failed_gate_stops_a_push_and_an_error_stops_the_script(story, arguments, out, gate_exit_code, tmp_path):
     (tmp_path / "data").mkdir()
     leave_dpo_model(tmp_path / out)
     (tmp_path / out / "behaviour.json").write_text("of an earlier model")
-    code, recorded = run_script(story, tmp_path, *words, gate_exit_code=gate_exit_code)
+    code, recorded = run_script(story, tmp_path, *arguments, gate_exit_code=gate_exit_code)
     commands = [name for name, *_ in recorded]
-    pushes = "me/mine" in words
+    pushes = "me/mine" in arguments
     continues = gate_exit_code == 70 and not pushes
     assert (code == 0) == continues and "push" not in commands
     assert ("report" in commands) == (continues or pushes)
@@ -145,8 +145,8 @@ def test_a_copied_script_uses_the_settings_beside_it(tmp_path):
     (tmp_path / "bin" / "rorchat").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "bin" / "rorchat").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    words = ["bash", tmp_path / "mine" / "run.sh", tmp_path]
-    done = subprocess.run(words, env=environment, cwd="/", capture_output=True, text=True)
+    arguments = ["bash", tmp_path / "mine" / "run.sh", tmp_path]
+    done = subprocess.run(arguments, env=environment, cwd="/", capture_output=True, text=True)
     assert f"--config {tmp_path / 'mine' / 'pretrain.yaml'}" in done.stdout
 
 

@@ -15,7 +15,7 @@ def turns(*contents: str) -> list[dict]:
 
 
 def converted(name: str, raw: object) -> dict:
-    """A raw row of a source as a valid row of ours, repaired or not."""
+    """A raw row of a source, converted to a valid row; repaired or not."""
     row = find_source(name).convert(raw)
     row = row.row if isinstance(row, RepairedRow) else row
     CHECKS[find_source(name).kinds[0]](row)
@@ -29,7 +29,7 @@ def rejected(name: str, raw: object) -> str:
 
 
 SIMPLIFIED_NQ, ORIGINAL_NQ = find_source("natural_questions").raw[1:3]
-# (source, a row as the Hub's Parquet gives it or as another release has it, our row)
+# (source, a row of the Hub's Parquet or of another release, the converted row)
 HUB_ROWS = [
     ("alpaca", {"instruction": "I", "input": "in", "output": "O", "text": "Below is"}, chat_row("I\n\nin", "O")),
     (

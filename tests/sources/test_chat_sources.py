@@ -1,4 +1,4 @@
-"""Conversation and preference sources read real files as published, and their folders."""
+"""Conversation and preference sources read real files and folders as published."""
 
 import gzip
 import json
@@ -86,7 +86,7 @@ def test_real_files_have_the_documented_row_counts(name, path, rows_in, rejects,
     assert (loaded.stats.rows_in, loaded.stats.rejects, loaded.stats.repairs) == (rows_in, rejects, repairs)
 
 
-# (source, path, reason, places): which rows those are; at most three places of a reason are kept
+# (source, path, reason, places) of these rejected rows; at most three places of a reason are kept
 PLACES = [
     ("code_alpaca", "code_alpaca/code_alpaca_2k.json", "empty reply", [", row 237 ", ", row 1859 "]),
     ("alpaca", "alpaca/alpaca_5000.json", "empty reply", [", row 2335 ", ", row 4658 "]),
@@ -259,7 +259,7 @@ def rows_by_place(spec: str) -> dict[str, list[str]]:
     ("variant", "lost"), [("movie_lines_kaggle.tsv", ", "), ("movie_lines_crlf_utf8_ufffd.txt", "")]
 )
 def test_conversations_are_equal_in_all_formats_of_cornell(variant, lost, shared_data):
-    """But for the commas, which Kaggle's form has lost in the lines without a quotation mark."""
+    """Except for the commas that Kaggle's format has lost in lines without a quotation mark."""
     folder = shared_data / "cornell_movie_dialogs"
     whole = rows_by_place(f"cornell_movie_dialogs={folder}")
     some = rows_by_place(f"cornell_movie_dialogs={folder / 'variants' / variant}")
@@ -269,7 +269,7 @@ def test_conversations_are_equal_in_all_formats_of_cornell(variant, lost, shared
         assert [text.translate(without) for text in contents] == [text.translate(without) for text in whole[place]]
 
 
-# (text, pairs and rejects by line): nothing that is missing may move an answer to another question
+# (text, pairs and rejects by line): a missing line must not assign an answer to another question
 MATH_FILES = [
     ("Q1?\n1\nQ2?\n2\n", [("Q1?", "1"), ("Q2?", "2")], []),
     ("Q1?\r\n1\r\nQ2?\r\n2", [("Q1?", "1"), ("Q2?", "2")], []),
@@ -304,7 +304,7 @@ def test_answers_of_mathematics_files_match_their_questions(shared_data):
         assert rows == [chat_row(*pair) for pair in zip(lines[::2], lines[1::2], strict=True)]
 
 
-# (source, folder, the files that it reads of it): training files, and never those of an evaluation
+# (source, folder, files that it reads): training files, never evaluation files
 FOLDERS = [
     ("gsm8k", "gsm8k", {"train.jsonl"}),
     ("openbookqa", "openbookqa", {"train.jsonl"}),

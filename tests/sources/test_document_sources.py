@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def read(spec: str) -> tuple[list[str], SourceRows]:
-    """The texts of a source of documents, after checking that every row that came in is accounted for."""
+    """The texts of a source of documents, after checking that every raw row is counted."""
     rows = load_rows(spec, "document")
     kept = [row["text"] for row in rows]
     assert len(kept) == rows.stats.kept
@@ -239,7 +239,7 @@ def test_cosqa_functions_are_documents(shared_data):
     assert texts[1].startswith('def split_multiline(value):\n    """Split a multiline string into a list')
 
 
-# Growth of memory, not the peak of the process: `ru_maxrss` begins at what the parent held when it started the child.
+# Growth of memory, not the peak: `ru_maxrss` includes the memory of the parent when it started the child.
 MEASURE = """
 import sys
 from pathlib import Path

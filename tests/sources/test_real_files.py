@@ -109,7 +109,7 @@ def test_dailydialog_utterances_are_not_empty_and_have_no_marks(shared_data):
     rows, _ = read_source(f"dailydialog={path}", "conversation")
     contents = [turn["content"] for row in rows for turn in row["messages"]]
     marks = [line.count("__eou__") for line in path.read_text().splitlines()]
-    assert len(contents) == sum(count // 2 * 2 for count in marks)  # a last utterance nobody answers is left out
+    assert len(contents) == sum(count // 2 * 2 for count in marks)  # a last utterance without an answer is omitted
     assert not [content for content in contents if "__eou__" in content or not content.strip() or " ," in content]
 
 

@@ -95,8 +95,8 @@ def test_raw_rows_with_damaged_parts_are_kept_or_rejected(name):
             tried += 1
             try:
                 CHECKS[source.kinds[0]](source.convert(damaged(raw)))
-            except RejectedRow as reject:
-                assert reject.reason
+            except RejectedRow as rejection:
+                assert rejection.reason
     assert tried == 300 * len(source.raw)
 
 

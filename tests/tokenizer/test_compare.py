@@ -29,7 +29,7 @@ def merged():
 
 @pytest.fixture(scope="module")
 def unmerged():
-    """The bytes alone, but for a merge that the texts here never use."""
+    """The bytes and one merge that the texts of this file never use."""
     return train_tokenizer(["xy"], 320)
 
 
@@ -45,9 +45,9 @@ def folders(merged, unmerged, tmp_path_factory):
 def rorchat_command(monkeypatch, capsys, tmp_path):
     """`rorchat tokenizer compare ...` in this process and an empty folder: exit code, stdout, stderr."""
 
-    def run(*words: object) -> tuple[int, str, str]:
+    def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["rorchat", "tokenizer", "compare", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["rorchat", "tokenizer", "compare", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             rorchat.cli.main()
         return stopped.value.code or 0, *capsys.readouterr()
@@ -155,7 +155,7 @@ def test_the_picture_has_a_labelled_bar_for_every_value(merged, unmerged, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("arguments", "code", "message"),
     [
         (["nowhere/"], 65, "No tokenizer at nowhere/"),
         (["=merged"], 2, "give FOLDER, a Hub id, or NAME=FOLDER"),
@@ -169,10 +169,12 @@ def test_the_picture_has_a_labelled_bar_for_every_value(merged, unmerged, tmp_pa
         (["{}/merged", "--max_characters", "0"], 2, "it must be at least 1"),
     ],
 )
-def test_invalid_comparisons_are_one_line_and_an_exit_code(rorchat_command, folders, tmp_path, words, code, message):
+def test_invalid_comparisons_are_one_line_and_an_exit_code(
+    rorchat_command, folders, tmp_path, arguments, code, message
+):
     (tmp_path / "a.txt").write_text("ab ab")
     (tmp_path / "empty.txt").write_text(" \n ")
-    stopped, printed, error = rorchat_command(*(word.format(folders) for word in words))
+    stopped, printed, error = rorchat_command(*(word.format(folders) for word in arguments))
     assert (stopped, printed) == (code, "")
     assert len(error.splitlines()) == 1 and error.startswith("error: ")
     assert message in error

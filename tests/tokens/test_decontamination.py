@@ -126,10 +126,10 @@ def test_a_gsm8k_question_inside_prose_is_found(shared_data):
     assert match.place == "gsm8k/test.jsonl, row 7"
     assert match.words == b" ".join(words(question)[:13]).decode()
     assert match.ngrams == len(words(question)) - 12
-    with pytest.raises(RejectedRow) as reject:
+    with pytest.raises(RejectedRow) as rejection:
         text.check(planted)
-    assert reject.value.reason == "contaminated"
-    assert reject.value.detail == f"13 words of gsm8k/test.jsonl, row 7: {match.words}"
+    assert rejection.value.reason == "contaminated"
+    assert rejection.value.detail == f"13 words of gsm8k/test.jsonl, row 7: {match.words}"
     text.check(prose[3])
 
 

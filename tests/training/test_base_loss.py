@@ -34,13 +34,13 @@ ROWS = {"block_size": 256, "global_batch_tokens": 512, "optimizer": "muon"}
 
 def run(stage: str, out: Path, exit_code: int = 0, **flags) -> str:
     """Run a recipe's `main` in this process, check its exit code and return what it wrote to stderr."""
-    words = []
+    arguments = []
     for name, value in (FLAGS | flags | {"output_dir": out}).items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     stderr, code = io.StringIO(), 0
     with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
         try:
-            exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / f"{stage}.py"))["main"])(words)
+            exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / f"{stage}.py"))["main"])(arguments)
         except SystemExit as exit_:
             code = exit_.code
     assert code == exit_code, stderr.getvalue()
