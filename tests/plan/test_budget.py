@@ -58,7 +58,7 @@ def test_tokens_with_a_budget_give_the_largest_affordable_model():
 
 
 @pytest.mark.parametrize(
-    ("request", "message"),
+    ("settings", "message"),
     [
         ({}, "No budget: give --money DOLLARS, --hours H or --flops F, or --size with --tokens"),
         ({"tokens": 1e9}, "No budget"),
@@ -93,9 +93,9 @@ def test_tokens_with_a_budget_give_the_largest_affordable_model():
         ),
     ],
 )  # fmt: skip
-def test_an_impossible_request_is_refused_with_a_remedy(request, message):
+def test_an_impossible_request_is_refused_with_a_remedy(settings, message):
     with pytest.raises(UsageError) as refused:
-        make_test_plan("T4", **request)
+        make_test_plan("T4", **settings)
     line = str(refused.value)
     assert message in line or re.search(message, line), line
     assert "\n" not in line

@@ -20,8 +20,8 @@ torch.set_num_threads(1)
 from rorchat.device import find_device
 from rorchat.plan.budget import Request, make_plan
 from rorchat.plan.probe import build_step
-def plan_of(request):
-    return make_plan(Request(device=find_device("cpu"), precision="fp32", tokens=1e9, **request))
+def plan_of(settings):
+    return make_plan(Request(device=find_device("cpu"), precision="fp32", tokens=1e9, **settings))
 def resident(name):
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").open() if line.startswith(name))
 def train(plan):
@@ -100,22 +100,22 @@ def test_the_assumptions_reproduce_published_speeds(device, gpus, kernels, micro
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
-    ("request", "optimizer"),
+    ("settings", "optimizer"),
     [
         ({"size": "6x6x384", "vocabulary": 8192, "block_size": 256, "micro_batch": 8}, "adamw"),
         ({"size": "4x4x256", "vocabulary": 50_304, "block_size": 256, "micro_batch": 4}, "muon"),
     ],
     ids=["mostly activations", "mostly logits"],
 )
-def test_the_predicted_memory_equals_the_measurement(request, optimizer):
+def test_the_predicted_memory_equals_the_measurement(settings, optimizer):
     """Within 20 % of the additional peak resident memory of five real fp32 steps of two micro-batches.
 
     As in training, `build_step` makes the C library keep the memory that a step frees.
     """
-    request = request | {"optimizer": optimizer}
-    done = subprocess.run([sys.executable, "-c", MEASURE, json.dumps(request)], capture_output=True, text=True)
+    settings = settings | {"optimizer": optimizer}
+    done = subprocess.run([sys.executable, "-c", MEASURE, json.dumps(settings)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    plan = make_test_plan("cpu", precision="fp32", tokens=1e9, **request)
+    plan = make_test_plan("cpu", precision="fp32", tokens=1e9, **settings)
     assert within(1.2, sum(plan.memory.values()) - CONTEXT_BYTES[True], float(done.stdout)), (plan.memory, done.stdout)
 
 
