@@ -1,6 +1,7 @@
 """The package's listing follows the data, its imports have no circles, and importing it is cheap."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,6 +93,22 @@ def test_no_module_imports_a_private_name_of_another(folder):
         if part.startswith("_") and not part.startswith("__")
     ]
     assert private == []
+
+
+def test_what_scripts_import_exists():
+    imported = {
+        (module, name)
+        for path in (PACKAGE.parent / "scripts").rglob("*.py")
+        for module, name, _ in imported_names(path)
+        if module != "rorchat"
+    }
+    assert len(imported) > 40
+    missing = [
+        (module, name)
+        for module, name in sorted(imported)
+        if module not in NAMES or (name and not hasattr(importlib.import_module(module), name))
+    ]
+    assert missing == []
 
 
 def test_no_files_import_each_other_in_a_circle():

@@ -16,7 +16,7 @@ TESTED_IN = {
     "*/__init__.py": "test_layout.py",
     "adapter.py": "training/test_lora.py",
     "cli/*.py": "cli/test_cli.py",
-    "evaluation/evaluate_metrics/*.py": "evaluation/test_scores.py",
+    "evaluation/evaluate_metrics/*.py": "evaluation/test_evaluate_metrics.py",
     "inference/terminal.py": "recipes/test_recipes.py",
     "mixture/phases.py": "mixture/test_plan.py",
     "mixture/plot.py": "mixture/test_plan.py",

@@ -31,11 +31,11 @@ arguments = parser.parse_args()
 os.environ["RAYON_NUM_THREADS"] = str(arguments.workers)
 os.environ["TOKENIZERS_PARALLELISM"] = "true" if arguments.workers > 1 else "false"
 
-from rorchat.sources.base import text_digest  # noqa: E402
 from rorchat.sources.registry import load_rows  # noqa: E402
 from rorchat.tokenizer import load_tokenizer  # noqa: E402
 from rorchat.tokens.encode import GPT2_PATTERN, Encoder  # noqa: E402
 from rorchat.tokens.prepare import prepare  # noqa: E402
+from rorchat.validation_split import text_digest  # noqa: E402
 
 
 def read_texts(source: str) -> list[str]:

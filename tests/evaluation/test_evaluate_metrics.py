@@ -11,7 +11,7 @@ from evaluation_support import compute_plain_loss
 from transformers import Trainer, TrainingArguments
 
 from rorchat.chatml import END_OF_TEXT, IM_END, encode_text
-from rorchat.evaluation import metrics
+from rorchat.evaluation import evaluate_metrics
 from rorchat.evaluation.behaviour import measure_behaviour
 from rorchat.evaluation.compare import compute_document_loss
 from rorchat.evaluation.evaluate_metrics import BitsPerByte, ExactAnswer, Repetition, StopRate, TemplateLeaks
@@ -21,7 +21,7 @@ from rorchat.mixture.collators import collate_padded
 from rorchat.persona import load_persona
 from rorchat.sources.tinytown import Question
 
-CLASSES = [getattr(metrics, name) for name in metrics.__all__]
+CLASSES = [getattr(evaluate_metrics, name) for name in evaluate_metrics.__all__]
 REPLIES = ["The mill.<|im_end|>", "The mill or the lake.<|im_end|> user", "la " * 20 + "<|im_end|>", "Hi"]
 RESULTS = {
     "stop_rate": 0.5,
