@@ -1,4 +1,4 @@
-"""Preference pairs, as one batch of ours and as padded rows, and their log-probabilities by stock Transformers."""
+"""Preference pairs, as one batch of rorchat and as padded rows, and their log-probabilities by stock Transformers."""
 
 import numpy as np
 import torch

@@ -87,7 +87,7 @@ def check_rorchat_command(words: list[str]) -> None:
 
 
 def check_command(words: list[str]) -> bool:
-    """Checks one shell command; returns whether it is one of ours."""
+    """Checks one shell command; returns whether it is a command of rorchat."""
     while words and re.fullmatch(r"\w+=\S*", words[0]):
         words = words[1:]  # variables
     if not words:

@@ -1,4 +1,4 @@
-"""The `evaluate` metrics work offline, agree with our own scores and leave no files behind."""
+"""The `evaluate` metrics work offline, agree with the scores of rorchat and leave no files."""
 
 import doctest
 import subprocess
@@ -115,7 +115,7 @@ def test_metrics_agree_with_the_gate_and_the_scores(lively, persona_path):
     assert leaks.value is not None and 0 < TemplateLeaks().compute(predictions=texts)["template_leaks"] <= 1
 
 
-def test_bits_per_byte_of_a_trainer_equals_ours(lively, tmp_path):
+def test_bits_per_byte_of_a_trainer_equals_a_plain_computation(lively, tmp_path):
     """A stock Trainer takes the metric in `compute_metrics`."""
     documents = ["Once upon a time there was a small model.", "The mill is by the river.", "Hello"]
     tokenizer = lively.tokenizer

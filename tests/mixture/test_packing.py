@@ -133,7 +133,7 @@ def packed_loss_and_gradients(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_rows_equal_separate_sequences_in_loss_and_gradients(stock, checkpointing):
+def test_packed_rows_equal_separate_rows(stock, checkpointing):
     given = sequences()
     expected, actual = separate_loss_and_gradients(stock, given), packed_loss_and_gradients(stock, given, checkpointing)
     assert expected.keys() == actual.keys()

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory) -> Path:
-    """tokenizer -> pretrain -> sft -> dpo on a little of Tinytown, with 20 thousand parameters."""
+    """tokenizer -> pretrain -> sft -> dpo on a few rows of Tinytown, with 20 thousand parameters."""
     out = tmp_path_factory.mktemp("story")
     succeeded(
         inside(
@@ -91,7 +91,7 @@ def test_samples_are_taken_before_and_after(story):
     assert [(sample["step"], sample["prompt"]) for sample in samples] == [(0, "One day"), (6, "One day")]
 
 
-def test_a_finished_run_is_not_repeated_and_other_settings_are_a_mismatch(story):
+def test_a_finished_run_is_not_repeated_and_refuses_other_settings(story):
     config = story / "sft" / "config.yaml"
     again = succeeded(inside("sft", "--config", config))
     assert "already finished" in again.stderr
@@ -195,7 +195,7 @@ def test_sft_of_gpt2_124m_needs_less_than_six_gigabytes(shared_data, tmp_path):
 
 
 class TestBadInput:
-    """Every mistake is one line with the right exit code, without a traceback."""
+    """Every error is one line with its exit code, without a traceback."""
 
     @pytest.fixture
     def flags(self, story, tmp_path):
@@ -240,7 +240,7 @@ class TestBadInput:
         refused(inside("sft", "--model", tmp_path / "other", *flags[2:]), 78, "50,257 tokens", "384")
         refused(inside("rorchat", "chat", tmp_path / "other"), 78, "50,257 tokens")
 
-    def test_a_run_that_failed_before_its_first_step_does_not_block_the_next(self, flags):
+    def test_a_folder_is_free_after_a_run_that_failed_before_its_first_step(self, flags):
         refused(self.pretrain(flags, "tinytown=200", more=["--weights", "1", "2"]), 2, "2 weights")
         assert self.pretrain(flags, "tinytown=200", more=["--max_steps", "1"]).returncode == 0
 
@@ -288,8 +288,8 @@ class TestBadInput:
         refused(done, 65, "3 identical chosen and rejected", "pairs.jsonl:1")
 
     def test_a_missing_model_in_chat_evaluate_and_report(self, tmp_path):
-        for words in (("chat", tmp_path / "none"), ("evaluate", tmp_path / "none"), ("report", tmp_path)):
-            refused(inside("rorchat", *words), 65)
+        for arguments in (("chat", tmp_path / "none"), ("evaluate", tmp_path / "none"), ("report", tmp_path)):
+            refused(inside("rorchat", *arguments), 65)
         refused(inside("rorchat", "push", tmp_path, "noslash"), 2, "owner/name")
 
 

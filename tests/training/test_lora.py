@@ -271,19 +271,19 @@ class TestOtherBase:
     @pytest.mark.parametrize("shard", ["5GB", "40KB"])
     def test_other_weights_on_the_hub_differ_by_sha256(self, base, tokenizer, tmp_path, monkeypatch, shard):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-        cached, commit = tmp_path / "models--own--base", "0" * 40
+        cached, commit = tmp_path / "models--user--base", "0" * 40
         (cached / "refs").mkdir(parents=True)
         (cached / "refs" / "main").write_text(commit)
         model = load_checkpoint(str(base), tokenizer)
         model.save_pretrained(cached / "snapshots" / commit, max_shard_size=shard)
-        _, adapter = load_with_adapter("own/base", tokenizer)
+        _, adapter = load_with_adapter("user/base", tokenizer)
         adapter.save(tmp_path / "adapter", tokenizer)
         load_checkpoint(str(tmp_path / "adapter"), tokenizer)
         model.transformer.ln_f.bias.data += 1e-6
         model.save_pretrained(cached / "snapshots" / commit, max_shard_size=shard)
         assert len(list((cached / "snapshots" / commit).glob("*.safetensors"))) > (shard == "40KB")
         self.assert_raises(
-            MismatchError, tmp_path / "adapter", tokenizer, "another model than own/base", "sha256 differs"
+            MismatchError, tmp_path / "adapter", tokenizer, "another model than user/base", "sha256 differs"
         )
 
     @pytest.mark.parametrize("size", ["3x2x32", "1x2x32", "2x2x64"])
@@ -298,7 +298,7 @@ class TestOtherBase:
         (folder / "adapter_config.json").write_text(json.dumps(config))
         self.assert_raises(MismatchError, folder, tokenizer, f"row for token {len(tokenizer)}", "another base model")
 
-    def test_base_missing_unnamed_or_an_adapter(self, folder, tokenizer, tmp_path):
+    def test_base_that_is_missing_unnamed_or_an_adapter(self, folder, tokenizer, tmp_path):
         self.set_base(folder, str(tmp_path / "gone"))
         self.assert_raises(DataError, folder, tokenizer, f"{tmp_path / 'gone'}, does not exist: restore it")
         self.set_base(folder, None)

@@ -1,4 +1,4 @@
-"""`--smoke`: every stage of a story runs three steps on a CPU, from its own YAML, and the real run is not touched."""
+"""`--smoke`: every stage of a story runs three steps on a CPU, from its own YAML, and the real run is unchanged."""
 
 import gzip
 import json
@@ -26,15 +26,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def words(tokenizer, tmp_path) -> Path:
-    """A tokenizer's folder of 384 tokens, in place of GPT-2's or a story's own."""
+def tokenizer_folder(tokenizer, tmp_path) -> Path:
+    """The folder of a tokenizer with 384 tokens, which replaces those of the stories."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     return tmp_path / "tokenizer"
 
 
 @pytest.fixture
 def pages(tmp_path) -> Path:
-    """Two hundred documents as FineWeb-Edu has them; in place of the Hub's."""
+    """200 documents in the format of FineWeb-Edu, which replace those of the Hub."""
     rows = [{"text": f"{SENTENCES[n % 32]} Page {n}. {SENTENCES[n * 7 % 32]}", "score": 3.1} for n in range(200)]
     (tmp_path / "pages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path / "pages.jsonl"
@@ -42,7 +42,7 @@ def pages(tmp_path) -> Path:
 
 @pytest.fixture
 def novels(tmp_path) -> Path:
-    """Four thousand sentences as BookCorpus has them, one a line; in place of the original files."""
+    """4,000 sentences in the format of BookCorpus, one per line, which replace the original files."""
     folder = tmp_path / "novels"
     folder.mkdir()
     lines = [f"{SENTENCES[n * 5 % 24].lower().replace(chr(10), ' ')} chapter {n} ." for n in range(4000)]
@@ -55,12 +55,12 @@ def smoke(story: str, output: Path, *flags: object, stage: str = "pretrain") -> 
     config = ROOT / "recipes" / story / f"{stage}.yaml"
     recipe = runpy.run_path(str(ROOT / "recipes" / f"{stage}.py"))
     recipe["main"](["--config", str(config), "--output_dir", str(output), "--smoke", *map(str, flags)])
-    assert not output.exists(), "the real run's folder was touched"
+    assert not output.exists(), "the folder of the real run was changed"
     return json.loads((output.parent / f"{output.name}-smoke" / "run.json").read_text())
 
 
 def check(record: dict, output: Path, story: str) -> None:
-    """Three steps with the optimizer, schedule and prompts of the YAML, evaluated and sampled, and a stock model."""
+    """Checks three steps with optimizer, schedule and prompts of the YAML, evaluation, samples and a stock model."""
     folder = output.parent / f"{output.name}-smoke"
     given = yaml.safe_load((ROOT / "recipes" / story / "pretrain.yaml").read_text())
     kept = yaml.safe_load((folder / "config.yaml").read_text())
@@ -83,18 +83,18 @@ def check(record: dict, output: Path, story: str) -> None:
 
 
 @pytest.mark.parametrize("story", ["fineweb-124m", "nanochat-561m"])
-def test_the_stories_on_fineweb_edu_run_three_steps(story, words, pages, tmp_path):
+def test_the_stories_on_fineweb_edu_run_three_steps(story, tokenizer_folder, pages, tmp_path):
     output = tmp_path / "real"
-    flags = ["--sources", f"fineweb_edu={pages}", "--tokenizer", words, "--token_store", tmp_path / "tokens"]
+    flags = ["--sources", f"fineweb_edu={pages}", "--tokenizer", tokenizer_folder, "--token_store", tmp_path / "tokens"]
     record = smoke(story, output, *flags, "--validation_share", 0.05)
     check(record, output, story)
     assert record["data"][0]["source"] == f"fineweb_edu={pages}"
     assert not (tmp_path / "tokens").exists() and (tmp_path / "tokens-smoke" / "fineweb_edu").is_dir()
 
 
-def test_the_story_on_bookcorpus_runs_three_steps(words, novels, tmp_path):
+def test_the_story_on_bookcorpus_runs_three_steps(tokenizer_folder, novels, tmp_path):
     output = tmp_path / "real"
-    flags = ["--sources", f"bookcorpus={novels}", "--tokenizer", words, "--validation_share", 0.1]
+    flags = ["--sources", f"bookcorpus={novels}", "--tokenizer", tokenizer_folder, "--validation_share", 0.1]
     record = smoke("bookcorpus-51m", output, *flags)
     check(record, output, "bookcorpus-51m")
     assert record["data"][0]["rows_in"] == 40  # of a hundred sentences each
@@ -102,14 +102,16 @@ def test_the_story_on_bookcorpus_runs_three_steps(words, novels, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("story", ["rangeflow-124m", "rorchat-124m"])
-def test_the_stories_with_mixtures_run_three_steps_on_real_data(story, words, shared_data, tmp_path, monkeypatch):
+def test_stories_with_mixtures_run_three_steps_on_real_data(
+    story, tokenizer_folder, shared_data, tmp_path, monkeypatch
+):
     for name, place in VARIABLES.items():
         monkeypatch.setenv(name, str(shared_data / place))
     monkeypatch.setenv("PILE", str(shared_data / "pile" / "pile_sample.jsonl.zst"))
     monkeypatch.chdir(ROOT)
     output = tmp_path / "real"
     place = "--model" if story == "rorchat-124m" else "--tokenizer"
-    record = smoke(story, output, place, words, "--validation_share", 0.02)
+    record = smoke(story, output, place, tokenizer_folder, "--validation_share", 0.02)
     check(record, output, story)
     assert len(record["data"]) == {"rangeflow-124m": 4, "rorchat-124m": 7}[story]
 
@@ -136,8 +138,8 @@ def losses_of(run: Path) -> list[float]:
     return [line["loss"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "loss" in line]
 
 
-def as_on_the_hub(shared_data: Path, folder: Path) -> dict[str, Path]:
-    """Preferences in folders laid out as the Hub has them: Parquet of UltraFeedback, compressed lines of HH-RLHF."""
+def save_as_on_the_hub(shared_data: Path, folder: Path) -> dict[str, Path]:
+    """Preferences in the folder layout of the Hub: Parquet of UltraFeedback, compressed JSON Lines of HH-RLHF."""
     rows = (shared_data / VARIABLES["ULTRAFEEDBACK"]).open(encoding="utf-8")
     pairs = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in map(json.loads, rows)]
     (folder / "ultrafeedback" / "data").mkdir(parents=True)
@@ -153,16 +155,16 @@ PLAIN = """
 import sys
 from transformers import pipeline
 talk = pipeline("text-generation", model=sys.argv[1])
-said = talk([{"role": "user", "content": "Who are you?"}], max_new_tokens=4)[0]["generated_text"]
-print(len(talk.tokenizer), talk.model.generation_config.eos_token_id, said[-1]["role"], "rorchat" in sys.modules)
+messages = talk([{"role": "user", "content": "Who are you?"}], max_new_tokens=4)[0]["generated_text"]
+print(len(talk.tokenizer), talk.model.generation_config.eos_token_id, messages[-1]["role"], "rorchat" in sys.modules)
 """
 
 
 @pytest.mark.slow
-def test_gpt2_of_the_hub_becomes_a_chat_model_in_six_steps(gpt2, shared_data, tmp_path, monkeypatch):
+def test_sft_and_dpo_make_gpt2_a_chat_model_in_six_steps(gpt2, shared_data, tmp_path, monkeypatch):
     for name, place in VARIABLES.items():
         monkeypatch.setenv(name, str(shared_data / place))
-    for name, place in as_on_the_hub(shared_data, tmp_path / "hub").items():
+    for name, place in save_as_on_the_hub(shared_data, tmp_path / "hub").items():
         monkeypatch.setenv(name, str(place))
     before = (gpt2 / "model.safetensors").read_bytes()
     record = smoke("rorchat-124m", tmp_path / "sft", "--model", gpt2, stage="sft")
@@ -174,7 +176,7 @@ def test_gpt2_of_the_hub_becomes_a_chat_model_in_six_steps(gpt2, shared_data, tm
     assert len(losses) == 3 and losses[0] == pytest.approx(10.83, abs=0.1)  # ln 50,304: the weights were random
     samples = [json.loads(line) for line in (tmp_path / "sft-smoke" / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * 3 and (tmp_path / "sft-smoke" / "checkpoint-3").is_dir()
-    # the stage after it finds the model that the smoke run of the stage before has made
+    # the next stage finds the model of the previous smoke run
     record = smoke("rorchat-124m", tmp_path / "dpo", "--model", tmp_path / "sft", stage="dpo")
     assert losses_of(tmp_path / "dpo-smoke")[0] > 0.69
     made = tmp_path / "sft-smoke" / "model" / "model.safetensors"
@@ -190,9 +192,9 @@ def test_gpt2_of_the_hub_becomes_a_chat_model_in_six_steps(gpt2, shared_data, tm
 @pytest.mark.parametrize("story", ["demo", "first-words"])
 def test_the_chat_stages_of_the_small_stories_run_three_steps(story, chat, tmp_path):
     save_model(chat.model, chat.tokenizer, tmp_path / "base")
-    own = yaml.safe_load((ROOT / "recipes" / story / "sft.yaml").read_text())
-    sources = [] if "sources" in own else ["--sources", "tinytown=500"]
-    replay = ["--replay", "tinytown=200"] if "replay" in own else []  # no pretraining has left a store here
+    config = yaml.safe_load((ROOT / "recipes" / story / "sft.yaml").read_text())
+    sources = [] if "sources" in config else ["--sources", "tinytown=500"]
+    replay = ["--replay", "tinytown=200"] if "replay" in config else []  # there is no store of a pretraining run
     record = smoke(story, tmp_path / "sft", "--model", tmp_path / "base", *sources, *replay, stage="sft")
     assert record["data"][0]["rows_in"] == SMOKE_ROWS_PER_SOURCE and record["metrics"]["steps"] == 3
     assert record["settings"]["optimizer"] == "muon"
@@ -202,32 +204,32 @@ def test_the_chat_stages_of_the_small_stories_run_three_steps(story, chat, tmp_p
 
 
 class TestArguments:
-    """What is made smaller, and what is not."""
+    """Settings that a smoke test reduces, and settings that it keeps."""
 
     def arguments(self, tmp_path, *flags, smoke=True) -> PretrainArguments:
-        words = ["--sources", "tinytown=50", "--output_dir", tmp_path / "run", *flags, *(["--smoke"] if smoke else [])]
-        return parse(PretrainArguments, list(map(str, words)))
+        flags = ["--sources", "tinytown=50", "--output_dir", tmp_path / "run", *flags, *(["--smoke"] if smoke else [])]
+        return parse(PretrainArguments, list(map(str, flags)))
 
     def test_accumulation_is_kept_up_to_four_micro_batches(self, tmp_path):
         batch = ["--block_size", 1024, "--per_device_train_batch_size", 8, "--max_steps", 1000]
         for real, small in ((1, 1), (3, 3), (64, 4)):
-            found = self.arguments(tmp_path, *batch, "--global_batch_tokens", 8192 * real)
-            assert found.gradient_accumulation_steps == small
-            assert found.global_batch_tokens == 64 * 2 * small
+            reduced = self.arguments(tmp_path, *batch, "--global_batch_tokens", 8192 * real)
+            assert reduced.gradient_accumulation_steps == small
+            assert reduced.global_batch_tokens == 64 * 2 * small
 
-    def test_warm_up_keeps_its_share_and_rare_events_happen(self, tmp_path):
+    def test_warmup_keeps_its_share_and_evaluation_and_logging_happen(self, tmp_path):
         flags = ["--max_steps", 1000, "--warmup_steps", 250, "--eval_steps", 500, "--logging_steps", 100]
-        found = self.arguments(tmp_path, *flags)
-        assert (found.max_steps, found.warmup_steps, found.eval_steps, found.logging_steps) == (3, 0.25, 3, 1)
+        reduced = self.arguments(tmp_path, *flags)
+        assert (reduced.max_steps, reduced.warmup_steps, reduced.eval_steps, reduced.logging_steps) == (3, 0.25, 3, 1)
         assert self.arguments(tmp_path, "--max_steps", 1000, "--eval_steps", "0.5").eval_steps == 0.5
 
-    def test_a_batch_that_does_not_fit_is_refused_as_in_the_real_run(self, tmp_path):
+    def test_an_invalid_batch_is_refused_as_in_the_real_run(self, tmp_path):
         flags = ["--max_steps", 10, "--block_size", 1000, "--global_batch_tokens", 524_288]
         for smoke in (False, True):
             with pytest.raises(UsageError, match="is not a multiple of block_size"):
                 self.arguments(tmp_path, *flags, smoke=smoke)
 
-    def test_a_store_that_the_real_run_has_prepared_is_read_and_none_is_made_for_it(self, tmp_path):
+    def test_the_store_of_the_real_run_is_read_but_never_created(self, tmp_path):
         flags = ["--max_steps", 10, "--token_store", tmp_path / "tokens"]
         assert self.arguments(tmp_path, *flags).token_store == str(tmp_path / "tokens-smoke")
         (tmp_path / "tokens").mkdir()
@@ -236,7 +238,7 @@ class TestArguments:
         (tmp_path / "run" / "tokens").mkdir(parents=True)
         assert self.arguments(tmp_path, "--max_steps", 10).token_store == str(tmp_path / "run" / "tokens")
 
-    def test_its_own_config_gives_the_same_arguments_again(self, tmp_path):
+    def test_the_saved_config_gives_the_same_arguments(self, tmp_path):
         first = self.arguments(tmp_path, "--max_steps", 1000, "--warmup_steps", 250, "--size", "124m")
         config = tmp_path / "config.yaml"
         config.write_text(yaml.safe_dump(first.given))
@@ -260,18 +262,18 @@ class TestArguments:
 
 @pytest.mark.parametrize("stage", [SFTArguments, DPOArguments])
 class TestArgumentsOfChatStages:
-    """What is made smaller where the model is what it is, and what is not."""
+    """Settings that a smoke test of a chat stage reduces and keeps; the model keeps its size."""
 
     def arguments(self, stage, tmp_path, *flags, smoke=True):
-        words = ["--model", tmp_path / "model", "--sources", "tinytown=500", "--output_dir", tmp_path / "run", *flags]
-        return parse(stage, [*map(str, words), *(["--smoke"] if smoke else [])])
+        flags = ["--model", tmp_path / "model", "--sources", "tinytown=500", "--output_dir", tmp_path / "run", *flags]
+        return parse(stage, [*map(str, flags), *(["--smoke"] if smoke else [])])
 
     def test_accumulation_is_kept_up_to_two_micro_batches_of_one_row(self, stage, tmp_path):
         for real, small in ((1, 1), (2, 2), (16, 2)):
-            found = self.arguments(stage, tmp_path, "--gradient_accumulation_steps", real)
-            assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (1, small)
+            reduced = self.arguments(stage, tmp_path, "--gradient_accumulation_steps", real)
+            assert (reduced.per_device_train_batch_size, reduced.gradient_accumulation_steps) == (1, small)
 
-    def test_epochs_become_three_steps_and_so_do_more_of_them(self, stage, tmp_path):
+    def test_epochs_and_more_than_three_steps_become_three_steps(self, stage, tmp_path):
         for flags, steps in (
             ([], 3),
             (["--max_steps", 40], 3),
@@ -283,21 +285,25 @@ class TestArgumentsOfChatStages:
         assert self.arguments(stage, tmp_path, "--warmup_steps", 10, "--max_steps", 40).warmup_steps == 0.25
         assert self.arguments(stage, tmp_path, smoke=False).max_steps == -1
 
-    def test_few_rows_are_read_and_enough_of_them_held_out(self, stage, tmp_path):
-        found, real = (self.arguments(stage, tmp_path, smoke=smoke) for smoke in (True, False))
-        assert (found.rows_per_source, found.validation_share, found.reply_tokens) == (SMOKE_ROWS_PER_SOURCE, 0.1, 16)
+    def test_few_rows_are_read_and_a_tenth_is_for_validation(self, stage, tmp_path):
+        reduced, real = (self.arguments(stage, tmp_path, smoke=smoke) for smoke in (True, False))
+        assert (reduced.rows_per_source, reduced.validation_share, reduced.reply_tokens) == (
+            SMOKE_ROWS_PER_SOURCE,
+            0.1,
+            16,
+        )
         assert (real.rows_per_source, real.validation_share, real.reply_tokens) == (None, 0.01, None)
         assert self.arguments(stage, tmp_path, "--validation_share", 0.3).validation_share == 0.3
 
-    def test_the_stage_before_may_have_been_run_in_the_small_alone(self, stage, tmp_path):
-        assert self.arguments(stage, tmp_path).model == str(tmp_path / "model")  # which is told as missing
+    def test_a_missing_model_is_replaced_by_that_of_the_smoke_run(self, stage, tmp_path):
+        assert self.arguments(stage, tmp_path).model == str(tmp_path / "model")  # which is reported as missing
         (tmp_path / "model-smoke").mkdir()
         assert self.arguments(stage, tmp_path).model == str(tmp_path / "model-smoke")
         assert self.arguments(stage, tmp_path, smoke=False).model == str(tmp_path / "model")
         (tmp_path / "model").mkdir()
         assert self.arguments(stage, tmp_path).model == str(tmp_path / "model")
 
-    def test_its_own_config_gives_the_same_arguments_again(self, stage, tmp_path):
+    def test_the_saved_config_gives_the_same_arguments(self, stage, tmp_path):
         first = self.arguments(stage, tmp_path, "--max_steps", 40, "--warmup_steps", 10, "--save_steps", 20)
         config = tmp_path / "config.yaml"
         config.write_text(yaml.safe_dump(first.given))
@@ -316,7 +322,7 @@ class TestArgumentsOfChatStages:
         ):
             assert text in line
 
-    def test_sources_of_a_file_may_name_variables_which_must_be_set(self, stage, tmp_path, monkeypatch):
+    def test_variables_in_the_sources_of_a_config_must_be_set(self, stage, tmp_path, monkeypatch):
         config = tmp_path / "c.yaml"
         config.write_text(f"model: x\nsources: [messages=$CHATS/a.jsonl]\noutput_dir: {tmp_path / 'run'}\n")
         monkeypatch.delenv("CHATS", raising=False)

@@ -64,16 +64,16 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ours(tokenizer, data, tmp_path_factory) -> Path:
+def rorchat_model(tokenizer, data, tmp_path_factory) -> Path:
     """Folder of a chat model trained by rorchat."""
-    folder = tmp_path_factory.mktemp("ours")
+    folder = tmp_path_factory.mktemp("rorchat_model")
     save_model(build_model("1x2x32", tokenizer, POSITIONS), tokenizer, folder / "base")
     succeeded(run_sft(folder / "base", data, folder / "run"))
     return folder / "run" / "model"
 
 
 @pytest.fixture(scope="module", params=["qwen2_5", pytest.param("qwen3", marks=pytest.mark.slow)])
-def theirs(request, base, tmp_path_factory) -> Path:
+def trl_model(request, base, tmp_path_factory) -> Path:
     """A chat model trained by TRL from the base, with Qwen's tokens and template; its pad is its eos."""
     source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp(request.param)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -122,13 +122,11 @@ def assert_replies(folder: Path) -> None:
     ],
     ids=["sft", "dpo"],
 )
-def test_trl_command_trains_a_rorchat_model(command, rows, flags, ours, data, tmp_path, capsys):
-    words = [command, "--model_name_or_path", ours, "--dataset_name", data / rows, *FLAGS, "--max_length", POSITIONS]
+def test_trl_command_trains_a_rorchat_model(command, rows, flags, rorchat_model, data, tmp_path, capsys):
+    arguments = ["--model_name_or_path", rorchat_model, "--dataset_name", data / rows, "--max_length", POSITIONS]
+    trl_command = [Path(sys.executable).with_name("trl"), command, *arguments, *FLAGS, *flags]
     done = subprocess.run(
-        [
-            str(word)
-            for word in (Path(sys.executable).with_name("trl"), *words, *flags, "--output_dir", tmp_path / "out")
-        ],
+        [str(part) for part in (*trl_command, "--output_dir", tmp_path / "out")],
         capture_output=True,
         text=True,
         env={**ENVIRONMENT, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
@@ -137,10 +135,10 @@ def test_trl_command_trains_a_rorchat_model(command, rows, flags, ours, data, tm
     assert done.returncode == 0, done.stderr[-3000:]
     trained = tmp_path / "out"
     assert json.loads((trained / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
-    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (ours, trained))
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (rorchat_model, trained))
     assert not torch.equal(before.transformer.h[0].mlp.c_fc.weight, after.transformer.h[0].mlp.c_fc.weight)
     tokenizer = AutoTokenizer.from_pretrained(trained)
-    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(ours).chat_template
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(rorchat_model).chat_template
     stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert sorted(after.generation_config.eos_token_id) == sorted(stops)
     assert after.generation_config.pad_token_id == tokenizer.convert_tokens_to_ids("<|pad|>")
@@ -149,10 +147,10 @@ def test_trl_command_trains_a_rorchat_model(command, rows, flags, ours, data, tm
     assert "is replaced" not in capsys.readouterr().err
 
 
-def test_trl_encodes_rows_as_rorchat_does(ours, tmp_path):
+def test_trl_encodes_rows_as_rorchat_does(rorchat_model, tmp_path):
     """Equal ids and, with `assistant_only_loss`, equal labels; in pairs TRL also trains the newline after a reply."""
-    tokenizer = load_tokenizer(str(ours))
-    model = GPT2LMHeadModel.from_pretrained(ours)
+    tokenizer = load_tokenizer(str(rorchat_model))
+    model = GPT2LMHeadModel.from_pretrained(rorchat_model)
     arguments = SFTConfig(str(tmp_path / "sft"), assistant_only_loss=True, **ON_A_CPU)
     rows = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(CONVERSATIONS), processing_class=tokenizer)
     assert len(rows.train_dataset) == len(CONVERSATIONS)
@@ -173,11 +171,11 @@ def test_trl_encodes_rows_as_rorchat_does(ours, tmp_path):
             assert whole[-len(newline) :] == newline
 
 
-def test_prompts_of_a_trl_model_equal_its_training(theirs, capsys):
+def test_prompts_of_a_trl_model_equal_its_training(trl_model, capsys):
     """The prompt has the ids that TRL trained on, and the logits of TRL's tokens are equal."""
-    raw, stock = AutoTokenizer.from_pretrained(theirs), GPT2LMHeadModel.from_pretrained(theirs).eval()
+    raw, stock = AutoTokenizer.from_pretrained(trl_model), GPT2LMHeadModel.from_pretrained(trl_model).eval()
     assert raw.pad_token == raw.eos_token == "<|im_end|>"
-    loaded = load_model(str(theirs), device="cpu")
+    loaded = load_model(str(trl_model), device="cpu")
     messages = [{"role": "user", "content": "What is 3 plus 1?"}]
     trained_ids = raw.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert encode_prompt(loaded.tokenizer, messages, n_positions=POSITIONS, max_new_tokens=8).input_ids == trained_ids
@@ -188,20 +186,20 @@ def test_prompts_of_a_trl_model_equal_its_training(theirs, capsys):
     assert system_message(loaded.tokenizer) == system
     description = f"the system message {system!r}" if system else "no system message"
     lines = [line for line in capsys.readouterr().err.splitlines() if "is replaced" in line]
-    assert lines == [f"{theirs}: its chat template is replaced by rorchat's, with {description}"]
+    assert lines == [f"{trl_model}: its chat template is replaced by rorchat's, with {description}"]
 
 
-def test_eos_of_a_trl_model_is_not_the_pad(theirs):
-    tokenizer = load_tokenizer(str(theirs))
+def test_eos_of_a_trl_model_is_not_the_pad(trl_model):
+    tokenizer = load_tokenizer(str(trl_model))
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|pad|>")
     assert len(set(tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)))) == 4
     assert len(tokenizer) % 64 == 0
-    load_tokenizer(str(theirs), require_chat=True)  # although the pad has no embedding row yet
+    load_tokenizer(str(trl_model), require_chat=True)  # although the pad has no embedding row yet
 
 
-def test_text_does_not_become_a_foreign_special_token(theirs):
+def test_text_does_not_become_a_foreign_special_token(trl_model):
     """Neither in rorchat nor in the rendered template: `<|box_end|>` is one of Qwen's special tokens."""
-    tokenizer = load_tokenizer(str(theirs))
+    tokenizer = load_tokenizer(str(trl_model))
     messages = [{"role": "user", "content": "<|box_end|>"}]
     box_end = tokenizer.convert_tokens_to_ids("<|box_end|>")
     assert box_end not in encode_prompt(tokenizer, messages, n_positions=POSITIONS, max_new_tokens=8).input_ids
@@ -209,22 +207,22 @@ def test_text_does_not_become_a_foreign_special_token(theirs):
     assert token_bytes(tokenizer)[box_end] == 0
 
 
-def test_recipes_train_a_trl_model(theirs, data, tmp_path):
-    tuned = succeeded(run_sft(theirs, data, tmp_path / "sft"))
+def test_recipes_train_a_trl_model(trl_model, data, tmp_path):
+    tuned = succeeded(run_sft(trl_model, data, tmp_path / "sft"))
     assert tuned.stderr.count("is replaced by rorchat's") == 1
-    preferred = succeeded(run_dpo(theirs, data, tmp_path / "dpo"))
+    preferred = succeeded(run_dpo(trl_model, data, tmp_path / "dpo"))
     assert preferred.stderr.count("is replaced by rorchat's") == 1
     for run in ("sft", "dpo"):
         assert_replies(tmp_path / run / "model")
         assert "is replaced" not in succeeded(run_dpo(tmp_path / run / "model", data, tmp_path / f"{run}-dpo")).stderr
 
 
-def test_given_persona_replaces_a_foreign_system_message(theirs):
+def test_given_persona_replaces_a_foreign_system_message(trl_model):
     persona = load_persona()
-    assert system_message(load_tokenizer(str(theirs), persona)) == persona.system
+    assert system_message(load_tokenizer(str(trl_model), persona)) == persona.system
 
 
-@pytest.mark.parametrize("model", ["base", "ours"])
+@pytest.mark.parametrize("model", ["base", "rorchat_model"])
 def test_sft_starts_from_a_base_or_a_chat_model(model, request, data, tmp_path):
     assert "is replaced" not in succeeded(run_sft(request.getfixturevalue(model), data, tmp_path / "run")).stderr
     assert_replies(tmp_path / "run" / "model")
@@ -252,9 +250,9 @@ def test_control_tokens_added_as_text_become_special(base, tmp_path):
     assert not control & set(encode_text(loaded, ["<|im_start|> <|im_end|> <|pad|> <|endoftext|>"])[0])
 
 
-def test_changed_eos_or_pad_is_corrected(ours, tmp_path, capsys):
+def test_changed_eos_or_pad_is_corrected(rorchat_model, tmp_path, capsys):
     """As after `trl sft --eos_token` and `--pad_token`; the template stays."""
-    tokenizer = AutoTokenizer.from_pretrained(ours)
+    tokenizer = AutoTokenizer.from_pretrained(rorchat_model)
     template = tokenizer.chat_template
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     tokenizer.save_pretrained(tmp_path)
@@ -264,9 +262,9 @@ def test_changed_eos_or_pad_is_corrected(ours, tmp_path, capsys):
     assert "is replaced" not in capsys.readouterr().err
 
 
-def test_changed_template_is_replaced_with_its_system_message(ours, tmp_path, capsys):
+def test_changed_template_is_replaced_with_its_system_message(rorchat_model, tmp_path, capsys):
     """As after `trl sft --chat_template_path FILE.jinja`: with that template, text could become a control token."""
-    tokenizer = AutoTokenizer.from_pretrained(ours)
+    tokenizer = AutoTokenizer.from_pretrained(rorchat_model)
     template = tokenizer.chat_template
     assert load_persona().system in template
     messages = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
