@@ -44,7 +44,6 @@ TESTED_IN = {
     "training/distributed.py": "recipes/test_accelerate.py",
     "training/help.py": "cli/test_launch.py",
     "training/kernels/sliced_head.py": "training/kernels/test_lm_head_loss.py",
-    "training/oom_recovery.py": "faults/test_out_of_memory.py",
     "training/reference_logps.py": "training/test_dpo.py",
     "training/run_folder.py": "faults/test_refusals.py",
     "training/train_and_save.py": "faults/test_refusals.py",

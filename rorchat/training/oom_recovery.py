@@ -92,12 +92,14 @@ class OOMRecoveryMixin(Trainer):
         if self.micro_batch_rows >= self.args.per_device_train_batch_size:
             return step_fn(inputs)
         steps, losses = self.current_gradient_accumulation_steps, []
-        for part in self.split_batch(inputs, self.micro_batch_rows):
-            share = len(next(iter(part.values()))) / len(next(iter(inputs.values())))
-            # the divisor of a loss that is a mean over rows, which the Trainer keeps as an integer
-            self.current_gradient_accumulation_steps = steps / share  # type: ignore[assignment]
-            losses.append(step_fn(part))
-        self.current_gradient_accumulation_steps = steps
+        try:
+            for part in self.split_batch(inputs, self.micro_batch_rows):
+                share = len(next(iter(part.values()))) / len(next(iter(inputs.values())))
+                # the divisor of a loss that is a mean over rows, which the Trainer keeps as an integer
+                self.current_gradient_accumulation_steps = steps / share  # type: ignore[assignment]
+                losses.append(step_fn(part))
+        finally:  # also if memory runs out again
+            self.current_gradient_accumulation_steps = steps
         return torch.stack(losses).sum()
 
     def halve_micro_batch(self) -> None:
