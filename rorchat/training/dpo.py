@@ -6,6 +6,7 @@ rorchat encodes, batches and scores the pairs; TRL computes the losses.
 """
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -299,7 +300,7 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
             DataLoader(dataset, batch_size, collate_fn=self.data_collator, num_workers=workers)
         )
         log_probs = []
-        for batch in tqdm(loader, desc=f"reference, {name}", disable=None):
+        for batch in tqdm(loader, desc=f"reference, {name}", disable=bool(os.environ.get("TQDM_DISABLE")) or None):
             sides = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))
             log_probs.append(torch.stack(sides).float().cpu())
         return torch.cat(log_probs, dim=1)

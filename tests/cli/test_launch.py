@@ -94,6 +94,7 @@ def tokenizer_folder(tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("launcher", [["--cpu"], ["--num_processes", 2]], ids=["one", "two"])
+@pytest.mark.slow
 def test_processes_of_the_launcher_train_and_keep_the_exit_code(launcher, tokenizer_folder, tmp_path):
     flags = [*launcher, *TINY, "--tokenizer", tokenizer_folder, "--output_dir", tmp_path / "run"]
     done = succeeded(command("rorchat", "pretrain", *flags, "--max_steps", 2))
@@ -123,6 +124,7 @@ def test_a_signal_saves_once_and_exits_with_75(launcher, tokenizer_folder, tmp_p
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
 
+@pytest.mark.slow
 def test_accelerate_launches_a_recipe_as_a_module(tokenizer_folder, tmp_path):
     flags = [*TINY, "--tokenizer", tokenizer_folder, "--output_dir", tmp_path / "run", "--max_steps", 1]
     launcher = ["--quiet", "--cpu", "--num_processes", 1, "--mixed_precision", "no"]

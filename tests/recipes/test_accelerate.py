@@ -170,6 +170,7 @@ class TestPrecision:
         assert Trainer(chat.model, arguments).accelerator.mixed_precision == expected
 
 
+@pytest.mark.slow
 def test_two_processes_on_a_cpu_equal_one(tokenizer_folder, one_process, tmp_path):
     succeeded(wait(launch("cpu", *tiny_run(tokenizer_folder, tmp_path / "run"))))
     check_equal(read_results(tmp_path / "run"), one_process)

@@ -152,6 +152,7 @@ PRETRAIN = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_micro_batches_and_processes_do_not_change_the_loss(story, tmp_path):
     """Within 1e-5 in float32: the samples are the same, gradients are summed in another order."""
     flags = [

@@ -378,38 +378,49 @@ class CheckpointMixin(Trainer):
         numpy.random.seed(seeds[1])
         torch.manual_seed(int(seeds[2]))
 
+    def restore_state(self) -> None:
+        """Restores the state that the Trainer does not save, from the checkpoint that was loaded."""
+        path = self._resumed_from / STATE_FILE.format(self.args.process_index) if self._resumed_from else None
+        if path is None or not path.is_file():  # only weights, or another number of processes
+            return
+        saved = json.loads(path.read_text())
+        self._tr_loss.fill_(saved["summed_loss"])
+        self._globalstep_last_logged = saved["last_logged"]
+        self.metrics.last_mixture = saved["last_mixture"]
+        self.skipped_in_a_row, self.rolled_back = saved["skipped_in_a_row"], saved["rolled_back"]
+        for mode, metrics in saved["trl"].pop("_metrics", {}).items():
+            self._metrics[mode].update(metrics)
+        vars(self).update(saved["trl"])
+
+    # Steps
+
+    def begin_step(self) -> None:
+        """Records what `handle_divergence` restores if the step is not finite."""
+        self._loss_before_step = self._tr_loss.clone()
+        if "_metrics" in self.trl_state:
+            self._metric_counts = {name: len(values) for name, values in self._metrics["train"].items()}
+        self._step_was_skipped = False
+
+    def end_step(self) -> None:
+        if not self._step_was_skipped:
+            self.skipped_in_a_row = 0
+
 
 class _RestoreCallback(TrainerCallback):
-    """Restores the state that the Trainer does not, and records the state at the start of each step."""
+    """Tells the trainer when it resumes, and when a step begins and ends."""
 
     def __init__(self, trainer: CheckpointMixin):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)  # transformers 5.23 keeps the intervals of the checkpoint
-        trainer, folder = self.trainer, self.trainer._resumed_from
-        path = folder / STATE_FILE.format(args.process_index) if folder else None
-        if path is None or not path.is_file():  # only weights, or another number of processes
-            return
-        saved = json.loads(path.read_text())
-        trainer._tr_loss.fill_(saved["summed_loss"])
-        trainer._globalstep_last_logged = saved["last_logged"]
-        trainer.metrics.last_mixture = saved["last_mixture"]
-        trainer.skipped_in_a_row, trainer.rolled_back = saved["skipped_in_a_row"], saved["rolled_back"]
-        for mode, metrics in saved["trl"].pop("_metrics", {}).items():
-            trainer._metrics[mode].update(metrics)
-        vars(trainer).update(saved["trl"])
+        self.trainer.restore_state()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        trainer = self.trainer
-        trainer._loss_before_step = trainer._tr_loss.clone()
-        if "_metrics" in trainer.trl_state:
-            trainer._metric_counts = {name: len(values) for name, values in trainer._metrics["train"].items()}
-        trainer._step_was_skipped = False
+        self.trainer.begin_step()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.trainer._step_was_skipped:
-            self.trainer.skipped_in_a_row = 0
+        self.trainer.end_step()
 
 
 def _is_complete(folder: str) -> bool:
