@@ -2,8 +2,8 @@
 
 Training, evaluation and inference share this encoder. Text can never become a control token: control ids are inserted
 directly, and all text between them is encoded with special tokens disabled. The Jinja template that is saved with the
-tokenizer gives the same ids for text without control strings, which are the names of control tokens. Control strings in
-content are neutralised by the template, so the model is also safe on other servers.
+tokenizer gives the same ids for text without control strings, which are the strings of special tokens. The template
+neutralises control strings in content, so the model is also safe on other servers.
 """
 
 import functools
@@ -120,7 +120,7 @@ def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def token_id(tokenizer, token: str) -> int:
-    """The id of a token. The tokenizer's own method is declared to return a number or a list."""
+    """The id of a token, declared as one number; `convert_tokens_to_ids` is declared to return a number or a list."""
     return tokenizer.convert_tokens_to_ids(token)
 
 
@@ -258,7 +258,7 @@ def encode_preferences(
         max_length: maximum number of tokens of prompt and reply, including the newline that ends a turn.
 
     Returns:
-        One entry per preference; None if the prompt and one of its replies are longer than `max_length`.
+        One entry per preference; None if the prompt with its longer reply exceeds `max_length`.
     """
     newline = len(encode_text(tokenizer, ["\n"])[0])
     conversations = [[*row["prompt"], *row["chosen"], *row["rejected"]] for row in preferences]

@@ -173,7 +173,7 @@ def _hash_weights(folder: Path) -> str | None:
 
 
 def _find_story(folder: Path) -> Path:
-    """Returns the folder that contains the runs of a model in story/run/model, run/model or story/model."""
+    """Returns the folder with the runs behind a model, whose path is story/run/model, run/model or story/model."""
     parent = folder.resolve().parent
     story = parent.parent
     if (parent / "run.json").is_file():
@@ -279,7 +279,7 @@ def translate_hub_errors(repository: str) -> Iterator[None]:
 
 def _find_cause(error: BaseException) -> BaseException:
     """Returns the original error, which the Hub client may wrap in others ("Force download failed ...")."""
-    import httpx2
+    import httpx2  # the client of huggingface_hub; its errors are not OSErrors
 
     while not isinstance(error, httpx2.HTTPError) and isinstance(error, (OSError, RuntimeError, ValueError)):
         if not isinstance(error.__cause__, (OSError, httpx2.HTTPError)):
@@ -290,7 +290,7 @@ def _find_cause(error: BaseException) -> BaseException:
 
 def _is_remote(error: BaseException) -> bool:
     """Whether an error is from the Hub or the network. A full disk is an OSError with an errno."""
-    import httpx2  # the client of huggingface_hub; its errors are not OSErrors
+    import httpx2
 
     if isinstance(error, OSError):
         return error.errno is None or isinstance(error, (ConnectionError, TimeoutError))

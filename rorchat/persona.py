@@ -148,7 +148,7 @@ def _merge_defaults(path: Path, given: dict, default: dict) -> dict:
         if not isinstance(parts[part], dict):
             raise DataError(f"{path}: {part!r} is {_shorten(parts[part])}, expected topics with their questions.")
     for part, other in (("facts", "unknowns"), ("unknowns", "facts")):
-        if part not in given:  # a topic of the file replaces the default topic of the same name
+        if part not in given:  # a topic of the file replaces a default topic of the same name in the other part
             parts[part] = {topic: section for topic, section in parts[part].items() if topic not in parts[other]}
     _check_sections(path, parts)
     return parts
@@ -250,7 +250,7 @@ def _check_questions(persona: Persona, path: Path) -> None:
             if first_name != name:
                 raise DataError(
                     f"{path}: the question {_shorten(question)} is in both {first_name!r} and {name!r}, so replies "
-                    f"would contradict each other: remove one. The default of a missing key is in {DEFAULT_PERSONA}."
+                    f"would contradict each other: remove one. Keys that the file lacks come from {DEFAULT_PERSONA}."
                 )
     for name, topic in persona.topics.items():
         if not _list_probe_wordings(OPENINGS, topic, persona.name):

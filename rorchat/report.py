@@ -59,7 +59,11 @@ def drop_superseded_lines(records: list[dict]) -> list[dict]:
     for record in records:
         if record.get("event") == "resumed":
             step = record["step"]
-            kept = [line for line in kept if line["step"] < step + (line.get("event") != "new phase")]
+            kept = [
+                line
+                for line in kept
+                if line["step"] < step or (line["step"] == step and line.get("event") != "new phase")
+            ]
         kept.append(record)
     return kept
 

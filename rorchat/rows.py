@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 ROLES = ("system", "user", "assistant")
-# Names of the roles in published datasets, most of them in ShareGPT's
+# Role names in published datasets, mostly those in ShareGPT's format
 ROLE_NAMES = {
     "system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
     "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "bot": "assistant",
@@ -24,7 +24,7 @@ MAX_DETAIL_CHARACTERS = 300  # a detail may quote a key, which can have any leng
 _BYTE_LITERAL = re.compile(r"""\s*b(['"])(?:[^\\]|\\.)*?\1\s*""", re.DOTALL)
 # C0 without the white space (tab, line feed, vertical tab, form feed, carriage return), and DEL
 _CONTROL_BYTES = bytes(set(range(32)) - {9, 10, 11, 12, 13} | {127})
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # the same and C1 without U+0085, a line end
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # the same, and C1 except U+0085, which is a line end
 _PIECE = 2**20  # characters checked at a time, so that a text of 100 MB is not copied as a whole
 
 

@@ -39,7 +39,7 @@ def list_checkpoints(run: Annotated[Path, typer.Argument(help="The folder of a r
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint, or a run for all of its.")],
+    folder: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run for all its checkpoints.")],
 ) -> None:
     """Compare every file of a checkpoint with its manifest. Exits with 65 if one is damaged."""
     _require_folder(folder)
@@ -62,7 +62,7 @@ def verify(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run for its newest.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run for its newest checkpoint.")],
     out: Annotated[Path, typer.Argument(help="A new folder for the model.")],
 ) -> None:
     """Verify a checkpoint and save its model as Transformers and the Hub expect it: weights, tokenizer and configs."""
@@ -92,7 +92,7 @@ def export(
 
 
 def _require_valid(checkpoint: Path) -> None:
-    """Raises DamagedCheckpoint, naming another checkpoint of the run that is valid."""
+    """Raises DamagedCheckpoint if a checkpoint is damaged; the message names a valid one of the same run."""
     try:
         Checkpoint.read(checkpoint).verify()
     except DamagedCheckpoint as damage:

@@ -21,7 +21,7 @@ TOKENS_PER_CHUNK = 1024  # logits held at once: 1,024 x 50,304 x 4 bytes = 206 M
 
 @dataclass(frozen=True)
 class Loss:
-    """Sums over predicted tokens. They can be added, so averages weigh tokens and not rows.
+    """Sums over predicted tokens. Losses can be added, so an average gives each token, not each row, the same weight.
 
     Attributes:
         nats, tokens: over all labelled tokens.
@@ -53,7 +53,7 @@ class Loss:
 
 
 class Rows(Protocol):
-    """Rows with `input_ids` and `labels`, by number: a list, or a dataset of torch."""
+    """Rows with `input_ids` and `labels`, read by index, such as a list or a torch `Dataset`."""
 
     def __len__(self) -> int: ...
 

@@ -150,7 +150,7 @@ def _generate(
     limit = min(kwargs["max_new_tokens"], chat.n_positions - longest)
     kwargs = {**kwargs, "max_new_tokens": limit}
     with torch.inference_mode():
-        # declared for models of a protocol that GPT-2 does not satisfy, and for all kinds of results
+        # type: `generate` is declared for a protocol that GPT-2 does not satisfy, and returns a union
         output: Tensor = chat.model.generate(  # type: ignore[misc, assignment]
             input_ids, attention_mask=attention_mask, use_cache=True, **kwargs, **more
         )

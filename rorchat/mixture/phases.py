@@ -65,7 +65,7 @@ class PhasePlanner:
     exhausted: set[int] = field(default_factory=set)
 
     def __post_init__(self):
-        # A count may exceed its budget by less than two rows, so a budget one row short never exceeds the limit
+        # A source's count exceeds its budget by less than two rows, so a budget one row below the limit is safe
         caps = [self.config.sources[name].max_epochs if name in self.config.sources else None for name in self.names]
         self.limits = [
             None if cap is None else max(0, math.floor(cap * rows) - 1)
@@ -75,11 +75,11 @@ class PhasePlanner:
     def plan(self) -> list[PlannedPhase]:
         planned = [PlannedPhase(first, end, bool(self.before)) for first, end in self._split_rows()]
         before = self.before
-        for number, (phase, rows) in enumerate(zip(self.config.phases, planned, strict=True), 1):
-            self._fill(rows, *self._target_shares(phase, before, number), number)
+        for number, (phase, planned_phase) in enumerate(zip(self.config.phases, planned, strict=True), 1):
+            self._fill(planned_phase, *self._target_shares(phase, before, number), number)
             if before:
-                rows.jump = sum(abs(a - b) for a, b in zip(before, rows.starts_with, strict=True)) / UNIT / 2
-            before = rows.ends_with
+                planned_phase.jump = sum(abs(a - b) for a, b in zip(before, planned_phase.starts_with, strict=True)) / UNIT / 2
+            before = planned_phase.ends_with
         return planned
 
     def _split_rows(self) -> list[tuple[int, int]]:
@@ -89,8 +89,8 @@ class PhasePlanner:
         left, has_shares = total - fixed, any(phase.share is not None for phase in phases)
         if abs(left) >= self.block_size and (left < 0 or not has_shares):
             advice = "give less" if left < 0 else "give one phase `share: 100%` instead, which takes the rest"
-            verb = "has left" if self.before else "trains on"
-            raise UsageError(f"{where}: the phases' tokens sum to {fixed:,}, the run {verb} {total:,}: {advice}.")
+            available = f"has {total:,} left" if self.before else f"trains on {total:,}"
+            raise UsageError(f"{where}: the phases' tokens sum to {fixed:,}, the run {available}: {advice}.")
         ends, tokens = [self.start], 0.0
         for number, phase in enumerate(phases, 1):
             tokens += phase.tokens if phase.tokens is not None else (phase.share or 0.0) * max(left, 0)

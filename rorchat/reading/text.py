@@ -33,7 +33,7 @@ def read_documents(file_slice: FileSlice) -> Iterator[Row]:
                 document.clear()  # keep only one copy of a large document in memory
             if isinstance(text, RejectedRow):
                 yield str(path), text
-            elif is_closed or (text and not text.isspace()):  # a separator may end the file: nothing follows it
+            elif is_closed or (text and not text.isspace()):  # the rest after a final separator is not a document
                 length = len(text)
                 text = text.lstrip("\r\n")
                 blank_lines = newlines - text.count("\n") if text and len(text) < length else 0
@@ -55,7 +55,7 @@ def _split_documents(file_slice: FileSlice) -> Iterator[tuple[bytes | bytearray,
     has_separators = content_suffix(file_slice.path) == ".txt"
     pending = bytearray()
     with open_bytes(file_slice.path) as file:
-        if file_slice.start:  # a compressed file is always read from its start
+        if file_slice.start:  # never in a compressed file, which is always read from its start
             file.seek(file_slice.start)
         while block := file.read(
             BLOCK_BYTES if file_slice.stop is None else min(BLOCK_BYTES, file_slice.stop - file.tell())

@@ -13,7 +13,7 @@ from rorchat.sources import messages
 
 KIND = "conversation"
 LICENCE = "Apache-2.0"
-SIZE = "88,838 messages in 10,364 trees, 84,437 of them for training"
+SIZE = "88,838 messages (84,437 of them for training) in 10,364 trees"
 HUB = {"path": "OpenAssistant/oasst1", "split": "train"}
 FILES = ("*ready.trees.jsonl", "*.trees.jsonl", "*ready.messages.jsonl", "**/train-*.parquet", "*.jsonl")
 RAW = [
@@ -71,7 +71,7 @@ def convert(row: dict | list) -> dict:
     reply, turns = _choose_best(replies_to.get(None)), []
     while reply:
         turns.append(message(get_text(reply, "role"), get_text(reply, "text")))
-        # pop: a circle of parents ends when it reaches a message for the second time
+        # pop, because a cycle of parent ids would never end otherwise
         replies = reply["replies"] if "replies" in reply else replies_to.pop(get_text(reply, "message_id"), None)
         reply = _choose_best(replies)
     if not turns:

@@ -101,8 +101,9 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, require
 
     A folder may contain the files of `save_pretrained` or GPT-2's original `vocab.json` and `merges.txt`. If control
     tokens are missing, they are added with reserved tokens up to a multiple of 64 (GPT-2: 50,257 to 50,304 tokens).
-    Another chat template is replaced, with a message on stderr: only ours encodes as `rorchat.encode_conversation` does
-    and keeps text from becoming control tokens. The system message of another ChatML template is kept.
+    A chat template that is not rorchat's is replaced, with a message on stderr: only rorchat's encodes as
+    `rorchat.encode_conversation` does and keeps text from becoming control tokens. The system message of a replaced
+    ChatML template is kept.
 
     Args:
         persona: replaces the system message of the chat template; None keeps it.

@@ -71,12 +71,14 @@ class ShardTokenizer:
         with open(self.folder / f"{name}.places.txt", "w", encoding="utf-8", errors="surrogateescape") as places:
             for batch in _batches(rows):
                 documents, ids, lengths = self._encode(self._filter(batch, rows.stats), rows.stats)
-                split = np.array([is_validation_digest(d.digest, self.validation_share) for d in documents], dtype=bool)
-                for writer, chosen in ((writers["train"], ~split), (writers["validation"], split)):
+                is_validation = np.array(
+                    [is_validation_digest(d.digest, self.validation_share) for d in documents], dtype=bool
+                )
+                for writer, chosen in ((writers["train"], ~is_validation), (writers["validation"], is_validation)):
                     if chosen.any():
                         writer.write(ids if chosen.all() else ids[np.repeat(chosen, lengths)])
                 sizes = [_utf8_bytes(document.text) for document in documents]
-                table["split"].append(split)
+                table["split"].append(is_validation)
                 table["tokens"].append(lengths)
                 table["bytes"].append(np.array(sizes, dtype=np.int64))
                 digests = b"".join(exact_digest(document.row, document.digest) for document in documents)

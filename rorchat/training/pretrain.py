@@ -36,7 +36,7 @@ class PretrainArguments(StageArguments, TrainingArguments):
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = StageArguments.UNSUPPORTED_ARGS | {
         "gradient_accumulation_steps": "it follows from `global_batch_tokens`",
         "num_train_epochs": "the length of pretraining is `train_tokens` or `max_steps`",
-        "torch_compile": "use `compile`, which compiles only what can be compiled without loss",
+        "torch_compile": "use `compile`, which compiles everything but the language-model head",
         "torch_compile_backend": "use `compile`",
         "torch_compile_mode": "use `compile`",
     }
@@ -106,7 +106,7 @@ class PretrainArguments(StageArguments, TrainingArguments):
         for name in ("sources", "weights"):
             if getattr(self, name):
                 raise UsageError(f"Both mixture and {name}: give {name} in {self.mixture}, or leave the mixture out.")
-        return read_mixture(self.mixture, is_continuation=True)  # whether there is an earlier mixture, the run knows
+        return read_mixture(self.mixture, is_continuation=True)  # only the run knows if there is an earlier one
 
     def _derive_steps(self) -> None:
         """Derives accumulation from the global batch, and steps from the tokens."""
@@ -243,7 +243,7 @@ class PretrainTrainer(StageTrainer):
         return self._rows_per_step * (self.args.block_size - 1)
 
     # A resumed run starts at its row. The Trainer leaves this to `skip_first_batches`, which iterates over all earlier
-    # rows: 3 s after 10^7 rows, 30 s after 10^8. The iterator that it makes is never started.
+    # rows: 3 s after 10^7 rows, 30 s after 10^8. The Trainer's own iterator is never started.
 
     def _get_train_sampler(self, train_dataset=None) -> SequentialSampler:
         self._sampler = SequentialSampler(len(self.train_dataset))

@@ -94,7 +94,7 @@ def test_phases_divide_the_remaining_rows():
     assert [(phase.start, phase.end, phase.is_new) for phase in plan.phases] == [
         (0, 40, False), (40, 60, True), (60, 80, True), (80, 100, True),
     ]  # fmt: skip
-    with pytest.raises(UsageError, match="tokens sum to 1,600, the run has left 960: give less"):
+    with pytest.raises(UsageError, match="tokens sum to 1,600, the run has 960 left: give less"):
         Plan(config_of(Phase(tokens=1600)), HALF, 100, 16, previous, 40)
     with pytest.raises(UsageError, match="phase 1 is less than one row of 16 tokens, of 960 in total"):
         Plan(config_of(Phase(tokens=3), Phase(share=1.0)), HALF, 100, 16, previous, 40)

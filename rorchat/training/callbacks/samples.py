@@ -20,7 +20,7 @@ class SamplesCallback(TrainerCallback):
         prompts: may be empty.
         generate_samples: returns one text per prompt, in order.
         metrics: excludes the time of generation from the training speed.
-        signals: after an interruption there is no sample: the run has not ended.
+        signals: tells whether the run was interrupted; an interrupted run has no last sample, because it has not ended.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Recomputation of cheap outputs in the backward pass instead of keeping them from the forward pass.
 
 For every number of its hidden state a block of GPT-2 keeps 16 numbers for the backward pass. Six of them are outputs of
-a norm or of the GELU, kept by the matrix product that follows. Both are elementwise, and their inputs are kept anyway,
-so they are recomputed (as in Chen et al. 2016, arXiv:1604.06174). torch.compile does this on its own.
+a norm or of the GELU, kept by the matrix product that follows. Both are cheap to compute, and their inputs are kept
+anyway, so they are recomputed (as in Chen et al. 2016, arXiv:1604.06174). torch.compile does this on its own.
 """
 
 import contextlib
@@ -23,9 +23,10 @@ def recompute_cheap_outputs(model: GPT2LMHeadModel) -> Iterator[None]:
     """A context in which forward passes of a stock GPT-2 do not keep the outputs of norms and of the GELU.
 
     Gradients are bit-identical. Under autocast a matrix product keeps its own copy of a norm's output in bf16 or
-    fp16, and only the GELU's output is saved. The context has no effect if no gradient is needed, under gradient
-    checkpointing, which keeps neither, and inside other saved-tensor hooks (`save_on_cpu`, TRL's activation
-    offloading), which it would hide. It skips layers with hooks, because those would run twice.
+    fp16, and only the GELU's output is saved. Layers with hooks are skipped, because the hooks would run twice.
+
+    The context has no effect if no gradient is needed, under gradient checkpointing (which keeps neither output), and
+    inside other saved-tensor hooks such as `save_on_cpu` and TRL's activation offloading (which it would hide).
     """
     # torch has no public way to ask for installed hooks
     outer_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -48,7 +49,7 @@ def recompute_cheap_outputs(model: GPT2LMHeadModel) -> Iterator[None]:
         is_output = output is not None and tensor.data_ptr() == output.data_ptr() and tensor.numel() == output.numel()
         if is_output and tensor.is_contiguous() and tensor.dtype == output.dtype == layer_input.dtype:
             return layer, layer_input, tensor.shape
-        # detached: the tensor itself would form a reference cycle where a function keeps its own result
+        # detached, because a function that saves its own result would form a reference cycle with it
         return tensor.detach(), tensor._version
 
     def unpack(packed) -> Tensor:
