@@ -78,7 +78,8 @@ class PhasePlanner:
         for number, (phase, planned_phase) in enumerate(zip(self.config.phases, planned, strict=True), 1):
             self._fill(planned_phase, *self._target_shares(phase, before, number), number)
             if before:
-                planned_phase.jump = sum(abs(a - b) for a, b in zip(before, planned_phase.starts_with, strict=True)) / UNIT / 2
+                moved = sum(abs(a - b) for a, b in zip(before, planned_phase.starts_with, strict=True))
+                planned_phase.jump = moved / UNIT / 2
             before = planned_phase.ends_with
         return planned
 
