@@ -238,8 +238,8 @@ class TestBadInput:
         refused(inside("sft", *flags), 78, "384 embedding rows", "320 tokens")
         shutil.copytree(story / "sft" / "model", tmp_path / "other")
         gpt2_tokenizer.save_pretrained(tmp_path / "other")
-        refused(inside("sft", "--model", tmp_path / "other", *flags[2:]), 78, "50,257 tokens", "384")
-        refused(inside("rorchat", "chat", tmp_path / "other"), 78, "50,257 tokens")
+        refused(inside("sft", "--model", tmp_path / "other", *flags[2:]), 78, "50,257 without added tokens", "384")
+        refused(inside("rorchat", "chat", tmp_path / "other"), 78, "50,257 without added tokens")
 
     def test_a_folder_is_free_after_a_run_that_failed_before_its_first_step(self, flags):
         refused(self.pretrain(flags, "tinytown=200", more=["--weights", "1", "2"]), 2, "2 weights")
