@@ -62,7 +62,7 @@ def main() -> None:
     divergence = DivergenceCallback(MetricsCallback(Path(os.devnull), lambda step: step))
     divergence.record_loss(1, loss)
     divergence.record_grad_norm(norm)
-    local_norm = divergence.norm  # a plain tensor on every process
+    local_norm = divergence.grad_norm  # a plain tensor on every process
     expected_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in stock.parameters()])
     gradients = [
         distance(parameter.grad.full_tensor(), other.grad)
