@@ -101,7 +101,7 @@ def test_store_of_another_persona_is_refused(saved, tokenizer, tmp_path):
     other = load_tokenizer(str(saved), load_persona(tmp_path / "bibo.yaml"))
     with pytest.raises(MismatchError, match="different chat template or system message"):
         prepare("chat:tinytown=60", other, store.folder, validation_share=SHARE)
-    with pytest.raises(MismatchError, match="have different chat template or system message than the tokenizer"):
+    with pytest.raises(MismatchError, match="have another chat template or system message than the tokenizer"):
         prepare_stores(MixtureConfig.from_specs([f"store={store.folder}"]), other, tmp_path, 32, validation_share=SHARE)
     documents = prepare("tinytown=60", tokenizer, tmp_path / "documents", validation_share=SHARE)
     assert prepare("tinytown=60", other, documents.folder, validation_share=SHARE)  # documents have no template
