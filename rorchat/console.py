@@ -16,5 +16,5 @@ def configure_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # transformers 5.23 deprecates field names that TRL 1.16 still uses
     warnings.filterwarnings("ignore", message=r".*gradient_checkpointing.*deprecated", category=FutureWarning)
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() and "ipykernel" not in sys.modules:  # a notebook shows bars
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars belong on a terminal; a log has lines

@@ -39,7 +39,9 @@ def test_unusable_documents_are_rejected(text, reason):
 
 @pytest.mark.parametrize("text", ["tab\tline\r\n\x0b\x0c\x85", "b'a' + b'b'", "naïve 你好 🙂"])
 def test_white_space_and_expressions_are_allowed(text):
-    CHECKS["document"]({"text": text})
+    row = {"text": text}
+    CHECKS["document"](row)  # raises RejectedRow otherwise
+    assert row == {"text": text}
 
 
 def test_preferences_need_one_reply_per_side_after_a_user_message():

@@ -38,14 +38,13 @@ def launch_recipe(command: str, argv: Sequence[str]) -> None:
     name = command.removeprefix("train-")  # the module in rorchat.recipes
     sys.argv[0] = f"rorchat {command}"  # shown in the help
     if {"--help", "-h"} & set(argv):
-        print(
-            (HELP_FOLDER / f"{command}.txt").read_text(encoding="utf-8"), end=""
-        )  # a file, because importing the recipe takes seconds
+        # a file, because importing the recipe takes seconds
+        print((HELP_FOLDER / f"{command}.txt").read_text(encoding="utf-8"), end="")
         sys.exit(0)
     if {"--help_all", "--help-all"} & set(argv):
         _run_here(name, argv)
     launcher_flags, recipe_flags = split_flags(argv)
-    if launcher_flags == ["--num_processes=1"]:
+    if launcher_flags == ["--num_processes=1"] and not _has_default_config():
         _use_one_gpu()
         _run_here(name, recipe_flags)
     if "RANK" in os.environ or not (launcher_flags or _has_default_config() or _count_gpus() > 1):
@@ -125,11 +124,7 @@ def _launch(name: str, launcher_flags: list[str], recipe_flags: list[str]) -> No
     try:
         _replace_process_if_single(copy.copy(arguments))
         launch_command(arguments)
-    except (
-        ValueError,
-        ImportError,
-        AssertionError,
-    ) as error:  # errors of the launcher: a recipe runs in another process
+    except (ValueError, ImportError, AssertionError) as error:  # of the launcher: a recipe runs in another process
         raise UsageError(f"accelerate launch: {' '.join(str(error).split())}") from None
     except Exception as error:
         sys.exit(_exit_code(error))

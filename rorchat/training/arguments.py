@@ -47,6 +47,9 @@ NOT_NEGATIVE = (
 class DataArguments:
     """Which data a stage reads."""
 
+    #: Settings of a base class that would have no effect, and why. `parse` refuses them.
+    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = {}
+
     sources: list[str] = field(
         default_factory=list,
         metadata={
@@ -81,7 +84,6 @@ class StageArguments(DataArguments, _TrainerArguments):
     A stage's class lists this one before Transformers' or TRL's, so that the defaults below take precedence.
     """
 
-    #: Settings of Transformers that would have no effect, and why.
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = {
         "optim": "the optimizer is chosen by `optimizer`: adamw, adamw_8bit or muon",
         "optim_args": "the optimizer is chosen by `optimizer`: adamw, adamw_8bit or muon",
@@ -319,9 +321,8 @@ def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) ->
         config["sources"] = [expand_variables(f"{path}: sources", spec) for spec in config["sources"]]
     names = {entry.name for entry in fields(dataclass_type)}
     given = {name.removeprefix("no_") if name not in names else name for name in (*config, *flags)}
-    unsupported = getattr(dataclass_type, "UNSUPPORTED_ARGS", {})
-    for name in sorted(given & set(unsupported)):
-        raise UsageError(f"{name} cannot be set: {unsupported[name]}.")
+    for name in sorted(given & set(dataclass_type.UNSUPPORTED_ARGS)):
+        raise UsageError(f"{name} cannot be set: {dataclass_type.UNSUPPORTED_ARGS[name]}.")
     parser.set_defaults_with_config(**config)
     try:
         (arguments,) = parser.parse_args_into_dataclasses(args=argv)

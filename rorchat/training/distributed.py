@@ -55,17 +55,17 @@ def check_sharding(arguments) -> None:
     if arguments.optimizer in WHOLE_MATRICES:
         raise UsageError(
             f"optimizer {arguments.optimizer} cannot be sharded by {strategy}: {WHOLE_MATRICES[arguments.optimizer]}. "
-            "Give --optimizer adamw, or launch with recipes/accelerate/ddp.yaml, where every GPU has the whole model."
+            "Give --optimizer adamw, or launch with --accelerate_config ddp, where every GPU has the whole model."
         )
     if not torch.cuda.is_available():
         # accelerate 1.15 enables FSDP on GPUs only (state.py, AcceleratorState), and would train without sharding
         raise UsageError(
-            f"{strategy} needs GPUs, and there is none. To try several processes on CPUs: recipes/accelerate/cpu.yaml."
+            f"{strategy} needs GPUs, and there is none. To try several processes on CPUs: --accelerate_config cpu."
         )
     if str(getattr(arguments.save_strategy, "value", arguments.save_strategy)) != "no":
         raise UsageError(
             f"save_strategy is {arguments.save_strategy}: checkpoints of a model sharded by {strategy} are in pieces "
-            "that cannot be verified. Give --save_strategy no, or launch with recipes/accelerate/ddp.yaml."
+            "that cannot be verified. Give --save_strategy no, or launch with --accelerate_config ddp."
         )
 
 

@@ -134,7 +134,7 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
         if sharding_strategy(self) == "FSDP" and is_adapter(self.model):
             raise UsageError(
                 f"{self.model} is an adapter, but under FSDP TRL would load the reference without it. Give the merged "
-                "model, or launch with recipes/accelerate/ddp.yaml."
+                "model, or launch with --accelerate_config ddp."
             )
         super().__post_init__()
         self.check_devices()

@@ -119,7 +119,7 @@ class GRPOArguments(StageArguments, GRPOConfig):
         self._check_rewards()
         if sharding_strategy(self):
             raise UsageError(
-                f"{sharding_strategy(self)}: sampling needs the whole model. Launch with recipes/accelerate/ddp.yaml."
+                f"{sharding_strategy(self)}: sampling needs the whole model. Launch with --accelerate_config ddp."
             )
         for name, known in KNOWN_VALUES.items():
             if getattr(self, name) not in known:

@@ -65,7 +65,7 @@ class LoraArguments(StageArguments):
         if self.lora_rank and (how := sharding_strategy(self)):
             raise UsageError(
                 f"lora_rank is {self.lora_rank}, but {how} shards the model, which LoRA does not support. Launch "
-                "with recipes/accelerate/ddp.yaml."
+                "with --accelerate_config ddp."
             )
 
 

@@ -209,7 +209,7 @@ class TestSharding:
         done = wait(launch("fsdp", *tiny_run(tokenizer_folder, tmp_path / "run"), flags=("--num_processes", 1)))
         assert done.returncode != 0
         assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
-            "error: FSDP needs GPUs, and there is none. To try several processes on CPUs: recipes/accelerate/cpu.yaml."
+            "error: FSDP needs GPUs, and there is none. To try several processes on CPUs: --accelerate_config cpu."
         ]
         assert not (tmp_path / "run").exists()
 
