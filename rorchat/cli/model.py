@@ -77,13 +77,15 @@ def evaluate(
 def gate(
     model: Model,
     before: Annotated[str | None, typer.Option(help="Model of the previous stage, for comparison.")] = None,
-    thresholds: Annotated[Path | None, typer.Option(help="YAML file with thresholds; default: rorchat's.")] = None,
+    thresholds: Annotated[
+        Path | None, typer.Option(help="YAML file with thresholds; default: the package's behaviour.yaml.")
+    ] = None,
     persona: Annotated[
         str | None, typer.Option(help="Persona file whose probes are asked; default: RorChat's.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the verdict to this JSON file.")] = None,
 ) -> None:
-    """Measure how a chat model behaves (stops, template leaks, repetition, persona). Exits with code 70 if it fails."""
+    """Test how a chat model behaves (stopping, template leaks, repetition, persona). Exits with code 70 on failure."""
     _silence_transformers()
     from rorchat.cli.tables import print_table
     from rorchat.evaluation import gate as behaviour_gate

@@ -1,4 +1,4 @@
-"""Several models on the same questions and the same validation text."""
+"""Compares several models on the same questions and the same validation text."""
 
 from collections.abc import Sequence
 
@@ -23,12 +23,13 @@ BATCH_TOKENS = 4096
 def compare_models(
     models: Sequence[tuple[str, str]], *, untrained: bool, text: str | None, ask: bool, persona: str | None
 ) -> tuple[list[Scores], list[str]]:
-    """(one column of scores per model, notes).
+    """Returns (one column of scores per model, lines to print below the table).
 
     Args:
         models: (name, folder or Hub id).
         untrained: adds a first column for the first model's architecture with random weights.
-        text: measures loss and bits per byte on this text: a source, or the validation split of a token store's folder.
+        text: measures loss and bits per byte on this text: a source, or a token store, of which the validation split is
+            used.
         ask: asks Tinytown's questions and the persona probes.
         persona: the persona file; None for the default persona.
     """
@@ -55,12 +56,12 @@ def compare_models(
 
 
 def _randomize(chat: ChatModel) -> ChatModel:
-    """The same architecture with random weights."""
+    """Returns a model of the same architecture with random weights."""
     from transformers import GPT2LMHeadModel, set_seed
 
     set_seed(0)
     model = GPT2LMHeadModel(chat.model.config)
-    model.to(chat.model.device)  # type: ignore[arg-type]  # a decorator of Transformers hides that this is a method
+    model.to(chat.model.device)  # type: ignore[arg-type]  # mypy expects `self`, because `to` is decorated
     model.generation_config = chat.model.generation_config
     return ChatModel(model.eval(), chat.tokenizer)
 
@@ -78,7 +79,7 @@ def load_validation_documents(text: str, tokenizer) -> list[str]:
     if store.manifest.tokenizer_sha256 != tokenizer_sha256(tokenizer):
         raise MismatchError(
             f"The token store {text} was written with another tokenizer than the first model's, so it cannot be "
-            "decoded. Name a model with the store's tokenizer first, or give the text as a source."
+            "decoded. List a model with the store's tokenizer first, or give the text as a source."
         )
     ids = store.slice("validation", 0, store.tokens("validation"))
     starts = (ids == store.manifest.end_of_text_id).nonzero()[0].tolist() + [len(ids)]

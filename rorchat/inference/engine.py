@@ -84,7 +84,7 @@ def load_model(name_or_path: str, device: str | None = None, *, require_chat: bo
 
     Raises:
         DataError, RemoteError: the model or the tokenizer cannot be loaded.
-        MismatchError: model and tokenizer do not belong together, or `require_chat` is set and it is a base model.
+        MismatchError: the tokenizer is not the model's, or `require_chat` is set and the model is a base model.
     """
     import torch
 
@@ -93,7 +93,7 @@ def load_model(name_or_path: str, device: str | None = None, *, require_chat: bo
     model = load_checkpoint(folder, tokenizer)
     check_fit(model, tokenizer)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)  # type: ignore[arg-type]  # a decorator of Transformers hides that this is a method
+    model.to(device)  # type: ignore[arg-type]  # mypy expects `self`, because `to` is decorated
     return ChatModel(model.eval(), tokenizer)
 
 
@@ -150,7 +150,7 @@ def _generate(
     limit = min(kwargs["max_new_tokens"], chat.n_positions - longest)
     kwargs = {**kwargs, "max_new_tokens": limit}
     with torch.inference_mode():
-        # type: `generate` is declared for a protocol that GPT-2 does not satisfy, and returns a union
+        # for mypy: `generate` is declared for a protocol that GPT-2 does not satisfy, and returns a union
         output: Tensor = chat.model.generate(  # type: ignore[misc, assignment]
             input_ids, attention_mask=attention_mask, use_cache=True, **kwargs, **more
         )
@@ -241,7 +241,7 @@ def stream_text(
     def run() -> None:
         try:
             _generate(chat, [encoded.input_ids], kwargs, streamer=streamer)
-        except BaseException as error:  # re-raised by the caller's thread, which would wait forever otherwise
+        except BaseException as error:  # re-raised in the caller's thread, which would otherwise wait forever
             failures.append(error)
             streamer.end()
 

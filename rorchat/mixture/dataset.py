@@ -1,7 +1,7 @@
 """Token stores -> training and validation rows. Row i is a pure function of the plan and the seed.
 
-The plan says which source row i comes from, and how many of its rows came before. Every epoch of a source visits its
-rows in a random order that depends only on the seed, the source's name and the number of the epoch.
+The plan says which source row i comes from, and how many earlier rows come from that source. Every epoch of a source
+visits its rows in a random order that depends only on the seed, the source's name and the number of the epoch.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ class Mixture(Dataset):
     """Training rows: `mixture[i]` is {"input_ids": (block_size,), "labels": (block_size,)}, both int64 and equal.
 
     Args:
-        stores: the token stores of the plan's sources, in any order. Stores that only a previous plan needs may be
-            missing; its rows are then not available.
+        stores: the token stores of the plan's sources, in any order. Stores that only the previous plan needs may
+            be missing; their rows are then not available.
         plan: the source of every row.
         seed: seed of the order within sources.
     """
@@ -34,7 +34,7 @@ class Mixture(Dataset):
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         source, offset = self.locate(row)
         store = self.stores[source]
-        assert store is not None  # the plan has no rows of a missing source
+        assert store is not None  # only rows of the previous plan need a missing store
         ids = torch.from_numpy(store.slice("train", offset, offset + self.plan.block_size))
         return {"input_ids": ids, "labels": ids}
 

@@ -21,7 +21,7 @@ class PlannedPhase:
 
     start: int
     end: int
-    is_new: bool = False  # appended to the plan of a run that had started
+    is_new: bool = False  # appended to a run that had already started (`--new_phase`)
     starts_with: Shares = ()  # the intended shares at the start, before a source is exhausted
     jump: float = 0.0  # total variation distance from the shares at the end of the previous phase
     segments: list[Segment] = field(default_factory=list)
@@ -31,7 +31,7 @@ class PlannedPhase:
         return self.segments[-1].last
 
     def until(self, row: int, n_later: int) -> "PlannedPhase":
-        """The part before a row, with shares of 0 for `n_later` sources that are added to the plan."""
+        """The part before a row, with shares of 0 for the `n_later` sources that a later plan adds."""
         zeros = (0,) * n_later
         segments = []
         for segment in (segment for segment in self.segments if segment.start < row):
@@ -48,7 +48,7 @@ class PhasePlanner:
         active: the indices of the sources in `names` that the config uses.
         used: the rows that each source has contributed before `start`.
         before: the shares at the end of the previous mixture; empty if there is none.
-        n_previous: the number of phases before, for messages.
+        n_previous: the number of phases before `start`, for messages.
     """
 
     config: MixtureConfig
@@ -65,7 +65,7 @@ class PhasePlanner:
     exhausted: set[int] = field(default_factory=set)
 
     def __post_init__(self):
-        # A source's count exceeds its budget by less than two rows, so a budget one row below the limit is safe
+        # A source contributes less than two rows more than its budget, so a budget one row below the limit is safe
         caps = [self.config.sources[name].max_epochs if name in self.config.sources else None for name in self.names]
         self.limits = [
             None if cap is None else max(0, math.floor(cap * rows) - 1)
@@ -99,8 +99,8 @@ class PhasePlanner:
             ends.append(self.rows if number == len(phases) else min(self.rows, end))
             if ends[-1] == ends[-2]:
                 raise UsageError(
-                    f"{where}: phase {number} is less than one row of {self.block_size} tokens, of {total:,} in total: "
-                    "make it longer or remove it."
+                    f"{where}: phase {number} is shorter than one row of {self.block_size} tokens (all phases have "
+                    f"{total:,}): make it longer or remove it."
                 )
         return list(zip(ends, ends[1:], strict=False))
 
@@ -108,13 +108,14 @@ class PhasePlanner:
         """The shares at the start and the end of a phase, over the available sources."""
         weights_by_name = phase.weights or phase.ramp_to
         if weights_by_name is None:
-            # The first phase mixes by size, even after a previous mixture: otherwise new sources would have no share
+            # Without weights, the first phase mixes by size, even after a previous mixture: new sources need a share
             same = before if number > 1 else to_units(self._only_active(self.rows_per_epoch))
             return same, same
         weights = self._only_active([weights_by_name.get(name, 0.0) for name in self.names])
         if not any(weights):
             raise DataError(
-                f"{self.config.where}: phase {number} has no source left: {', '.join(weights_by_name)} not available."
+                f"{self.config.where}: phase {number} uses only sources that are not available: "
+                f"{', '.join(weights_by_name)}."
             )
         target = to_units(weights)
         if phase.ramp_to or phase.replay:
@@ -127,7 +128,10 @@ class PhasePlanner:
         return [value if source in self.active else 0 for source, value in enumerate(values)]
 
     def _continued_shares(self, before: Shares, number: int) -> Shares:
-        """The shares from which a ramp or a replay starts: those before, without sources that are no longer used."""
+        """The shares from which a ramp or a replay starts: those at the end of the previous phase.
+
+        Sources that are no longer used are left out.
+        """
         kept = self._only_active(before)
         if not any(kept):
             names = ", ".join(name for name, share in zip(self.names, before, strict=True) if share)

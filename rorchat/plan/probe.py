@@ -1,4 +1,4 @@
-"""Measured instead of assumed speed: a few training steps on random tokens, with the kernels that training uses."""
+"""Measures the speed of training: a few steps on random tokens, with the kernels that training uses."""
 
 import contextlib
 import statistics
@@ -23,6 +23,7 @@ class Probe:
     """Medians of three measured steps, in seconds.
 
     Attributes:
+        micro_batch: rows of a micro-batch.
         micro_step: forward and backward pass of one micro-batch.
         update: the optimizer step.
         spread: longest minus shortest micro-step.
@@ -34,7 +35,7 @@ class Probe:
     spread: float
 
     def seconds_per_token(self, plan: Plan) -> float:
-        """Of the planned run on all devices, if every device is as fast as this one."""
+        """Returns the seconds per token of the planned run on all its devices, each as fast as the measured one."""
         rows = plan.global_batch_tokens // plan.setup.block_size
         return (self.micro_step * rows / self.micro_batch + self.update * plan.setup.gpus) / (
             plan.global_batch_tokens * plan.setup.gpus
@@ -60,7 +61,7 @@ def measure_speed(plan: Plan) -> Probe:
     Prints the expected duration to stderr before it starts.
 
     Raises:
-        UsageError: the plan is for another device than this machine has.
+        UsageError: the plan is for a device that this machine does not have.
     """
     device = detect_device()
     if device.name != plan.setup.device.name:
@@ -101,7 +102,7 @@ def build_step(plan: Plan, micro_batch: int) -> tuple[Callable[[], None], Callab
     setup = plan.setup
     torch_device = "cpu" if setup.device.is_cpu else "cuda"
     model = build_model(format_size(plan.shape), _Vocabulary(setup.vocabulary), setup.block_size)
-    model.to(torch_device)  # type: ignore[arg-type]  # a decorator of Transformers hides that this is a method
+    model.to(torch_device)  # type: ignore[arg-type]  # mypy expects `self`, because `to` is decorated
     model.train()
     if setup.gradient_checkpointing:
         model.activation_checkpointing_enable()

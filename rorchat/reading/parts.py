@@ -8,15 +8,15 @@ from typing import BinaryIO
 from rorchat.reading.slices import FileSlice
 from rorchat.reading.text import DOCUMENT_SEPARATOR
 
-PARTS = 64  # target number of parts; the size of a part is kept within these bounds of compressed bytes:
-SMALLEST_PART, LARGEST_PART = 4 * 2**20, 64 * 2**20
+PARTS = 64  # target number of parts, if their size stays within the next two bounds
+SMALLEST_PART, LARGEST_PART = 4 * 2**20, 64 * 2**20  # bytes on disk, which may be compressed
 BLOCK_BYTES = 2**20  # bytes read at a time
 
 
 def split_files(files: list[Path], *, divide: bool) -> list[tuple[FileSlice, ...]]:
-    """Parts in the order of the files. Small files are grouped, large ones sliced.
+    """Returns parts in the order of the files. Small files are grouped, and large files are sliced.
 
-    The borders depend only on the files.
+    The boundaries of the parts depend only on the files.
 
     Args:
         divide: whether a file may be sliced.
@@ -54,7 +54,7 @@ def _slice_row_groups(file: Path, target: int) -> Iterator[FileSlice]:
         metadata = pyarrow.parquet.ParquetFile(file).metadata
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise  # the disk failed
+            raise  # an error of the disk, not of the content
         yield FileSlice(file, bytes=file.stat().st_size)  # the reader will report the damage
         return
     start = first = size = rows = 0
@@ -68,7 +68,7 @@ def _slice_row_groups(file: Path, target: int) -> Iterator[FileSlice]:
 
 
 def _slice_at_lines(file: Path, target: int) -> Iterator[FileSlice]:
-    """Slices of about `target` bytes that end at a line end. Lines are counted, so that places can be reported."""
+    """Slices of about `target` bytes that end at a line end. Lines are counted, so that errors can name a line."""
     with file.open("rb") as data:
         start = first = 0
         while block := data.read(target):
@@ -91,7 +91,7 @@ def _slice_at_documents(file: Path, target: int) -> Iterator[FileSlice]:
 
 
 def _skip_past_separator(file: BinaryIO, before: bytes) -> int:
-    """Moves to the end of the next separator, which may begin at the end of `before`. Returns the lines skipped."""
+    """Moves past the next separator, which may begin at the end of `before`. Returns the number of newlines skipped."""
     separator = DOCUMENT_SEPARATOR.encode()
     tail, newlines = before[1 - len(separator) :], 0
     while block := file.read(BLOCK_BYTES):

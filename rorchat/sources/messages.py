@@ -1,7 +1,7 @@
 """Your own conversations, in the formats of most chat datasets.
 
 `{"messages": [{"role", "content"}]}` (SmolTalk, UltraChat, Tulu), a list of such messages, or ShareGPT's
-`{"conversations": [{"from", "value"}]}`. Of rows with a `label` (KTO), only those labelled as good are used.
+`{"conversations": [{"from", "value"}]}`. Rows with the `label` false (bad replies in KTO) are rejected.
 """
 
 from rorchat.rows import RejectedRow, normalize_messages

@@ -56,7 +56,7 @@ class Comparison:
     """The result of `compare_tokenizers`.
 
     Attributes:
-        domains: with more than one, the last is the total, named `TOGETHER`, whose `texts` are empty.
+        domains: the given domains and, if there are several, their total, which is named `TOGETHER` and has no `texts`.
         ordinary: tokenizer -> number of its tokens that are neither control nor reserved tokens.
         measures: domain -> tokenizer -> measure.
     """
@@ -127,7 +127,7 @@ def _token_counts(tokenizer, texts: Sequence[str], vocabulary: int) -> np.ndarra
 
 
 def _measure(domain: Domain, counts: np.ndarray, sizes: np.ndarray) -> Measure:
-    """Args: `counts` and `sizes` are the occurrences and the bytes of each token, (V,)."""
+    """Computes the statistics of a domain from the occurrences and the bytes of each token, both (V,)."""
     tokens = int(counts.sum())
     return Measure(
         tokens=tokens,
@@ -141,7 +141,7 @@ def _measure(domain: Domain, counts: np.ndarray, sizes: np.ndarray) -> Measure:
 def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Returns (header, rows) of a table with one row per domain and three columns per tokenizer.
 
-    The highest bytes per token of a row are in bold. Percentages are relative to the first tokenizer.
+    The highest number of bytes per token in a row is in bold. Percentages are relative to the first tokenizer.
     """
     first, *_ = comparison.ordinary
     header = ["domain", "characters", "UTF-8 bytes"]

@@ -1,4 +1,6 @@
-"""One part of a source -> arrays of ids. This is the unit of parallel work: its files depend only on its rows.
+"""Tokenizes one part of a source into arrays of ids. Parts are processed in parallel.
+
+The files of a part depend only on its rows:
 
 part-00012.train.npy, part-00012.validation.npy    ids
 part-00012.documents.npz                           for every document: split, tokens, bytes, digest
@@ -129,7 +131,7 @@ class ShardTokenizer:
         """Conversations in the chat format, with control tokens, each after an `<|endoftext|>`."""
         conversations = [document.row["messages"] for document in documents]
         encoded = encode_conversations(self.tokenizer, conversations, encode=self.encoder.encode_texts)
-        # there is no limit, so every conversation fits
+        # without `max_length`, every conversation fits
         rows = [[self.encoder.end_of_text, *conversation.input_ids] for conversation in encoded if conversation]
         return _concatenate(rows, self.encoder.dtype)
 

@@ -2,7 +2,8 @@
 
 Group relative policy optimization (Shao et al. 2024, arXiv:2402.03300) samples a group of replies to each question. The
 advantage of a reply is its reward minus the mean reward of its group. If all replies of a group have the same reward,
-all advantages are 0 and the group has no gradient, so the share of such groups is measured before the first step.
+all advantages are 0 and the group has no gradient. The readiness check samples replies before the first step and stops
+the run if too few groups have a gradient.
 """
 
 import copy
@@ -40,10 +41,10 @@ from rorchat.training.sampler import training_order
 from rorchat.training.smoke_test import shrink_grpo
 from rorchat.training.stage import ChatStageTrainer
 
-MIN_SPREAD = 0.1  # minimum share of groups whose replies differ in reward, and of groups with right and wrong ones
+MIN_SPREAD = 0.1  # minimum share of groups whose replies differ in reward, and of groups with right and wrong replies
 EQUAL_REWARDS = 1e-6  # rewards that differ by less count as equal
 TOO_EASY = 0.9  # share of right answers above which questions count as too easy rather than too hard
-#: Metrics of TRL 1.16 to keep; the others are constant here, because every reply is used once, or logged elsewhere.
+#: Metrics of TRL 1.16 to keep. The others are logged elsewhere, or are constant because every reply is used once.
 LOGGED = ("reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "completions/mean_length", "stopped")
 #: Values that TRL 1.16 accepts. It checks them only in the first step.
 KNOWN_VALUES = {
@@ -65,7 +66,7 @@ class GRPOArguments(StageArguments, GRPOConfig):
         "num_iterations": USED_ONCE,
         "steps_per_generation": USED_ONCE,
         "generation_batch_size": USED_ONCE,
-        "num_generations_eval": "validation uses the most likely reply",
+        "num_generations_eval": "validation uses one greedy reply per question",
         "shuffle_dataset": "the order of questions is determined by the data, see `data_seed`",
         "use_vllm": OWN_SAMPLING,
         "use_transformers_continuous_batching": OWN_SAMPLING,
@@ -193,10 +194,10 @@ def load_questions(arguments: GRPOArguments, tokenizer, n_positions: int) -> Spl
 
 
 def reply_length(arguments: GRPOArguments, n_positions: int) -> int:
-    """Returns the maximum tokens of a reply: `max_completion_length`, or a quarter of the positions.
+    """Returns the maximum tokens of a reply: `max_completion_length`, or a quarter of the context window.
 
     Raises:
-        MismatchError: no positions are left for a question.
+        MismatchError: no room is left for a question.
     """
     longest = arguments.max_completion_length or n_positions // DEFAULT_REPLY_DIVISOR
     if longest >= n_positions:
@@ -233,7 +234,7 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         self.questions_per_step = replies // arguments.num_generations
         if arguments.max_steps <= 0:
             arguments.max_steps = max(1, math.ceil(len(train) * arguments.num_train_epochs / self.questions_per_step))
-        # equal lengths, so that questions are not grouped by length: all questions of a step would be of one kind
+        # equal lengths, because questions grouped by length would be of one kind in each step
         questions = arguments.max_steps * self.questions_per_step
         order = training_order([1] * len(train), questions, self.questions_per_step, arguments.data_seed)
         stops, control = set(model.generation_config.eos_token_id), set(tokenizer.all_special_ids)
@@ -241,7 +242,7 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         patch_gelu(model)
         skip_padding_warning(model)
         reference, beta = copy.deepcopy(model) if arguments.beta else None, arguments.beta
-        # TRL 1.16 would load the reference from the path in the policy's config, which for an adapter is its base
+        # TRL 1.16 would load the reference from the path in the config, which for a merged adapter is that of its base
         arguments.beta = 0.0
         arguments.max_completion_length = limit = reply_length(arguments, model.config.n_positions)
         self.scorers = [Scorer(name, limit, stops, control) for name in arguments.rewards]
@@ -331,11 +332,12 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
             inputs: `prompt_ids` and `prompt_mask` (B, P), `completion_ids` and `completion_mask` (B, C), `advantages`
                 (B,), and scalars.
         """
-        is_single = self.accelerator.num_processes == 1  # TRL gathers logs, with equally many replies per process
+        # TRL gathers values of every reply, so all processes must have the same number of replies
+        is_single = self.accelerator.num_processes == 1
         if not is_single or self.loss_type != "dapo" or self.beta or self.entropy_coef or self.top_entropy_quantile < 1:
             return inputs
         has_gradient = inputs["advantages"].abs() > EQUAL_REWARDS
-        has_gradient[0] |= not has_gradient.any()  # (B,); an empty batch is not possible
+        has_gradient[0] |= not has_gradient.any()  # (B,); at least one reply, because a batch cannot be empty
         kept = {name: tensor[has_gradient] if tensor.dim() else tensor for name, tensor in inputs.items()}
         start = kept["prompt_mask"].any(0).int().argmax()
         end = kept["completion_mask"].any(0).sum()
@@ -475,7 +477,7 @@ class Readiness:
         else:
             problem = (
                 f"Only {self.mixed:.0%} of {self.questions} groups have both right and wrong replies ({minimum}): the "
-                "model would optimize the other rewards, such as the one for a wrong answer of the right kind."
+                "model would optimize the other rewards, such as the part earned by a wrong answer of the right kind."
             )
         advice = "easier questions, more num_generations, a higher temperature, or more fine-tuning (recipes/sft.py)"
         if self.right >= TOO_EASY:

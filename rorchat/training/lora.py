@@ -1,6 +1,6 @@
-"""LoRA: training small matrices next to those of a frozen model, and the embedding rows of the control tokens.
+"""LoRA: trains small matrices next to those of a frozen model, and the embedding rows of the control tokens.
 
-Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) by PEFT's layers inside a GPT2LMHeadModel: trainers, evaluation
+Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) with PEFT's layers in a GPT2LMHeadModel: trainers, evaluation
 and generation see the same class as without LoRA. Checkpoints are adapters that PEFT can load; the result of a run is
 the stock model with the adapter merged into it. QLoRA (Dettmers et al. 2023, arXiv:2305.14314) holds the frozen
 matrices in 4 bits.
@@ -31,8 +31,8 @@ from rorchat.errors import UsageError
 from rorchat.training.arguments import StageArguments
 from rorchat.training.distributed import sharding_strategy
 
-ALPHA_PER_RANK = 2  # a layer adds 2 B A x, whatever the rank
-#: PEFT's name of the trained embedding rows.
+ALPHA_PER_RANK = 2  # alpha / rank, so a layer adds 2 B A x for any rank
+#: Name of the trained embedding rows in PEFT's state dict.
 ROWS = "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta"
 
 
@@ -70,7 +70,7 @@ class LoraArguments(StageArguments):
 
 
 class Adapter:
-    """The trained part of a frozen model: PEFT's layers and the control tokens' rows of the tied embedding and head.
+    """The trainable part of a model: PEFT's layers and the control tokens' rows of the tied embedding and head.
 
     The model is changed in place: it contains PEFT's layers afterwards.
 
@@ -96,7 +96,7 @@ class Adapter:
         control = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
         grown = range(GPT2Config.from_pretrained(base).vocab_size, len(tokenizer))  # rows that the base lacks
         self.rows = sorted({*control, *grown})
-        # the exact biases: with 4-bit products in bf16, bitsandbytes rounds them in place
+        # the exact biases, because bitsandbytes rounds those of 4-bit layers to bf16 in place
         self._biases = [matrix.bias for _, _, matrix in block_matrices(model)]
         if arguments.load_in_4bit:
             _quantize_to_4_bits(model, arguments)
@@ -150,7 +150,7 @@ class Adapter:
 
 
 def _quantize_to_4_bits(model: GPT2LMHeadModel, arguments: LoraArguments) -> None:
-    """Replaces the matrices of the blocks by 4-bit ones: NF4 with quantized scales, a quarter of bf16's memory.
+    """Replaces the matrices of the blocks by 4-bit ones: NF4 with double quantization, a quarter of bf16's memory.
 
     Transformers quantizes while loading, but our embeddings are resized after loading, and its dequantized layers are
     not Conv1D.

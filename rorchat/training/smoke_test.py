@@ -1,7 +1,7 @@
-"""`--smoke`: three steps of the configured run with tiny batches, to see that it works before a GPU is rented for it.
+"""`--smoke`: three steps of the configured run with tiny batches, to check that it works before a GPU is rented.
 
-Pretraining is reduced to a small model and short rows; a chat stage keeps its model and window, and reads only some
-rows of each source. Everything else is the run's own: sources, mixture and tokenizer, optimizer and schedule,
+Pretraining is reduced to a small model and short rows; a chat stage keeps its model and context window, and reads only
+some rows of each source. Everything else is as configured: sources, mixture and tokenizer, optimizer and schedule,
 precision, accumulation (up to a few micro-batches), evaluation and checkpoints. Pretraining prepares its sources
 completely; a token store that the real run has prepared is read, never written.
 """
@@ -14,11 +14,11 @@ from rorchat.inference.engine import resolve_model_path
 from rorchat.training.arguments import SMOKE_REPLY_TOKENS, SMOKE_ROWS_PER_SOURCE, TOKENS_FOLDER, StageArguments
 
 STEPS = 3
-SIZE = "2x4x64"  # wide enough for heads of 16, small enough for a vocabulary of 65,536 on a CPU
+SIZE = "2x4x64"  # wide enough for heads of size 16, small enough for a vocabulary of 65,536 on a CPU
 BLOCK_SIZE, ROWS, ACCUMULATION = 64, 2, 4  # upper limits
-CHAT_ROWS, CHAT_ACCUMULATION = 1, 2  # upper limits: the model may be large, and rows are whole windows
-REPLIES = 2  # upper limit of replies in a micro-batch; a reply must be compared with another one
-VALIDATION_SHARE = 0.1  # 1 % of so few rows may be none
+CHAT_ROWS, CHAT_ACCUMULATION = 1, 2  # upper limits: the model may be large, and a row may fill the context window
+REPLIES = 2  # upper limit of replies in a micro-batch; GRPO compares at least two replies to a question
+VALIDATION_SHARE = 0.1  # at least; with so few rows, 1 % may be no row at all
 SUFFIX = "-smoke"
 
 
@@ -77,7 +77,7 @@ def _shrink_data(arguments) -> None:
 
 
 def _prefer_smoke_run(model: str) -> str:
-    """The smoke test of the previous stage, if its real run does not exist yet."""
+    """Returns the folder of the model's smoke test if the folder of its real run does not exist yet."""
     smoke = model.rstrip("/") + SUFFIX
     return smoke if not Path(model).exists() and Path(smoke).is_dir() else model
 
@@ -124,5 +124,5 @@ def _redirect_output(arguments: StageArguments, description: str) -> None:
     if not arguments.output_dir.endswith(SUFFIX):  # it does when a smoke test's own config.yaml is run again
         arguments.output_dir = arguments.output_dir.rstrip("/") + SUFFIX
     if os.environ.get("RANK", "0") == "0":
-        message = f"smoke test: {description}; the rest as configured, into {arguments.output_dir}"
+        message = f"smoke test: {description}; everything else as configured; output in {arguments.output_dir}"
         print(message, file=sys.stderr)  # noqa: T201

@@ -51,7 +51,7 @@ def test_a_lost_run_is_restored_from_the_mirror_with_its_log(sandbox, stopped_at
     out, mirror = copies(sandbox, stopped_at_4)
     shutil.rmtree(out)
     result = sandbox.run(out, mirror=mirror)
-    assert result.code == 0 and "checkpoint-4 was restored from it" in result.output, result.output
+    assert result.code == 0 and "checkpoint-4 was restored from this mirror" in result.output, result.output
     assert weights_sha256(out) == weights_sha256(uninterrupted)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [3, 6] and {"resumed"} == {
@@ -64,7 +64,7 @@ def test_damaged_checkpoints_are_restored_from_the_mirror(sandbox, stopped_at_4,
     for checkpoint in Checkpoints(out).committed():
         flip_bit(0.5)(checkpoint.folder / "optimizer.pt")
     result = sandbox.run(out, mirror=mirror)
-    assert result.code == 0 and "checkpoint-4 was restored from it" in result.output, result.output
+    assert result.code == 0 and "checkpoint-4 was restored from this mirror" in result.output, result.output
     assert weights_sha256(out) == weights_sha256(uninterrupted)
 
 
@@ -74,7 +74,7 @@ def test_a_damaged_copy_is_reported_and_the_one_before_is_used(sandbox, stopped_
     flip_bit(0.5)(mirror / "checkpoint-4" / "model.safetensors")
     result = sandbox.run(out, mirror=mirror)
     assert result.code == 0, result.output
-    assert "sha256 differs" in result.output and "checkpoint-2 was restored from it" in result.output
+    assert "sha256 differs" in result.output and "checkpoint-2 was restored from this mirror" in result.output
     assert weights_sha256(out) == weights_sha256(uninterrupted)
 
 

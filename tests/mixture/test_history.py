@@ -96,7 +96,7 @@ def test_phases_divide_the_remaining_rows():
     ]  # fmt: skip
     with pytest.raises(UsageError, match="tokens sum to 1,600, the run has 960 left: give less"):
         Plan(config_of(Phase(tokens=1600)), HALF, 100, 16, previous, 40)
-    with pytest.raises(UsageError, match="phase 1 is less than one row of 16 tokens, of 960 in total"):
+    with pytest.raises(UsageError, match="phase 1 is shorter than one row of 16 tokens .all phases have 960"):
         Plan(config_of(Phase(tokens=3), Phase(share=1.0)), HALF, 100, 16, previous, 40)
 
 

@@ -103,7 +103,7 @@ def test_other_sources_take_the_share_of_a_missing_optional_source():
     assert "note: s1 is optional and not available" in plan.describe()
     with pytest.raises(DataError, match="source 's1' is missing and not optional"):
         Plan(config_of(phase), {"s0": 90, "s2": 90}, 400, 16)
-    with pytest.raises(DataError, match="phase 2 has no source left: s1 not available"):
+    with pytest.raises(DataError, match="phase 2 uses only sources that are not available: s1"):
         phases = (Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, weights={"s1": 1}))
         Plan(config_of(*phases, s1={"optional": True}), {"s0": 90, "s2": 90}, 400, 16)
 
@@ -113,8 +113,8 @@ def test_other_sources_take_the_share_of_a_missing_optional_source():
     [
         ([Phase(tokens=800), Phase(tokens=1600)], "tokens sum to 2,400, the run trains on 1,600: give less"),
         ([Phase(tokens=800)], "tokens sum to 800, the run trains on 1,600: give one phase `share: 100%` instead"),
-        ([Phase(tokens=800), Phase(tokens=2), Phase(share=1.0)], "phase 2 is less than one row of 16 tokens"),
-        ([Phase(tokens=1600), Phase(share=1.0)], "phase 2 is less than one row"),
+        ([Phase(tokens=800), Phase(tokens=2), Phase(share=1.0)], "phase 2 is shorter than one row of 16 tokens"),
+        ([Phase(tokens=1600), Phase(share=1.0)], "phase 2 is shorter than one row"),
     ],
 )
 def test_phases_that_do_not_fit_the_run_are_a_usage_error(phases, message):

@@ -58,7 +58,7 @@ def rorchat_command(monkeypatch, capsys, tmp_path):
 def test_measures_equal_those_counted_by_hand(merged):
     comparison = compare_tokenizers({"merged": merged}, [read_domain("x", ["ab ab", "é ab"], MANY)])
     measure = comparison.measures["x"]["merged"]
-    # ab| ab and é as two bytes| ab: 5 tokens, 10 bytes, 4 words; ab, " ab" and the two bytes of é are used
+    # "ab ab" has 2 tokens, "é ab" has 3 (the two bytes of é, and " ab"); 10 bytes and 4 words, 4 different tokens
     assert comparison.ordinary == {"merged": 258}
     assert (measure.tokens, measure.bytes_per_token, measure.tokens_per_word) == (5, 10 / 5, 5 / 4)
     assert measure.unused_share == 254 / 258

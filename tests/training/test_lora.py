@@ -247,7 +247,7 @@ class TestOtherBase:
         return tmp_path / "adapter"
 
     def set_base(self, folder: Path, base: object, keep_record: bool = True) -> None:
-        """Let the adapter name another base; without the record of its base, as plain PEFT writes it."""
+        """Makes the adapter name another base. Plain PEFT writes no record of the base: `keep_record=False`."""
         config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": base}
         (folder / "adapter_config.json").write_text(json.dumps(config))
         if not keep_record:

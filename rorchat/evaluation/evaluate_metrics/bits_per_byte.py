@@ -7,8 +7,8 @@ from rorchat.evaluation.evaluate_metrics.base import CITATION, InMemoryMetric
 from rorchat.evaluation.text_measures import bits_per_byte
 
 DESCRIPTION = """\
-Bits that a language model needs per UTF-8 byte of text. Unlike loss per token and perplexity it is comparable between
-tokenizers, and with a file compressor."""
+Bits that a language model needs per UTF-8 byte of text. Unlike loss per token and perplexity, it can be
+compared between tokenizers, and with a file compressor."""
 
 INPUTS = """
 Args:

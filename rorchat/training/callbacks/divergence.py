@@ -25,8 +25,8 @@ class DivergenceCallback(TrainerCallback):
 
     Args:
         metrics: records the event in metrics.jsonl.
-        handle_divergence: takes the step, prepares the run to continue and returns the action, such as "skipped", or ""
-            if the run must end.
+        handle_divergence: called with the number of the step; prepares the run to continue and returns what was done,
+            such as "skipped", or "" if the run must end.
 
     Raises:
         DivergedError: in `on_pre_optimizer_step`, on every process.

@@ -1,8 +1,8 @@
 """Copies checkpoints in the background to a folder (Google Drive, a network mount) or a Hub repository.
 
-A thread copies every committed checkpoint, verifies the copy, and only then deletes older copies. A failure is reported
-and retried with the next checkpoint; training neither waits for a copy nor ends because of one. A run whose own folder
-is lost or outdated resumes from the mirror.
+A thread copies every committed checkpoint, verifies the copy, and only then deletes older copies. A failed copy is
+reported, and the next checkpoint is tried; training neither waits for a copy nor ends because of one. A run whose own
+folder is lost or outdated resumes from the mirror.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from rorchat.errors import DataError, MismatchError, PermissionDenied, RemoteErr
 from rorchat.training.checkpointing.checkpoint import KEPT, MANIFEST, Checkpoint, DamagedCheckpoint, copy
 from rorchat.training.checkpointing.recovery import Checkpoints
 
-#: Without run.json: it may already say that the run has finished, and the final model is not copied.
+#: run.json is not copied: it may say that the run has finished, but the mirror does not contain the final model.
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl")
 SILENT_SECONDS = 1.0  # a shorter wait is not announced
 GRACE_SECONDS = 20.0  # to complete a copy when a run is stopped
 
-Answer = TypeVar("Answer")
+Response = TypeVar("Response")
 
 
 class MirrorStorage(Protocol):
@@ -36,20 +36,20 @@ class MirrorStorage(Protocol):
         """The checkpoints, the newest first, as their manifests describe them."""
 
     def upload(self, checkpoint: Checkpoint, run: Path) -> None:
-        """Copies a checkpoint and the files of the run, verifies the copy, and deletes the oldest ones."""
+        """Copies a checkpoint and the files of the run, verifies the copy, and deletes the oldest copies."""
 
     def download(self, checkpoint: Checkpoint, target: Path) -> None:
         """Copies the files of a listed checkpoint into an empty folder."""
 
     def quarantine(self, checkpoint: Checkpoint, damage: DamagedCheckpoint) -> None:
-        """Makes sure that a damaged copy no longer counts as one, so that no valid copy is deleted in its favour."""
+        """Removes a damaged copy from the listed ones, so that no valid copy is deleted to keep it."""
 
     def download_run_files(self, run: Path) -> None:
-        """Copies those files of the run that exist."""
+        """Copies the `RUN_FILES` that the mirror contains into the run folder."""
 
 
 class Mirror:
-    """Copies of the checkpoints of a run. One thread copies; the main thread calls everything else.
+    """Copies of the checkpoints of a run. A background thread copies; the main thread calls the methods.
 
     Args:
         storage: where the copies are stored.
@@ -67,10 +67,10 @@ class Mirror:
         self._thread: threading.Thread | None = None
 
     def restore_newest(self, checkpoints: Checkpoints) -> Checkpoint | None:
-        """Copies the newest valid checkpoint into the run's folder, if it is newer than all that are valid there.
+        """Copies the newest valid copy into the run folder, if it is newer than every valid checkpoint there.
 
         Raises:
-            DataError: there are checkpoints here, and none is valid, here or in the mirror.
+            DataError: the run folder has checkpoints, but none there or in the mirror is valid.
         """
         lost, local = None, None
         try:
@@ -89,7 +89,7 @@ class Mirror:
                 continue
             self._copied_step = restored.step
             self.storage.download_run_files(self.run)
-            _report(f"mirror {self.name}: checkpoint-{restored.step} was restored from it")
+            _report(f"mirror {self.name}: checkpoint-{restored.step} was restored from this mirror")
             return restored
         if lost:
             raise lost
@@ -105,7 +105,7 @@ class Mirror:
         """Queues a checkpoint to be copied, in place of one that is still queued.
 
         Args:
-            in_use: folders that rotation must not delete; contains the checkpoint while it is being copied.
+            in_use: folders that rotation must not delete; contains the checkpoint until it is copied.
         """
         if checkpoint.step == self._copied_step:
             return
@@ -121,16 +121,16 @@ class Mirror:
             self._thread.start()
 
     def finish(self, seconds: float | None = None) -> None:
-        """Waits until everything is copied, or for so many seconds. Without a limit, a failed copy is retried once.
+        """Waits at most `seconds` until the newest checkpoint is copied. Without a limit, retries a failed copy once.
 
-        Prints which copy is the newest, if it is not the last checkpoint.
+        If the newest checkpoint was not copied, prints which copy is the newest.
         """
         newest, self._newest = self._newest, None  # only once, even if a signal interrupts the wait
         if newest is None:
             return
         with self._changed:
             if not self._changed.wait_for(self._is_idle, SILENT_SECONDS):
-                _report(f"mirror {self.name}: waiting for checkpoint-{newest.step}; Ctrl-C does not wait")
+                _report(f"mirror {self.name}: waiting for checkpoint-{newest.step}; Ctrl-C ends the wait")
             idle = self._changed.wait_for(self._is_idle, seconds)
         if idle and self._copied_step != newest.step and seconds is None:
             self.offer(newest, self._in_use)
@@ -192,7 +192,7 @@ class FolderStorage:
 
     def __init__(self, folder: Path, run: Path):
         if run.resolve() in (folder.resolve(), *folder.resolve().parents):
-            raise UsageError(f"mirror {folder} is inside the run's folder: give another place, best on another disk.")
+            raise UsageError(f"mirror {folder} is inside the run's folder: give another folder, best on another disk.")
         if not folder.resolve().parent.is_dir():
             raise StorageError(
                 f"mirror {folder}: {folder.resolve().parent} does not exist. Mount the drive, or create it."
@@ -202,7 +202,7 @@ class FolderStorage:
         others = sorted(path.name for path in folder.iterdir() if path.name not in RUN_FILES and path.name[0] != ".")
         if others and not self.list_checkpoints():
             raise MismatchError(
-                f"mirror {folder} contains {others[0]} and no checkpoint: give an empty folder, or one to be created."
+                f"mirror {folder} contains {others[0]} and no checkpoint: give an empty folder, or a new one."
             )
 
     def list_checkpoints(self) -> list[Checkpoint]:
@@ -234,7 +234,7 @@ def _copy_run_files(source: Path, target: Path) -> None:
 
 
 class HubStorage:
-    """Copies in a private repository of the Hub, one commit each. Its history keeps deleted copies.
+    """Copies in a private repository of the Hub, one commit each. The git history keeps deleted copies.
 
     Raises:
         UsageError: the name is not a Hub id.
@@ -245,7 +245,7 @@ class HubStorage:
         from huggingface_hub import HfApi
         from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
 
-        disable_progress_bars()  # the thread's bars would be drawn over the training's
+        disable_progress_bars()  # bars of this thread would overwrite those of training
         self.api, self.repository = HfApi(), repository
         try:
             validate_repo_id(repository)
@@ -256,7 +256,7 @@ class HubStorage:
         if not self._request(lambda: self.api.repo_info(repository)).private:
             raise MismatchError(f"mirror {repository} is a public repository: make it private, or give another one.")
 
-    def _request(self, request: Callable[[], Answer]) -> Answer:
+    def _request(self, request: Callable[[], Response]) -> Response:
         """Sends a request before training, when a failure can still end the run."""
         import httpx2
         from huggingface_hub.errors import LocalTokenNotFoundError

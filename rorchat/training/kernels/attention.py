@@ -96,7 +96,7 @@ def attend_by_varlen_kernel(
     if index is not None:
         key, value = key[index], value[index]  # (K, H, D), K >= N
     # the causal window is aligned to the last key, so a continuation attends to its whole prefix
-    return varlen_attn(  # type: ignore[return-value]  # a pair only on request
+    return varlen_attn(  # type: ignore[return-value]  # a tuple only with `return_aux`
         query, key, value, query_bounds, key_bounds, most_queries, most_keys, scale=scaling, window_size=(-1, 0)
     )
 
@@ -153,12 +153,12 @@ def _attention_implementation(config, name: str) -> Iterator[None]:
 
 
 def causal_attention(config) -> contextlib.AbstractContextManager:
-    """A context with causal attention and no mask, for rows without left padding and without packing."""
+    """A context manager for causal attention without a mask, for rows that are neither left-padded nor packed."""
     return _attention_implementation(config, CAUSAL_ATTENTION)
 
 
 def packed_attention(config) -> contextlib.AbstractContextManager:
-    """A context with attention to packed rows. Within it, call the model with their `prefix_groups`."""
+    """A context manager for packed rows. Within it, call the model with the `prefix_groups` of the rows."""
     return _attention_implementation(config, PACKED_ATTENTION)
 
 
@@ -170,7 +170,7 @@ def patch_packed_attention(model: GPT2LMHeadModel) -> None:
     """
     for block in iterate_blocks(model):
         attention = block.attn
-        if "forward" not in vars(attention):  # replaced in the instance, which hides the method
+        if "forward" not in vars(attention):  # set on the instance, where it overrides the method of the class
             vars(attention)["forward"] = functools.partial(_forward_with_groups, attention, attention.forward)
 
 
