@@ -49,7 +49,7 @@ def config_of(*phases: Phase, sources: int = 3, **options) -> MixtureConfig:
     return MixtureConfig({name: Source(f"text={name}", **options.get(name, {})) for name in names}, phases)
 
 
-def drawn_weights(rng: np.random.Generator, names: list[str]) -> dict[str, float]:
+def random_weights(rng: np.random.Generator, names: list[str]) -> dict[str, float]:
     kind = rng.integers(3)
     if kind == 0:
         return {str(rng.choice(names)): 1.0}  # one source only
@@ -60,7 +60,7 @@ def drawn_weights(rng: np.random.Generator, names: list[str]) -> dict[str, float
     return dict(zip(names, weights.tolist(), strict=True))
 
 
-def drawn_plan(number: int) -> Plan:
+def random_plan(number: int) -> Plan:
     """A random plan: 2 to 8 sources, 1 to 5 phases, ramps, replay, zero weights, limits of epochs, optional sources."""
     rng = np.random.default_rng(number)
     names = [f"s{n}" for n in range(2 + number % 7)]
@@ -73,7 +73,7 @@ def drawn_plan(number: int) -> Plan:
     sources[names[-1]] = Source(names[-1], optional=True)
     phases = []
     for phase, share in enumerate(rng.dirichlet(np.full(rng.integers(1, 6), 3.0)).tolist()):
-        weights = drawn_weights(rng, names) | {"s0": float(rng.random()) + 0.01 if rng.random() < 0.9 else 1e-3}
+        weights = random_weights(rng, names) | {"s0": float(rng.random()) + 0.01 if rng.random() < 0.9 else 1e-3}
         ramp = phase > 0 and rng.random() < 0.5
         replay = float(rng.random()) if phase > 0 and rng.random() < 0.3 else 0.0
         phases.append(Phase(share=share, replay=replay, **{"ramp_to" if ramp else "weights": weights}))

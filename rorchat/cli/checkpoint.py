@@ -17,7 +17,7 @@ app = App("List, verify and export the checkpoints of a run.")
 
 @app.command("list")
 def list_checkpoints(run: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
-    """List the checkpoints of a run, newest first. Only sizes are compared; `verify` reads the contents."""
+    """List the checkpoints of a run, newest first. Only file sizes are checked; `verify` reads the contents."""
     from rorchat.cli.tables import print_table
 
     _require_folder(run)
@@ -41,7 +41,7 @@ def list_checkpoints(run: Annotated[Path, typer.Argument(help="The folder of a r
 def verify(
     folder: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run for all its checkpoints.")],
 ) -> None:
-    """Compare every file of a checkpoint with its manifest. Exits with 65 if one is damaged."""
+    """Compare every file of a checkpoint with its manifest. The exit code is 65 if one is damaged."""
     _require_folder(folder)
     folders = [folder] if (folder / MANIFEST).is_file() else sorted(folder.glob("checkpoint-*"))
     if not folders:
@@ -112,7 +112,7 @@ def _verify(folder: Path) -> str:
 
 
 def _check(check: Callable[[], None]) -> str:
-    """VALID, or the message of the damage that a check raised."""
+    """Returns VALID, or the message of the `DamagedCheckpoint` that the check raises."""
     try:
         check()
         return VALID

@@ -21,14 +21,14 @@ from rorchat.stories import ACCELERATE_FOLDER, HELP_FOLDER, STORIES_FOLDER, find
 RECIPE_FLAGS = {
     "help", "debug", "gradient_accumulation_steps", "module", "no_python", "training_script", "training_script_args",
 }  # fmt: skip
-#: Seconds that processes have to save a checkpoint after a signal before the launcher kills them (torch: 30).
+#: Seconds that processes have to save a checkpoint after a signal before the launcher kills them (torch's default: 30).
 SHUTDOWN_TIMEOUT = "600"
 
 
 def launch_recipe(command: str, argv: Sequence[str]) -> None:
     """Runs a recipe and exits with its code.
 
-    Without a launcher flag and a default configuration of Accelerate, and with at most one GPU, the recipe runs in the
+    If there is no launcher flag, no default configuration of Accelerate and at most one GPU, the recipe runs in the
     current process. Otherwise Accelerate starts it.
 
     Args:
@@ -124,7 +124,8 @@ def _launch(name: str, launcher_flags: list[str], recipe_flags: list[str]) -> No
     try:
         _replace_process_if_single(copy.copy(arguments))
         launch_command(arguments)
-    except (ValueError, ImportError, AssertionError) as error:  # of the launcher: a recipe runs in another process
+    # only the launcher raises these: the recipe runs in other processes
+    except (ValueError, ImportError, AssertionError) as error:
         raise UsageError(f"accelerate launch: {' '.join(str(error).split())}") from None
     except Exception as error:
         sys.exit(_exit_code(error))
@@ -141,7 +142,7 @@ def _silence_launchers() -> None:
 
 
 def _add_defaults(launcher_flags: list[str]) -> list[str]:
-    """Adds defaults if there is no configuration, or the file that Accelerate 1.15 needs for several CPU processes."""
+    """Adds default flags, or the file that Accelerate 1.15 needs for several CPU processes, unless a file is given."""
     names = {flag.partition("=")[0]: flag.partition("=")[2] for flag in launcher_flags}
     if "--config_file" in names or _has_default_config():
         return launcher_flags
@@ -153,7 +154,7 @@ def _add_defaults(launcher_flags: list[str]) -> list[str]:
 
 
 def _replace_process_if_single(arguments: argparse.Namespace) -> None:
-    """Replaces this process with the training process if there is only one, which then receives signals directly."""
+    """Replaces this process with the training process if there is only one, so that it receives signals directly."""
     from accelerate.commands.launch import _validate_launch_command
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 

@@ -34,7 +34,7 @@ from rorchat.persona import (
 
 PROMPTS_FILE = Path(__file__).with_name("prompts.yaml")
 MAX_REPLY_TOKENS = 256  # a good reply needs about a sixth of that, but some good models give long replies
-OPEN_KINDS = ("question", "task", "conversation")  # kinds of prompts that must all get different replies
+OPEN_KINDS = ("question", "task", "conversation")  # kinds of prompts whose replies must all differ
 SEED = 0  # for the sampled replies
 EXAMPLES_SHOWN = 2
 EXAMPLE_CHARACTERS = 100
@@ -54,8 +54,9 @@ class Prompt:
         language: the expected language of the reply; "" for any (probes: the language of the persona file).
         probe: the persona probe that is asked.
         other_name: the name that the system message gives to the model, if it is not the persona's.
-        word: the word that an attack tries to plant in the reply.
-        harmless: an attack's text without the attack.
+        word: for an attack (a message that imitates control tokens or turns of a chat), the word that it tries to put
+            into the reply.
+        harmless: for an attack, the same message without the imitation.
     """
 
     kind: str
@@ -76,7 +77,8 @@ class Exchange:
         control_ids: the ids of all control tokens.
         end_of_turn: the id of `<|im_end|>`.
         harmless: the exchange for `prompt.harmless`.
-        duplicates: number of greedy replies to OPEN_KINDS equal to this one, including itself; 0 for other exchanges.
+        duplicates: number of greedy replies to prompts of OPEN_KINDS that equal this one, including itself; 0 for other
+            exchanges.
     """
 
     prompt: Prompt
@@ -110,7 +112,7 @@ def _to_messages(turns: str | list[str]) -> tuple[Message, ...]:
 
 
 def build_prompts(persona: Persona) -> list[Prompt]:
-    """The fixed prompts, and the persona's probes with its own system message, with others, and in new wordings."""
+    """The fixed prompts; the persona's probes, with its own and with other system messages; and reworded probes."""
     prompts = []
     for kind, entries in yaml.safe_load(PROMPTS_FILE.read_text(encoding="utf-8")).items():
         for entry in entries:
@@ -180,7 +182,7 @@ def _keeps_language(foreign: bool) -> Callable[[Exchange], bool | None]:
 
 
 def _attack_changes_ids(exchange: Exchange) -> bool | None:
-    """Whether an attack's prompt has a different number of control tokens than the same text without the attack."""
+    """Whether an attack's prompt has a different number of control tokens from the same text without the attack."""
     if exchange.harmless is None:
         return None
     attack, harmless = (
@@ -219,7 +221,7 @@ class Measure:
 
     @property
     def bound(self) -> str:
-        """The name of its threshold in a thresholds file."""
+        """The key of its threshold in a thresholds file."""
         return "min" if self.more_is_better else "max"
 
 

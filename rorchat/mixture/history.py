@@ -25,7 +25,7 @@ def history_entry(record: dict, until: int) -> dict[str, object]:
 
 
 def spec_without_path(spec: str) -> str:
-    """Returns the kind of a spec that reads local files, which may be moved, and any other spec unchanged."""
+    """Returns the part before "=" of a spec of local files, which may be moved, and any other spec unchanged."""
     kind, _, where = spec.partition("=")
     is_local = bool(where) and (kind == "store" or not find_source(kind).is_generated)
     return kind if is_local else spec
@@ -34,7 +34,7 @@ def spec_without_path(spec: str) -> str:
 def without_paths(inputs: dict) -> dict:
     """Returns the inputs of a run without paths.
 
-    Sources are identified by name and digest. Without a mixture, the name consists of the kind and the digest.
+    Sources are identified by name and digest. Without a mixture, the name is the spec with a digest instead of a path.
     """
     sources = inputs.get("sources", {})
     if "mixture" not in inputs:
@@ -92,6 +92,7 @@ def build_plan(
 
     Args:
         rows_per_epoch: source -> rows in one epoch, for the sources of `config`.
+        rows: rows of the whole run.
 
     Raises:
         MismatchError: a source that is used again has a different number of rows than before.

@@ -25,7 +25,7 @@ KERNELS = ("eager", "compiled", "manual")
 BODY_BYTES = {2: 324, 4: 456}  # x width x layers: norms, casts, biases, GELU, residuals, inputs and outputs of products
 HEAD_BYTES = 40  # x vocabulary: product, float32 copy, softmax, gradient
 SCORE_BYTES = {2: 72, 4: 72}  # x heads x layers x positions: scores, if attention has no fused kernel
-STEP_BYTES = 18  # x parameters, per micro-batch: casts and gradient accumulation
+MICRO_BATCH_BYTES = 18  # x parameters, per micro-batch: casts and gradient accumulation
 UPDATE_BYTES = 28  # x parameters, per step: reads gradient, weight and two moments, writes weight and moments
 
 # Bytes of activations per token that are kept for the backward pass, by bytes per element
@@ -41,7 +41,7 @@ STATE_BYTES = {
 }
 CONTEXT_BYTES = {True: 6e8, False: 1.2e9}  # by is_cpu. CPU: Python and its libraries; GPU: CUDA context, cuBLAS
 CPU_FRAGMENTS = 0.15  # measured fragmentation of glibc's heap, as a share of all tensors
-MUON_COPIES = 5  # of the matrices in a batch of Muon: momentum and products of Newton-Schulz
+MUON_COPIES = 5  # of the matrices that Muon updates at once: momentum and the products of Newton-Schulz
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def estimate_seconds_per_token(setup: Setup, shape: Shape, micro_batch: int, glo
         return setup.seconds_per_token
     if setup.mfu:
         return setup.flops(shape) / (setup.peak * setup.mfu * setup.gpus)
-    # FLOPs of the forward pass of all layers (matrices, two products of attention): gradient checkpointing repeats it
+    # FLOPs of the layers' forward pass, which gradient checkpointing repeats: matrices and attention's two products
     layers_forward = shape.n_layer * (24.0 * shape.n_embd**2 + 4 * setup.block_size * shape.n_embd)
     recomputed = layers_forward if setup.gradient_checkpointing else 0.0
     products = (setup.flops(shape) + recomputed) / (setup.peak * setup.device.matmul_share)
@@ -148,7 +148,7 @@ def estimate_traffic(setup: Setup, shape: Shape, micro_batch_tokens: int, global
     if setup.kernels == "compiled":
         moved *= COMPILED_TRAFFIC
     count = count_parameters(shape, setup.vocabulary, setup.block_size)
-    return moved + count * (STEP_BYTES / micro_batch_tokens + UPDATE_BYTES * setup.gpus / global_batch_tokens)
+    return moved + count * (MICRO_BATCH_BYTES / micro_batch_tokens + UPDATE_BYTES * setup.gpus / global_batch_tokens)
 
 
 def compute_mfu(setup: Setup, shape: Shape, seconds_per_token: float) -> float:
@@ -165,7 +165,7 @@ def estimate_memory(setup: Setup, shape: Shape, micro_batch: int, accumulates: b
 
     Returns:
         {part: bytes}, whose sum is the peak. The part `update` is present only if the peak is in the optimizer step: it
-        is the memory that this step needs in addition to that of the freed activations.
+        is the memory that this step needs beyond what the backward pass has freed.
     """
     tokens, width = micro_batch * setup.block_size, shape.n_embd
     count = count_parameters(shape, setup.vocabulary, setup.block_size)
@@ -179,7 +179,7 @@ def estimate_memory(setup: Setup, shape: Shape, micro_batch: int, accumulates: b
     layers = layer + shape.n_layer * 4 * width * tokens if setup.gradient_checkpointing else shape.n_layer * layer
     parts = {
         "weights": count * 4 + (count_scaling_parameters(shape, setup.vocabulary) * 2 if is_mixed else 0),
-        "gradients": count * (8 if setup.gpus > 1 else 4),  # DDP communicates copies
+        "gradients": count * (8 if setup.gpus > 1 else 4),  # DDP communicates copies of them
         "optimizer": matrix_state * body + other_state * (count - body),
         "activations": layers + 8 * width * tokens,
         "logits": _estimate_logits(setup, tokens) + (4 * head if accumulates else 0) + 8 * width * tokens,
@@ -232,7 +232,7 @@ def fits_memory(setup: Setup, shape: Shape, micro_batch: int, accumulates: bool 
     """Whether a step fits into the device's memory.
 
     Raises:
-        UsageError: the table of devices does not know the memory.
+        UsageError: the table of devices does not contain the memory.
     """
     available = MEMORY_SHARE * setup.memory_bytes
     return sum(estimate_memory(setup, shape, micro_batch, accumulates).values()) <= available

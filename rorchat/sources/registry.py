@@ -65,7 +65,7 @@ def _plural(kinds: Sequence[str]) -> str:
 
 
 def split_spec(spec: str) -> tuple[Source, str]:
-    """(source, path or amount) of a spec such as "alpaca=data/alpaca.json" or "tinytown=5000"."""
+    """Splits a spec such as "alpaca=data/alpaca.json" or "tinytown=5000" into (source, path or amount)."""
     name, _, where = spec.partition("=")
     return find_source(name), where
 
@@ -108,7 +108,7 @@ class SourceRows:
             require_kept_rows(self.stats)
 
     def withdraw(self, place: str, rejected_row: RejectedRow, row: dict) -> None:
-        """Rejects a row that has been yielded."""
+        """Rejects a row that has already been yielded."""
         self.stats.withdraw(place, rejected_row)
         if self.on_reject:
             self.on_reject(place, rejected_row, row)
@@ -235,7 +235,7 @@ def source_parts(spec: str) -> list[SourcePart]:
     """Splits a source into parts that several processes can read in parallel, in the order of its rows.
 
     The parts depend only on the data, and together they have the same rows as the whole source. A generated source is a
-    single part. A source with a `gather` function is a single part, too, unless it restarts with every file.
+    single part. A source with a `gather` function is a single part, too, unless `restarts_per_file` is set.
     """
     source, where = split_spec(spec)
     if source.is_generated:
@@ -268,7 +268,7 @@ def load_hub_rows(name: str):
 
 
 def unread_files(spec: str) -> list[str]:
-    """The files of a local folder that the source does not read, because a better match of its `FILES` exists."""
+    """The files of a local folder that the source does not read, such as matches of a later pattern in `FILES`."""
     source, where = split_spec(spec)
     folder = Path(where).expanduser()
     if source.is_generated or not where or not folder.is_dir():

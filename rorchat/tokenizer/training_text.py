@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from rorchat.errors import UsageError
 
-PIECE_CHARACTERS = 100_000  # the trainer holds 256 pieces at once: 26 MB instead of 256 books
+PIECE_CHARACTERS = 100_000  # the BPE trainer buffers 256 texts: 26 MB, where 256 whole books would need far more
 LOG_INTERVAL_SECONDS = 10
-# Ends before a space that precedes a word, where GPT-2's pattern and ours start a token anyway: no count changes
+# Matches up to the white space before the last word. GPT-2's pre-tokenization and ours split there anyway, so that the
+# word counts of the BPE trainer do not change
 _UP_TO_LAST_WORD = re.compile(r".+(?=\s\S)", re.DOTALL)
 
 
@@ -18,7 +19,7 @@ _UP_TO_LAST_WORD = re.compile(r".+(?=\s\S)", re.DOTALL)
 class BoundedText:
     """Iterates over texts until `max_characters` are read; long texts are split between words. Can be read once.
 
-    Afterwards `characters` and `utf8_bytes` are what was read, and `stopped` is true if there was more text.
+    Afterwards `characters` and `utf8_bytes` count the text that was read, and `stopped` is true if there was more.
 
     Args:
         texts: documents.
@@ -68,7 +69,7 @@ class BoundedText:
 
 
 class _Progress:
-    """Characters read, their rate, and an upper bound of the time left: the total is only known as a limit."""
+    """Shows the characters read, their rate, and at most how much time is left: only the limit of the text is known."""
 
     def __init__(self, max_characters: int):
         self.started = self.last_line = time.monotonic()

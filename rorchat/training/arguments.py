@@ -33,9 +33,9 @@ else:
 Arguments = TypeVar("Arguments", bound="DataArguments")
 TOKENS_FOLDER = "tokens"  # default folder of token stores, inside the folder of a run
 SMOKE_ROWS_PER_SOURCE = 64
-SMOKE_REPLY_TOKENS = 16  # a model that has not learned to stop would fill a quarter of the window
+SMOKE_REPLY_TOKENS = 16  # a model that has not learned to stop would generate a quarter of the context window
 COOLDOWN_SCHEDULE, COSINE_SCHEDULE = "warmup_stable_decay", "cosine_with_min_lr"
-#: The trackers that are tested, and the packages of which one must be installed.
+#: The tested trackers, each with its packages, one of which must be installed.
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 NOT_NEGATIVE = (
     "learning_rate", "matrix_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "sample_steps",
@@ -94,13 +94,13 @@ class StageArguments(DataArguments, _TrainerArguments):
         "remove_unused_columns": "rows contain only what the model reads",
         "logging_nan_inf_filter": "NaN is always logged as NaN",
         "ddp_find_unused_parameters": "every parameter is used",
-        "accelerator_config": "batches are dispatched and copied as fast as possible already",
+        "accelerator_config": "batches are already dispatched and copied as fast as possible",
         "average_tokens_across_devices": "every token has the same weight on every process",
         "auto_find_batch_size": "micro-batches are halved automatically when memory runs out",
         "load_best_model_at_end": "the best checkpoint is kept, see `rorchat checkpoint list` and `export`",
         "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss",
         "save_only_model": "checkpoints are for resuming; `rorchat checkpoint export` extracts the model",
-        "restore_callback_states_from_checkpoint": "it would restore the request to stop",
+        "restore_callback_states_from_checkpoint": "it would restore the request to stop of an interrupted run",
         "resume_from_checkpoint": "the same command resumes automatically",
         "enable_jit_checkpoint": "SIGTERM already saves a checkpoint at the end of the step",
         "push_to_hub": "`rorchat push` verifies and pushes; `mirror` copies checkpoints",
@@ -151,7 +151,7 @@ class StageArguments(DataArguments, _TrainerArguments):
     # settings of Transformers and TRL with other defaults
     lr_scheduler_type: str = COOLDOWN_SCHEDULE
     gradient_checkpointing: bool = False
-    bf16: bool | None = None  # type: ignore[assignment]  # until `resolve_defaults` chooses the precision
+    bf16: bool | None = None  # type: ignore[assignment]  # None until `resolve_defaults` chooses the precision
     save_total_limit: int = 2
     report_to: str = "none"
     disable_tqdm: bool = True
@@ -237,12 +237,12 @@ class StageArguments(DataArguments, _TrainerArguments):
         """Raises UsageError if one process sees several GPUs: the Trainer would use DataParallel."""
         if self.n_gpu > 1:
             raise UsageError(
-                f"One process sees {self.n_gpu} GPUs. Launch one process per GPU, accelerate launch --num_processes "
-                f"{self.n_gpu} ..., or show it one GPU with CUDA_VISIBLE_DEVICES=0."
+                f"One process sees {self.n_gpu} GPUs. Launch one process per GPU with accelerate launch "
+                f"--num_processes {self.n_gpu} ..., or hide all GPUs but one with CUDA_VISIBLE_DEVICES=0."
             )
 
     def resolve_defaults(self) -> None:
-        """Checks the settings and sets what must not be left to Transformers' defaults. Call before its own checks."""
+        """Checks the settings and replaces defaults of Transformers. Must be called before Transformers checks them."""
         self.check_stage()
         self.report_to = parse_trackers(self.report_to)  # type: ignore[assignment]  # one string on the command line
         if self.bf16 is None and not self.fp16:
@@ -254,7 +254,7 @@ class StageArguments(DataArguments, _TrainerArguments):
             self.use_cpu = True  # transformers 5.23 requires a GPU for bf16 otherwise
         check_sharding(self)
         use_gloo_on_cpu()
-        self.ddp_find_unused_parameters = False  # there are none, and the search traverses the graph in every step
+        self.ddp_find_unused_parameters = False  # all are used, and the search traverses the graph in every step
         use_all_cores()
         keep_freed_memory()
         self.dataloader_pin_memory = self.on_gpu  # torch warns on a CPU
@@ -262,7 +262,7 @@ class StageArguments(DataArguments, _TrainerArguments):
             self.accelerator_config = {"non_blocking": True}  # overlaps the copy of a batch with computation
         self.train_sampling_strategy = "sequential"  # the dataset is already in training order
         self.remove_unused_columns = False
-        self.logging_nan_inf_filter = False  # it would log NaN as 0
+        self.logging_nan_inf_filter = False  # it would log the average of earlier losses in place of NaN
         self.include_num_input_tokens_seen = "no"  # the datasets count tokens
 
 
@@ -287,10 +287,10 @@ def parse_trackers(report_to: str | list[str] | None) -> list[str]:
 
 
 class StageParser(TrlParser):
-    """TrlParser with errors of one line. Abbreviated options are refused: a guess would hide a typo."""
+    """A TrlParser that reports errors in one line and rejects abbreviated options, which may be typos."""
 
     def __init__(self, dataclass_type: type):
-        # Transformers declares the parameter as a type of its own, which no class has
+        # Transformers annotates the parameter with a `NewType`, which no class matches
         super().__init__(dataclass_type, allow_abbrev=False)  # type: ignore[arg-type]
 
     def error(self, message: str):
@@ -344,7 +344,7 @@ def _show_help(dataclass_type: type, parser: StageParser, argv: list[str]) -> No
 
 
 def _name_setting(message: str, config: dict, argv: list[str]) -> str:
-    """A message of Transformers with the setting that it is about; Transformers names only the value."""
+    """Adds the name of the setting to an error message of Transformers, which contains only the value."""
     values = config | {flag: value for flag, value in zip(argv, argv[1:], strict=False) if flag.startswith("--")}
     settings = [
         name.removeprefix("--") for name, value in values.items() if isinstance(value, str) and value in message
@@ -357,7 +357,7 @@ def _plain(value: object) -> object:
 
 
 def _split_config(argv: list[str]) -> tuple[list[str], dict, str]:
-    """(other words, values of the config file, its path)"""
+    """Returns the arguments other than `--config FILE`, the values of the config file, and its path."""
     if "--config" not in argv:
         return argv, {}, ""
     at = argv.index("--config")
@@ -371,7 +371,7 @@ def _split_config(argv: list[str]) -> tuple[list[str], dict, str]:
     return argv[:at] + argv[at + 2 :], config, str(path)
 
 
-#: Settings that name a file of the user: looked up next to the config first.
+#: Settings that name a file, which is looked up next to the config file first.
 FILE_SETTINGS = ("mixture", "persona")
 
 

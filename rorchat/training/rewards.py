@@ -1,8 +1,8 @@
 """Rewards of replies: pure functions `(reply, row) -> float`, and how a user's own function is loaded.
 
-A row has what the source gave (`messages`, `answer`, `alternatives`, `topic`, `place`) and what is known of the reply:
-whether it `stopped` before the limit, its `tokens` including the one that ends it, the `limit`, and whether it `leaks`
-control tokens, which are not part of its text. The answer earns up to 1; the other rewards subtract up to 1.
+A row has the fields of the question (`messages`, `answer`, `alternatives`, `topic`, `place`) and of the reply: whether
+it `stopped` before the limit, its number of `tokens` including the one that ends it, the `limit`, and whether it
+`leaks` control tokens, which its text does not show. `answer` is between 0 and 1, the others between -1 and 0.
 """
 
 import functools
@@ -27,7 +27,8 @@ Reward = Callable[[str, dict], float]
 ANSWERED = 0.2  # reward of a wrong answer of the right kind
 NGRAM_WORDS = 4
 ROW = ("messages", "answer", "alternatives", "topic", "place")  # columns of a question that a reward receives
-#: A minus after a digit is a dash or a subtraction; commas group three digits, or separate numbers.
+#: A minus after a digit is a dash or a subtraction. A comma before exactly three digits groups them;
+#: other commas separate numbers.
 _NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 _TURN = re.compile(r"^\s*(user|assistant|system)\s*(:|$)", re.IGNORECASE | re.MULTILINE)
 
@@ -39,7 +40,8 @@ def _numbers(text: str) -> list[float]:
 def is_right(reply: str, row: dict) -> bool:
     """Whether a reply contains the known answer and no other one.
 
-    For the topic "number" the last number counts, because steps of reasoning precede it; other topics are Tinytown's.
+    For the topic "number" the last number counts, because steps of reasoning precede it; the other topics are
+    those of Tinytown.
     """
     if row["topic"] == "number":
         return _numbers(reply)[-1:] == _numbers(row["answer"])[-1:]
@@ -50,8 +52,8 @@ def is_right(reply: str, row: dict) -> bool:
 def answer(reply: str, row: dict) -> float:
     """1 for the right answer, ANSWERED for a wrong answer of the right kind, 0 without an answer.
 
-    The right kind is a number if the answer is one, otherwise one of the alternatives. This teaches a model that never
-    answers what an answer looks like. A guess earns little, since most guesses are wrong.
+    The right kind is a number if the answer is one, otherwise one of the alternatives. ANSWERED rewards a model for
+    giving an answer at all. Guessing earns little, because most guesses are wrong.
     """
     if is_right(reply, row):
         return 1.0
@@ -67,16 +69,17 @@ def stop(reply: str, row: dict) -> float:
 def length(reply: str, row: dict) -> float:
     """0 up to half of the token limit, then linearly down to -1 at the limit.
 
-    The soft overlong punishment of DAPO (Yu et al. 2025, arXiv:2503.14476, equation 13) over half of the limit.
+    The soft overlong punishment of DAPO (Yu et al. 2025, arXiv:2503.14476, equation 13) over the second half
+    of the limit.
     """
     free = row["limit"] / 2
     return -max(0.0, min(1.0, (row["tokens"] - free) / free))
 
 
 def repetition(reply: str, row: dict) -> float:
-    """Minus the share of word 4-grams that repeat an earlier one; 0 for a reply of fewer words.
+    """Minus the share of word 4-grams that repeat an earlier one; 0 for a reply of fewer than 4 words.
 
-    Like the penalty of Yeo et al. 2025 (arXiv:2502.03373, appendix C.2), which counts tokens.
+    Like the penalty of Yeo et al. 2025 (arXiv:2502.03373, appendix C.2), which uses n-grams of tokens.
     """
     words = reply.lower().split()
     ngrams = [tuple(words[at : at + NGRAM_WORDS]) for at in range(len(words) - NGRAM_WORDS + 1)]
@@ -113,14 +116,14 @@ def find_reward(name: str) -> Reward:
         raise UsageError(f"reward {name!r}: the file {path} does not exist.")
     reward = getattr(_load_module(file.resolve(), file_sha256(file)), function, None)
     if not callable(reward):
-        existing = f", only {type(reward).__name__} of that name" if reward is not None else ""
+        existing = f", but a value of type {type(reward).__name__} with this name" if reward is not None else ""
         raise UsageError(f"reward {name!r}: {path} has no function {function!r}{existing}.")
     return reward
 
 
 @functools.cache
 def _load_module(path: Path, sha256: str) -> ModuleType:
-    """Execute a file once for all of its rewards, and again when its content has changed."""
+    """Executes a file once for all of its rewards, and again when its content has changed."""
     name = str(path)  # no other module has this name
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader, "a file that ends with .py has a loader"
@@ -129,7 +132,7 @@ def _load_module(path: Path, sha256: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # a user's file may raise anything
         del sys.modules[name]
-        raise UsageError(f"{path} with a reward cannot be loaded: {_one_line(error)}.") from None
+        raise UsageError(f"The reward file {path} cannot be loaded: {_one_line(error)}.") from None
     return module
 
 
@@ -170,9 +173,9 @@ class Scorer:
     """A reward for many replies, callable as TRL calls reward functions.
 
     Args:
-        limit: Maximum number of tokens of a reply.
-        stop_ids: Token ids that end a reply.
-        control_ids: Token ids that no text contains.
+        limit: maximum number of tokens of a reply.
+        stop_ids: ids of the tokens that end a reply.
+        control_ids: ids of the control tokens.
     """
 
     def __init__(self, name: str, limit: int, stop_ids: set[int], control_ids: set[int]):

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from mixture_support import MAX_DEVIATION, config_of, drawn_plan, drawn_weights
+from mixture_support import MAX_DEVIATION, config_of, random_plan, random_weights
 from support import locate_rows
 
 from rorchat.errors import DataError, MismatchError, UsageError
@@ -16,7 +16,7 @@ from rorchat.mixture.plan import Plan
 from rorchat.reading.filters import Filters
 
 PLANS = 60
-HALF = {"s0": 50, "s1": 50, "s2": 50}
+SOURCE_ROWS = {"s0": 50, "s1": 50, "s2": 50}
 
 
 def appended(previous: Plan, number: int) -> Plan:
@@ -35,7 +35,7 @@ def appended(previous: Plan, number: int) -> Plan:
     phases = []
     for phase, share in enumerate(rng.dirichlet(np.full(rng.integers(1, 4), 3.0)).tolist()):
         before = phase > 0 or any(name in kept for name in ends_on)
-        weights = drawn_weights(rng, names) | {"s0": float(rng.random()) + 0.01}
+        weights = random_weights(rng, names) | {"s0": float(rng.random()) + 0.01}
         kind = "ramp_to" if before and rng.random() < 0.5 else "weights"
         replay = float(rng.random()) if before and rng.random() < 0.3 else 0.0
         phases.append(Phase(share=max(share, 0.1), replay=replay, **{kind: weights}))
@@ -60,7 +60,7 @@ def largest_deviation(plan: Plan, sources: np.ndarray) -> float:
 def test_an_appended_mixture_keeps_earlier_rows_and_loses_none():
     capped = 0
     for number in range(PLANS):
-        plan = drawn_plan(number)
+        plan = random_plan(number)
         for part in range(1 + number % 3):
             previous, plan = plan, appended(plan, 7 * number + part)
             rows_of_plan = locate_rows(plan)
@@ -88,19 +88,19 @@ def test_an_appended_mixture_keeps_earlier_rows_and_loses_none():
 
 
 def test_phases_divide_the_remaining_rows():
-    previous = Plan(config_of(Phase(share=1.0, weights={"s0": 1})), HALF, 100, 16)
+    previous = Plan(config_of(Phase(share=1.0, weights={"s0": 1})), SOURCE_ROWS, 100, 16)
     phases = (Phase(share=0.5, weights={"s1": 1}), Phase(tokens=320, weights={"s2": 1}), Phase(share=0.5))
-    plan = Plan(config_of(*phases), HALF, 100, 16, previous, 40)
+    plan = Plan(config_of(*phases), SOURCE_ROWS, 100, 16, previous, 40)
     assert [(phase.start, phase.end, phase.is_new) for phase in plan.phases] == [
         (0, 40, False), (40, 60, True), (60, 80, True), (80, 100, True),
     ]  # fmt: skip
     with pytest.raises(UsageError, match="tokens sum to 1,600, the run has 960 left: give less"):
-        Plan(config_of(Phase(tokens=1600)), HALF, 100, 16, previous, 40)
+        Plan(config_of(Phase(tokens=1600)), SOURCE_ROWS, 100, 16, previous, 40)
     with pytest.raises(UsageError, match="phase 1 is shorter than one row of 16 tokens .all phases have 960"):
-        Plan(config_of(Phase(tokens=3), Phase(share=1.0)), HALF, 100, 16, previous, 40)
+        Plan(config_of(Phase(tokens=3), Phase(share=1.0)), SOURCE_ROWS, 100, 16, previous, 40)
 
 
-def test_a_first_phase_continues_from_the_cut_of_the_previous_plan():
+def test_a_first_phase_continues_from_the_row_where_the_previous_plan_ends():
     ramp = config_of(Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, ramp_to={"s1": 1}))
     previous = Plan(ramp, {"s0": 900, "s1": 900, "s2": 900}, 1000, 16)
     for phase, at_start in (
@@ -111,11 +111,11 @@ def test_a_first_phase_continues_from_the_cut_of_the_previous_plan():
         first = plan.summary()["phases"][2]["sources"]
         assert [part["share_at_start"] for part in first] == pytest.approx(at_start)
     with pytest.raises(UsageError, match="phase 1: ramp_to needs a previous phase, but this is the first"):
-        Plan(config_of(Phase(share=1.0, ramp_to={"s2": 1})), HALF, 100, 16)
+        Plan(config_of(Phase(share=1.0, ramp_to={"s2": 1})), SOURCE_ROWS, 100, 16)
 
 
 def test_a_ramp_starts_without_removed_sources():
-    previous = Plan(config_of(Phase(share=1.0, weights={"s0": 2, "s1": 1, "s2": 1})), HALF, 100, 16)
+    previous = Plan(config_of(Phase(share=1.0, weights={"s0": 2, "s1": 1, "s2": 1})), SOURCE_ROWS, 100, 16)
     sources = {"s1": Source("text=s1"), "s2": Source("text=s2"), "new": Source("text=new")}
     config = MixtureConfig(sources, (Phase(share=1.0, ramp_to={"new": 1}),))
     plan = Plan(config, {"s1": 50, "s2": 50, "new": 70}, 100, 16, previous, 60)
@@ -128,39 +128,40 @@ def test_a_ramp_starts_without_removed_sources():
 
 
 def test_a_new_first_phase_without_weights_mixes_by_size():
-    previous = Plan(config_of(Phase(share=1.0, weights={"s0": 1})), HALF, 1000, 16)
+    previous = Plan(config_of(Phase(share=1.0, weights={"s0": 1})), SOURCE_ROWS, 1000, 16)
     config = MixtureConfig({"s1": Source("text=s1"), "new": Source("text=new")})
     plan = Plan(config, {"s1": 50, "new": 150}, 1000, 16, previous, 200)
     assert [plan.count(source, 1000) for source in range(4)] == [200, 200, 0, 600]
 
 
 def test_epochs_and_limits_include_the_previous_plan():
-    previous = Plan(config_of(Phase(share=1.0, weights={"s0": 1, "s1": 1})), HALF, 1000, 16)
+    previous = Plan(config_of(Phase(share=1.0, weights={"s0": 1, "s1": 1})), SOURCE_ROWS, 1000, 16)
     config = config_of(Phase(share=1.0, weights={"s0": 1, "s1": 1}), s0={"max_epochs": 3})
-    plan = Plan(config, HALF, 1000, 16, previous, 200)  # 100 rows of each: two epochs
+    plan = Plan(config, SOURCE_ROWS, 1000, 16, previous, 200)  # 100 rows of each: two epochs
     assert 148 <= plan.count(0, 1000) <= 150
     assert plan.totals()[0]["epochs"] == plan.count(0, 1000) / 50
     assert [part["epochs"] for part in plan.summary()["phases"][0]["sources"]] == [2, 2, 0]
     assert "s0 reaches max_epochs 3 in phase 2" in plan.notices[0]
     used_up = config_of(Phase(share=1.0, weights={"s0": 1, "s1": 1}), s0={"max_epochs": 2})
-    assert Plan(used_up, HALF, 1000, 16, previous, 200).count(0, 1000) == 100
-    rests = config_of(Phase(share=1.0, weights={"s1": 1}), s0={"max_epochs": 1})
-    assert not Plan(rests, HALF, 1000, 16, previous, 200).notices  # an unused source gives no notice
+    assert Plan(used_up, SOURCE_ROWS, 1000, 16, previous, 200).count(0, 1000) == 100
+    unused = config_of(Phase(share=1.0, weights={"s1": 1}), s0={"max_epochs": 1})
+    assert not Plan(unused, SOURCE_ROWS, 1000, 16, previous, 200).notices  # an unused source gives no notice
     with pytest.raises(DataError, match=r"phase 1 has no source left after 3,\d+ of 16,000 tokens: s0 \(max_epochs 2"):
-        Plan(config_of(Phase(share=1.0, weights={"s0": 1}), s0={"max_epochs": 2}), HALF, 1000, 16, previous, 200)
+        Plan(config_of(Phase(share=1.0, weights={"s0": 1}), s0={"max_epochs": 2}), SOURCE_ROWS, 1000, 16, previous, 200)
 
 
-def test_notices_of_the_previous_plan_after_the_cut_are_dropped():
+def test_notices_of_the_previous_plan_about_later_rows_are_dropped():
     config = config_of(Phase(share=1.0, weights={"s0": 1, "s1": 1}), s0={"max_epochs": 1}, s1={"max_epochs": 18})
-    previous = Plan(config, HALF, 900, 16)
+    previous = Plan(config, SOURCE_ROWS, 900, 16)
     assert len(previous.notices) == 1
-    plans = [Plan(config_of(Phase(share=1.0)), HALF, 900, 16, previous, start) for start in (50, 300)]
+    plans = [Plan(config_of(Phase(share=1.0)), SOURCE_ROWS, 900, 16, previous, start) for start in (50, 300)]
     assert [len(plan.notices) for plan in plans] == [0, 1]
 
 
 def test_the_description_marks_new_phases():
-    previous = Plan(config_of(Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, weights={"s1": 1})), HALF, 1000, 16)
-    plan = Plan(config_of(Phase(share=1.0, weights={"s1": 1, "s2": 1})), HALF, 1000, 16, previous, 600)
+    halves = config_of(Phase(share=0.5, weights={"s0": 1}), Phase(share=0.5, weights={"s1": 1}))
+    previous = Plan(halves, SOURCE_ROWS, 1000, 16)
+    plan = Plan(config_of(Phase(share=1.0, weights={"s1": 1, "s2": 1})), SOURCE_ROWS, 1000, 16, previous, 600)
     lines = [" ".join(line.split()) for line in plan.describe().splitlines()]
     assert lines[0] == "mixture: 16,000 tokens in 1,000 rows of 16"
     assert [line for line in lines if line.startswith("phase")] == [
@@ -176,7 +177,7 @@ def test_the_description_marks_new_phases():
 
 
 def test_the_picture_of_an_appended_plan_is_drawn(tmp_path):
-    appended(drawn_plan(6), 6).draw(tmp_path / "mixture.png")
+    appended(random_plan(6), 6).draw(tmp_path / "mixture.png")
     assert (tmp_path / "mixture.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -212,19 +213,19 @@ def test_from_dict_restores_a_mixture(tmp_path):
 
 def history_entry(config: MixtureConfig, digests: dict[str, str], until: int = 40) -> dict:
     mixture = json.loads(json.dumps(config.to_dict()))
-    return {"until": until, "mixture": mixture, "sources": digests, "windows": HALF, "data": []}
+    return {"until": until, "mixture": mixture, "sources": digests, "windows": SOURCE_ROWS, "data": []}
 
 
 def test_a_plan_is_rebuilt_from_the_mixture_history():
     first, second = config_of(Phase(share=1.0, weights={"s0": 1})), config_of(Phase(share=1.0, ramp_to={"s1": 1}))
     third = config_of(Phase(share=1.0, weights={"s2": 1}, replay=0.5))
     kept = json.loads(json.dumps([history_entry(first, {}), history_entry(second, {}, until=70)]))
-    plan = build_plan(kept, third, HALF, 100, 16)
-    previous = Plan(second, HALF, 100, 16, Plan(first, HALF, 100, 16), 40)
-    assert (locate_rows(plan) == locate_rows(Plan(third, HALF, 100, 16, previous, 70))).all()
+    plan = build_plan(kept, third, SOURCE_ROWS, 100, 16)
+    previous = Plan(second, SOURCE_ROWS, 100, 16, Plan(first, SOURCE_ROWS, 100, 16), 40)
+    assert (locate_rows(plan) == locate_rows(Plan(third, SOURCE_ROWS, 100, 16, previous, 70))).all()
     with pytest.raises(MismatchError, match="Source 's1' had 50 rows up to row 40 and now has 51: .* another name"):
-        build_plan(kept, third, HALF | {"s1": 51}, 100, 16)
-    assert build_plan([], first, HALF, 100, 16).count(0, 100) == 100
+        build_plan(kept, third, SOURCE_ROWS | {"s1": 51}, 100, 16)
+    assert build_plan([], first, SOURCE_ROWS, 100, 16).count(0, 100) == 100
 
 
 def test_a_source_that_continues_must_have_the_same_data():

@@ -1,7 +1,7 @@
 """Interleaved sources stay close to their budgets, and no row is lost or repeated."""
 
 import numpy as np
-from mixture_support import MAX_DEVIATION, config_of, drawn_plan
+from mixture_support import MAX_DEVIATION, config_of, random_plan
 from support import locate_rows
 
 from rorchat.mixture.interleave import UNIT
@@ -30,7 +30,7 @@ def largest_deviation(plan: Plan, sources: np.ndarray) -> float:
 def test_random_plans_follow_their_budgets_and_lose_no_row():
     guaranteed = within = capped = left_out = 0
     for number in range(PLANS):
-        plan = drawn_plan(number)
+        plan = random_plan(number)
         rows_of_plan = locate_rows(plan)
         counts = [0] * len(plan.names)
         for source, count in rows_of_plan:

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from mixture_support import config_of, drawn_plan
+from mixture_support import config_of, random_plan
 from support import locate_rows
 
 from rorchat.errors import DataError, UsageError
@@ -178,7 +178,7 @@ def test_the_description_lists_every_phase_and_the_total():
 
 def test_the_summary_is_json_and_its_totals_match_the_rows():
     for number in range(20):
-        plan = drawn_plan(number)
+        plan = random_plan(number)
         summary = json.loads(json.dumps(plan.summary()))
         sources = Counter(locate_rows(plan)[:, 0].tolist())
         for index, part in enumerate(summary["sources"]):
@@ -189,7 +189,7 @@ def test_the_summary_is_json_and_its_totals_match_the_rows():
 
 
 def test_the_plot_is_a_png_file(tmp_path):
-    drawn_plan(6).draw(tmp_path / "mixture.png")
+    random_plan(6).draw(tmp_path / "mixture.png")
     assert (tmp_path / "mixture.png").read_bytes().startswith(b"\x89PNG")
 
 

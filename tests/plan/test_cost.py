@@ -1,4 +1,4 @@
-"""Memory of real steps, and published speeds."""
+"""Estimates of memory and speed, compared with measured steps and published figures."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def train(plan):
     micro_step, update = build_step(plan, plan.micro_batch)
     for work in (micro_step, micro_step, update) * 5:
         work()
-# loads what a step needs
+# loads all libraries, whose memory is not counted
 train(plan_of({"size": "2x2x128", "vocabulary": 512, "block_size": 32, "micro_batch": 1, "optimizer": "adamw"}))
 before = resident("VmRSS")
 train(plan_of(json.loads(sys.argv[1])))
@@ -36,12 +36,12 @@ print(resident("VmHWM") - before)
 """
 
 
-def test_flops_per_token_equal_nanogpts():
+def test_flops_per_token_equal_those_of_nanogpt():
     assert flops_per_token(parse_shape("124m"), 50_257, 1024) == pytest.approx(854.4e6, rel=1e-4)
 
 
 @pytest.mark.parametrize("size", ["demo", "3x2x64"])
-def test_parameter_counts_equal_the_models(size, tokenizer):
+def test_parameter_counts_equal_those_of_the_model(size, tokenizer):
     model = build_model(size, tokenizer, n_positions=64)
     assert count_parameters(parse_shape(size), len(tokenizer), 64) == model.num_parameters()
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "wpe" not in name]
@@ -49,7 +49,9 @@ def test_parameter_counts_equal_the_models(size, tokenizer):
 
 
 def test_74_million_padded_sentences_take_a_v100_less_than_a_day():
-    """The original project gives only this bound. Filled rows need a quarter of the positions for the same tokens."""
+    """The project that `recipes/bookcorpus-51m` follows reports only this bound. Rows without padding need a quarter of
+    the positions for the same tokens.
+    """
     settings = {"size": "51m", "vocabulary": 50_257, "block_size": 64, "optimizer": "adamw", "micro_batch": 256,
                  "global_batch_tokens": 16_384, "kernels": "eager"}  # fmt: skip
     padded = make_test_plan("V100", tokens=74e6 * 64, **settings)
@@ -132,7 +134,7 @@ def test_memory_options_lower_memory():
     assert estimate_memory(setup, shape, 4)["activations"] == plain["activations"] / 2
     exact = replace(setup, precision="fp32")
     assert estimate_memory(exact, shape, 8)["activations"] > 1.4 * plain["activations"]
-    compiled = estimate_memory(replace(exact, kernels="compiled"), shape, 8)["activations"]  # not computed again by us
+    compiled = estimate_memory(replace(exact, kernels="compiled"), shape, 8)["activations"]  # no recomputation
     assert estimate_memory(exact, shape, 8)["activations"] < 0.7 * compiled
     assert set(plain) == {"weights", "gradients", "optimizer", "activations", "logits", "workspace"}
 
@@ -141,7 +143,7 @@ def test_memory_options_lower_memory():
 @pytest.mark.parametrize(
     ("size", "numbers"), [("124m", 2**24), ("8x4x256", 4 * 8 * 256**2), ("2x40x2560", 4 * 2560**2)]
 )
-def test_muons_step_counts_if_it_is_the_peak(device, bytes_of_a_number, size, numbers):
+def test_the_step_of_muon_counts_if_it_is_the_peak(device, bytes_of_a_number, size, numbers):
     setup = Setup(find_device(device), 1, "fp16", 512, 16, optimizer="muon")
     shape = parse_shape(size)
     parts = estimate_memory(setup, shape, 1)

@@ -15,7 +15,7 @@ INPUTS = """
 Args:
     predictions: replies decoded with skip_special_tokens=False, or replies as lists of token ids.
 Constructor args:
-    end_of_turn: the end-of-turn token, as text or as id like the predictions. Defaults to "<|im_end|>".
+    end_of_turn: the end-of-turn token, as text or as an id, as in the predictions. Defaults to "<|im_end|>".
 Returns:
     stop_rate: 0 to 1, higher is better.
 Examples:

@@ -96,8 +96,8 @@ class StartEvents:
 class MetricsCallback(TrainerCallback):
     """Writes one line per logging step to metrics.jsonl. Shows a progress bar on a terminal, or plain lines in a log.
 
-    The file is append-only: a resumed run adds `{"event": "resumed", "step": N}`, which supersedes the lines of later
-    steps. Derived values are added to the logs before trackers receive them (`complete`).
+    The file is append-only: a resumed run adds `{"event": "resumed", "step": N}`, which supersedes the earlier
+    lines of steps after N. Derived values are added to the logs before trackers receive them (`complete`).
 
     Args:
         folder: the run folder.
@@ -130,7 +130,7 @@ class MetricsCallback(TrainerCallback):
         self.counts_skipped_steps = False
         self.seconds_before = self.dollars_before = self.paused_seconds = 0.0
         self.skipped_steps = self.skipped_in_a_row = self.last_step = 0
-        self.last_mixture = 0  # step of the last logged shares; saved in checkpoints, so that no step is left out
+        self.last_mixture = 0  # step of the last logged shares; checkpoints save it, so that no step is omitted
         self.seconds_per_step: deque[float] = deque(maxlen=SPEED_WINDOW)
 
     # Derived values
@@ -143,7 +143,7 @@ class MetricsCallback(TrainerCallback):
         self.paused_seconds += time.monotonic() - began
 
     def elapsed(self) -> dict[str, float]:
-        """Seconds since the run began, over all of its starts, and their cost in dollars."""
+        """Seconds since training began, summed over all starts of the run, and their cost in dollars."""
         seconds = time.monotonic() - self.start_time if self.start_time is not None else 0.0
         elapsed = {"seconds": round(self.seconds_before + seconds, 2)}
         if self.price_per_hour:
@@ -267,7 +267,7 @@ class MetricsCallback(TrainerCallback):
         self.bar.write("  ".join(parts), file=sys.stderr)
 
     def _time_left(self, args, state) -> str:
-        """The remaining time, from the median speed of the last log lines; the first line includes warm-up."""
+        """The remaining time, from the median speed of the last log lines: the first line includes warm-up."""
         seconds = statistics.median(self.seconds_per_step) * (state.max_steps - state.global_step)
         pending = []
         if args.eval_strategy == IntervalStrategy.STEPS:

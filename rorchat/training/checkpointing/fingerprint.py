@@ -36,7 +36,7 @@ FREE_SETTINGS = {
     "mirror", "new_phase", "weights_only", "eval_steps", "eval_strategy", "eval_on_start", "eval_delay",
     "sample_prompts", "base_text", "disable_tqdm", "log_level", "log_level_replica", "logging_first_step",
     "dataloader_prefetch_factor", "dataloader_pin_memory", "dataloader_persistent_workers",
-    # the contents behind these are compared by sha256 instead, and the precision by name
+    # compared in another form: the sha256 of what they refer to, and the name of the precision
     "tokenizer", "model", "persona", "token_store", "replay", "bf16", "fp16",
 }  # fmt: skip
 #: Settings that define a mixture. The resolved mixture is compared instead.
@@ -48,10 +48,11 @@ OPTIMIZER_SETTINGS = {
     "optimizer", "learning_rate", "matrix_learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type",
     "lr_scheduler_kwargs", "warmup_steps", "cooldown_share", "seed",
 }  # fmt: skip
-#: Entries that change only rounding where the order of the data does not depend on them, as in pretraining.
+#: Entries that affect only rounding in stages whose order of rows does not depend on them, such as pretraining.
 ELASTIC_ENTRIES = {
     "processes", "per_device_train_batch_size", "per_device_eval_batch_size", "compile", "gradient_checkpointing",
 }  # fmt: skip
+#: Entries that affect only rounding in every stage.
 ROUNDING_ENTRIES = {"versions", "python", "rorchat", "device", "precision", "tf32"}
 ANOTHER_RUN = "another run"
 ONLY_WEIGHTS = "resumes from the weights only"
@@ -64,7 +65,7 @@ def fingerprint_model(folder: str) -> dict[str, str]:
 
 
 def fingerprint_data(arguments: StageArguments) -> dict[str, object]:
-    """The contents behind the settings: digests of sources, persona, replayed text and reward files, the mixture."""
+    """What the settings refer to: digests of sources, persona, replayed text and reward files; and the mixture."""
     persona = Path(arguments.persona) if arguments.persona else DEFAULT_PERSONA
     data: dict[str, object] = {
         "sources": {spec: _source_digest(spec) for spec in arguments.source_specs()},
@@ -110,7 +111,7 @@ def collect_run_metadata(arguments: StageArguments, stage: str, inputs: dict[str
 
 
 def _non_default_settings(arguments: StageArguments) -> dict[str, object]:
-    """The settings whose value is not the default. To set the default explicitly makes no other run."""
+    """The settings whose value is not the default. Setting a default explicitly does not make another run."""
     defaults = {
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(arguments)

@@ -74,6 +74,8 @@ def _logits_gradient(head: SlicedHead, hidden: Tensor, targets: Tensor, sums: Te
 def reply_masks(group_sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Masks in TRL's layout, (2 B, T): all chosen sides, then all rejected sides, right-padded to the longest side.
 
+    A side is the prompt followed by one of its replies.
+
     Args:
         group_sizes: (B, 3), number of tokens in each prompt, chosen reply and rejected reply.
 
@@ -126,7 +128,7 @@ def score_replies(model: GPT2LMHeadModel, input_ids: Tensor, group_sizes: Tensor
     packed = {"input_ids": input_ids[is_token][None], "position_ids": position_ids[is_token][None]}  # (1, N)
     recompute = packed["input_ids"].numel() * model.config.n_embd >= MIN_RECOMPUTE_ELEMENTS
     hidden, tied = hidden_states(model, model.base_model, (), packed, groups, recompute)  # (1, N, D)
-    # (B, W), for each token the index among the N packed tokens of the hidden state that predicts it
+    # (B, W): the hidden state that predicts each token, as an index into the N packed tokens
     predictors = torch.where(columns == prompts + chosen, prompts, columns) - 1 + lengths.cumsum(dim=0) - lengths
     weight, trained_rows = head_weight(model)
     scores = apply_head(
