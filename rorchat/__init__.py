@@ -36,7 +36,7 @@ STAGES = (
     "evaluation",  # scores: loss, bits per byte, chat behaviour, questions with known answers
     "training",  # training: pretrain, sft, dpo, grpo
     "plan",  # budget -> size, tokens, memory, hours, price
-    "report",  # run folders -> curves, tables, samples
+    "reporting",  # run folders -> curves, tables, samples
     "hub",  # verify, push, download, verify again
     "recipes",  # the training commands, and the settings of the stories
     "cli",  # the command `rorchat`

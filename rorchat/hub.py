@@ -19,7 +19,7 @@ from rorchat.evaluation.scores import read_scores
 from rorchat.files import file_sha256
 from rorchat.inference.engine import resolve_model_path
 from rorchat.model import WEIGHTS
-from rorchat.report import (
+from rorchat.reporting import (
     find_runs,
     format_data_table,
     format_run_table,

@@ -61,7 +61,7 @@ def evaluate(
     _silence_transformers()
     from rorchat.evaluation.compare import compare_models
     from rorchat.evaluation.scores import write_scores
-    from rorchat.report import format_score_table
+    from rorchat.reporting import format_score_table
 
     named = []
     for model in models:
@@ -107,7 +107,7 @@ def gate(
 def report(folder: Annotated[Path, typer.Argument(help="Run folder, or folder with the runs of a story.")]) -> None:
     """Write report.md and curves.png for one or more runs."""
     from rorchat.evaluation.scores import read_scores
-    from rorchat.report import format_stage_table, write_report
+    from rorchat.reporting import format_stage_table, write_report
 
     written, curves = write_report(folder)
     print(f"report  {written}\ncurves  {curves}")

@@ -6,7 +6,7 @@ import sys
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     """Prints a table. On a terminal, cells are wrapped to its width."""
     if not sys.stdout.isatty():
-        from rorchat.report import format_table
+        from rorchat.reporting import format_table
 
         print(format_table(header, rows))
         return

@@ -17,7 +17,7 @@ from rorchat.errors import DataError, MismatchError, UsageError, exits_with_one_
 from rorchat.evaluation.loss import compute_batch_loss
 from rorchat.inference.engine import load_model
 from rorchat.mixture.dataset import ValidationRows
-from rorchat.report import format_forgetting_table, write_report
+from rorchat.reporting import format_forgetting_table, write_report
 from rorchat.tokenizer import load_tokenizer, token_bytes
 from rorchat.tokens.prepare import prepare
 from rorchat.training import base_loss

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from rorchat.errors import DivergedError, UsageError, exits_with_one_line
 from rorchat.jsonl import read_json_lines
 from rorchat.model import build_model
-from rorchat.report import draw_curves, drop_superseded_lines
+from rorchat.reporting import draw_curves, drop_superseded_lines
 from rorchat.training import arguments as arguments_module
 from rorchat.training import stage as stage_module
 from rorchat.training.arguments import parse, parse_trackers

@@ -11,7 +11,7 @@ from rorchat.evaluation.behaviour import MEASURES, Behaviour, Value
 from rorchat.evaluation.gate import Verdict, write_verdict
 from rorchat.evaluation.scores import Rate, Scores, write_scores
 from rorchat.jsonl import read_json_lines
-from rorchat.report import (
+from rorchat.reporting import (
     find_runs,
     format_samples,
     format_score_table,
