@@ -1,13 +1,36 @@
-"""rorchat: from raw text to your own chat model, stock GPT-2 from the first byte to the Hub.
+"""rorchat: train your own chat model, from raw text to the Hugging Face Hub. The model is always a stock GPT-2.
 
-Data flows in this order, in which modules may also import each other (`STAGES`):
+In the order of the work:
 
-    raw text -> chat -> tokens -> model -> words -> scores -> training -> report -> hub
+    rorchat.train_tokenizer   text -> a tokenizer
+    rorchat.pretrain          documents -> a base model, which continues texts
+    rorchat.sft               a base model and conversations -> a chat model
+    rorchat.dpo               pairs of a better and a worse reply -> a chat model that prefers the better ones
+    rorchat.grpo              questions with known answers -> a chat model that is rewarded for right replies
+    rorchat.load              a model to talk to: `.chat("Hello")`, `.complete("Once upon a time")`
+    rorchat.evaluate          the scores of several models, as a table
+    rorchat.gate              does a chat model stop, repeat itself, know who it is?
+    rorchat.report            a report with curves about one or more runs
+    rorchat.push              a model with a model card on the Hub
 
-Importing `rorchat` is cheap: a public name imports its module on first use.
+`help(rorchat.sft)` shows the settings of a stage. The functions run in this process, return their results, and raise
+`rorchat.RorchatError`. docs/python.md shows all of them at work. Importing `rorchat` is quick: a public name imports
+its module on first use.
+
+Parts of the stages: `encode_conversation` and `encode_prompt` (chat format), `load_tokenizer`, `load_model`,
+`generate_text` and `stream_text`. `STAGES` lists the modules in the order in which data flows through them.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rorchat.api.models import evaluate, gate, load, push, report
+    from rorchat.api.training import dpo, grpo, pretrain, sft, train_tokenizer
+    from rorchat.chatml import encode_conversation, encode_prompt
+    from rorchat.errors import RorchatError
+    from rorchat.inference.engine import generate_text, load_model, stream_text
+    from rorchat.tokenizer import load_tokenizer
 
 __version__ = "0.1.0"
 
@@ -32,28 +55,43 @@ STAGES = (
     "device",  # model: peak FLOPS, memory and price of a GPU or CPU
     "adapter",  # model: LoRA adapters in a folder: verify, load, merge
     "model",  # model: sizes, from scratch or from a checkpoint, FLOPs
-    "inference",  # words: load, generate, stream, chat
+    "inference",  # replies: load, generate, stream, chat
     "evaluation",  # scores: loss, bits per byte, chat behaviour, questions with known answers
     "training",  # training: pretrain, sft, dpo, grpo
     "plan",  # budget -> size, tokens, memory, hours, price
     "reporting",  # run folders -> curves, tables, samples
     "hub",  # verify, push, download, verify again
     "recipes",  # the training commands, and the settings of the stories
+    "api",  # the commands as Python functions
     "cli",  # the command `rorchat`
 )
 
 _HOMES = {
+    "train_tokenizer": "rorchat.api.training",
+    "pretrain": "rorchat.api.training",
+    "sft": "rorchat.api.training",
+    "dpo": "rorchat.api.training",
+    "grpo": "rorchat.api.training",
+    "load": "rorchat.api.models",
+    "evaluate": "rorchat.api.models",
+    "gate": "rorchat.api.models",
+    "report": "rorchat.api.models",
+    "push": "rorchat.api.models",
     "RorchatError": "rorchat.errors",
     "encode_conversation": "rorchat.chatml",
     "encode_prompt": "rorchat.chatml",
-    "train_tokenizer": "rorchat.tokenizer",
     "load_tokenizer": "rorchat.tokenizer",
     "load_model": "rorchat.inference.engine",
     "generate_text": "rorchat.inference.engine",
     "stream_text": "rorchat.inference.engine",
 }
 
-__all__ = ["STAGES", "__version__", *_HOMES]
+# written out for type checkers, which do not read _HOMES
+__all__ = [
+    "train_tokenizer", "pretrain", "sft", "dpo", "grpo", "load", "evaluate", "gate", "report", "push", "RorchatError",
+    "encode_conversation", "encode_prompt", "load_tokenizer", "load_model", "generate_text", "stream_text", "STAGES",
+    "__version__",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

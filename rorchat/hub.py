@@ -184,11 +184,14 @@ def _find_story(folder: Path) -> Path:
 # -- upload ----------------------------------------------------------------------------------------------------------
 
 
-def push_model(name_or_path: str, repository: str, private: bool = False) -> str:
+def push_model(name_or_path: str, repository: str, private: bool = False, dry_run: bool = False) -> str:
     """Verifies a model, uploads it with a card, downloads it, compares all files, and verifies the download.
 
+    Args:
+        dry_run: verify the model and build the card, but upload nothing; the Hub is not contacted.
+
     Returns:
-        A summary for the user.
+        A summary for the user; after a dry run, it ends with the card.
 
     Raises:
         UsageError: the name of the repository is invalid.
@@ -205,6 +208,8 @@ def push_model(name_or_path: str, repository: str, private: bool = False) -> str
         raise DataError(f"No weights in {folder}: only safetensors are pushed.")
     before = verify_model(folder)
     card = build_model_card(folder, repository)  # before the upload, so that nothing is uploaded if it fails
+    if dry_run:
+        return f"verified  {folder}: {before['answer']!r}\nnothing was uploaded; the card would be:\n\n{card}"
     api = HfApi()
     with translate_hub_errors(repository):
         url = api.create_repo(repository, private=private, exist_ok=True)

@@ -12,6 +12,7 @@ from typing import TextIO
 from tqdm.auto import tqdm
 
 from rorchat.chatml import END_OF_TEXT, IGNORE_INDEX, encode_conversations, encode_text
+from rorchat.console import shows_bars
 from rorchat.errors import DataError, RorchatError, UsageError
 from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
@@ -148,7 +149,7 @@ def check_source(
     seen: set[bytes] = set()
     batch: list[tuple[str, dict]] = []
     longest = max_length if tokenizer is not None and kind != "document" else None
-    for row in tqdm(rows, desc=f"check {spec}", unit=" rows", disable=None, leave=False):
+    for row in tqdm(rows, desc=f"check {spec}", unit=" rows", disable=not shows_bars(), leave=False):
         text = row_text(row)
         row_digest = exact_digest(row, text_digest(text))
         try:

@@ -1,7 +1,12 @@
 """What the libraries print while a command runs."""
 
+import os
 import subprocess
 import sys
+
+import pytest
+
+from rorchat.console import quiet_libraries, shows_bars
 
 TRAINING = "import rorchat.training.train_and_save, rorchat.training.dpo"
 
@@ -32,3 +37,34 @@ def test_progress_bars_are_off_unless_stderr_is_a_terminal():
         "import tqdm; print(tqdm.tqdm(range(2)).disable)"
     )
     assert result.stdout == "True\n"
+
+
+def test_bars_are_shown_on_a_terminal_and_in_a_notebook_unless_tqdm_is_disabled(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    assert not shows_bars()
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    assert shows_bars()
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert not shows_bars()
+
+
+def test_a_function_call_leaves_bars_of_its_caller_on():
+    result = run_python(
+        "import os\nos.environ.pop('TQDM_DISABLE', None)\n"
+        "from rorchat.console import quiet_libraries\n"
+        f"with quiet_libraries(): {TRAINING}\n"
+        "import tqdm; print(tqdm.tqdm(range(2)).disable)"
+    )
+    assert result.stdout == "False\n"
+
+
+def test_an_error_restores_the_environment_too(monkeypatch):
+    monkeypatch.setenv("CHANGED", "before")
+    monkeypatch.setenv("REMOVED", "before")
+    with pytest.raises(ValueError), quiet_libraries():
+        os.environ["CHANGED"] = os.environ["ADDED"] = "during"
+        del os.environ["REMOVED"]
+        raise ValueError
+    assert (os.environ["CHANGED"], os.environ["REMOVED"], "ADDED" in os.environ) == ("before", "before", False)

@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -137,10 +139,14 @@ def test_the_package_holds_the_files_that_are_not_modules():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["import", "rorchat"], ["rorchat", "--help"], ["rorchat", "sft", "--help"]], ids=" ".join
+    "arguments",
+    [["import", "rorchat"], ["rorchat.sft"], ["rorchat", "--help"], ["rorchat", "sft", "--help"]],
+    ids=" ".join,
 )
 def test_import_and_help_need_no_torch_and_half_a_second(arguments):
     code = "import sys, rorchat"
+    if arguments == ["rorchat.sft"]:
+        code += "; import pydoc; assert 'lora_rank INT' in pydoc.plain(pydoc.render_doc(rorchat.sft))"
     if arguments[0] == "rorchat":
         code += f", rorchat.cli; sys.argv = {arguments}\ntry: rorchat.cli.main()\nexcept SystemExit: pass"
     code += "\nimport resource; used = resource.getrusage(resource.RUSAGE_SELF)\n"
@@ -150,6 +156,25 @@ def test_import_and_help_need_no_torch_and_half_a_second(arguments):
     loaded, seconds = process.stdout.split("MEASURED ")[1].split()
     assert loaded == "False"
     assert float(seconds) < 0.5
+
+
+def test_no_public_name_is_also_a_module():
+    """Importing a module sets it as an attribute of the package, in place of a function of the same name."""
+    assert {name.partition(".")[2] for name in NAMES if name.count(".") == 1} & set(rorchat.__all__) == set()
+
+
+def test_type_checkers_see_the_public_names():
+    (block,) = (node for node in ast.parse(NAMES["rorchat"].read_text()).body if is_type_checking(node))
+    imported = {alias.name for node in block.body for alias in node.names}
+    assert imported == set(rorchat.__all__) - {"STAGES", "__version__"}
+
+
+def test_help_lists_the_functions_in_the_order_of_the_work():
+    assert rorchat.__doc__ is not None
+    listed = re.findall(r"^    rorchat\.(\w+)  ", rorchat.__doc__, re.MULTILINE)
+    functions = [name for name in rorchat.__all__ if inspect.isfunction(getattr(rorchat, name))]
+    assert listed == [name for name in functions if getattr(rorchat, name).__module__.startswith("rorchat.api.")]
+    assert {*listed, *rorchat.__all__} == set(dir(rorchat))
 
 
 def test_public_names_exist_and_an_unknown_one_lists_them():

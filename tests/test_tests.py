@@ -39,6 +39,7 @@ TESTED_IN = {
     "training/checkpointing/fingerprint.py": "faults/test_refusals.py",
     "training/checkpointing/mirror.py": "faults/test_mirror.py",
     "training/checkpointing/trainer_mixin.py": "faults/test_resume.py",
+    "training/result.py": "api/test_training.py",
     "training/context.py": "training/test_pretrain.py",
     "training/data.py": "training/test_sft.py",
     "training/distributed.py": "recipes/test_accelerate.py",

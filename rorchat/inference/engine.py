@@ -41,6 +41,47 @@ class ChatModel:
         """The ids of the tokens that end a generation."""
         return set(self.model.generation_config.eos_token_id)
 
+    def __repr__(self) -> str:  # a notebook would show every layer
+        size = f"{self.model.num_parameters():,} parameters, {self.n_positions} positions"
+        return f"ChatModel({size}, on {self.model.device})"
+
+    def chat(
+        self,
+        prompt: "str | Messages",
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+    ) -> str:
+        """Returns the reply to a question, or to a conversation that ends with a user message.
+
+        Args:
+            prompt: a question, or messages such as `[{"role": "user", "content": "Hello"}]`.
+            max_new_tokens: token limit of the reply; None for a quarter of the context window.
+            temperature: 0 for the most likely reply, always the same; None for the model's own setting.
+            top_p: nucleus sampling: draw from the most likely tokens whose probabilities add up to this; None for the
+                model's own setting.
+
+        Raises:
+            UsageError: a setting is out of range.
+            DataError, MismatchError: the conversation is malformed or does not fit into the context window.
+        """
+        return generate_text(self, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+
+    def complete(
+        self,
+        text: str,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = 0.0,
+        top_p: float | None = None,
+    ) -> str:
+        """Returns a continuation of a text, which is read as the beginning of a document, not as a question.
+
+        The settings are those of `chat`, except that the most likely continuation is the default.
+        """
+        return continue_texts(self, [text], max_new_tokens, temperature, top_p)[0]
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -253,11 +294,20 @@ def stream_text(
         raise failures[0]
 
 
-def continue_texts(chat: ChatModel, texts: Sequence[str], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
-    """Continues each text as the beginning of a document, not as a user message. Returns the continuations."""
+def continue_texts(
+    chat: ChatModel,
+    texts: Sequence[str],
+    max_new_tokens: int | None = None,
+    temperature: float | None = 0.0,
+    top_p: float | None = None,
+) -> list[str]:
+    """Continues each text as the beginning of a document, not as a user message. Returns the continuations.
+
+    Settings as in `generate_replies`, but greedy by default.
+    """
     start = token_id(chat.tokenizer, END_OF_TEXT)
-    kwargs = _build_generate_kwargs(chat, max_new_tokens, temperature, None)
-    room = chat.n_positions - max_new_tokens - 1
+    kwargs = _build_generate_kwargs(chat, max_new_tokens, temperature, top_p)
+    room = chat.n_positions - kwargs["max_new_tokens"] - 1
     prompts = [[start, *ids[max(0, len(ids) - room) :]] for ids in encode_text(chat.tokenizer, list(texts))]
     output, width = _generate(chat, prompts, kwargs)
     return chat.tokenizer.batch_decode(output[:, width:].tolist(), skip_special_tokens=True)

@@ -4,17 +4,29 @@ rorchat grpo --config demo/grpo.yaml
 accelerate launch recipes/grpo.py --model runs/gpt2-chat --sources gsm8k --output_dir runs/gpt2-grpo
 """
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
 from rorchat.console import configure_libraries
 from rorchat.errors import exits_with_one_line
+
+if TYPE_CHECKING:
+    from rorchat.training.result import TrainingResult
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     configure_libraries()  # before they are imported
+    return train(argv).metrics
+
+
+def train(argv: Sequence[str] | None = None, settings: Mapping[str, object] | None = None) -> "TrainingResult":
+    """Trains with the settings of the command line and of Python, see `rorchat.training.arguments.parse`."""
     from rorchat.training.arguments import parse
     from rorchat.training.chat_stage import run_chat_stage
     from rorchat.training.grpo import ChatGRPOTrainer, GRPOArguments, load_questions
 
-    return run_chat_stage("grpo", parse(GRPOArguments, argv), load_questions, ChatGRPOTrainer)
+    arguments = parse(GRPOArguments, argv, settings)
+    return run_chat_stage("grpo", arguments, load_questions, ChatGRPOTrainer)
 
 
 if __name__ == "__main__":

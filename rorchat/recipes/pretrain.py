@@ -4,12 +4,23 @@ rorchat pretrain --config demo/pretrain.yaml
 accelerate launch --num_processes 8 recipes/pretrain.py --config my.yaml --learning_rate 1e-3
 """
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
 from rorchat.console import configure_libraries
 from rorchat.errors import exits_with_one_line
+
+if TYPE_CHECKING:
+    from rorchat.training.result import TrainingResult
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     configure_libraries()  # before they are imported
+    return train(argv).metrics
+
+
+def train(argv: Sequence[str] | None = None, settings: Mapping[str, object] | None = None) -> "TrainingResult":
+    """Trains with the settings of the command line and of Python, see `rorchat.training.arguments.parse`."""
     from rorchat.inference.engine import resolve_model_path
     from rorchat.model import build_model, check_fit, load_checkpoint, zero_output_projections
     from rorchat.persona import load_persona
@@ -23,14 +34,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         prepare_token_stores,
         show_plan,
     )
+    from rorchat.training.result import TrainingResult
     from rorchat.training.run_folder import RunFolder
-    from rorchat.training.train_and_save import train
+    from rorchat.training.train_and_save import train as run_training
 
-    arguments = parse(PretrainArguments, argv)
+    arguments = parse(PretrainArguments, argv, settings)
     base = resolve_model_path(arguments.model) if arguments.model else None
     with RunFolder(arguments, "pretrain", {"start": base or arguments.tokenizer}) as run:
         if run.is_finished:
-            return run.finished_metrics()
+            return TrainingResult(run.finished_metrics(), run.folder)
 
         persona = load_persona(arguments.persona) if arguments.persona else None
         tokenizer = load_tokenizer(base or arguments.tokenizer, persona)
@@ -47,7 +59,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         mixture = build_mixture(arguments, stores, history)
         context = run.context(describe_mixture(mixture.plan, stores, history))
         trainer = PretrainTrainer(model, arguments, tokenizer, mixture, stores, context)
-        return train(run, trainer, startup_messages=show_plan(mixture.plan, run.folder))
+        metrics = run_training(run, trainer, startup_messages=show_plan(mixture.plan, run.folder))
+        return TrainingResult(metrics, run.folder)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from rorchat.console import shows_bars
 from rorchat.errors import UsageError
 
 PIECE_CHARACTERS = 100_000  # the BPE trainer buffers 256 texts: 26 MB, where 256 whole books would need far more
@@ -74,8 +75,8 @@ class _Progress:
     def __init__(self, max_characters: int):
         self.started = self.last_line = time.monotonic()
         self.bar = None
-        if sys.stderr.isatty():  # in a log, tqdm would write one endless line
-            from tqdm import tqdm
+        if shows_bars():  # in a log, tqdm would write one endless line
+            from tqdm.auto import tqdm
 
             layout = "{desc} {percentage:3.0f}% |{bar}| {n_fmt} characters, {rate_fmt}, at most {remaining} left"
             self.bar = tqdm(

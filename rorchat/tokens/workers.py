@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from rorchat.console import shows_bars
 from rorchat.errors import StorageError
 from rorchat.sources.registry import SourcePart
 from rorchat.tokens.tokenize_shard import ShardTokenizer
@@ -127,7 +128,14 @@ class _Progress:
         self.text_bytes = {number: self._read_text_bytes(number) for number in done}
         self.started = self.last_line = time.monotonic()
         self.counts = (0, 0, 0)
-        self.bar = tqdm(total=self._estimate(), desc=self.title, unit="B", unit_scale=True, disable=None, leave=False)
+        self.bar = tqdm(
+            total=self._estimate(),
+            desc=self.title,
+            unit="B",
+            unit_scale=True,
+            disable=not shows_bars(),
+            leave=False,
+        )
 
     def _read_text_bytes(self, number: int) -> int:
         return json.loads(_record_path(self.job, number).read_text())["utf8_bytes"]

@@ -3,13 +3,16 @@
 import argparse
 import importlib.util
 import math
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SaveStrategy
@@ -297,11 +300,19 @@ class StageParser(TrlParser):
         raise UsageError(f"{message.removesuffix('.')}. See --help.")
 
 
-def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
-    """Settings from defaults, `--config FILE.yaml` and the command line; later ones take precedence.
+def parse(
+    dataclass_type: type[Arguments],
+    argv: Sequence[str] | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> Arguments:
+    """Settings from defaults, `--config FILE.yaml`, Python and the command line; later ones take precedence.
 
     In the `sources` of the file, `$NAME` is replaced by an environment variable, as in a mixture file. The attribute
     `given` of the result has the settings of the file and the command line; it is written to the run's config.yaml.
+
+    Args:
+        argv: the words of the command line; None for those of this process.
+        settings: values by name, as a function of `rorchat.api` was called with. They are checked like a config file's.
 
     Raises:
         UsageError: an unknown key or flag (the message suggests the nearest one), a value of the wrong type, an
@@ -312,13 +323,16 @@ def parse(dataclass_type: type[Arguments], argv: Sequence[str] | None = None) ->
     _show_help(dataclass_type, parser, argv)
     options = {action.dest: action for action in parser._actions}
     argv, config, path = _split_config(argv)
-    _check_config(config, path, options)
+    _check_values(config, path, options)
+    settings = {name: _plain(value) for name, value in (settings or {}).items()}
+    _check_values(settings, "", options)
     flags = [word[2:].split("=")[0].replace("-", "_") for word in argv if re.match(r"--[a-zA-Z]", word)]
     for flag in flags:
         if flag not in options and flag.removeprefix("no_") not in options:
             raise UsageError(f"Unknown option --{flag}.{did_you_mean(flag, options)} See --help.")
-    if config.get("sources") and "sources" not in flags:
+    if config.get("sources") and "sources" not in (*flags, *settings):
         config["sources"] = [expand_variables(f"{path}: sources", spec) for spec in config["sources"]]
+    config |= settings
     names = {entry.name for entry in fields(dataclass_type)}
     given = {name.removeprefix("no_") if name not in names else name for name in (*config, *flags)}
     for name in sorted(given & set(dataclass_type.UNSUPPORTED_ARGS)):
@@ -353,7 +367,17 @@ def _name_setting(message: str, config: dict, argv: list[str]) -> str:
 
 
 def _plain(value: object) -> object:
-    return value.value if hasattr(value, "value") else value  # enums of Transformers
+    """The value as YAML can hold it: enums of Transformers, paths, tuples and NumPy's numbers are converted."""
+    match value:
+        case Enum():
+            return value.value
+        case os.PathLike():
+            return os.fspath(value)
+        case list() | tuple():
+            return [_plain(element) for element in value]
+        case np.generic():
+            return value.item()
+    return value
 
 
 def _split_config(argv: list[str]) -> tuple[list[str], dict, str]:
@@ -383,17 +407,21 @@ STRING_SETTINGS = {
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
-def _check_config(config: dict, path: str, options: dict[str, argparse.Action]) -> None:
-    """Checks keys and types. TrlParser accepts a list for an int, and YAML's unquoted `no` for a string."""
+def _check_values(values: Mapping[str, object], path: str, options: dict[str, argparse.Action]) -> None:
+    """Checks names and types. TrlParser accepts a list for an int, and YAML's unquoted `no` for a string.
+
+    Args:
+        path: the config file that has the values; "" if they were given in Python.
+    """
     lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
-    for key, value in config.items():
+    for key, value in values.items():
         line = next((n for n, text in enumerate(lines, 1) if re.match(rf"{re.escape(str(key))}\s*:", text)), 0)
-        where = f"{path}:{line}: "
+        where, what = (f"{path}:{line}: ", "key") if path else ("", "setting")
         if key not in options or key == "help":
-            raise UsageError(f"{where}unknown key {key!r}.{did_you_mean(str(key), options)}")
+            raise UsageError(f"{where}unknown {what} {key!r}.{did_you_mean(str(key), options)}")
         expected = _expected_type(options[key])
         if not _has_type(value, options[key], expected):
-            hint = " (write yes and no in quotes)" if isinstance(value, bool) else ""
+            hint = " (write yes and no in quotes)" if path and isinstance(value, bool) else ""
             raise UsageError(f"{where}{key} is {value!r}, a {type(value).__name__}; expected {expected}{hint}.")
 
 

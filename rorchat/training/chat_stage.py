@@ -7,6 +7,7 @@ from rorchat.model import check_fit, load_checkpoint
 from rorchat.persona import load_persona
 from rorchat.tokenizer import load_tokenizer
 from rorchat.training.data import Split
+from rorchat.training.result import TrainingResult
 from rorchat.training.run_folder import RunFolder
 from rorchat.training.stage import ChatStageTrainer
 from rorchat.training.train_and_save import train
@@ -19,7 +20,7 @@ def run_chat_stage(
     trainer_class: Callable[..., ChatStageTrainer],
     *,
     add_control_tokens: bool = False,
-) -> dict[str, float]:
+) -> TrainingResult:
     """Loads the model and the data, trains, and saves the model.
 
     Args:
@@ -28,12 +29,12 @@ def run_chat_stage(
         add_control_tokens: accept a model that cannot chat yet, and add the ChatML control tokens to it.
 
     Returns:
-        The final metrics, which are also in run.json.
+        The final metrics, and the folder of the run.
     """
     base = resolve_model_path(arguments.model)
     with RunFolder(arguments, stage, {"start": base}) as run:
         if run.is_finished:
-            return run.finished_metrics()
+            return TrainingResult(run.finished_metrics(), run.folder)
 
         persona = load_persona(arguments.persona) if add_control_tokens and arguments.persona else None
         tokenizer = load_tokenizer(base, persona, require_chat=not add_control_tokens)
@@ -43,4 +44,4 @@ def run_chat_stage(
         split = load_data(arguments, tokenizer, arguments.max_row_length() or model.config.n_positions)
         context = run.context({"data": [stats.summary() for stats in split.row_stats]}, adapter)
         trainer = trainer_class(model, arguments, tokenizer, split.train, split.validation, context)
-        return train(run, trainer, startup_messages=split.row_stats)
+        return TrainingResult(train(run, trainer, startup_messages=split.row_stats), run.folder)

@@ -6,7 +6,6 @@ rorchat encodes, batches and scores the pairs; TRL computes the losses.
 """
 
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from rorchat.adapter import is_adapter
 from rorchat.chatml import encode_preferences
+from rorchat.console import shows_bars
 from rorchat.errors import UsageError, did_you_mean
 from rorchat.jsonl import append_json_line
 from rorchat.rows import RejectedRow
@@ -300,7 +300,7 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
             DataLoader(dataset, batch_size, collate_fn=self.data_collator, num_workers=workers)
         )
         log_probs = []
-        for batch in tqdm(loader, desc=f"reference, {name}", disable=bool(os.environ.get("TQDM_DISABLE")) or None):
+        for batch in tqdm(loader, desc=f"reference, {name}", disable=not shows_bars()):
             sides = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))
             log_probs.append(torch.stack(sides).float().cpu())
         return torch.cat(log_probs, dim=1)

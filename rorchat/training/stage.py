@@ -8,7 +8,6 @@ The training loop is that of Transformers' Trainer. `StageTrainer` is mixed into
 """
 
 import functools
-import logging
 import sys
 import time
 from abc import abstractmethod
@@ -101,8 +100,6 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
             self.add_callback(callback)
         prompts = self._sample_prompts()
         self.add_callback(SamplesCallback(folder, prompts, self.generate_samples, self.metrics, self.signals))
-        for name in ("trainer", "trainer_utils"):  # they warn about differences that RunFolder checks
-            logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
 
     @abstractmethod
     def tokens_after(self, step: int) -> int:

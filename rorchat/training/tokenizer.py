@@ -14,6 +14,9 @@ from rorchat.sources.registry import iterate_texts
 from rorchat.tokenizer import train_tokenizer
 from rorchat.tokenizer.training_text import BoundedText
 from rorchat.training.arguments import DataArguments
+from rorchat.training.result import TokenizerResult
+
+METRICS_FILE = "tokenizer_training.json"
 
 
 @dataclass
@@ -32,8 +35,8 @@ class TokenizerArguments(DataArguments):
             raise UsageError("No output folder: give --output_dir runs/my-tokenizer")
 
 
-def run_tokenizer_training(arguments: TokenizerArguments) -> dict[str, float]:
-    """Trains a tokenizer and saves it with its settings; returns how much text was read.
+def run_tokenizer_training(arguments: TokenizerArguments) -> TokenizerResult:
+    """Trains a tokenizer and saves it with its settings.
 
     Raises:
         MismatchError: the output folder contains another tokenizer or other files.
@@ -41,7 +44,7 @@ def run_tokenizer_training(arguments: TokenizerArguments) -> dict[str, float]:
     folder = Path(arguments.output_dir)
     config = folder / "config.yaml"
     if os.environ.get("RANK", "0") != "0":
-        return {}  # the first process trains it
+        return TokenizerResult({}, folder)  # the first process trains it
     if folder.is_dir() and any(folder.iterdir()):
         if not config.is_file() or yaml.safe_load(config.read_text()) != arguments.given:
             raise MismatchError(
@@ -49,7 +52,7 @@ def run_tokenizer_training(arguments: TokenizerArguments) -> dict[str, float]:
                 "Choose another output_dir, or delete the folder."
             )
         print(f"{folder}: already trained with these settings; delete the folder to train again")  # noqa: T201
-        return {}
+        return TokenizerResult(json.loads((folder / METRICS_FILE).read_text()), folder)
     started = time.monotonic()
     persona = load_persona(arguments.persona)
     text = BoundedText(
@@ -64,11 +67,11 @@ def run_tokenizer_training(arguments: TokenizerArguments) -> dict[str, float]:
         "stopped_at_max_characters": text.stopped,
         "seconds": round(time.monotonic() - started, 1),
     }
-    (folder / "tokenizer_training.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n")
     config.write_text(yaml.safe_dump(arguments.given))
     print(  # noqa: T201
         f"{folder}: {len(tokenizer):,} tokens, trained on {text.characters:,} characters "
         f"({text.utf8_bytes:,} UTF-8 bytes) in {metrics['seconds']} s "
         f"({'stopped at max_characters' if text.stopped else 'all of the text was read'})"
     )
-    return metrics
+    return TokenizerResult(metrics, folder)

@@ -17,6 +17,7 @@ from faults.harness import ENVIRONMENT, FLAGS, ROOT, verified_steps, weights_sha
 
 from rorchat.errors import MismatchError
 from rorchat.files import folder_lock
+from rorchat.training.callbacks import signals
 from rorchat.training.checkpointing.checkpoint import STAGING
 
 
@@ -31,6 +32,15 @@ def test_a_signal_saves_a_checkpoint_and_the_run_resumes(sandbox, uninterrupted,
     assert verified_steps(out)[0] == 5
     assert sandbox.run(out, **flags).code == 0
     assert weights_sha256(out) == weights_sha256(uninterrupted)
+
+
+def test_a_second_ctrl_c_ends_the_step_in_a_notebook_and_not_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "REPEAT_SECONDS", -1.0)  # launchers repeat a signal at once
+    monkeypatch.setattr(signals, "is_interactive", lambda: True)
+    callback = signals.SignalCallback(tmp_path)
+    callback.receive(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        callback.receive(signal.SIGINT)
 
 
 # Each of the following returns the step of a run if it is saving (evaluating, running long enough), or else None.

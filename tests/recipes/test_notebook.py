@@ -1,4 +1,7 @@
-"""Recipes called from Python: `main` returns metrics and raises exceptions, in a notebook too."""
+"""Recipes called from Python: `main` returns metrics and raises exceptions, in a notebook too.
+
+tests/docs/test_python_page.py runs the functions of `rorchat.api` in a notebook.
+"""
 
 import signal
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from rorchat.console import shows_bars
 from rorchat.errors import DivergedError
 from rorchat.jsonl import append_json_line, drop_partial_line
 
@@ -94,7 +95,8 @@ class StartEvents:
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes one line per logging step to metrics.jsonl. Shows a progress bar on a terminal, or plain lines in a log.
+    """Writes one line per logging step to metrics.jsonl. Shows a progress bar on a terminal or in a notebook, and plain
+    lines in a log.
 
     The file is append-only: a resumed run adds `{"event": "resumed", "step": N}`, which supersedes the earlier
     lines of steps after N. Derived values are added to the logs before trackers receive them (`complete`).
@@ -206,7 +208,7 @@ class MetricsCallback(TrainerCallback):
             append_json_line(self.path, resumed | ({"weights_only": True} if self.start.weights_only else {}))
         if self.start.new_phase:
             self.record_event(state.global_step, "new phase", sources=[*self.start.new_phase])
-        if sys.stderr.isatty():
+        if shows_bars():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):

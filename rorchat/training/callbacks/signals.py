@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from rorchat.console import is_interactive
 from rorchat.errors import Interrupted
 from rorchat.training.distributed import any_rank, sharding_strategy
 
@@ -29,13 +30,19 @@ class SignalCallback(TrainerCallback):
         self.stopping = False
 
     def receive(self, number: int) -> None:
-        """Records the first signal. A second one ends the process at once."""
+        """Records the first signal. A second one ends the process at once.
+
+        Raises:
+            KeyboardInterrupt: for a second signal in a notebook or at Python's prompt, instead of ending the process.
+        """
         if self.received is None:
             self.received, self.received_at = number, time.monotonic()
             name = signal.Signals(number).name
             message = f"{name}: saving a checkpoint after this step; send it again to stop at once\n"
             os.write(2, message.encode())  # print is not safe in a signal handler
         elif time.monotonic() - self.received_at > REPEAT_SECONDS:
+            if is_interactive():
+                raise KeyboardInterrupt
             os._exit(128 + number)
 
     def on_train_begin(self, args, state, control, **kwargs):
