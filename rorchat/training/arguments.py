@@ -82,7 +82,7 @@ class DataArguments:
 
 @dataclass
 class StageArguments(DataArguments, _TrainerArguments):
-    """The settings that all training stages share, beside those of Transformers' Trainer.
+    """Settings of all training stages, in addition to those of Transformers' Trainer.
 
     A stage's class lists this one before Transformers' or TRL's, so that the defaults below take precedence.
     """

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# BookCorpus: 51M parameters from scratch on 1.1 billion tokens, with a tokenizer of its own. For one V100.
+# BookCorpus: 51M parameters from scratch on 1.1 billion tokens, with its own tokenizer. For one V100.
 #
 #   bash run.sh [SETTINGS]
 #
