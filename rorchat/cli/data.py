@@ -29,7 +29,7 @@ RowFormat = Annotated[
 ]
 Against = Annotated[
     list[str] | None,
-    typer.Option(help="An evaluation set, file or folder: rows that share 13 words in a row with it are rejected. "
+    typer.Option(help="An evaluation set, file or folder: rows that share 13 consecutive words with it are rejected. "
                  "Repeatable."),
 ]  # fmt: skip
 MinCharacters = Annotated[int, typer.Option(help="Reject shorter texts.")]
