@@ -41,16 +41,18 @@ def describe(annotation: object) -> str:
     return text.replace("collections.abc.Sequence[", "list[").replace(" | pathlib.Path", "").replace("typing.", "")
 
 
-def describe_field(field: dataclasses.Field) -> tuple[str, object]:
+def describe_setting(arguments: type, name: str) -> tuple[str, object]:
+    """The type and the default of a setting. HfArgumentParser changes the types of fields, but not the annotations."""
+    owner = next(base for base in arguments.__mro__ if name in vars(base).get("__annotations__", {}))
+    (field,) = (field for field in dataclasses.fields(arguments) if field.name == name)
     value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-    return describe(field.type), value
+    return describe(owner.__annotations__[name]), value
 
 
 @each_stage
 def test_the_signature_names_the_settings_of_the_stage_with_their_types_and_defaults(name):
     help_text = (HELP_FOLDER / f"{name.replace('_', '-')}.txt").read_text().split("Common settings")[0]
     own = set(re.findall(r"^  --(\w+) [A-Z]+ ", help_text, re.MULTILINE)) - {"config"}
-    fields = {field.name: field for field in dataclasses.fields(STAGES[name])}
     parameters = dict(inspect.signature(getattr(rorchat, name)).parameters)
     assert (parameters.pop("config").default, len(own) > 5) == (None, True)
     if name != "train_tokenizer":
@@ -58,7 +60,7 @@ def test_the_signature_names_the_settings_of_the_stage_with_their_types_and_defa
         assert parameters.pop("trainer_settings").kind == inspect.Parameter.VAR_KEYWORD
     assert set(parameters) == own
     for parameter in parameters.values():
-        expected = describe_field(fields[parameter.name])
+        expected = describe_setting(STAGES[name], parameter.name)
         assert (describe(parameter.annotation), parameter.default.value) == expected, parameter.name
         assert parameter.kind == inspect.Parameter.KEYWORD_ONLY
 
