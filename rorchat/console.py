@@ -42,6 +42,8 @@ def configure_libraries() -> None:
     imported or read their settings only then.
     """
     silence_warnings()
+    # datasets logs what its exceptions say as well
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     if not shows_bars():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars belong on a terminal; a log has lines
 

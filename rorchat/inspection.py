@@ -3,7 +3,7 @@
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,13 +18,15 @@ from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
 from rorchat.rows import RejectedRow, row_text
 from rorchat.sources.base import RowStats
-from rorchat.sources.registry import SourceRows, find_source, list_sources, load_rows
+from rorchat.sources.columns import parse_columns, source_for_columns
+from rorchat.sources.location import add_columns, may_name_dataset
+from rorchat.sources.registry import SourceRows, find_source, list_sources, load_rows, locate
 from rorchat.tokenizer import byte_characters
 from rorchat.tokens.decontamination import EvaluationText
 from rorchat.validation_split import exact_digest, text_digest
 
 #: The row formats of files that belong to no known dataset, the most specific first.
-ROW_FORMATS = ("preference", "messages", "alpaca", "prompt_completion", "text")
+ROW_FORMATS = ("preference", "alpaca", "prompt_completion", "messages", "text")
 FORMAT_REASONS = ("missing field", "wrong type", "not a dialogue")  # reasons that indicate a different row format
 SAMPLE_ROWS = 40  # rows of a file on which each format is tried
 BATCH_ROWS = 500  # rows encoded together
@@ -40,28 +42,35 @@ class CheckResult:
     evaluation: EvaluationText | None = None  # the evaluation sets that the rows were compared with
 
 
-def resolve_spec(spec_or_path: str, row_format: str | None = None) -> tuple[str, bool]:
+def resolve_spec(
+    spec_or_path: str, row_format: str | None = None, columns: Sequence[str] | None = None
+) -> tuple[str, bool]:
     """Returns (spec, whether the row format was guessed) for a spec, or for a path and the format of its rows.
 
+    Args:
+        columns: the columns to read, as ROLE=COLUMN. They also say which format a path has.
+
     Raises:
-        UsageError: there is no such source or format.
+        UsageError: there is no such source or format, or it does not take these columns.
         DataError: there is no such file, or no format fits it.
     """
-    path = Path(spec_or_path).expanduser()
+    path, given = Path(spec_or_path).expanduser(), parse_columns(columns or [])
     if path.exists():
         if row_format:
             find_source(row_format)
-            return f"{row_format}={spec_or_path}", False
-        return f"{guess_row_format(path)}={spec_or_path}", True
+        guessed = not row_format and not given
+        name = row_format or (source_for_columns(given) if given else guess_row_format(path))
+        return add_columns([f"{name}={spec_or_path}"], given)[0], guessed
     name, _, where = spec_or_path.partition("=")
     if not where and (path.suffix or "/" in spec_or_path):
-        raise DataError(f"No file or folder {spec_or_path}.")
-    find_source(name)
+        advice = f" For a dataset of the Hub, name its format, as in text={spec_or_path}."
+        raise DataError(f"No file or folder {spec_or_path}.{advice if may_name_dataset(spec_or_path) else ''}")
+    locate(spec_or_path)
     if row_format and row_format != name:
         raise UsageError(
             f"{spec_or_path!r} already names its source, so --as {row_format} is not allowed: give only the path."
         )
-    return spec_or_path, False
+    return add_columns([spec_or_path], given)[0], False
 
 
 def guess_row_format(path: Path) -> str:
@@ -103,7 +112,9 @@ def _try_source(name: str, path: Path) -> tuple[float, str]:
             count += 1
             try:
                 rows.convert(raw)
-                score += 1
+                # a text under another usual name, such as "content", can be a part of a row of another format
+                is_weak = name == "text" and isinstance(raw, dict) and "text" not in raw
+                score += 0.75 if is_weak else 1
             except RejectedRow as rejected_row:
                 # An unusable row in the right format is weaker evidence for the format than a good one
                 is_other_format = isinstance(raw, RejectedRow) or rejected_row.reason in FORMAT_REASONS

@@ -1,6 +1,7 @@
 """A fake Hugging Face Hub for tests: on loopback, in memory, without git.
 
-It implements the requests with which `huggingface_hub` creates a repository, uploads a folder and downloads it. Weights
+It implements the requests with which `huggingface_hub` creates a repository, uploads a folder and downloads it, and
+those with which `datasets` reads a dataset (tests/fake_hub_datasets.py). Weights
 are uploaded by LFS (batch, PUT, verify, pointer in the commit), all other files base64-encoded in the commit, as on the
 real Hub. Xet is not implemented, so clients need HF_HUB_DISABLE_XET=1 (see `FakeHub.environment`).
 
@@ -20,6 +21,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from fake_hub_datasets import DatasetRoutes, FakeDataset, Refused
+
 TOKEN = "hf_fakeTokenThatNobodyMaySee0123456789"
 # Variables that would lead a client past the fake Hub, or to a real account
 _NOT_INHERITED = re.compile(r"(HF|HUGGING|TRANSFORMERS|XDG_CACHE)|.*_proxy$", re.IGNORECASE)
@@ -37,6 +40,8 @@ class FakeHub:
         received: the bodies of all requests.
         failing: {pattern of "METHOD /path": status}, as in `{"POST .*/commit/": 500}`.
         changed: {path: content} served instead of the uploaded content.
+        datasets: the dataset repositories, by name.
+        sent: {path: bytes} of the files of datasets that were sent.
     """
 
     def __init__(self):
@@ -48,6 +53,8 @@ class FakeHub:
         self.received: list[bytes] = []
         self.failing: dict[str, int] = {}
         self.changed: dict[str, bytes] = {}
+        self.datasets: dict[str, FakeDataset] = {}
+        self.sent: dict[str, int] = {}
         self.lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
@@ -77,6 +84,11 @@ class FakeHub:
         }
         return inherited | settings | ({"HF_TOKEN": token} if token else {})
 
+    def add_dataset(self, name: str, *commits: dict[str, bytes], **settings) -> FakeDataset:
+        """Adds a dataset with these commits, each {path: content} of all its files."""
+        self.datasets[name] = FakeDataset(name, list(commits), **settings)
+        return self.datasets[name]
+
     def revision(self, repository: str) -> str:
         """The id of the newest commit: 40 hexadecimal digits, as git's."""
         number = sum(commit[0] == repository for commit in self.commits)
@@ -103,14 +115,7 @@ def _oid(path: str, content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-class _Refused(Exception):
-    """An error response, with the code and message that the client reads from its headers."""
-
-    def __init__(self, status: int, message: str, code: str = "", **more: str):
-        self.status, self.message, self.code, self.more = status, message, code, more
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(DatasetRoutes, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     # (method, path, handler, whether it needs the token)
@@ -133,6 +138,10 @@ class _Handler(BaseHTTPRequestHandler):
     def hub(self) -> FakeHub:
         return self.server.hub
 
+    @property
+    def logged_in(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
     def log_message(self, *arguments) -> None:
         pass  # no log in the output of tests
 
@@ -145,9 +154,9 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 for pattern, status in self.hub.failing.items():
                     if re.match(pattern, f"{self.command} {path}"):
-                        raise _Refused(status, f"fake failure {status}")
+                        raise Refused(status, f"fake failure {status}")
                 status, headers, content = self.dispatch(path, body)
-            except _Refused as refused:
+            except Refused as refused:
                 headers = {"X-Error-Message": refused.message, "X-Error-Code": refused.code}
                 status, content = refused.status, json.dumps(refused.more | {"error": refused.message}).encode()
         self.send_response(status)
@@ -172,26 +181,26 @@ class _Handler(BaseHTTPRequestHandler):
 
     def dispatch(self, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
         method = "GET" if self.command == "HEAD" else self.command
-        for expected_method, pattern, name, logged_in in self.ROUTES:
+        for expected_method, pattern, name, needs_token in (*self.DATASET_ROUTES, *self.ROUTES):
             match = re.fullmatch(pattern, path)
             if expected_method != method or not match:
                 continue
-            if logged_in and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                raise _Refused(401, "Invalid username or password.")
+            if needs_token and not self.logged_in:
+                raise Refused(401, "Invalid username or password.")
             given = {key: value for key, value in match.groupdict().items() if value is not None}
             reply = getattr(self, name)(body, **given)
             return reply if isinstance(reply, tuple) else (200, {}, json.dumps(reply).encode())
-        raise _Refused(404, f"the fake Hub has no {method} {path}")
+        raise Refused(404, f"the fake Hub has no {method} {path}")
 
     def repository_files(self, repository: str) -> dict[str, bytes]:
         if repository not in self.hub.files:
-            raise _Refused(404, "Repository not found", "RepoNotFound")
+            raise Refused(404, "Repository not found", "RepoNotFound")
         return self.hub.files[repository]
 
     def files_at(self, repository: str, revision: str) -> dict[str, bytes]:
         files = self.repository_files(repository)
         if revision not in ("main", self.hub.revision(repository)):
-            raise _Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return files
 
     # The account and its repositories
@@ -207,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
         requested = json.loads(body)
         repository = f"{requested['organization']}/{requested['name']}"
         if repository in self.hub.files:
-            raise _Refused(409, "You already created this model repo", url=f"{self.hub.url}/{repository}")
+            raise Refused(409, "You already created this model repo", url=f"{self.hub.url}/{repository}")
         self.hub.files[repository] = {}
         if requested.get("private") or requested.get("visibility") == "private":
             self.hub.private.add(repository)
@@ -227,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.files_at(repository, revision)
         below = {path: content for path, content in files.items() if not folder or path.startswith(folder + "/")}
         if folder and not below:
-            raise _Refused(404, f"{folder} does not exist", "EntryNotFound")
+            raise Refused(404, f"{folder} does not exist", "EntryNotFound")
         entries = []
         for path, content in sorted(below.items()):
             entry = {"type": "file", "path": path, "size": len(content), "oid": _oid("", content)}
@@ -239,7 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, body, repository, revision, path):
         files = self.files_at(repository, revision)
         if path not in files:
-            raise _Refused(404, f"{path} does not exist", "EntryNotFound")
+            raise Refused(404, f"{path} does not exist", "EntryNotFound")
         oid = _oid(path, files[path])
         headers = {
             "ETag": f'"{oid}"',
@@ -255,7 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
     def validate_card(self, body):
         lines = json.loads(body)["content"].splitlines()
         if lines and lines[0] == "---" and "---" not in lines[1:]:
-            raise _Refused(400, "the card's metadata do not end")
+            raise Refused(400, "the card's metadata do not end")
         return {"errors": [], "warnings": []}
 
     def preupload(self, body, repository):
@@ -277,7 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
             paths.append(value["path"])
             if kind == "lfsFile":
                 if value["oid"] not in self.hub.lfs:
-                    raise _Refused(400, f"the content of {value['path']} was never uploaded")
+                    raise Refused(400, f"the content of {value['path']} was never uploaded")
                 files[value["path"]] = self.hub.lfs[value["oid"]]
             elif kind == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
@@ -287,7 +296,7 @@ class _Handler(BaseHTTPRequestHandler):
                 for path in [path for path in files if path.startswith(value["path"])]:
                     del files[path]
             else:
-                raise _Refused(400, f"the fake Hub does not know {kind}")
+                raise Refused(400, f"the fake Hub does not know {kind}")
         self.hub.commits.append((repository, summary, paths))
         oid = self.hub.revision(repository)
         return {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repository}/commit/{oid}"}
@@ -305,12 +314,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def lfs_upload(self, body, oid):
         if hashlib.sha256(body).hexdigest() != oid:
-            raise _Refused(400, "the content is not what its name says")
+            raise Refused(400, "the content is not what its name says")
         self.hub.lfs[oid] = body
         return {}
 
     def lfs_verify(self, body):
         requested = json.loads(body)
         if len(self.hub.lfs.get(requested["oid"], b"")) != requested["size"]:
-            raise _Refused(404, "the content did not arrive")
+            raise Refused(404, "the content did not arrive")
         return {}

@@ -1,6 +1,7 @@
 """Typer with the conventions of this command line: flags with underscores, one line for a wrong one."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -8,6 +9,8 @@ from typer.core import TyperCommand, TyperOption
 from typer.exceptions import TyperException
 
 from rorchat.errors import UsageError
+
+COLUMNS_FLAG = "--columns"
 
 
 def with_underscores(flag: str) -> str:
@@ -27,6 +30,29 @@ class Command(TyperCommand):
             if isinstance(parameter, TyperOption):  # for the help and for messages
                 parameter.opts = [with_underscores(flag) for flag in parameter.opts]
                 parameter.secondary_opts = [with_underscores(flag) for flag in parameter.secondary_opts]
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        has_columns = any(COLUMNS_FLAG in parameter.opts for parameter in self.params)
+        return super().parse_args(ctx, repeat_columns(args) if has_columns else args)
+
+
+def repeat_columns(words: Sequence[str]) -> list[str]:
+    """`--columns A=x B=y` -> `--columns A=x --columns B=y`: the training commands take several values of a flag.
+
+    `text=x` and `messages=x` are columns only if they come first: no other column goes with them, so later they are the
+    source.
+    """
+    result: list[str] = []
+    in_columns = is_first = False
+    for word in words:
+        role, sign, _ = word.partition("=")
+        in_columns = in_columns and bool(sign) and role.isalpha() and (is_first or role not in ("text", "messages"))
+        if in_columns and not is_first:
+            result.append(COLUMNS_FLAG)
+        result.append(word)
+        is_first = word == COLUMNS_FLAG
+        in_columns = in_columns or is_first
+    return result
 
 
 class App(typer.Typer):

@@ -21,7 +21,14 @@ Tokenizer = Annotated[str, typer.Option(help="A folder or a Hub id.")]
 Source = Annotated[
     str,
     typer.Argument(
-        help="NAME (from the Hub), NAME=PATH, NAME=AMOUNT (generated); chat:NAME for its conversations only."
+        help="NAME (from the Hub), NAME=OWNER/DATASET (any dataset of the Hub), NAME=PATH, NAME=AMOUNT (generated); "
+        "chat:NAME for its conversations only."
+    ),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="ROLE=COLUMN, one or several: the columns to read, as user=question assistant=answer; default: known ones."
     ),
 ]
 RowFormat = Annotated[
@@ -57,14 +64,21 @@ def list_sources() -> None:
         title = source.title.split(":")[0].rstrip(".")
         rows.append([name, title, ", ".join(source.kinds), where, source.size, source.licence, loss])
     print_table(["source", "description", "kinds", "from", "size", "licence", "tokens in the loss"], rows)
+    print(
+        "\nAny dataset of the Hub: text=OWNER/DATASET, messages=OWNER/DATASET, preference=OWNER/DATASET (docs/data.md)."
+    )
     restricted = [name for name in list_sources() if licence_restriction(find_source(name).licence)]
-    print(f"\nNot for commercial use, or of unstated licence: {', '.join(restricted)}.")
+    print(f"Not for commercial use, or of unstated licence: {', '.join(restricted)}.")
 
 
 @app.command()
 def check(
-    source: Annotated[str, typer.Argument(help="A source (NAME, NAME=PATH), or a file or folder of a known format.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A source (NAME, NAME=OWNER/DATASET, NAME=PATH), or a file or folder of a known format."),
+    ],
     row_format: RowFormat = None,
+    columns: Columns = None,
     rejects: Annotated[Path | None, typer.Option(help="Write the rejected rows to this JSON Lines file.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="With --max_length: reject conversations that do not fit.")
@@ -78,23 +92,23 @@ def check(
     min_latin: MinLatin = 0.0,
 ) -> None:
     """Read every row. Count kept and rejected rows, with the reasons and the first places."""
-    from rorchat.inspection import FORMAT_REASONS, check_source
+    from rorchat.inspection import FORMAT_REASONS, check_source, resolve_spec
     from rorchat.reading.filters import Filters
-    from rorchat.sources.registry import unread_files
+    from rorchat.sources.registry import columns_advice, unread_files
     from rorchat.tokenizer import load_tokenizer
 
     if (tokenizer is None) != (max_length is None):
         raise UsageError("--tokenizer and --max_length go together: tokens are counted with a tokenizer.")
     if max_length is not None and max_length < 1:
         raise UsageError(f"--max_length is {max_length}: give a positive number.")
+    spec, guessed = resolve_spec(source, row_format, columns)
     if rejects:
-        _require_separate(source, rejects)
+        _require_separate(spec, rejects)
     filters = Filters(min_characters, max_characters, max_repetition, min_letters, min_latin)
     file = rejects.open("w", encoding="utf-8") if rejects else None
     try:
         result = check_source(
-            source,
-            row_format=row_format,
+            spec,
             filters=filters,
             evaluation=against,
             tokenizer=load_tokenizer(tokenizer) if tokenizer else None,
@@ -105,19 +119,19 @@ def check(
         if file:
             file.close()
     name = result.spec.partition("=")[0]
-    if result.guessed:
+    if guessed:
         print(f"read as {name!r}; use --as to read it as another format")
     if result.evaluation:
         print(result.evaluation.describe())
     print(result.stats)
     _print_unread(unread_files(result.spec))
     other_format = sum(count for reason, count in result.stats.rejects.items() if reason in FORMAT_REASONS)
-    if result.guessed and other_format > result.stats.rows_in / 10:
+    if guessed and other_format > result.stats.rows_in / 10:
         print(f"{other_format:,} rows have a different format than {name!r}: check the files one by one")
     if rejects:
         print(f"rejects  {rejects}")
     if not result.stats.kept:
-        raise DataError(f"No row of {result.spec} can be used.")
+        raise DataError(f"No row of {result.spec} can be used. {columns_advice(result.stats)}".strip())
 
 
 def _print_unread(files: list[str]) -> None:
@@ -126,20 +140,25 @@ def _print_unread(files: list[str]) -> None:
         print(f"{len(files):,} other files of the folder are not read: {', '.join(files[:5])}{more}")
 
 
-def _require_separate(source: str, rejects: Path) -> None:
+def _require_separate(spec: str, rejects: Path) -> None:
     """Raises UsageError if writing `rejects` would overwrite the source, or add a file to its folder."""
-    location = source if Path(source).expanduser().exists() else source.partition("=")[2]
-    path = Path(location).expanduser().resolve()
-    if location and path in (rejects.expanduser().resolve(), *rejects.expanduser().resolve().parents):
+    from rorchat.sources.registry import local_path
+
+    location = local_path(spec)
+    if location and location.resolve() in (rejects.expanduser().resolve(), *rejects.expanduser().resolve().parents):
         raise UsageError(f"--rejects {rejects} would change the checked data in {location}: choose another file.")
 
 
 @app.command()
 def show(
-    source: Annotated[str, typer.Argument(help="A source (NAME, NAME=PATH, NAME=AMOUNT), or a file or folder.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A source (NAME, NAME=OWNER/DATASET, NAME=PATH, NAME=AMOUNT), or a file or folder."),
+    ],
     tokenizer: Tokenizer,
     row: Annotated[int, typer.Option(help="The number of the row, from 0.")] = 0,
     row_format: RowFormat = None,
+    columns: Columns = None,
 ) -> None:
     """Show a row as tokens. Tokens in the loss are green on a terminal, and in brackets elsewhere."""
     from rorchat.inspection import resolve_spec, show_row
@@ -147,7 +166,7 @@ def show(
 
     if row < 0:
         raise UsageError(f"--row is {row}: rows are counted from 0.")
-    spec, _ = resolve_spec(source, row_format)
+    spec, _ = resolve_spec(source, row_format, columns)
     place, sequences = show_row(spec, row, load_tokenizer(tokenizer))
     in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for title, tokens in sequences.items():
@@ -190,6 +209,7 @@ def prepare(
     validation_share: ValidationShare = 0.01,
     seed: Annotated[int, typer.Option(help="Seed of generated sources.")] = 0,
     persona: PersonaFile = None,
+    columns: Columns = None,
     against: Against = None,
     min_characters: MinCharacters = 0,
     max_characters: MaxCharacters = 0,
@@ -200,16 +220,19 @@ def prepare(
     """Tokenize a source into a token store, in parallel. Rerun the same command to resume an interrupted run."""
     from rorchat.persona import load_persona
     from rorchat.reading.filters import Filters
-    from rorchat.sources.registry import find_source
+    from rorchat.sources.columns import parse_columns
+    from rorchat.sources.location import add_columns
+    from rorchat.sources.registry import locate
     from rorchat.tokenizer import load_tokenizer
     from rorchat.tokens.prepare import prepare as prepare_store
 
-    find_source(source.partition("=")[0])  # before the tokenizer, which may have to be downloaded
+    locate(source)  # before the tokenizer, which may have to be downloaded
+    (spec,) = add_columns([source], parse_columns(columns or []))
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}: give a positive number.")
     _require_share(validation_share)
     store = prepare_store(
-        source,
+        spec,
         load_tokenizer(tokenizer),
         out,
         validation_share=validation_share,

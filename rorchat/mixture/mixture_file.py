@@ -5,6 +5,7 @@
       tales: {from: cosmopedia=$DATA/tales, max_epochs: 4, optional: true, filters: {min_characters: 200}}
       talk: chat:tinytown=5000                                      # conversations of a source that also has documents
       mine: store=../tokens/mine                                    # an existing token store
+      web: {from: text=OWNER/DATASET@v2, columns: {text: body}}     # a dataset of the Hub, and which column is read
     against: [../data/gsm8k/test.jsonl]                             # reject documents that share 13 consecutive words
     phases:
       - {share: 60%, weights: {c4: 1}}                              # of all tokens; alternatively `tokens: 2_000_000`
@@ -18,18 +19,20 @@ tokens.
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rorchat.errors import UsageError, did_you_mean
 from rorchat.reading.filters import Filters
+from rorchat.sources.columns import parse_columns
+from rorchat.sources.location import add_columns
 from rorchat.stories import find_story_file
 from rorchat.yaml_file import read_yaml
 
 KEYS = ("sources", "against", "phases", "weights")
-SOURCE_KEYS = ("from", "max_epochs", "optional", "filters")
+SOURCE_KEYS = ("from", "columns", "max_epochs", "optional", "filters")
 PHASE_KEYS = ("share", "tokens", "weights", "ramp_to", "replay")
 
 
@@ -98,6 +101,13 @@ class MixtureConfig:
             for name, source in values["sources"].items()
         }
         return cls(sources, tuple(Phase(**phase) for phase in values["phases"]), against=tuple(values["against"]))
+
+    def with_specs(self, specs: Mapping[str, str]) -> "MixtureConfig":
+        """The mixture with some specs of its sources replaced."""
+        sources = {
+            name: replace(source, spec=specs.get(source.spec, source.spec)) for name, source in self.sources.items()
+        }
+        return replace(self, sources=sources)
 
     def require_standalone(self) -> None:
         """Raises UsageError if the first phase refers to a previous phase."""
@@ -193,7 +203,7 @@ def _read_source(where: str, name: Any, value: Any) -> Source:
     _require_known_keys(where, value, SOURCE_KEYS)
     spec, optional, epochs = value.get("from"), value.get("optional", False), value.get("max_epochs")
     if not isinstance(spec, str) or not spec.strip():
-        raise UsageError(f"{where}: from is {spec!r}; give NAME, NAME=PATH or NAME=AMOUNT.")
+        raise UsageError(f"{where}: from is {spec!r}; give NAME, NAME=OWNER/DATASET, NAME=PATH or NAME=AMOUNT.")
     if not isinstance(optional, bool):
         raise UsageError(f"{where}: optional is {optional!r}; give true or false.")
     if epochs is not None:
@@ -206,7 +216,20 @@ def _read_source(where: str, name: Any, value: Any) -> Source:
         chosen = Filters(**filters)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
-    return Source(expand_variables(f"{where}: from", spec), epochs, optional, chosen)
+    spec = _name_columns(where, expand_variables(f"{where}: from", spec), value.get("columns"))
+    return Source(spec, epochs, optional, chosen)
+
+
+def _name_columns(where: str, spec: str, columns: Any) -> str:
+    """The spec with the columns of a source."""
+    if columns is None:
+        return spec
+    if not isinstance(columns, dict) or not columns:
+        raise UsageError(f"{where}: columns is {columns!r}; give ROLE: COLUMN, as in {{text: body}}.")
+    try:
+        return add_columns([spec], parse_columns(f"{role}={column}" for role, column in columns.items()))[0]
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
 
 
 def _read_phase(where: str, value: Any, sources: dict[str, Source]) -> Phase:

@@ -72,6 +72,7 @@ class RowStats:
     places: dict[str, list[str]] = field(default_factory=dict)
     repairs: dict[str, int] = field(default_factory=dict)  # kept rows that were repaired
     cut: int = 0  # kept rows whose last turns did not fit into the context window
+    hub: dict[str, str] = field(default_factory=dict)  # dataset, config, split and revision of rows from the Hub
 
     def reject(self, place: str, rejected_row: RejectedRow) -> None:
         reason = rejected_row.reason
@@ -97,7 +98,7 @@ class RowStats:
     def summary(self) -> dict[str, object]:
         """Returns the counts, as written to run.json."""
         names = ("source", "licence", "rows_in", "kept", "rejects", "repairs", "cut")
-        return {name: vars(self)[name] for name in names}
+        return {name: vars(self)[name] for name in names} | ({"hub": self.hub} if self.hub else {})
 
     def most_frequent_rejects(self) -> list[tuple[str, int]]:
         """Returns (reason, count) pairs, the most frequent reason first."""
@@ -105,7 +106,9 @@ class RowStats:
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.kept:,} of {self.rows_in:,} rows kept"]
-        if licence_restriction(self.licence):
+        if self.hub:
+            lines.append(f"  from the Hub: {', '.join(f'{key} {value}' for key, value in self.hub.items())}")
+        if self.hub or licence_restriction(self.licence):
             lines.append(f"  licence: {self.licence}")
         if self.cut:
             lines.append(f"  {self.cut:,} of them truncated: their last turns do not fit into the context window")

@@ -5,14 +5,13 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rorchat import sources
-from rorchat.errors import DataError, RemoteError, UsageError, did_you_mean
+from rorchat.errors import DataError, UsageError, did_you_mean
 from rorchat.persona import Persona, load_persona
 from rorchat.reading.folders import files_digest, find_files, is_hidden
 from rorchat.reading.formats import read_rows
@@ -20,9 +19,14 @@ from rorchat.reading.parts import split_files
 from rorchat.reading.slices import FileSlice
 from rorchat.rows import CHECKS, RejectedRow, RepairedRow
 from rorchat.sources.base import PlacedRow, RowStats, Source, to_printable
+from rorchat.sources.columns import ROLES, Columns, pick_columns, require_columns, suggest_columns
+from rorchat.sources.hub_dataset import HubDataset, HubRows, open_rows, resolve
+from rorchat.sources.location import Location, format_spec, parse_location
 
 CHAT_PREFIX = "chat:"  # prefix of a source's name that selects its conversations
 HUB_ROWS_PER_PART = 20_000
+#: The other modules of this folder.
+NOT_SOURCES = {"base", "columns", "hub_dataset", "hub_errors", "location", "registry"}
 
 RejectHook = Callable[[str, RejectedRow, object], None]  # called with place, rejected row and raw row
 
@@ -30,7 +34,7 @@ RejectHook = Callable[[str, RejectedRow, object], None]  # called with place, re
 def list_sources() -> list[str]:
     """The names of all sources."""
     modules = {module.name for module in pkgutil.iter_modules(sources.__path__)}
-    return sorted(modules - {"base", "registry"})
+    return sorted(modules - NOT_SOURCES)
 
 
 def find_source(name: str) -> Source:
@@ -70,6 +74,53 @@ def split_spec(spec: str) -> tuple[Source, str]:
     return find_source(name), where
 
 
+def locate(spec: str) -> Location:
+    """Where the rows of a source that is not generated are; empty for a generated one.
+
+    Raises:
+        UsageError: there is no such source, or an option of the spec is wrong.
+    """
+    source, where = split_spec(spec)
+    if source.is_generated:
+        return Location()
+    location = parse_location(source, where)
+    return location if where else replace(location, dataset=HubDataset.of_source(source))
+
+
+def local_path(spec: str) -> Path | None:
+    """The local file or folder of a source; None if its rows are generated or on the Hub."""
+    return locate(spec).path
+
+
+def pin_spec(spec: str) -> str:
+    """The spec of the same rows on the Hub that names their commit, configuration and split. Others are unchanged.
+
+    Raises:
+        RorchatError: the dataset cannot be found, see `rorchat.sources.hub_dataset.resolve`.
+    """
+    location = locate(spec)
+    if location.dataset is None:
+        return spec
+    dataset = resolve(location.dataset)
+    return format_spec(spec.partition("=")[0], replace(location, dataset=dataset)) if dataset.is_pinned else spec
+
+
+def is_pin_of(pinned: str, spec: str) -> bool:
+    """Whether a pinned spec names a commit of the rows that another spec asks for without one."""
+    if pinned.partition("=")[0] != spec.partition("=")[0]:
+        return False
+    commit, asked = locate(pinned), locate(spec)
+    if commit.dataset is None or asked.dataset is None or commit.columns != asked.columns:
+        return False
+    given = {"config": asked.dataset.config, "split": asked.dataset.split}
+    if not asked.dataset.is_own:
+        given["revision"] = asked.dataset.revision
+    elif asked.dataset.is_pinned:
+        return pinned == spec
+    wanted = replace(commit.dataset, **{key: value for key, value in given.items() if value})
+    return commit.dataset.is_pinned and wanted == commit.dataset and wanted.path == asked.dataset.path
+
+
 @dataclass
 class SourceRows:
     """Iterates over the usable rows of a source or of a part of it.
@@ -80,6 +131,7 @@ class SourceRows:
         allow_empty: whether a source without usable rows is accepted. If not, the iteration ends with a DataError.
         on_reject: called for each rejected row.
         place: the place that the last row was read from.
+        columns: role -> column, if the user has named them.
     """
 
     spec: str
@@ -90,6 +142,7 @@ class SourceRows:
     allow_empty: bool = False
     on_reject: RejectHook | None = None
     place: str = ""
+    columns: Columns = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[dict]:
         for place, raw in self.raw:
@@ -121,6 +174,7 @@ class SourceRows:
         """
         if isinstance(raw, RejectedRow):
             raise raw
+        raw = pick_columns(self.source.name, self.columns, raw)
         convert = self.source.to_question if self.kind == "question" else self.source.convert
         converted = convert(raw) if convert else raw  # generated rows need no conversion
         row = converted.row if isinstance(converted, RepairedRow) else converted
@@ -138,15 +192,26 @@ def require_kept_rows(stats: RowStats) -> None:
         reasons = [
             f"{count:,} {reason}, first at {stats.places[reason][0]}" for reason, count in stats.most_frequent_rejects()
         ]
+        if advice := columns_advice(stats):
+            raise DataError(f"No row of {stats.source} can be used: {'; '.join(reasons)}. {advice}")
         raise DataError(
             f"No row of {stats.source} can be used: {'; '.join(reasons)}. Correct them "
             f"(`rorchat data check {stats.source} --rejects FILE` lists them all), or use another source."
         )
 
 
+def columns_advice(stats: RowStats) -> str:
+    """How to name the columns of a source, if most of its rejected rows lack one; otherwise empty."""
+    name, rejects = stats.source.partition("=")[0], stats.most_frequent_rejects()
+    return suggest_columns(name) if name in ROLES and rejects and rejects[0][0] == "missing field" else ""
+
+
 @dataclass(frozen=True)
 class SourcePart:
-    """A part of a source: slices of local files, or the range (start, stop) of the rows of a dataset on the Hub."""
+    """A part of a source: slices of local files, or a range (start, stop) on the Hub.
+
+    The range counts rows, or files if rows are streamed.
+    """
 
     slices: tuple[FileSlice, ...] = ()
     rows: tuple[int, int] | None = None
@@ -190,18 +255,42 @@ def load_rows(
             f"use one of {', '.join(suitable)}."
         )
     raw: Iterator[PlacedRow]
+    location, stats = locate(spec), RowStats(spec, source.licence)
     if source.generate:
         amount = _parse_amount(source.name, where)
         rows = source.generate(kind, amount, seed, persona)
         raw = ((f"{source.name}, row {number}", row) for number, row in enumerate(rows))
-    elif where:
-        slices = part.slices if part else [FileSlice(file) for file in _find_source_files(source, where)]
+    elif location.path:
+        slices = part.slices if part else [FileSlice(file) for file in find_source_files(spec)]
         raw = _gather_rows(source, (source.read(s.path) if source.read else read_rows(s) for s in slices))
     else:
-        raw = _gather_rows(source, [_read_hub_rows(source, part.rows if part else None)])
+        hub = open_hub_rows(spec)
+        raw = _gather_rows(source, [hub.read(*(part.rows if part and part.rows else ()))])
+        stats.hub = hub.dataset.record()
+        stats.licence = source.licence if hub.dataset.is_own else hub.licence
     return SourceRows(
-        spec, kind, source, raw, RowStats(spec, source.licence), allow_empty or part is not None, on_reject
+        spec, kind, source, raw, stats, allow_empty or part is not None, on_reject, columns=location.columns
     )
+
+
+def open_hub_rows(spec: str) -> HubRows:
+    """The rows of a dataset on the Hub, whose columns are known to fit the source.
+
+    Raises:
+        UsageError: the source has no dataset on the Hub.
+        DataError, PermissionDenied, RemoteError: the dataset cannot be read, or has other columns.
+    """
+    source, location = split_spec(spec)[0], locate(spec)
+    if location.dataset is None:
+        hint = f", or a dataset of the Hub, as in {source.name}=OWNER/NAME" if source.name in ROLES else ""
+        raise UsageError(
+            f"{source.name} has no dataset of its own on the Hub: give a file or folder, as in {source.name}=PATH"
+            f"{hint}."
+        )
+    rows = open_rows(resolve(location.dataset))
+    if rows.columns:
+        require_columns(source.name, location.columns, rows.columns, rows.dataset.path)
+    return rows
 
 
 def _parse_amount(name: str, amount: str) -> int:
@@ -212,13 +301,6 @@ def _parse_amount(name: str, amount: str) -> int:
     return int(amount)
 
 
-def _read_hub_rows(source: Source, bounds: tuple[int, int] | None) -> Iterator[PlacedRow]:
-    rows = load_hub_rows(source.name)
-    path = source.hub["path"] if source.hub else source.name
-    start, stop = bounds or (0, len(rows))
-    return ((f"{path}, row {number}", rows[number]) for number in range(start, stop))
-
-
 def _gather_rows(source: Source, files: Iterable[Iterator[PlacedRow]]) -> Iterator[PlacedRow]:
     """The rows of all files, after the source's `gather` has regrouped them."""
     gather = source.gather or iter
@@ -227,8 +309,15 @@ def _gather_rows(source: Source, files: Iterable[Iterator[PlacedRow]]) -> Iterat
     return gather(chain.from_iterable(files))
 
 
-def _find_source_files(source: Source, where: str) -> list[Path]:
-    return find_files(Path(where).expanduser(), source.files, any_suffix=source.read is not None)
+def find_source_files(spec: str) -> list[Path]:
+    """The files of a local source, in order.
+
+    Raises:
+        DataError: the path does not exist, or has no file that the source can read.
+    """
+    source, path = split_spec(spec)[0], local_path(spec)
+    assert path is not None, "only for local sources"
+    return find_files(path, source.files, any_suffix=source.read is not None)
 
 
 def source_parts(spec: str) -> list[SourcePart]:
@@ -237,43 +326,28 @@ def source_parts(spec: str) -> list[SourcePart]:
     The parts depend only on the data, and together they have the same rows as the whole source. A generated source is a
     single part. A source with a `gather` function is a single part, too, unless `restarts_per_file` is set.
     """
-    source, where = split_spec(spec)
+    source, _ = split_spec(spec)
     if source.is_generated:
         return [SourcePart()]
-    if where:
-        files = _find_source_files(source, where)
+    if local_path(spec):
+        files = find_source_files(spec)
         if source.gather and not source.restarts_per_file:
             return [SourcePart(tuple(FileSlice(file, bytes=file.stat().st_size) for file in files))]
         return [SourcePart(slices) for slices in split_files(files, divide=not source.gather and not source.read)]
-    rows = len(load_hub_rows(source.name))
+    hub = open_hub_rows(spec)
+    if hub.is_streamed:
+        return [SourcePart()] if source.gather else [SourcePart(rows=(n, n + 1)) for n in range(hub.rows.num_shards)]
+    rows = len(hub.rows)
     step = rows if source.gather else HUB_ROWS_PER_PART
     return [SourcePart(rows=(start, min(start + step, rows))) for start in range(0, rows, max(1, step))]
 
 
-@lru_cache(maxsize=4)
-def load_hub_rows(name: str):
-    """The `datasets.Dataset` of a source, downloaded from the Hub or taken from the cache."""
-    hub = find_source(name).hub
-    if hub is None:
-        raise UsageError(f"{name} is not on the Hub: give a file or folder, as in {name}=PATH.")
-    import datasets
-
-    try:
-        return datasets.load_dataset(**hub)
-    except Exception as error:  # `datasets` does not wrap the errors of its HTTP client: OSError, httpx, and others
-        reason = " ".join(str(error).split())[:160]
-        raise RemoteError(
-            f"Cannot read {hub['path']} from the Hub ({reason}). For a local copy, use {name}=PATH."
-        ) from error
-
-
 def unread_files(spec: str) -> list[str]:
     """The files of a local folder that the source does not read, such as matches of a later pattern in `FILES`."""
-    source, where = split_spec(spec)
-    folder = Path(where).expanduser()
-    if source.is_generated or not where or not folder.is_dir():
+    folder = local_path(spec)
+    if folder is None or not folder.is_dir():
         return []
-    files = set(_find_source_files(source, where))
+    files = set(find_source_files(spec))
     others = (
         file for file in folder.rglob("*") if file.is_file() and not is_hidden(file, folder) and file not in files
     )
@@ -290,14 +364,20 @@ def source_digest(spec: str, persona: Persona | None = None) -> str:
         return _json_digest(asdict(persona or load_persona()) if source.about_persona else None)
     if not where:
         return _json_digest(source.hub)
+    location = locate(spec)
+    if location.dataset and location.dataset.is_own:
+        return _json_digest([source.hub, location.dataset.revision])
+    if location.dataset:
+        return _json_digest([resolve(location.dataset).record(), dict(location.columns)])
     try:
-        files = _find_source_files(source, where)
+        files = find_source_files(spec)
     except DataError:
         return ""
     folders = {folder for file in files for folder in (file.parent, file.parent.parent)}
     beside = {file for folder in folders for pattern in source.beside for file in folder.glob(pattern)}
-    path = Path(where).expanduser()
-    return files_digest(sorted({*files, *beside}), path if path.is_dir() else path.parent)
+    path = local_path(spec) or Path()
+    digest = files_digest(sorted({*files, *beside}), path if path.is_dir() else path.parent)
+    return _json_digest([digest, dict(location.columns)]) if location.columns else digest
 
 
 def _json_digest(value: object) -> str:
@@ -305,9 +385,22 @@ def _json_digest(value: object) -> str:
 
 
 def hub_fingerprint(spec: str) -> str:
-    """The `datasets` fingerprint of a dataset on the Hub, which changes with its commit. Empty for other sources."""
-    source, where = split_spec(spec)
-    return "" if where or source.is_generated else load_hub_rows(source.name)._fingerprint
+    """The commit of a dataset on the Hub. Empty for other sources, and if the Hub cannot be asked."""
+    dataset = locate(spec).dataset
+    return (resolve(dataset).revision or "") if dataset else ""
+
+
+def hub_record(spec: str) -> dict[str, str]:
+    """The dataset, config, split and revision of a pinned spec, as run.json records them; empty for other specs."""
+    name = spec.partition("=")[0].removeprefix(CHAT_PREFIX)
+    dataset = locate(spec).dataset if name in list_sources() else None  # a store may have an origin of another kind
+    return dataset.record() if dataset and dataset.is_pinned else {}
+
+
+def source_licence(spec: str) -> str:
+    """The licence of the rows of a source: of a dataset on the Hub, the one that its card states."""
+    source, dataset = split_spec(spec)[0], locate(spec).dataset
+    return source.licence if dataset is None or dataset.is_own else open_hub_rows(spec).licence
 
 
 def iterate_texts(specs: list[str], seed: int = 0, persona: Persona | None = None) -> Iterator[str]:

@@ -8,7 +8,7 @@ import numpy as np
 from rorchat.errors import DataError
 from rorchat.rows import RejectedRow
 from rorchat.sources.base import RowStats
-from rorchat.sources.registry import require_kept_rows
+from rorchat.sources.registry import hub_record, require_kept_rows
 from rorchat.tokens.store import SPLITS, Manifest
 from rorchat.tokens.store_writer import ArrayWriter, StoreWriter, link_or_copy
 
@@ -22,7 +22,7 @@ def merge_shards(staging: Path, manifest: Manifest, n_parts: int) -> RowStats:
     """
     for leftover in (file for split in SPLITS for file in staging.glob(f"{split}-*")):
         leftover.unlink()
-    stats, tables = RowStats(manifest.source, manifest.licence), []
+    stats, tables = RowStats(manifest.source, manifest.licence, hub=hub_record(manifest.source)), []
     for number in range(n_parts):
         record = json.loads((staging / f"part-{number:05d}.json").read_text())
         stats.add(RowStats(**record["tally"]))

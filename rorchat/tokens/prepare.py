@@ -18,7 +18,16 @@ from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.files import folder_lock
 from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
-from rorchat.sources.registry import find_source, hub_fingerprint, source_digest, source_parts
+from rorchat.sources.registry import (
+    find_source,
+    hub_fingerprint,
+    is_pin_of,
+    local_path,
+    pin_spec,
+    source_digest,
+    source_licence,
+    source_parts,
+)
 from rorchat.tokenizer import chat_template_sha256, tokenizer_sha256
 from rorchat.tokens.decontamination import EvaluationText
 from rorchat.tokens.evaluation_sets import evaluation_digests
@@ -67,6 +76,7 @@ def prepare(
         StorageError: a worker was killed.
     """
     folder = Path(folder)
+    spec = _stored_spec(folder, spec) if folder.exists() else pin_spec(spec)
     name = spec.partition("=")[0]
     kind = kind or next((kind for kind in find_source(name).kinds if kind != "preference"), None)
     if kind not in ("document", "conversation"):
@@ -98,10 +108,23 @@ def prepare(
     return _open(folder, expected)
 
 
+def _stored_spec(folder: Path, spec: str) -> str:
+    """The spec of an existing store if it names a commit of the same rows on the Hub, otherwise `spec`.
+
+    A complete store is not compared with the Hub, which may be unreachable or have a newer commit.
+    """
+    try:
+        stored = Manifest.read(folder).source
+    except DataError:  # reported when the store is opened
+        return spec
+    is_older = stored == spec.partition("=")[0] and is_pin_of(spec, stored)  # before commits were recorded
+    return stored if is_older or is_pin_of(stored, spec) else spec
+
+
 def _create(job: ShardTokenizer, expected: Manifest, evaluation: list[str], workers: int) -> None:
     """Writes the files of a store into the job's folder, except those that an interrupted run has already written."""
     staging = job.folder
-    expected.hub_fingerprint = hub_fingerprint(job.spec)
+    expected.hub_fingerprint, expected.licence = hub_fingerprint(job.spec), source_licence(job.spec)
     _resume_or_clear(staging, expected)
     parts = source_parts(job.spec)
     if not _has_manifest(staging):
@@ -140,10 +163,9 @@ def _has_manifest(staging: Path) -> bool:
 
 def _require_outside_source(spec: str, folder: Path) -> None:
     """Raises UsageError if the store would be created inside its source folder, where the next run would read it."""
-    where = spec.partition("=")[2]
-    source = Path(where).expanduser()
-    if where and source.is_dir() and source.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise UsageError(f"{folder} is inside the source folder {where}: choose another folder for the store.")
+    source = local_path(spec)
+    if source and source.is_dir() and source.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise UsageError(f"{folder} is inside the source folder {source}: choose another folder for the store.")
 
 
 def _count_cpus() -> int:

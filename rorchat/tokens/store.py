@@ -28,6 +28,7 @@ import numpy as np
 
 from rorchat.errors import DataError, MismatchError
 from rorchat.files import file_sha256, json_sha256, write_atomically
+from rorchat.sources.registry import hub_record
 from rorchat.tokenizer import chat_template_sha256, tokenizer_sha256
 
 FORMAT_VERSION = 4
@@ -106,7 +107,8 @@ class Manifest:
             for split in SPLITS
             for key in ("documents", "tokens", "utf8_bytes")
         }
-        return {key: getattr(self, key) for key in keys} | totals
+        hub = hub_record(self.source)
+        return {key: getattr(self, key) for key in keys} | ({"hub": hub} if hub else {}) | totals
 
     def write(self, folder: Path) -> None:
         """Writes the manifest atomically: after a crash a folder has a complete manifest or none."""

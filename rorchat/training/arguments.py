@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -20,6 +20,8 @@ from trl import TrlParser
 
 from rorchat.errors import UsageError, did_you_mean
 from rorchat.mixture.mixture_file import expand_variables
+from rorchat.sources.columns import parse_columns
+from rorchat.sources.location import add_columns
 from rorchat.stories import find_beside, find_story_file
 from rorchat.training.checkpointing.checkpoint import KEPT
 from rorchat.training.distributed import check_sharding, use_gloo_on_cpu
@@ -56,8 +58,16 @@ class DataArguments:
     sources: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "NAME (from the Hub), NAME=PATH (local files) or NAME=AMOUNT (generated), one or several; "
-            "chat:NAME takes the conversations of a source that also has documents."
+            "help": "NAME (from the Hub), NAME=OWNER/DATASET (any dataset of the Hub), NAME=PATH (local files) or "
+            "NAME=AMOUNT (generated), one or several; chat:NAME takes the conversations of a source that also has "
+            "documents."
+        },
+    )
+    columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "ROLE=COLUMN, one or several: the columns of your files or dataset, as user=question "
+            "assistant=answer, text=body, or prompt=q chosen=good rejected=bad; default: known names."
         },
     )
     persona: str | None = field(default=None, metadata={"help": "A persona file; default: RorChat's."})
@@ -72,8 +82,21 @@ class DataArguments:
         """Every source that the stage reads."""
         return self.sources
 
+    def name_columns(self) -> None:
+        """Adds the given columns to the specs of the sources that take them.
+
+        Raises:
+            UsageError: no source takes them.
+        """
+        self.sources = add_columns(self.sources, parse_columns(self.columns))
+
+    def pin_sources(self, pins: Mapping[str, str]) -> None:
+        """Replaces specs by those of the same rows at a commit of the Hub."""
+        self.sources = [pins.get(spec, spec) for spec in self.sources]
+
     def check_data(self) -> None:
-        """Raises UsageError if there is no source, or the validation share is out of range."""
+        """Raises UsageError if there is no source, none takes the columns, or the validation share is out of range."""
+        self.name_columns()
         if not self.source_specs():
             raise UsageError("No sources: give at least one, as in --sources text=my_texts/")
         if not 0 < self.validation_share < 1:
@@ -191,6 +214,10 @@ class StageArguments(DataArguments, _TrainerArguments):
     def rows_per_step(self) -> int:
         """Rows of the mixture that one optimizer step reads; 0 for stages without a mixture."""
         return 0
+
+    def optional_specs(self) -> Collection[str]:
+        """The sources that are omitted if they cannot be read."""
+        return ()
 
     def resolved_mixture(self) -> dict | None:
         """The mixture with all its sources, as JSON; None for stages without a mixture."""

@@ -5,6 +5,7 @@ import functools
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -12,6 +13,7 @@ from transformers import GPT2LMHeadModel
 
 from rorchat.errors import RorchatError, UsageError
 
+Result = TypeVar("Result")
 WHOLE_MATRICES = {
     "muon": "Muon needs whole matrices",
     "adamw_8bit": "8-bit AdamW identifies embeddings by their names, which shards do not have",
@@ -69,23 +71,24 @@ def check_sharding(arguments) -> None:
         )
 
 
-def run_on_main_process(task: Callable[[], object]) -> None:
-    """Runs a task on the main process while the others wait.
+def run_on_main_process(task: Callable[[], Result]) -> Result:
+    """Runs a task on the main process while the others wait. Returns its result on every process.
 
     Raises:
         RorchatError, OSError: of the task, on every process.
     """
-    failure: list[RorchatError | OSError | None] = [None]
+    outcome: list = [None, None]  # error, result
     state = PartialState()
     if state.is_main_process:
         try:
-            task()
+            outcome[1] = task()
         except (RorchatError, OSError) as error:
-            failure[0] = error
+            outcome[0] = error
     if state.num_processes > 1:
-        torch.distributed.broadcast_object_list(failure, src=0, group=_gloo_group())
-    if failure[0] is not None:
-        raise failure[0]
+        torch.distributed.broadcast_object_list(outcome, src=0, group=_gloo_group())
+    if outcome[0] is not None:
+        raise outcome[0]
+    return outcome[1]
 
 
 def set_collective_timeout(seconds: float) -> None:

@@ -1,6 +1,6 @@
 """Pretraining: rows of a token mixture -> a language model, in Transformers' Trainer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -102,8 +102,9 @@ class PretrainArguments(StageArguments, TrainingArguments):
 
     def _read_mixture(self) -> MixtureConfig:
         if not self.mixture:
+            self.name_columns()
             return MixtureConfig.from_specs(self.sources, self.weights)
-        for name in ("sources", "weights"):
+        for name in ("sources", "weights", "columns"):
             if getattr(self, name):
                 raise UsageError(f"Both mixture and {name}: give {name} in {self.mixture}, or leave the mixture out.")
         return read_mixture(self.mixture, is_continuation=True)  # only the run knows if there is an earlier one
@@ -129,6 +130,13 @@ class PretrainArguments(StageArguments, TrainingArguments):
 
     def source_specs(self) -> list[str]:
         return [source.spec for source in self.mixture_config.sources.values()]
+
+    def optional_specs(self) -> set[str]:
+        return {source.spec for source in self.mixture_config.sources.values() if source.optional}
+
+    def pin_sources(self, pins: Mapping[str, str]) -> None:
+        super().pin_sources(pins)
+        self.mixture_config = self.mixture_config.with_specs(pins)
 
     def appends_phase(self) -> bool:
         return self.new_phase

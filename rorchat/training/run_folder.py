@@ -41,6 +41,7 @@ from rorchat.training.context import StageContext
 from rorchat.training.distributed import run_on_main_process
 from rorchat.training.lora import Adapter
 from rorchat.training.oom_recovery import MICRO_BATCH_FILE
+from rorchat.training.pinning import PINS, find_pins
 
 REMEDY = "Choose another output_dir, or delete the folder."
 
@@ -60,18 +61,20 @@ class RunFolder:
 
     def __init__(self, arguments: StageArguments, stage: str, inputs: dict[str, str]):
         self.folder, self.arguments = Path(arguments.output_dir), arguments
-        self.request = ResumeRequest(
-            collect_run_metadata(arguments, stage, inputs),
-            new_phase=arguments.appends_phase(),
-            weights_only=arguments.weights_only,
-            rows_per_step=arguments.rows_per_step(),
-            max_steps=arguments.max_steps,
-        )
         self.mirror: Mirror | None = None  # on the main process
         self.held = ExitStack()  # the lock, the signal handlers and the mirror, until the run ends
         with self.held:  # released if a check fails
             self.held.enter_context(handle_signals())
-            run_on_main_process(self._lock_and_restore)
+            pins = run_on_main_process(self._lock_and_pin)
+            arguments.pin_sources(pins)
+            self.request = ResumeRequest(
+                collect_run_metadata(arguments, stage, inputs) | ({PINS: pins} if pins else {}),
+                new_phase=arguments.appends_phase(),
+                weights_only=arguments.weights_only,
+                rows_per_step=arguments.rows_per_step(),
+                max_steps=arguments.max_steps,
+            )
+            run_on_main_process(self._restore)
             self.plan = self._make_plan()
             PartialState().wait_for_everyone()  # other processes may still be reading the folder
             self.held = self.held.pop_all()
@@ -95,13 +98,27 @@ class RunFolder:
         """The mixtures before the current one, see `rorchat.mixture.history`. Empty if it never changed."""
         return self.plan.metadata.get("past", [])
 
-    def _lock_and_restore(self) -> None:
-        """Locks the folder. If the mirror has a newer checkpoint, as on a new machine, copies it into the folder."""
+    def _lock_and_pin(self) -> dict[str, str]:
+        """Locks the folder, and finds the commits of datasets on the Hub: those that the run has read, if any."""
         self.held.enter_context(folder_lock(self.folder))
         self.mirror = open_mirror(self.arguments.mirror, self.folder)
+        if self.mirror:
+            self.held.callback(self.mirror.finish, GRACE_SECONDS)
+        replay = self.arguments.replay_source()
+        specs = [*self.arguments.source_specs(), *([replay] if replay else [])]
+        return find_pins(specs, self._earlier_record(), self.arguments.optional_specs())
+
+    def _earlier_record(self) -> dict:
+        """run.json, or else the metadata of the mirror's newest copy; {} for a new run."""
+        if record := self._read_record():
+            return record
+        copies = self.mirror.list_copies() if self.mirror else []
+        return copies[0].metadata if copies else {}
+
+    def _restore(self) -> None:
+        """If the mirror has a newer checkpoint, as on a new machine, copies it into the folder."""
         if self.mirror is None:
             return
-        self.held.callback(self.mirror.finish, GRACE_SECONDS)
         checkpoints = Checkpoints(self.folder, self.arguments.save_total_limit or KEPT)
         copies = self.mirror.list_copies()
         if (self._read_record() or {}).get("finished"):

@@ -5,7 +5,7 @@ Conversations are packed into rows of the context window and do not attend to ea
 assistant's replies and the `<|im_end|>` after them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -103,6 +103,10 @@ class SFTArguments(LoraArguments, StageArguments, SFTConfig):
 
     def replay_source(self) -> str | None:
         return self.replay
+
+    def pin_sources(self, pins: Mapping[str, str]) -> None:
+        super().pin_sources(pins)
+        self.replay = pins.get(self.replay, self.replay) if self.replay else None
 
 
 def load_conversations(arguments: SFTArguments, tokenizer, max_length: int) -> Split:

@@ -14,6 +14,7 @@ from rorchat.sources.registry import iterate_texts
 from rorchat.tokenizer import train_tokenizer
 from rorchat.tokenizer.training_text import BoundedText
 from rorchat.training.arguments import DataArguments
+from rorchat.training.pinning import find_pins
 from rorchat.training.result import TokenizerResult
 
 METRICS_FILE = "tokenizer_training.json"
@@ -55,12 +56,14 @@ def run_tokenizer_training(arguments: TokenizerArguments) -> TokenizerResult:
         return TokenizerResult(json.loads((folder / METRICS_FILE).read_text()), folder)
     started = time.monotonic()
     persona = load_persona(arguments.persona)
+    arguments.pin_sources(find_pins(arguments.sources, {}))
     text = BoundedText(
         iterate_texts(arguments.sources, arguments.data_seed, persona), arguments.max_characters, show=True
     )
     tokenizer = train_tokenizer(text, arguments.vocab_size, persona)
     tokenizer.save_pretrained(folder)
     metrics = {
+        "sources": arguments.sources,
         "vocab_size": len(tokenizer),
         "characters": text.characters,
         "utf8_bytes": text.utf8_bytes,

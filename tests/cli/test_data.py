@@ -21,12 +21,12 @@ from rorchat.sources.registry import find_source, list_sources
 COMMANDS = {
     "list": [],
     "check": [
-        "--as", "--rejects", "--tokenizer", "--max_length", "--against", "--min_characters", "--max_characters",
-        "--max_repetition", "--min_letters", "--min_latin",
+        "--as", "--columns", "--rejects", "--tokenizer", "--max_length", "--against", "--min_characters",
+        "--max_characters", "--max_repetition", "--min_letters", "--min_latin",
     ],
-    "show": ["--tokenizer", "--row", "--as"],
+    "show": ["--tokenizer", "--row", "--as", "--columns"],
     "prepare": [
-        "--tokenizer", "--out", "--workers", "--validation_share", "--seed", "--persona", "--against",
+        "--tokenizer", "--out", "--workers", "--validation_share", "--seed", "--persona", "--columns", "--against",
         "--min_characters", "--max_characters", "--max_repetition", "--min_letters", "--min_latin",
     ],
     "verify": [],

@@ -54,6 +54,8 @@ ELASTIC_ENTRIES = {
 }  # fmt: skip
 #: Entries that affect only rounding in every stage.
 ROUNDING_ENTRIES = {"versions", "python", "rorchat", "device", "precision", "tf32"}
+#: Entries that are not compared, because others follow from them: the commits of datasets are in `inputs.sources`.
+DERIVED_ENTRIES = ("hub",)
 ANOTHER_RUN = "another run"
 ONLY_WEIGHTS = "resumes from the weights only"
 
@@ -161,6 +163,7 @@ def compare_metadata(
             return ONLY_WEIGHTS
         return ANOTHER_RUN
 
+    now = {key: value for key, value in now.items() if key not in DERIVED_ENTRIES}
     before = {key: before.get(key) for key in now}
     if "settings" in now:
         names = {*(before["settings"] or {}), *now["settings"]} - free
