@@ -93,6 +93,7 @@ def main() -> int:
                 f"evaluation sets and held-out splits were not read (in {', '.join(folders)}), nor "
                 f"{sum(kind == 'companion' for kind in kinds.values())} files that contain no rows of their own."
             ),
+            "Your own files and datasets of the Hub: [preparing data](preparing_data.md#any-dataset-of-the-hub).",
         ]
     )
     if arguments.out:

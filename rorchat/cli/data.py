@@ -65,7 +65,8 @@ def list_sources() -> None:
         rows.append([name, title, ", ".join(source.kinds), where, source.size, source.licence, loss])
     print_table(["source", "description", "kinds", "from", "size", "licence", "tokens in the loss"], rows)
     print(
-        "\nAny dataset of the Hub: text=OWNER/DATASET, messages=OWNER/DATASET, preference=OWNER/DATASET (docs/data.md)."
+        "\nAny dataset of the Hub: text=OWNER/DATASET, messages=OWNER/DATASET, preference=OWNER/DATASET "
+        "(docs/preparing_data.md)."
     )
     restricted = [name for name in list_sources() if licence_restriction(find_source(name).licence)]
     print(f"Not for commercial use, or of unstated licence: {', '.join(restricted)}.")

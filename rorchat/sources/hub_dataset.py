@@ -33,7 +33,7 @@ class HubDataset:
         path: OWNER/NAME.
         config, split, revision: as for `datasets.load_dataset`.
         streaming: whether rows are streamed instead of downloaded; None decides by the size of the files.
-        data_files: a pattern of the files to read.
+        files: further arguments of `datasets.load_dataset`, which say which files are read.
         is_own: whether it is the dataset that a named source reads by default.
         source: the name of the source that reads it, for error messages.
     """
@@ -43,7 +43,7 @@ class HubDataset:
     split: str | None = None
     revision: str | None = None
     streaming: bool | None = None
-    data_files: str | None = None
+    files: tuple[tuple[str, str], ...] = ()
     is_own: bool = False
     source: str = "text"
 
@@ -52,8 +52,10 @@ class HubDataset:
         """The dataset that a named source reads by default; None if it has none."""
         if source.hub is None:
             return None
-        arguments = {"config" if key == "name" else key: value for key, value in source.hub.items()}
-        return cls(**arguments, is_own=True, source=source.name)  # type: ignore[arg-type]
+        named = {"path": "path", "name": "config", "split": "split", "revision": "revision"}
+        arguments = {named[key]: value for key, value in source.hub.items() if key in named}
+        files = tuple((key, value) for key, value in source.hub.items() if key not in named)
+        return cls(**arguments, files=files, is_own=True, source=source.name)  # type: ignore[arg-type]
 
     @property
     def is_pinned(self) -> bool:
@@ -234,10 +236,8 @@ def open_rows(dataset: HubDataset) -> HubRows:
     if not dataset.streaming and (cached := _read_cache(dataset)):
         rows, is_text = cached
         return HubRows(dataset, rows, find_licence(dataset), is_text)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(dataset.files)
     streaming = bool(dataset.streaming)
-    if dataset.data_files:
-        options["data_files"] = dataset.data_files
     if not dataset.is_own:
         builder = _build(dataset)
         if _file_format(builder) == "text":
@@ -264,8 +264,8 @@ def _require_commit(dataset: HubDataset, rows) -> None:
 
 def _not_in_cache(dataset: HubDataset) -> RemoteError:
     return RemoteError(
-        f"Revision {dataset.revision} of {dataset.path} is not in the local cache, and the Hub cannot be reached: connect "
-        "once to download it."
+        f"Revision {dataset.revision} of {dataset.path} is not in the local cache, and the Hub cannot be reached: "
+        "connect once to download it."
     )
 
 
@@ -305,8 +305,6 @@ def _cache_folders(dataset: HubDataset) -> Iterator[tuple[Path, dict]]:
 
 def _newest_in_cache(dataset: HubDataset) -> HubDataset | None:
     """The revision of a dataset that was prepared last; None if there is none, or if another one is asked for."""
-    if dataset.is_own or dataset.data_files:
-        return None
     folders = sorted(_cache_folders(dataset), key=lambda entry: entry[0].stat().st_mtime)
     if not folders:
         return None

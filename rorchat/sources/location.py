@@ -68,12 +68,13 @@ def parse_location(source: Source, where: str) -> Location:
     columns = {role: column for role, column in values.items() if role not in HUB_OPTIONS}
     if columns:
         check_roles(source.name, columns)
-    if base and local.exists():
-        _tell_precedence(base)
-        if revision or len(columns) < len(values):
+    for_hub = bool(revision) or len(columns) < len(values)  # a local path has no revision or split
+    if base and local.exists() and not (hub and for_hub):
+        if for_hub:
             raise UsageError(
                 f"{base} is a local path, which has no revision, split or streaming: omit them in {where!r}."
             )
+        _tell_precedence(base)
         return Location(local, columns=columns)
     streaming = {"true": True, "false": False, None: None}[values.get("streaming")]
     if own:

@@ -46,12 +46,16 @@ def hub():
             "data/test-00000-of-00001.parquet": as_parquet(QUESTIONS[:3]),
         }
         hub.add_dataset("me/qa", {"train.jsonl": as_lines(QUESTIONS[:1])}, newest, names={"v1": 0})
-        hub.add_dataset("me/chats", {"README.md": card(license="mit"), "a.jsonl": as_lines([chat_row(), chat_row("Q")])})
+        hub.add_dataset(
+            "me/chats", {"README.md": card(license="mit"), "a.jsonl": as_lines([chat_row(), chat_row("Q")])}
+        )
         hub.add_dataset("me/pairs", {"README.md": card(license="unknown"), "a.json": json.dumps([PAIR]).encode()})
         hub.add_dataset("me/named", {"a.csv": b"ask,good,bad\nWhat is red?,A colour.,No.\n"})
         texts = {f"{name}/a.jsonl": as_lines([{"text": name}] * (2 if name == "two" else 1)) for name in ("one", "two")}
         hub.add_dataset("me/configs", {"README.md": card(configs=CONFIGS), **texts})
-        hub.add_dataset("me/plain", {"a.txt": b"First\nstory.\n<|endoftext|>\nSecond.\n<|endoftext|>", "b.txt": b"Third.\n"})
+        hub.add_dataset(
+            "me/plain", {"a.txt": b"First\nstory.\n<|endoftext|>\nSecond.\n<|endoftext|>", "b.txt": b"Third.\n"}
+        )
         hub.add_dataset("me/script", {"script.py": b"raise SystemExit('this code ran')"})
         hub.add_dataset("me/pictures", {"a.png": b"\x89PNG"})
         hub.add_dataset("me/private", {"a.jsonl": as_lines([{"text": "secret"}])}, private=True)
@@ -117,7 +121,10 @@ ERRORS = {
     "text=me/qa": (65, "only question, answer. Name the columns, as in --columns text=question"),
     "text=me/qa:text=body": (65, "no column 'body', only question, answer"),
     "text=me/configs": (2, "several configurations. Choose one, as in me/configs:one. Configurations: one, two"),
-    "text=me/configs:three": (2, "no configuration 'three'. Choose one, as in me/configs:one. Configurations: one, two"),
+    "text=me/configs:three": (
+        2,
+        "no configuration 'three'. Choose one, as in me/configs:one. Configurations: one, two",
+    ),
     "text=me/script": (65, "is made by a script, and code of a dataset is never run"),
     "text=me/pictures": (65, "'imagefolder'; only parquet, json, csv, text can be read"),
     "text=me/private": (77, "or it is private: check the name, or log in with `hf auth login`"),
@@ -198,3 +205,25 @@ def test_real_rows_are_the_same_from_the_hub_as_from_their_files(shared_data, tm
     for spec, local in specs.items():
         assert answers[spec]["rows"] == answers[local]["rows"] != [], spec
         assert answers[spec]["rejects"] == answers[local]["rejects"]
+
+
+@pytest.mark.slow
+def test_a_large_split_is_streamed_so_that_the_first_rows_need_only_the_first_file(tmp_path):
+    rows = [{"text": f"row {number}"} for number in range(200)]
+    with FakeHub() as hub:
+        files = {f"train-{number:05d}.jsonl": as_lines(rows[number * 40 :][:40]) for number in range(5)}
+        hub.add_dataset("me/large", files)
+        small = read_sources(hub, tmp_path / "small", "text=me/large")["text=me/large"]
+        home = tmp_path / "large"
+        assert sum(hub.sent[name] for name in files) >= sum(map(len, files.values()))
+        hub.sent.clear()
+        size = sum(map(len, files.values()))
+        limit = f"from rorchat.sources import hub_dataset; hub_dataset.STREAM_ABOVE_BYTES = {size - 1}"
+        take = "from itertools import islice; first = list(islice(load_rows('text=me/large', 'document'), 3))"
+        first = read_sources(hub, home, setup=f"{limit}\n{take}\nanswers['first'] = first")["first"]
+        assert first == rows[:3]
+        assert [bool(hub.sent.get(name)) for name in files] == [True, False, False, False, False]
+        streamed = read_sources(hub, home, "text=me/large", setup=limit)["text=me/large"]
+        kept = read_sources(hub, home, "text=me/large:streaming=false", setup=limit)["text=me/large:streaming=false"]
+    assert streamed["rows"] == streamed["rows_of_parts"] == small["rows"] == kept["rows"] == rows
+    assert (streamed["parts"], small["parts"], kept["parts"]) == (5, 1, 1)

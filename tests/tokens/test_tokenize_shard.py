@@ -1,17 +1,20 @@
 """A store has the same bytes for any number of workers, and after any interruption."""
 
+import dataclasses
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from support import COPIES, DOCUMENTS, KEPT, SHARE, decode, hash_files, write_documents
 
 from rorchat.errors import MismatchError
 from rorchat.reading import parts
-from rorchat.sources.registry import source_parts
+from rorchat.sources.hub_dataset import HubRows
+from rorchat.sources.registry import pin_spec, source_digest, source_parts
 from rorchat.tokens import tokenize_shard
 from rorchat.tokens.prepare import prepare
 from rorchat.tokens.store import Manifest
@@ -254,26 +257,49 @@ def test_duplicates_across_parts_are_reported_with_their_places(folder_of_parts,
     assert f"{tmp_path / 'parts' / '6.jsonl'}:" in messages
 
 
-class HubRows(list):
-    _fingerprint = "first"
+def serve_rows(monkeypatch, texts: list[str], commit: str) -> None:
+    """Makes these texts the rows of every dataset on the Hub, at a commit."""
 
+    def resolve(dataset):
+        at_commit = dataclasses.replace(dataset, revision=commit, config="default", split="train")
+        return dataset if dataset.is_pinned else at_commit
 
-def test_a_new_hub_revision_restarts_only_an_unfinished_store(tokenizer, tmp_path, monkeypatch):
-    rows = HubRows({"text": text} for text in DOCUMENTS)
-    monkeypatch.setattr("rorchat.sources.registry.load_hub_rows", lambda name: rows)
+    monkeypatch.setattr("rorchat.sources.registry.resolve", resolve)
+    rows = datasets.Dataset.from_list([{"text": text} for text in texts])
+    monkeypatch.setattr("rorchat.sources.registry.open_rows", lambda dataset: HubRows(dataset, rows, "mit"))
     monkeypatch.setattr("rorchat.sources.registry.HUB_ROWS_PER_PART", 20)
+
+
+@pytest.mark.parametrize("spec", ["tinystories", "text=me/stories"])
+def test_a_new_hub_revision_restarts_only_an_unfinished_store(spec, tokenizer, tmp_path, monkeypatch):
     settings = {"tokenizer": tokenizer, "folder": tmp_path / "store", "validation_share": SHARE, "workers": 1}
+    first, second, third = "1" * 40, "2" * 40, "3" * 40
+    serve_rows(monkeypatch, DOCUMENTS, first)
     with monkeypatch.context() as patch:
         patch.setattr("rorchat.tokens.prepare.merge_shards", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            prepare("tinystories", **settings)
-    rows[:] = [{"text": f"{text} again"} for text in DOCUMENTS]
-    rows._fingerprint = "second"
-    store = prepare("tinystories", **settings)
+            prepare(spec, **settings)
+    serve_rows(monkeypatch, [f"{text} again" for text in DOCUMENTS], second)
+    store = prepare(spec, **settings)
     assert all(text.endswith(" again") for text in decode(store, "train", tokenizer))
-    assert store.manifest.hub_fingerprint == "second"
-    rows._fingerprint = "third"
-    assert prepare("tinystories", **settings).manifest == store.manifest
+    assert store.manifest.hub_fingerprint == store.manifest.summary()["hub"]["revision"] == second
+    serve_rows(monkeypatch, DOCUMENTS, third)
+    assert prepare(spec, **settings).manifest == store.manifest
+    assert prepare(pin_spec(spec).replace(third, second), **settings).manifest == store.manifest
+    with pytest.raises(MismatchError, match=f"@{second}', now '.*@{third}'"):
+        prepare(pin_spec(spec), **settings)
+
+
+def test_a_store_from_the_hub_without_a_recorded_commit_is_used(tokenizer, tmp_path, monkeypatch):
+    """Earlier versions recorded the name of the source and a digest of its arguments only."""
+    serve_rows(monkeypatch, DOCUMENTS, "1" * 40)
+    settings = {"tokenizer": tokenizer, "folder": tmp_path / "store", "validation_share": SHARE, "workers": 1}
+    prepare("tinystories", **settings)
+    manifest = Manifest.read(tmp_path / "store")
+    manifest.source, manifest.source_sha256 = "tinystories", source_digest("tinystories")
+    manifest.write(tmp_path / "store")
+    for spec in ("tinystories", f"tinystories=@{'2' * 40}"):
+        assert prepare(spec, **settings).manifest == manifest
     monkeypatch.setattr("rorchat.sources.tinystories.HUB", {"path": "roneneldan/TinyStories", "split": "validation"})
     with pytest.raises(MismatchError, match="location on the Hub. has changed"):
         prepare("tinystories", **settings)
