@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rorchat import sources
-from rorchat.errors import DataError, UsageError, did_you_mean
+from rorchat.errors import DataError, RorchatError, UsageError, did_you_mean
 from rorchat.persona import Persona, load_persona
 from rorchat.reading.folders import files_digest, find_files, is_hidden
 from rorchat.reading.formats import read_rows
@@ -357,7 +357,8 @@ def unread_files(spec: str) -> list[str]:
 def source_digest(spec: str, persona: Persona | None = None) -> str:
     """sha256 of the content of a source: its local files (`files_digest`), its Hub arguments, or the persona it uses.
 
-    Empty if the local files no longer exist, because a token store made from them is still valid.
+    Empty if the local files no longer exist or the Hub cannot be asked, because a token store made from them is still
+    valid.
     """
     source, where = split_spec(spec)
     if source.is_generated:
@@ -368,7 +369,10 @@ def source_digest(spec: str, persona: Persona | None = None) -> str:
     if location.dataset and location.dataset.is_own:
         return _json_digest([source.hub, location.dataset.revision])
     if location.dataset:
-        return _json_digest([resolve(location.dataset).record(), dict(location.columns)])
+        try:
+            return _json_digest([resolve(location.dataset).record(), dict(location.columns)])
+        except RorchatError:
+            return ""
     try:
         files = find_source_files(spec)
     except DataError:

@@ -108,6 +108,28 @@ def test_check_prints_counts_and_writes_rejected_rows(tmp_path):
     assert [(row["place"], row["row"]) for row in rejects] == [(f"{path}:2", rows[1]), (f"{path}:3", rows[2])]
 
 
+def test_columns_are_named_before_or_after_the_source(saved, tmp_path):
+    path = write(tmp_path, "faq.csv", "q,a\nWhat is red?,A colour.\n")
+    spec, columns = f"messages={path}", ("--columns", "user=q", "assistant=a")
+    named = f"{spec}:user=q:assistant=a"
+    for arguments in ((path, *columns), (spec, *columns), (*columns, spec), (named,)):
+        assert succeeded("check", *arguments) == f"{named}: 1 of 1 rows kept\n"
+    assert "conversation: " in succeeded("show", path, *columns, "--tokenizer", saved)
+    error = refused(65, "check", spec, "--columns", "user=q", "assistant=b")
+    assert error.endswith("can be used. Name the columns, as in --columns user=question assistant=answer")
+    assert "Did you mean 'user'" in refused(2, "check", path, "--columns", "usr=q")
+
+
+def test_prepare_reads_named_columns_and_a_rerun_opens_the_store(saved, tmp_path):
+    path = write(tmp_path, "texts.jsonl", [{"body": text, "other": f"{text} Again."} for text in TEXTS])
+    arguments = ("prepare", f"text={path}", "--columns", "text=body", "--tokenizer", saved, "--out", tmp_path / "store")
+    first = succeeded(*arguments, "--validation_share", 0.2, "--workers", 1)
+    assert re.search(r"train: 2\d\d documents", first)
+    assert succeeded(*arguments, "--validation_share", 0.2) == first
+    other = [word.replace("text=body", "text=other") if isinstance(word, str) else word for word in arguments]
+    assert "contains a different token store" in refused(78, *other, "--validation_share", 0.2)
+
+
 def test_check_accepts_a_format_filters_evaluation_sets_and_a_length(saved, tmp_path):
     question = "which of these seven animals would a careful farmer never keep in the kitchen of his house"
     rows = [

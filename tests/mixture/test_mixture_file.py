@@ -22,6 +22,19 @@ def test_a_mixture_file_is_parsed_into_sources_and_phases(tmp_path):
     assert json.loads(json.dumps(config.to_dict()))["phases"][3]["tokens"] == 2000
 
 
+def test_a_source_of_a_mixture_can_name_its_columns_and_a_dataset_of_the_hub(tmp_path):
+    sources = (
+        "a: {from: text=me/docs@v1, columns: {text: body}}, b: {from: messages=b.csv, columns: {user: q, assistant: a}}"
+    )
+    config = read_mixture(write_mixture(tmp_path, f"sources: {{{sources}}}\n"))
+    assert [source.spec for source in config.sources.values()] == [
+        "text=me/docs:text=body@v1",
+        "messages=b.csv:user=q:assistant=a",
+    ]
+    pinned = config.with_specs({"text=me/docs:text=body@v1": "text=other"})
+    assert [source.spec for source in pinned.sources.values()] == ["text=other", "messages=b.csv:user=q:assistant=a"]
+
+
 def test_a_mixture_file_without_phases_has_one_phase(tmp_path):
     plain = read_mixture(write_mixture(tmp_path, "sources: {a: text=a, b: text=b}\n"))
     assert plain.phases == (Phase(share=1.0),)
@@ -41,6 +54,9 @@ def test_equivalent_mixture_files_are_equal(tmp_path):
     [
         ("phases:", "phaess:", "unknown key 'phaess'. Did you mean 'phases'"),
         ("optional: true", "optinal: true", "source 'tales': unknown key 'optinal'. Did you mean 'optional'"),
+        ("optional: true", "columns: [text]", "source 'tales': columns is .'text'.; give ROLE: COLUMN"),
+        ("optional: true", "columns: {txt: a}", "source 'tales': columns: no role 'txt'. Did you mean 'text'"),
+        ("optional: true", "columns: {text: a}", "source 'tales': Source 'cosmopedia' cannot read the columns text"),
         ("optional: true", "optional: maybe", "source 'tales': optional is 'maybe'; give true or false"),
         ("max_epochs: 4", "max_epochs: -1", "source 'tales': max_epochs is -1; give a non-negative number"),
         ("max_epochs: 4", "max_epochs: 0", "max_epochs is 0; give a positive number"),

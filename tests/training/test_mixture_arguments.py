@@ -18,7 +18,7 @@ def pretrain_arguments(folder: Path, **more):
 
 def test_a_mixture_replaces_sources_and_weights(tmp_path):
     path = str(write_mixture(tmp_path, MIXTURE))
-    for more in ({"sources": ["text=a"]}, {"weights": [1.0]}):
+    for more in ({"sources": ["text=a"]}, {"weights": [1.0]}, {"columns": ["text=a"]}):
         with pytest.raises(UsageError, match=f"Both mixture and {next(iter(more))}"):
             pretrain_arguments(tmp_path, mixture=path, **more)
     assert pretrain_arguments(tmp_path, mixture=path).source_specs() == [
@@ -28,6 +28,15 @@ def test_a_mixture_replaces_sources_and_weights(tmp_path):
     ]
     with pytest.raises(UsageError, match="No sources"):
         pretrain_arguments(tmp_path)
+
+
+def test_columns_and_commits_become_parts_of_the_sources(tmp_path):
+    arguments = pretrain_arguments(tmp_path, sources=["text=me/docs", "tinytown=60"], columns=["text=body"])
+    assert arguments.source_specs() == arguments.sources == ["text=me/docs:text=body", "tinytown=60"]
+    arguments.pin_sources({"text=me/docs:text=body": "text=pinned"})
+    assert arguments.source_specs() == arguments.sources == ["text=pinned", "tinytown=60"]
+    with pytest.raises(UsageError, match="Source 'tinytown' cannot read the columns text"):
+        pretrain_arguments(tmp_path, sources=["tinytown=60"], columns=["text=body"])
 
 
 def test_runs_compare_the_content_of_mixture_files(tmp_path):
