@@ -84,17 +84,15 @@ class HubRows:
     Attributes:
         rows: a `datasets.Dataset`, or an `IterableDataset` if rows are streamed.
         licence: as the dataset's card states it.
+        is_streamed: whether rows are an `IterableDataset`.
         has_whole_files: whether a row is a whole text file, in which `<|endoftext|>` separates documents.
     """
 
     dataset: HubDataset
     rows: Any
     licence: str
+    is_streamed: bool = False
     has_whole_files: bool = False
-
-    @property
-    def is_streamed(self) -> bool:
-        return not hasattr(self.rows, "__len__")
 
     @property
     def columns(self) -> list[str]:
@@ -235,7 +233,7 @@ def open_rows(dataset: HubDataset) -> HubRows:
 
     if not dataset.streaming and (cached := _read_cache(dataset)):
         rows, is_text = cached
-        return HubRows(dataset, rows, find_licence(dataset), is_text)
+        return HubRows(dataset, rows, find_licence(dataset), has_whole_files=is_text)
     options: dict[str, Any] = dict(dataset.files)
     streaming = bool(dataset.streaming)
     if not dataset.is_own:
@@ -253,7 +251,7 @@ def open_rows(dataset: HubDataset) -> HubRows:
             rows = rows._resolve_features()
     if not streaming and dataset.is_pinned:
         _require_commit(dataset, rows)
-    return HubRows(dataset, rows, find_licence(dataset), "sample_by" in options)
+    return HubRows(dataset, rows, find_licence(dataset), streaming, "sample_by" in options)
 
 
 def _require_commit(dataset: HubDataset, rows) -> None:

@@ -112,13 +112,16 @@ def is_pin_of(pinned: str, spec: str) -> bool:
     commit, asked = locate(pinned), locate(spec)
     if commit.dataset is None or asked.dataset is None or commit.columns != asked.columns:
         return False
-    given = {"config": asked.dataset.config, "split": asked.dataset.split}
-    if not asked.dataset.is_own:
-        given["revision"] = asked.dataset.revision
-    elif asked.dataset.is_pinned:
+    if asked.dataset.is_own and asked.dataset.is_pinned:
         return pinned == spec
-    wanted = replace(commit.dataset, **{key: value for key, value in given.items() if value})
-    return commit.dataset.is_pinned and wanted == commit.dataset and wanted.path == asked.dataset.path
+    wanted = replace(
+        commit.dataset,
+        path=asked.dataset.path,
+        config=asked.dataset.config or commit.dataset.config,
+        split=asked.dataset.split or commit.dataset.split,
+        revision=commit.dataset.revision if asked.dataset.is_own else asked.dataset.revision or commit.dataset.revision,
+    )
+    return commit.dataset.is_pinned and wanted == commit.dataset
 
 
 @dataclass

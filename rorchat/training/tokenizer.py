@@ -53,7 +53,9 @@ def run_tokenizer_training(arguments: TokenizerArguments) -> TokenizerResult:
                 "Choose another output_dir, or delete the folder."
             )
         print(f"{folder}: already trained with these settings; delete the folder to train again")  # noqa: T201
-        return TokenizerResult(json.loads((folder / METRICS_FILE).read_text()), folder)
+        metrics = json.loads((folder / METRICS_FILE).read_text())
+        metrics.pop("sources", None)
+        return TokenizerResult(metrics, folder)
     started = time.monotonic()
     persona = load_persona(arguments.persona)
     arguments.pin_sources(find_pins(arguments.sources, {}))
@@ -63,14 +65,13 @@ def run_tokenizer_training(arguments: TokenizerArguments) -> TokenizerResult:
     tokenizer = train_tokenizer(text, arguments.vocab_size, persona)
     tokenizer.save_pretrained(folder)
     metrics = {
-        "sources": arguments.sources,
         "vocab_size": len(tokenizer),
         "characters": text.characters,
         "utf8_bytes": text.utf8_bytes,
         "stopped_at_max_characters": text.stopped,
         "seconds": round(time.monotonic() - started, 1),
     }
-    (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n")
+    (folder / METRICS_FILE).write_text(json.dumps({"sources": arguments.sources} | metrics, indent=2) + "\n")
     config.write_text(yaml.safe_dump(arguments.given))
     print(  # noqa: T201
         f"{folder}: {len(tokenizer):,} tokens, trained on {text.characters:,} characters "

@@ -75,8 +75,8 @@ def test_an_unreachable_dataset_ends_a_new_run_unless_it_is_optional(hub_at):
 
 
 PRETRAIN = (
-    "--size 2x2x32 --block_size 32 --per_device_train_batch_size 2 --global_batch_tokens 128 --max_steps 300 "
-    "--save_steps 20 --logging_steps 100 --eval_strategy no --validation_share 0.2 --bf16 false"
+    "--size 2x2x32 --block_size 32 --per_device_train_batch_size 2 --global_batch_tokens 128 --max_steps 100 "
+    "--save_steps 10 --logging_steps 100 --eval_strategy no --validation_share 0.2 --bf16 false"
 )
 
 
@@ -105,7 +105,7 @@ def test_an_interrupted_run_reads_the_same_rows_after_the_dataset_has_changed(sa
 
         interrupted = start(hub, tmp_path, "pretrain", *options, "--output_dir", out)
         deadline = time.monotonic() + 120
-        while not (out / "checkpoint-20" / "MANIFEST.json").is_file() and time.monotonic() < deadline:
+        while not (out / "checkpoint-10" / "MANIFEST.json").is_file() and time.monotonic() < deadline:
             time.sleep(0.02)
         interrupted.send_signal(signal.SIGTERM)
         finish(interrupted, 75)
@@ -121,10 +121,8 @@ def test_an_interrupted_run_reads_the_same_rows_after_the_dataset_has_changed(sa
         manifest = Manifest.read(out / "tokens" / "text")
         assert manifest.hub_fingerprint == commits[0] and manifest.source.endswith(f":text=body@{commits[0]}")
 
-        new = start(hub, tmp_path, "pretrain", *options, "--output_dir", out, "--token_store", tmp_path / "tokens2")
-        assert "already finished" in finish(new)
         other = start(hub, tmp_path, "pretrain", *options, "--output_dir", tmp_path / "new", "--max_steps", 4)
-        assert "cc-by-4.0" not in finish(other)
+        assert "licence: unstated" in finish(other)  # the new commit has no card
         assert json.loads((tmp_path / "new" / "run.json").read_text())["data"][0]["hub"]["revision"] == commits[1]
 
 
