@@ -126,6 +126,7 @@ def push(
     folder: Model,
     repository: Annotated[str, typer.Argument(help="Hub id to push to, such as you/your-model.")],
     private: Annotated[bool, typer.Option(help="Create a private repository.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only verify the model and show its card; upload nothing.")] = False,
 ) -> None:
     """Verify a model, upload it to the Hub with a model card, download it and verify the download."""
     _silence_transformers()
@@ -133,4 +134,4 @@ def push(
 
     if repository.count("/") != 1:
         raise UsageError(f"{repository!r} is not a Hub id: give owner/name, such as rory/my-chat-model.")
-    print(push_model(folder, repository, private=private))
+    print(push_model(folder, repository, private=private, dry_run=dry_run))

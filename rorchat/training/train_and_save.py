@@ -43,6 +43,8 @@ def train(run: RunFolder, trainer: StageTrainer, startup_messages: Iterable[obje
                 f"Out of memory outside of the forward and backward pass ({reason}): use a smaller model, another "
                 "optimizer (adamw_8bit) or a smaller per_device_eval_batch_size."
             ) from None
+        finally:
+            trainer.metrics.close()  # in a notebook, the bar of a failed run would disturb that of the next one
 
 
 def _train(run: RunFolder, trainer: StageTrainer, startup_messages: Iterable[object]) -> dict[str, float]:

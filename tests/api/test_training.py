@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from tqdm import tqdm
 
 import rorchat
 import rorchat.tokenizer
@@ -156,6 +157,15 @@ def test_ctrl_c_in_training_saves_and_raises_and_the_next_call_resumes(tiny, mon
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert rorchat.pretrain(**settings).metrics["steps"] == 4
     assert '"event": "resumed", "step": 1' in Path("run/metrics.jsonl").read_text()
+
+
+def test_an_error_in_training_closes_the_progress_bar(tiny, monkeypatch):
+    monkeypatch.setattr("rorchat.training.callbacks.metrics.shows_bars", lambda: True)
+    monkeypatch.setattr(StageTrainer, "training_step", lambda *args, **kwargs: 1 / 0)
+    tqdm._instances.clear()
+    with pytest.raises(ZeroDivisionError):  # its traceback keeps the run
+        rorchat.pretrain(**tiny)
+    assert not tqdm._instances
 
 
 def test_ctrl_c_before_training_raises_instead_of_ending_the_process(tiny, monkeypatch):
