@@ -59,6 +59,7 @@ STAGES = (
     "evaluation",  # scores: loss, bits per byte, chat behaviour, questions with known answers
     "training",  # training: pretrain, sft, dpo, grpo
     "plan",  # budget -> size, tokens, memory, hours, price
+    "project",  # your data, hours and machine -> a story made to measure, and its run
     "reporting",  # run folders -> curves, tables, samples
     "hub",  # verify, push, download, verify again
     "recipes",  # the training commands, and the settings of the stories

@@ -8,6 +8,9 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import copy
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,6 +69,24 @@ def lively(chat):
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.4, generator=generator)
     return ChatModel(model.eval(), chat.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def preloaded_rorchat(tmp_path_factory) -> Iterator[Path]:
+    """A folder for PATH whose `rorchat` starts at once (preloaded.py)."""
+    import preloaded
+
+    folder = tmp_path_factory.mktemp("preloaded")
+    address = str(folder / "socket")
+    client = folder / "rorchat"
+    client.write_text(preloaded.CLIENT.format(python=sys.executable, address=address))
+    client.chmod(0o755)
+    command = [sys.executable, preloaded.__file__, address]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdout and server.stdout.readline() == "ready\n"
+        yield folder
+        server.kill()
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,17 @@ from typing import Annotated
 import typer
 
 from rorchat import __version__
-from rorchat.cli import checkpoint, data, model, plan, recipes, tokenizer, train
+from rorchat.cli import checkpoint, data, model, plan, project, recipes, tokenizer, train
 from rorchat.cli.app import App
 from rorchat.console import configure_libraries
 from rorchat.errors import exits_with_one_line
 
 app = App("From raw text to your own chat model.")
 
-BEFORE, TRAINING, MODELS = "Before training", "Training", "Models"
+OWN, BEFORE, TRAINING, MODELS = "Your own model", "Before training", "Training", "Models"
 
+app.command("new", rich_help_panel=OWN)(project.new)
+app.command("run", rich_help_panel=OWN)(project.run)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=BEFORE)
 app.add_typer(data.app, name="data", rich_help_panel=BEFORE)
 app.add_typer(tokenizer.app, name="tokenizer", rich_help_panel=BEFORE)

@@ -47,7 +47,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_tutorial(folder):
+def run_tutorial(folder, preloaded_rorchat):
     """Runs a tutorial, after the first one, in `folder`; the same tutorial only once."""
     done: dict[Path, str] = {}
 
@@ -55,7 +55,7 @@ def run_tutorial(folder):
         if TUTORIALS[0] not in done and tutorial != TUTORIALS[0]:
             run(TUTORIALS[0])
         if tutorial not in done:
-            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            path = os.pathsep.join([str(preloaded_rorchat), str(Path(sys.executable).parent), os.environ["PATH"]])
             process = subprocess.run(
                 ["bash", "-c", as_script(read_blocks(tutorial))],
                 cwd=folder,

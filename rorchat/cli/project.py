@@ -1,0 +1,63 @@
+"""`rorchat new` and `rorchat run`: a project from the user's own data to a chat model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Sources = list[str] | None
+
+
+def new(
+    folder: Annotated[Path, typer.Argument(help="A new folder for the project.")],
+    documents: Annotated[
+        Sources, typer.Option(help="Texts: a file, a folder, or a source such as text=OWNER/NAME. Repeatable.")
+    ] = None,
+    conversations: Annotated[
+        Sources, typer.Option(help="Chats: a file, a folder, or a source such as alpaca=FILE. Repeatable.")
+    ] = None,
+    preferences: Annotated[
+        Sources, typer.Option(help="Prompts with a chosen and a rejected reply. Repeatable.")
+    ] = None,
+    persona: Annotated[Path | None, typer.Option(help="A persona file; default: one to edit is written.")] = None,
+    hours: Annotated[float, typer.Option(help="Time for everything, on this machine.")] = 0.5,
+    base: Annotated[
+        str | None, typer.Option("--from", help="Start from this model (gpt2, a run folder, a Hub id).")
+    ] = None,
+) -> None:
+    """Plan a chat model from your data for the time you have: reads, measures, and writes settings and a script."""
+    from rorchat.cli.tables import print_table
+    from rorchat.project.create import create_project
+
+    project = create_project(
+        folder,
+        documents=documents or [],
+        conversations=conversations or [],
+        preferences=preferences or [],
+        hours=hours,
+        persona=persona,
+        base=base,
+    )
+    print_table(["source", "used as", "rows", "text", "language", "licence"], project.source_rows())
+    print_table(["stage", "time", "reads", "command"], project.stage_rows())
+    print("", *project.notes, sep="\n")
+    print(f"\nproject  {folder}    edit its files if you like, then: rorchat run {folder}")
+
+
+def run(
+    folder: Annotated[Path, typer.Argument(help="The folder of a project that `rorchat new` has made.")],
+    anyway: Annotated[bool, typer.Option("--anyway", help="Go on if the gate fails.")] = False,
+) -> None:
+    """Run every stage of a project. Run it again to resume after a stop."""
+    from rorchat.cli.tables import print_table
+    from rorchat.plan.show import format_duration
+    from rorchat.project.runner import run_project
+
+    times = run_project(folder, anyway=anyway)
+    rows = [
+        [t.name, format_duration(t.planned / 3600) if t.planned else "-", format_duration(t.seconds / 3600)]
+        for t in times
+    ]
+    total = (sum(t.planned for t in times), sum(t.seconds for t in times))
+    rows.append(["total", *(format_duration(seconds / 3600) for seconds in total)])
+    print_table(["stage", "planned", "took"], rows)

@@ -1,0 +1,204 @@
+"""From data, hours and a machine to a project's folder: `rorchat new`."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rorchat.errors import MismatchError, UsageError
+from rorchat.inference.engine import resolve_model_path
+from rorchat.model import Shape, count_parameters
+from rorchat.persona import load_persona
+from rorchat.plan.scaling import format_size
+from rorchat.plan.show import format_count, format_duration
+from rorchat.project.files import ProjectFiles
+from rorchat.project.schedule import Base, Schedule, Scheduler
+from rorchat.project.settings import ProjectSettings
+from rorchat.project.sizing import Size
+from rorchat.project.survey import Survey, survey_sources
+from rorchat.project.timing import measure_machine, measure_seconds_per_token
+from rorchat.project.vocabulary import Vocabulary, measure_bytes_per_token, try_vocabularies
+
+MIN_HOURS = 0.05  # below, the starts of the commands take most of the time
+BLOCK_SIZES = {True: (256, 512), False: (512, 1024)}  # {is_cpu: rows to choose from, in tokens}
+TYPICAL_BYTES_PER_TOKEN = 3.0  # before a tokenizer has been tried
+SYSTEM_TOKENS = 60  # system message and template of a conversation
+MANY_EPOCHS = 8.0  # passes over the documents, beyond which more text helps more than more time
+
+
+@dataclass(frozen=True)
+class NewProject:
+    """A project that has been written.
+
+    Attributes:
+        notes: what limits the model, and what would make it better; one sentence each.
+    """
+
+    folder: Path
+    settings: ProjectSettings
+    notes: list[str]
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.settings.schedule
+
+    @property
+    def survey(self) -> Survey:
+        return self.settings.survey
+
+    def source_rows(self) -> list[list[str]]:
+        """Rows of a table of the sources."""
+        rows = []
+        for source in self.survey.sources:
+            rejected = sum(source.stats.rejects.values())
+            language = f"{source.language}, {source.language_share:.0%} of rows" if source.language else "-"
+            rows.append(
+                [
+                    source.spec + (" (added)" if source.is_added else ""),
+                    source.option,
+                    f"{source.rows:,}" + (f" of {source.rows + rejected:,}" if rejected else ""),
+                    f"{format_count(source.utf8_bytes)}B",
+                    language,
+                    source.stats.licence or "-",
+                ]
+            )
+        return rows
+
+    def stage_rows(self) -> list[list[str]]:
+        """Rows of a table of the commands: name, time, what it does."""
+        commands = ProjectFiles(self.folder, self.settings, None).commands()
+        tokens = self.schedule.tokens
+        rows = [
+            [
+                name,
+                format_duration(self.schedule.seconds.get(name, 0.0) / 3600),
+                f"{format_count(tokens[name])} tokens" if name in tokens else "",
+                command,
+            ]
+            for name, command in commands.items()
+        ]
+        asked = f"asked for: {format_duration(self.settings.scheduler.hours)}"
+        return [*rows, ["total", format_duration(self.schedule.total_seconds / 3600), "", asked]]
+
+
+def create_project(
+    folder: Path,
+    *,
+    documents: list[str],
+    conversations: list[str],
+    preferences: list[str],
+    hours: float,
+    persona: Path | None = None,
+    base: str | None = None,
+) -> NewProject:
+    """Reads the data, measures the machine, plans a model for the time, and writes the project's folder.
+
+    Args:
+        documents, conversations, preferences: specs or paths; at least one of them in total.
+        persona: a persona file; None to write one that the user can edit.
+        base: a chat or base model, or a Hub id such as "gpt2", to start from; None for random weights.
+
+    Raises:
+        UsageError: there is no data, the time is too short, the folder is not empty, or a source has the wrong kind.
+        DataError: a path does not exist, or a source has no usable row.
+    """
+    given = {"documents": documents, "conversations": conversations, "preferences": preferences}
+    if not any(given.values()):
+        raise UsageError("No data: give --documents, --conversations or --preferences, each a file, folder or source.")
+    if not MIN_HOURS <= hours < float("inf"):
+        raise UsageError(f"--hours is {hours:g}: give at least {MIN_HOURS} ({MIN_HOURS * 60:.0f} minutes).")
+    _require_new(folder)
+    loaded_persona = load_persona(persona)
+    survey = survey_sources(given, loaded_persona, from_scratch=base is None)
+    from_model = _describe_base(base, survey) if base else None
+    machine = measure_machine(_choose_block_size(survey, from_model))
+    scheduler = Scheduler(survey, machine, hours, from_model)
+    vocabularies = [from_model.vocabulary] if from_model else try_vocabularies(survey.sample())
+    scheduler, schedule = _choose(scheduler, vocabularies)
+    settings = ProjectSettings(scheduler, schedule)
+    ProjectFiles(folder, settings, persona).write()
+    return NewProject(folder, settings, write_notes(scheduler, schedule, vocabularies))
+
+
+def _require_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} already exists and is not an empty folder: give another folder.")
+
+
+def _choose(scheduler: Scheduler, vocabularies: list[Vocabulary]) -> tuple[Scheduler, Schedule]:
+    """Chooses the size at interpolated speeds, measures the chosen one, and plans with the measurement."""
+    if scheduler.base:
+        shape, vocabulary = scheduler.base.shape, scheduler.base.vocabulary
+    else:
+        size = scheduler.choose(vocabularies)
+        shape, vocabulary = size.shape, size.vocabulary
+    machine = scheduler.machine
+    optimizer = "adamw" if scheduler.base and scheduler.base.is_large else "muon"
+    seconds = measure_seconds_per_token(
+        machine.device, shape, vocabulary.size, machine.block_size, rows=8, optimizer=optimizer
+    )
+    scheduler = replace(scheduler, measured={(shape, vocabulary.size): seconds / machine.gpus})
+    return scheduler, scheduler.schedule(shape, vocabulary)
+
+
+def _choose_block_size(survey: Survey, base: Base | None) -> int:
+    """The smallest row that holds nine of ten conversations."""
+    from rorchat.device import detect_device
+
+    allowed = BLOCK_SIZES[detect_device().is_cpu]
+    if base:
+        allowed = tuple(min(size, base.positions) for size in allowed)
+    longest = max(source.lengths[1] for source in survey.of("conversations"))
+    needed = longest / TYPICAL_BYTES_PER_TOKEN + SYSTEM_TOKENS
+    return next((size for size in allowed if size >= needed), allowed[-1])
+
+
+def _describe_base(name: str, survey: Survey) -> Base:
+    """Shape, tokenizer and window of the model to start from."""
+    from transformers import AutoConfig
+
+    from rorchat.tokenizer import load_tokenizer
+
+    path = resolve_model_path(name)
+    tokenizer = load_tokenizer(path)
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type != "gpt2":
+        raise MismatchError(f"--from {name} is a {config.model_type} model: only GPT-2 models can be trained here.")
+    resolved = str(Path(path).resolve()) if Path(path).is_dir() else name
+    shape = Shape(config.n_layer, config.n_head, config.n_embd)
+    vocabulary = Vocabulary(len(tokenizer), measure_bytes_per_token(tokenizer, survey.sample()[:200_000]))
+    return Base(resolved, shape, vocabulary, config.n_positions)
+
+
+def write_notes(scheduler: Scheduler, schedule: Schedule, vocabularies: list[Vocabulary]) -> list[str]:
+    """What limits the model, with figures, and what would make it better."""
+    survey, size = scheduler.survey, schedule.size
+    notes = []
+    added = [source.spec for source in survey.sources if source.is_added and not source.spec.startswith("persona=")]
+    if added:
+        notes.append(f"Generated text is added ({', '.join(added)}), because your data have too little of it.")
+    if scheduler.base:
+        return notes
+    tokens = survey.utf8_bytes("documents") / size.vocabulary.bytes_per_token
+    parameters = format_count(count_parameters(size.shape, size.vocabulary.size, scheduler.machine.block_size))
+    if size.epochs > MANY_EPOCHS:
+        notes.append(
+            f"Little text: {format_count(tokens)} tokens, which this model of {parameters} parameters reads "
+            f"{size.epochs:.0f} times, so it will repeat parts of them. "
+            + _with_more_text(scheduler, vocabularies, size)
+        )
+    longer = replace(scheduler, hours=2 * scheduler.hours, measured={})
+    better = longer.choose(vocabularies)
+    notes.append(
+        f"Twice the time: {format_size(better.shape)} with {better.vocabulary.size:,} tokens, predicted "
+        f"{better.bits_per_byte:.2f} instead of {size.bits_per_byte:.2f} bits per byte."
+    )
+    if size.epochs <= MANY_EPOCHS:
+        notes.append(f"More text would help less than more time: it is read {size.epochs:.1f} times.")
+    return notes
+
+
+def _with_more_text(scheduler: Scheduler, vocabularies: list[Vocabulary], size: Size) -> str:
+    more = scheduler.choose(vocabularies, document_bytes=4 * scheduler.survey.utf8_bytes("documents"))
+    return (
+        f"With four times the text, the same time would reach {more.bits_per_byte:.2f} instead of "
+        f"{size.bits_per_byte:.2f} bits per byte."
+    )

@@ -1,0 +1,212 @@
+"""Runs the commands of a project one after the other: `rorchat run FOLDER`."""
+
+import contextlib
+import ctypes
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rorchat.errors import DataError, Interrupted, RorchatError, UsageError
+from rorchat.plan.show import format_duration
+
+SCRIPT, PLAN = "run.sh", "plan.json"
+GATE, GATE_FAILED = "gate", 70
+AFTER_A_FAILED_GATE = ("report",)  # commands that run all the same: they only describe the model
+_PDEATHSIG = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+class StageFailed(RorchatError):
+    """A command of the project ended with an error, which it has printed."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of run.sh.
+
+    Attributes:
+        words: the command, beginning with "rorchat".
+        line: its line in run.sh.
+        seconds: planned duration; 0 if it is not in plan.json.
+    """
+
+    words: tuple[str, ...]
+    line: int
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The name of the stage: that of its config file, or the command."""
+        if "--config" in self.words[:-1]:
+            return Path(self.words[self.words.index("--config") + 1]).stem
+        return self.words[1]
+
+
+def read_steps(folder: Path) -> list[Step]:
+    """The commands of a project's run.sh.
+
+    A command is a line that begins with `rorchat`; it may go on after a backslash. Comments, `set` and `cd` are
+    skipped.
+
+    Raises:
+        UsageError: the folder has no run.sh, or it has a line of another kind.
+    """
+    script = folder / SCRIPT
+    if not script.is_file():
+        raise UsageError(f"{folder} has no {SCRIPT}: give the folder of a project that `rorchat new` has made.")
+    planned = _read_planned_seconds(folder)
+    steps = []
+    for number, text in _join_lines(script.read_text(encoding="utf-8")):
+        words = shlex.split(text, comments=True)
+        if not words or words[0] in ("set", "cd"):
+            continue
+        if words[0] != "rorchat" or len(words) < 2 or {"|", "||", "&&", ">", "&", ";"} & set(words):
+            raise UsageError(
+                f"{script}:{number}: `rorchat run` runs only plain commands that begin with rorchat. Run the script "
+                f"itself instead: bash {script}"
+            )
+        step = Step(tuple(words), number)
+        steps.append(Step(step.words, number, planned.get(step.name, 0.0)))
+    if not steps:
+        raise UsageError(f"{script} has no command that begins with rorchat.")
+    return steps
+
+
+def _join_lines(text: str) -> Iterator[tuple[int, str]]:
+    """(number of its first line, command) with lines that end in a backslash joined."""
+    pending, first = "", 0
+    for number, line in enumerate(text.splitlines(), 1):
+        first = first or number
+        if line.endswith("\\"):
+            pending += line[:-1] + " "
+            continue
+        yield first, pending + line
+        pending, first = "", 0
+    if pending:
+        yield first, pending
+
+
+def _read_planned_seconds(folder: Path) -> dict[str, float]:
+    path = folder / PLAN
+    if not path.is_file():
+        return {}
+    try:
+        stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+        return {stage["name"]: float(stage["seconds"]) for stage in stages}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read ({error!r}): delete it to run without planned times.") from None
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """How long a stage was planned to take and took, in seconds."""
+
+    name: str
+    planned: float
+    seconds: float
+
+
+def run_project(folder: Path, *, anyway: bool = False, show: Callable[[str], object] = print) -> list[StageTime]:
+    """Runs every command of the project, each in a process of its own, in the project's folder.
+
+    Training commands resume or, if they have finished, end at once; so a project that was stopped anywhere is resumed
+    by running it again.
+
+    Args:
+        anyway: go on when the gate fails.
+        show: called with each line of progress.
+
+    Raises:
+        UsageError: run.sh is missing, or has a line that cannot be run.
+        StageFailed: a command failed. It has the exit code of the command.
+        Interrupted: a signal stopped a command, which has saved a checkpoint.
+    """
+    steps = read_steps(folder)
+    times: list[StageTime] = []
+    failure: RorchatError | None = None
+    for number, step in enumerate(steps, 1):
+        if failure and step.name not in AFTER_A_FAILED_GATE:
+            continue
+        head = f"[{number}/{len(steps)}] {step.name}"
+        show(f"{head}: {shlex.join(step.words)}{_format_left(steps[number - 1 :])}")
+        started = time.monotonic()
+        code = _run_command(step.words, folder)
+        seconds = time.monotonic() - started
+        times.append(StageTime(step.name, step.seconds, seconds))
+        if code == GATE_FAILED and step.name == GATE and anyway:
+            show(f"{head}: failed, and --anyway was given")
+        elif code == GATE_FAILED and step.name == GATE:
+            failure = _failure(step, code, folder)
+        elif code:
+            raise _failure(step, code, folder)
+        planned = f" (planned: {format_duration(step.seconds / 3600)})" if step.seconds else ""
+        show(f"{head}: done in {format_duration(seconds / 3600)}{planned}")
+    if failure:
+        raise failure
+    return times
+
+
+def _format_left(steps: list[Step]) -> str:
+    seconds = sum(step.seconds for step in steps)
+    if not seconds or not steps[0].seconds:
+        return ""
+    return (
+        f"  (about {format_duration(steps[0].seconds / 3600)}; "
+        f"{format_duration(seconds / 3600)} until everything is done)"
+    )
+
+
+def _failure(step: Step, code: int, folder: Path) -> RorchatError:
+    again = f"rorchat run {folder}"
+    if code == Interrupted.exit_code:
+        return Interrupted(f"{step.name} was stopped. Resume with: {again}")
+    if code == GATE_FAILED and step.name == GATE:
+        return StageFailed(
+            "The gate failed: the model does not behave well enough to be published, see the error above. Give it more "
+            f"data or time, or go on without regard to the gate: {again} --anyway",
+            code,
+        )
+    return StageFailed(f"{step.name} failed with exit code {code}; its error is above. After a fix: {again}", code)
+
+
+def _run_command(words: tuple[str, ...], folder: Path) -> int:
+    """Runs a command to its end and returns its exit code. Signals that would stop this process are passed on to it."""
+    command = [sys.executable, "-m", "rorchat.cli", *words[1:]]
+    process = subprocess.Popen(command, cwd=folder, preexec_fn=_die_with_parent)
+    with _forward_signals(process):
+        code = process.wait()
+    return 128 - code if code < 0 else code
+
+
+def _die_with_parent() -> None:
+    """Called in the child. If this process is killed, Linux kills the command too, which would else hold its folder."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _forward_signals(process: subprocess.Popen) -> Iterator[None]:
+    """Passes SIGTERM and SIGHUP on; Ctrl-C in a terminal reaches the command directly."""
+
+    def forward(number: int, _frame: object) -> None:
+        if number != signal.SIGINT or not os.isatty(0):
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,154 @@
+"""Divides the time between the stages: how many tokens each reads, and how long it takes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rorchat.model import Shape, count_parameters
+from rorchat.project.sizing import SHAPES, Size, choose_size, predict
+from rorchat.project.survey import Survey
+from rorchat.project.timing import Machine
+from rorchat.project.vocabulary import Vocabulary
+
+#: Shares of the training time. What a stage cannot use goes to the first one.
+TIME_SHARES = {"pretrain": 0.55, "midtrain": 0.2, "sft": 0.2, "dpo": 0.05}
+MAX_EPOCHS = {"sft": 3.0, "dpo": 1.0}  # more passes learn the conversations by heart
+#: The time of a token in each stage, relative to one in pretraining; docs/planning.md says how it was measured.
+RELATIVE_COST = {"pretrain": 1.0, "midtrain": 1.0, "sft": 1.1, "dpo": 1.6}
+TARGET_STEPS = 1_000  # of pretraining: the batch is as large as this allows
+MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 2_048, 524_288
+LARGE = 100e6  # parameters
+MIN_STEPS = 10  # of every stage, however little time there is
+MESSAGE_TOKENS = 12  # control tokens, role and line breaks of a message, and a share of the system message
+MESSAGES_PER_ROW = 3
+#: Seconds of a command that scores, beside its start: (fixed, per million parameters)
+SCORING_SECONDS = {"evaluate": (2.0, 0.5), "gate": (6.0, 6.0), "report": (3.0, 0.0)}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that training starts from instead of random weights."""
+
+    name: str
+    shape: Shape
+    vocabulary: Vocabulary
+    positions: int
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is as large as GPT-2's smallest checkpoint, which is fine-tuned with AdamW at small rates."""
+        return count_parameters(self.shape, self.vocabulary.size, self.positions) > LARGE
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tokens and time of every command.
+
+    Attributes:
+        tokens: {stage of training: tokens that it reads}, in the order of the stages.
+        seconds: {command: planned duration}.
+    """
+
+    size: Size
+    tokens: dict[str, int]
+    seconds: dict[str, float]
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """Divides `hours` between the stages, for any size of model."""
+
+    survey: Survey
+    machine: Machine
+    hours: float
+    base: Base | None = None
+    measured: Mapping[tuple[Shape, int], float] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages of training, in order."""
+        has_own_conversations = any(not source.is_added for source in self.survey.of("conversations"))
+        stages = [] if self.base else ["pretrain"]
+        if self.survey.of("documents") and (has_own_conversations or self.base):
+            stages.append("midtrain")
+        stages.append("sft")
+        return [*stages, "dpo"] if self.survey.of("preferences") else stages
+
+    def choose(self, vocabularies: list[Vocabulary], document_bytes: int | None = None) -> Size:
+        """The size with the lowest predicted loss after the pretraining that fits into the time.
+
+        Args:
+            document_bytes: size of the text; None for that of the survey.
+        """
+        return choose_size(
+            vocabularies,
+            document_bytes or self.survey.utf8_bytes("documents"),
+            lambda shape, vocabulary: self._divide(shape, vocabulary).get("pretrain", 0),
+            SHAPES,
+        )
+
+    def schedule(self, shape: Shape, vocabulary: Vocabulary) -> Schedule:
+        """The schedule for one size."""
+        tokens = self._divide(shape, vocabulary)
+        seconds_per_token = self.seconds_per_token(shape, vocabulary)
+        seconds = self._overhead(count_parameters(shape, vocabulary.size, self.machine.block_size))
+        for stage, count in tokens.items():
+            seconds[stage] += count * seconds_per_token * RELATIVE_COST[stage]
+        first = tokens[self.stages[0]]
+        size = predict(shape, vocabulary, first, max(1, self.survey.utf8_bytes("documents")))
+        return Schedule(size, tokens, seconds)
+
+    def seconds_per_token(self, shape: Shape, vocabulary: Vocabulary) -> float:
+        """Seconds per token of pretraining: as measured for this size, else interpolated."""
+        known = self.measured.get((shape, vocabulary.size))
+        return known or self.machine.seconds_per_token(shape, vocabulary.size)
+
+    def _divide(self, shape: Shape, vocabulary: Vocabulary) -> dict[str, int]:
+        """{stage: tokens}. Later stages get their share of the time, or less if their data end; the first the rest."""
+        overhead = self._overhead(count_parameters(shape, vocabulary.size, self.machine.block_size))
+        left = self.hours * 3600 - sum(overhead.values())
+        share_left = sum(TIME_SHARES[stage] for stage in self.stages)
+        seconds_per_token = self.seconds_per_token(shape, vocabulary)
+        first, *later = self.stages
+        tokens: dict[str, int] = {}
+        for stage in reversed(later):
+            cost = seconds_per_token * RELATIVE_COST[stage]
+            affordable = max(0.0, left) * TIME_SHARES[stage] / share_left / cost
+            tokens[stage] = int(max(self._min_tokens(), min(affordable, self._available_tokens(stage, vocabulary))))
+            left -= tokens[stage] * cost
+            share_left -= TIME_SHARES[stage]
+        affordable = max(0.0, left) / (seconds_per_token * RELATIVE_COST[first])
+        tokens[first] = int(max(self._min_tokens(), min(affordable, self._available_tokens(first, vocabulary))))
+        return {stage: tokens[stage] for stage in self.stages}
+
+    def _min_tokens(self) -> int:
+        return MIN_STEPS * MIN_BATCH_TOKENS
+
+    def _available_tokens(self, stage: str, vocabulary: Vocabulary) -> float:
+        """Tokens of the stage's data times the passes over them that are worth making; no limit for documents."""
+        if stage not in MAX_EPOCHS:
+            return float("inf")
+        option = {"sft": "conversations", "dpo": "preferences"}[stage]
+        rows, size = self.survey.rows(option), self.survey.utf8_bytes(option)
+        tokens = size / vocabulary.bytes_per_token + rows * MESSAGES_PER_ROW * MESSAGE_TOKENS
+        return tokens * MAX_EPOCHS[stage]
+
+    def _overhead(self, parameters: int) -> dict[str, float]:
+        """{command: seconds beside the steps of training}, in the order of the commands."""
+        start = self.machine.startup_seconds
+        seconds = {} if self.base else {"tokenizer": start + self.survey.utf8_bytes("documents", "conversations") / 2e6}
+        seconds |= {stage: 1.5 * start for stage in self.stages}
+        for name, (fixed, per_million) in SCORING_SECONDS.items():
+            seconds[name] = start / 2 + fixed + per_million * parameters / 1e6
+        return seconds
+
+
+def choose_batch_tokens(tokens: int, block_size: int) -> int:
+    """Tokens per step: a power of two with which the run has at least TARGET_STEPS steps."""
+    batch = MIN_BATCH_TOKENS
+    while batch < MAX_BATCH_TOKENS and tokens / (2 * batch) >= TARGET_STEPS:
+        batch *= 2
+    return max(batch, block_size)

@@ -1,0 +1,186 @@
+"""Reads the user's data once and measures it: rows, rejects, lengths, language, licence."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import quantiles
+
+from tqdm.auto import tqdm
+
+from rorchat.errors import DataError, UsageError
+from rorchat.inspection import resolve_spec
+from rorchat.persona import Persona
+from rorchat.rows import row_text
+from rorchat.sources.base import RowStats
+from rorchat.sources.registry import find_source, load_rows
+
+#: {option of `rorchat new`: the kind of row that it takes}
+KINDS = {"documents": "document", "conversations": "conversation", "preferences": "preference"}
+LANGUAGE_ROWS, LANGUAGE_CHARACTERS = 200, 1_000  # the language is guessed from the beginnings of the first rows
+ADDED_DOCUMENTS, ADDED_CONVERSATIONS = "tinytown=12000", "tinytown=3000"
+LITTLE_TEXT = 200_000  # bytes of documents, below which ADDED_DOCUMENTS are added
+PERSONA_SHARE, PERSONA_ROWS = 0.3, (200, 2000)  # conversations about the persona: share of the others, and bounds
+SAMPLE_CHARACTERS = 2_000_000  # kept of every source, for training trial tokenizers
+
+
+@dataclass(frozen=True)
+class SourceSurvey:
+    """What one source contains.
+
+    Attributes:
+        spec: the source as recipes take it, with an absolute path.
+        utf8_bytes: of the text of all kept rows.
+        lengths: characters of the median row, of the 90th and of the 99th percentile.
+        language: ISO 639-1 code of the most frequent language of the rows, or "" if they have no words.
+        language_share: share of the rows that are in this language.
+        sample: text of the first rows.
+        is_added: whether the plan added the source to those of the user.
+    """
+
+    option: str
+    spec: str
+    guessed: bool
+    stats: RowStats
+    utf8_bytes: int
+    lengths: tuple[int, int, int]
+    language: str
+    language_share: float
+    sample: str = field(repr=False)
+    is_added: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.stats.kept
+
+    def summary(self) -> dict[str, object]:
+        """The survey as JSON, for plan.json."""
+        values = asdict(self) | {"stats": self.stats.summary()}
+        del values["sample"]
+        return values
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All sources of a project, by the option that named them."""
+
+    sources: tuple[SourceSurvey, ...]
+
+    def of(self, option: str) -> list[SourceSurvey]:
+        """The sources that were given with an option: "documents", "conversations" or "preferences"."""
+        return [source for source in self.sources if source.option == option]
+
+    def utf8_bytes(self, *options: str) -> int:
+        return sum(source.utf8_bytes for option in options for source in self.of(option))
+
+    def rows(self, option: str) -> int:
+        return sum(source.rows for source in self.of(option))
+
+    def sample(self) -> str:
+        """Text of all sources, in proportion to their sizes as far as their samples reach."""
+        total = sum(source.utf8_bytes for source in self.sources)
+        return "\n".join(
+            source.sample[: max(1, SAMPLE_CHARACTERS * source.utf8_bytes // total)] for source in self.sources
+        )
+
+    @property
+    def language(self) -> str:
+        """The language of most of the text; "" if none is recognized."""
+        sizes: Counter[str] = Counter()
+        for source in self.sources:
+            sizes[source.language] += source.utf8_bytes
+        return sizes.most_common(1)[0][0] if sizes else ""
+
+
+def survey_sources(given: dict[str, list[str]], persona: Persona | None = None, *, from_scratch: bool) -> Survey:
+    """Reads every row of the given sources, and adds generated ones where something is missing.
+
+    Without conversations, the model would not learn to chat: Tinytown's are added. A model from random weights needs
+    more text than LITTLE_TEXT bytes: Tinytown's documents are added. Conversations about the persona are always added.
+
+    Args:
+        given: {"documents" | "conversations" | "preferences": specs or paths}.
+        from_scratch: whether the model starts from random weights.
+
+    Raises:
+        UsageError: a source has rows of another kind than its option takes; the message names the right option.
+        DataError: a path does not exist, or no row of a source can be used.
+    """
+    survey = Survey(tuple(_survey_source(option, spec) for option, specs in given.items() for spec in specs))
+    added = []
+    if not survey.of("conversations"):
+        added.append(("conversations", ADDED_CONVERSATIONS))
+    if from_scratch and survey.utf8_bytes("documents") < LITTLE_TEXT:
+        added.append(("documents", ADDED_DOCUMENTS))
+    low, high = PERSONA_ROWS
+    rows = min(high, max(low, round(survey.rows("conversations") * PERSONA_SHARE)))
+    added.append(("conversations", f"persona={rows}"))
+    return Survey((*survey.sources, *(_survey_source(*source, persona, is_added=True) for source in added)))
+
+
+def _survey_source(
+    option: str, spec_or_path: str, persona: Persona | None = None, *, is_added: bool = False
+) -> SourceSurvey:
+    spec, guessed = (spec_or_path, False) if is_added else resolve_spec(spec_or_path)
+    spec = _with_absolute_path(spec)
+    _require_kind(option, spec_or_path, spec)
+    rows = load_rows(spec, KINDS[option], persona=persona, allow_empty=True)
+    sizes, size, sample, sampled = [], 0, [], 0
+    for row in tqdm(rows, desc=f"read {spec_or_path}", unit=" rows", disable=None, leave=False):
+        text = row_text(row)
+        sizes.append(len(text))
+        size += len(text.encode(errors="surrogatepass"))
+        if sampled < SAMPLE_CHARACTERS:
+            sample.append(text[: SAMPLE_CHARACTERS - sampled])
+            sampled += len(sample[-1])
+    if not sizes:
+        raise DataError(f"--{option} {spec_or_path}: no row can be used. {rows.stats}")
+    language, share = guess_language(sample)
+    lengths = tuple(map(round, _percentiles(sizes)))
+    text = "\n".join(sample)
+    return SourceSurvey(option, spec, guessed, rows.stats, size, lengths, language, share, text, is_added)
+
+
+def _with_absolute_path(spec: str) -> str:
+    """The project's commands run in its own folder, where a relative path would mean another place."""
+    name, sign, where = spec.partition("=")
+    path = Path(where).expanduser()
+    if not where or not path.exists():
+        return name + sign + where
+    if "$" in str(path.resolve()):
+        raise UsageError(f"{path.resolve()}: settings files would read a variable after the $: rename it.")
+    return f"{name}={path.resolve()}"
+
+
+def _require_kind(option: str, given: str, spec: str) -> None:
+    kinds = find_source(spec.partition("=")[0]).kinds
+    if KINDS[option] in kinds:
+        return
+    right = next((other for other, kind in KINDS.items() if kind in kinds), None)
+    remedy = f"give it as --{right}" if right else "it cannot be used here"
+    raise UsageError(f"--{option} {given}: its rows are read as {spec.partition('=')[0]} ({kinds[0]}s): {remedy}.")
+
+
+def _percentiles(sizes: list[int]) -> tuple[float, float, float]:
+    if len(sizes) == 1:
+        return (sizes[0],) * 3
+    cuts = quantiles(sizes, n=100, method="inclusive")
+    return cuts[49], cuts[89], cuts[98]
+
+
+def guess_language(texts: list[str]) -> tuple[str, float]:
+    """The most frequent language and the share of texts that are in it; ("", 0.0) if there are no words."""
+    import py3langid
+
+    counts = Counter(py3langid.classify(text)[0] for text in _beginnings(texts))
+    if not counts:
+        return "", 0.0
+    language, count = counts.most_common(1)[0]
+    return language, count / counts.total()
+
+
+def _beginnings(texts: list[str]) -> Iterator[str]:
+    for text in texts[:LANGUAGE_ROWS]:
+        beginning = text[:LANGUAGE_CHARACTERS]
+        if any(character.isalpha() for character in beginning):
+            yield beginning
