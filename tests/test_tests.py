@@ -21,6 +21,8 @@ TESTED_IN = {
     "mixture/phases.py": "mixture/test_plan.py",
     "mixture/plot.py": "mixture/test_plan.py",
     "plan/*.py": "plan/test_budget.py",
+    "project/files.py": "project/test_settings.py",
+    "project/timing.py": "project/test_create.py",
     "reading/*.py": "reading/test_formats.py",
     "recipes/*.py": "recipes/test_recipes.py",
     "sources/*.py": "sources/test_registry.py",

@@ -140,7 +140,7 @@ def run_project(folder: Path, *, anyway: bool = False, show: Callable[[str], obj
         head = f"[{number}/{len(steps)}] {step.name}"
         show(f"{head}: {shlex.join(step.words)}{_format_left(steps[number - 1 :])}")
         started = time.monotonic()
-        code = _run_command(step.words, folder)
+        code = run_command(step.words, folder)
         seconds = time.monotonic() - started
         times.append(StageTime(step.name, step.seconds, seconds))
         if code == GATE_FAILED and step.name == GATE and anyway:
@@ -179,7 +179,7 @@ def _failure(step: Step, code: int, folder: Path) -> RorchatError:
     return StageFailed(f"{step.name} failed with exit code {code}; its error is above. After a fix: {again}", code)
 
 
-def _run_command(words: tuple[str, ...], folder: Path) -> int:
+def run_command(words: tuple[str, ...], folder: Path) -> int:
     """Runs a command to its end and returns its exit code. Signals that would stop this process are passed on to it."""
     command = [sys.executable, "-m", "rorchat.cli", *words[1:]]
     process = subprocess.Popen(command, cwd=folder, preexec_fn=_die_with_parent)

@@ -1,0 +1,123 @@
+"""`rorchat new`: from data and hours to a project's folder."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from project_support import make_machine, write_data
+
+from rorchat.device import find_device
+from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.model import build_model, flops_per_token, parse_shape, save_model
+from rorchat.project import create, timing
+from rorchat.project.create import create_project
+from rorchat.project.timing import measure_machine, measure_seconds_per_token
+
+
+@pytest.fixture
+def known_speed(monkeypatch):
+    """A machine that need not be measured; the chosen size is half as fast as interpolated."""
+    machine = make_machine()
+    monkeypatch.setattr(create, "measure_machine", lambda block_size: make_machine(block_size=block_size))
+
+    def measure(device, shape, vocabulary, block_size, rows, optimizer="muon"):
+        return 2 * machine.seconds_per_token(shape, vocabulary)
+
+    monkeypatch.setattr(create, "measure_seconds_per_token", measure)
+
+
+@pytest.fixture
+def given(tmp_path):
+    return write_data(tmp_path)
+
+
+def test_a_project_is_planned_for_the_measured_speed(known_speed, given, tmp_path):
+    project = create_project(tmp_path / "bot", **given, hours=0.5)
+    assert project.schedule.total_seconds == pytest.approx(1800, rel=0.01)
+    plan = json.loads((tmp_path / "bot" / "plan.json").read_text())
+    assert sum(stage["seconds"] for stage in plan["stages"]) == pytest.approx(1800, rel=0.01)
+    assert [source["stats"]["kept"] for source in plan["sources"][:3]] == [400, 60, 50]
+    assert [row[0] for row in project.stage_rows()][-1] == "total"
+    assert len(project.source_rows()) == len(plan["sources"])
+
+
+def test_the_notes_say_what_would_make_the_model_better(known_speed, given, tmp_path):
+    little = create_project(tmp_path / "one", **given, hours=2.0).notes
+    assert any("Little text" in note and "four times the text" in note for note in little)
+    assert any("Twice the time" in note for note in little)
+    without_chats = create_project(
+        tmp_path / "two", documents=given["documents"], conversations=[], preferences=[], hours=0.25
+    )
+    assert any("tinytown" in note for note in without_chats.notes)
+
+
+def test_more_hours_give_a_larger_model_or_more_tokens(known_speed, given, tmp_path):
+    short, long = (create_project(tmp_path / str(hours), **given, hours=hours).schedule.size for hours in (0.1, 5))
+    assert long.bits_per_byte < short.bits_per_byte and long.parameters >= short.parameters
+
+
+def test_rows_are_long_enough_for_the_conversations(known_speed, given, tmp_path):
+    assert create_project(tmp_path / "short", **given, hours=0.2).settings.block_size == 256
+    long = tmp_path / "long.jsonl"
+    messages = [{"role": "user", "content": "a b c " * 200}, {"role": "assistant", "content": "Yes."}]
+    long.write_text(json.dumps({"messages": messages}) + "\n")
+    given["conversations"] = [f"messages={long}"]
+    assert create_project(tmp_path / "long", **given, hours=0.2).settings.block_size == 512
+
+
+def test_wrong_requests_are_refused_before_anything_is_read(tmp_path, given):
+    nothing = {"documents": [], "conversations": [], "preferences": []}
+    with pytest.raises(UsageError, match="No data: give --documents"):
+        create_project(tmp_path / "bot", **nothing, hours=1)
+    for hours in (0.0, -1, math.inf, math.nan):
+        with pytest.raises(UsageError, match="--hours is"):
+            create_project(tmp_path / "bot", **given, hours=hours)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    with pytest.raises(UsageError, match="not an empty folder"):
+        create_project(tmp_path / "full", **given, hours=1)
+    with pytest.raises(DataError, match="persona"):
+        create_project(tmp_path / "bot", **given, hours=1, persona=tmp_path / "nobody.yaml")
+    assert not (tmp_path / "bot").exists()
+
+
+def test_a_model_to_start_from_is_described_by_its_files(known_speed, given, tmp_path, tokenizer):
+    model = build_model("2x2x32", tokenizer, n_positions=128)
+    save_model(model, tokenizer, tmp_path / "base")
+    project = create_project(tmp_path / "bot", **given, hours=0.2, base=str(tmp_path / "base"))
+    assert project.settings.block_size == 128
+    assert project.settings.stages()["midtrain"].values["model"] == str((tmp_path / "base").resolve())
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"model_type": "llama"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MismatchError, match="llama"):
+        create_project(tmp_path / "other", **given, hours=0.2, base=str(tmp_path / "base"))
+
+
+def test_speeds_between_measured_sizes_are_interpolated():
+    machine = make_machine(0.02)
+    shape = parse_shape("4x4x128")
+    flops = flops_per_token(shape, 1024, machine.block_size)
+    assert machine.seconds_per_token(shape, 1024) == pytest.approx(flops / 1e9 * 0.02, rel=1e-6)
+    machine.points[-1] = (1e7, machine.points[-1][1])  # the largest measured size is small: proportional beyond it
+    large = parse_shape("124m")
+    flops = flops_per_token(large, 1024, machine.block_size)
+    assert machine.seconds_per_token(large, 1024) == pytest.approx(machine.points[-1][1] * flops / 1e7)
+
+
+@pytest.mark.slow
+def test_a_larger_model_is_measured_to_be_slower(monkeypatch):
+    monkeypatch.setattr(timing, "PROBED_SIZES", {True: ("2x2x64", "4x4x256"), False: ("4x4x256",)})
+    machine = measure_machine(128)
+    (small_flops, small), (large_flops, large) = machine.points
+    assert small_flops < large_flops and 0 < small < large and machine.startup_seconds > 0.5
+    seconds = measure_seconds_per_token(find_device("cpu"), parse_shape("2x2x64"), 2048, 128, rows=4)
+    assert 0.2 < seconds / small < 5
+
+
+def test_the_package_writes_where_it_was_told(known_speed, given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    create_project(Path("bot"), **given, hours=0.2)
+    written = {path.name for path in Path("bot").iterdir()}
+    stages = ("tokenizer", "pretrain", "midtrain", "sft", "dpo")
+    assert written == {*(f"{stage}.yaml" for stage in stages), "persona.yaml", "plan.json", "run.sh"}

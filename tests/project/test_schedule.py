@@ -1,0 +1,78 @@
+"""How the time is divided between the stages."""
+
+from dataclasses import replace
+
+import pytest
+from project_support import make_machine, make_scheduler, make_survey, write_data
+
+from rorchat.project.schedule import MIN_BATCH_TOKENS, RELATIVE_COST, Base, Scheduler, choose_batch_tokens
+from rorchat.project.sizing import SHAPES
+from rorchat.project.vocabulary import Vocabulary
+
+SHAPE, VOCABULARY = SHAPES[2], Vocabulary(1024, 2.5)
+
+
+@pytest.fixture
+def given(tmp_path):
+    return write_data(tmp_path)
+
+
+@pytest.mark.parametrize("hours", [0.1, 0.25, 2.0])
+def test_the_stages_take_the_time_that_was_asked_for(given, hours):
+    schedule = make_scheduler(given, hours).schedule(SHAPE, VOCABULARY)
+    assert schedule.total_seconds == pytest.approx(hours * 3600, rel=0.01)
+    assert list(schedule.tokens) == ["pretrain", "midtrain", "sft", "dpo"]
+    assert list(schedule.seconds) == [
+        "tokenizer", "pretrain", "midtrain", "sft", "dpo", "evaluate", "gate", "report"
+    ]  # fmt: skip
+
+
+def test_the_training_time_follows_from_the_speed(given):
+    scheduler = make_scheduler(given)
+    schedule = scheduler.schedule(SHAPE, VOCABULARY)
+    slower = replace(scheduler, machine=make_machine(0.04)).schedule(SHAPE, VOCABULARY)
+    assert slower.tokens["pretrain"] == pytest.approx(schedule.tokens["pretrain"] / 2, rel=0.1)
+    measured = replace(scheduler, measured={(SHAPE, 1024): 2 * scheduler.seconds_per_token(SHAPE, VOCABULARY)})
+    assert measured.schedule(SHAPE, VOCABULARY).tokens == slower.tokens
+    assert measured.seconds_per_token(SHAPES[3], VOCABULARY) == scheduler.seconds_per_token(SHAPES[3], VOCABULARY)
+
+
+def test_conversations_are_not_repeated_more_than_is_useful(given):
+    short, long = (make_scheduler(given, hours).schedule(SHAPE, VOCABULARY) for hours in (1.0, 10.0))
+    assert short.tokens["sft"] == long.tokens["sft"] and short.tokens["dpo"] == long.tokens["dpo"]
+    assert long.tokens["pretrain"] > 8 * short.tokens["pretrain"]
+
+
+def test_a_short_time_still_trains_every_stage(given):
+    tokens = make_scheduler(given, 0.01).schedule(SHAPE, VOCABULARY).tokens
+    assert min(tokens.values()) >= 10 * MIN_BATCH_TOKENS
+
+
+def test_stages_depend_on_the_data(given):
+    def stages(**options):
+        return Scheduler(make_survey(options), make_machine(), 0.5).stages
+
+    assert stages(documents=given["documents"]) == ["pretrain", "sft"]
+    assert stages(conversations=given["conversations"]) == ["pretrain", "midtrain", "sft"]
+    assert stages(documents=given["documents"], preferences=given["preferences"]) == ["pretrain", "sft", "dpo"]
+
+
+def test_a_base_model_needs_no_tokenizer_and_no_pretraining(given):
+    base = Base("gpt2", SHAPES[9], Vocabulary(50_304, 4.4), 1024)
+    survey = make_survey(given, from_scratch=False)
+    scheduler = Scheduler(survey, make_machine(), 1.0, base)
+    assert base.is_large and scheduler.stages == ["midtrain", "sft", "dpo"]
+    schedule = scheduler.schedule(base.shape, base.vocabulary)
+    assert "tokenizer" not in schedule.seconds and schedule.total_seconds == pytest.approx(3600, rel=0.01)
+
+
+def test_batches_grow_with_the_run():
+    assert choose_batch_tokens(100_000, 256) == 2048
+    assert choose_batch_tokens(9_000_000, 256) == 8192
+    assert choose_batch_tokens(10**11, 1024) == 524_288
+    for tokens in (10**6, 10**7, 10**8):
+        assert tokens / choose_batch_tokens(tokens, 256) >= 488
+
+
+def test_every_stage_has_a_relative_cost():
+    assert set(RELATIVE_COST) == {"pretrain", "midtrain", "sft", "dpo"}
