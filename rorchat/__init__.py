@@ -2,6 +2,11 @@
 
 In the order of the work:
 
+    rorchat.new               your data and hours -> a project: a folder with the settings of all stages
+    rorchat.run               a project -> a chat model
+
+or stage by stage:
+
     rorchat.train_tokenizer   text -> a tokenizer
     rorchat.pretrain          documents -> a base model, which continues texts
     rorchat.sft               a base model and conversations -> a chat model
@@ -26,6 +31,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rorchat.api.models import evaluate, gate, load, push, report
+    from rorchat.api.project import new, run
     from rorchat.api.training import dpo, grpo, pretrain, sft, train_tokenizer
     from rorchat.chatml import encode_conversation, encode_prompt
     from rorchat.errors import RorchatError
@@ -68,6 +74,8 @@ STAGES = (
 )
 
 _HOMES = {
+    "new": "rorchat.api.project",
+    "run": "rorchat.api.project",
     "train_tokenizer": "rorchat.api.training",
     "pretrain": "rorchat.api.training",
     "sft": "rorchat.api.training",
@@ -89,9 +97,9 @@ _HOMES = {
 
 # written out for type checkers, which do not read _HOMES
 __all__ = [
-    "train_tokenizer", "pretrain", "sft", "dpo", "grpo", "load", "evaluate", "gate", "report", "push", "RorchatError",
-    "encode_conversation", "encode_prompt", "load_tokenizer", "load_model", "generate_text", "stream_text", "STAGES",
-    "__version__",
+    "new", "run", "train_tokenizer", "pretrain", "sft", "dpo", "grpo", "load", "evaluate", "gate", "report", "push",
+    "RorchatError", "encode_conversation", "encode_prompt", "load_tokenizer", "load_model", "generate_text",
+    "stream_text", "STAGES", "__version__",
 ]  # fmt: skip
 
 

@@ -143,9 +143,8 @@ def _choose_block_size(survey: Survey, base: Base | None) -> int:
     """The smallest row that holds nine of ten conversations."""
     from rorchat.device import detect_device
 
-    allowed = BLOCK_SIZES[detect_device().is_cpu]
-    if base:
-        allowed = tuple(min(size, base.positions) for size in allowed)
+    positions = base.positions if base else max(max(sizes) for sizes in BLOCK_SIZES.values())
+    allowed = [min(size, positions) for size in BLOCK_SIZES[detect_device().is_cpu]]
     longest = max(source.lengths[1] for source in survey.of("conversations"))
     needed = longest / TYPICAL_BYTES_PER_TOKEN + SYSTEM_TOKENS
     return next((size for size in allowed if size >= needed), allowed[-1])

@@ -136,9 +136,8 @@ def _survey_source(
     if not sizes:
         raise DataError(f"--{option} {spec_or_path}: no row can be used. {rows.stats}")
     language, share = guess_language(sample)
-    lengths = tuple(map(round, _percentiles(sizes)))
     text = "\n".join(sample)
-    return SourceSurvey(option, spec, guessed, rows.stats, size, lengths, language, share, text, is_added)
+    return SourceSurvey(option, spec, guessed, rows.stats, size, _percentiles(sizes), language, share, text, is_added)
 
 
 def _with_absolute_path(spec: str) -> str:
@@ -161,11 +160,12 @@ def _require_kind(option: str, given: str, spec: str) -> None:
     raise UsageError(f"--{option} {given}: its rows are read as {spec.partition('=')[0]} ({kinds[0]}s): {remedy}.")
 
 
-def _percentiles(sizes: list[int]) -> tuple[float, float, float]:
+def _percentiles(sizes: list[int]) -> tuple[int, int, int]:
+    """The median, the 90th and the 99th percentile."""
     if len(sizes) == 1:
-        return (sizes[0],) * 3
+        return sizes[0], sizes[0], sizes[0]
     cuts = quantiles(sizes, n=100, method="inclusive")
-    return cuts[49], cuts[89], cuts[98]
+    return round(cuts[49]), round(cuts[89]), round(cuts[98])
 
 
 def guess_language(texts: list[str]) -> tuple[str, float]:
