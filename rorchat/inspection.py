@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
@@ -15,9 +16,12 @@ from rorchat.chatml import END_OF_TEXT, IGNORE_INDEX, encode_conversations, enco
 from rorchat.console import shows_bars
 from rorchat.errors import DataError, RorchatError, UsageError
 from rorchat.persona import Persona
+from rorchat.reading.encodings import COMPRESSIONS, content_suffix
 from rorchat.reading.filters import Filters
+from rorchat.reading.folders import is_hidden
+from rorchat.reading.formats import READERS, TEXT_SUFFIXES
 from rorchat.rows import RejectedRow, row_text
-from rorchat.sources.base import RowStats
+from rorchat.sources.base import RowStats, Source
 from rorchat.sources.columns import parse_columns, source_for_columns
 from rorchat.sources.location import add_columns, may_name_dataset
 from rorchat.sources.registry import SourceRows, find_source, list_sources, load_rows, locate
@@ -30,6 +34,8 @@ ROW_FORMATS = ("preference", "alpaca", "prompt_completion", "messages", "text")
 FORMAT_REASONS = ("missing field", "wrong type", "not a dialogue")  # reasons that indicate a different row format
 SAMPLE_ROWS = 40  # rows of a file on which each format is tried
 BATCH_ROWS = 500  # rows encoded together
+#: Words in the file names of many datasets, which say nothing about which one it is.
+_COMMON_NAMES = {"train", "data", "sample", "input", "sft", "prefs", "complete", "ready"}
 
 
 @dataclass
@@ -76,13 +82,16 @@ def resolve_spec(
 def guess_row_format(path: Path) -> str:
     """The name of the source that can read most of the first rows of a file or folder.
 
-    Of the sources that read at least 80 % as many rows as the best one (40 % if the path names the source), those named
-    in the path are preferred, then ROW_FORMATS. An unusable row in the right format counts as half a row.
+    A dataset is only considered if the files carry a mark of it: its name in the path, a file name of its own, or rows
+    with columns of its own. Of the sources that read at least 80 % as many rows as the best one (40 % if the path names
+    the source), those named in the path are preferred, then ROW_FORMATS. An unusable row in the right format counts as
+    half a row.
 
     Raises:
         DataError: no source can read any row.
     """
-    results = {name: _try_source(name, path) for name in list_sources() if not find_source(name).is_generated}
+    candidates = [name for name in list_sources() if name in ROW_FORMATS or _has_mark(find_source(name), path)]
+    results = {name: _try_source(name, path) for name in candidates}
     best = max(score for score, _ in results.values())
     if not best:
         problem = next((problem for _, problem in results.values() if problem), "")
@@ -95,6 +104,34 @@ def guess_row_format(path: Path) -> str:
         if results[name][0] >= (0.4 if name in named else 0.8) * best:
             return name
     raise AssertionError("the best source is one of those tried")
+
+
+def _has_mark(source: Source, path: Path) -> bool:
+    """Whether a path contains the name of a dataset or a file name of its own, or may have rows with its columns.
+
+    Columns are tried, not compared: rows that are converted have them. A dataset whose only column is `text`, and one
+    that is read from plain text files, has no columns of its own.
+    """
+    if source.is_generated:
+        return False
+    if _is_named_in(path, source.name):
+        return True
+    names = [path.name] if path.is_file() else [file.name for file in path.rglob("*") if not is_hidden(file, path)]
+    if any(fnmatchcase(name, pattern) for name in names for pattern in _own_patterns(source)):
+        return True
+    columns = {column for row in source.raw if isinstance(row, dict) for column in row}
+    suffixes = {content_suffix(Path(name)) for name in names}
+    are_tables = ".txt" not in suffixes and any(suffix in READERS for suffix in suffixes - TEXT_SUFFIXES)
+    return are_tables and not columns <= {"text"}
+
+
+def _own_patterns(source: Source) -> Iterator[str]:
+    """The patterns of a source's file names that contain more than words which any file may have."""
+    for pattern in source.files:
+        name = pattern.rpartition("/")[2]
+        words = re.findall(r"[a-z]\w*", re.sub(r"\[.*?\]", "", name.partition(".")[0].lower()))
+        if any(part not in _COMMON_NAMES for word in words for part in word.split("_") if part):
+            yield from (name, *(name + packing for packing in COMPRESSIONS))
 
 
 def _is_named_in(path: Path, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 _WHITE_SPACE = b" \t\n\r\v\f"
 _CHUNK_CHARACTERS = 2**20  # texts are hashed in chunks, so that a book of 100 MB is not copied as a whole
@@ -52,7 +52,44 @@ def _chunks(text: str) -> Iterator[str]:
 
 def is_validation_digest(digest: bytes, share: float) -> bool:
     """Whether the text with this `text_digest` is in the validation split, which has a `share` of all texts."""
-    return int.from_bytes(digest[:8]) < share * 2**64
+    return hash_order(digest) < share * 2**64
+
+
+def hash_order(digest: bytes) -> int:
+    """The number by which texts are ordered for the split: the validation split has those with the smallest."""
+    return int.from_bytes(digest[:8])
+
+
+def choose_for_empty_split(orders: Sequence[int], sizes: Sequence[int], empty: str) -> int | None:
+    """Chooses the texts that move to a split which has none: all with the returned `hash_order`.
+
+    Of texts that are all in training, those with the smallest order are held out, but not more than half of the whole
+    size, because training needs the rest. Of texts that are all held out, those with the largest order are trained on.
+
+    Args:
+        orders: the `hash_order` of each text; equal texts have equal orders.
+        sizes: the size of each text.
+        empty: "train" or "validation".
+
+    Returns:
+        None if all texts are equal, so that they cannot be in different splits.
+    """
+    size_of: dict[int, int] = {}
+    for order, size in zip(orders, sizes, strict=True):
+        size_of[order] = size_of.get(order, 0) + size
+    if len(size_of) < 2:
+        return None
+    if empty == "train":
+        return max(size_of)
+    return min(order for order, size in size_of.items() if 2 * size <= sum(sizes))
+
+
+def describe_moved(empty: str, kind: str, share: float, places: Sequence[str]) -> str:
+    """One line about the rows that were moved to a split which would have been empty."""
+    shown = "; ".join([*places[:3], *(["..."] if places[3:] else [])])
+    if empty == "train":
+        return f"validation_share {share:g} would hold out every {kind}: the one with the largest hash is not, {shown}"
+    return f"validation_share {share:g} would hold out no {kind}: the one with the smallest hash is, {shown}"
 
 
 def is_validation_text(text: str, share: float) -> bool:

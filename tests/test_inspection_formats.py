@@ -84,6 +84,33 @@ def test_a_dataset_named_in_the_path_is_preferred(name, tmp_path, monkeypatch):
     assert guessed == name or find_source(guessed).kinds[0] == find_source(name).kinds[0]
 
 
+LINES = "he said it was fine .\n" * 39 + "he said it was \x1b[31m red .\n"  # as one document, it is rejected
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("my_folder/a.txt", "text"),  # although BookCorpus reads 39 of its 40 lines
+        ("my_folder/train.txt", "text"),
+        ("bookcorpus/a.txt", "bookcorpus"),
+        ("my_folder/dialogues_text.txt", "dailydialog"),
+    ],
+)
+def test_a_dataset_is_guessed_only_if_the_files_carry_a_mark_of_it(name, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write(Path(), name, LINES.replace("said", "said __eou__") if source == "dailydialog" else LINES)
+    assert guess_row_format(path) == guess_row_format(path.parent) == source
+
+
+def test_files_in_other_encodings_do_not_change_the_guess(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, encoding in enumerate(["latin-1", "cp1251", "utf-16", "utf-8"]):
+        text = "Привет, мир!\n" if encoding == "cp1251" else "Die Gäste aus Österreich.\n"
+        write(Path(), f"mine/{number}.txt", (text * 50).encode(encoding))
+    write(Path(), "mine/cover.png", b"\x89PNG")
+    assert guess_row_format(Path("mine")) == "text"
+
+
 REAL = {
     "alpaca/alpaca_5000.json": "alpaca",
     "alpaca/seed_tasks.jsonl": "alpaca",

@@ -95,7 +95,7 @@ def check(
     """Read every row. Count kept and rejected rows, with the reasons and the first places."""
     from rorchat.inspection import FORMAT_REASONS, check_source, resolve_spec
     from rorchat.reading.filters import Filters
-    from rorchat.sources.registry import columns_advice, unread_files
+    from rorchat.sources.registry import columns_advice
     from rorchat.tokenizer import load_tokenizer
 
     if (tokenizer is None) != (max_length is None):
@@ -125,7 +125,6 @@ def check(
     if result.evaluation:
         print(result.evaluation.describe())
     print(result.stats)
-    _print_unread(unread_files(result.spec))
     other_format = sum(count for reason, count in result.stats.rejects.items() if reason in FORMAT_REASONS)
     if guessed and other_format > result.stats.rows_in / 10:
         print(f"{other_format:,} rows have a different format than {name!r}: check the files one by one")
@@ -133,12 +132,6 @@ def check(
         print(f"rejects  {rejects}")
     if not result.stats.kept:
         raise DataError(f"No row of {result.spec} can be used. {columns_advice(result.stats)}".strip())
-
-
-def _print_unread(files: list[str]) -> None:
-    if files:
-        more = ", ..." if files[5:] else ""
-        print(f"{len(files):,} other files of the folder are not read: {', '.join(files[:5])}{more}")
 
 
 def _require_separate(spec: str, rejects: Path) -> None:

@@ -2,30 +2,55 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rorchat.errors import DataError
 from rorchat.reading.encodings import COMPRESSIONS, content_suffix
 from rorchat.reading.formats import READERS
+from rorchat.reading.text_encodings import detect_encoding
+from rorchat.rows import RejectedRow
 
 SAMPLES, SAMPLE_BYTES = 16, 2**16  # samples per file, for the digest, and their size
 
 
-def find_files(path: Path, patterns: tuple[str, ...], *, any_suffix: bool = False) -> list[Path]:
+def refuse_unknown_suffix(path: Path) -> str:
+    """Why there is no reader for a file, by its suffix; empty if there is one."""
+    if content_suffix(path) in READERS:
+        return ""
+    return f"unknown suffix {path.suffix}" if path.suffix else "no suffix"
+
+
+def refuse_other_than_text(path: Path) -> str:
+    """As `refuse_unknown_suffix`, but a file whose content is certainly text is accepted, whatever its name."""
+    why = refuse_unknown_suffix(path)
+    if not why:
+        return ""
+    if not path.stat().st_size:
+        return f"{why}, empty"
+    encoding = detect_encoding(path)
+    if isinstance(encoding, RejectedRow):
+        return f"{why}, {encoding}"
+    return "" if encoding.is_certainly_text else f"{why}, not certainly text"
+
+
+def find_files(
+    path: Path, patterns: tuple[str, ...], refuse: Callable[[Path], str] = refuse_unknown_suffix
+) -> list[Path]:
     """The file at `path`, or the files of a folder that match, sorted by name. Hidden files are ignored.
 
     Args:
         patterns: glob patterns inside the folder. The first that matches any file is used, with and without .gz or
-        .zst. any_suffix: also return files for which this package has no reader.
+            .zst.
+        refuse: says why a file cannot be read; empty if it can.
 
     Raises:
         DataError: the path does not exist, the file cannot be read, or no file of the folder matches.
     """
     if path.is_file():
-        if not any_suffix and content_suffix(path) not in READERS:
+        if why := refuse(path):
             raise DataError(
-                f"{path}: cannot read {path.suffix or 'a file without suffix'}; "
+                f"{path} cannot be read: {why}; "
                 f"supported are {', '.join(READERS)}, optionally with {' or '.join(COMPRESSIONS)}."
             )
         return [path]
@@ -36,11 +61,14 @@ def find_files(path: Path, patterns: tuple[str, ...], *, any_suffix: bool = Fals
             file
             for suffix in ("", *COMPRESSIONS)
             for file in path.glob(pattern + suffix)
-            if file.is_file() and not is_hidden(file, path) and (any_suffix or content_suffix(file) in READERS)
+            if file.is_file() and not is_hidden(file, path) and not refuse(file)
         }
         if files:
             return sorted(files)
-    names = sorted(entry.name for entry in path.iterdir())
+    names = [
+        f"{entry.name} ({why})" if entry.is_file() and (why := refuse(entry)) else entry.name
+        for entry in sorted(path.iterdir())
+    ]
     raise DataError(f"{path} has no file that matches {', '.join(patterns)}, only {', '.join(names[:8]) or 'nothing'}.")
 
 

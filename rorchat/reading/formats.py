@@ -7,7 +7,10 @@ from rorchat.errors import DataError
 from rorchat.reading.csv_rows import read_csv
 from rorchat.reading.encodings import content_suffix
 from rorchat.reading.json_rows import read_json, read_json_lines
+from rorchat.reading.long_texts import Limits
+from rorchat.reading.notes import ReadingNotes
 from rorchat.reading.parquet import read_parquet
+from rorchat.reading.plain_texts import read_plain_text
 from rorchat.reading.slices import FileSlice, Row
 from rorchat.reading.text import read_documents
 
@@ -23,6 +26,15 @@ READERS: dict[str, Callable[[FileSlice], Iterator[Row]]] = {
     ".tsv": read_csv,
     ".parquet": read_parquet,
 }
+TEXT_SUFFIXES = {suffix for suffix, reader in READERS.items() if reader is read_documents}
+
+
+def read_any_text(file_slice: FileSlice, limits: Limits, notes: ReadingNotes) -> Iterator[Row]:
+    """As `read_rows`, but text files may have any encoding and name, and their long texts are several rows."""
+    suffix = content_suffix(file_slice.path)
+    if suffix in TEXT_SUFFIXES or suffix not in READERS:
+        return read_plain_text(file_slice, limits, notes)
+    return read_rows(file_slice)
 
 
 def read_rows(source: Path | FileSlice) -> Iterator[Row]:

@@ -1,10 +1,12 @@
 """Shared by all sources: their description and row statistics."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
 
+from rorchat.reading.long_texts import Limits
+from rorchat.reading.notes import ReadingNotes
 from rorchat.rows import RejectedRow, RepairedRow
 
 MAX_PLACES = 3  # recorded per reason of rejection
@@ -34,6 +36,7 @@ class Source:
     beside: tuple[str, ...] = ()
     restarts_per_file: bool = False
     about_persona: bool = False
+    long_texts: Limits | None = None  # how long texts are cut; None: a document is never cut
     convert: Callable[[Any], dict | RepairedRow] | None = None
     to_question: Callable[[Any], dict] | None = None
     read: Callable[..., Iterator[PlacedRow]] | None = None
@@ -73,6 +76,18 @@ class RowStats:
     repairs: dict[str, int] = field(default_factory=dict)  # kept rows that were repaired
     cut: int = 0  # kept rows whose last turns did not fit into the context window
     hub: dict[str, str] = field(default_factory=dict)  # dataset, config, split and revision of rows from the Hub
+    reading: ReadingNotes = field(default_factory=ReadingNotes)
+    limits: Limits | None = None  # at which long texts are cut
+    held_out: str = ""  # what was done so that neither split is empty; empty if nothing
+
+    @classmethod
+    def from_record(cls, record: dict) -> "RowStats":
+        """Reads the counts of a part, as written with `record`."""
+        return cls(**{**record, "reading": ReadingNotes(**record["reading"])})
+
+    def record(self) -> dict:
+        """The counts as JSON values."""
+        return {key: value for key, value in asdict(self).items() if key != "limits"}
 
     def reject(self, place: str, rejected_row: RejectedRow) -> None:
         reason = rejected_row.reason
@@ -92,6 +107,7 @@ class RowStats:
         for counts, other_counts in ((self.rejects, other.rejects), (self.repairs, other.repairs)):
             for reason, count in other_counts.items():
                 counts[reason] = counts.get(reason, 0) + count
+        self.reading.add(other.reading)
         for reason, places in other.places.items():
             self.places[reason] = [*self.places.get(reason, []), *places][:MAX_PLACES]
 
@@ -110,12 +126,32 @@ class RowStats:
             lines.append(f"  from the Hub: {', '.join(f'{key} {value}' for key, value in self.hub.items())}")
         if self.hub or licence_restriction(self.licence):
             lines.append(f"  licence: {self.licence}")
+        lines += self._describe_reading()
         if self.cut:
             lines.append(f"  {self.cut:,} of them truncated: their last turns do not fit into the context window")
         lines += [f"  {count:,} of them repaired: {repair}" for repair, count in self.repairs.items()]
         for reason, count in self.most_frequent_rejects():
             lines.append(f"  {count:,} rejected: {reason}, first at {'; '.join(self.places[reason])}")
+        lines += [f"  {self.held_out}"] if self.held_out else []
         return to_printable("\n".join(lines))
+
+    def _describe_reading(self) -> list[str]:
+        reading, lines = self.reading, []
+        if reading.long_texts and self.limits:
+            lines.append(
+                f"  {count_files(reading.files)}, {self.rows_in:,} documents, which are the rows: "
+                f"{self.limits.describe(reading.long_texts)}"
+            )
+        lines += [f"  {count_files(count)} decoded as {name}" for name, count in sorted(reading.decoded.items())]
+        if reading.unread:
+            folder = self.source.partition("=")[2]
+            lines.append(f"  {count_files(len(reading.unread))} not read: {reading.describe_unread(folder)}")
+        return lines
+
+
+def count_files(number: int) -> str:
+    """A number of files in words: 1 file, 2 files."""
+    return f"{number:,} file{'s' if number != 1 else ''}"
 
 
 def to_printable(text: str) -> str:

@@ -13,8 +13,15 @@ from typing import Any
 from rorchat import sources
 from rorchat.errors import DataError, RorchatError, UsageError, did_you_mean
 from rorchat.persona import Persona, load_persona
-from rorchat.reading.folders import files_digest, find_files, is_hidden
-from rorchat.reading.formats import read_rows
+from rorchat.reading.folders import (
+    files_digest,
+    find_files,
+    is_hidden,
+    refuse_other_than_text,
+    refuse_unknown_suffix,
+)
+from rorchat.reading.formats import read_any_text, read_rows
+from rorchat.reading.long_texts import cut_apart
 from rorchat.reading.parts import split_files
 from rorchat.reading.slices import FileSlice
 from rorchat.rows import CHECKS, RejectedRow, RepairedRow
@@ -157,11 +164,25 @@ class SourceRows:
                 if self.on_reject:
                     self.on_reject(place, rejected_row, raw)
                 continue
-            self.stats.kept += 1
-            self.place = place
-            yield row
+            del raw
+            yield from self._pieces(place, row)
         if not self.allow_empty:
             require_kept_rows(self.stats)
+
+    def _pieces(self, place: str, row: dict) -> Iterator[dict]:
+        """A usable row, or the rows into which its long text is cut."""
+        limits = self.source.long_texts
+        if limits is None or len(row["text"]) <= limits.maximum:
+            self.stats.kept, self.place = self.stats.kept + 1, place
+            yield row
+            return
+        pieces = 0
+        for pieces, text in enumerate(cut_apart(row["text"], limits), start=1):  # noqa: B007
+            if pieces == 2:
+                self.stats.reading.long_texts += 1
+            self.stats.rows_in += pieces > 1
+            self.stats.kept, self.place = self.stats.kept + 1, f"{place}, piece {pieces}"
+            yield {"text": text}
 
     def withdraw(self, place: str, rejected_row: RejectedRow, row: dict) -> None:
         """Rejects a row that has already been yielded."""
@@ -190,7 +211,10 @@ class SourceRows:
 def require_kept_rows(stats: RowStats) -> None:
     """Raises a DataError unless at least one row was kept."""
     if not stats.rows_in:
-        raise DataError(f"{stats.source} is empty: it has no rows.")
+        unread = stats.reading.describe_unread(stats.source.partition("=")[2])
+        raise DataError(
+            to_printable(f"{stats.source} is empty: it has no rows{f'. Not read: {unread}' if unread else ''}.")
+        )
     if not stats.kept:
         reasons = [
             f"{count:,} {reason}, first at {stats.places[reason][0]}" for reason, count in stats.most_frequent_rejects()
@@ -258,14 +282,15 @@ def load_rows(
             f"use one of {', '.join(suitable)}."
         )
     raw: Iterator[PlacedRow]
-    location, stats = locate(spec), RowStats(spec, source.licence)
+    location, stats = locate(spec), RowStats(spec, source.licence, limits=source.long_texts)
     if source.generate:
         amount = _parse_amount(source.name, where)
         rows = source.generate(kind, amount, seed, persona)
         raw = ((f"{source.name}, row {number}", row) for number, row in enumerate(rows))
     elif location.path:
         slices = part.slices if part else [FileSlice(file) for file in find_source_files(spec)]
-        raw = _gather_rows(source, (source.read(s.path) if source.read else read_rows(s) for s in slices))
+        raw = _gather_rows(source, (_read_slice(source, file_slice, stats) for file_slice in slices))
+        stats.reading.unread = {} if part else unread_files(spec)
     else:
         hub = open_hub_rows(spec)
         raw = _gather_rows(source, [hub.read(*(part.rows if part and part.rows else ()))])
@@ -274,6 +299,23 @@ def load_rows(
     return SourceRows(
         spec, kind, source, raw, stats, allow_empty or part is not None, on_reject, columns=location.columns
     )
+
+
+def _read_slice(source: Source, file_slice: FileSlice, stats: RowStats) -> Iterator[PlacedRow]:
+    """The rows of a slice of a file. Files are counted, and one without rows is noted as unread."""
+    path = file_slice.path
+    if source.long_texts:
+        rows = read_any_text(file_slice, source.long_texts, stats.reading)
+    else:
+        rows = iter(source.read(path)) if source.read else read_rows(file_slice)
+    first = [row for row in [next(rows, None)] if row is not None]
+    if first:
+        stats.reading.files += not file_slice.start
+    elif not file_slice.start and file_slice.stop is None:
+        stats.reading.unread.setdefault(str(path), "only white space" if path.stat().st_size else "empty")
+    while first:
+        yield first.pop()  # pop: keep no reference to a yielded row
+    yield from rows
 
 
 def open_hub_rows(spec: str) -> HubRows:
@@ -320,7 +362,14 @@ def find_source_files(spec: str) -> list[Path]:
     """
     source, path = split_spec(spec)[0], local_path(spec)
     assert path is not None, "only for local sources"
-    return find_files(path, source.files, any_suffix=source.read is not None)
+    return find_files(path, source.files, _refusal(source))
+
+
+def _refusal(source: Source) -> Callable[[Path], str]:
+    """The function that says why a source cannot read a file."""
+    if source.read:
+        return lambda path: ""
+    return refuse_other_than_text if source.long_texts else refuse_unknown_suffix
 
 
 def source_parts(spec: str) -> list[SourcePart]:
@@ -345,16 +394,24 @@ def source_parts(spec: str) -> list[SourcePart]:
     return [SourcePart(rows=(start, min(start + step, rows))) for start in range(0, rows, max(1, step))]
 
 
-def unread_files(spec: str) -> list[str]:
-    """The files of a local folder that the source does not read, such as matches of a later pattern in `FILES`."""
-    folder = local_path(spec)
+def unread_files(spec: str) -> dict[str, str]:
+    """The files of a local folder that the source does not read, such as matches of a later pattern in `FILES`.
+
+    Returns:
+        path -> the reason.
+    """
+    source, folder = split_spec(spec)[0], local_path(spec)
     if folder is None or not folder.is_dir():
-        return []
-    files = set(find_source_files(spec))
-    others = (
-        file for file in folder.rglob("*") if file.is_file() and not is_hidden(file, folder) and file not in files
+        return {}
+    known = {*find_source_files(spec), *(file for pattern in source.beside for file in folder.rglob(pattern))}
+    others = sorted(
+        file for file in folder.rglob("*") if file.is_file() and not is_hidden(file, folder) and file not in known
     )
-    return sorted(to_printable(str(file.relative_to(folder))) for file in others)
+    refuse = _refusal(source)
+    return {
+        str(file): ("empty" if not file.stat().st_size else refuse(file)) or f"not one of the files of {source.name}"
+        for file in others
+    }
 
 
 def source_digest(spec: str, persona: Persona | None = None) -> str:
@@ -410,15 +467,28 @@ def source_licence(spec: str) -> str:
     return source.licence if dataset is None or dataset.is_own else open_hub_rows(spec).licence
 
 
-def iterate_texts(specs: list[str], seed: int = 0, persona: Persona | None = None) -> Iterator[str]:
+def iterate_texts(
+    specs: list[str],
+    seed: int = 0,
+    persona: Persona | None = None,
+    report: Callable[[RowStats], None] | None = None,
+) -> Iterator[str]:
     """Yields all text of the sources, for training a tokenizer: documents, or the contents of messages.
 
     The text of the validation split is included, because the split is chosen later, when the sources are tokenized.
+
+    Args:
+        report: called with the counts of each source when it has been read, or when no more text is wanted.
     """
     for spec in specs:
         kind = split_spec(spec)[0].kinds[0]
-        for row in load_rows(spec, kind, seed=seed, persona=persona):
-            if kind == "document":
-                yield row["text"]
-            else:
-                yield from (turn["content"] for part in row.values() for turn in part)
+        rows = load_rows(spec, kind, seed=seed, persona=persona)
+        try:
+            for row in rows:
+                if kind == "document":
+                    yield row["text"]
+                else:
+                    yield from (turn["content"] for part in row.values() for turn in part)
+        finally:
+            if report:
+                report(rows.stats)

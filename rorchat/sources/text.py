@@ -1,8 +1,11 @@
-"""Your own texts: .txt or .md files with one document each, or JSON Lines and Parquet with a `text` column.
+"""Your own texts: text files with any name, or JSON Lines, CSV and Parquet with a `text` column.
 
 In a .txt file, `<|endoftext|>` separates documents, as in TinyStories. In other files it is ordinary text.
+A text of more than 16,000 characters is cut into documents (rorchat/reading/long_texts.py), so that a part of every
+book can be held out; to keep books whole, read them as `books`. Text files may be in UTF-8, UTF-16 or Windows-1252.
 """
 
+from rorchat.reading.long_texts import Limits
 from rorchat.rows import get_text
 
 KIND = "document"
@@ -10,6 +13,7 @@ LICENCE = "that of your files"
 SIZE = "your files"
 HUB = None
 FILES = ("**/*",)
+LONG_TEXTS = Limits()
 RAW = [{"text": "Once upon a time there was a small model."}]
 
 

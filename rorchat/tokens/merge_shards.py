@@ -8,35 +8,50 @@ import numpy as np
 from rorchat.errors import DataError
 from rorchat.rows import RejectedRow
 from rorchat.sources.base import RowStats
-from rorchat.sources.registry import hub_record, require_kept_rows
+from rorchat.sources.registry import require_kept_rows
 from rorchat.tokens.store import SPLITS, Manifest
 from rorchat.tokens.store_writer import ArrayWriter, StoreWriter, link_or_copy
+from rorchat.validation_split import choose_for_empty_split, describe_moved
 
-Table = dict[str, np.ndarray]  # one entry per document of a part: split, tokens, bytes, digest, keep
+# One entry per document of a part: split (the file that has it), tokens, bytes, digest, keep, final (its split)
+Table = dict[str, np.ndarray]
 
 
-def merge_shards(staging: Path, manifest: Manifest, n_parts: int) -> RowStats:
+class OneDocumentError(DataError):
+    """All documents of a source are the same text, so they cannot be in different splits."""
+
+
+def merge_shards(staging: Path, manifest: Manifest, n_parts: int, stats: RowStats) -> RowStats:
     """Writes the files of a store from its tokenized parts; the manifest is written last.
 
-    The parts are kept until the manifest exists, so an interrupted merge can be repeated.
+    The parts are kept until the manifest exists, so an interrupted merge can be repeated. If one of the splits would
+    have no documents, one is moved there (`choose_for_empty_split`).
+
+    Args:
+        stats: the counts of the source, to which those of the parts are added.
+
+    Raises:
+        OneDocumentError: there is only one document.
     """
     for leftover in (file for split in SPLITS for file in staging.glob(f"{split}-*")):
         leftover.unlink()
-    stats, tables = RowStats(manifest.source, manifest.licence, hub=hub_record(manifest.source)), []
+    tables = []
     for number in range(n_parts):
         record = json.loads((staging / f"part-{number:05d}.json").read_text())
-        stats.add(RowStats(**record["tally"]))
+        stats.add(RowStats.from_record(record["tally"]))
         with np.load(staging / f"part-{number:05d}.documents.npz") as table:
             tables.append({key: table[key] for key in table.files})
     _mark_duplicates(staging, tables, stats)
     require_kept_rows(stats)
+    _fill_empty_split(staging, tables, manifest, stats)
     writer = StoreWriter(staging, manifest)
     for split in SPLITS:
         for number, table in enumerate(tables):
-            _write_shard(writer, staging / f"part-{number:05d}.{split}.npy", split, table)
-        _require_documents(manifest, split, stats.kept)
+            for stored in SPLITS:  # the same split, unless a document was moved
+                _write_shard(writer, staging / f"part-{number:05d}.{stored}.npy", stored, split, table)
     manifest.rows_in, manifest.kept = stats.rows_in, stats.kept
     manifest.rejects, manifest.repairs = dict(sorted(stats.rejects.items())), dict(sorted(stats.repairs.items()))
+    manifest.decoded = dict(sorted(stats.reading.decoded.items()))
     writer.close()
     return stats
 
@@ -53,37 +68,65 @@ def _mark_duplicates(staging: Path, tables: list[Table], stats: RowStats) -> Non
         table["keep"] = part_keep
         if part_keep.all():
             continue
-        content = (staging / f"part-{number:05d}.places.txt").read_bytes()
-        places = content.decode(errors="surrogateescape").split("\n")
+        places = _read_places(staging, number)
         for document in np.flatnonzero(~part_keep):
             stats.withdraw(places[document], RejectedRow("duplicate"))
 
 
-def _write_shard(writer: StoreWriter, part: Path, split: str, table: Table) -> None:
-    """Adds the kept documents of one split of a part as a shard, if there are any."""
-    in_split = table["split"].astype(bool) == (split == "validation")
-    kept = in_split & table["keep"]
+def _fill_empty_split(staging: Path, tables: list[Table], manifest: Manifest, stats: RowStats) -> None:
+    """Sets `final`, the split of every document: that of its file, unless one of the splits has no documents."""
+    for table in tables:
+        table["final"] = table["split"].astype(bool)  # true: validation
+    kept = [table["final"][table["keep"]] for table in tables]
+    in_validation = np.concatenate(kept)
+    if in_validation.any() and not in_validation.all():
+        return
+    empty = "train" if in_validation.any() else "validation"
+    # the first 8 bytes of each digest, as `hash_order` reads them
+    orders = [table["digest"].view(">u8").reshape(-1, 2)[:, 0] for table in tables]
+    order = choose_for_empty_split(
+        np.concatenate([column[table["keep"]] for column, table in zip(orders, tables, strict=True)]).tolist(),
+        np.concatenate([table["tokens"][table["keep"]] for table in tables]).tolist(),
+        empty,
+    )
+    if order is None:
+        raise OneDocumentError(
+            f"{manifest.source} has one {manifest.kind}, which cannot be divided between training and validation: "
+            "give more."
+        )
+    places = []
+    for number, (column, table) in enumerate(zip(orders, tables, strict=True)):
+        moved = (column == order) & table["keep"]
+        table["final"] ^= moved
+        places += [_read_places(staging, number)[document] for document in np.flatnonzero(moved)]
+    stats.held_out = describe_moved(empty, manifest.kind, manifest.validation_share, places)
+
+
+def _read_places(staging: Path, number: int) -> list[str]:
+    content = (staging / f"part-{number:05d}.places.txt").read_bytes()
+    return content.decode(errors="surrogateescape").split("\n")
+
+
+def _write_shard(writer: StoreWriter, part: Path, stored: str, split: str, table: Table) -> None:
+    """Adds the documents of a part's file that are kept in a split as a shard, if there are any.
+
+    Args:
+        stored: the split whose documents the file `part` has.
+    """
+    in_file = table["split"].astype(bool) == (stored == "validation")
+    kept = in_file & table["keep"] & (table["final"] == (split == "validation"))
     if not kept.any():
         return
     lengths = table["tokens"].astype(np.int64)
-    if kept.sum() == in_split.sum():
+    if kept.sum() == in_file.sum():
         link_or_copy(part, writer.next_path(split))
     else:
         ids = np.load(part, mmap_mode="r")
         array = ArrayWriter(writer.next_path(split), ids.dtype)
-        ends = np.cumsum(lengths[in_split]).tolist()
-        for keep, start, end in zip(table["keep"][in_split], [0, *ends], ends, strict=False):
+        ends = np.cumsum(lengths[in_file]).tolist()
+        for keep, start, end in zip(kept[in_file], [0, *ends], ends, strict=False):
             if keep:
                 array.write(ids[start:end])
         array.close()
     starts = np.cumsum(lengths[kept]) - lengths[kept]
     writer.add_shard(split, starts, int(table["bytes"][kept].sum()))
-
-
-def _require_documents(manifest: Manifest, split: str, kept: int) -> None:
-    if not manifest.total(split, "documents"):
-        advice = {"validation": "raise validation_share", "train": "lower validation_share"}[split]
-        raise DataError(
-            f"{manifest.source}: no {split} documents; {kept} documents in total at validation_share "
-            f"{manifest.validation_share}. Training needs both splits: {advice}, or give more documents."
-        )

@@ -18,20 +18,24 @@ from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.files import folder_lock
 from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
+from rorchat.sources.base import RowStats
 from rorchat.sources.registry import (
+    SourcePart,
     find_source,
     hub_fingerprint,
+    hub_record,
     is_pin_of,
     local_path,
     pin_spec,
     source_digest,
     source_licence,
     source_parts,
+    unread_files,
 )
 from rorchat.tokenizer import chat_template_sha256, tokenizer_sha256
 from rorchat.tokens.decontamination import EvaluationText
 from rorchat.tokens.evaluation_sets import evaluation_digests
-from rorchat.tokens.merge_shards import merge_shards
+from rorchat.tokens.merge_shards import OneDocumentError, merge_shards
 from rorchat.tokens.store import Manifest, TokenStore
 from rorchat.tokens.tokenize_shard import ShardTokenizer
 from rorchat.tokens.workers import tokenize_parts
@@ -52,13 +56,14 @@ def prepare(
 ) -> TokenStore:
     """Creates the token store of a source, or opens it if it already exists.
 
-    Documents are assigned to the training or the validation split by a hash of their text. Of exact duplicates, only
-    the first is kept. The store is written to a temporary folder, which is renamed when the store is complete.
+    Documents are assigned to the training or the validation split by a hash of their text. If one of the splits would
+    be empty, a document is moved there, and the only document of a source is divided. Of exact duplicates, only the
+    first is kept. The store is written to a temporary folder, which is renamed when the store is complete.
 
     Args:
         spec: the source, as for `rorchat.sources.registry.load_rows`.
         folder: the folder of the store. Every source needs a separate folder.
-        validation_share: share of documents in the validation split, in [0, 1).
+        validation_share: share of documents in the validation split, in [0, 1]; at least one is in each split.
         kind: "document" or "conversation" (rendered with the chat template). None selects the first kind that the
             source provides.
         filters: thresholds that documents must satisfy.
@@ -72,7 +77,7 @@ def prepare(
         MismatchError: the store was created from a different source or tokenizer, or with a different share, seed or
             filter; the source or an evaluation set has changed; or another process is creating the store.
         UsageError: the folder is inside the source's folder.
-        DataError: one of the splits has no documents.
+        DataError: there is only one document, and it cannot be divided.
         StorageError: a worker was killed.
     """
     folder = Path(folder)
@@ -95,6 +100,7 @@ def prepare(
         filters=filters.describe(),
         source_sha256=source_digest(spec, persona),
         evaluation=evaluation_digests(evaluation or []),
+        long_texts=source.long_texts.target if source.long_texts else 0,
     )
     if not folder.exists():
         _require_outside_source(spec, folder)
@@ -131,15 +137,35 @@ def _create(job: ShardTokenizer, expected: Manifest, evaluation: list[str], work
         if evaluation:
             job.evaluation = EvaluationText.read(evaluation)
             print(job.evaluation.describe(), file=sys.stderr)  # noqa: T201
-        tokenize_parts(job, parts, workers)
         try:
-            print(merge_shards(staging, expected, len(parts)), file=sys.stderr)  # noqa: T201
-        except DataError:  # the next run will need another validation_share, for which these parts cannot be used
+            print(_tokenize_and_merge(job, expected, parts, workers), file=sys.stderr)  # noqa: T201
+        except DataError:  # the data must be changed, so these parts cannot be used
             shutil.rmtree(staging)
             raise
     Manifest.read(staging)  # must be readable before the parts are deleted
     for part in staging.glob("part-*"):
         part.unlink()
+
+
+def _tokenize_and_merge(job: ShardTokenizer, expected: Manifest, parts: list[SourcePart], workers: int) -> RowStats:
+    """Writes the files of a store. If its source has only one document, this is divided into several."""
+    limits = find_source(job.spec.partition("=")[0]).long_texts
+
+    def run() -> RowStats:
+        tokenize_parts(job, parts, workers)
+        stats = RowStats(expected.source, expected.licence, limits=limits, hub=hub_record(expected.source))
+        stats.reading.unread = unread_files(job.spec)
+        return merge_shards(job.folder, expected, len(parts), stats)
+
+    try:
+        return run()
+    except OneDocumentError:
+        if job.kind != "document":
+            raise
+    job.divides = True
+    stats = run()
+    stats.held_out = f"the only document was divided into {stats.kept}; {stats.held_out}".removesuffix("; ")
+    return stats
 
 
 def _resume_or_clear(staging: Path, expected: Manifest) -> None:
@@ -182,6 +208,13 @@ def _open(folder: Path, expected: Manifest) -> TokenStore:
     wanted["evaluation"] = {
         name: digest or existing["evaluation"].get(name, "") for name, digest in wanted["evaluation"].items()
     }
+    if not existing["long_texts"] and wanted["long_texts"]:
+        print(  # noqa: T201
+            f"{folder} was made by an earlier version, which did not cut long texts and read only UTF-8: it is used as "
+            "it is. Delete it to prepare it again.",
+            file=sys.stderr,
+        )
+        wanted["long_texts"] = 0
     differences = [
         _describe_difference(key, existing[key], wanted[key]) for key in wanted if existing[key] != wanted[key]
     ]
@@ -199,6 +232,8 @@ def _describe_difference(key: str, existing: Any, wanted: Any) -> str:
         return "its source (files, persona or location on the Hub) has changed"
     if key == "chat_template_sha256":
         return "its conversations have a different chat template or system message (chat_template_sha256)"
+    if key == "long_texts":
+        return f"long texts were cut at about {existing:,} characters, now {wanted:,}"
     if key == "evaluation":
         names = [name for name in sorted({*existing, *wanted}) if existing.get(name) != wanted.get(name)]
         return f"evaluation differs in {', '.join(names)}"

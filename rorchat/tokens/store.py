@@ -73,11 +73,13 @@ class Manifest:
     filters: dict[str, Any] = field(default_factory=dict)
     source_sha256: str = ""  # `rorchat.sources.registry.source_digest`
     evaluation: dict[str, str] = field(default_factory=dict)  # evaluation set -> its digest
+    long_texts: int = 0  # characters at which long texts were cut (`Limits.target`); 0: documents are whole
     hub_fingerprint: str = ""  # the revision of a Hub dataset
     rows_in: int = 0
     kept: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
     repairs: dict[str, int] = field(default_factory=dict)
+    decoded: dict[str, int] = field(default_factory=dict)  # files in other encodings than UTF-8, by encoding
     dtype: str = "uint16"
     shards: list[Shard] = field(default_factory=list)
     blocks_sha256: str = ""
@@ -87,7 +89,7 @@ class Manifest:
         """The settings that must be equal for an existing store to be reused."""
         keys = (
             "format_version", "source", "kind", "tokenizer_sha256", "chat_template_sha256", "vocabulary_size",
-            "validation_share", "seed", "filters", "source_sha256", "evaluation",
+            "validation_share", "seed", "filters", "source_sha256", "evaluation", "long_texts",
         )  # fmt: skip
         return {key: getattr(self, key) for key in keys}
 

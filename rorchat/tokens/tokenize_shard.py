@@ -10,7 +10,7 @@ part-00012.json                                    identity and counts of the pa
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rorchat.chatml import encode_conversations
 from rorchat.files import fsync_file, write_atomically
 from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
+from rorchat.reading.long_texts import divide
 from rorchat.rows import RejectedRow, row_text
 from rorchat.sources.base import RowStats
 from rorchat.sources.registry import SourcePart, SourceRows, load_rows
@@ -55,6 +56,7 @@ class ShardTokenizer:
     persona: Persona | None
     filters: Filters
     evaluation: EvaluationText | None = None
+    divides: bool = False  # divide the only document of the source into several
 
     def __post_init__(self):
         self.encoder = Encoder(self.tokenizer)
@@ -71,7 +73,7 @@ class ShardTokenizer:
         table: dict[str, list] = {key: [np.empty(0, dtype)] for key, dtype in _TABLE_DTYPES.items()}
         # Places contain file names, which need not be valid UTF-8
         with open(self.folder / f"{name}.places.txt", "w", encoding="utf-8", errors="surrogateescape") as places:
-            for batch in _batches(rows):
+            for batch in _batches(_divide(rows) if self.divides else _with_places(rows)):
                 documents, ids, lengths = self._encode(self._filter(batch, rows.stats), rows.stats)
                 is_validation = np.array(
                     [is_validation_digest(d.digest, self.validation_share) for d in documents], dtype=bool
@@ -93,8 +95,12 @@ class ShardTokenizer:
         np.savez(self.folder / f"{name}.documents.npz", **columns)
         for suffix in ("places.txt", "documents.npz"):
             fsync_file(self.folder / f"{name}.{suffix}")
-        record = {"part": part.record(), "tally": asdict(rows.stats), "utf8_bytes": int(columns["bytes"].sum())}
+        record = self.record(part) | {"tally": rows.stats.record(), "utf8_bytes": int(columns["bytes"].sum())}
         write_atomically(self.folder / f"{name}.json", json.dumps(record))
+
+    def record(self, part: SourcePart) -> dict[str, object]:
+        """What identifies a part that has been tokenized."""
+        return {"part": part.record(), "divides": self.divides}
 
     def _filter(self, batch: list[tuple[str, dict]], stats: RowStats) -> list[_Document]:
         """The rows that pass the filters and have no text in common with the evaluation sets."""
@@ -148,11 +154,27 @@ def _concatenate(encoded: list, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray
     return np.concatenate([np.empty(0, dtype=dtype), *arrays]), lengths
 
 
-def _batches(rows: SourceRows) -> Iterator[list[tuple[str, dict]]]:
-    """Rows with their places in batches of about BATCH_CHARACTERS."""
-    batch, size = [], 0
+def _with_places(rows: SourceRows) -> Iterator[tuple[str, dict]]:
     for row in rows:
-        batch.append((rows.place, row))
+        yield rows.place, row
+
+
+def _divide(rows: SourceRows) -> Iterator[tuple[str, dict]]:
+    """The pieces of every document, which are counted as rows."""
+    for row in rows:
+        pieces = [stripped for piece in divide(row["text"]) if (stripped := piece.lstrip("\r\n").rstrip())]
+        rows.stats.rows_in += len(pieces) - 1
+        rows.stats.kept += len(pieces) - 1
+        for number, piece in enumerate(pieces, start=1):
+            yield f"{rows.place}, piece {number}", {"text": piece}
+
+
+def _batches(rows: Iterator[tuple[str, dict]]) -> Iterator[list[tuple[str, dict]]]:
+    """Rows with their places in batches of about BATCH_CHARACTERS."""
+    batch: list[tuple[str, dict]] = []
+    size = 0
+    for place, row in rows:
+        batch.append((place, row))
         size += len(row_text(row))
         if size >= BATCH_CHARACTERS:
             yield batch

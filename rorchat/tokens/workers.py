@@ -29,7 +29,7 @@ def tokenize_parts(job: ShardTokenizer, parts: list[SourcePart], workers: int) -
     Raises:
         StorageError: a worker process was killed. Complete parts are kept.
     """
-    done = {number for number, part in enumerate(parts) if _is_complete(_record_path(job, number), part)}
+    done = {number for number, part in enumerate(parts) if _is_complete(job, number, part)}
     todo = [number for number in range(len(parts)) if number not in done]
     if not todo:
         return
@@ -49,9 +49,10 @@ def _record_path(job: ShardTokenizer, number: int) -> Path:
     return job.folder / f"part-{number:05d}.json"
 
 
-def _is_complete(record: Path, part: SourcePart) -> bool:
+def _is_complete(job: ShardTokenizer, number: int, part: SourcePart) -> bool:
     """Whether exactly this part was tokenized: after a file was renamed, its number may belong to another one."""
-    return record.is_file() and json.loads(record.read_text())["part"] == part.record()
+    path = _record_path(job, number)
+    return path.is_file() and job.record(part).items() <= json.loads(path.read_text()).items()
 
 
 # The state of a worker process: its initializer sets it

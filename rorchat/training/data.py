@@ -13,13 +13,28 @@ from rorchat.persona import load_persona
 from rorchat.rows import RejectedRow
 from rorchat.sources.base import RowStats
 from rorchat.sources.registry import load_rows
-from rorchat.validation_split import is_validation_text
+from rorchat.validation_split import (
+    choose_for_empty_split,
+    describe_moved,
+    hash_order,
+    is_validation_digest,
+    text_digest,
+)
 
 ROWS_PER_CALL = 1000  # rows given to a call of `encode`, and so to one of the tokenizer
 #: By kind of row, the messages whose text decides between training and validation: no prompt is in both.
 SPLIT_BY = {"conversation": "messages", "preference": "prompt", "question": "messages"}
 
+
 Encode = Callable[[list[dict], RowStats], Iterable[dict | RejectedRow]]
+
+
+class _Row(NamedTuple):
+    encoded: dict
+    place: str
+    order: int  # `hash_order` of the text that decides the split
+    is_validation: bool
+    source: int  # the position of its source
 
 
 class Split(NamedTuple):
@@ -33,6 +48,8 @@ class Split(NamedTuple):
 def load_split(arguments, kind: str, encode: Encode) -> Split:
     """Reads and encodes the rows of all sources.
 
+    If all rows are in one split, those with one text are moved to the other (`choose_for_empty_split`).
+
     Args:
         arguments: A chat stage's arguments (`sources`, `persona`, `data_seed`, `validation_share`, `rows_per_source`).
         kind: "conversation", "preference" or "question".
@@ -40,32 +57,50 @@ def load_split(arguments, kind: str, encode: Encode) -> Split:
             row has its `place` in the source, besides the fields of its kind.
 
     Raises:
-        DataError: there are no rows to train on or none to validate on.
+        DataError: there are no rows, or the text that decides the split is the same in all of them.
         UsageError: a source has no rows of this kind.
     """
     persona = load_persona(arguments.persona)
-    train: list[dict] = []
-    validation: list[dict] = []
-    row_stats = []
+    rows: list[_Row] = []
+    row_stats: list[RowStats] = []
     for spec in arguments.sources:
         source = load_rows(spec, kind, seed=arguments.data_seed, persona=persona)
-        rows = ({**row, "place": source.place} for row in islice(source, arguments.rows_per_source))
-        while batch := [*islice(rows, ROWS_PER_CALL)]:
+        raw = ({**row, "place": source.place} for row in islice(source, arguments.rows_per_source))
+        while batch := [*islice(raw, ROWS_PER_CALL)]:
             for row, encoded in zip(batch, encode(batch, source.stats), strict=True):
                 if isinstance(encoded, RejectedRow):
                     source.stats.withdraw(row["place"], encoded)
                     continue
                 text = "\n".join(message["content"] for message in row[SPLIT_BY[kind]])
-                part = validation if is_validation_text(text, arguments.validation_share) else train
-                part.append(encoded)
+                digest = text_digest(text)
+                is_validation = is_validation_digest(digest, arguments.validation_share)
+                rows.append(_Row(encoded, row["place"], hash_order(digest), is_validation, len(row_stats)))
         row_stats.append(source.stats)
-    if not train or not validation:
-        raise DataError(
-            f"{len(train)} {kind}s to train on and {len(validation)} to validate on, with validation_share "
-            f"{arguments.validation_share} of {', '.join(arguments.sources)}: both are needed. Give more data or "
-            "another validation_share."
-        )
+    moved = _move_rows(rows, kind, arguments, row_stats)
+    in_validation = [row.is_validation != (row.order == moved) for row in rows]
+    train = [row.encoded for row, held_out in zip(rows, in_validation, strict=True) if not held_out]
+    validation = [row.encoded for row, held_out in zip(rows, in_validation, strict=True) if held_out]
     return Split(Dataset.from_list(train), Dataset.from_list(validation), row_stats)
+
+
+def _move_rows(rows: list[_Row], kind: str, arguments, row_stats: list[RowStats]) -> int | None:
+    """The `order` of the rows that change their split because the other one has none; None if both have some."""
+    in_validation = sum(row.is_validation for row in rows)
+    if 0 < in_validation < len(rows):
+        return None
+    empty = "train" if in_validation else "validation"
+    moved = choose_for_empty_split([row.order for row in rows], [1] * len(rows), empty)
+    if moved is None:
+        raise DataError(
+            f"{len(rows) - in_validation} {kind}s to train on and {in_validation} to validate on, with "
+            f"validation_share {arguments.validation_share} of {', '.join(arguments.sources)}: both are needed, and "
+            f"rows with the same {SPLIT_BY[kind]} stay together. Give more data."
+        )
+    for number, stats in enumerate(row_stats):
+        places = [row.place for row in rows if row.order == moved and row.source == number]
+        if places:
+            stats.held_out = describe_moved(empty, kind, arguments.validation_share, places)
+    return moved
 
 
 def row_lengths(dataset: Dataset, column: str) -> np.ndarray:

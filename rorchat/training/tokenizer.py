@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 from rorchat.errors import MismatchError, UsageError
 from rorchat.persona import load_persona
+from rorchat.sources.base import RowStats
 from rorchat.sources.registry import iterate_texts
 from rorchat.tokenizer import train_tokenizer
 from rorchat.tokenizer.training_text import BoundedText
@@ -60,7 +62,9 @@ def run_tokenizer_training(arguments: TokenizerArguments) -> TokenizerResult:
     persona = load_persona(arguments.persona)
     arguments.pin_sources(find_pins(arguments.sources, {}))
     text = BoundedText(
-        iterate_texts(arguments.sources, arguments.data_seed, persona), arguments.max_characters, show=True
+        iterate_texts(arguments.sources, arguments.data_seed, persona, report=_print_unread_rows),
+        arguments.max_characters,
+        show=True,
     )
     tokenizer = train_tokenizer(text, arguments.vocab_size, persona)
     tokenizer.save_pretrained(folder)
@@ -79,3 +83,10 @@ def run_tokenizer_training(arguments: TokenizerArguments) -> TokenizerResult:
         f"({'stopped at max_characters' if text.stopped else 'all of the text was read'})"
     )
     return TokenizerResult(metrics, folder)
+
+
+def _print_unread_rows(stats: RowStats) -> None:
+    """Prints the counts of a source if not all of it was read as it is."""
+    lines = str(stats)
+    if "\n" in lines:
+        print(lines, file=sys.stderr)  # noqa: T201

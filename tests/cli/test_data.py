@@ -202,7 +202,7 @@ def test_check_names_files_not_read_and_counts_rows_of_another_format(tmp_path):
     (tmp_path / "train-1.jsonl").write_text(json.dumps({"text": "It was."}) + "\n")
     (tmp_path / "other.txt").write_text("Left alone.")
     output = succeeded("check", f"prose={tmp_path}")
-    assert "1 of 1 rows kept" in output and "1 other files of the folder are not read: other.txt" in output
+    assert "1 of 1 rows kept" in output and "1 file not read: other.txt (not one of the files of prose)" in output
     rows = [{"text": f"It was {n}."} for n in range(40)] + [{"else": n} for n in range(10)]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "10 rows have a different format than 'text'" in succeeded("check", tmp_path / "mixed.jsonl")
@@ -305,7 +305,7 @@ ERRORS = [
     (PREPARE + " --validation_share 1", 2, "--validation_share is 1.0"),
     (PREPARE + " --validation_share -0.5", 2, "--validation_share is -0.5"),
     (PREPARE + " --validation_share nan", 2, "--validation_share is nan"),
-    (PREPARE + " --validation_share 1e-9", 65, "no validation documents"),
+    ("prepare text={one} --tokenizer {tok} --out {out}", 65, "has one document, which cannot be divided"),
     (PREPARE + " --persona {out}/none.yaml", 65, "none.yaml"),
     (PREPARE + " --against {out}", 65, "{out}"),
     (PREPARE + " --min_letters 7", 2, "min_letters is 7.0"),
@@ -331,6 +331,7 @@ def test_an_error_is_one_line_with_its_exit_code(arguments, code, message, saved
     rows = write(tmp_path, "rows.jsonl", [{"text": text} for text in TEXTS])
     names = {"rows": rows, "tok": saved, "out": tmp_path / "out"}
     names["mixture"] = write(tmp_path, "mixture.yaml", f"sources: {{a: 'text={rows}'}}\n")
+    names["one"] = write(tmp_path, "one.txt", "It was the best of times.")
     line = refused(code, *(word.format(**names) for word in arguments.split()))
     assert message.format(**names) in line
     assert not (tmp_path / "out").exists()

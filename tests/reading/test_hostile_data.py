@@ -172,7 +172,7 @@ DAMAGE = {
         (b'"}', b'",}'),
     ],
     "csv": [(b"It", b"\xff"), (b'"It', b'"I"t'), (b'"It', b'It"'), (b'"\n', b'"x\n')],
-    "txt": [(b"It", b"\xff"), (b"It", b"\xe9t"), (b"It", b"\0")],
+    "txt": [(b"It", b"\x81"), (b"It", b"\xe9\x81t"), (b"It", b"\0\xff")],  # no text in Windows-1252 either
 }
 DAMAGE |= {"array.json": DAMAGE["jsonl"], "one-line.json": DAMAGE["jsonl"]}
 
@@ -253,9 +253,10 @@ def test_an_archive_of_garbage_is_counted(tmp_path):
 
 def test_garbage_is_assigned_a_format_or_raises(tmp_path):
     rng, guessed = random.Random(1), 0
-    for suffix in SUFFIXES:
+    text = b"It was the best of times, it was the worst of times.\n" * 500
+    for number, suffix in enumerate(SUFFIXES * 2):
         path = tmp_path / f"rows{suffix}"
-        path.write_bytes(garbage(rng, 200))
+        path.write_bytes(garbage(rng, 200) + (text if number < len(SUFFIXES) else b""))
         try:
             assert guess_row_format(path) in CONVERTING
             guessed += 1
@@ -319,4 +320,7 @@ def test_a_line_of_100_mb_takes_less_than_300_mb(form, command, tokenizer, tmp_p
         options += ["--validation_share", 0.2]
         taken[size] = peak(command, f"text={path}", *(options if command == "prepare" else []))
     smallest, largest = taken.values()
-    assert 100 * 10**6 < largest - smallest < 300 * 10**6
+    if form == "txt":  # read and cut in pieces
+        assert largest - smallest < 30 * 10**6
+    else:
+        assert 100 * 10**6 < largest - smallest < 300 * 10**6

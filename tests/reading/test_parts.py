@@ -57,7 +57,9 @@ def test_parts_of_a_large_text_have_the_same_documents(end, tmp_path, monkeypatc
     whole = list(load_rows(f"text={path}", "document").raw)
     pieces = source_parts(f"text={path}")
     assert len(pieces) > 20 and len(whole) >= 118
-    assert [row for part in pieces for row in load_rows(f"text={path}", "document", part=part).raw] == whole
+    parts_rows = [load_rows(f"text={path}", "document", part=part) for part in pieces]
+    assert [row for rows in parts_rows for row in rows.raw] == whole
+    assert sum(rows.stats.reading.files for rows in parts_rows) == 1
 
 
 def test_a_text_without_separator_is_one_part(tmp_path, monkeypatch):

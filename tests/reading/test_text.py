@@ -27,12 +27,12 @@ def test_byte_order_mark_and_windows_line_ends_are_removed(tmp_path):
     assert rows == [{"text": "one"}, {"text": "two"}]
 
 
-def test_a_text_that_is_not_utf8_is_rejected_with_its_first_bad_byte(tmp_path):
-    write(tmp_path, "a.txt", "Gr\u00fc\u00dfe".encode("latin-1"))
+def test_a_damaged_text_is_rejected_with_its_line_and_first_bad_byte(tmp_path):
+    write(tmp_path, "a.txt", "\nIt was. It went. It came, and then it was over. Gr\u00fc\u00dfe".encode() + b"\xff")
     write(tmp_path, "b.txt", "Gr\u00fc\u00dfe")
     rows, loaded = read_source(f"text={tmp_path}", "document")
     assert rows == [{"text": "Grüße"}]
-    assert loaded.stats.places == {"invalid UTF-8": [f"{tmp_path / 'a.txt'} (byte 2)"]}
+    assert loaded.stats.places == {"invalid UTF-8": [f"{tmp_path / 'a.txt'}:2 (byte 56)"]}
 
 
 @pytest.mark.parametrize("suffix", ["py", "md"])

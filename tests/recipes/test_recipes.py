@@ -223,8 +223,9 @@ class TestBadInput:
     def test_a_source_of_another_kind(self, flags):
         refused(self.pretrain(flags, "preference=x"), 2, "contains preferences", "documents or conversations")
 
-    def test_a_source_without_validation_documents(self, flags):
-        refused(self.pretrain(flags, "tinytown=3", more=["--validation_share", "1e-9"]), 65, "no validation documents")
+    def test_a_source_of_one_sentence(self, flags, tmp_path):
+        (tmp_path / "one.txt").write_text("It was the best of times.")
+        refused(self.pretrain(flags, f"text={tmp_path / 'one.txt'}"), 65, "has one document, which cannot be divided")
 
     def test_a_missing_tokenizer(self, flags, tmp_path):
         refused(self.pretrain(flags, "tinytown=50", more=["--tokenizer", tmp_path / "nothing"]), 65, "No tokenizer at")

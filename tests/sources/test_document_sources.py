@@ -155,10 +155,10 @@ def test_documents_do_not_depend_on_the_block_size(block, tmp_path, monkeypatch)
 
 def test_an_undecodable_document_is_rejected_with_its_byte(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_bytes(b"one<|endoftext|>Gr\xfc\xdfe<|endoftext|>three<|endoftext|>")
+    path.write_bytes(b"o\xc3\xb1e<|endoftext|>Gr\xfc\xdfe<|endoftext|>three, and many more words<|endoftext|>")
     texts, loaded = read(f"text={path}")
-    assert texts == ["one", "three"]
-    assert loaded.stats.places == {"invalid UTF-8": [f"{path} (byte 18)"]}
+    assert texts == ["oñe", "three, and many more words"]
+    assert loaded.stats.places == {"invalid UTF-8": [f"{path}:1 (byte 19)"]}
 
 
 def test_a_truncated_archive_yields_the_documents_before_the_damage(tmp_path):
@@ -276,9 +276,13 @@ def test_a_document_of_100_mb_takes_less_than_300_mb(form, tmp_path):
         path.write_bytes(content + (b"<|endoftext|>" if form == "closed.txt" else b""))
     done = subprocess.run([sys.executable, "-c", MEASURE, f"text={path}"], capture_output=True, text=True, check=True)
     characters, reading, checking = map(int, done.stdout.split())
-    assert characters == 100 * 10**6
-    assert 100 * 10**6 < reading < 300 * 10**6
-    assert checking < 300 * 10**6
+    if "txt" in form:  # read and cut in pieces, without the spaces between them
+        assert 0.999 * 10**8 < characters < 10**8
+        assert max(reading, checking) < 30 * 10**6
+    else:
+        assert 0.999 * 10**8 < characters < 10**8
+        assert 100 * 10**6 < reading < 300 * 10**6
+        assert checking < 300 * 10**6
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

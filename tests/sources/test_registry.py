@@ -175,15 +175,23 @@ def test_hidden_files_are_ignored(tmp_path):
         write(tmp_path / name, "a.json", '{"text": "good"}')
     write(tmp_path, ".hidden.txt", "bad")
     rows, loaded = read_source(f"text={tmp_path}", "document")
-    assert (rows, loaded.stats.rows_in) == ([{"text": "good"}], 1) and unread_files(loaded.spec) == []
+    assert (rows, loaded.stats.rows_in) == ([{"text": "good"}], 1) and unread_files(loaded.spec) == {}
 
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     (tmp_path / "inner").mkdir()
     for name in ("b.txt", "a.md", "inner/c.txt", "d.png", "e.csv"):
-        write(tmp_path, name, name)
+        write(tmp_path, name, b"\x89PNG" if name == "d.png" else name)
     rows, loaded = read_source(f"text={tmp_path}", "document")
     assert [row["text"] for row in rows] == ["a.md", "b.txt", "inner/c.txt"]
+
+
+def test_files_beside_those_of_a_source_are_read_too(tmp_path):
+    for name in ("movie_conversations.txt", "movie_lines.txt", "README.txt"):
+        write(tmp_path, name, "x")
+    assert unread_files(f"cornell_movie_dialogs={tmp_path}") == {
+        str(tmp_path / "README.txt"): "not one of the files of cornell_movie_dialogs"
+    }
 
 
 def test_all_rejected_rows_are_counted_and_the_first_places_kept(tmp_path):
@@ -239,8 +247,9 @@ NOTHING_TO_READ = [
     ("array.json", b"[]", "is empty: it has no rows"),
     ("empty.txt.gz", gzip.compress(b"", mtime=0), "is empty: it has no rows"),
     ("numbers.jsonl", b"1\n2\n", "No row of .* can be used: 2 wrong type, first at .*Correct them .*--rejects"),
-    ("table.xml", b"a,b\n", r"cannot read \.xml; supported are \.txt"),
-    ("plain", b"a", "cannot read a file without suffix"),
+    ("empty.xml", b"", r"cannot be read: unknown suffix \.xml, empty; supported are \.txt"),
+    ("plain", b"\0", "cannot be read: no suffix, not text: 100% of its bytes are control characters"),
+    ("a.txt", b"\x89PNG", "is empty: it has no rows. Not read: .*a.txt .a PNG picture."),
 ]
 
 

@@ -202,3 +202,16 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
     with pytest.raises(DataError, match="does not reproduce text"):
         load_tokenizer(str(tmp_path))
     shutil.rmtree(tmp_path)
+
+
+def test_the_recipe_names_files_that_are_not_read(tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes("Die Gäste aus Österreich.".encode("latin-1"))
+    (folder / "b.png").write_bytes(b"\x89PNG")
+    words = ["--sources", f"text={folder}", "--vocab_size", "320", "--output_dir", str(tmp_path / "out")]
+    runpy.run_path(str(ROOT / "recipes" / "tokenizer.py"))["main"](words)
+    lines = capsys.readouterr().err.splitlines()
+    at = lines.index(f"text={folder}: 1 of 1 rows kept")
+    assert lines[at + 1] == "  1 file decoded as Windows-1252"
+    assert lines[at + 2] == "  1 file not read: b.png (unknown suffix .png, not text: a PNG picture)"

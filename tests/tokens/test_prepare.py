@@ -13,11 +13,13 @@ from support import COPIES, DOCUMENTS, KEPT, SHARE, decode, hash_files, write_do
 
 from rorchat.chatml import END_OF_TEXT, encode_conversation, encode_text
 from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.files import json_sha256
 from rorchat.persona import load_persona
 from rorchat.reading.filters import Filters
+from rorchat.reading.long_texts import Limits
 from rorchat.tokens.prepare import prepare
 from rorchat.tokens.store import Manifest, TokenStore
-from rorchat.validation_split import is_validation_text
+from rorchat.validation_split import is_validation_text, text_digest
 
 
 def test_a_store_decodes_to_its_documents(store, tokenizer):
@@ -224,11 +226,74 @@ def test_a_store_of_documents_does_not_depend_on_the_system_message(spec, store,
     assert prepare(spec, other, store.folder, validation_share=SHARE).manifest == store.manifest
 
 
-@pytest.mark.parametrize(("share", "message"), [(0.0, "no validation documents"), (1.0, "no train documents")])
-def test_an_empty_split_is_a_data_error_and_leaves_no_folder(share, message, spec, tokenizer, tmp_path):
-    with pytest.raises(DataError, match=f"{message}; {len(KEPT)} documents in total at validation_share {share}"):
-        prepare(spec, tokenizer, tmp_path / "store", validation_share=share)
+@pytest.mark.parametrize(("share", "alone"), [(0.0, "validation"), (1e-9, "validation"), (1.0, "train")])
+def test_a_split_that_would_be_empty_has_one_document(share, alone, spec, tokenizer, tmp_path, capsys):
+    store = prepare(spec, tokenizer, tmp_path / "store", validation_share=share)
+    other = {"train": "validation", "validation": "train"}[alone]
+    chosen = (min if alone == "validation" else max)(KEPT, key=lambda text: text_digest(text))
+    copies = [text for text in KEPT if text_digest(text) == text_digest(chosen)]
+    assert decode(store, alone, tokenizer) == copies
+    assert decode(store, other, tokenizer) == [text for text in KEPT if text not in copies]
+    assert store.verify() == [] and store.manifest.kept == len(KEPT)
+    expected = "no document: the one with the smallest hash is" if alone == "validation" else "every document: the one"
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"  validation_share {share:g} would hold out {expected}")
+    assert line.endswith(f"documents.jsonl:{DOCUMENTS.index(chosen) + 1}")
+
+
+def test_a_document_is_not_held_out_if_little_would_be_left_to_train_on(tokenizer, tmp_path):
+    for number in range(8):
+        texts = [f"Short text {number}.", f"It was the long text number {number}. " * 50]
+        store = prepare(write_documents(tmp_path, texts), tokenizer, tmp_path / f"{number}", validation_share=1e-9)
+        assert decode(store, "validation", tokenizer) == texts[:1]
+
+
+def test_spellings_of_one_text_move_together(tokenizer, tmp_path):
+    texts = [text for number in range(3) for text in (f"It was {number}.", f"IT  was {number}. ", f"it was\n{number}.")]
+    store = prepare(write_documents(tmp_path, texts), tokenizer, tmp_path / "store", validation_share=1e-9)
+    held_out = decode(store, "validation", tokenizer)
+    assert len(held_out) == 3 and len({"".join(text.lower().split()) for text in held_out}) == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_only_document_is_divided(workers, tokenizer, tmp_path, capsys):
+    text = " ".join(f"It was sentence number {number}." for number in range(40))
+    texts = [text] * 3
+    store = prepare(
+        write_documents(tmp_path, texts), tokenizer, tmp_path / f"{workers}", validation_share=0.01, workers=workers
+    )
+    pieces = decode(store, "train", tokenizer) + decode(store, "validation", tokenizer)
+    assert len(pieces) == 10 and store.manifest.total("validation", "documents") == 1
+    assert sorted(" ".join(pieces).split()) == sorted(text.split()) and all(piece[-1] == "." for piece in pieces)
+    assert (store.manifest.rows_in, store.manifest.kept, store.manifest.rejects) == (30, 10, {"duplicate": 20})
+    assert "  the only document was divided into 10; validation_share 0.01 would hold out no" in capsys.readouterr().err
+
+
+def test_a_single_sentence_or_conversation_is_refused_and_leaves_no_folder(tokenizer, tmp_path):
+    spec = write_documents(tmp_path, ["It was the best of times."] * 2)
+    with pytest.raises(DataError, match="has one document, which cannot be divided between training and validation"):
+        prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE)
+    row = {"messages": [{"role": "user", "content": "Hello. You there?"}, {"role": "assistant", "content": "Hi. Yes."}]}
+    (tmp_path / "documents.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="has one conversation, which cannot be divided") as failure:
+        prepare(f"messages={tmp_path / 'documents.jsonl'}", tokenizer, tmp_path / "store", validation_share=SHARE)
+    assert "\n" not in str(failure.value)
     assert [path.name for path in tmp_path.iterdir()] == ["documents.jsonl"]
+
+
+def test_a_store_of_an_earlier_version_is_kept_with_a_message(spec, store, tokenizer, monkeypatch, capsys):
+    manifest = json.loads((store.folder / "manifest.json").read_text())
+    earlier = {key: value for key, value in manifest.items() if key not in ("long_texts", "decoded", "sha256")}
+    (store.folder / "manifest.json").write_text(json.dumps({**earlier, "sha256": json_sha256(earlier)}))
+    assert prepare(spec, tokenizer, store.folder, validation_share=SHARE).manifest.long_texts == 0
+    assert "was made by an earlier version, which did not cut long texts" in capsys.readouterr().err
+
+
+def test_a_store_with_texts_cut_elsewhere_is_refused(spec, store, tokenizer, monkeypatch):
+    assert store.manifest.long_texts == 8000
+    monkeypatch.setattr("rorchat.sources.text.LONG_TEXTS", Limits(500))
+    with pytest.raises(MismatchError, match="long texts were cut at about 8,000 characters, now 500"):
+        prepare(spec, tokenizer, store.folder, validation_share=SHARE)
 
 
 def test_a_failing_source_leaves_no_folder(tokenizer, tmp_path):

@@ -8,7 +8,7 @@ from support import json_lines
 from rorchat.errors import DataError
 from rorchat.rows import RejectedRow
 from rorchat.training.data import load_split, row_lengths
-from rorchat.validation_split import is_validation_text
+from rorchat.validation_split import is_validation_text, text_digest
 
 SHARE = 0.3
 
@@ -30,11 +30,12 @@ def encode_numbered(rows, row_stats):
     return ({"place": row["place"], "ids": [1] * len(row["chosen"][0]["content"])} for row in rows)
 
 
-def test_preferences_are_split_by_their_prompt(pairs):
-    def encode(rows, row_stats):
-        return ({"prompt": row["prompt"][0]["content"]} for row in rows)
+def encode_prompts(rows, row_stats):
+    return ({"prompt": row["prompt"][0]["content"]} for row in rows)
 
-    split = load_split(build_arguments(pairs), "preference", encode)
+
+def test_preferences_are_split_by_their_prompt(pairs):
+    split = load_split(build_arguments(pairs), "preference", encode_prompts)
     for rows, is_validation in ((split.train, False), (split.validation, True)):
         assert all(is_validation_text(row["prompt"], SHARE) == is_validation for row in rows)
     assert len(split.train) + len(split.validation) == 80 and len(split.validation) > 5
@@ -57,9 +58,23 @@ def test_rejected_rows_are_counted_with_their_place(pairs):
 @pytest.mark.parametrize("rows_per_source", [1, 30])
 def test_rows_per_source_limits_every_source(pairs, rows_per_source):
     arguments = build_arguments(pairs, pairs, rows_per_source=rows_per_source)
-    if rows_per_source == 1:  # both rows are equal, so that one of the splits is empty
+    if rows_per_source == 1:  # both rows are equal, so that they cannot be in different splits
         with pytest.raises(DataError, match="preferences to train on and .* to validate on, with validation_share 0.3"):
             load_split(arguments, "preference", encode_numbered)
         return
     split = load_split(arguments, "preference", encode_numbered)
     assert [stats.kept for stats in split.row_stats] == [30, 30]
+
+
+@pytest.mark.parametrize(("share", "alone"), [(1e-9, "validation"), (1 - 1e-9, "train")])
+def test_a_split_that_would_be_empty_has_the_rows_of_one_prompt(pairs, share, alone):
+    split = load_split(build_arguments(pairs, share=share), "preference", encode_prompts)
+    one, others = (split.validation, split.train) if alone == "validation" else (split.train, split.validation)
+    chosen = (min if alone == "validation" else max)(
+        {*others["prompt"], *one["prompt"]}, key=lambda prompt: text_digest(prompt)
+    )
+    assert one["prompt"] == [chosen] * 2 and len(others) == 78 and chosen not in others["prompt"]
+    (stats,) = split.row_stats
+    assert f"validation_share {share:g} would hold out" in str(stats).splitlines()[-1]
+    line = 2 * int(chosen.split()[1].rstrip("?")) + 1
+    assert str(stats).endswith(f"pairs.jsonl:{line}; {pairs.partition('=')[2]}:{line + 1}")
