@@ -18,6 +18,11 @@ END_OF_TEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|
 CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END, PAD)
 IGNORE_INDEX = -100  # labels with this value are ignored by the loss
 VOCABULARY_MULTIPLE = 64  # reserved tokens pad the vocabulary to a multiple of this
+#: What is left out of rows that are longer than the context window, as it is counted in row stats.
+LAST_TURNS = "their last turns do not fit into the context window"
+EARLY_MESSAGES = "early messages of the prompt were dropped"
+REPLY_ENDS = "a reply was cut, so it does not train the model to stop"
+MIN_REPLY_TOKENS = 16  # a prompt that leaves less room for a cut reply does not fit
 
 # The template and the encoder apply the same rules:
 #  - A conversation without a system message gets the persona's.
@@ -79,6 +84,10 @@ class EncodedConversation:
     input_ids: list[int]
     labels: list[int]
     dropped_turns: int = 0
+
+    def cuts(self) -> list[str]:
+        """What was left out; see `RowStats.count_cut`."""
+        return [LAST_TURNS] if self.dropped_turns else []
 
 
 @dataclass(frozen=True)
@@ -242,36 +251,79 @@ def encode_conversation(tokenizer, messages: Sequence[dict], max_length: int | N
 
 @dataclass(frozen=True)
 class EncodedPreference:
-    """Ids of a prompt, including the header of the reply, and of two replies, which end with `<|im_end|>`."""
+    """Ids of a prompt, including the header of the reply, and of two replies, which end with `<|im_end|>` unless cut.
+
+    `dropped_turns` is the number of early messages of the prompt, and `cut_replies` the number of replies whose end was
+    removed, because the pair did not fit.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    dropped_turns: int = 0
+    cut_replies: int = 0
+
+    def cuts(self) -> list[str]:
+        """What was left out; see `RowStats.count_cut`."""
+        return [EARLY_MESSAGES] * (self.dropped_turns > 0) + [REPLY_ENDS] * (self.cut_replies > 0)
 
 
 def encode_preferences(
     tokenizer, preferences: Sequence[dict], max_length: int | None = None
-) -> list[EncodedPreference | None]:
+) -> list[EncodedPreference | RejectedRow]:
     """Encodes rows `{"prompt": [messages], "chosen": [message], "rejected": [message]}` in one call of the tokenizer.
 
+    If the prompt with its longer reply exceeds `max_length`, the oldest exchanges of the prompt are dropped, as in
+    `encode_prompt`. If a reply still does not fit, both replies are cut to the same maximum length: the rest of the
+    context window. A cut reply has no `<|im_end|>`, so the model does not learn to stop there.
+
     Args:
-        max_length: maximum number of tokens of prompt and reply, including the newline that ends a turn.
+        max_length: maximum number of tokens of prompt and reply.
 
     Returns:
-        One entry per preference; None if the prompt with its longer reply exceeds `max_length`.
+        One entry per preference: a `RejectedRow` if the system message and the last user message leave less than
+        MIN_REPLY_TOKENS for a reply that needs more, or if the replies are identical once they are cut.
     """
     newline = len(encode_text(tokenizer, ["\n"])[0])
     conversations = [[*row["prompt"], *row["chosen"], *row["rejected"]] for row in preferences]
-    encoded: list[EncodedPreference | None] = []
-    for *prompt, chosen, rejected in _encode_turns(tokenizer, conversations):
-        longest = sum(len(turn.ids) for turn in prompt) + max(len(chosen.ids), len(rejected.ids))
-        if max_length is not None and longest > max_length:
-            encoded.append(None)
-            continue
-        prompt_ids = [token for turn in prompt for token in turn.ids] + chosen.ids[: chosen.n_header]
-        replies = (reply.ids[reply.n_header : len(reply.ids) - newline] for reply in (chosen, rejected))
-        encoded.append(EncodedPreference(prompt_ids, *replies))
-    return encoded
+    return [_encode_preference(turns, newline, max_length) for turns in _encode_turns(tokenizer, conversations)]
+
+
+def _encode_preference(turns: list[_Turn], newline: int, max_length: int | None) -> EncodedPreference | RejectedRow:
+    """Encodes one preference.
+
+    Args:
+        turns: the prompt, the chosen and the rejected reply.
+        newline: number of tokens after the `<|im_end|>` of a turn.
+    """
+    *prompt, chosen, rejected = turns
+    replies = [reply.ids[reply.n_header : len(reply.ids) - newline] for reply in (chosen, rejected)]
+    longest = max(map(len, replies))
+    dropped_turns = cut_replies = 0
+    if max_length is not None:
+        system = prompt[:1] if prompt[0].role == "system" else []
+        room = max_length - chosen.n_header - sum(len(turn.ids) for turn in system)
+        rest = _newest_exchanges(prompt[len(system) :], room - longest)
+        dropped_turns = len(prompt) - len(system) - len(rest)
+        prompt = [*system, *rest]
+        reply_tokens = room - sum(len(turn.ids) for turn in rest)
+        if reply_tokens < min(MIN_REPLY_TOKENS, longest):
+            return RejectedRow(
+                "over-long", f"the prompt leaves {max(0, reply_tokens)} of {max_length} tokens for a reply"
+            )
+        cut_replies = sum(len(ids) > reply_tokens for ids in replies)
+        replies = [ids[:reply_tokens] for ids in replies]
+        if replies[0] == replies[1]:
+            return RejectedRow("identical chosen and rejected", f"in the {reply_tokens} tokens that fit")
+    prompt_ids = [token for turn in prompt for token in turn.ids] + chosen.ids[: chosen.n_header]
+    return EncodedPreference(prompt_ids, replies[0], replies[1], dropped_turns, cut_replies)
+
+
+def _newest_exchanges(turns: list[_Turn], room: int) -> list[_Turn]:
+    """The last message and as many complete exchanges before it as fit into `room` tokens."""
+    while len(turns) > 1 and sum(len(turn.ids) for turn in turns) > room:
+        turns = turns[2:]  # a user message and its reply
+    return turns
 
 
 def encode_prompt(tokenizer, messages: Sequence[dict], *, n_positions: int, max_new_tokens: int) -> EncodedPrompt:
@@ -297,9 +349,8 @@ def encode_prompt(tokenizer, messages: Sequence[dict], *, n_positions: int, max_
     system = turns[:1] if turns[0].role == "system" else []
     rest = turns[len(system) :]
     room = n_positions - max_new_tokens - len(opening) - sum(len(turn.ids) for turn in system)
-    dropped = 0
-    while len(rest) > 1 and sum(len(turn.ids) for turn in rest) > room:
-        rest, dropped = rest[2:], dropped + 2  # a user message and its reply
+    kept = _newest_exchanges(rest, room)
+    rest, dropped = kept, len(rest) - len(kept)
     last = rest[-1]
     excess = max(0, sum(len(turn.ids) for turn in rest) - room)
     if excess:

@@ -21,9 +21,13 @@ DEVICES_FILE = Path(__file__).with_name("devices.yaml")
 PRECISIONS = ("bf16", "fp16", "fp32")
 MATMUL_SHARE = 0.65  # share of the peak that the matrix products of a GPT-2 reach; see docs/planning.md
 CPU = "cpu"
-#: (rows, inner, columns) of the matrix products that are timed: one of GPT-2 124M, and one that fills a large GPU
-TIMED_PRODUCTS = ((2048, 768, 3072), (8192, 8192, 8192))
-TIMING_SECONDS = 0.2  # per product, for at most ten repetitions
+#: (rows, inner, columns) of the matrix products that are timed, from small to large: a device may be fastest at any of
+#: them, a CPU where the matrices fit into its caches. The last one fills a large GPU.
+TIMED_PRODUCTS = (
+    (512, 256, 1024), (1024, 1024, 1024), (2048, 512, 2048), (2048, 768, 3072), (3072, 2048, 768), (4096, 1024, 4096),
+    (8192, 8192, 8192),
+)  # fmt: skip
+TIMING_SECONDS = 0.1  # per product, for at most ten repetitions
 _NUMBER_KEYS = ("memory_gb", "bandwidth_gb_s", "matmul_share", "dollars_per_hour")
 _KEYS = (*_NUMBER_KEYS, "peak_tflops", "torch_names")
 
@@ -148,7 +152,7 @@ def get_peak_flops(precision: str, on_gpu: bool = True) -> tuple[float, str]:
     """The peak FLOP/s of dense matrix products on this machine, the denominator of MFU.
 
     The peak of a GPU that is listed in `devices.yaml` is known. Otherwise it is measured with `measure_flops`, once per
-    process, in about half a second.
+    process, in about half a second. Other processes on the machine slow the measurement down, so it may be too low.
 
     Args:
         precision: "bf16", "fp16" or "fp32".
@@ -174,8 +178,8 @@ def measure_flops(precision: str, torch_device: str) -> float:
     best = 0.0
     for rows, inner, columns in TIMED_PRODUCTS:
         flops = 2.0 * rows * inner * columns
-        if best and flops / best > TIMING_SECONDS / 4:
-            break  # this device is slow: the smaller product already uses it fully
+        if best and flops / best > TIMING_SECONDS / 2:
+            break  # this device is slow: the smaller products already use it fully
         left = torch.randn(rows, inner, device=torch_device).to(dtype)
         right = torch.randn(inner, columns, device=torch_device).to(dtype)
         best = max(best, flops / time_fastest(partial(torch.matmul, left, right), torch_device))

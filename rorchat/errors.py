@@ -66,6 +66,27 @@ class MismatchError(RorchatError):
     exit_code = 78
 
 
+def check_all(*checks: Callable[[], object]) -> None:
+    """Runs all checks, so that a user sees every problem at once.
+
+    Raises:
+        RorchatError: the error of the only check that failed, or one UsageError with the messages of several, which
+            ends with all of their `Try: --SETTING VALUE`.
+    """
+    failures = []
+    for check in checks:
+        try:
+            check()
+        except RorchatError as error:
+            failures.append(error)
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        problems, _, advice = zip(*(str(failure).partition(" Try: ") for failure in failures), strict=True)
+        settings = " ".join(filter(None, advice))
+        raise UsageError(" ".join(problems) + (f" Try: {settings}" if settings else ""))
+
+
 #: What to do about an OSError, by its errno.
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place",

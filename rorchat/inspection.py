@@ -12,7 +12,15 @@ from typing import TextIO
 
 from tqdm.auto import tqdm
 
-from rorchat.chatml import END_OF_TEXT, IGNORE_INDEX, encode_conversations, encode_text
+from rorchat.chatml import (
+    END_OF_TEXT,
+    IGNORE_INDEX,
+    EncodedConversation,
+    EncodedPreference,
+    encode_conversations,
+    encode_preferences,
+    encode_text,
+)
 from rorchat.console import shows_bars
 from rorchat.errors import DataError, RorchatError, UsageError
 from rorchat.persona import Persona
@@ -181,8 +189,8 @@ def check_source(
         row_format: the source that reads a path; None to guess it.
         filters: further conditions that rows must meet.
         evaluation: paths of evaluation sets. Rows that share 13 consecutive words with them are rejected.
-        tokenizer, max_length: if both are given, conversations without an exchange that fits into `max_length` tokens
-            are rejected, as in fine-tuning.
+        tokenizer, max_length: if both are given, rows that do not fit into `max_length` tokens are truncated and
+            counted, or rejected, as in training.
         rejects: receives every rejected row as a JSON line with place, reason, detail and the raw row.
 
     Raises:
@@ -237,17 +245,19 @@ class _RejectWriter:
 
 
 def _check_lengths(batch: list[tuple[str, dict]], tokenizer, max_length: int, rows: SourceRows) -> None:
-    """Rejects conversations without an exchange that fits, and preference pairs that do not fit completely."""
-    conversations = [messages for _, row in batch for messages in _conversations(row)]
-    encoded = iter(encode_conversations(tokenizer, conversations, max_length))
-    for place, row in batch:
-        sides = [next(encoded) for _ in _conversations(row)]
-        fitting = [side for side in sides if side is not None]
-        is_cut = any(side.dropped_turns for side in fitting)
-        if len(fitting) < len(sides) or ("chosen" in row and is_cut):
+    """Rejects and counts conversations and preferences as SFT and DPO do, by what fits into `max_length` tokens."""
+    encoded: Sequence[EncodedConversation | EncodedPreference | RejectedRow | None]
+    if rows.kind == "preference":
+        encoded = encode_preferences(tokenizer, [row for _, row in batch], max_length)
+    else:
+        encoded = encode_conversations(tokenizer, [row["messages"] for _, row in batch], max_length)
+    for (place, row), result in zip(batch, encoded, strict=True):
+        if result is None:
             rows.withdraw(place, RejectedRow("over-long", f"no exchange fits into {max_length} tokens"), row)
-        elif is_cut:
-            rows.stats.cut += 1
+        elif isinstance(result, RejectedRow):
+            rows.withdraw(place, result, row)
+        else:
+            rows.stats.count_cut(*result.cuts())
 
 
 def _conversations(row: dict) -> list[list[dict]]:

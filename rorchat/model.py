@@ -233,7 +233,8 @@ def check_fit(model: "GPT2LMHeadModel", tokenizer, length: int | None = None, se
         raise MismatchError(f"The control tokens {', '.join(outside)} have no embedding row.")
     if length and length > model.config.n_positions:
         raise MismatchError(
-            f"{setting} is {length}, but the model has only {model.config.n_positions} positions: reduce {setting}."
+            f"{setting} is {length}, but the model has only {model.config.n_positions} positions. "
+            f"Try: --{setting} {model.config.n_positions}"
         )
 
 

@@ -8,6 +8,7 @@ import pytest
 from rorchat.chatml import (
     CONTROL_TOKENS,
     IGNORE_INDEX,
+    MIN_REPLY_TOKENS,
     encode_conversation,
     encode_conversations,
     encode_preferences,
@@ -16,6 +17,7 @@ from rorchat.chatml import (
     system_message,
 )
 from rorchat.errors import DataError, MismatchError
+from rorchat.rows import RejectedRow
 from rorchat.sources.registry import load_rows
 
 DIALOGUE = [
@@ -275,11 +277,93 @@ def test_preferences_are_encoded_like_their_conversations(gpt2_tokenizer, shared
             assert whole.labels[len(encoded.prompt_ids) - 1] == IGNORE_INDEX
 
 
-def test_preference_is_rejected_if_a_side_is_too_long(tokenizer):
-    prompt = [{"role": "user", "content": "Which?"}]
-    short, long = ([{"role": "assistant", "content": text}] for text in ("This.", "This one, I think."))
-    longest = len(encode_conversation(tokenizer, [*prompt, *long]).input_ids)
-    for chosen, rejected in ((short, long), (long, short)):
-        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        assert encode_preferences(tokenizer, [row], longest) != [None]
-        assert encode_preferences(tokenizer, [row], longest - 1) == [None]
+def preference(prompt: list[str], chosen: str, rejected: str) -> dict:
+    """A preference whose prompt alternates between user and assistant."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[index % 2], "content": text} for index, text in enumerate(prompt)]
+    replies = {
+        side: [{"role": "assistant", "content": text}] for side, text in (("chosen", chosen), ("rejected", rejected))
+    }
+    return {"prompt": messages, **replies}
+
+
+LONG_REPLY = "This one, I think, because it is the better one of the two, as everybody knows."
+
+
+def test_pair_that_fits_is_complete(tokenizer):
+    for chosen, rejected in (("This.", LONG_REPLY), (LONG_REPLY, "This.")):
+        row = preference(["Which?"], chosen, rejected)
+        (whole,) = encode_preferences(tokenizer, [row])
+        longest = len(whole.prompt_ids) + max(len(whole.chosen_ids), len(whole.rejected_ids))
+        assert encode_preferences(tokenizer, [row], longest) == [whole]
+        (cut,) = encode_preferences(tokenizer, [row], longest - 1)
+        assert (cut.cut_replies, cut.dropped_turns) == (1, 0)
+
+
+def test_replies_are_cut_to_the_same_length_and_a_cut_reply_has_no_end(tokenizer):
+    other = "That one, I think, because it is the older one of the two, as nobody knows."
+    row = preference(["Which?"], LONG_REPLY, other)
+    (whole,) = encode_preferences(tokenizer, [row])
+    (cut,) = encode_preferences(tokenizer, [row], len(whole.prompt_ids) + 20)
+    assert cut.prompt_ids == whole.prompt_ids and cut.cut_replies == 2
+    assert (cut.chosen_ids, cut.rejected_ids) == (whole.chosen_ids[:20], whole.rejected_ids[:20])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert whole.chosen_ids[-1] == whole.rejected_ids[-1] == end and end not in cut.chosen_ids + cut.rejected_ids
+    (short,) = encode_preferences(tokenizer, [preference(["Which?"], LONG_REPLY, "This.")], len(whole.prompt_ids) + 20)
+    assert short.rejected_ids[-1] == end and short.cut_replies == 1
+
+
+def test_early_exchanges_of_a_prompt_are_dropped_before_a_reply_is_cut(tokenizer):
+    system = {"role": "system", "content": "Be brief."}
+    row = preference(["What is a cat?", "An animal.", "And a dog?", "Too.", "Which?"], LONG_REPLY, "This.")
+    row["prompt"].insert(0, system)
+    whole, last_two, last = (
+        encode_preferences(tokenizer, [{**row, "prompt": [system, *row["prompt"][start:]]}])[0] for start in (1, 3, 5)
+    )
+    longest = len(last_two.prompt_ids) + len(last_two.chosen_ids)
+    for max_length, expected, dropped, cut in (
+        (len(whole.prompt_ids) + len(whole.chosen_ids), whole, 0, 0),
+        (longest, last_two, 2, 0),
+        (longest - 1, last, 4, 0),
+        (len(last.prompt_ids) + 30, last, 4, 1),
+    ):
+        (pair,) = encode_preferences(tokenizer, [row], max_length)
+        assert (pair.prompt_ids, pair.dropped_turns, pair.cut_replies) == (expected.prompt_ids, dropped, cut)
+
+
+def test_pair_is_rejected_if_its_last_message_leaves_no_room_for_a_reply(tokenizer):
+    row = preference(["Which?"], LONG_REPLY, "This.")
+    (whole,) = encode_preferences(tokenizer, [row])
+    (kept,) = encode_preferences(tokenizer, [row], len(whole.prompt_ids) + MIN_REPLY_TOKENS)
+    assert len(kept.chosen_ids) == MIN_REPLY_TOKENS
+    for room in (MIN_REPLY_TOKENS - 1, 0, -5):
+        (rejected,) = encode_preferences(tokenizer, [row], len(whole.prompt_ids) + room)
+        assert isinstance(rejected, RejectedRow) and rejected.reason == "over-long"
+        assert f"leaves {max(0, room)} of" in rejected.detail
+    short = preference(["Which?"], "Yes.", "No.")  # needs less than MIN_REPLY_TOKENS
+    (pair,) = encode_preferences(tokenizer, [short])
+    longest = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+    assert encode_preferences(tokenizer, [short], longest) == [pair]
+
+
+def test_pair_is_rejected_if_only_the_cut_parts_differ(tokenizer):
+    row = preference(["Which?"], LONG_REPLY + " Really.", LONG_REPLY + " Truly.")
+    (whole,) = encode_preferences(tokenizer, [row])
+    (rejected,) = encode_preferences(tokenizer, [row], len(whole.prompt_ids) + 20)
+    assert isinstance(rejected, RejectedRow) and rejected.reason == "identical chosen and rejected"
+
+
+def test_real_pairs_never_exceed_the_maximum_length(gpt2_tokenizer, shared_data):
+    rows = [
+        row
+        for row, _ in zip(
+            load_rows(f"ultrafeedback={shared_data / 'preference'}", "preference"), range(200), strict=False
+        )
+    ]
+    whole = encode_preferences(gpt2_tokenizer, rows)
+    assert sum(len(pair.prompt_ids) + len(pair.chosen_ids) > 256 for pair in whole) > 100
+    pairs = [pair for pair in encode_preferences(gpt2_tokenizer, rows, 256) if not isinstance(pair, RejectedRow)]
+    assert len(pairs) > 150
+    for pair in pairs:
+        assert len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= 256
+        assert pair.chosen_ids != pair.rejected_ids

@@ -121,12 +121,25 @@ def test_the_peak_of_a_cpu_is_measured_once_and_quickly(monkeypatch):
         get_peak_flops("tf32")
 
 
-def test_a_measured_peak_is_flops_over_seconds(monkeypatch):
-    import torch
+@pytest.mark.parametrize("fastest", [1, 3, 5])
+def test_the_measured_peak_is_that_of_the_fastest_product(monkeypatch, fastest):
+    """Every product runs at 1e12 FLOP/s, but one, as on a CPU whose caches suit one shape, at 1.5e12."""
+    speeds, timed = [1.5e12 if index == fastest else 1e12 for index in range(7)], []
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(device_module, "time_fastest", lambda work, where: 0.5)
-    assert device_module.measure_flops("fp32", "cpu") == 2 * 2048 * 768 * 3072 / 0.5
+    def time_product(work, where: str) -> float:
+        left, right = work.args
+        timed.append((*left.shape, right.shape[1]))
+        return 2.0 * left.shape[0] * left.shape[1] * right.shape[1] / speeds[len(timed) - 1]
+
+    monkeypatch.setattr(device_module, "time_fastest", time_product)
+    assert device_module.measure_flops("fp32", "cpu") == pytest.approx(1.5e12)
+    assert timed == [*device_module.TIMED_PRODUCTS[:-1]]  # the last one would take a second
+
+
+def test_a_product_that_takes_long_is_not_timed(monkeypatch):
+    timed = []
+    monkeypatch.setattr(device_module, "time_fastest", lambda work, where: timed.append(work) or 0.5)
+    assert device_module.measure_flops("fp32", "cpu") == 2 * 512 * 256 * 1024 / 0.5 and len(timed) == 1
 
 
 def test_listed_gpus_are_known_and_others_are_measured(monkeypatch):

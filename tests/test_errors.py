@@ -4,7 +4,16 @@ import errno
 
 import pytest
 
-from rorchat.errors import DataError, PermissionDenied, StorageError, did_you_mean, exits_with_one_line
+from rorchat.errors import (
+    DataError,
+    MismatchError,
+    PermissionDenied,
+    StorageError,
+    UsageError,
+    check_all,
+    did_you_mean,
+    exits_with_one_line,
+)
 
 
 def run_failing(error: BaseException) -> int:
@@ -51,3 +60,20 @@ def test_other_exceptions_keep_their_traceback():
 def test_did_you_mean_suggests_only_similar_names():
     assert did_you_mean("gsm8", ["alpaca", "gsm8k"]) == " Did you mean 'gsm8k'?"
     assert did_you_mean("xyz", ["alpaca", "gsm8k"]) == ""
+
+
+def test_all_checks_run_and_their_messages_are_joined():
+    def fail(error: Exception):
+        raise error
+
+    check_all(lambda: None)
+    with pytest.raises(MismatchError, match="^one. Try: --a 1$"):
+        check_all(lambda: None, lambda: fail(MismatchError("one. Try: --a 1")))
+    with pytest.raises(UsageError, match="^one. two. three. Try: --a 1 --c 3$"):
+        check_all(
+            lambda: fail(MismatchError("one. Try: --a 1")),
+            lambda: fail(UsageError("two.")),
+            lambda: fail(UsageError("three. Try: --c 3")),
+        )
+    with pytest.raises(ZeroDivisionError):
+        check_all(lambda: fail(UsageError("one.")), lambda: 1 / 0)

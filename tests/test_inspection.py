@@ -183,8 +183,9 @@ PREFERENCES = [
     ({"prompt": "f", "chosen": "b'Yes.'", "rejected": "No."}, "byte literal", None),
     ({"prompt": "g\x01", "chosen": "Yes.", "rejected": "No."}, "control character", None),
     ({"prompt": "h", "chosen": None, "rejected": "No."}, "empty text", "'chosen' is null"),
-    ({"prompt": "i", "chosen": LONG, "rejected": "No."}, "over-long", "no exchange fits into 96 tokens"),
-    ({"prompt": "j", "chosen": "Yes.", "rejected": LONG}, "over-long", "no exchange fits into 96 tokens"),
+    ({"prompt": LONG, "chosen": "i, and so on", "rejected": "No, no, no."}, "over-long", None),
+    ({"prompt": "j", "chosen": f"{LONG} Yes.", "rejected": LONG}, "identical chosen and rejected", None),
+    ({"prompt": "k", "chosen": LONG, "rejected": "No."}, None, ""),
     ({"prompt": "a", "chosen": "Yes.", "rejected": "No."}, "duplicate", ""),
     (
         {"prompt": [], "chosen": chat_row("k")["messages"], "rejected": chat_row("l")["messages"]},
@@ -205,7 +206,7 @@ def test_every_fault_of_a_preference_is_counted_with_its_side(tokenizer, tmp_pat
     for number, (_, reason, detail) in enumerate(PREFERENCES, start=1):
         if reason and detail is not None:
             assert (number, details[f"{path}:{number}"]) == (number, detail)
-    assert (result.stats.rows_in, result.stats.kept) == (12, 1)
+    assert (result.stats.rows_in, result.stats.kept, result.stats.cut) == (13, 2, 1)
 
 
 def test_byte_literals_are_repaired_only_in_datasets_known_for_them(tmp_path):

@@ -81,9 +81,7 @@ def check(
     row_format: RowFormat = None,
     columns: Columns = None,
     rejects: Annotated[Path | None, typer.Option(help="Write the rejected rows to this JSON Lines file.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="With --max_length: reject conversations that do not fit.")
-    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="With --max_length: count rows that do not fit.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per conversation.")] = None,
     against: Against = None,
     min_characters: MinCharacters = 0,

@@ -1,7 +1,8 @@
 """Shows a plan before the first step: as a table of text, and as a picture."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rorchat.mixture.interleave import UNIT
 
@@ -13,25 +14,33 @@ def describe(plan: "Plan") -> str:
     """The plan as a text table: phases, the contribution of each source, totals, notices and warnings."""
     summary = plan.summary()
     width = max(8, *(len(name) for name in plan.names))
-    lines = [f"mixture: {plan.rows * plan.block_size:,} tokens in {plan.rows:,} rows of {plan.block_size:,}"]
-    for number, (phase, planned) in enumerate(zip(summary["phases"], plan.phases, strict=True), 1):
-        first, end = phase["rows"]
-        mark = ", new phase" if planned.is_new else ""
-        lines.append(f"  phase {number}{mark}: {phase['tokens']:,} tokens, rows {first:,} to {end - 1:,}")
-        for source in phase["sources"]:
-            if source["share"] == 0:
-                continue
-            shares = f"{100 * source['share_at_start']:5.1f} % -> {100 * source['share_at_end']:5.1f} %"
-            tokens = f"    {source['name']:{width}} {source['tokens']:>18,} tokens"
-            lines.append(f"{tokens}  {shares}  {source['epochs']:.2f} epochs so far")
+    rows = f"{plan.rows:,} rows of {plan.block_size:,} tokens"
+    lines = [f"mixture: {plan.rows * plan.block_size:,} tokens to train on, in {rows}"]
+    if len(plan.phases) > 1:
+        lines += _describe_phases(plan, summary["phases"], width)
     lines.append("  total:")
     for source in summary["sources"]:
-        share = f"{100 * source['share']:5.1f} % of all"
         tokens = f"    {source['name']:{width}} {source['tokens']:>18,} tokens"
-        lines.append(f"{tokens}  {share:18}  {source['epochs']:.2f} epochs")
+        lines.append(f"{tokens}  {100 * source['share']:5.1f} % of all  read {source['epochs']:.2f} times")
     lines += [f"  note: {notice}" for notice in plan.notices]
     lines += [f"  warning: {warning}" for warning in summary["warnings"]]
     return "\n".join(lines)
+
+
+def _describe_phases(plan: "Plan", phases: list[dict[str, Any]], width: int) -> Iterator[str]:
+    """The rows of every phase, and what its sources contribute."""
+    for number, (phase, planned) in enumerate(zip(phases, plan.phases, strict=True), 1):
+        first, end = phase["rows"]
+        mark = ", new phase" if planned.is_new else ""
+        yield f"  phase {number}{mark}: {phase['tokens']:,} tokens, rows {first:,} to {end - 1:,}"
+        for source in phase["sources"]:
+            if source["share"] == 0:
+                continue
+            shares = f"{100 * source['share_at_start']:5.1f} %"
+            if source["share_at_end"] != source["share_at_start"]:
+                shares += f" -> {100 * source['share_at_end']:5.1f} %"
+            tokens = f"    {source['name']:{width}} {source['tokens']:>18,} tokens"
+            yield f"{tokens}  {shares:18}  read {source['epochs']:.2f} times by then"
 
 
 def draw(plan: "Plan", path: str | Path) -> None:

@@ -36,6 +36,7 @@ def train(argv: Sequence[str] | None = None, settings: Mapping[str, object] | No
     )
     from rorchat.training.result import TrainingResult
     from rorchat.training.run_folder import RunFolder
+    from rorchat.training.sample_prompts import first_words
     from rorchat.training.train_and_save import train as run_training
 
     arguments = parse(PretrainArguments, argv, settings)
@@ -56,6 +57,8 @@ def train(argv: Sequence[str] | None = None, settings: Mapping[str, object] | No
 
         history = run.mixture_history
         stores = prepare_token_stores(arguments, tokenizer, history)
+        if arguments.sample_prompts is None:
+            arguments.sample_prompts = first_words(stores, tokenizer)
         mixture = build_mixture(arguments, stores, history)
         context = run.context(describe_mixture(mixture.plan, stores, history))
         trainer = PretrainTrainer(model, arguments, tokenizer, mixture, stores, context)

@@ -74,7 +74,8 @@ class RowStats:
     rejects: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
     repairs: dict[str, int] = field(default_factory=dict)  # kept rows that were repaired
-    cut: int = 0  # kept rows whose last turns did not fit into the context window
+    cut: int = 0  # kept rows of which a part did not fit into the context window
+    cuts: dict[str, int] = field(default_factory=dict)  # the same by what was left out; a row may have several
     hub: dict[str, str] = field(default_factory=dict)  # dataset, config, split and revision of rows from the Hub
     reading: ReadingNotes = field(default_factory=ReadingNotes)
     limits: Limits | None = None  # at which long texts are cut
@@ -101,10 +102,17 @@ class RowStats:
         self.kept -= 1
         self.reject(place, rejected_row)
 
+    def count_cut(self, *parts: str) -> None:
+        """Counts a kept row that was truncated, by the parts of it that were left out; none if it is complete."""
+        self.cut += bool(parts)
+        for part in parts:
+            self.cuts[part] = self.cuts.get(part, 0) + 1
+
     def add(self, other: "RowStats") -> None:
         """Adds the counts of a later part of the same source."""
         self.rows_in, self.kept, self.cut = self.rows_in + other.rows_in, self.kept + other.kept, self.cut + other.cut
-        for counts, other_counts in ((self.rejects, other.rejects), (self.repairs, other.repairs)):
+        for name in ("rejects", "repairs", "cuts"):
+            counts, other_counts = vars(self)[name], vars(other)[name]
             for reason, count in other_counts.items():
                 counts[reason] = counts.get(reason, 0) + count
         self.reading.add(other.reading)
@@ -113,7 +121,7 @@ class RowStats:
 
     def summary(self) -> dict[str, object]:
         """Returns the counts, as written to run.json."""
-        names = ("source", "licence", "rows_in", "kept", "rejects", "repairs", "cut")
+        names = ("source", "licence", "rows_in", "kept", "rejects", "repairs", "cut", "cuts")
         return {name: vars(self)[name] for name in names} | ({"hub": self.hub} if self.hub else {})
 
     def most_frequent_rejects(self) -> list[tuple[str, int]]:
@@ -127,8 +135,7 @@ class RowStats:
         if self.hub or licence_restriction(self.licence):
             lines.append(f"  licence: {self.licence}")
         lines += self._describe_reading()
-        if self.cut:
-            lines.append(f"  {self.cut:,} of them truncated: their last turns do not fit into the context window")
+        lines += [f"  {count:,} of them truncated: {part}" for part, count in self.cuts.items()]
         lines += [f"  {count:,} of them repaired: {repair}" for repair, count in self.repairs.items()]
         for reason, count in self.most_frequent_rejects():
             lines.append(f"  {count:,} rejected: {reason}, first at {'; '.join(self.places[reason])}")

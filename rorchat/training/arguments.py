@@ -148,8 +148,12 @@ class StageArguments(DataArguments, _TrainerArguments):
     cooldown_share: float = field(
         default=0.7, metadata={"help": f"Share of the steps in which {COOLDOWN_SCHEDULE} decays to 0."}
     )
-    sample_prompts: list[str] = field(
-        default_factory=list, metadata={"help": "Prompts to generate samples for, before and after training."}
+    sample_prompts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts to generate samples for, before and after training; default: three of the validation "
+            "split; none if the list is empty."
+        },
     )
     sample_steps: int = field(default=0, metadata={"help": "Also generate samples every N steps; 0: never."})
     price_per_hour: float = field(
@@ -256,12 +260,15 @@ class StageArguments(DataArguments, _TrainerArguments):
             raise UsageError("No output folder: give --output_dir runs/my-run")
 
     def _check_ranges(self) -> None:
-        for name in NOT_NEGATIVE:
-            if not 0 <= (getattr(self, name) or 0) < math.inf:
-                raise UsageError(f"{name} is {getattr(self, name)}: give 0 or a positive number.")
-        for name in ("seed", "data_seed"):
-            if not 0 <= (getattr(self, name) or 0) < 2**32:
-                raise UsageError(f"{name} is {getattr(self, name)}: give a number from 0 to 2^32 - 1.")
+        limits = dict.fromkeys(NOT_NEGATIVE, (math.inf, "0 or a positive number"))
+        limits |= dict.fromkeys(("seed", "data_seed"), (2**32, "a number from 0 to 2^32 - 1"))
+        wrong = [
+            f"{name} is {getattr(self, name)}: give {allowed}."
+            for name, (limit, allowed) in limits.items()
+            if not 0 <= (getattr(self, name) or 0) < limit
+        ]
+        if wrong:
+            raise UsageError(" ".join(wrong))
 
     def check_devices(self) -> None:
         """Raises UsageError if one process sees several GPUs: the Trainer would use DataParallel."""
@@ -322,6 +329,9 @@ class StageParser(TrlParser):
     def __init__(self, dataclass_type: type):
         # Transformers annotates the parameter with a `NewType`, which no class matches
         super().__init__(dataclass_type, allow_abbrev=False)  # type: ignore[arg-type]
+        for action in self._actions:
+            if action.dest == "sample_prompts":
+                action.nargs = "*"  # an empty list turns samples off
 
     def error(self, message: str):
         raise UsageError(f"{message.removesuffix('.')}. See --help.")

@@ -261,7 +261,7 @@ def _startup_message(text: BaseText | None, model: str, arguments) -> str:
             f"base loss: not measured, because no pretraining run with token stores was found for {model}. To "
             "measure it, pass a token store or a source as --base_text."
         )
-    message = f"base loss: measured on {text.describe()}"
+    message = f"base loss: measured on {text.describe()}, before and after this stage; if it rises, the model forgets"
     share = _training_validation_share(text, arguments)
     if share is not None and share < text.validation_share:
         message += (

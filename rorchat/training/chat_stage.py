@@ -9,6 +9,7 @@ from rorchat.tokenizer import load_tokenizer
 from rorchat.training.data import Split
 from rorchat.training.result import TrainingResult
 from rorchat.training.run_folder import RunFolder
+from rorchat.training.sample_prompts import user_messages
 from rorchat.training.stage import ChatStageTrainer
 from rorchat.training.train_and_save import train
 
@@ -42,6 +43,11 @@ def run_chat_stage(
         check_fit(model, tokenizer, arguments.max_row_length(), "max_length")
         adapter = arguments.create_adapter(model, tokenizer, base)
         split = load_data(arguments, tokenizer, arguments.max_row_length() or model.config.n_positions)
+        if arguments.sample_prompts is None:
+            arguments.sample_prompts = user_messages(
+                split.validation, tokenizer, arguments.sources, model.config.n_positions, arguments.reply_tokens
+            )
         context = run.context({"data": [stats.summary() for stats in split.row_stats]}, adapter)
         trainer = trainer_class(model, arguments, tokenizer, split.train, split.validation, context)
-        return TrainingResult(train(run, trainer, startup_messages=split.row_stats), run.folder)
+        startup_messages = [*split.row_stats, *trainer.startup_notes(split.row_stats)]
+        return TrainingResult(train(run, trainer, startup_messages), run.folder)

@@ -7,7 +7,7 @@ rorchat encodes, batches and scores the pairs; TRL computes the losses.
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import GPT2Config
 from transformers.trainer_utils import IntervalStrategy
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import prepare_deepspeed
@@ -27,8 +28,9 @@ from trl.trainer.utils import FusedCausalLMOutput
 from rorchat.adapter import is_adapter
 from rorchat.chatml import encode_preferences
 from rorchat.console import shows_bars
-from rorchat.errors import UsageError, did_you_mean
+from rorchat.errors import UsageError, check_all, did_you_mean
 from rorchat.jsonl import append_json_line
+from rorchat.model import Shape, count_parameters
 from rorchat.rows import RejectedRow
 from rorchat.sources.base import RowStats
 from rorchat.training import reference_logps
@@ -40,7 +42,9 @@ from rorchat.training.distributed import any_rank, sharding_strategy
 from rorchat.training.kernels.dpo_logps import patch_dpo_logps, reply_masks
 from rorchat.training.kernels.lm_head_loss import patch_gelu
 from rorchat.training.lora import LoraArguments
+from rorchat.training.run_notes import warn_about_margin
 from rorchat.training.sampler import count_steps, training_order
+from rorchat.training.sizes import check_batch, check_row_length
 from rorchat.training.smoke_test import shrink_chat_stage
 from rorchat.training.stage import ChatStageTrainer
 
@@ -54,14 +58,12 @@ LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+#: The default learning rate is LEARNING_RATE_AT_1M * (millions of parameters) ** -LEARNING_RATE_EXPONENT.
+LEARNING_RATE_AT_1M, LEARNING_RATE_EXPONENT = 3e-5, 0.45
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 #: Losses that support every divergence, because they depend on the difference between chosen and rejected.
 DIFFERENCE_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 LIMITS = {
-    "max_length": (
-        lambda value: value is None or value > 0,
-        "a positive number, or omit it",
-    ),
     "chosen_drop": (lambda value: 0 <= value < math.inf, "a number of nats per token, or 0 to disable it"),
     "beta": (lambda value: 0 < value < math.inf, "a positive number"),
     "label_smoothing": (lambda value: 0 <= value < 0.5, "a number from 0 to below 0.5"),
@@ -85,7 +87,7 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
         "ref_model_sync_steps": FIXED_REFERENCE,
         "use_weighting": "its weights are sums over the whole vocabulary, which are not computed",
         "label_smoothing_factor": "it smooths token labels; use `label_smoothing` for preferences",
-        "truncation_mode": "pairs with a side longer than `max_length` are rejected and counted",
+        "truncation_mode": "early messages of a prompt are dropped first, then replies are cut to the same maximum",
         "padding_free": "batches are computed without padding",
         "pad_to_multiple_of": "batches are computed without padding",
         "pad_token": "the tokenizer has a pad token",
@@ -111,7 +113,9 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
     )
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid", "sft"])
     precompute_ref_log_probs: bool = True
-    learning_rate: float = 1e-6
+    learning_rate: float | None = field(  # type: ignore[assignment]  # None until the trainer chooses it
+        default=None, metadata={"help": "Default: by the size of the model, 3e-5 for a million parameters."}
+    )
     weight_decay: float = 0.0
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or a share of them if below 1."})
     num_train_epochs: float = 1.0
@@ -124,13 +128,17 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
         return self.max_length
 
     def __post_init__(self):
-        self.check_data()
-        if not self.model:
-            raise UsageError("No model: give the chat model to train, as in --model runs/gpt2-chat")
-        self.check_lora()
+        check_all(
+            self.check_data,
+            self._check_model,
+            self.check_lora,
+            self.check_stage,
+            partial(check_batch, self),
+            partial(check_row_length, "max_length", self.max_length, self.model),
+            self._check_limits,
+            self._check_loss,
+        )
         self.resolve_defaults()
-        self._check_limits()
-        self._check_loss()
         if sharding_strategy(self) == "FSDP" and is_adapter(self.model):
             raise UsageError(
                 f"{self.model} is an adapter, but under FSDP TRL would load the reference without it. Give the merged "
@@ -141,10 +149,18 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
         if self.smoke:
             shrink_chat_stage(self)
 
+    def _check_model(self) -> None:
+        if not self.model:
+            raise UsageError("No model: give the chat model to train, as in --model runs/gpt2-chat")
+
     def _check_limits(self) -> None:
-        for name, (fits, allowed) in LIMITS.items():
-            if not fits(value := getattr(self, name)):
-                raise UsageError(f"{name} is {value}: give {allowed}.")
+        wrong = [
+            f"{name} is {value}: give {allowed}."
+            for name, (fits, allowed) in LIMITS.items()
+            if not fits(value := getattr(self, name))
+        ]
+        if wrong:
+            raise UsageError(" ".join(wrong))
         if self.chosen_drop and self.logging_strategy == IntervalStrategy.NO:
             raise UsageError(
                 "chosen_drop is checked at every log line, but logging_strategy is no: use logging_strategy "
@@ -179,20 +195,28 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
             raise UsageError(f"loss_type {others[0]} needs reverse_kl: leave out f_divergence_type {divergence}.")
 
 
+def default_learning_rate(config: GPT2Config) -> float:
+    """The default learning rate of a model of this size, rounded to two digits; see docs/training.md."""
+    shape = Shape(config.n_layer, config.n_head, config.n_embd)
+    parameters = count_parameters(shape, config.vocab_size, config.n_positions)
+    return float(f"{LEARNING_RATE_AT_1M * (parameters / 1e6) ** -LEARNING_RATE_EXPONENT:.1e}")
+
+
 def load_preferences(arguments: DPOArguments, tokenizer, max_length: int) -> Split:
     """Loads and encodes pairs, with columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
-    A side of a pair is the prompt with one of the replies. A pair is rejected as over-long if a side is longer than
-    `max_length`. See `load_split` for the errors.
+    A side of a pair is the prompt with one of the replies. If it is longer than `max_length`, early messages of the
+    prompt are dropped and replies are cut; see `encode_preferences`. See `load_split` for the errors.
     """
 
-    def encode(rows: list[dict], _: RowStats) -> Iterator[dict | RejectedRow]:
+    def encode(rows: list[dict], row_stats: RowStats) -> Iterator[dict | RejectedRow]:
         for encoded in encode_preferences(tokenizer, rows, max_length):
-            if encoded is None:
-                yield RejectedRow("over-long", f"a side is longer than {max_length} tokens")
-            else:
-                # lists of Python integers need up to nine times the memory
-                yield {name: np.array(getattr(encoded, name), np.int32) for name in PAIR_COLUMNS}
+            if isinstance(encoded, RejectedRow):
+                yield encoded
+                continue
+            row_stats.count_cut(*encoded.cuts())
+            # lists of Python integers need up to nine times the memory
+            yield {name: np.array(getattr(encoded, name), np.int32) for name in PAIR_COLUMNS}
 
     return load_split(arguments, "preference", encode)
 
@@ -231,7 +255,10 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
         validation: Dataset,
         context: StageContext,
     ):
+        if arguments.learning_rate is None:
+            arguments.learning_rate = default_learning_rate(model.config)
         micro = arguments.per_device_train_batch_size
+        self.rows_per_epoch = len(train)
         arguments.max_steps = count_steps(arguments, len(train))
         rows = arguments.max_steps * micro * arguments.gradient_accumulation_steps * arguments.world_size
         prompts, chosen, rejected = (row_lengths(train, name) for name in PAIR_COLUMNS)
@@ -254,6 +281,27 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
             data_collator=partial(collate_pairs, pad_id=tokenizer.pad_token_id),
         )
         self.train_dataset = self.train_dataset.select(order)
+
+    def startup_notes(self, row_stats: Sequence[RowStats]) -> list[str]:
+        notes = super().startup_notes(row_stats)
+        if "learning_rate" not in self.args.given:
+            notes.append(f"learning rate {self.args.learning_rate:g}, the default for a model of this size")
+        return notes
+
+    def final_notes(self) -> list[str]:
+        """The margin on the validation split, or else of the last log step."""
+        if self.args.smoke or self.stop_reason:
+            return []
+        margins = {
+            name: line[name]
+            for line in self.state.log_history
+            for name in ("rewards/margins", "eval_rewards/margins")
+            if name in line
+        }
+        margin = margins.get("eval_rewards/margins", margins.get("rewards/margins", math.inf))
+        assert self.args.learning_rate is not None  # the constructor has chosen it
+        note = warn_about_margin(margin, self.args.learning_rate)
+        return [note] if note else []
 
     def tokens_after(self, step: int) -> int:
         return int(self._tokens_read[step])
@@ -284,7 +332,9 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
                 failure = find_storage_failure(lambda: reference_logps.write(path, fingerprint, log_probs))
             if failure:
                 origin += f", but they could not be saved ({' '.join(str(failure).split())})"
-            print(f"reference: log-probabilities of {len(dataset):,} {name} pairs {origin}", file=sys.stderr)  # noqa: T201
+            split = "training" if name == "train" else "validation"
+            text = f"reference model: log-probabilities of {len(dataset):,} {split} pairs {origin}"
+            print(text, file=sys.stderr)  # noqa: T201
         for column, values in zip(REFERENCE_COLUMNS, log_probs, strict=True):
             dataset = dataset.add_column(column, values.numpy())
         return dataset

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,7 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import add_fused_lm_head
 
 from rorchat.chatml import encode_prompt
-from rorchat.errors import MismatchError, UsageError
+from rorchat.errors import MismatchError, UsageError, check_all
 from rorchat.files import file_sha256
 from rorchat.inference.engine import DEFAULT_REPLY_DIVISOR, Reply, generate_ids, generate_replies
 from rorchat.jsonl import append_json_line
@@ -38,6 +39,7 @@ from rorchat.training.kernels.attention import skip_padding_warning
 from rorchat.training.kernels.lm_head_loss import patch_gelu
 from rorchat.training.rewards import WEIGHTS, Scorer, as_replies, find_reward, is_right
 from rorchat.training.sampler import training_order
+from rorchat.training.sizes import check_batch, check_row_length, try_settings
 from rorchat.training.smoke_test import shrink_grpo
 from rorchat.training.stage import ChatStageTrainer
 
@@ -112,16 +114,32 @@ class GRPOArguments(StageArguments, GRPOConfig):
     eval_strategy: str = "no"
 
     def __post_init__(self):
-        self.check_data()
-        if not self.model:
-            raise UsageError("No model: give the chat model to train, such as --model runs/gpt2-chat")
+        check_all(
+            self.check_data,
+            self._check_model,
+            self.check_stage,
+            partial(check_batch, self, self.num_generations),
+            partial(check_row_length, "max_completion_length", self.max_completion_length, self.model),
+            self._check_groups,
+            self._check_rewards,
+            self._check_sampling,
+        )
         self.resolve_defaults()
-        self._check_groups()
-        self._check_rewards()
         if sharding_strategy(self):
             raise UsageError(
                 f"{sharding_strategy(self)}: sampling needs the whole model. Launch with --accelerate_config ddp."
             )
+        self.num_generations_eval, self.shuffle_dataset = 1, False
+        super().__post_init__()
+        self.check_devices()
+        if self.smoke:
+            shrink_grpo(self)
+
+    def _check_model(self) -> None:
+        if not self.model:
+            raise UsageError("No model: give the chat model to train, such as --model runs/gpt2-chat")
+
+    def _check_sampling(self) -> None:
         for name, known in KNOWN_VALUES.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(known)}.")
@@ -133,11 +151,6 @@ class GRPOArguments(StageArguments, GRPOConfig):
             raise UsageError(f"temperature is {self.temperature}: give a positive number, so that replies differ.")
         if self.readiness_questions < 0:
             raise UsageError(f"readiness_questions is {self.readiness_questions}: give 0 or a positive number.")
-        self.num_generations_eval, self.shuffle_dataset = 1, False
-        super().__post_init__()
-        self.check_devices()
-        if self.smoke:
-            shrink_grpo(self)
 
     def _check_groups(self) -> None:
         if self.num_generations < 2:
@@ -151,7 +164,8 @@ class GRPOArguments(StageArguments, GRPOConfig):
             raise UsageError(
                 f"A step has {replies} replies (per_device_train_batch_size {self.per_device_train_batch_size} x "
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps} x {world} processes), not a "
-                f"multiple of num_generations {self.num_generations}."
+                f"multiple of num_generations {self.num_generations}. "
+                + try_settings({"per_device_train_batch_size": self.num_generations})
             )
 
     def _check_rewards(self) -> None:
@@ -232,6 +246,7 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
     ):
         replies = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         self.questions_per_step = replies // arguments.num_generations
+        self.rows_per_epoch, self.batch_multiple = len(train) * arguments.num_generations, arguments.num_generations
         if arguments.max_steps <= 0:
             arguments.max_steps = max(1, math.ceil(len(train) * arguments.num_train_epochs / self.questions_per_step))
         # equal lengths, because questions grouped by length would be of one kind in each step

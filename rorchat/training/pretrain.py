@@ -1,5 +1,6 @@
 """Pretraining: rows of a token mixture -> a language model, in Transformers' Trainer."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,7 +10,7 @@ from typing import ClassVar
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
-from rorchat.errors import UsageError
+from rorchat.errors import UsageError, check_all
 from rorchat.inference.engine import continue_texts
 from rorchat.mixture.collators import collate_padded
 from rorchat.mixture.dataset import Mixture, ValidationRows
@@ -23,6 +24,7 @@ from rorchat.training.arguments import TOKENS_FOLDER, StageArguments
 from rorchat.training.context import StageContext
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.runtime import can_compile
+from rorchat.training.sizes import PretrainingSizes, read_positions
 from rorchat.training.smoke_test import shrink_pretraining
 from rorchat.training.stage import StageTrainer
 
@@ -83,13 +85,8 @@ class PretrainArguments(StageArguments, TrainingArguments):
 
     def __post_init__(self):
         self.mixture_config = self._read_mixture()
-        self.check_data()
+        check_all(self.check_data, self.check_stage, self._check_sizes)
         self.resolve_defaults()
-        if self.block_size < 2:
-            raise UsageError(f"block_size is {self.block_size}: a row needs at least 2 tokens.")
-        for name in ("global_batch_tokens", "per_device_train_batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}: give a positive number.")
         if self.compile is None:
             self.compile = can_compile(self.on_gpu)
         if self.dataloader_num_workers is None:
@@ -109,24 +106,24 @@ class PretrainArguments(StageArguments, TrainingArguments):
                 raise UsageError(f"Both mixture and {name}: give {name} in {self.mixture}, or leave the mixture out.")
         return read_mixture(self.mixture, is_continuation=True)  # only the run knows if there is an earlier one
 
+    def _check_sizes(self) -> None:
+        PretrainingSizes(
+            self.block_size,
+            self.per_device_train_batch_size,
+            self.global_batch_tokens,
+            self.train_tokens,
+            self.max_steps,
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+            size=None if self.model else self.size,
+            n_positions=read_positions(self.model) if self.model else None,
+        ).check()
+
     def _derive_steps(self) -> None:
         """Derives accumulation from the global batch, and steps from the tokens."""
         tokens_per_pass = self.block_size * self.per_device_train_batch_size * self.world_size
-        if self.global_batch_tokens % tokens_per_pass:
-            below = max(1, self.global_batch_tokens // tokens_per_pass) * tokens_per_pass
-            raise UsageError(
-                f"global_batch_tokens {self.global_batch_tokens:,} is not a multiple of block_size {self.block_size} x "
-                f"per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} processes = "
-                f"{tokens_per_pass:,}: give {below:,} or {below + tokens_per_pass:,}."
-            )
         self.gradient_accumulation_steps = self.global_batch_tokens // tokens_per_pass
         if self.max_steps <= 0:
             self.max_steps = self.train_tokens // self.global_batch_tokens
-        if self.max_steps <= 0:
-            raise UsageError(
-                f"train_tokens is {self.train_tokens:,}, less than one step of {self.global_batch_tokens:,} tokens: "
-                "give train_tokens or max_steps."
-            )
 
     def source_specs(self) -> list[str]:
         return [source.spec for source in self.mixture_config.sources.values()]

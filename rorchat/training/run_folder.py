@@ -14,6 +14,7 @@ model/          the result: a plain Transformers folder
 """
 
 import json
+import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,14 +37,19 @@ from rorchat.training.checkpointing.fingerprint import (
 )
 from rorchat.training.checkpointing.mirror import GRACE_SECONDS, Mirror, open_mirror
 from rorchat.training.checkpointing.recovery import Checkpoints
-from rorchat.training.checkpointing.resume_plan import FolderState, ResumePlan, ResumeRequest, plan_resume
+from rorchat.training.checkpointing.resume_plan import (
+    OTHER_FOLDER,
+    FolderState,
+    ResumePlan,
+    ResumeRequest,
+    advise,
+    plan_resume,
+)
 from rorchat.training.context import StageContext
 from rorchat.training.distributed import run_on_main_process
 from rorchat.training.lora import Adapter
 from rorchat.training.oom_recovery import MICRO_BATCH_FILE
 from rorchat.training.pinning import PINS, find_pins
-
-REMEDY = "Choose another output_dir, or delete the folder."
 
 
 class RunFolder:
@@ -117,6 +123,8 @@ class RunFolder:
 
     def _restore(self) -> None:
         """If the mirror has a newer checkpoint, as on a new machine, copies it into the folder."""
+        if self.arguments.smoke:
+            self._remove_other_smoke_test()
         if self.mirror is None:
             return
         checkpoints = Checkpoints(self.folder, self.arguments.save_total_limit or KEPT)
@@ -128,7 +136,7 @@ class RunFolder:
                 differences = self._compare(
                     committed[0].metadata, self.request.metadata, self.request.new_phase, self.request.weights_only
                 )
-                self._refuse_fatal(differences, place)
+                self._refuse_fatal(differences, place, committed[0])
         try:
             restored = self.mirror.restore_newest(checkpoints)
         except DataError:
@@ -137,6 +145,21 @@ class RunFolder:
             return
         if restored:
             self._write_record(restored.metadata)
+
+    def _remove_other_smoke_test(self) -> None:
+        """Empties the folder if it contains a smoke test with other settings or data, and nothing else."""
+        record = self._read_record()
+        if not record or not (record.get("settings") or {}).get("smoke"):
+            return
+        fatal = [d.name for d in self._compare(record, self.request.metadata) if d.is_fatal]
+        if not fatal:
+            return
+        print(f"{self.folder}: replacing an earlier smoke test ({', '.join(fatal)} differ)", file=sys.stderr)  # noqa: T201
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def _make_plan(self) -> ResumePlan:
         """Compares the folder with the current command, prints the differences, and refuses fatal ones."""
@@ -172,11 +195,12 @@ class RunFolder:
             details: the data and the plan of a mixture, which are stored in run.json and in every checkpoint.
 
         Raises:
-            MismatchError: the checkpoint was trained with a different plan, because the data of the mixture changed.
+            MismatchError: the checkpoint was trained with a different plan or other rows, because the data changed.
         """
         details = json.loads(json.dumps(details))
         if self.plan.checkpoint and not self.plan.appends_phase:
-            differences = self._compare(self.plan.checkpoint.metadata, {"plan": details.get("plan")})
+            before, now = (_comparable_details(data) for data in (self.plan.checkpoint.metadata, details))
+            differences = self._compare(before, now)
             self._print_differences(differences)
             self._refuse_fatal(differences, self.folder, self.plan.checkpoint, printed=True)
         return StageContext(self.plan, details, self.mirror, adapter)
@@ -204,11 +228,8 @@ class RunFolder:
         if not printed:
             self._print_differences(differences)
         listed = "; ".join(f"{d.name} {_shorten(d.before)}, now {_shorten(d.now)}" for d in fatal)
-        advice = ""
-        is_other_mixture = all(d.is_mixture for d in fatal)
-        if checkpoint and is_other_mixture and any(d.name.startswith("inputs.mixture") for d in fatal):
-            advice = "Give --new_phase to continue with a different mixture. "
-        raise MismatchError(f"{place} contains another run: {listed}. {advice}{REMEDY}")
+        advice = advise(str(self.folder), fatal, has_checkpoint=checkpoint is not None)
+        raise MismatchError(f"{place} contains another run: {listed}. {advice}")
 
     # The record
 
@@ -230,7 +251,7 @@ class RunFolder:
         if committed := Checkpoints(self.folder).committed():  # their manifests contain the same metadata
             return committed[0].metadata
         raise MismatchError(
-            f"The output folder {self.folder} is not empty and does not contain a run of rorchat. {REMEDY}"
+            f"The output folder {self.folder} is not empty and does not contain a run of rorchat. {OTHER_FOLDER}"
         )
 
     def _write_record(self, record: dict) -> None:
@@ -261,6 +282,12 @@ class RunFolder:
         message = f"{self.folder}: already finished with these settings; delete the folder to run it again"
         print(message, file=sys.stderr)  # noqa: T201
         return self.plan.finished["metrics"]
+
+
+def _comparable_details(details: dict) -> dict:
+    """The plan of a mixture, or the rows that a chat stage kept: an earlier version may have kept fewer of them."""
+    plan = details.get("plan")
+    return {"plan": plan, "kept_rows": None if plan else [source["kept"] for source in details.get("data", [])]}
 
 
 def _shorten(value: object) -> str:

@@ -16,7 +16,7 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from rorchat.chatml import encode_conversations
-from rorchat.errors import UsageError
+from rorchat.errors import UsageError, check_all
 from rorchat.mixture.collators import collate_packed
 from rorchat.mixture.packing import PackedRows, Sequences, pack
 from rorchat.rows import RejectedRow
@@ -28,6 +28,7 @@ from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.lora import LoraArguments
 from rorchat.training.replay import replay_rows
 from rorchat.training.sampler import count_steps
+from rorchat.training.sizes import check_batch, check_row_length
 from rorchat.training.smoke_test import shrink_chat_stage
 from rorchat.training.stage import ChatStageTrainer
 
@@ -87,19 +88,25 @@ class SFTArguments(LoraArguments, StageArguments, SFTConfig):
         return self.max_length
 
     def __post_init__(self):
-        self.check_data()
-        self.check_lora()
+        check_all(
+            self.check_data,
+            self.check_lora,
+            self.check_stage,
+            partial(check_batch, self),
+            partial(check_row_length, "max_length", self.max_length, self.model),
+            self._check_replay,
+        )
         self.resolve_defaults()
-        if self.max_length is not None and self.max_length < 1:
-            raise UsageError(f"max_length is {self.max_length}: give a positive number, or omit it.")
-        if not 0 <= self.replay_share < 1:
-            raise UsageError(f"replay_share is {self.replay_share}: it must lie between 0 and 1.")
         super().__post_init__()
         self.check_devices()
         if not self.replay_share:
             self.replay = None
         if self.smoke:
             shrink_chat_stage(self)
+
+    def _check_replay(self) -> None:
+        if not 0 <= self.replay_share < 1:
+            raise UsageError(f"replay_share is {self.replay_share}: it must lie between 0 and 1.")
 
     def replay_source(self) -> str | None:
         return self.replay
@@ -121,7 +128,7 @@ def load_conversations(arguments: SFTArguments, tokenizer, max_length: int) -> S
             if encoded is None:
                 yield RejectedRow("over-long", f"no exchange fits into {max_length} tokens")
                 continue
-            row_stats.cut += encoded.dropped_turns > 0
+            row_stats.count_cut(*encoded.cuts())
             yield _as_columns(encoded.input_ids, encoded.labels)
 
     split = load_split(arguments, "conversation", encode)
@@ -185,7 +192,8 @@ class ChatSFTTrainer(ChatStageTrainer, SFTTrainer):
         if dataset_name != "train":
             return Sequences(sorted(rows, key=lambda row: len(row[0])))  # sorted by length to reduce padding
         sequences = Sequences(rows)
-        args.max_steps = count_steps(args, len(pack(sequences.lengths, self.window)))
+        self.rows_per_epoch = len(pack(sequences.lengths, self.window))
+        args.max_steps = count_steps(args, self.rows_per_epoch)
         rows_in_run = (
             args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         )

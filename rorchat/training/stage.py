@@ -21,11 +21,12 @@ from tqdm.auto import tqdm
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from rorchat.device import get_peak_flops
+from rorchat.device import get_peak_flops, measure_flops
 from rorchat.evaluation.loss import Loss, Rows, compute_dataset_loss
 from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.mixture.collators import collate_padded
 from rorchat.model import Shape, flops_per_token
+from rorchat.sources.base import RowStats
 from rorchat.tokenizer import token_bytes
 from rorchat.training.arguments import COOLDOWN_SCHEDULE, COSINE_SCHEDULE
 from rorchat.training.base_loss import create_base_loss_callback
@@ -37,6 +38,7 @@ from rorchat.training.context import StageContext
 from rorchat.training.distributed import gather_model
 from rorchat.training.oom_recovery import OOMRecoveryMixin
 from rorchat.training.optim import build_optimizer
+from rorchat.training.run_notes import warn_about_kept_rows, warn_about_steps
 
 COSINE_FLOOR = 0.1  # final share of the learning rate, as in GPT-3 and nanoGPT
 
@@ -105,15 +107,22 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
     def tokens_after(self, step: int) -> int:
         """The number of tokens read in the first `step` steps, summed over all processes."""
 
+    def final_notes(self) -> list[str]:
+        """What the user should know about the result after the last evaluation, one line each."""
+        return []
+
     @abstractmethod
     def generate_samples(self, prompts: Sequence[str]) -> list[str]:
         """One text for each sample prompt."""
 
-    def _measure_utilization(self, row_tokens: int) -> Utilization:
+    def _measure_utilization(self, row_tokens: int, repeat: bool = False) -> Utilization:
+        """The FLOPs of a token and the peak of the devices; `repeat` measures a peak that is not known once more."""
         precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
         on_gpu = self.args.device.type == "cuda"
         with torch.random.fork_rng([self.args.device] if on_gpu else []):  # the measurement uses random numbers
             peak, origin = get_peak_flops(precision, on_gpu)
+            if repeat and origin == "measured":
+                peak = max(peak, measure_flops(precision, self.args.device.type))
         if on_gpu and origin == "measured":
             torch.cuda.reset_peak_memory_stats()  # exclude the memory of the measurement
         config = self.model.config
@@ -123,7 +132,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
 
     def _sample_prompts(self) -> list[str]:
         """The sample prompts; empty if the parameters are sharded, because only the main process generates."""
-        prompts = self.args.sample_prompts
+        prompts = self.args.sample_prompts or []
         if prompts and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             if self.is_world_process_zero():
                 print("no samples: the parameters are sharded over the processes", file=sys.stderr)  # noqa: T201
@@ -304,6 +313,18 @@ class ChatStageTrainer(StageTrainer):
     """The base class of the trainers of chat stages, mixed into TRL's trainers. Samples are replies to the prompts."""
 
     trl_state = ("_metrics", "_total_train_tokens")
+    rows_per_epoch: int  # in the unit of `per_device_train_batch_size`
+    batch_multiple = 1  # which `per_device_train_batch_size` must be a multiple of
+
+    def startup_notes(self, row_stats: Sequence[RowStats]) -> list[str]:
+        """What the user should know before the first step, one line each."""
+        if self.args.smoke:  # too few rows and steps on purpose
+            return []
+        notes = (
+            warn_about_kept_rows(row_stats),
+            warn_about_steps(self.args, self.rows_per_epoch, self.batch_multiple),
+        )
+        return [note for note in notes if note]
 
     def generate_samples(self, prompts: Sequence[str]) -> list[str]:
         replies = generate_replies(self.chat, prompts, max_new_tokens=self.args.reply_tokens, temperature=0)

@@ -50,14 +50,13 @@ def train(run: RunFolder, trainer: StageTrainer, startup_messages: Iterable[obje
 def _train(run: RunFolder, trainer: StageTrainer, startup_messages: Iterable[object]) -> dict[str, float]:
     mixture_plan = trainer.context.details.get("plan")
     run_on_main_process(lambda: _begin(run, trainer, mixture_plan))
-    if trainer.is_world_process_zero():
-        for message in startup_messages:
-            print(message, file=sys.stderr)  # noqa: T201
+    _print_notes(trainer, startup_messages)
     trainer.train(resume_from_checkpoint=trainer.prepare_resume())
     _require_completed(trainer)
     seconds = round(trainer.metrics.elapsed()["seconds"], 1)  # of all starts
     metrics = trainer.final_metrics() | {"train_seconds": seconds, "steps": trainer.state.global_step}
     metrics["tokens"] = trainer.tokens_after(trainer.state.global_step)
+    _print_notes(trainer, trainer.final_notes())
     details = dict(trainer.context.details)
     if trainer.base_loss:
         metrics |= trainer.base_loss.measure_after()
@@ -67,6 +66,12 @@ def _train(run: RunFolder, trainer: StageTrainer, startup_messages: Iterable[obj
     if run.mirror:
         run.mirror.finish()
     return metrics
+
+
+def _print_notes(trainer: StageTrainer, notes: Iterable[object]) -> None:
+    if trainer.is_world_process_zero():
+        for note in notes:
+            print(note, file=sys.stderr)  # noqa: T201
 
 
 def _begin(run: RunFolder, trainer: StageTrainer, mixture_plan: object) -> None:

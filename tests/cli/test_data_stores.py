@@ -267,7 +267,8 @@ def test_plan_prints_and_plots_the_tokens_of_each_source(texts, store, saved, tm
     picture = tmp_path / "plan.png"
     arguments = ("--tokenizer", saved, "--stores", tmp_path / "stores", "--block_size", 32, *SHARE)
     output = succeeded("plan", mixture, *arguments, "--train_tokens", 3210, "--out", picture)
-    assert output.startswith("mixture: 3,200 tokens in 100 rows of 32\n") and output.endswith(f"plot  {picture}\n")
+    assert output.startswith("mixture: 3,200 tokens to train on, in 100 rows of 32 tokens\n")
+    assert output.endswith(f"plot  {picture}\n")
     assert re.findall(r"^    (\w) +([\d,]+) tokens .*of all", output, re.MULTILINE) == [("a", "800"), ("b", "2,400")]
     header = picture.read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n" and min(np.frombuffer(header[16:24], dtype=">u4")) > 300

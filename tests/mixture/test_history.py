@@ -163,13 +163,13 @@ def test_the_description_marks_new_phases():
     previous = Plan(halves, SOURCE_ROWS, 1000, 16)
     plan = Plan(config_of(Phase(share=1.0, weights={"s1": 1, "s2": 1})), SOURCE_ROWS, 1000, 16, previous, 600)
     lines = [" ".join(line.split()) for line in plan.describe().splitlines()]
-    assert lines[0] == "mixture: 16,000 tokens in 1,000 rows of 16"
+    assert lines[0] == "mixture: 16,000 tokens to train on, in 1,000 rows of 16 tokens"
     assert [line for line in lines if line.startswith("phase")] == [
         "phase 1: 8,000 tokens, rows 0 to 499",
         "phase 2: 1,600 tokens, rows 500 to 599",
         "phase 3, new phase: 6,400 tokens, rows 600 to 999",
     ]
-    assert "s1 3,200 tokens 50.0 % -> 50.0 % 6.00 epochs so far" in lines
+    assert "s1 3,200 tokens 50.0 % read 6.00 times by then" in lines
     summary = json.loads(json.dumps(plan.summary()))
     assert [part["tokens"] for part in summary["sources"]] == [8000, 4800, 3200]
     for index, part in enumerate(summary["sources"]):

@@ -167,13 +167,22 @@ def test_the_description_lists_every_phase_and_the_total():
     description = Plan(config_of(*phases, sources=2), {"s0": 1000, "s1": 100}, 1000, 16).describe()
     lines = [" ".join(line.split()) for line in description.splitlines()]
     assert lines[:5] == [
-        "mixture: 16,000 tokens in 1,000 rows of 16",
+        "mixture: 16,000 tokens to train on, in 1,000 rows of 16 tokens",
         "phase 1: 8,000 tokens, rows 0 to 499",
-        "s0 8,000 tokens 100.0 % -> 100.0 % 0.50 epochs so far",
+        "s0 8,000 tokens 100.0 % read 0.50 times by then",
         "phase 2: 8,000 tokens, rows 500 to 999",
-        "s0 4,000 tokens 100.0 % -> 0.0 % 0.75 epochs so far",
+        "s0 4,000 tokens 100.0 % -> 0.0 % read 0.75 times by then",
     ]
-    assert "s1 4,000 tokens 25.0 % of all 2.50 epochs" in lines
+    assert "s1 4,000 tokens 25.0 % of all read 2.50 times" in lines
+
+
+def test_the_description_of_a_single_phase_has_one_line_for_each_source():
+    description = Plan(config_of(Phase(share=1.0), sources=1), {"s0": 1000}, 500, 16).describe()
+    assert [" ".join(line.split()) for line in description.splitlines()] == [
+        "mixture: 8,000 tokens to train on, in 500 rows of 16 tokens",
+        "total:",
+        "s0 8,000 tokens 100.0 % of all read 0.50 times",
+    ]
 
 
 def test_the_summary_is_json_and_its_totals_match_the_rows():

@@ -285,6 +285,7 @@ def test_a_summary_has_licence_and_counts(tmp_path):
         "rejects": {"wrong type": 1},
         "repairs": {},
         "cut": 0,
+        "cuts": {},
     }
 
 

@@ -109,7 +109,8 @@ def test_text_is_announced_and_differences_are_reported(story):
     origin = f"{tokens:,} held-out tokens of {story / 'pretrain' / 'tokens' / 'tinytown'}"
     assert "base loss" not in stderr["pretrain"]
     for stage in ("midtrain", "sft", "dpo"):
-        assert f"base loss: measured on {origin}\n" in stderr[stage] and "warning" not in stderr[stage]
+        assert f"base loss: measured on {origin}, before and after this stage" in stderr[stage]
+        assert "warning: this stage" not in stderr[stage]
         assert f"step 0/{FLAGS['max_steps']}  base loss " in stderr[stage]
     metrics = read_metrics(story / "sft")
     before, after = metrics["base_loss_before"], metrics["base_loss"]
@@ -142,7 +143,7 @@ def test_unknown_pretraining_needs_a_given_text(story, spec, tmp_path):
     )
     assert base_loss_lines(tmp_path / "unknown") == []
     message = run("sft", tmp_path / "given", base_text=spec, **flags)
-    assert f"tokens of {spec}\n" in message
+    assert f"tokens of {spec}, before and after" in message
     assert [line["step"] for line in base_loss_lines(tmp_path / "given")] == [0, 1]
 
 

@@ -86,7 +86,7 @@ def test_reference_is_computed_once_per_pair(build_trainer, reference_pairs, tmp
     names = ["ref_chosen_logps", "ref_rejected_logps"]
     assert first.train_dataset.select_columns(names).to_dict() == again.train_dataset.select_columns(names).to_dict()
     stderr = capsys.readouterr().err
-    assert "5 train pairs computed" in stderr and "5 train pairs read from" in stderr
+    assert "5 training pairs computed" in stderr and "5 training pairs read from" in stderr
 
 
 @pytest.mark.parametrize("change", ["a digit", "half", "other pairs", "other settings"])

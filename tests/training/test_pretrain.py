@@ -187,8 +187,8 @@ def test_gradient_accumulation_is_derived_from_the_global_batch():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--global_batch_tokens", "500"], "give 384 or 512"),
-        (["--global_batch_tokens", "512"], "less than one step"),
+        (["--global_batch_tokens", "500"], "--global_batch_tokens 384 "),
+        (["--global_batch_tokens", "512", "--train_tokens", "511"], "less than one step"),
         (["--block_sise", "3"], "Did you mean 'block_size'"),
         (["--block_size", "many"], "invalid int value"),
         (["--optimizer", "adan"], "Did you mean 'adamw'"),

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from rorchat.jsonl import append_json_line, drop_partial_line
 
 MIXTURE = "mixture/"  # prefix of the share of a source in the flat logs that trackers receive
 MAX_SKIPPED_STEPS = 25  # consecutive, under fp16; by then, the loss scale has fallen from 65,536 to below 1
+RAISED = "raised"  # origin of a peak
 SPEED_WINDOW = 5  # log lines; the remaining time is estimated from their median speed
 #: Fields of a record that a progress line shows, in this order.
 PROGRESS_FIELDS = {
@@ -34,11 +34,11 @@ PROGRESS_FIELDS = {
     "eval_bits_per_byte": "bits/byte {:.3f}",
     "base_loss": "base loss {:.3f}",
     "base_bits_per_byte": "bits/byte {:.3f}",
-    "rewards/accuracies": "preferred {:.2f}",
+    "rewards/accuracies": "chosen preferred {:.0%}",
     "reward": "reward {:.3f}",
     "eval_reward": "validation reward {:.3f}",
-    "eval_right": "right {:.1%}",
-    "learning_rate": "lr {:.2e}",
+    "eval_right": "right answers {:.1%}",
+    "learning_rate": "learning rate {:.2e}",
     "tokens_per_second": "{:,} tokens/s",
     "mfu": "MFU {:.1%}",
 }
@@ -69,12 +69,16 @@ class Utilization:
     Args:
         flops_per_token: 6 N + 12 L d T, see `rorchat.model.flops_per_token`; includes the vocabulary head.
         peak_flops: peak FLOP/s summed over all devices of the run, in the precision of the matrix products.
-        peak: "known" if it comes from the table of devices, "measured" if it was measured on this device.
+        peak: "known" if it comes from the table of devices, "measured" if it was measured on this device, "raised" if
+            training was faster than that.
     """
 
     flops_per_token: float
     peak_flops: float
     peak: str
+
+    def describe_raised_peak(self) -> str:
+        return f"peak raised to {self.peak_flops / 1e12:.3g} TFLOP/s, which this run has reached"
 
     def mfu(self, tokens_per_second: float) -> float:
         """Model FLOPs utilization, from 0 to 1."""
@@ -107,7 +111,8 @@ class MetricsCallback(TrainerCallback):
         mixture_shares: takes two steps and returns the share of every source in the rows read between them; None
             without a mixture.
         price_per_hour: dollars per hour of the whole machine; 0 if the cost is not reported.
-        measure_utilization: returns FLOPs per token and the peak of the devices. Called when training begins.
+        measure_utilization: returns FLOPs per token and the peak of the devices. Called when training begins, and with
+            `repeat=True` when training is faster than this peak.
         start: the events to record when the run resumes.
     """
 
@@ -117,7 +122,7 @@ class MetricsCallback(TrainerCallback):
         tokens_after: Callable[[int], int],
         mixture_shares: Callable[[int, int], dict[str, float]] | None = None,
         price_per_hour: float = 0.0,
-        measure_utilization: Callable[[], Utilization] | None = None,
+        measure_utilization: Callable[..., Utilization] | None = None,
         start: StartEvents | None = None,
     ):
         self.path, self.tokens_after, self.mixture_shares = folder / "metrics.jsonl", tokens_after, mixture_shares
@@ -177,10 +182,21 @@ class MetricsCallback(TrainerCallback):
         tokens_per_second = (self.tokens_after(step) - self.tokens_after(self.last_step)) / seconds
         speed: dict[str, float] = {"tokens_per_second": round(tokens_per_second)}
         if self.utilization:
+            if self.utilization.mfu(tokens_per_second) > 1:
+                self._raise_peak(tokens_per_second)
             speed["mfu"] = round(self.utilization.mfu(tokens_per_second), 5)
         if self.counts_skipped_steps:
             speed["skipped_steps"], self.skipped_steps = self.skipped_steps, 0
         return speed
+
+    def _raise_peak(self, tokens_per_second: float) -> None:
+        """Raises a peak that training has exceeded: measures it again, and takes the speed of training if necessary."""
+        assert self.utilization and self.measure_utilization
+        with self.pause():
+            again = self.measure_utilization(repeat=True)
+        peak_flops = max(again.peak_flops, tokens_per_second * again.flops_per_token)
+        self.utilization = Utilization(again.flops_per_token, peak_flops, RAISED)
+        self.peak_is_logged = False
 
     # Events
 
@@ -257,7 +273,9 @@ class MetricsCallback(TrainerCallback):
         parts += [form.format(record[key]) for key, form in PROGRESS_FIELDS.items() if key in record]
         if record.get("skipped_steps"):
             parts.append(f"{record['skipped_steps']} steps skipped (infinite gradients)")
-        if "loss" in record:
+        if record.get("peak") == RAISED and self.utilization:
+            parts.append(self.utilization.describe_raised_peak())
+        if "loss" in record and state.global_step < state.max_steps:
             parts.append(self._time_left(args, state))
         if "dollars" in record:
             parts.append(f"${record['dollars']:.2f}")
@@ -273,11 +291,25 @@ class MetricsCallback(TrainerCallback):
         seconds = statistics.median(self.seconds_per_step) * (state.max_steps - state.global_step)
         pending = []
         if args.eval_strategy == IntervalStrategy.STEPS:
-            pending.append((_count_multiples(state.global_step, state.max_steps, state.eval_steps), "evaluation"))
+            pending.append((state.eval_steps, "evaluation", "evaluations"))
         if args.sample_prompts and args.sample_steps:
-            pending.append((_count_multiples(state.global_step, state.max_steps, args.sample_steps), "sampling"))
-        extras = " and ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in pending if count)
-        return f"{timedelta(seconds=round(seconds))} left" + (f", plus {extras}" if extras else "")
+            pending.append((args.sample_steps, "set of samples", "sets of samples"))
+        counts = [(_count_multiples(state.global_step, state.max_steps, of), *names) for of, *names in pending]
+        extras = " and ".join(f"{count} {one if count == 1 else many}" for count, one, many in counts if count)
+        return f"{format_seconds(seconds)} left" + (f", plus {extras}" if extras else "")
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration with its two largest units, such as "6 s", "3 min 20 s" or "2 h 5 min"."""
+    left = round(seconds)
+    parts: list[str] = []
+    for unit, length in (("days", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count and len(parts) < 2:
+            parts.append(f"{count} {'day' if unit == 'days' and count == 1 else unit}")
+        elif parts:
+            break
+    return " ".join(parts) or "0 s"
 
 
 def _count_multiples(after: int, until: int, of: float) -> int:

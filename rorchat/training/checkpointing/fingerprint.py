@@ -42,7 +42,8 @@ FREE_SETTINGS = {
 #: Settings that define a mixture. The resolved mixture is compared instead.
 MIXTURE_SETTINGS = {"mixture", "sources", "weights"}
 #: Entries of the metadata that change with the mixture, and with nothing else.
-MIXTURE_ENTRIES = ("inputs.mixture", "inputs.sources")
+MIXTURE = "inputs.mixture"
+MIXTURE_ENTRIES = (MIXTURE, "inputs.sources")
 #: Settings of the optimizer. They may change when only the weights of a checkpoint are loaded.
 OPTIMIZER_SETTINGS = {
     "optimizer", "learning_rate", "matrix_learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type",

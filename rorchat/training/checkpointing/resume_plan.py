@@ -3,12 +3,15 @@
 The functions are pure: they read no files and print nothing, so that every case can be tested.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rorchat.errors import MismatchError
 from rorchat.mixture.history import history_entry, require_same_data, without_paths
 from rorchat.training.checkpointing.checkpoint import Checkpoint
-from rorchat.training.checkpointing.fingerprint import ONLY_WEIGHTS, Difference, compare_metadata
+from rorchat.training.checkpointing.fingerprint import MIXTURE, ONLY_WEIGHTS, Difference, compare_metadata
+
+OTHER_FOLDER = "Give a new --output_dir, or delete the folder."
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,28 @@ def plan_resume(folder: str, state: FolderState, request: ResumeRequest) -> Resu
     if weights_only and checkpoint:
         metadata["weights_only"] = [*inherited["weights_only"], checkpoint.step]
     return ResumePlan(metadata, checkpoint, finished, weights_only, appends_phase, differences)
+
+
+def advise(folder: str, fatal: Sequence[Difference], *, has_checkpoint: bool) -> str:
+    """What to do about a folder that contains a different run.
+
+    Args:
+        fatal: the differences that do not allow resuming.
+        has_checkpoint: whether the run can be continued; False if it has finished.
+    """
+    if not any(difference.name.startswith(MIXTURE) for difference in fatal):
+        return OTHER_FOLDER
+    if not has_checkpoint:
+        return (
+            f"The run has finished: to train its model on the changed mixture, give --model {folder} and a new "
+            "--output_dir."
+        )
+    others = [difference.name for difference in fatal if not difference.is_mixture]
+    condition = f", with the earlier {' and '.join(others)}" if others else ""
+    return (
+        f"Give --new_phase to continue this run with the changed mixture{condition}, or a new --output_dir to start "
+        "another run."
+    )
 
 
 def _extend_history(before: dict, checkpoint: Checkpoint | None, request: ResumeRequest) -> tuple[list[dict], bool]:

@@ -4,13 +4,14 @@ import math
 import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 from callback_support import ARGUMENTS, log, make_state, start_metrics
 from support import read_strict
 
 from rorchat.jsonl import append_json_line, drop_partial_line
 from rorchat.training.callbacks import metrics as metrics_module
-from rorchat.training.callbacks.metrics import MetricsCallback, Utilization, read_elapsed
+from rorchat.training.callbacks.metrics import MetricsCallback, Utilization, format_seconds, read_elapsed
 from rorchat.training.callbacks.samples import SamplesCallback
 from rorchat.training.callbacks.signals import SignalCallback
 
@@ -39,10 +40,55 @@ def test_a_progress_line_has_speed_time_left_and_cost(tmp_path, clock, capsys):
     clock.now += 32
     log(metrics, 10, eval_loss=1.5, eval_bits_per_byte=0.75, eval_seconds=32.0)
     assert capsys.readouterr().err.splitlines() == [
-        "step 10/40  loss 2.000  lr 1.00e-03  100 tokens/s  MFU 10.0%  "
-        "0:00:30 left, plus 3 evaluations and 2 samplings  $0.10",
+        "step 10/40  loss 2.000  learning rate 1.00e-03  100 tokens/s  MFU 10.0%  "
+        "30 s left, plus 3 evaluations and 2 sets of samples  $0.10",
         "step 10/40  validation loss 1.500  bits/byte 0.750  $0.42",
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59.6, "1 min"), (6, "6 s"), (200, "3 min 20 s"), (3600, "1 h"), (3605, "1 h"), (7500, "2 h 5 min"),
+     (86_400, "1 day"), (200_000, "2 days 7 h")],
+)  # fmt: skip
+def test_a_duration_has_its_two_largest_units(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def measure(flops_per_token: float, *peaks: float):
+    """A measurement of the peak that gives `peaks` one after another, and the list of its calls."""
+    left, calls = [*peaks], []
+
+    def measure_utilization(repeat: bool = False) -> Utilization:
+        calls.append(repeat)
+        return Utilization(flops_per_token, left.pop(0), "measured")
+
+    return measure_utilization, calls
+
+
+@pytest.mark.parametrize(("again", "peak"), [(1.5e8, 1.5e8), (0.9e8, 1e8)])
+def test_a_step_faster_than_the_peak_raises_the_peak(tmp_path, clock, capsys, again, peak):
+    """100 tokens/s of 1e6 FLOPs are 1e8 FLOP/s: the second measurement finds this peak, or training itself does."""
+    measure_utilization, calls = measure(1e6, 0.5e8, again)
+    metrics = start_metrics(tmp_path, measure_utilization=measure_utilization)
+    for step in (10, 20):
+        clock.now += 10
+        log(metrics, step, loss=2.0)
+    assert calls == [False, True]
+    first, second = read_strict(tmp_path / "metrics.jsonl")
+    assert (first["mfu"], first["peak"], first["peak_flops"]) == (pytest.approx(1e8 / peak, abs=1e-5), "raised", peak)
+    assert second["mfu"] == first["mfu"] <= 1 and "peak" not in second
+    shown = capsys.readouterr().err.splitlines()
+    assert f"peak raised to {peak / 1e12:.3g} TFLOP/s" in shown[0] and "peak" not in shown[1]
+
+
+def test_a_peak_that_is_not_reached_is_measured_once(tmp_path, clock):
+    measure_utilization, calls = measure(1e6, 2e8)
+    metrics = start_metrics(tmp_path, measure_utilization=measure_utilization)
+    clock.now += 10
+    log(metrics, 10, loss=2.0)
+    (line,) = read_strict(tmp_path / "metrics.jsonl")
+    assert calls == [False] and (line["mfu"], line["peak"], line["peak_flops"]) == (0.5, "measured", 2e8)
 
 
 def test_the_time_left_is_not_carried_away_by_one_slow_window(tmp_path, clock, capsys):
@@ -50,7 +96,7 @@ def test_the_time_left_is_not_carried_away_by_one_slow_window(tmp_path, clock, c
     for step, took in ((4, 400), (8, 4), (12, 4), (16, 4), (20, 90)):
         clock.now += took
         log(metrics, step, loss=2.0)
-    assert "0:00:20 left" in capsys.readouterr().err.splitlines()[-1]
+    assert "  20 s left" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_evaluation_and_sampling_do_not_count_as_training_time(tmp_path, clock):
@@ -101,11 +147,12 @@ def test_a_bar_shows_loss_and_speed(tmp_path, clock, monkeypatch):
     )
     monkeypatch.setattr(metrics_module, "tqdm", lambda **settings: shown.append(settings["total"]) or bar)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)  # set by commands that ran in this process
     metrics = start_metrics(tmp_path)
     clock.now += 1
     metrics.on_step_end(ARGUMENTS, make_state(1), None)
     log(metrics, 1, SimpleNamespace(**{**vars(ARGUMENTS), "eval_strategy": "no", "sample_steps": 0}), loss=2.5)
-    assert shown == [40, 1, "loss 2.500, 100 tokens/s", "step 1/40  loss 2.500  100 tokens/s  0:00:39 left"]
+    assert shown == [40, 1, "loss 2.500, 100 tokens/s", "step 1/40  loss 2.500  100 tokens/s  39 s left"]
 
 
 def test_only_the_main_process_writes(tmp_path, clock, capsys):

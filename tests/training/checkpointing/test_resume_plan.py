@@ -7,7 +7,13 @@ import pytest
 
 from rorchat.errors import MismatchError
 from rorchat.training.checkpointing.checkpoint import Checkpoint
-from rorchat.training.checkpointing.resume_plan import FolderState, ResumeRequest, plan_resume
+from rorchat.training.checkpointing.resume_plan import (
+    OTHER_FOLDER,
+    FolderState,
+    ResumeRequest,
+    advise,
+    plan_resume,
+)
 
 
 def make_metadata(**settings: object) -> dict:
@@ -77,6 +83,21 @@ def test_damaged_optimizer_state_means_weights_only():
 def test_another_mixture_is_fatal_without_new_phase():
     made = plan(FolderState({}, make_checkpoint(2, make_metadata())), metadata=with_other_mixture(make_metadata()))
     assert made.fatal and all(difference.is_mixture for difference in made.fatal)
+
+
+def test_refusal_names_new_phase_only_if_the_mixture_of_an_unfinished_run_changed():
+    before, other = make_metadata(train_tokens=100), with_other_mixture(make_metadata(train_tokens=100))
+    both = with_other_mixture(make_metadata(train_tokens=200))
+    for state, now, expected in (
+        (FolderState({}, make_checkpoint(2, before)), other, "Give --new_phase to continue this run with the changed"),
+        (FolderState({}, make_checkpoint(2, before)), both, "changed mixture, with the earlier train_tokens, or a new"),
+        (FolderState(before | {"finished": True}), other, "The run has finished: to train its model on the changed"),
+        (FolderState({}, make_checkpoint(2, before)), make_metadata(train_tokens=200), OTHER_FOLDER),
+    ):
+        made = plan(state, metadata=now)
+        advice = advise("run", made.fatal, has_checkpoint=state.checkpoint is not None)
+        assert expected in advice and "--output_dir" in advice
+        assert ("--new_phase" in advice) == ("new_phase" in expected or "earlier" in expected)
 
 
 def test_new_phase_ends_the_mixture_at_the_row_of_the_checkpoint():
