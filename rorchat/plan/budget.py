@@ -182,8 +182,19 @@ class Plan:
         return FITS[self.request.fit]
 
     @property
-    def loss(self) -> float:
+    def fitted_loss(self) -> float:
+        """The loss by the scaling law, in nats per token. For a tiny run, it exceeds that of random guessing."""
         return self.fit.loss(self.parameters, self.tokens)
+
+    @property
+    def loss(self) -> float:
+        """The fitted loss, but never more than ln V, the loss of a model that considers all V tokens equally likely."""
+        return min(self.fitted_loss, math.log(self.setup.vocabulary))
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """Whether the scaling law predicts a higher loss than random guessing: it does not hold for such a run."""
+        return self.loss < self.fitted_loss
 
     @property
     def is_extrapolated(self) -> bool:
@@ -263,7 +274,7 @@ def _choose_size(request: Request) -> Plan:
         if request.tokens:
             raise UsageError(_explain_price(smallest))
         return _check_steps(smallest)
-    best = min(fitting, key=lambda plan: plan.loss)
+    best = min(fitting, key=lambda plan: plan.fitted_loss)
     too_large = candidates[-1]
     if best is fitting[-1] and isinstance(too_large, DoesNotFit) and not request.tokens:
         reason = too_large.reason
@@ -339,6 +350,12 @@ def _check_steps(plan: Plan) -> Plan:
 
 
 def _add_extrapolation_note(plan: Plan) -> Plan:
+    if plan.is_out_of_reach:
+        return plan.with_note(
+            f"The scaling law does not reach this run: its {plan.fitted_loss:.1f} nats/token are more than ln V = "
+            f"{plan.loss:.1f}, the loss of guessing among {plan.setup.vocabulary:,} tokens. What the run will reach is "
+            "unknown; a larger budget or a smaller --vocabulary comes closer to what was fitted."
+        )
     if not plan.is_extrapolated:
         return plan
     return plan.with_note(

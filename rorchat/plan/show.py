@@ -1,5 +1,6 @@
 """A plan as a table, its assumptions in words, the YAML of the run, and a figure of IsoFLOP curves."""
 
+import math
 from pathlib import Path
 
 from rorchat.model import count_parameters, count_scaling_parameters
@@ -47,7 +48,9 @@ def build_rows(plan: Plan) -> list[list[str]]:
         [
             "loss, by the fit",
             f"{plan.loss:.3f} nats/token",
-            f"{plan.fit.name}; on the text it was fitted on, not on yours",
+            "ln V, a random guess: the fit does not reach here"
+            if plan.is_out_of_reach
+            else f"{plan.fit.name}; on the text it was fitted on, not on yours",
         ],
         ["step", f"{plan.global_batch_tokens:,} tokens", f"{plan.steps:,} steps"],
         [
@@ -210,4 +213,5 @@ def compute_isoflop_curve(plan: Plan, flops: float) -> list[tuple[float, float]]
     """(parameters, loss) of every shape for a budget of FLOPs."""
     vocabulary = plan.setup.vocabulary
     counts = [(count_scaling_parameters(shape, vocabulary), plan.setup.flops(shape)) for shape in list_shapes()]
-    return [(count, plan.fit.loss(count, flops / per_token)) for count, per_token in counts]
+    highest = math.log(vocabulary)  # of a random guess
+    return [(count, min(highest, plan.fit.loss(count, flops / per_token))) for count, per_token in counts]

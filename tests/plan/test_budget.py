@@ -8,9 +8,10 @@ import pytest
 from plan_support import make_test_plan, within
 
 from rorchat.errors import UsageError
+from rorchat.plan.budget import Plan, iterate_plans
 from rorchat.plan.cost import OUTSIDE_STEPS
 from rorchat.plan.scaling import FITS, format_size, list_shapes
-from rorchat.plan.show import list_assumptions
+from rorchat.plan.show import build_rows, compute_isoflop_curve, list_assumptions
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -132,3 +133,17 @@ def test_several_cpus_and_unknown_prices_are_refused():
         make_test_plan("cpu", hours=1, gpus=2)
     with pytest.raises(UsageError, match="cpu has no price: give --dollars_per_hour, or name a device"):
         make_test_plan("cpu", money=1, mfu=0.5, size="demo")
+
+
+def test_the_predicted_loss_is_never_above_that_of_a_random_guess():
+    plan = make_test_plan("T4", hours=0.01, vocabulary=768, block_size=128)
+    guess = math.log(768)
+    assert plan.loss == guess < plan.fitted_loss
+    assert "does not reach this run" in plan.notes[0] and f"its {plan.fitted_loss:.1f} nats/token" in plan.notes[0]
+    row = next(row for row in build_rows(plan) if row[0].startswith("loss"))
+    assert row[1:] == ["6.644 nats/token", "ln V, a random guess: the fit does not reach here"]
+    assert max(loss for _, loss in compute_isoflop_curve(plan, plan.flops)) == guess
+    # the size is still chosen by the fit: of all that the budget pays for, the one with the lowest loss
+    others = [other for other in iterate_plans(plan.request) if isinstance(other, Plan)]
+    assert len(others) > 2 and plan.fitted_loss == min(other.fitted_loss for other in others)
+    assert make_test_plan("A100-80", hours=24).loss < math.log(50_304)
