@@ -27,7 +27,7 @@ def compare(
     ] = None,
 ) -> None:
     """Compare tokenizers on texts of several domains: bytes per token, tokens per word, unused tokens."""
-    columns = _require_unique([_parse_tokenizer(text) for text in tokenizers], "tokenizer", "NAME=FOLDER")
+    columns = _require_unique(_name_tokenizers(tokenizers), "tokenizer", "NAME=FOLDER")
     rows = _require_unique([_parse_domain(text) for text in data or []], "domain", "LABEL=PATH")
 
     from rorchat.cli.tables import print_table
@@ -61,14 +61,36 @@ def _require_unique(pairs: list[tuple[str, str]], what: str, form: str) -> dict[
     return dict(pairs)
 
 
+def _name_tokenizers(texts: list[str]) -> list[tuple[str, str]]:
+    """(name, folder or Hub id) of each tokenizer.
+
+    A folder without a name is named after its last part. If several have the same one, as in `a/tokenizer` and
+    `b/tokenizer`, they are named after the folders above, in which they differ.
+    """
+    parsed = [_parse_tokenizer(text) for text in texts]
+    for level in range(max(len(Path(place).parts) for _, place in parsed)):
+        names = [name or _part(place, level) for name, place in parsed]
+        parsed = [
+            (given or (name if names.count(name) == 1 else ""), place)
+            for name, (given, place) in zip(names, parsed, strict=True)
+        ]
+    return [(name or Path(place).name, place) for name, place in parsed]
+
+
+def _part(place: str, level: int) -> str:
+    """The part of a path at a level above its last one, or the first part if there is none."""
+    parts = Path(place).parts
+    return parts[max(0, len(parts) - 1 - level)]
+
+
 def _parse_tokenizer(text: str) -> tuple[str, str]:
-    """(name, folder or Hub id). A `/` before the first `=` makes all of it a path."""
+    """(name, or "" if none is given; folder or Hub id). A `/` before the first `=` makes all of it a path."""
     name, sign, location = text.partition("=")
     if sign and "/" not in name:
         if not name or not location:
             raise UsageError(f"{text!r} is not a tokenizer: give FOLDER, a Hub id, or NAME=FOLDER.")
         return name, location
-    return Path(text).name, text
+    return "", text
 
 
 def _parse_domain(text: str) -> tuple[str, str]:

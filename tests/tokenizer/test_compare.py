@@ -1,5 +1,6 @@
 """Comparison of tokenizers: measures checked by hand, the embedded domains, the command and its errors."""
 
+import shutil
 import sys
 
 import pytest
@@ -159,7 +160,8 @@ def test_the_picture_has_a_labelled_bar_for_every_value(merged, unmerged, tmp_pa
     [
         (["nowhere/"], 65, "No tokenizer at nowhere/"),
         (["=merged"], 2, "give FOLDER, a Hub id, or NAME=FOLDER"),
-        (["{}/merged", "merged={}/unmerged"], 2, "Two tokenizers have the name 'merged'"),
+        (["{}/merged", "{}/merged"], 2, "Two tokenizers have the name 'merged'"),
+        (["a={}/merged", "a={}/unmerged"], 2, "Two tokenizers have the name 'a'"),
         (["{}/merged", "--data", "a=gone.txt"], 65, "No file or folder gone.txt"),
         (["{}/merged", "--data", "a.txt"], 2, "give LABEL=PATH"),
         (["{}/merged", "--data", "a=a.txt", "--data", "a=b.txt"], 2, "Two domains have the name 'a'"),
@@ -178,6 +180,19 @@ def test_invalid_comparisons_are_one_line_and_an_exit_code(
     assert (stopped, printed) == (code, "")
     assert len(error.splitlines()) == 1 and error.startswith("error: ")
     assert message in error
+
+
+def test_tokenizers_of_the_same_name_are_named_by_the_folders_in_which_they_differ(rorchat_command, folders, tmp_path):
+    for name, source in (("one/first/tokenizer", "merged"), ("two/first/tokenizer", "unmerged"), ("model", "merged")):
+        shutil.copytree(folders / source, tmp_path / name)
+    places = [tmp_path / name for name in ("one/first/tokenizer", "two/first/tokenizer", "model")]
+    code, output, _ = rorchat_command(*places)
+    assert code == 0
+    header = [cell.strip() for cell in output.splitlines()[0].split("|")]
+    names = [cell.removesuffix(": bytes/token") for cell in header if cell.endswith(": bytes/token")]
+    assert names == ["one", "two", "model"]
+    code, output, _ = rorchat_command(places[0], f"tokenizer={places[1]}")  # a given name is kept
+    assert code == 0 and "| first: bytes/token |" in output and "| tokenizer: bytes/token |" in output
 
 
 def test_empty_and_reserved_domains_are_refused():
