@@ -270,18 +270,40 @@ def stream_text(
     top_p: float | None = None,
 ) -> Iterator[str]:
     """Yields the text of the reply in pieces as it is generated; settings as in `generate_replies`."""
-    from transformers import TextIteratorStreamer
-
     kwargs = _build_generate_kwargs(chat, max_new_tokens, temperature, top_p)
     encoded = encode_prompt(
         chat.tokenizer, to_messages(prompt), n_positions=chat.n_positions, max_new_tokens=kwargs["max_new_tokens"]
     )
+    yield from _stream(chat, encoded.input_ids, kwargs)
+
+
+def stream_continuation(
+    chat: ChatModel,
+    text: str,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+) -> Iterator[str]:
+    """Continues a text as the beginning of a document, and yields what follows it; settings as in `generate_replies`.
+
+    Of a text that is too long for the context window, the model reads the end.
+    """
+    kwargs = _build_generate_kwargs(chat, max_new_tokens, temperature, top_p)
+    (prompt,) = _encode_beginnings(chat, [text], kwargs["max_new_tokens"])
+    yield from _stream(chat, prompt, kwargs)
+
+
+def _stream(chat: ChatModel, prompt: list[int], kwargs: dict[str, Any]) -> Iterator[str]:
+    """Yields the text that follows a prompt, in pieces as it is generated in another thread."""
+    from transformers import TextIteratorStreamer
+
     streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures: list[BaseException] = []
 
     def run() -> None:
         try:
-            _generate(chat, [encoded.input_ids], kwargs, streamer=streamer)
+            _generate(chat, [prompt], kwargs, streamer=streamer)
         except BaseException as error:  # re-raised in the caller's thread, which would otherwise wait forever
             failures.append(error)
             streamer.end()
@@ -305,9 +327,12 @@ def continue_texts(
 
     Settings as in `generate_replies`, but greedy by default.
     """
-    start = token_id(chat.tokenizer, END_OF_TEXT)
     kwargs = _build_generate_kwargs(chat, max_new_tokens, temperature, top_p)
-    room = chat.n_positions - kwargs["max_new_tokens"] - 1
-    prompts = [[start, *ids[max(0, len(ids) - room) :]] for ids in encode_text(chat.tokenizer, list(texts))]
-    output, width = _generate(chat, prompts, kwargs)
+    output, width = _generate(chat, _encode_beginnings(chat, texts, kwargs["max_new_tokens"]), kwargs)
     return chat.tokenizer.batch_decode(output[:, width:].tolist(), skip_special_tokens=True)
+
+
+def _encode_beginnings(chat: ChatModel, texts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """Encodes beginnings of documents: `<|endoftext|>` and as much of the end of each text as leaves room."""
+    start, room = token_id(chat.tokenizer, END_OF_TEXT), chat.n_positions - max_new_tokens - 1
+    return [[start, *ids[max(0, len(ids) - room) :]] for ids in encode_text(chat.tokenizer, list(texts))]

@@ -1,12 +1,16 @@
-"""The chat in the terminal and through a pipe."""
+"""Chat and completion in the terminal and through a pipe."""
 
 import io
+import os
+import pty
+import sys
 
 import pytest
 
+from rorchat.errors import UsageError
 from rorchat.inference import terminal
-from rorchat.inference.engine import ChatModel, generate_text
-from rorchat.inference.terminal import run_chat
+from rorchat.inference.engine import ChatModel, continue_texts, generate_text
+from rorchat.inference.terminal import run_chat, run_completion
 
 
 @pytest.fixture
@@ -60,7 +64,79 @@ def test_a_terminal_shows_prompts(conversations, chat):
     source, target = io.StringIO("one\n"), io.StringIO()
     source.isatty = lambda: True
     assert run_chat(chat, source=source, target=target) == 1
-    assert target.getvalue() == f"{terminal.HELP}\nyou: model: echo: one\nyou: "
+    assert target.getvalue() == f"{terminal.HELP}\nyou: model: echo: one\nyou: \n"
+
+
+def test_a_reset_is_confirmed_and_an_unknown_command_lists_the_known_ones(conversations, chat, capsys):
+    assert run("/rest\n/Reset now\none\n/reset\n/5 /a/b\n", chat) == (2, ["echo: one", "echo: /5 /a/b"])
+    assert [len(messages) for messages, _ in conversations] == [1, 1]
+    assert capsys.readouterr().err.splitlines() == [
+        f"(no command /rest: {terminal.HELP})",
+        f"(no command /Reset: {terminal.HELP})",
+        "(new conversation)",
+    ]
+
+
+def test_dropped_messages_are_reported_once_in_a_conversation(conversations, chat, capsys):
+    long = "word " * 12  # two of them do not fit into the window
+    run(f"{long}\n{long}\n{long}\n/reset\n{long}\n{long}\n{long}\n", chat, max_new_tokens=8, system="Be kind.")
+    notices = capsys.readouterr().err.splitlines()
+    assert [notice.split(" ", 2)[2] for notice in notices if notice != "(new conversation)"] == [
+        "oldest messages do not fit into the context and were dropped)"
+    ] * 2
+    assert notices.index("(new conversation)") == 1
+    run("word " * 300 + "\n" + "word " * 300, chat, max_new_tokens=8)  # the beginning of each message is cut
+    assert capsys.readouterr().err.count("the message is too long: its first ") == 2
+
+
+def test_arrow_keys_edit_the_line_on_a_terminal():
+    """Types "abd", left, "c", Enter. Without readline, the escape code of the key would be part of the message."""
+    code = (
+        "from types import SimpleNamespace\nfrom rorchat.inference import terminal\n"
+        "terminal.encode_prompt = lambda *given, **more: SimpleNamespace(dropped_tokens=0, dropped_turns=0)\n"
+        "terminal.stream_text = lambda chat, messages, **given: iter([repr(messages[-1]['content'])])\n"
+        "terminal.run_chat(SimpleNamespace(tokenizer=None, n_positions=8))"
+    )
+    process, screen = pty.fork()
+    if not process:
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    shown = b""
+    while b"you: " not in shown:
+        shown += os.read(screen, 4096)
+    os.write(screen, b"abd\x1b[Dc\n")
+    while b"model: " not in shown or shown.count(b"you: ") < 2:
+        shown += os.read(screen, 4096)
+    os.write(screen, b"/exit\n")
+    os.waitpid(process, 0)
+    assert b"model: 'abcd'" in shown
+
+
+def complete(chat: ChatModel, *prompts: str, **settings) -> str:
+    target = io.StringIO()
+    run_completion(chat, prompts, target=target, **settings)
+    return target.getvalue()
+
+
+def test_a_completion_continues_each_text_and_ends_with_a_newline(lively):
+    first, second = "Once upon a time", "The <|im_end|> mill\n"
+    settings = {"max_new_tokens": 12, "temperature": 0}
+    expected = [text + continue_texts(lively, [text], 12)[0] for text in (first, second)]
+    assert complete(lively, first, **settings) == expected[0] + "\n"
+    assert len(expected[0]) > len(first)
+    assert complete(lively, first, second, **settings) == f"{expected[0]}\n\n{expected[1]}\n"
+
+
+def test_a_text_longer_than_the_window_is_continued_from_its_end(lively):
+    long = "word " * 400 + "The model lived in a house"
+    settings = {"max_new_tokens": 12, "temperature": 0}
+    assert complete(lively, long, **settings) == long + continue_texts(lively, [long], 12)[0] + "\n"
+
+
+@pytest.mark.parametrize("prompts", [[], [""], ["Once", " \n"]])
+def test_a_completion_without_a_text_is_refused(prompts, lively):
+    with pytest.raises(UsageError, match="No text to continue"):
+        complete(lively, *prompts)
 
 
 def test_replies_are_the_models_and_dropped_text_is_reported_on_stderr(lively, capsys):
