@@ -19,6 +19,7 @@ tokens.
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -28,11 +29,13 @@ from rorchat.errors import UsageError, did_you_mean
 from rorchat.reading.filters import Filters
 from rorchat.sources.columns import parse_columns
 from rorchat.sources.location import add_columns
+from rorchat.sources.registry import CHAT_PREFIX
 from rorchat.stories import find_story_file
 from rorchat.yaml_file import read_yaml
 
 KEYS = ("sources", "against", "phases", "weights")
 SOURCE_KEYS = ("from", "columns", "max_epochs", "optional", "filters")
+_VARIABLE = re.compile(r"\$(?:\w+|\{[^}]*\})")  # as in os.path.expandvars
 PHASE_KEYS = ("share", "tokens", "weights", "ramp_to", "replay")
 
 
@@ -75,16 +78,12 @@ class MixtureConfig:
     def from_specs(cls, specs: Sequence[str], weights: Sequence[float] | None = None) -> "MixtureConfig":
         """Creates a mixture with one phase. Without weights, sources are mixed by size.
 
-        A source is named after its kind: the first `text=...` is "text", the second "text-2".
+        Sources are named by `name_sources`.
 
         Raises:
             UsageError: the numbers of weights and sources differ, or a weight is not positive.
         """
-        sources: dict[str, Source] = {}
-        for spec in specs:
-            name = spec.partition("=")[0].replace(":", "-")  # also used as a folder name
-            free = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in sources)
-            sources[free] = Source(spec)
+        sources = {name: Source(spec) for name, spec in zip(name_sources(specs), specs, strict=True)}
         if not weights:
             return cls(sources)
         if len(weights) != len(specs) or not all(0 < weight < math.inf for weight in weights):
@@ -126,6 +125,15 @@ class MixtureConfig:
         }
 
 
+def name_sources(specs: Sequence[str]) -> list[str]:
+    """A name for each source, after its kind: the first `text=...` is "text", the second "text-2"."""
+    names: list[str] = []
+    for spec in specs:
+        name = spec.partition("=")[0].replace(":", "-")  # also used as a folder name
+        names.append(next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in names))
+    return names
+
+
 def read_mixture(path: str | Path, is_continuation: bool = False) -> MixtureConfig:
     """Reads a mixture from a YAML file. See the docstring of this module for an example.
 
@@ -142,6 +150,7 @@ def read_mixture(path: str | Path, is_continuation: bool = False) -> MixtureConf
     _require_known_keys(where, content, KEYS)
     if not isinstance(content.get("sources"), dict) or not content["sources"]:
         raise UsageError(f"{where}: no sources; give them by name, as in `sources: {{text: text=my_texts/}}`.")
+    expand_variables(where, _list_specs(content))  # names all missing variables at once
     sources = {
         name: _read_source(f"{where}: source {name!r}", name, value) for name, value in content["sources"].items()
     }
@@ -165,24 +174,40 @@ def read_mixture(path: str | Path, is_continuation: bool = False) -> MixtureConf
     against = content.get("against") or []
     if not isinstance(against, list) or not all(isinstance(path, str) for path in against):
         raise UsageError(f"{where}: against is {against!r}; give a list of files or folders of evaluation sets.")
-    config = MixtureConfig(
-        sources, tuple(phases), where, tuple(expand_variables(f"{where}: against", path) for path in against)
-    )
+    config = MixtureConfig(sources, tuple(phases), where, tuple(expand_variables(where, against)))
     if not is_continuation:
         config.require_standalone()
     return config
 
 
-def expand_variables(where: str, value: str) -> str:
-    """Replaces environment variables in a path or spec. The error message names `where`.
+def expand_variables(where: str, specs: Sequence[str]) -> list[str]:
+    """Replaces environment variables in specs and paths. The error message names `where`.
 
     Raises:
-        UsageError: a variable is not set.
+        UsageError: variables are not set. The message names all of them, with an example value for each.
     """
-    expanded = os.path.expandvars(value)
-    if "$" in expanded:
-        raise UsageError(f"{where} is {value!r}, but {expanded[expanded.index('$') :].split('/')[0]} is not set.")
-    return expanded
+    examples: dict[str, str] = {}
+    for spec in specs:
+        source, _, path = spec.rpartition("=")
+        for reference in _VARIABLE.findall(spec):
+            name = reference.strip("${}")
+            is_whole = bool(source) and path == reference
+            if name not in os.environ:
+                examples.setdefault(name, f"/data/{source.removeprefix(CHAT_PREFIX)}" if is_whole else "/data")
+    if examples:
+        assignments = " ".join(f"{name}={value}" for name, value in examples.items())
+        raise UsageError(
+            f"{where}: environment variables that are not set: {', '.join(examples)}. Set each to the path of its "
+            f"data, as in `export {assignments}`, or remove the sources that use them."
+        )
+    return [os.path.expandvars(spec) for spec in specs]
+
+
+def _list_specs(content: dict) -> list[str]:
+    """All strings of a mixture file in which variables are replaced, unless they are malformed."""
+    specs = [value.get("from") if isinstance(value, dict) else value for value in content["sources"].values()]
+    against = content.get("against")
+    return [spec for spec in (*specs, *(against if isinstance(against, list) else ())) if isinstance(spec, str)]
 
 
 def _require_known_keys(where: str, value: Any, known: Sequence[str]) -> None:
@@ -216,7 +241,8 @@ def _read_source(where: str, name: Any, value: Any) -> Source:
         chosen = Filters(**filters)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
-    spec = _name_columns(where, expand_variables(f"{where}: from", spec), value.get("columns"))
+    (spec,) = expand_variables(where, [spec])
+    spec = _name_columns(where, spec, value.get("columns"))
     return Source(spec, epochs, optional, chosen)
 
 

@@ -120,3 +120,30 @@ def test_wrong_weights_are_a_usage_error(weights):
         UsageError, match=rf"{len(weights)} weights .* for 3 sources: give one positive number per source"
     ):
         MixtureConfig.from_specs(["a", "b", "c"], weights)
+
+
+def test_all_missing_variables_are_named_at_once_with_examples(tmp_path, monkeypatch):
+    text = """
+sources:
+  c4: c4=$C4
+  talk: {from: "chat:tinytown=${TALK}"}
+  tales: cosmopedia=$ROOT_FOLDER/tales
+  more: text=$ROOT_FOLDER/more
+against: [$HELD_OUT]
+"""
+    for name in ("C4", "TALK", "ROOT_FOLDER", "HELD_OUT"):
+        monkeypatch.delenv(name, raising=False)
+    path = write_mixture(tmp_path, text)
+    with pytest.raises(UsageError) as failure:
+        read_mixture(path)
+    assert str(failure.value) == (
+        f"{path}: environment variables that are not set: C4, TALK, ROOT_FOLDER, HELD_OUT. Set each to the path of its "
+        "data, as in `export C4=/data/c4 TALK=/data/tinytown ROOT_FOLDER=/data HELD_OUT=/data`, or remove the sources "
+        "that use them."
+    )
+    for name in ("C4", "TALK", "ROOT_FOLDER", "HELD_OUT"):
+        monkeypatch.setenv(name, name.lower())
+    config = read_mixture(path)
+    specs = [source.spec for source in config.sources.values()]
+    assert specs == ["c4=c4", "chat:tinytown=talk", "cosmopedia=root_folder/tales", "text=root_folder/more"]
+    assert config.against == ("held_out",)
