@@ -62,6 +62,7 @@ STAGES = (
     "adapter",  # model: LoRA adapters in a folder: verify, load, merge
     "model",  # model: sizes, from scratch or from a checkpoint, FLOPs
     "inference",  # replies: load, generate, stream, chat
+    "lineage",  # scores: the runs behind a model, and their sources and persona
     "evaluation",  # scores: loss, bits per byte, chat behaviour, questions with known answers
     "training",  # training: pretrain, sft, dpo, grpo
     "plan",  # budget -> size, tokens, memory, hours, price

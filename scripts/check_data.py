@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rorchat.errors import RorchatError
 from rorchat.inspection import check_source
-from rorchat.reporting import format_table
+from rorchat.reporting.tables import format_table
 
 # Evaluation questions, test splits and validation splits, which must stay out of training
 EVALUATION = (

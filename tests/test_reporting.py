@@ -11,15 +11,10 @@ from rorchat.evaluation.behaviour import MEASURES, Behaviour, Value
 from rorchat.evaluation.gate import Verdict, write_verdict
 from rorchat.evaluation.scores import Rate, Scores, write_scores
 from rorchat.jsonl import read_json_lines
-from rorchat.reporting import (
-    find_runs,
-    format_samples,
-    format_score_table,
-    format_stage_table,
-    format_table,
-    read_run_record,
-    write_report,
-)
+from rorchat.reporting.losses import list_unvalidated
+from rorchat.reporting.runs import find_runs, read_run_record
+from rorchat.reporting.tables import format_samples, format_score_table, format_stage_table, format_table
+from rorchat.reporting.write import write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -87,9 +82,14 @@ def test_a_story_of_two_runs_has_one_report_and_one_figure(story):
     assert (report, curves) == (story / "report.md", story / "curves.png")
     lines = report.read_text().splitlines()
     assert lines[0] == "# story"
-    assert "| run | parameters | steps | tokens | seconds | validation loss | bits per byte | device |" in lines
-    first = lines.index("| b-first | 924,416 | 855 | 1,300,348 | 88 | 1.235 nats/token | 0.988 | cpu |")
-    assert lines[first + 1] == "| a-second | 7 | 3 | 0 | 0 | - | - | cpu |"  # in the order of the stages
+    header = (
+        "| run | parameters | steps | tokens | seconds | training loss | validation loss | bits per byte | device |"
+    )
+    assert header in lines
+    cells = "| b-first | 924,416 | 855 | 1,300,348 | 88 | 0.167 nats/token | 1.235 nats/token | 0.988 | cpu |"
+    first = lines.index(cells)
+    # in the order of the stages
+    assert lines[first + 1] == "| a-second | 7 | 3 | 0 | 0 | 1.000 nats/token | - | - | cpu |"
     assert "![curves](curves.png)" in lines
     assert "| b-first | tinytown=9000 | Apache-2.0 | 8,998 of 9,000 | empty reply 2 |" in lines
     assert "| Who are you? | and and \\| and | I am RorChat 你好 |" in lines
@@ -144,9 +144,72 @@ def test_a_run_without_metrics_or_samples_is_reported(tmp_path):
     run = write_run(tmp_path / "only", "pretrain", [], metrics={}, data=[])
     (run / "metrics.jsonl").unlink()
     report, curves = write_report(run)
-    assert "| only | 924,416 | 0 | 0 | 0 | - | - | cpu |" in report.read_text().splitlines()
+    assert "| only | 924,416 | 0 | 0 | 0 | - | - | - | cpu |" in report.read_text().splitlines()
     assert "No samples were generated." in report.read_text()
     assert curves.read_bytes()[:8] == PNG
+
+
+def leave_unfinished(run: Path) -> None:
+    """Reduces the record of a run to what it is before the run has finished."""
+    record = json.loads((run / "run.json").read_text())
+    for name in ("metrics", "data", "parameters"):
+        record.pop(name)
+    settings = {"settings": {"model": "runs/first/pretrain", "replay": "text=x"}, "inputs": {"sources": {}}}
+    (run / "run.json").write_text(json.dumps(record | settings))
+
+
+def test_an_unfinished_run_is_reported_with_its_steps_and_losses_so_far(story):
+    leave_unfinished(story / "a-second")
+    logged = [{"step": 4, "tokens": 900, "eval_loss": 2.5, "eval_bits_per_byte": 1.5, "seconds": 7.4}]
+    logged += [{"step": 6, "tokens": 1300, "loss": 2.25, "seconds": 11.6}, {"step": 7, "loss": "nan", "tokens": 1500}]
+    (story / "a-second" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
+    for folder in (story, story / "a-second"):
+        report, curves = write_report(folder)
+        cells = "| - | 7 | 1,500 | 12 | 2.250 nats/token | 2.500 nats/token | 1.500 | cpu |"
+        assert f"| a-second (unfinished) {cells}" in report.read_text().splitlines()
+        assert curves.read_bytes()[:8] == PNG
+
+
+def test_a_run_that_has_logged_nothing_yet_is_reported(story):
+    leave_unfinished(story / "a-second")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (story / "a-second" / name).unlink()
+    report, _ = write_report(story / "a-second")
+    assert "| a-second (unfinished) | - | 0 | 0 | 0 | - | - | - | cpu |" in report.read_text().splitlines()
+    assert "## What the losses cover" not in report.read_text()
+
+
+def test_smoke_runs_are_left_out_unless_there_are_no_others(story):
+    smoke = write_run(story / "dpo-smoke", "dpo", [])
+    assert [run.name for run in find_runs(story)] == ["b-first", "a-second"]
+    assert find_runs(smoke) == [smoke]
+    assert "| dpo-smoke |" in write_report(smoke)[0].read_text()
+    for name in ("a-second", "b-first"):
+        (story / name / "run.json").unlink()
+    assert find_runs(story) == [smoke]
+
+
+def test_the_report_says_which_sources_the_losses_cover(tmp_path):
+    data = [{"source": f"{name}=9", "licence": "-", "rows_in": 9, "kept": 9, "rejects": {}, "validation": held_out}
+            for name, held_out in (("tinytown", 2), ("persona", 0))]  # fmt: skip
+    logged = [{"step": 2, "eval_tinytown_loss": 0.75, "eval_loss": 0.7, "loss": 2.0}]
+    settings = {"replay": "runs/pretrain/tokens/town", "replay_share": "0.25"}
+    sft = write_run(tmp_path / "sft", "sft", logged, data=data, settings=settings)
+    tokens = {"train_tokens": 9000, "validation_tokens": 100}
+    store = {"source": "text=a/", "licence": "-", "rows_in": 9, "kept": 9, "rejects": {}} | tokens
+    mixture = {"mixture": {"sources": {"tales": {}}}}
+    logged = [{"step": 2, "eval_tales_loss": 1.5}]
+    write_run(tmp_path / "pretrain", "pretrain", logged, data=[store], inputs=mixture)
+    lines = write_report(tmp_path)[0].read_text().splitlines()
+    start = lines.index("| run | source | in the training loss | in the validation loss | validation loss |")
+    assert lines[start + 2 : start + 6] == [
+        "| pretrain | text=a/ | 9,000 tokens | 100 tokens | 1.500 |",
+        "| sft | tinytown=9 | 7 conversations | 2 conversations | 0.750 |",
+        "| sft | persona=9 | 9 conversations | not in it | - |",
+        "| sft | runs/pretrain/tokens/town (replay) | 25% of the tokens, all of them targets | not in it | - |",
+    ]
+    assert list_unvalidated(sft) == ["persona", "replay"]
+    assert list_unvalidated(tmp_path / "pretrain") == []
 
 
 def test_runs_are_sorted_by_stage(tmp_path):

@@ -32,6 +32,7 @@ from rorchat.sources.registry import hub_record
 from rorchat.tokenizer import chat_template_sha256, tokenizer_sha256
 
 FORMAT_VERSION = 4
+TOKENS_FOLDER = "tokens"  # default folder of token stores, inside the folder of a run
 SPLITS = ("train", "validation")
 DTYPES = ("uint16", "uint32")
 BLOCK_BYTES = 2**18

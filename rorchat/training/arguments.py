@@ -36,7 +36,6 @@ else:
     _TrainerArguments = object  # the class of each stage adds Transformers' or TRL's settings
 
 Arguments = TypeVar("Arguments", bound="DataArguments")
-TOKENS_FOLDER = "tokens"  # default folder of token stores, inside the folder of a run
 SMOKE_ROWS_PER_SOURCE = 64
 SMOKE_REPLY_TOKENS = 16  # a model that has not learned to stop would generate a quarter of the context window
 COOLDOWN_SCHEDULE, COSINE_SCHEDULE = "warmup_stable_decay", "cosine_with_min_lr"
@@ -274,8 +273,8 @@ class StageArguments(DataArguments, _TrainerArguments):
         """Raises UsageError if one process sees several GPUs: the Trainer would use DataParallel."""
         if self.n_gpu > 1:
             raise UsageError(
-                f"One process sees {self.n_gpu} GPUs. Launch one process per GPU with accelerate launch "
-                f"--num_processes {self.n_gpu} ..., or hide all GPUs but one with CUDA_VISIBLE_DEVICES=0."
+                f"One process sees {self.n_gpu} GPUs. Launch one process per GPU with `rorchat ... "
+                f"--num_processes {self.n_gpu}`, or hide all GPUs but one with CUDA_VISIBLE_DEVICES=0."
             )
 
     def resolve_defaults(self) -> None:
@@ -368,7 +367,7 @@ def parse(
         if flag not in options and flag.removeprefix("no_") not in options:
             raise UsageError(f"Unknown option --{flag}.{did_you_mean(flag, options)} See --help.")
     if config.get("sources") and "sources" not in (*flags, *settings):
-        config["sources"] = [expand_variables(f"{path}: sources", spec) for spec in config["sources"]]
+        config["sources"] = expand_variables(path, config["sources"])
     config |= settings
     names = {entry.name for entry in fields(dataclass_type)}
     given = {name.removeprefix("no_") if name not in names else name for name in (*config, *flags)}

@@ -45,9 +45,9 @@ def run_chat_stage(
         split = load_data(arguments, tokenizer, arguments.max_row_length() or model.config.n_positions)
         if arguments.sample_prompts is None:
             arguments.sample_prompts = user_messages(
-                split.validation, tokenizer, arguments.sources, model.config.n_positions, arguments.reply_tokens
+                split.all_validation(), tokenizer, arguments.sources, model.config.n_positions, arguments.reply_tokens
             )
-        context = run.context({"data": [stats.summary() for stats in split.row_stats]}, adapter)
+        context = run.context({"data": split.summary()}, adapter)
         trainer = trainer_class(model, arguments, tokenizer, split.train, split.validation, context)
         startup_messages = [*split.row_stats, *trainer.startup_notes(split.row_stats)]
         return TrainingResult(train(run, trainer, startup_messages), run.folder)

@@ -1,14 +1,15 @@
 """Rows of sources -> encoded rows of a chat stage, split into training and validation."""
 
 from collections.abc import Callable, Iterable
-from itertools import islice
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from pyarrow.compute import list_value_length
 
 from rorchat.errors import DataError
+from rorchat.mixture.mixture_file import name_sources
 from rorchat.persona import load_persona
 from rorchat.rows import RejectedRow
 from rorchat.sources.base import RowStats
@@ -38,11 +39,27 @@ class _Row(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Encoded rows to train on and to validate on, and for each source how many rows were kept and rejected."""
+    """Encoded rows to train on and to validate on, and for each source how many rows were kept and rejected.
+
+    Attributes:
+        validation: the rows in the order of the sources, or {name of a source: its rows}.
+        validation_rows: number of rows of each source in the validation split.
+    """
 
     train: Dataset
-    validation: Dataset
+    validation: Dataset | dict[str, Dataset]
     row_stats: list[RowStats]
+    validation_rows: list[int]
+
+    def all_validation(self) -> Dataset:
+        """The rows of all sources."""
+        parts = self.validation
+        return concatenate_datasets(list(parts.values())) if isinstance(parts, dict) else parts
+
+    def summary(self) -> list[dict[str, object]]:
+        """What run.json records about each source."""
+        rows = zip(self.row_stats, self.validation_rows, strict=True)
+        return [stats.summary() | {"validation": count} for stats, count in rows]
 
 
 def load_split(arguments, kind: str, encode: Encode) -> Split:
@@ -80,7 +97,20 @@ def load_split(arguments, kind: str, encode: Encode) -> Split:
     in_validation = [row.is_validation != (row.order == moved) for row in rows]
     train = [row.encoded for row, held_out in zip(rows, in_validation, strict=True) if not held_out]
     validation = [row.encoded for row, held_out in zip(rows, in_validation, strict=True) if held_out]
-    return Split(Dataset.from_list(train), Dataset.from_list(validation), row_stats)
+    counts = [0] * len(row_stats)
+    for row, held_out in zip(rows, in_validation, strict=True):
+        counts[row.source] += held_out
+    return Split(Dataset.from_list(train), Dataset.from_list(validation), row_stats, counts)
+
+
+def divide_by_source(validation: Dataset, specs: list[str], counts: list[int]) -> dict[str, Dataset]:
+    """The validation rows of each source, by its name. Sources without validation rows are left out."""
+    ends = accumulate(counts)
+    return {
+        name: validation.select(range(end - count, end))
+        for name, end, count in zip(name_sources(specs), ends, counts, strict=True)
+        if count
+    }
 
 
 def _move_rows(rows: list[_Row], kind: str, arguments, row_stats: list[RowStats]) -> int | None:

@@ -19,8 +19,8 @@ from rorchat.mixture.mixture_file import MixtureConfig, read_mixture
 from rorchat.mixture.plan import Plan
 from rorchat.mixture.stores import count_rows_per_epoch, prepare_stores
 from rorchat.persona import load_persona
-from rorchat.tokens.store import TokenStore
-from rorchat.training.arguments import TOKENS_FOLDER, StageArguments
+from rorchat.tokens.store import TOKENS_FOLDER, TokenStore
+from rorchat.training.arguments import StageArguments
 from rorchat.training.context import StageContext
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.runtime import can_compile

@@ -23,7 +23,7 @@ from rorchat.rows import RejectedRow
 from rorchat.sources.base import RowStats
 from rorchat.training.arguments import StageArguments
 from rorchat.training.context import StageContext
-from rorchat.training.data import ROWS_PER_CALL, Split, load_split, row_lengths
+from rorchat.training.data import ROWS_PER_CALL, Split, divide_by_source, load_split, row_lengths
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.lora import LoraArguments
 from rorchat.training.replay import replay_rows
@@ -119,6 +119,7 @@ class SFTArguments(LoraArguments, StageArguments, SFTConfig):
 def load_conversations(arguments: SFTArguments, tokenizer, max_length: int) -> Split:
     """Loads and encodes conversations, with columns `input_ids` and `labels`. Appends replayed documents to `train`.
 
+    With several sources, `validation` is divided by source, so that each has a validation loss of its own.
     Turns beyond `max_length` are removed. A conversation is rejected as over-long if its first exchange does not fit.
     See `load_split` for the errors.
     """
@@ -132,6 +133,9 @@ def load_conversations(arguments: SFTArguments, tokenizer, max_length: int) -> S
             yield _as_columns(encoded.input_ids, encoded.labels)
 
     split = load_split(arguments, "conversation", encode)
+    if len(arguments.sources) > 1:
+        by_source = divide_by_source(split.validation, arguments.sources, split.validation_rows)
+        split = split._replace(validation=by_source)
     if not arguments.replay:
         return split
     share = arguments.replay_share
@@ -157,7 +161,7 @@ class ChatSFTTrainer(ChatStageTrainer, SFTTrainer):
         arguments: SFTArguments,
         tokenizer,
         train: Dataset,
-        validation: Dataset,
+        validation: Dataset | dict[str, Dataset],
         context: StageContext,
     ):
         self.window = arguments.max_length or model.config.n_positions

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 from rorchat.inference.engine import resolve_model_path
-from rorchat.training.arguments import SMOKE_REPLY_TOKENS, SMOKE_ROWS_PER_SOURCE, TOKENS_FOLDER, StageArguments
+from rorchat.lineage import SMOKE_SUFFIX
+from rorchat.tokens.store import TOKENS_FOLDER
+from rorchat.training.arguments import SMOKE_REPLY_TOKENS, SMOKE_ROWS_PER_SOURCE, StageArguments
 
 STEPS = 3
 SIZE = "2x4x64"  # wide enough for heads of size 16, small enough for a vocabulary of 65,536 on a CPU
@@ -19,7 +21,6 @@ BLOCK_SIZE, ROWS, ACCUMULATION = 64, 2, 4  # upper limits
 CHAT_ROWS, CHAT_ACCUMULATION = 1, 2  # upper limits: the model may be large, and a row may fill the context window
 REPLIES = 2  # upper limit of replies in a micro-batch; GRPO compares at least two replies to a question
 VALIDATION_SHARE = 0.1  # at least; with so few rows, 1 % may be no row at all
-SUFFIX = "-smoke"
 
 
 def shrink_pretraining(arguments) -> None:
@@ -36,11 +37,11 @@ def shrink_pretraining(arguments) -> None:
     arguments.global_batch_tokens = _rows_per_step(arguments) * arguments.block_size
     arguments.train_tokens = arguments.max_steps * arguments.global_batch_tokens
     store = Path(arguments.token_store or Path(arguments.output_dir) / TOKENS_FOLDER)
-    if not arguments.output_dir.endswith(SUFFIX):
+    if not arguments.output_dir.endswith(SMOKE_SUFFIX):
         if store.is_dir():
             arguments.token_store = str(store)
         elif arguments.token_store:
-            arguments.token_store += SUFFIX
+            arguments.token_store += SMOKE_SUFFIX
     _redirect_output(
         arguments,
         f"model {arguments.size} with random weights (configured: {model_before}), rows of {arguments.block_size} "
@@ -78,7 +79,7 @@ def _shrink_data(arguments) -> None:
 
 def _prefer_smoke_run(model: str) -> str:
     """Returns the folder of the model's smoke test if the folder of its real run does not exist yet."""
-    smoke = model.rstrip("/") + SUFFIX
+    smoke = model.rstrip("/") + SMOKE_SUFFIX
     return smoke if not Path(model).exists() and Path(smoke).is_dir() else model
 
 
@@ -121,8 +122,8 @@ def _shrink_steps(arguments: StageArguments) -> None:
 def _redirect_output(arguments: StageArguments, description: str) -> None:
     """Writes into another folder than the real run, and prints what was reduced."""
     arguments.mirror = None
-    if not arguments.output_dir.endswith(SUFFIX):  # it does when a smoke test's own config.yaml is run again
-        arguments.output_dir = arguments.output_dir.rstrip("/") + SUFFIX
+    if not arguments.output_dir.endswith(SMOKE_SUFFIX):  # it does when a smoke test's own config.yaml is run again
+        arguments.output_dir = arguments.output_dir.rstrip("/") + SMOKE_SUFFIX
     if os.environ.get("RANK", "0") == "0":
         message = f"smoke test: {description}; everything else as configured; output in {arguments.output_dir}"
         print(message, file=sys.stderr)  # noqa: T201

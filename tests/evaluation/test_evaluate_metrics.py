@@ -88,7 +88,7 @@ def test_metrics_write_no_files(tmp_path):
 
 def test_only_the_metrics_import_evaluate():
     code = (
-        "import sys, rorchat.evaluation.compare, rorchat.evaluation.gate, rorchat.reporting\n"
+        "import sys, rorchat.evaluation.compare, rorchat.evaluation.gate, rorchat.reporting.write\n"
         "assert 'evaluate' not in sys.modules\n"
         "import rorchat.evaluation.evaluate_metrics\n"
         "assert 'evaluate' in sys.modules"

@@ -8,7 +8,7 @@ import torch
 from transformers.trainer_pt_utils import safe_globals
 
 from rorchat.jsonl import read_json_lines
-from rorchat.reporting import drop_superseded_lines
+from rorchat.reporting.runs import drop_superseded_lines
 from rorchat.training.checkpointing.recovery import Checkpoints
 
 #: Metrics that depend on a clock or the machine.

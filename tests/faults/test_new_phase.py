@@ -12,7 +12,7 @@ from support import json_lines
 
 from rorchat.hub import build_model_card
 from rorchat.jsonl import read_json_lines
-from rorchat.reporting import drop_superseded_lines
+from rorchat.reporting.runs import drop_superseded_lines
 from rorchat.tokenizer import load_tokenizer
 from rorchat.tokens.import_shards import import_shards
 from rorchat.training.checkpointing.recovery import Checkpoints

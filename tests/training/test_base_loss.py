@@ -14,15 +14,17 @@ import torch
 from support import DOCUMENTS, ROOT, write_documents
 
 from rorchat.errors import DataError, MismatchError, UsageError, exits_with_one_line
+from rorchat.evaluation import base_text
+from rorchat.evaluation.base_text import find_base_text, open_run_stores
 from rorchat.evaluation.loss import compute_batch_loss
 from rorchat.inference.engine import load_model
+from rorchat.lineage import find_previous_runs
 from rorchat.mixture.dataset import ValidationRows
-from rorchat.reporting import format_forgetting_table, write_report
+from rorchat.reporting.tables import format_forgetting_table
+from rorchat.reporting.write import write_report
 from rorchat.tokenizer import load_tokenizer, token_bytes
 from rorchat.tokens.prepare import prepare
-from rorchat.training import base_loss
 from rorchat.training import stage as stage_module
-from rorchat.training.base_loss import find_base_text, find_previous_runs
 
 SHARE = 0.2
 FLAGS = {
@@ -89,7 +91,7 @@ def test_every_stage_measures_before_and_after(story):
 
 def test_loss_is_that_of_the_whole_validation_split(story):
     chat = load_model(str(story / "sft"))
-    (store,) = base_loss.open_run_stores(*[*find_previous_runs(str(story / "sft"))][-1], chat.tokenizer)
+    (store,) = open_run_stores(*[*find_previous_runs(str(story / "sft"))][-1], chat.tokenizer)
     assert store.folder == story / "pretrain" / "tokens" / "tinytown"
     sums = 0.0
     ids = torch.from_numpy(store.slice("validation", 0, store.tokens("validation")))
@@ -269,8 +271,8 @@ class NumberedRows(ValidationRows):
 
 @pytest.mark.parametrize("limit", [40, 200])
 def test_long_text_is_sampled_evenly(limit, store, spec, tokenizer, monkeypatch):
-    monkeypatch.setattr(base_loss, "MAX_TOKENS", limit)
-    monkeypatch.setattr(base_loss, "ValidationRows", NumberedRows)
+    monkeypatch.setattr(base_text, "MAX_TOKENS", limit)
+    monkeypatch.setattr(base_text, "ValidationRows", NumberedRows)
     text = find_base_text(str(store.folder), "gpt2", tokenizer, 16)
     assert text.available_tokens == store.tokens("validation") - 1 > 2 * limit
     assert limit - 15 <= text.tokens <= limit + 15

@@ -72,7 +72,7 @@ def test_validation_split_equals_that_of_fine_tuning(tokenizer, tmp_path):
     """The split is a hash of the messages, independent of template and system message."""
     store = prepare("chat:tinytown=300", tokenizer, tmp_path / "store", validation_share=SHARE)
     flags = ["--sources", "tinytown=300", "--validation_share", str(SHARE), "--output_dir", str(tmp_path / "run")]
-    train, validation, _ = load_conversations(parse(SFTArguments, flags), tokenizer, max_length=10_000)
+    train, validation, *_ = load_conversations(parse(SFTArguments, flags), tokenizer, max_length=10_000)
     assert len(validation) > 30
     assert read_documents(store, "validation") == {tuple(row["input_ids"]) for row in validation}
     assert read_documents(store, "train") == {tuple(row["input_ids"]) for row in train}

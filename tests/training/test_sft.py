@@ -6,16 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from evaluation_support import compute_plain_loss
+from support import chat_row, write
 
 from rorchat.chatml import END_OF_TEXT, IM_START
 from rorchat.errors import UsageError, exits_with_one_line
+from rorchat.evaluation.loss import Loss
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
+from rorchat.training.context import StageContext
 from rorchat.training.data import row_lengths
 from rorchat.training.dpo import DPOArguments
 from rorchat.training.grpo import GRPOArguments
 from rorchat.training.pretrain import PretrainArguments
-from rorchat.training.sft import SFTArguments, load_conversations
+from rorchat.training.sft import ChatSFTTrainer, SFTArguments, load_conversations
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["--sources", "tinytown=80", "--validation_share", "0.1", "--output_dir", "runs/x"]
@@ -24,7 +29,7 @@ FLAGS = ["--sources", "tinytown=80", "--validation_share", "0.1", "--output_dir"
 def test_labels_are_the_replies_and_their_ends(tokenizer):
     from rorchat.sources.registry import load_rows
 
-    train, validation, _ = load_conversations(parse(SFTArguments, FLAGS), tokenizer, 10_000)
+    train, validation, *_ = load_conversations(parse(SFTArguments, FLAGS), tokenizer, 10_000)
     targets = set()
     for row in (*train, *validation):
         is_target = np.array(row["labels"]) != -100
@@ -36,9 +41,9 @@ def test_labels_are_the_replies_and_their_ends(tokenizer):
 
 
 def test_replayed_documents_have_their_share_of_tokens(tokenizer):
-    plain, _, _ = load_conversations(parse(SFTArguments, FLAGS), tokenizer, 128)
+    plain, *_ = load_conversations(parse(SFTArguments, FLAGS), tokenizer, 128)
     flags = [*FLAGS, "--replay", "tinytown=200", "--replay_share", "0.2"]
-    train, _, _ = load_conversations(parse(SFTArguments, flags), tokenizer, 128)
+    train, *_ = load_conversations(parse(SFTArguments, flags), tokenizer, 128)
     assert 0.2 == pytest.approx(
         1 - row_lengths(plain, "input_ids").sum() / row_lengths(train, "input_ids").sum(), abs=0.001
     )
@@ -46,6 +51,39 @@ def test_replayed_documents_have_their_share_of_tokens(tokenizer):
     first = [row["input_ids"][0] for row in train]
     assert first == [begins[0]] * len(plain) + [begins[1]] * (len(train) - len(plain))
     assert all(-100 not in row["labels"][1:] for row in [*train][len(plain) :])
+
+
+def test_each_of_several_sources_has_a_validation_loss(tokenizer, tmp_path):
+    specs = []
+    for word, reply in (("apple", "It is red. " * 3), ("pear", "No.")):
+        rows = [chat_row(f"Is the {word} {number} good?", reply) for number in range(40)]
+        specs.append(f"messages={write(tmp_path, f'{word}.jsonl', rows)}")
+    flags = ["--validation_share", "0.2", "--bf16", "false", "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    arguments = parse(SFTArguments, ["--sources", *specs, *flags])
+    split = load_conversations(arguments, tokenizer, 192)
+    for name, word in (("messages", "apple"), ("messages-2", "pear")):
+        texts = [tokenizer.decode(row["input_ids"]) for row in split.validation[name]]
+        assert len(texts) > 3 and all(word in text for text in texts)
+    counts = [len(rows) for rows in split.validation.values()]
+    assert counts == split.validation_rows == [entry["validation"] for entry in split.summary()]
+    assert sum(counts) + len(split.train) == 80
+
+    model = build_model("2x2x32", tokenizer, 192)
+    with torch.no_grad():
+        model.transformer.wte.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    trainer = ChatSFTTrainer(model, arguments, tokenizer, split.train, split.validation, StageContext())
+    metrics = trainer.evaluate()
+    plain = {name: compute_plain_loss(trainer.chat, list(rows)) for name, rows in split.validation.items()}
+    for name, loss in plain.items():
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(loss.per_token, rel=1e-4)
+        assert metrics["eval_loss"] != pytest.approx(loss.per_token, rel=1e-3)
+    assert metrics["eval_loss"] == pytest.approx(sum(plain.values(), Loss()).per_token, rel=1e-4)
+
+
+def test_a_source_without_validation_rows_has_no_validation_loss(tokenizer):
+    flags = ["--sources", "tinytown=80", "tinytown=1", "--validation_share", "0.1", "--output_dir", "runs/x"]
+    split = load_conversations(parse(SFTArguments, flags), tokenizer, 10_000)
+    assert split.validation_rows[1] == 0 and list(split.validation) == ["tinytown"]
 
 
 @pytest.mark.parametrize(

@@ -323,9 +323,7 @@ class TestArgumentsOfChatStages:
         config = tmp_path / "c.yaml"
         config.write_text(f"model: x\nsources: [messages=$CHATS/a.jsonl]\noutput_dir: {tmp_path / 'run'}\n")
         monkeypatch.delenv("CHATS", raising=False)
-        with pytest.raises(
-            UsageError, match=r"c\.yaml: sources is 'messages=\$CHATS/a\.jsonl', but \$CHATS is not set"
-        ):
+        with pytest.raises(UsageError, match=r"c\.yaml: environment variables that are not set: CHATS\. Set each"):
             parse(stage, ["--config", str(config)])
         assert parse(stage, ["--config", str(config), "--sources", "tinytown=9"]).sources == ["tinytown=9"]
         monkeypatch.setenv("CHATS", "/data")

@@ -15,19 +15,15 @@ from pathlib import Path
 from accelerate import PartialState
 
 from rorchat import __version__
-from rorchat.adapter import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rorchat.errors import DataError
 from rorchat.files import file_sha256
+from rorchat.lineage import fingerprint_model
 from rorchat.mixture.history import names_without_paths, without_paths
 from rorchat.persona import DEFAULT_PERSONA
 from rorchat.sources.registry import source_digest
 from rorchat.tokens.store import Manifest, store_folder
 from rorchat.training.arguments import StageArguments
 
-MODEL_FILES = (
-    "model.safetensors", "config.json", "tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    ADAPTER_WEIGHTS, ADAPTER_CONFIG, ADAPTER_BASE,
-)  # fmt: skip
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "trl")
 #: Settings that affect neither the computation nor its result. They may change when a run resumes.
 FREE_SETTINGS = {
@@ -59,12 +55,6 @@ ROUNDING_ENTRIES = {"versions", "python", "rorchat", "device", "precision", "tf3
 DERIVED_ENTRIES = ("hub",)
 ANOTHER_RUN = "another run"
 ONLY_WEIGHTS = "resumes from the weights only"
-
-
-def fingerprint_model(folder: str) -> dict[str, str]:
-    """The sha256 of weights, config, tokenizer and template in a local folder; `{"id": ...}` for a Hub id."""
-    files = [Path(folder) / name for name in MODEL_FILES]
-    return {file.name: file_sha256(file) for file in files if file.is_file()} or {"id": folder}
 
 
 def fingerprint_data(arguments: StageArguments) -> dict[str, object]:

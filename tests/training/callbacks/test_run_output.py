@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 from rorchat.errors import DivergedError, UsageError, exits_with_one_line
 from rorchat.jsonl import read_json_lines
 from rorchat.model import build_model
-from rorchat.reporting import draw_curves, drop_superseded_lines
+from rorchat.reporting.curves import draw_curves
+from rorchat.reporting.runs import drop_superseded_lines
 from rorchat.training import arguments as arguments_module
 from rorchat.training import stage as stage_module
 from rorchat.training.arguments import parse, parse_trackers
@@ -361,7 +362,7 @@ def test_sft_writes_the_same_fields_except_mfu_and_mixture(tokenizer, tmp_path):
     flags = ["--sources", "tinytown=60", "--validation_share", "0.2", "--max_steps", "4", "--logging_steps", "2"]
     flags += ["--output_dir", str(tmp_path), "--eval_strategy", "no", "--bf16", "false", "--price_per_hour", "1"]
     arguments = parse(SFTArguments, flags)
-    training, validation, _ = load_conversations(arguments, tokenizer, 96)
+    training, validation, *_ = load_conversations(arguments, tokenizer, 96)
     ChatSFTTrainer(
         build_model("2x2x32", tokenizer, 96), arguments, tokenizer, training, validation, StageContext()
     ).train()
