@@ -1,4 +1,4 @@
-"""Scores a chat model: questions with known answers, stop rate, persona probes, and validation loss."""
+"""The scores of a model: questions with known answers, persona probes, chat behaviour, and validation loss."""
 
 import json
 from collections import defaultdict
@@ -13,6 +13,14 @@ from rorchat.sources.tinytown import Question, held_out_questions
 
 MAX_REPLY_TOKENS = 64  # three times the longest expected answer
 EXAMPLES_SHOWN = 3
+#: Rows of tables with the loss and the bits per byte: on a text, and on the validation split of the base's pretraining.
+LOSS_ROWS = ("loss, nats/token", "bits per byte")
+BASE_LOSS_ROWS = ("base validation loss, nats/token", "base validation, bits per byte")
+
+
+def gate_row(measure: str) -> str:
+    """The name of the table row of one of the gate's measures."""
+    return f"gate: {measure.replace('_', ' ')}"
 
 
 @dataclass
@@ -34,6 +42,8 @@ class Scores:
     """The scores of one model: one column of the table.
 
     Attributes:
+        name: the title of the column.
+        folder: the model, as given.
         questions: right answers to questions with known answers.
         kinds: the same, by kind of question.
         stops: replies that end with the end-of-turn token, as in the gate's `stop_rate`.
@@ -41,6 +51,8 @@ class Scores:
         loss: nats per token on a validation text; None if there is none.
         bits_per_byte: the same loss in bits per UTF-8 byte.
         examples: (question, reply) for the first question of each kind, at most EXAMPLES_SHOWN.
+        behaviour: the measures of the gate by their names, as shares.
+        on_base_text: whether the loss is that on the validation split of the model's own pretraining.
     """
 
     name: str
@@ -52,14 +64,19 @@ class Scores:
     loss: float | None = None
     bits_per_byte: float | None = None
     examples: list[tuple[str, str]] = field(default_factory=list)
+    behaviour: dict[str, float] = field(default_factory=dict)
+    on_base_text: bool = False
 
     def rows(self) -> dict[str, str]:
-        """Returns {name of a table row: cell}."""
-        cells = {"held-out questions": str(self.questions)}
+        """Returns {name of a table row: cell} for everything that was measured."""
+        cells = {"held-out questions": str(self.questions)} if self.questions.asked else {}
         cells |= {f"- {kind}": str(rate) for kind, rate in self.kinds.items()}
-        cells |= {"stop rate": str(self.stops), "persona probes": str(self.persona)}
+        rates = {"stop rate": self.stops, "persona probes": self.persona}
+        cells |= {name: str(rate) for name, rate in rates.items() if rate.asked}
+        cells |= {gate_row(name): f"{100 * value:.1f} %" for name, value in self.behaviour.items()}
         if self.bits_per_byte is not None:
-            cells |= {"loss, nats/token": f"{self.loss:.3f}", "bits per byte": f"{self.bits_per_byte:.3f}"}
+            loss, bits = BASE_LOSS_ROWS if self.on_base_text else LOSS_ROWS
+            cells |= {loss: f"{self.loss:.3f}", bits: f"{self.bits_per_byte:.3f}"}
         return cells
 
 

@@ -1,8 +1,10 @@
 """The behaviour gate: thresholds, verdicts, and models trained to misbehave."""
 
 import copy
+import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,26 @@ def test_a_good_model_passes(trained, persona_path, tmp_path):
     assert verdict.model.persona == "Bibo" and " probes of Bibo " in done.stdout
     assert verdict.model.measures["stop_rate"].value == 1
     assert verdict.model.measures["stop_rate"].count == 2 * len(build_prompts(load_persona(persona_path)))
+
+
+def test_the_persona_is_taken_from_the_record_of_the_run(trained, persona_path, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained["good"], run / "model")
+    record = {"stage": "sft", "settings": {"persona": str(persona_path)}, "inputs": {"persona": "of another file"}}
+    write(run, "run.json", json.dumps(record))
+    done = command("gate", run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    origin = f"{persona_path}, from {run / 'run.json'}, which has changed since then"
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"persona: Bibo ({origin})"
+    assert lines[-3:] == [
+        f"{run} passes",
+        f"next: rorchat report {tmp_path}",
+        f"      rorchat push {run} YOU/NAME --dry_run",
+    ]
+    other = write(tmp_path, "momo.yaml", "name: Momo\nmaker: Tom\n")
+    done = command("gate", run, "--persona", other)  # takes precedence
+    assert done.returncode == 78 and "but the persona Momo has" in done.stderr
 
 
 @pytest.mark.parametrize("name", MISBEHAVING)

@@ -62,8 +62,11 @@ def test_questions_are_counted_by_kind(chat, monkeypatch):
 
 def test_scores_survive_writing_and_reading(tmp_path):
     column = Scores("a", "folder", Rate(1, 3), {"sum": Rate(0, 1)}, Rate(2, 2), Rate(0, 5), 1.25, 0.5, [("你", "好")])
+    column.behaviour, column.on_base_text = {"stop_rate": 0.5}, True
     empty = Scores("b", "folder")
     write_scores([column, empty], tmp_path / "scores.json")
     assert read_scores(tmp_path / "scores.json") == [column, empty]
-    assert column.rows()["bits per byte"] == "0.500" and column.rows()["loss, nats/token"] == "1.250"
-    assert "bits per byte" not in empty.rows() and empty.rows()["held-out questions"] == "-"
+    assert column.rows()["base validation, bits per byte"] == "0.500"
+    assert column.rows()["base validation loss, nats/token"] == "1.250"
+    assert column.rows()["gate: stop rate"] == "50.0 %"
+    assert empty.rows() == {}
