@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,8 @@ from rorchat.evaluation.scores import read_scores
 from rorchat.files import file_sha256
 from rorchat.inference.engine import resolve_model_path
 from rorchat.model import WEIGHTS
-from rorchat.reporting import (
-    find_runs,
-    format_data_table,
-    format_run_table,
-    format_samples,
-    format_score_table,
-    read_run_record,
-)
+from rorchat.reporting.runs import find_runs, read_run_record
+from rorchat.reporting.tables import format_data_table, format_run_table, format_samples, format_score_table
 from rorchat.sources.base import licence_restriction
 
 PROBE = "Who are you?"
@@ -184,6 +179,57 @@ def _find_story(folder: Path) -> Path:
 # -- upload ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Upload:
+    """What `push_model` uploads.
+
+    Attributes:
+        folder: the folder of the model.
+        files: the names of its files that are uploaded.
+        card: the model card, which is uploaded as README.md.
+        answer: the model's reply to PROBE.
+    """
+
+    folder: Path
+    files: list[str]
+    card: str
+    answer: str
+
+    def describe(self) -> str:
+        """The verification and all files with their sizes, one per line."""
+        sizes = {name: (self.folder / name).stat().st_size for name in self.files}
+        sizes["README.md"] = len(self.card.encode())
+        sizes["total"] = sum(sizes.values())
+        width = max(map(len, sizes))
+        lines = [f"{name:{width}}  {size:>15,} bytes" for name, size in sizes.items()]
+        return "\n".join([f"verified  {self.folder}: {self.answer!r}", "", *lines])
+
+
+def _prepare_upload(name_or_path: str, repository: str) -> _Upload:
+    """Verifies a model and builds its card. Needs no network for a local model, and uploads nothing.
+
+    Raises:
+        UsageError: the name of the repository is invalid.
+        DataError, MismatchError: the model cannot be published.
+    """
+    _check_repository_name(repository)
+    folder = Path(resolve_model_path(name_or_path))
+    if not folder.is_dir():
+        raise DataError(f"No model folder {folder}.")
+    if not list(folder.glob("*.safetensors")):
+        raise DataError(f"No weights in {folder}: only safetensors are pushed.")
+    answer = verify_model(folder)["answer"]
+    return _Upload(folder, _list_uploaded_files(folder), build_model_card(folder, repository), answer)
+
+
+def _list_uploaded_files(folder: Path) -> list[str]:
+    """The names of the files of a model folder that are uploaded, relative to it; the card is not among them."""
+    from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
+
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    return list(filter_repo_objects(names, ignore_patterns=[*NOT_UPLOADED, *DEFAULT_IGNORE_PATTERNS]))
+
+
 def push_model(name_or_path: str, repository: str, private: bool = False, dry_run: bool = False) -> str:
     """Verifies a model, uploads it with a card, downloads it, compares all files, and verifies the download.
 
@@ -200,16 +246,10 @@ def push_model(name_or_path: str, repository: str, private: bool = False, dry_ru
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    _check_repository_name(repository)
-    folder = Path(resolve_model_path(name_or_path))
-    if not folder.is_dir():
-        raise DataError(f"No model folder {folder}.")
-    if not list(folder.glob("*.safetensors")):
-        raise DataError(f"No weights in {folder}: only safetensors are pushed.")
-    before = verify_model(folder)
-    card = build_model_card(folder, repository)  # before the upload, so that nothing is uploaded if it fails
+    upload = _prepare_upload(name_or_path, repository)
+    folder = upload.folder
     if dry_run:
-        return f"verified  {folder}: {before['answer']!r}\nnothing was uploaded; the card would be:\n\n{card}"
+        return f"{upload.describe()}\n\nnothing was uploaded; the card (README.md) would be:\n\n{upload.card}"
     api = HfApi()
     with translate_hub_errors(repository):
         url = api.create_repo(repository, private=private, exist_ok=True)
@@ -221,7 +261,7 @@ def push_model(name_or_path: str, repository: str, private: bool = False, dry_ru
         )
         api.upload_file(
             repo_id=repository,
-            path_or_fileobj=card.encode(),
+            path_or_fileobj=upload.card.encode(),
             path_in_repo="README.md",
             commit_message="Model card from the run",
         )
@@ -231,8 +271,7 @@ def push_model(name_or_path: str, repository: str, private: bool = False, dry_ru
         compare_files(folder, Path(download), repository)
         after = verify_model(download)
     return (
-        f"verified  {folder}: {before['answer']!r}\nreleased  {url}\n"
-        f"verified  download from the Hub: {after['answer']!r}"
+        f"verified  {folder}: {upload.answer!r}\nreleased  {url}\nverified  download from the Hub: {after['answer']!r}"
     )
 
 
@@ -247,10 +286,7 @@ def _check_repository_name(repository: str) -> None:
 
 def compare_files(folder: Path, download: Path, repository: str) -> None:
     """Raises RemoteError unless every uploaded file of a folder is identical in its download."""
-    from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
-
-    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-    for name in filter_repo_objects(names, ignore_patterns=[*NOT_UPLOADED, *DEFAULT_IGNORE_PATTERNS]):
+    for name in _list_uploaded_files(folder):
         copy = download / name
         if not copy.is_file() or file_sha256(copy) != file_sha256(folder / name):
             raise RemoteError(

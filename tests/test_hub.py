@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,38 @@ def test_push_uploads_exactly_the_models_files_and_a_card(pushed, fresh_model):
     expected["README.md"] = build_model_card(pushed.folder, NAME).encode()
     assert len(expected) == 7
     assert pushed.hub.files == {NAME: expected}
+
+
+def test_a_dry_run_lists_what_a_push_uploads_and_needs_no_network(pushed, tmp_path):
+    with FakeHub() as hub:
+        pass  # it no longer answers
+    done = push(hub, tmp_path, pushed.folder, "--dry_run", token=None)
+    assert (done.returncode, done.stderr) == (0, "")
+    listing, card = done.stdout.split("\nREADME.md:\n\n")
+    sizes = dict(re.findall(r"^(\S+) +([\d,]+) bytes$", listing, re.MULTILINE))
+    uploaded = {name: f"{len(content):,}" for name, content in pushed.hub.files[NAME].items()}
+    assert sizes == uploaded | {"total": f"{sum(map(len, pushed.hub.files[NAME].values())):,}"}
+    assert card.startswith(pushed.hub.files[NAME]["README.md"].decode())
+    assert card.endswith("Nothing was uploaded. next: the same command without --dry_run\n")
+
+
+@pytest.mark.parametrize("damage", ["truncate_weights", "remove_stop_token"])
+def test_a_dry_run_refuses_what_a_push_refuses(damage, fresh_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(fresh_model, folder)
+    globals()[damage](folder)
+    with FakeHub() as hub:
+        assert_refused(push(hub, tmp_path / "home", folder, "--dry_run"), {65, 78})
+        assert hub.requests == []
+
+
+def test_the_card_does_not_call_files_those_of_the_reader(story):
+    record = json.loads((story / "sft" / "run.json").read_text())
+    record["data"][0] |= {"source": "messages=/home/me/chats.jsonl", "licence": "that of your files"}
+    (story / "sft" / "run.json").write_text(json.dumps(record))
+    card = build_model_card(story / "sft" / "model", NAME)
+    assert "| sft | messages | the author's own files, licence not stated | 987 of 1,000 | too long 13 |" in card
+    assert "your files" not in card and "/home/me" not in card
 
 
 def test_push_sends_the_weights_and_nothing_else_by_lfs(pushed, fresh_model):
@@ -330,8 +363,8 @@ def test_the_card_names_sources_licences_and_numbers(story):
     assert "| pretrain | tinytown | Apache-2.0 | 987 of 1,000 | too long 13 |" in lines
     licence = "CC BY-NC 4.0 (not for commercial use)"
     assert f"| sft | alpaca | {licence} | 987 of 1,000 | too long 13 |" in lines
-    assert "| sft | 36,224 | 1,234 | 5,678 | 7 | 1.618 nats/token | 1.125 | cpu |" in lines
-    assert "| pretrain | 36,224 | 1,234 | 5,678 | 7 | 2.719 nats/token | 1.125 | cpu |" in lines
+    assert "| sft | 36,224 | 1,234 | 5,678 | 7 | - | 1.618 nats/token | 1.125 | cpu |" in lines
+    assert "| pretrain | 36,224 | 1,234 | 5,678 | 7 | - | 2.719 nats/token | 1.125 | cpu |" in lines
     assert f"**Not for commercial use**, because of its data: alpaca ({licence})." in lines
 
 

@@ -10,6 +10,7 @@ from rorchat.reading.notes import ReadingNotes
 from rorchat.rows import RejectedRow, RepairedRow
 
 MAX_PLACES = 3  # recorded per reason of rejection
+OWN_FILES = "that of your files"  # the licence of a source that reads the user's own files
 # The tokens on which training computes the loss, by kind of row
 LOSS_BY_KIND = {
     "document": "every token",

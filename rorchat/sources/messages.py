@@ -5,9 +5,10 @@
 """
 
 from rorchat.rows import RejectedRow, normalize_messages
+from rorchat.sources.base import OWN_FILES
 
 KIND = "conversation"
-LICENCE = "that of your files"
+LICENCE = OWN_FILES
 SIZE = "your files"
 HUB = None
 FILES = ("**/*",)

@@ -5,9 +5,10 @@ LLaMA-Factory's `{"conversations", "chosen", "rejected"}`, and Alpaca rows with 
 """
 
 from rorchat.rows import RejectedRow, get_instruction, get_text, message, normalize_messages
+from rorchat.sources.base import OWN_FILES
 
 KIND = "preference"
-LICENCE = "that of your files"
+LICENCE = OWN_FILES
 SIZE = "your files"
 HUB = None
 FILES = ("**/*",)

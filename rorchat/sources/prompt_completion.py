@@ -7,9 +7,10 @@ removed.
 import re
 
 from rorchat.rows import RejectedRow, get_text, message, normalize_messages
+from rorchat.sources.base import OWN_FILES
 
 KIND = "conversation"
-LICENCE = "that of your files"
+LICENCE = OWN_FILES
 SIZE = "your files"
 HUB = None
 FILES = ("**/*",)

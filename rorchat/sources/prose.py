@@ -5,9 +5,10 @@ Of a folder, the `train-*` files are read. A `val.jsonl` beside them is not, so 
 """
 
 from rorchat.sources import text
+from rorchat.sources.base import OWN_FILES
 
 KIND = "document"
-LICENCE = "that of your files"
+LICENCE = OWN_FILES
 SIZE = "your files"
 HUB = None
 FILES = ("train-*.parquet", "train*.jsonl", "*.parquet", "*.jsonl")

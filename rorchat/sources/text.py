@@ -7,9 +7,10 @@ book can be held out; to keep books whole, read them as `books`. Text files may 
 
 from rorchat.reading.long_texts import Limits
 from rorchat.rows import get_text
+from rorchat.sources.base import OWN_FILES
 
 KIND = "document"
-LICENCE = "that of your files"
+LICENCE = OWN_FILES
 SIZE = "your files"
 HUB = None
 FILES = ("**/*",)
