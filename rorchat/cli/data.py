@@ -63,7 +63,11 @@ def list_sources() -> None:
         loss = "; ".join(LOSS_BY_KIND[kind] for kind in source.kinds)
         title = source.title.split(":")[0].rstrip(".")
         rows.append([name, title, ", ".join(source.kinds), where, source.size, source.licence, loss])
-    print_table(["source", "description", "kinds", "from", "size", "licence", "tokens in the loss"], rows)
+    print_table(
+        ["source", "description", "kinds", "from", "size", "licence", "tokens in the loss"],
+        rows,
+        less_important=("tokens in the loss", "from", "description"),
+    )
     print(
         "\nAny dataset of the Hub: text=OWNER/DATASET, messages=OWNER/DATASET, preference=OWNER/DATASET "
         "(docs/preparing_data.md)."
@@ -235,11 +239,18 @@ def prepare(
         workers=workers,
     )
     _print_sizes(store)
+    _print_next(store.folder)
 
 
 def _require_share(validation_share: float) -> None:
     if not 0 < validation_share < 1:
         raise UsageError(f"--validation_share is {validation_share}: it must be between 0 and 1.")
+
+
+def _print_next(store: Path) -> None:
+    from rorchat.training.next_step import describe_next, list_next_commands
+
+    print(describe_next(list_next_commands("data prepare", store)))
 
 
 def _print_sizes(store: "TokenStore") -> None:
@@ -280,6 +291,7 @@ def import_(
     from rorchat.tokens.import_shards import import_shards
 
     _print_sizes(import_shards(shards, load_tokenizer(tokenizer), out))
+    _print_next(out)
 
 
 @app.command()

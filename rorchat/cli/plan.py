@@ -57,6 +57,7 @@ def plan(
     from rorchat.device import detect_device, find_device
     from rorchat.plan.budget import Request, make_plan
     from rorchat.plan.show import draw_isoflop_curves, to_yaml
+    from rorchat.training.next_step import describe_next, list_next_commands
 
     request = Request(
         device=find_device(device, devices) if device else detect_device(devices),
@@ -80,6 +81,8 @@ def plan(
         for name, path in (("run", out), ("plot", picture)):
             if path:
                 print(f"{name}  {path}")
+        if out:
+            print(describe_next(list_next_commands("plan", out)))
 
 
 def _check_outputs(out: Path | None, picture: Path | None) -> None:

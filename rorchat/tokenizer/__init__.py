@@ -36,6 +36,10 @@ from rorchat.tokenizer.training_text import BoundedText
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 RESERVED_SLOTS = 12  # with the four control tokens, 16 special tokens
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # name or owner/name; any other string is a path
+_REMEDY = (  # for a base model where a chat model is needed
+    "Fine-tune it first with `rorchat sft --model {model}`, or let it continue a text: `rorchat complete {model} "
+    '"Once upon a time"`.'
+)
 SMALLEST_VOCABULARY = 256 + len(CONTROL_TOKENS) + RESERVED_SLOTS
 
 
@@ -128,12 +132,12 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, require
     if require_chat and not {IM_START, IM_END} <= tokenizer.get_added_vocab().keys():
         raise MismatchError(
             f"The model {name_or_path!r} has no control tokens {IM_START} and {IM_END}: it was not trained to chat. "
-            "Fine-tune it first with `rorchat sft`, or give a chat model."
+            f"{_REMEDY.format(model=name_or_path)}"
         )
-    if require_chat and _was_trained_on_documents_only(name_or_path):
+    if require_chat and was_trained_on_documents_only(name_or_path):
         raise MismatchError(
             f"The model {name_or_path!r} was pretrained on documents only, according to run.json: it was not trained "
-            "to chat. Fine-tune it first with `rorchat sft`, or give a chat model."
+            f"to chat. {_REMEDY.format(model=name_or_path)}"
         )
     default = _default_system_message(tokenizer)
     system = default if default is not None and persona is None else (persona or load_persona()).system
@@ -161,7 +165,7 @@ def find_run(model: str) -> tuple[Path, dict] | None:
     return (folder, record) if is_valid else None
 
 
-def _was_trained_on_documents_only(model: str) -> bool:
+def was_trained_on_documents_only(model: str) -> bool:
     """Whether `run.json`, and that of every earlier stage, shows that a model was trained on documents only."""
     run = find_run(model)
     if run is None or run[1].get("stage") != "pretrain" or not run[1].get("data"):
@@ -170,7 +174,7 @@ def _was_trained_on_documents_only(model: str) -> bool:
     if any(_gives_conversations(source["source"]) for source in record["data"]):
         return False
     base = record["settings"].get("model")
-    return not base or _was_trained_on_documents_only(base)
+    return not base or was_trained_on_documents_only(base)
 
 
 def _gives_conversations(spec: str) -> bool:

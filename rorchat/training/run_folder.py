@@ -25,7 +25,8 @@ from accelerate import PartialState
 
 from rorchat.errors import DataError, MismatchError
 from rorchat.files import folder_lock, write_atomically
-from rorchat.training.arguments import TOKENS_FOLDER, StageArguments
+from rorchat.tokens.store import TOKENS_FOLDER
+from rorchat.training.arguments import StageArguments
 from rorchat.training.callbacks.divergence import DIVERGED_ROWS
 from rorchat.training.callbacks.signals import handle_signals
 from rorchat.training.checkpointing.checkpoint import KEPT, Checkpoint
@@ -48,6 +49,7 @@ from rorchat.training.checkpointing.resume_plan import (
 from rorchat.training.context import StageContext
 from rorchat.training.distributed import run_on_main_process
 from rorchat.training.lora import Adapter
+from rorchat.training.next_step import describe_stage
 from rorchat.training.oom_recovery import MICRO_BATCH_FILE
 from rorchat.training.pinning import PINS, find_pins
 
@@ -271,6 +273,14 @@ class RunFolder:
         """Writes the results to run.json and marks the run as finished."""
         self._write_record({**self.plan.metadata, **results, "finished": True})
 
+    def print_next_step(self) -> None:
+        """Prints where the model is, and what to do with it."""
+        if PartialState().is_main_process:
+            metadata = self.request.metadata
+            print(  # noqa: T201
+                describe_stage(metadata["stage"], self.folder, metadata["settings"].get("model")), flush=True
+            )
+
     def finished_metrics(self) -> dict[str, float]:
         """Returns the metrics of a finished run. Prints that the run is finished, and completes the mirror."""
         checkpoints = Checkpoints(self.folder)
@@ -281,6 +291,7 @@ class RunFolder:
         assert self.plan.finished is not None, "only of a finished run"
         message = f"{self.folder}: already finished with these settings; delete the folder to run it again"
         print(message, file=sys.stderr)  # noqa: T201
+        self.print_next_step()
         return self.plan.finished["metrics"]
 
 

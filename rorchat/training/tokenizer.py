@@ -16,6 +16,7 @@ from rorchat.sources.registry import iterate_texts
 from rorchat.tokenizer import train_tokenizer
 from rorchat.tokenizer.training_text import BoundedText
 from rorchat.training.arguments import DataArguments
+from rorchat.training.next_step import describe_next, list_next_commands
 from rorchat.training.pinning import find_pins
 from rorchat.training.result import TokenizerResult
 
@@ -55,6 +56,7 @@ def run_tokenizer_training(arguments: TokenizerArguments) -> TokenizerResult:
                 "Choose another output_dir, or delete the folder."
             )
         print(f"{folder}: already trained with these settings; delete the folder to train again")  # noqa: T201
+        _print_next_step(folder)
         metrics = json.loads((folder / METRICS_FILE).read_text())
         metrics.pop("sources", None)
         return TokenizerResult(metrics, folder)
@@ -82,6 +84,7 @@ def run_tokenizer_training(arguments: TokenizerArguments) -> TokenizerResult:
         f"({text.utf8_bytes:,} UTF-8 bytes) in {metrics['seconds']} s "
         f"({'stopped at max_characters' if text.stopped else 'all of the text was read'})"
     )
+    _print_next_step(folder)
     return TokenizerResult(metrics, folder)
 
 
@@ -90,3 +93,7 @@ def _print_unread_rows(stats: RowStats) -> None:
     lines = str(stats)
     if "\n" in lines:
         print(lines, file=sys.stderr)  # noqa: T201
+
+
+def _print_next_step(folder: Path) -> None:
+    print(f"tokenizer in {folder}", describe_next(list_next_commands("train-tokenizer", folder)), sep="\n")  # noqa: T201

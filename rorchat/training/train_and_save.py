@@ -65,6 +65,7 @@ def _train(run: RunFolder, trainer: StageTrainer, startup_messages: Iterable[obj
     trainer.accelerator.wait_for_everyone()
     if run.mirror:
         run.mirror.finish()
+    run.print_next_step()
     return metrics
 
 

@@ -47,7 +47,8 @@ def test_prepare_and_verify_print_documents_and_tokens(texts, saved, tmp_path, t
         f"validation: {validation:,} documents, {manifest.total('validation', 'tokens'):,} tokens",
         f"store  {tmp_path / 'store'}",
     ]
-    assert done.stdout.splitlines() == expected
+    next_step = f"next: rorchat pretrain --sources store={tmp_path / 'store'} --tokenizer ... --train_tokens ... "
+    assert done.stdout.splitlines() == [*expected, f"{next_step}--output_dir ..."]
     verified = succeeded("verify", tmp_path / "store").splitlines()
     assert verified == [*expected, "all 2 shards are valid"]
 
