@@ -1,7 +1,8 @@
 """Train a chat model on preferences: direct preference optimization (DPO).
 
 rorchat dpo --config demo/dpo.yaml
-accelerate launch recipes/dpo.py --model runs/gpt2-chat --sources preference=my_pairs.jsonl --output_dir runs/gpt2-dpo
+accelerate launch --quiet recipes/dpo.py --model runs/gpt2-chat --sources preference=pairs.jsonl \\
+    --output_dir runs/gpt2-dpo
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """Train a chat model on rewards: group relative policy optimization (GRPO) on questions with known answers.
 
 rorchat grpo --config demo/grpo.yaml
-accelerate launch recipes/grpo.py --model runs/gpt2-chat --sources gsm8k --output_dir runs/gpt2-grpo
+accelerate launch --quiet recipes/grpo.py --model runs/gpt2-chat --sources gsm8k --output_dir runs/gpt2-grpo
 """
 
 from collections.abc import Mapping, Sequence

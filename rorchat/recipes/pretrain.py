@@ -1,7 +1,7 @@
 """Pretrain a stock GPT-2 on documents.
 
 rorchat pretrain --config demo/pretrain.yaml
-accelerate launch --num_processes 8 recipes/pretrain.py --config my.yaml --learning_rate 1e-3
+rorchat pretrain --accelerate_config ddp --num_processes 8 --config my.yaml --learning_rate 1e-3
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """Teach a model to chat: supervised fine-tuning (SFT) on conversations.
 
 rorchat sft --config demo/sft.yaml
-accelerate launch recipes/sft.py --model gpt2 --sources alpaca persona=500 --output_dir runs/gpt2-chat
+accelerate launch --quiet recipes/sft.py --model gpt2 --sources alpaca persona=500 --output_dir runs/gpt2-chat
 """
 
 from collections.abc import Mapping, Sequence
