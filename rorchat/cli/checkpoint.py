@@ -81,6 +81,7 @@ def export(
     from rorchat.adapter import is_adapter
     from rorchat.model import load_checkpoint, save_model
     from rorchat.tokenizer import load_tokenizer
+    from rorchat.training.next_step import build_try_command, describe_next
 
     tokenizer = load_tokenizer(str(checkpoint))
     if is_adapter(checkpoint):  # merged into its base model
@@ -88,7 +89,7 @@ def export(
     else:
         model = GPT2LMHeadModel.from_pretrained(checkpoint, local_files_only=True)
     save_model(model, tokenizer, out)
-    print(out)
+    print(f"model in {out}", describe_next([build_try_command(checkpoint, out)]), sep="\n")
 
 
 def _require_valid(checkpoint: Path) -> None:

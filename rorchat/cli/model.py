@@ -140,7 +140,7 @@ def gate(
     from rorchat.cli.tables import print_table
     from rorchat.evaluation import gate as behaviour_gate
     from rorchat.lineage import find_persona
-    from rorchat.training.next_step import describe_next, list_next_commands
+    from rorchat.training.next_step import describe_next, list_commands_after_gate
 
     limits = behaviour_gate.load_thresholds(thresholds)
     trained = find_persona(model, persona)
@@ -155,7 +155,7 @@ def gate(
         print(f"\nverdict in {out}")
     if verdict.failures():
         raise behaviour_gate.BehaviourFailure(verdict.summary())
-    print(f"\n{model} passes", describe_next(list_next_commands("gate", model)), sep="\n")
+    print(f"\n{model} passes", describe_next(list_commands_after_gate(model)), sep="\n")
 
 
 def report(folder: Annotated[Path, typer.Argument(help="Run folder, or folder with the runs of a story.")]) -> None:

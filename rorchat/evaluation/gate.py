@@ -9,6 +9,7 @@ from rorchat.chatml import system_message
 from rorchat.errors import DataError, DivergedError, MismatchError, RorchatError, did_you_mean
 from rorchat.evaluation.behaviour import MEASURES, Behaviour, Measure, Value, measure_behaviour, quote_short
 from rorchat.inference.engine import ChatModel, load_model
+from rorchat.lineage import find_persona
 from rorchat.persona import Persona
 from rorchat.yaml_file import read_yaml
 
@@ -124,17 +125,26 @@ def _check_persona(model: str, chat: ChatModel, persona: Persona, thresholds: di
         )
 
 
-def judge_model(model: str, persona: Persona, thresholds: dict[str, float], before: str | None = None) -> Verdict:
+def judge_model(
+    model: str,
+    persona: Persona | None = None,
+    thresholds: dict[str, float] | None = None,
+    before: str | None = None,
+) -> Verdict:
     """Measures a chat model, and optionally the model of the previous stage for comparison.
 
     Args:
         model, before: model folder, run folder or Hub id.
+        persona: the persona whose probes are asked; None for that of the model's run.
+        thresholds: {measure: threshold}; None for those of `behaviour.yaml`.
 
     Raises:
         DataError, RemoteError: a model cannot be loaded.
         MismatchError: a model has no chat template, or its chat template belongs to another persona while persona
             measures have thresholds.
     """
+    persona = persona or find_persona(model).persona
+    thresholds = load_thresholds() if thresholds is None else thresholds
     chats = [(name, load_model(name, require_chat=True)) for name in (model, before) if name]
     _check_persona(*chats[0], persona, thresholds)
     behaviours = [measure_behaviour(chat, name.rstrip("/"), persona) for name, chat in chats]

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from rorchat.lineage import SMOKE_SUFFIX
-from rorchat.tokenizer import was_trained_on_documents_only
+from rorchat.tokenizer import find_run, was_trained_on_documents_only
 
 #: For each stage or command the next commands. `...` stands for what only the user knows, such as the data.
 #: {run} is its result, {beside} the folder that contains it, {start} the model that the stage started from.
@@ -22,7 +22,7 @@ NEXT_COMMANDS = {
     "sft": (_CHAT, _GATE),
     "dpo": (f"{_GATE} --before {{start}}", _CHAT),
     "grpo": (f"{_GATE} --before {{start}}", _CHAT),
-    "gate": ("rorchat report {beside}", "rorchat push {run} YOU/NAME --dry_run"),
+    "gate": ("rorchat push {run} YOU/NAME --dry_run",),
 }
 
 
@@ -41,6 +41,13 @@ def list_next_commands(stage: str, folder: str | Path, start: str | None = None)
     values = {"run": folder, "beside": folder.parent, "start": start}
     quoted = {name: shlex.quote(str(value)) for name, value in values.items()}
     return [command.format(**quoted) for command in NEXT_COMMANDS[stage]]
+
+
+def list_commands_after_gate(model: str) -> list[str]:
+    """The commands that follow `rorchat gate`: the report of the run's story, if the model has a run, and the push."""
+    run = find_run(model)
+    report = [f"rorchat report {shlex.quote(str(run[0].parent))}"] if run else []
+    return [*report, *list_next_commands("gate", model)]
 
 
 def build_try_command(run: Path, folder: Path) -> str:

@@ -42,7 +42,9 @@ def test_verify_names_the_damaged_file_and_exits_with_65(sandbox, uninterrupted)
 
 
 def test_an_exported_model_has_the_weights_of_the_checkpoint(sandbox, uninterrupted, tmp_path):
-    assert succeeded("export", uninterrupted, tmp_path / "model") == f"{tmp_path / 'model'}\n"
+    place, command = succeeded("export", uninterrupted, tmp_path / "model").splitlines()
+    assert place == f"model in {tmp_path / 'model'}"
+    assert command == f'next: rorchat complete {tmp_path / "model"} "Once upon a time"'
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
     assert not [name for name in names if name.endswith((".pt", ".pth", ".bin")) or name == "MANIFEST.json"]

@@ -18,7 +18,7 @@ import rorchat.cli
 from rorchat.chatml import IGNORE_INDEX, IM_END, IM_START, encode_prompt, encode_text
 from rorchat.errors import DataError
 from rorchat.evaluation.behaviour import MEASURES, Behaviour, Value, build_prompts
-from rorchat.evaluation.gate import Verdict, load_thresholds, read_verdict, write_verdict
+from rorchat.evaluation.gate import Verdict, judge_model, load_thresholds, read_verdict, write_verdict
 from rorchat.mixture.collators import collate_padded
 from rorchat.model import build_model, save_model
 from rorchat.persona import load_persona
@@ -119,6 +119,8 @@ def test_the_persona_is_taken_from_the_record_of_the_run(trained, persona_path, 
         f"next: rorchat report {tmp_path}",
         f"      rorchat push {run} YOU/NAME --dry_run",
     ]
+    verdict = judge_model(str(run))
+    assert (verdict.model.persona, verdict.failures()) == ("Bibo", [])
     other = write(tmp_path, "momo.yaml", "name: Momo\nmaker: Tom\n")
     done = command("gate", run, "--persona", other)  # takes precedence
     assert done.returncode == 78 and "but the persona Momo has" in done.stderr

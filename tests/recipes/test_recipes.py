@@ -269,11 +269,14 @@ class TestBadInput:
 
     @pytest.mark.slow
     def test_under_accelerate_launch_an_error_is_one_line_too(self, tmp_path):
-        done = launch("sft", "--model", tmp_path / "none", "--sources", "tinytown=10", "--output_dir", tmp_path / "x")
-        assert done.returncode != 0 and "Traceback" not in done.stderr
-        assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
-            f"error: No model folder {tmp_path / 'none'}."
-        ]
+        flags = ["--sources", "tinytown=10", "--output_dir", tmp_path / "x"]
+        for wrong, message in (
+            (["--model", tmp_path / "none"], f"error: No model folder {tmp_path / 'none'}."),
+            (["--modell", "x"], "error: Unknown option --modell. Did you mean 'model'? See --help."),
+        ):
+            done = launch("sft", *wrong, *flags)
+            assert done.returncode != 0
+            assert (done.stdout, done.stderr.splitlines()) == ("", [message])
 
     def test_conversations_without_a_reply(self, story, tmp_path):
         rows = [{"messages": [{"role": "user", "content": f"Is anybody there? {n}"}]} for n in range(3)]
