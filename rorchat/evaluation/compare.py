@@ -65,11 +65,8 @@ def compare_models(
         scores, note = Scores(name, folder), ""
         if ask:
             scores, note = _measure_replies(chat, name, folder, persona, tinytown)
-        if text:
-            loss = compute_document_loss(chat, documents)
-        else:
-            loss, text_note = _compute_base_loss(chat, folder)
-            note = "; ".join(filter(None, (note, text_note)))
+        loss, text_note = (compute_document_loss(chat, documents), "") if text else _compute_base_loss(chat, folder)
+        note = "; ".join(filter(None, (note, text_note)))
         if loss:
             scores.loss, scores.bits_per_byte, scores.on_base_text = loss.per_token, loss.bits_per_byte, not text
         columns.append(scores)
