@@ -124,12 +124,12 @@ def test_a_dry_run_lists_what_a_push_uploads_and_needs_no_network(pushed, tmp_pa
         pass  # it no longer answers
     done = push(hub, tmp_path, pushed.folder, "--dry_run", token=None)
     assert (done.returncode, done.stderr) == (0, "")
-    listing, card = done.stdout.split("\nREADME.md:\n\n")
+    listing, card = done.stdout.split("\nnothing was uploaded; the card (README.md) would be:\n\n")
     sizes = dict(re.findall(r"^(\S+) +([\d,]+) bytes$", listing, re.MULTILINE))
     uploaded = {name: f"{len(content):,}" for name, content in pushed.hub.files[NAME].items()}
     assert sizes == uploaded | {"total": f"{sum(map(len, pushed.hub.files[NAME].values())):,}"}
     assert card.startswith(pushed.hub.files[NAME]["README.md"].decode())
-    assert card.endswith("Nothing was uploaded. next: the same command without --dry_run\n")
+    assert card.endswith("\nnext: the same command without --dry_run\n")
 
 
 @pytest.mark.parametrize("damage", ["truncate_weights", "remove_stop_token"])

@@ -46,7 +46,7 @@ class Evaluation:
     notes: list[str]
 
     def __str__(self) -> str:
-        from rorchat.reporting import format_score_table
+        from rorchat.reporting.tables import format_score_table
 
         return "\n".join([format_score_table(self.scores), *self.notes])
 
@@ -60,19 +60,23 @@ def evaluate(
     untrained: bool = False,
     text: StrPath | None = None,
     chat: bool = True,
+    tinytown: bool | None = None,
     persona: StrPath | None = None,
     out: StrPath | None = None,
 ) -> Evaluation:
-    """Compare models: right answers to questions that were in no training data, and the loss on a text.
+    """Compare models: the loss on a text, and answers to Tinytown's questions or chat behaviour.
 
         print(rorchat.evaluate(["runs/pretrain", "runs/sft"], out="runs/scores.json"))
 
     Args:
         models: one or several run folders, model folders or Hub ids; a dict gives them names.
         untrained: add a model of the same size with random weights.
-        text: a text to compute the loss on: a source such as "text=FILE", or a token store.
-        chat: ask Tinytown's validation questions and the persona probes.
-        persona: the persona file whose probes are asked; None for RorChat's.
+        text: a text to compute the loss on: a source such as "text=FILE", or a token store; None for the validation
+            split of each model's own pretraining.
+        chat: ask questions; False computes losses only.
+        tinytown: ask every model Tinytown's questions, or none; None for those that were trained on Tinytown. The
+            behaviour of other chat models is measured as by `gate`.
+        persona: the persona file whose probes are asked; None for that of the model's run.
         out: also write the scores to this JSON file, where `report` finds them if it is named scores.json.
 
     Raises:
@@ -93,7 +97,7 @@ def evaluate(
 
         named = [(name, str(model)) for name, model in models.items()]
         scores, notes = compare_models(
-            named, untrained=untrained, text=_as_text(text), ask=chat, persona=_as_text(persona)
+            named, untrained=untrained, text=_as_text(text), ask=chat, tinytown=tinytown, persona=_as_text(persona)
         )
         if out is not None:
             write_scores(scores, Path(out))
@@ -116,7 +120,7 @@ def gate(
     Args:
         before: the model of the previous stage, for comparison.
         thresholds: a YAML file with thresholds; None for the package's behaviour.yaml.
-        persona: the persona file whose probes are asked; None for RorChat's.
+        persona: the persona file whose probes are asked; None for that of the model's run.
         out: also write the verdict to this JSON file, where `report` finds it if it is named behaviour.json.
 
     Returns:
@@ -133,7 +137,8 @@ def gate(
         from rorchat.persona import load_persona
 
         limits = load_thresholds(thresholds)
-        verdict = judge_model(str(model), load_persona(_as_text(persona)), limits, _as_text(before))
+        given = None if persona is None else load_persona(persona)
+        verdict = judge_model(str(model), given, limits, _as_text(before))
         if out is not None:
             write_verdict(verdict, Path(out))
     return verdict
@@ -153,7 +158,7 @@ def report(folder: StrPath) -> ReportPaths:
         DataError: there is no run in the folder.
     """
     with quiet_libraries():
-        from rorchat.reporting import write_report
+        from rorchat.reporting.write import write_report
 
         return ReportPaths(*write_report(Path(folder)))
 
@@ -165,10 +170,10 @@ def push(model: StrPath, repository: str, *, private: bool = False, dry_run: boo
         model: a run folder or a model folder.
         repository: the Hub id, such as "you/your-model".
         private: create a private repository.
-        dry_run: only verify the model and build its card; upload nothing.
+        dry_run: only verify the model, list the files and build the card; upload nothing.
 
     Returns:
-        What was done, in a few lines; after a dry run also the model card.
+        What was done, in a few lines; after a dry run also the files with their sizes, and the model card.
 
     Raises:
         UsageError: the name of the repository is invalid.

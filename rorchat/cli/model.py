@@ -197,13 +197,10 @@ def push(
 ) -> None:
     """Verify a model, upload it to the Hub with a model card, download it and verify the download."""
     _silence_transformers()
-    from rorchat.hub import prepare_upload, push_model
+    from rorchat.hub import push_model
 
     if repository.count("/") != 1:
         raise UsageError(f"{repository!r} is not a Hub id: give owner/name, such as rory/my-chat-model.")
+    print(push_model(folder, repository, private=private, dry_run=dry_run))
     if dry_run:
-        upload = prepare_upload(folder, repository)
-        print(upload.describe(), f"\nREADME.md:\n\n{upload.card}", sep="\n", end="")
-        print("\nNothing was uploaded. next: the same command without --dry_run")
-        return
-    print(push_model(folder, repository, private=private))
+        print("next: the same command without --dry_run")
