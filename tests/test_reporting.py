@@ -198,7 +198,7 @@ def test_the_report_says_which_sources_the_losses_cover(tmp_path):
     tokens = {"train_tokens": 9000, "validation_tokens": 100}
     store = {"source": "text=a/", "licence": "-", "rows_in": 9, "kept": 9, "rejects": {}} | tokens
     mixture = {"mixture": {"sources": {"tales": {}}}}
-    logged = [{"step": 2, "eval_tales_loss": 1.5}]
+    logged = [{"step": 2, "eval_loss": 1.5}]  # there is a single source
     write_run(tmp_path / "pretrain", "pretrain", logged, data=[store], inputs=mixture)
     lines = write_report(tmp_path)[0].read_text().splitlines()
     start = lines.index("| run | source | in the training loss | in the validation loss | validation loss |")

@@ -29,8 +29,9 @@ def draw_curves(runs: list[Path], target: Path) -> None:
         constrained_layout=True, sharex="col",
     )  # fmt: skip
     for column, (run, records) in enumerate(zip(runs, logs, strict=True)):
+        unvalidated = list_unvalidated(run)
         for axis, (label, lines) in zip(axes[:, column], panels, strict=True):
-            _draw_panel(axis, records, lines, list_unvalidated(run))
+            _draw_panel(axis, records, lines, unvalidated)
             if column == 0:
                 axis.set_ylabel(label)
         axes[0][column].set_title(run.name)

@@ -34,10 +34,11 @@ def list_loss_rows(run: Path) -> list[LossRow]:
     names = list(mixture.get("sources", ()))  # as the mixture file calls them
     if len(names) != len(data):  # a chat stage, or a mixture with a missing source or with an earlier phase
         names = name_sources([source["source"] for source in data])
+    keys = ["eval_loss"] if len(data) == 1 else [f"eval_{name}_loss" for name in names]
     metrics = read_metrics(run)
     rows = [
-        LossRow(name, source["source"], *_describe(record["stage"], source), last_value(metrics, f"eval_{name}_loss"))
-        for name, source in zip(names, data, strict=True)
+        LossRow(name, source["source"], *_describe(record["stage"], source), last_value(metrics, key))
+        for name, source, key in zip(names, data, keys, strict=True)
     ]
     settings = record.get("settings") or {}
     if data and settings.get("replay"):

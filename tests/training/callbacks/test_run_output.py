@@ -388,6 +388,7 @@ def test_the_picture_has_a_panel_for_each_logged_quantity(shown, tmp_path, monke
     (tmp_path / "run").mkdir()
     lines = [*shown.lines, {"event": "diverged", "step": 9, "loss": "nan", "grad_norm": "inf"}]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "run" / "run.json").write_text('{"stage": "pretrain"}')
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
     draw_curves([tmp_path / "run"], tmp_path / "curves.png")
