@@ -97,9 +97,8 @@ def load_split(arguments, kind: str, encode: Encode) -> Split:
     in_validation = [row.is_validation != (row.order == moved) for row in rows]
     train = [row.encoded for row, held_out in zip(rows, in_validation, strict=True) if not held_out]
     validation = [row.encoded for row, held_out in zip(rows, in_validation, strict=True) if held_out]
-    counts = [0] * len(row_stats)
-    for row, held_out in zip(rows, in_validation, strict=True):
-        counts[row.source] += held_out
+    sources = [row.source for row, held_out in zip(rows, in_validation, strict=True) if held_out]
+    counts = [sources.count(number) for number in range(len(row_stats))]
     return Split(Dataset.from_list(train), Dataset.from_list(validation), row_stats, counts)
 
 

@@ -70,7 +70,7 @@ def test_prepare_accepts_filters_evaluation_sets_workers_and_a_persona(saved, tm
     output = succeeded(
         "prepare", "persona=200", "--tokenizer", saved, "--out", tmp_path / "p", "--persona", persona, *SHARE
     )
-    assert output.splitlines()[-1] == f"store  {tmp_path / 'p'}"
+    assert output.splitlines()[-2] == f"store  {tmp_path / 'p'}"
 
 
 def test_check_and_prepare_count_evaluation_rows_that_are_not_compared(texts, saved, tmp_path):
@@ -160,7 +160,7 @@ def test_imported_shards_are_read_as_a_token_store(tokenizer, saved, tmp_path):
     assert store.slice("validation", 0, store.tokens("validation")).tolist() == validation.tolist()
     sizes = np.array(token_bytes(tokenizer))
     assert store.manifest.total("train", "utf8_bytes") == sizes[train].sum()
-    assert output.splitlines() == [
+    assert output.splitlines()[:3] == [
         f"train: 249 documents, {len(train):,} tokens",
         f"validation: 50 documents, {len(validation):,} tokens",
         f"store  {tmp_path / 'imported'}",
