@@ -165,8 +165,8 @@ def _try_source(name: str, path: Path) -> tuple[float, str]:
                 is_other_format = isinstance(raw, RejectedRow) or rejected_row.reason in FORMAT_REASONS
                 score += 0.0 if is_other_format else 0.5
                 problem = problem or str(rejected_row)
-    except RorchatError:
-        return 0.0, ""
+    except RorchatError as error:
+        return 0.0, str(error).rstrip(".") if name == "text" else ""  # it reads any file that is text
     return score / max(1, count), problem
 
 

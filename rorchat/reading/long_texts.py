@@ -61,7 +61,7 @@ class Limits:
     def describe(self, cut: int) -> str:
         """What was done with long texts, `cut` of which were cut."""
         return (
-            f"{cut:,} text{'s' if cut != 1 else ''} of more than {self.maximum:,} characters cut into about "
+            f"{cut:,} of more than {self.maximum:,} characters {'were' if cut != 1 else 'was'} cut into about "
             f"{self.target:,}, at chapter headings, else empty lines, line ends, sentence ends or white space"
         )
 

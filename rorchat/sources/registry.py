@@ -13,14 +13,7 @@ from typing import Any
 from rorchat import sources
 from rorchat.errors import DataError, RorchatError, UsageError, did_you_mean
 from rorchat.persona import Persona, load_persona
-from rorchat.reading.folders import (
-    files_digest,
-    find_files,
-    is_hidden,
-    refuse_other_than_text,
-    refuse_unknown_suffix,
-)
-from rorchat.reading.formats import read_any_text, read_rows
+from rorchat.reading.folders import files_digest
 from rorchat.reading.long_texts import cut_apart
 from rorchat.reading.parts import split_files
 from rorchat.reading.slices import FileSlice
@@ -28,12 +21,13 @@ from rorchat.rows import CHECKS, RejectedRow, RepairedRow
 from rorchat.sources.base import PlacedRow, RowStats, Source, to_printable
 from rorchat.sources.columns import ROLES, Columns, pick_columns, require_columns, suggest_columns
 from rorchat.sources.hub_dataset import HubDataset, HubRows, open_rows, resolve
+from rorchat.sources.local_files import find_source_files, find_unread_files, read_slice
 from rorchat.sources.location import Location, format_spec, parse_location
 
 CHAT_PREFIX = "chat:"  # prefix of a source's name that selects its conversations
 HUB_ROWS_PER_PART = 20_000
 #: The other modules of this folder.
-NOT_SOURCES = {"base", "columns", "hub_dataset", "hub_errors", "location", "registry"}
+NOT_SOURCES = {"base", "columns", "hub_dataset", "hub_errors", "local_files", "location", "registry"}
 
 RejectHook = Callable[[str, RejectedRow, object], None]  # called with place, rejected row and raw row
 
@@ -288,8 +282,8 @@ def load_rows(
         rows = source.generate(kind, amount, seed, persona)
         raw = ((f"{source.name}, row {number}", row) for number, row in enumerate(rows))
     elif location.path:
-        slices = part.slices if part else [FileSlice(file) for file in find_source_files(spec)]
-        raw = _gather_rows(source, (_read_slice(source, file_slice, stats) for file_slice in slices))
+        slices = part.slices if part else [FileSlice(file) for file in find_source_files(source, location.path)]
+        raw = _gather_rows(source, (read_slice(source, file_slice, stats) for file_slice in slices))
         stats.reading.unread = {} if part else unread_files(spec)
     else:
         hub = open_hub_rows(spec)
@@ -299,23 +293,6 @@ def load_rows(
     return SourceRows(
         spec, kind, source, raw, stats, allow_empty or part is not None, on_reject, columns=location.columns
     )
-
-
-def _read_slice(source: Source, file_slice: FileSlice, stats: RowStats) -> Iterator[PlacedRow]:
-    """The rows of a slice of a file. Files are counted, and one without rows is noted as unread."""
-    path = file_slice.path
-    if source.long_texts:
-        rows = read_any_text(file_slice, source.long_texts, stats.reading)
-    else:
-        rows = iter(source.read(path)) if source.read else read_rows(file_slice)
-    first = [row for row in [next(rows, None)] if row is not None]
-    if first:
-        stats.reading.files += not file_slice.start
-    elif not file_slice.start and file_slice.stop is None:
-        stats.reading.unread.setdefault(str(path), "only white space" if path.stat().st_size else "empty")
-    while first:
-        yield first.pop()  # pop: keep no reference to a yielded row
-    yield from rows
 
 
 def open_hub_rows(spec: str) -> HubRows:
@@ -354,24 +331,6 @@ def _gather_rows(source: Source, files: Iterable[Iterator[PlacedRow]]) -> Iterat
     return gather(chain.from_iterable(files))
 
 
-def find_source_files(spec: str) -> list[Path]:
-    """The files of a local source, in order.
-
-    Raises:
-        DataError: the path does not exist, or has no file that the source can read.
-    """
-    source, path = split_spec(spec)[0], local_path(spec)
-    assert path is not None, "only for local sources"
-    return find_files(path, source.files, _refusal(source))
-
-
-def _refusal(source: Source) -> Callable[[Path], str]:
-    """The function that says why a source cannot read a file."""
-    if source.read:
-        return lambda path: ""
-    return refuse_other_than_text if source.long_texts else refuse_unknown_suffix
-
-
 def source_parts(spec: str) -> list[SourcePart]:
     """Splits a source into parts that several processes can read in parallel, in the order of its rows.
 
@@ -381,8 +340,8 @@ def source_parts(spec: str) -> list[SourcePart]:
     source, _ = split_spec(spec)
     if source.is_generated:
         return [SourcePart()]
-    if local_path(spec):
-        files = find_source_files(spec)
+    if path := local_path(spec):
+        files = find_source_files(source, path)
         if source.gather and not source.restarts_per_file:
             return [SourcePart(tuple(FileSlice(file, bytes=file.stat().st_size) for file in files))]
         return [SourcePart(slices) for slices in split_files(files, divide=not source.gather and not source.read)]
@@ -395,23 +354,9 @@ def source_parts(spec: str) -> list[SourcePart]:
 
 
 def unread_files(spec: str) -> dict[str, str]:
-    """The files of a local folder that the source does not read, such as matches of a later pattern in `FILES`.
-
-    Returns:
-        path -> the reason.
-    """
+    """The files of a local folder that a source does not read -> the reasons; empty for other sources."""
     source, folder = split_spec(spec)[0], local_path(spec)
-    if folder is None or not folder.is_dir():
-        return {}
-    known = {*find_source_files(spec), *(file for pattern in source.beside for file in folder.rglob(pattern))}
-    others = sorted(
-        file for file in folder.rglob("*") if file.is_file() and not is_hidden(file, folder) and file not in known
-    )
-    refuse = _refusal(source)
-    return {
-        str(file): ("empty" if not file.stat().st_size else refuse(file)) or f"not one of the files of {source.name}"
-        for file in others
-    }
+    return find_unread_files(source, folder) if folder is not None and folder.is_dir() else {}
 
 
 def source_digest(spec: str, persona: Persona | None = None) -> str:
@@ -433,13 +378,13 @@ def source_digest(spec: str, persona: Persona | None = None) -> str:
             return _json_digest([resolve(location.dataset).record(), dict(location.columns)])
         except RorchatError:
             return ""
+    path = location.path or Path()
     try:
-        files = find_source_files(spec)
+        files = find_source_files(source, path)
     except DataError:
         return ""
     folders = {folder for file in files for folder in (file.parent, file.parent.parent)}
     beside = {file for folder in folders for pattern in source.beside for file in folder.glob(pattern)}
-    path = local_path(spec) or Path()
     digest = files_digest(sorted({*files, *beside}), path if path.is_dir() else path.parent)
     return _json_digest([digest, dict(location.columns)]) if location.columns else digest
 

@@ -208,12 +208,8 @@ def _open(folder: Path, expected: Manifest) -> TokenStore:
     wanted["evaluation"] = {
         name: digest or existing["evaluation"].get(name, "") for name, digest in wanted["evaluation"].items()
     }
-    if not existing["long_texts"] and wanted["long_texts"]:
-        print(  # noqa: T201
-            f"{folder} was made by an earlier version, which did not cut long texts and read only UTF-8: it is used as "
-            "it is. Delete it to prepare it again.",
-            file=sys.stderr,
-        )
+    is_earlier = wanted["long_texts"] and not existing["long_texts"]
+    if is_earlier:
         wanted["long_texts"] = 0
     differences = [
         _describe_difference(key, existing[key], wanted[key]) for key in wanted if existing[key] != wanted[key]
@@ -223,6 +219,12 @@ def _open(folder: Path, expected: Manifest) -> TokenStore:
     if differences:
         raise MismatchError(
             f"{folder} contains a different token store: {'; '.join(differences)}. Delete it or choose another folder."
+        )
+    if is_earlier:
+        print(  # noqa: T201
+            f"{folder} was made by an earlier version, which did not cut long texts and read only UTF-8: it is used as "
+            "it is. Delete it to prepare it again.",
+            file=sys.stderr,
         )
     return store
 
