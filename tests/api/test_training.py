@@ -129,8 +129,8 @@ def read_process_state() -> tuple:
 def test_runs_follow_each_other_in_one_process_and_leave_it_unchanged(tiny, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     before = read_process_state()
-    with pytest.raises(DataError, match="tinytown"):
-        rorchat.pretrain(**tiny | {"sources": ["tinytown=1"]})
+    with pytest.raises(DataError, match="none.txt"):
+        rorchat.pretrain(**tiny | {"sources": ["text=none.txt"]})
     assert read_process_state() == before
     result = rorchat.pretrain(**tiny)  # the folder is not locked
     assert result.metrics["eval_loss"] > 0

@@ -54,11 +54,11 @@ def test_a_recipe_called_from_python_raises(tmp_path, monkeypatch):
 
 def test_a_recipe_that_failed_releases_its_folder_and_signals(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--sources", "tinytown=1", "--tokenizer", str(saved), "--size", "2x2x32", "--block_size", "64"]
+    flags = ["--sources", "text=none.txt", "--tokenizer", str(saved), "--size", "2x2x32", "--block_size", "64"]
     flags += ["--per_device_train_batch_size", "2", "--global_batch_tokens", "128", "--max_steps", "1"]
     before, errors = signal.getsignal(signal.SIGINT), []  # a notebook keeps the traceback, and with it the run
     for _ in range(2):
-        with pytest.raises(DataError, match="tinytown") as error:
+        with pytest.raises(DataError, match="none.txt") as error:
             pretrain.main([*flags, "--output_dir", "run"])
         errors.append(error)
         assert signal.getsignal(signal.SIGINT) is before
