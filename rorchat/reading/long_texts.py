@@ -66,32 +66,30 @@ class Limits:
         )
 
 
-def _ends(pattern: re.Pattern) -> Callable[[str, int], list[int]]:
-    return lambda window, first: [match.end() for match in pattern.finditer(window, first)]
+def _ends(pattern: re.Pattern) -> Callable[[str, int, int], list[int]]:
+    return lambda text, first, last: [match.end() for match in pattern.finditer(text, first, last)]
 
 
-def _ends_before_headings(window: str, first: int) -> list[int]:
-    return [end for end in _ends(_EMPTY_LINES)(window, first) if _HEADING.match(window, end)]
+def _ends_before_headings(text: str, first: int, last: int) -> list[int]:
+    return [end for end in _ends(_EMPTY_LINES)(text, first, last) if _HEADING.match(text, end)]
 
 
-def _sentence_ends(window: str, first: int) -> list[int]:
+def _sentence_ends(text: str, first: int, last: int) -> list[int]:
     """The positions after sentences. A full stop after an abbreviation, or before a small letter, ends none."""
     ends = []
-    for match in _SENTENCE.finditer(window, first):
-        before = window[max(0, match.start() - _LONGEST_ABBREVIATION - 1) : match.start()]
+    for match in _SENTENCE.finditer(text, first, last):
+        before = text[max(0, match.start() - _LONGEST_ABBREVIATION - 1) : match.start()]
         word = _OTHER_THAN_WORDS.split(before)[-1]
         is_abbreviation = word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha())
-        following = window[match.end() : match.end() + 9].lstrip(_OPENING)[:1]
-        if not (is_abbreviation and window[match.start()] == ".") and not following.islower():
+        following = text[match.end() : match.end() + 9].lstrip(_OPENING)[:1]
+        if not (is_abbreviation and text[match.start()] == ".") and not following.islower():
             ends.append(match.end())
     return ends
 
 
-#: Kinds of boundaries, the best first: each gives the ends of the possible pieces.
-_BOUNDARIES = (
-    _ends_before_headings, _ends(_EMPTY_LINES), _ends(_LINE_OF_SENTENCE), _ends(_LINE), _sentence_ends,
-    _ends(_BETWEEN_WORDS),
-)  # fmt: skip
+#: Kinds of boundaries, the best first: each gives the ends of possible pieces between two positions of a text.
+_AT_LINES = (_ends_before_headings, _ends(_EMPTY_LINES), _ends(_LINE_OF_SENTENCE), _ends(_LINE))
+_IN_LINES = (_sentence_ends, _ends(_BETWEEN_WORDS))
 
 
 def _find_cut(window: str, limits: Limits) -> int | None:
@@ -101,11 +99,16 @@ def _find_cut(window: str, limits: Limits) -> int | None:
     """
     if window.endswith("\r"):
         window = window[:-1]  # it may be half of a line end
-    for ends_in in _BOUNDARIES:
-        ends = [end for end in ends_in(window, max(0, limits.minimum - 1)) if end >= limits.minimum]
+    target, near = limits.target, limits.target // 10
+    for ends_in in (*(_AT_LINES if "\n" in window or "\r" in window else ()), *_IN_LINES):
+        # First near the target, because a long line has thousands of words. One more character, because white space
+        # that goes on at the end of the range would end elsewhere
+        ends = [end for end in ends_in(window, target - 2 * near, target + near + 1) if abs(end - target) <= near]
+        if not ends:
+            ends = [end for end in ends_in(window, limits.minimum - 1, len(window)) if end >= limits.minimum]
         if ends:
-            return min(ends, key=lambda end: abs(end - limits.target))
-    before = _inner(_ends(_BETWEEN_WORDS)(window[: limits.minimum], 0), window)
+            return min(ends, key=lambda end: abs(end - target))
+    before = _inner(_ends(_BETWEEN_WORDS)(window, 0, limits.minimum), window)
     return before[-1] if before else None
 
 
@@ -164,13 +167,13 @@ def divide(text: str) -> list[str]:
     SHORTEST_WITHOUT_SENTENCES characters, and otherwise is the only piece.
     """
     inner: list[int] = []
-    for ends_in in (_ends_before_headings, _ends(_EMPTY_LINES), _ends(_LINE_OF_SENTENCE), _sentence_ends):
-        inner = sorted({*inner, *_inner(ends_in(text, 0), text)})
+    for ends_in in (*_AT_LINES[:-1], _sentence_ends):
+        inner = sorted({*inner, *_inner(ends_in(text, 0, len(text)), text)})
         if len(inner) >= DIVIDED_INTO - 1:
             break
-    inner = inner or _inner(_ends(_LINE)(text, 0), text)
+    inner = inner or _inner(_ends(_LINE)(text, 0, len(text)), text)
     if not inner and len(text) >= SHORTEST_WITHOUT_SENTENCES:
-        inner = _inner(_ends(_BETWEEN_WORDS)(text, 0), text)
+        inner = _inner(_ends(_BETWEEN_WORDS)(text, 0, len(text)), text)
     wanted = [number * len(text) / DIVIDED_INTO for number in range(1, DIVIDED_INTO)]
     chosen = sorted({min(inner, key=lambda end: abs(end - at)) for at in wanted}) if inner else []  # noqa: B023
     return [text[start:end] for start, end in zip([0, *chosen], [*chosen, len(text)], strict=True)]
