@@ -59,7 +59,7 @@ LOSSES = (
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 #: The default learning rate is LEARNING_RATE_AT_1M * (millions of parameters) ** -LEARNING_RATE_EXPONENT.
-LEARNING_RATE_AT_1M, LEARNING_RATE_EXPONENT = 3e-5, 0.45
+LEARNING_RATE_AT_1M, LEARNING_RATE_EXPONENT = 1e-4, 0.5
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 #: Losses that support every divergence, because they depend on the difference between chosen and rejected.
 DIFFERENCE_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
@@ -114,7 +114,7 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid", "sft"])
     precompute_ref_log_probs: bool = True
     learning_rate: float | None = field(  # type: ignore[assignment]  # None until the trainer chooses it
-        default=None, metadata={"help": "Default: by the size of the model, 3e-5 for a million parameters."}
+        default=None, metadata={"help": "Default: by the size of the model, 1e-4 for a million parameters."}
     )
     weight_decay: float = 0.0
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or a share of them if below 1."})

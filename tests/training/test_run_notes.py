@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 from recipe_commands import inside, succeeded
 from support import json_lines, write
+from transformers import GPT2Config
 
 from rorchat.model import build_model, save_model
 from rorchat.sources.base import RowStats
+from rorchat.training.dpo import default_learning_rate
 from rorchat.training.run_notes import MIN_STEPS, warn_about_kept_rows, warn_about_margin, warn_about_steps
 
 
@@ -100,7 +102,17 @@ def test_dpo_says_its_default_learning_rate(model, tmp_path):
     flags = ["--model", model, "--sources", pairs(tmp_path, 60, 0), "--validation_share", 0.2, "--bf16", "false"]
     done = succeeded(inside("dpo", *flags, "--max_steps", 2, "--logging_steps", 1, "--output_dir", tmp_path / "run"))
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("learning rate ")]
-    assert float(line.split()[2].rstrip(",")) > 3e-5  # fewer than a million parameters
+    assert float(line.split()[2].rstrip(",")) > 1e-4  # fewer than a million parameters
+
+
+def test_the_default_learning_rate_falls_with_the_root_of_the_size():
+    small, large = (
+        default_learning_rate(
+            GPT2Config(vocab_size=vocabulary, n_positions=512, n_layer=layers, n_head=4, n_embd=width)
+        )
+        for vocabulary, layers, width in ((5_000, 4, 128), (20_000, 16, 512))
+    )
+    assert (small, large) == (8.2e-5, 1.3e-5)  # 1.5M and 60.9M parameters
 
 
 def test_sft_warns_about_few_steps(model, tmp_path):
