@@ -146,9 +146,9 @@ class RowStats:
     def _describe_reading(self) -> list[str]:
         reading, lines = self.reading, []
         if reading.long_texts and self.limits:
+            files = f"{count_files(reading.files)}, " if reading.files else ""  # none are known on the Hub
             lines.append(
-                f"  {count_files(reading.files)}, {self.rows_in:,} documents, which are the rows: "
-                f"{self.limits.describe(reading.long_texts)}"
+                f"  {files}{self.rows_in:,} documents, which are the rows: {self.limits.describe(reading.long_texts)}"
             )
         lines += [f"  {count_files(count)} decoded as {name}" for name, count in sorted(reading.decoded.items())]
         if reading.unread:

@@ -97,6 +97,14 @@ def test_a_text_file_is_one_document_or_divided_at_the_end_of_text(answers):
     assert [row["text"] for row in answers["text=me/plain"]["rows"]] == ["First\nstory.", "Second.", "Third."]
 
 
+def test_a_long_text_is_cut_as_in_a_local_folder(hub, tmp_path):
+    text = "A sentence of some words. " * 1000
+    hub.add_dataset("me/long", {"book.txt": text.encode()})
+    (tmp_path / "book.txt").write_text(text)
+    answers = read_sources(hub, tmp_path, "text=me/long", "text=book.txt")
+    assert answers["text=me/long"]["rows"] == answers["text=book.txt"]["rows"] and answers["text=me/long"]["kept"] > 2
+
+
 def test_the_record_names_commit_configuration_and_split(answers, hub):
     commits = [hub.datasets["me/qa"].commit_id(index) for index in (0, 1)]
     expected = {"dataset": "me/qa", "config": "default", "split": "train"}
