@@ -351,13 +351,6 @@ def test_a_wrapped_error_is_judged_by_its_cause():
         raise RuntimeError("Error while downloading") from full
 
 
-def test_a_dry_run_shows_the_card_and_uploads_nothing(story, tmp_path):
-    with FakeHub() as hub:
-        done = push(hub, tmp_path, story / "sft", "--dry_run", verified=False)
-    assert (done.returncode, hub.files) == (0, {})
-    assert done.stdout.endswith(build_model_card(story / "sft" / "model", NAME) + "\n")
-
-
 def test_the_card_names_sources_licences_and_numbers(story):
     lines = build_model_card(story / "sft" / "model", NAME).splitlines()
     assert "| pretrain | tinytown | Apache-2.0 | 987 of 1,000 | too long 13 |" in lines
