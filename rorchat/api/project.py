@@ -61,10 +61,10 @@ def _as_list(specs: StrPath | Sequence[StrPath]) -> list[str]:
 
 
 def run(folder: StrPath, *, anyway: bool = False) -> "list[StageTime]":
-    """Run every stage of a project, each in a process of its own. Run it again to resume after a stop.
+    """Run every stage of a project, each in a separate process. Run it again to resume after a stop.
 
     Args:
-        anyway: go on if the gate fails.
+        anyway: continue if the gate fails.
 
     Returns:
         The planned and the actual duration of every stage, in seconds.

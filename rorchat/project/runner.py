@@ -55,8 +55,8 @@ class Step:
 def read_steps(folder: Path) -> list[Step]:
     """The commands of a project's run.sh.
 
-    A command is a line that begins with `rorchat`; it may go on after a backslash. Comments, `set` and `cd` are
-    skipped.
+    A command is a line that begins with `rorchat`; a backslash continues it on the next line. Comments, `set` and `cd`
+    are skipped.
 
     Raises:
         UsageError: the folder has no run.sh, or it has a line of another kind.
@@ -117,13 +117,13 @@ class StageTime:
 
 
 def run_project(folder: Path, *, anyway: bool = False, show: Callable[[str], object] = print) -> list[StageTime]:
-    """Runs every command of the project, each in a process of its own, in the project's folder.
+    """Runs every command of the project, each in a separate process, in the project's folder.
 
     Training commands resume or, if they have finished, end at once; so a project that was stopped anywhere is resumed
     by running it again.
 
     Args:
-        anyway: go on when the gate fails.
+        anyway: continue if the gate fails.
         show: called with each line of progress.
 
     Raises:
@@ -173,7 +173,7 @@ def _failure(step: Step, code: int, folder: Path) -> RorchatError:
     if code == GATE_FAILED and step.name == GATE:
         return StageFailed(
             "The gate failed: the model does not behave well enough to be published, see the error above. Give it more "
-            f"data or time, or go on without regard to the gate: {again} --anyway",
+            f"data or time, or continue although it failed: {again} --anyway",
             code,
         )
     return StageFailed(f"{step.name} failed with exit code {code}; its error is above. After a fix: {again}", code)

@@ -3,7 +3,7 @@
 That is UTF-8 if the whole file is valid UTF-8, UTF-16 or UTF-32 after a byte order mark, and UTF-16 without one if
 nearly every second byte is zero. Other files are Windows-1252 (of which ISO-8859-1 is a part) if all their bytes are
 characters of it, in places where Western European texts have them. Other encodings of one byte per character are
-refused where Windows-1252 would put signs into words; those for Czech or Turkish cannot be told from it.
+refused where Windows-1252 would put signs into words; those for Czech or Turkish cannot be distinguished from it.
 
 `charset-normalizer`, which guesses among a hundred encodings, was not used: it took three of four English books in
 Windows-1252 and half of the tested sentences for cp1250, cp1006 or mac_latin2.

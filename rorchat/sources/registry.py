@@ -306,8 +306,7 @@ def open_hub_rows(spec: str) -> HubRows:
     if location.dataset is None:
         hint = f", or a dataset of the Hub, as in {source.name}=OWNER/NAME" if source.name in ROLES else ""
         raise UsageError(
-            f"{source.name} has no dataset of its own on the Hub: give a file or folder, as in {source.name}=PATH"
-            f"{hint}."
+            f"{source.name} is not a dataset on the Hub: give a file or folder, as in {source.name}=PATH{hint}."
         )
     rows = open_rows(resolve(location.dataset))
     if rows.columns:
