@@ -1,11 +1,12 @@
 """Which model reaches the lowest loss on a text of limited size in a given time: a scaling law for small models.
 
-    bits per byte = E + A / N^alpha + B / D^beta
+    bits per byte = E + A / N^alpha + B / D^beta + C / V^gamma
 
-N is the number of parameters (`count_scaling_parameters`), D the number of bytes that the model reads. Bytes that it
-reads repeatedly count less: after r repetitions, U unique bytes are worth U (1 + R (1 - exp(-r / R))) new ones, with
-R = 15.4 (Muennighoff et al. 2023, arXiv:2305.16264). A model that is large for its text also memorizes it: see OVERFIT.
-The constants were fitted to runs of this package: `scripts/bench/small_models.py`, docs/planning.md.
+N is the number of parameters (`count_scaling_parameters`), D the number of bytes that the model reads, and V the size of
+the vocabulary: a small model predicts a text better if its tokens are longer. Bytes that are read repeatedly count less:
+after r repetitions, U unique bytes are worth U (1 + R (1 - exp(-r / R))) new ones, with R = 15.4 (Muennighoff et al.
+2023, arXiv:2305.16264). The constants were fitted to runs of this package: `scripts/bench/small_models.py`,
+docs/planning.md. They hold for English prose; on other texts, differences between sizes are similar, levels are not.
 """
 
 import math
@@ -20,20 +21,23 @@ REPETITIONS = 15.4  # after this many repetitions, a repeated byte is worth a th
 
 @dataclass(frozen=True)
 class Law:
-    """The constants of the law, in bits per byte, parameters and bytes."""
+    """The constants of the law, in bits per byte, parameters, bytes and tokens."""
 
     E: float
     A: float
     alpha: float
     B: float
     beta: float
+    C: float
+    gamma: float
 
-    def bits_per_byte(self, parameters: float, bytes_read: float, unique_bytes: float) -> float:
+    def bits_per_byte(self, parameters: float, bytes_read: float, unique_bytes: float, vocabulary: int) -> float:
         data = effective_bytes(bytes_read, unique_bytes)
-        return self.E + self.A / parameters**self.alpha + self.B / data**self.beta
+        size, text, tokens = parameters**self.alpha, data**self.beta, vocabulary**self.gamma
+        return self.E + self.A / size + self.B / text + self.C / tokens
 
 
-LAW = Law(E=0.8, A=30.0, alpha=0.3, B=300.0, beta=0.4)
+LAW = Law(E=1.36, A=6.8, alpha=0.35, B=28.4, beta=0.3, C=93.0, gamma=0.8)
 
 #: Shapes that are considered, in rising order. Few layers: on a CPU, a wide layer is faster than two narrow ones.
 SHAPES = (
@@ -77,7 +81,10 @@ class Size:
 def predict(shape: Shape, vocabulary: Vocabulary, tokens: int, unique_bytes: int, law: Law = LAW) -> Size:
     """The predicted result of pretraining a shape on `tokens` tokens of a text of `unique_bytes` bytes."""
     bits = law.bits_per_byte(
-        count_scaling_parameters(shape, vocabulary.size), tokens * vocabulary.bytes_per_token, unique_bytes
+        count_scaling_parameters(shape, vocabulary.size),
+        tokens * vocabulary.bytes_per_token,
+        unique_bytes,
+        vocabulary.size,
     )
     return Size(shape, vocabulary, tokens, unique_bytes, bits)
 
