@@ -52,11 +52,8 @@ class ProjectFiles:
         stages = self.settings.scheduler.stages
         commands = {name: f"rorchat {COMMANDS.get(name, name)} --config {name}.yaml" for name in self.settings.stages()}
         last = f"{RUNS}/{stages[-1]}"
-        if "pretrain" in stages:
-            store = f"{RUNS}/pretrain/tokens/{self.settings.first_store}"
-            commands["evaluate"] = (
-                f"rorchat evaluate {RUNS}/pretrain {last} --no_chat --text {store} --out {RUNS}/scores.json"
-            )
+        compared = f"{RUNS}/pretrain {last}" if "pretrain" in stages else last
+        commands["evaluate"] = f"rorchat evaluate {compared} --out {RUNS}/scores.json"
         before = f" --before {RUNS}/sft" if stages[-1] != "sft" else ""
         commands["gate"] = f"rorchat gate {last}{before} --persona persona.yaml --out {RUNS}/behaviour.json"
         commands["report"] = f"rorchat report {RUNS}"

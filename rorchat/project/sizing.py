@@ -2,10 +2,10 @@
 
     bits per byte = E + A / N^alpha + B / D^beta + C / V^gamma
 
-N is the number of parameters (`count_scaling_parameters`), D the number of bytes that the model reads, and V the size of
-the vocabulary: a small model predicts a text better if its tokens are longer. Bytes that are read repeatedly count less:
-after r repetitions, U unique bytes are worth U (1 + R (1 - exp(-r / R))) new ones, with R = 15.4 (Muennighoff et al.
-2023, arXiv:2305.16264). The constants were fitted to runs of this package: `scripts/bench/small_models.py`,
+N is the number of parameters (`count_scaling_parameters`), D the number of bytes that the model reads, and V the size
+of the vocabulary: a small model predicts a text better if its tokens are longer. Bytes that are read repeatedly count
+less: after r repetitions, U unique bytes are worth U (1 + R (1 - exp(-r / R))) new ones, with R = 15.4 (Muennighoff et
+al. 2023, arXiv:2305.16264). The constants were fitted to runs of this package: `scripts/bench/small_models.py`,
 docs/planning.md. They hold for English prose; on other texts, differences between sizes are similar, levels are not.
 """
 
