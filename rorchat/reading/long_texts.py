@@ -78,11 +78,12 @@ def _sentence_ends(text: str, first: int, last: int) -> list[int]:
     """The positions after sentences. A full stop after an abbreviation, or before a small letter, ends none."""
     ends = []
     for match in _SENTENCE.finditer(text, first, last):
+        if text[match.end() : match.end() + 9].lstrip(_OPENING)[:1].islower():
+            continue
         before = text[max(0, match.start() - _LONGEST_ABBREVIATION - 1) : match.start()]
         word = _OTHER_THAN_WORDS.split(before)[-1]
         is_abbreviation = word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha())
-        following = text[match.end() : match.end() + 9].lstrip(_OPENING)[:1]
-        if not (is_abbreviation and text[match.start()] == ".") and not following.islower():
+        if not (is_abbreviation and text[match.start()] == "."):
             ends.append(match.end())
     return ends
 

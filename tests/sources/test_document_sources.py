@@ -278,9 +278,9 @@ def test_a_document_of_100_mb_takes_less_than_300_mb(form, tmp_path):
     characters, reading, checking = map(int, done.stdout.split())
     if "txt" in form:  # read and cut in pieces, without the spaces between them
         assert 0.999 * 10**8 < characters < 10**8
-        assert max(reading, checking) < 30 * 10**6
+        assert max(reading, checking) < 10**8  # most of it is taken by the import of pyarrow for zstd
     else:
-        assert 0.999 * 10**8 < characters < 10**8
+        assert characters == 10**8
         assert 100 * 10**6 < reading < 300 * 10**6
         assert checking < 300 * 10**6
 
