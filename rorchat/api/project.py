@@ -33,7 +33,8 @@ def new(
         documents, conversations, preferences: files, folders or sources ("alpaca=FILE"); at least one in total.
         hours: time for everything on this machine, which is measured.
         persona: a persona file; None to write one that you can edit.
-        base: a model to start from, such as "gpt2"; None for random weights.
+        base: a model to start from, such as "gpt2", or "random" for random weights; None for random weights, or for
+            GPT-2 on a GPU if the time is too short to pretrain 124M parameters.
 
     Returns:
         The plan: `.schedule` (size, tokens and seconds of every stage), `.survey` (the data), `.notes`.

@@ -22,7 +22,12 @@ def new(
     persona: Annotated[Path | None, typer.Option(help="A persona file; default: one to edit is written.")] = None,
     hours: Annotated[float, typer.Option(help="Time for everything, on this machine.")] = 0.5,
     base: Annotated[
-        str | None, typer.Option("--from", help="Start from this model (gpt2, a run folder, a Hub id).")
+        str | None,
+        typer.Option(
+            "--from",
+            help="Start from this model (gpt2, a run folder, a Hub id), or from random weights (random). Default: "
+            "random; on a GPU, gpt2 if the time is too short to pretrain 124M parameters.",
+        ),
     ] = None,
 ) -> None:
     """Plan a chat model from your data for the time you have: reads, measures, and writes settings and a script."""

@@ -3,10 +3,13 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rorchat.device import Device, detect_device
 from rorchat.errors import MismatchError, UsageError
 from rorchat.inference.engine import resolve_model_path
 from rorchat.model import Shape, count_parameters
 from rorchat.persona import load_persona
+from rorchat.plan.budget import Request as PlanRequest
+from rorchat.plan.budget import make_plan
 from rorchat.plan.scaling import format_size
 from rorchat.plan.show import format_count, format_duration
 from rorchat.project.files import ProjectFiles
@@ -21,6 +24,8 @@ MIN_HOURS = 0.05  # below, the starts of the commands take most of the time
 BLOCK_SIZES = {True: (256, 512), False: (512, 1024)}  # {is_cpu: rows to choose from, in tokens}
 TYPICAL_BYTES_PER_TOKEN = 3.0  # before a tokenizer has been tried
 SYSTEM_TOKENS = 60  # system message and template of a conversation
+GPT2, RANDOM = "gpt2", "random"  # values of `--from`
+TOKENS_FOR_GPT2 = 2.5e9  # 20 for each of its 124M parameters (Hoffmann et al. 2022, arXiv:2203.15556)
 MANY_EPOCHS = 8.0  # passes over the documents, beyond which more text helps more than more time
 
 
@@ -94,7 +99,8 @@ def create_project(
     Args:
         documents, conversations, preferences: specs or paths; at least one of them in total.
         persona: a persona file; None to write one that the user can edit.
-        base: a chat or base model, or a Hub id such as "gpt2", to start from; None for random weights.
+        base: a chat or base model, or a Hub id such as "gpt2", to start from; "random" for random weights; None for
+            whichever is better: see `prefers_gpt2`.
 
     Raises:
         UsageError: there is no data, the time is too short, the folder is not empty, or a source has the wrong kind.
@@ -107,8 +113,9 @@ def create_project(
         raise UsageError(f"--hours is {hours:g}: give at least {MIN_HOURS} ({MIN_HOURS * 60:.0f} minutes).")
     _require_new(folder)
     loaded_persona = load_persona(persona)
-    survey = survey_sources(given, loaded_persona, from_scratch=base is None)
-    from_model = _describe_base(base, survey) if base else None
+    base = base or (GPT2 if prefers_gpt2(detect_device(), hours) else RANDOM)
+    survey = survey_sources(given, loaded_persona, from_scratch=base == RANDOM)
+    from_model = None if base == RANDOM else _describe_base(base, survey)
     machine = measure_machine(_choose_block_size(survey, from_model))
     scheduler = Scheduler(survey, machine, hours, from_model)
     vocabularies = [from_model.vocabulary] if from_model else try_vocabularies(survey.sample())
@@ -116,6 +123,18 @@ def create_project(
     settings = ProjectSettings(scheduler, schedule)
     ProjectFiles(folder, settings, persona).write()
     return NewProject(folder, settings, write_notes(scheduler, schedule, vocabularies))
+
+
+def prefers_gpt2(device: Device, hours: float) -> bool:
+    """Whether fine-tuning GPT-2's checkpoint gives a better model than training one from random weights.
+
+    That is so on a GPU that cannot read TOKENS_FOR_GPT2 tokens in this time. On a CPU, fine-tuning 124M parameters
+    takes longer than training a small model from random weights.
+    """
+    if device.is_cpu:
+        return False
+    plan = make_plan(PlanRequest(device, tokens=TOKENS_FOR_GPT2, size="124m"))
+    return plan.hours > hours
 
 
 def _require_new(folder: Path) -> None:
@@ -141,8 +160,6 @@ def _choose(scheduler: Scheduler, vocabularies: list[Vocabulary]) -> tuple[Sched
 
 def _choose_block_size(survey: Survey, base: Base | None) -> int:
     """The smallest row that holds nine of ten conversations."""
-    from rorchat.device import detect_device
-
     positions = base.positions if base else max(max(sizes) for sizes in BLOCK_SIZES.values())
     allowed = [min(size, positions) for size in BLOCK_SIZES[detect_device().is_cpu]]
     longest = max(source.lengths[1] for source in survey.of("conversations"))

@@ -121,3 +121,9 @@ def test_the_package_writes_where_it_was_told(known_speed, given, tmp_path, monk
     written = {path.name for path in Path("bot").iterdir()}
     stages = ("tokenizer", "pretrain", "midtrain", "sft", "dpo")
     assert written == {*(f"{stage}.yaml" for stage in stages), "persona.yaml", "plan.json", "run.sh"}
+
+
+def test_gpt2_is_preferred_on_a_gpu_that_cannot_pretrain_it_in_the_time():
+    assert not create.prefers_gpt2(find_device("cpu"), 0.5)
+    assert create.prefers_gpt2(find_device("T4"), 2)
+    assert not create.prefers_gpt2(find_device("H100"), 24)
