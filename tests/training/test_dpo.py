@@ -10,11 +10,13 @@ from datasets import Dataset
 from recipe_commands import inside, metrics_of, succeeded
 from support import json_lines
 
+from rorchat.chatml import encode_preferences
 from rorchat.errors import UsageError
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
 from rorchat.training.context import StageContext
-from rorchat.training.dpo import CHOSEN_FELL, ChatDPOTrainer, DPOArguments
+from rorchat.training.dpo import CHOSEN_FELL, ChatDPOTrainer, DPOArguments, collate_pairs
+from rorchat.training.kernels.dpo_logps import patch_dpo_logps
 
 FLAGS = ["--model", "unused", "--sources", "tinytown=1", "--bf16", "false", "--logging_steps", "1"]
 DROP = 0.1  # nats per token
@@ -117,6 +119,30 @@ def test_step_does_not_depend_on_micro_batches(build_trainer):
         results.append([validation, *logged_values(trainer, "loss"), *logged_values(trainer, "grad_norm")])
     assert len(results[0]) == 3
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_cut_pairs_are_scored_like_their_sides_alone(tokenizer):
+    """Dropped messages and cut replies leave log-probabilities exact, and no cut reply has a target <|im_end|>."""
+    turns = [{"role": role, "content": f"A {role} says this."} for role in ("user", "assistant", "user")]
+    sides = {"chosen": "Good. " * 60, "rejected": "Bad, and short."}
+    replies = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
+    rows = [{"prompt": turns, **replies}, {"prompt": turns[2:], "chosen": replies["rejected"], "rejected": turns[1:2]}]
+    pairs = encode_preferences(tokenizer, rows, 160)
+    assert [(pair.dropped_turns, pair.cut_replies) for pair in pairs] == [(2, 1), (0, 0)]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end not in pairs[0].chosen_ids and pairs[0].rejected_ids[-1] == end
+    torch.manual_seed(0)
+    model = build_model("2x2x32", tokenizer, n_positions=160).eval()
+    expected = []
+    for side in ("chosen_ids", "rejected_ids"):
+        for pair in pairs:
+            ids, reply = torch.tensor([pair.prompt_ids + getattr(pair, side)]), getattr(pair, side)
+            log_probs = model(ids).logits[0, -len(reply) - 1 : -1].log_softmax(-1)
+            expected.append(log_probs[range(len(reply)), reply].sum().item())
+    batch = collate_pairs([vars(pair) for pair in pairs], tokenizer.pad_token_id)
+    patch_dpo_logps(model)
+    scores = model(input_ids=batch["input_ids"], group_sizes=batch["group_sizes"]).log_probs.sum(1)
+    assert scores.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 # Stopping
