@@ -63,7 +63,7 @@ def read_conversation_lengths(spec: str, tokenizer, window: int) -> list[list[in
 
 
 def read_pair_lengths(spec: str, tokenizer, window: int) -> list[list[int]]:
-    """[prompt, chosen, rejected] lengths of the pairs of a source whose two sides fit into the window."""
+    """[prompt, chosen, rejected] lengths of the pairs of a source that fit into the window without being cut."""
     rows = list(load_rows(spec, "preference"))
     sides = [
         encode_conversations(tokenizer, [[*row["prompt"], *row[side]] for row in rows])

@@ -225,9 +225,10 @@ def test_lengths_equal_those_of_training_rows(tokenizer, tmp_path):
     path = write(tmp_path, "pairs.jsonl", json_lines(*pairs))
     sources = [f"preference={path}"]
     arguments = DPOArguments(output_dir=str(tmp_path), model="any", sources=sources, validation_share=0.3)
-    kept = [row for split in load_preferences(arguments, tokenizer, 128)[:2] for row in split]
-    expected = sorted([len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")] for row in kept)
-    assert len(expected) < len(pairs)
+    complete = [row for split in load_preferences(arguments, tokenizer, 10_000)[:2] for row in split]
+    sizes = sorted([len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")] for row in complete)
+    expected = [size for size in sizes if size[0] + max(size[1:]) < 128]  # with the line end after the reply
+    assert 0 < len(expected) < len(pairs)
     assert sorted(lengths.read_pair_lengths(f"preference={path}", tokenizer, 128)) == expected
 
 
