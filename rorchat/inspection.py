@@ -102,7 +102,7 @@ def guess_row_format(path: Path) -> str:
     results = {name: _try_source(name, path) for name in candidates}
     best = max(score for score, _ in results.values())
     if not best:
-        problem = next((problem for _, problem in results.values() if problem), "")
+        problem = results["text"][1] or next((problem for _, problem in results.values() if problem), "")
         raise DataError(
             f"No row of {path} has a known format{f' ({problem})' if problem else ''}. Give the format with --as: "
             f"{', '.join(ROW_FORMATS)}, or a dataset of `rorchat data list`."
@@ -167,7 +167,8 @@ def _try_source(name: str, path: Path) -> tuple[float, str]:
                 problem = problem or str(rejected_row)
     except RorchatError as error:
         return 0.0, str(error).rstrip(".") if name == "text" else ""  # it reads any file that is text
-    return score / max(1, count), problem
+    unread = rows.stats.reading.describe_unread(str(path))
+    return score / max(1, count), problem or (f"not read: {unread}" if unread else "")
 
 
 def check_source(

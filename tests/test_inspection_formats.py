@@ -163,6 +163,15 @@ def test_an_unknown_row_format_is_an_error_of_one_line(content, tmp_path):
     assert str(error.value).count("\n") == 0 and str(path) in str(error.value)
 
 
+def test_the_error_says_why_files_are_not_read_as_text(tmp_path):
+    write(tmp_path, "a.txt", ("Привет, мир! " * 20).encode("cp1251"))
+    with pytest.raises(DataError, match=r"\(not read: a.txt \(.*invalid UTF-8: convert it to UTF-8\)\). Give"):
+        guess_row_format(tmp_path)
+    write(tmp_path, "b.png", b"\x89PNG")
+    with pytest.raises(DataError, match="known format .*b.png cannot be read: unknown suffix .png, not text: a PNG"):
+        guess_row_format(tmp_path / "b.png")
+
+
 def test_missing_paths_and_unknown_formats_have_different_errors(tmp_path):
     path = write(tmp_path, "rows.jsonl", [chat_row()])
     with pytest.raises(DataError, match="No file or folder .*nothing.jsonl"):
