@@ -274,7 +274,8 @@ class TestBadInput:
             (["--model", tmp_path / "none"], f"error: No model folder {tmp_path / 'none'}."),
             (["--modell", "x"], "error: Unknown option --modell. Did you mean 'model'? See --help."),
         ):
-            done = launch("sft", *wrong, *flags)
+            config = ["--config_file", "recipes/accelerate/one_process.yaml"]
+            done = command("accelerate", "launch", "--quiet", *config, "recipes/sft.py", *wrong, *flags)
             assert done.returncode != 0
             assert (done.stdout, done.stderr.splitlines()) == ("", [message])
 
