@@ -45,6 +45,7 @@ REAL = [
     ("dailydialog", "dailydialog/dialogues_text.txt", 2000, {}),
     ("dailydialog", "dailydialog", 2000, {}),
     ("messages", "chat/axolotl_sharegpt_conversation.json", 1, {}),
+    ("messages", "chat/dolly_hhrlhf_train_small.jsonl", 1000, {}),  # columns prompt and response
     ("messages", "chat/deita_subset_test_sft.parquet", 5, {}),
     ("messages", "chat/moss003_messages.jsonl", 224, {}),
     ("messages", "chat/openai_sft.jsonl", 128, {}),
@@ -77,7 +78,6 @@ def test_real_files_have_the_documented_row_counts(name, path, rows_in, rejects,
 
 # Real files in a format that the source does not read
 UNREAD = [
-    ("messages", "chat/dolly_hhrlhf_train_small.jsonl", 1000),
     ("messages", "chat/moss003_original_example.json", 1),
     ("messages", "chat/mt_bench_question.jsonl", 80),
     ("preference", "preference/hh_rlhf_harmless_base_test.jsonl.gz", 2312),
