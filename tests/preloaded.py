@@ -20,7 +20,7 @@ MODULES = (
     "rorchat.evaluation.compare",
     "rorchat.evaluation.gate",
     "rorchat.hub",
-    "rorchat.report",
+    "rorchat.reporting",
     "rorchat.training.chat_stage",
     "rorchat.training.dpo",
     "rorchat.training.grpo",
