@@ -60,6 +60,7 @@ LOSSES = (
 )  # fmt: skip
 #: The default learning rate is LEARNING_RATE_AT_1M * (millions of parameters) ** -LEARNING_RATE_EXPONENT.
 LEARNING_RATE_AT_1M, LEARNING_RATE_EXPONENT = 1e-4, 0.5
+MIN_MARGIN_PAIRS = 50  # of a validation split whose mean margin says something
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 #: Losses that support every divergence, because they depend on the difference between chosen and rejected.
 DIFFERENCE_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
@@ -289,7 +290,7 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
         return notes
 
     def final_notes(self) -> list[str]:
-        """The margin on the validation split, or else of the last log step."""
+        """A warning about the margin on the validation split, or of the last log step if that has few pairs."""
         if self.args.smoke or self.stop_reason:
             return []
         margins = {
@@ -298,7 +299,10 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
             for name in ("rewards/margins", "eval_rewards/margins")
             if name in line
         }
-        margin = margins.get("eval_rewards/margins", margins.get("rewards/margins", math.inf))
+        names = ["eval_rewards/margins", "rewards/margins"]
+        if len(self.eval_dataset) < MIN_MARGIN_PAIRS:
+            names.reverse()
+        margin = next((margins[name] for name in names if name in margins), math.inf)
         assert self.args.learning_rate is not None  # the constructor has chosen it
         note = warn_about_margin(margin, self.args.learning_rate)
         return [note] if note else []

@@ -7,7 +7,7 @@ from rorchat.sources.base import RowStats
 
 MIN_STEPS = 50  # with warm-up and decay, fewer steps at the default learning rates hardly change a model
 MIN_KEPT = 0.5  # share of the rows of all sources
-MIN_MARGIN = 0.05  # the model then prefers the chosen reply with a probability of 51 % instead of 50 %
+MIN_MARGIN = 0.02  # at 1.1M parameters, one epoch of 575 pairs reaches it between 3e-5 and 1e-4 (docs/LOG.md)
 
 
 def warn_about_kept_rows(row_stats: Sequence[RowStats]) -> str:

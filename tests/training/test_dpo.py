@@ -229,3 +229,10 @@ def test_invalid_settings_raise_usage_error(flags, message, tmp_path):
 def test_loss_weights_default_to_1(tmp_path):
     arguments = parse(DPOArguments, [*FLAGS, "--output_dir", str(tmp_path), "--loss_type", "sigmoid"])
     assert arguments.loss_weights == [1.0]
+
+
+@pytest.mark.parametrize(("pairs", "warns"), [(3, False), (60, True)])
+def test_a_margin_of_few_validation_pairs_does_not_count(build_trainer, pairs, warns):
+    trainer = build_trainer(build_pairs([3] * 5), validation=build_pairs([3] * pairs, seed=1))
+    trainer.state.log_history = [{"rewards/margins": 0.5}, {"eval_rewards/margins": 0.0}]
+    assert any("hardly changed" in note for note in trainer.final_notes()) == warns
