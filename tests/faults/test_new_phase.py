@@ -11,6 +11,8 @@ from faults.harness import verified_steps, weights_sha256
 from support import json_lines
 
 from rorchat.hub import build_model_card
+from rorchat.reporting.tables import OWN_FILES_IN_PUBLIC
+from rorchat.sources.base import OWN_FILES
 from rorchat.jsonl import read_json_lines
 from rorchat.reporting.runs import drop_superseded_lines
 from rorchat.tokenizer import load_tokenizer
@@ -98,7 +100,9 @@ def test_a_new_phase_is_reported_logged_and_recorded(sandbox, phases, stopped, c
     record = json.loads((out / "run.json").read_text())
     assert [source["source"].partition("=")[0] for source in record["data"]] == ["tinytown", "text", "persona"]
     card = build_model_card(out / "model", "me/model")
-    assert all(f"| {source['source'].partition('=')[0]} | {source['licence']} |" in card for source in record["data"])
+    licences = [source["licence"].replace(OWN_FILES, OWN_FILES_IN_PUBLIC) for source in record["data"]]
+    names = [source["source"].partition("=")[0] for source in record["data"]]
+    assert all(f"| {name} | {licence} |" in card for name, licence in zip(names, licences, strict=True))
     assert [part["until"] for part in record["past"]] == [20]
     assert [phase["rows"] for phase in record["plan"]["phases"]] == [[0, 20], [20, 34], [34, 48]]
     shares = [line["mixture"] for line in read_log(out) if "mixture" in line][-1]
