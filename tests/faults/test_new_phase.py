@@ -11,10 +11,10 @@ from faults.harness import verified_steps, weights_sha256
 from support import json_lines
 
 from rorchat.hub import build_model_card
-from rorchat.reporting.tables import OWN_FILES_IN_PUBLIC
-from rorchat.sources.base import OWN_FILES
 from rorchat.jsonl import read_json_lines
 from rorchat.reporting.runs import drop_superseded_lines
+from rorchat.reporting.tables import OWN_FILES_IN_PUBLIC
+from rorchat.sources.base import OWN_FILES
 from rorchat.tokenizer import load_tokenizer
 from rorchat.tokens.import_shards import import_shards
 from rorchat.training.checkpointing.recovery import Checkpoints
