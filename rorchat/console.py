@@ -13,8 +13,9 @@ SILENCED_LOGGERS = ("bitsandbytes", "transformers.trainer", "transformers.traine
 
 
 def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook."""
-    return "ipykernel" in sys.modules
+    """Whether this process is the kernel of a notebook. A program that has only imported ipykernel is none."""
+    kernel = sys.modules.get("ipykernel.kernelapp")
+    return kernel is not None and kernel.IPKernelApp.initialized()
 
 
 def is_interactive() -> bool:

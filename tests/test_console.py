@@ -42,9 +42,12 @@ def test_progress_bars_are_off_unless_stderr_is_a_terminal():
 def test_bars_are_shown_on_a_terminal_and_in_a_notebook_unless_tqdm_is_disabled(monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.delitem(sys.modules, "ipykernel.kernelapp", raising=False)
     assert not shows_bars()
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    from ipykernel.kernelapp import IPKernelApp
+
+    assert not shows_bars()  # imported, but no kernel runs
+    monkeypatch.setattr(IPKernelApp, "initialized", lambda: True)
     assert shows_bars()
     monkeypatch.setenv("TQDM_DISABLE", "1")
     assert not shows_bars()

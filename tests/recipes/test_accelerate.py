@@ -119,7 +119,7 @@ def test_accelerate_reads_every_file_as_expected(path):
     assert config.mixed_precision == "no", "the recipe chooses the precision"
     text = path.read_text()
     assert text.startswith("# ") and (path.stem == "one_process" or "# To change: " in text)
-    assert path.stem == "one_process" or f"recipes/accelerate/{path.stem}.yaml" in text
+    assert path.stem == "one_process" or f"--accelerate_config {path.stem}" in text
 
 
 class TestPlugins:
