@@ -33,4 +33,4 @@ def test_a_copied_config_uses_the_mixture_beside_it(tmp_path, monkeypatch):
     command("recipes", "copy", "rangeflow-124m", "mine")
     (tmp_path / "mine" / "mixture.yaml").write_text("sources: {}\n")
     refused(inside("pretrain", "--config", "mine/pretrain.yaml"), 2, "mine/mixture.yaml: no sources")
-    refused(inside("pretrain", "--config", "rangeflow-124m/pretrain.yaml"), 2, str(STORIES_FOLDER), "$C4")
+    refused(inside("pretrain", "--config", "rangeflow-124m/pretrain.yaml"), 2, str(STORIES_FOLDER), "not set: C4")

@@ -55,7 +55,7 @@ def test_an_invalid_byte_rejects_only_its_row(name, bad, tmp_path):
         content = "text\n" + content
     elif name in ("array.json", "one-line.json"):
         content = f"[{content[1:]}]"
-    content = re.sub(rb"row %d\b" % bad, b"row \xff", content.encode())
+    content = re.sub(rb"row %d\b" % bad, b"row \x81", content.encode())  # undefined in Windows-1252, too
     path = write(tmp_path, name, gzip.compress(content, mtime=0) if name.endswith("gz") else content)
     rows, loaded = read_source(f"text={path}", "document")
     assert (loaded.stats.rows_in, loaded.stats.rejects) == (1000, {"invalid UTF-8": 1})
