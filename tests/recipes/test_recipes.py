@@ -183,8 +183,8 @@ def test_sft_of_gpt2_124m_needs_less_than_six_gigabytes(shared_data, tmp_path):
     succeeded(
         launch(
             "sft", "--model", tmp_path / "gpt2", "--sources", f"alpaca={shared_data / 'alpaca' / 'alpaca_tiny.json'}",
-            "--validation_share", 0.1, "--max_steps", 3, "--per_device_train_batch_size", 2, "--logging_steps", 1,
-            "--eval_strategy", "no", "--output_dir", tmp_path / "out",
+            "--validation_share", 0.02, "--max_steps", 1, "--per_device_train_batch_size", 2, "--logging_steps", 1,
+            "--eval_strategy", "no", "--sample_prompts", "--output_dir", tmp_path / "out",
         )
     )  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
