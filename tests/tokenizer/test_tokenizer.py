@@ -158,7 +158,8 @@ def test_the_recipe_reports_how_much_text_it_read(tmp_path, capsys, bound, stopp
     words = ["--sources", f"text={tmp_path / 'a.txt'}", "--vocab_size", "320", "--output_dir", str(out)]
     metrics = runpy.run_path(str(ROOT / "recipes" / "tokenizer.py"))["main"]([*words, "--max_characters", str(bound)])
     characters = min(11, bound)
-    assert json.loads((out / "tokenizer_training.json").read_text()) == metrics
+    record = json.loads((out / "tokenizer_training.json").read_text())
+    assert record.items() >= metrics.items() and len(record["sources"]) == 1
     assert {key: metrics[key] for key in metrics if key != "seconds"} == {
         "vocab_size": 320,
         "characters": characters,
