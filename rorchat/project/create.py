@@ -26,7 +26,8 @@ TYPICAL_BYTES_PER_TOKEN = 3.0  # before a tokenizer has been tried
 SYSTEM_TOKENS = 60  # system message and template of a conversation
 GPT2, RANDOM = "gpt2", "random"  # values of `--from`
 TOKENS_FOR_GPT2 = 2.5e9  # 20 for each of its 124M parameters (Hoffmann et al. 2022, arXiv:2203.15556)
-MANY_EPOCHS = 8.0  # passes over the documents, beyond which more text helps more than more time
+MANY_EPOCHS = 2.0  # passes over the documents, beyond which more text helps more than more time
+EARLY = 0.9  # share of the time, below which a note says that it is not all used
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,12 @@ def write_notes(scheduler: Scheduler, schedule: Schedule, vocabularies: list[Voc
             f"{size.epochs:.0f} times, so it will repeat parts of them. "
             + _with_more_text(scheduler, vocabularies, size)
         )
+    if schedule.total_seconds < EARLY * scheduler.hours * 3600:
+        notes.append(
+            f"The plan takes {format_duration(schedule.total_seconds / 3600)} of the "
+            f"{format_duration(scheduler.hours)}: more passes over this text would make the model worse."
+        )
+        return notes
     longer = replace(scheduler, hours=2 * scheduler.hours, measured={})
     better = longer.choose(vocabularies)
     notes.append(
@@ -213,7 +220,7 @@ def write_notes(scheduler: Scheduler, schedule: Schedule, vocabularies: list[Voc
 
 
 def _with_more_text(scheduler: Scheduler, vocabularies: list[Vocabulary], size: Size) -> str:
-    more = scheduler.choose(vocabularies, document_bytes=4 * scheduler.survey.utf8_bytes("documents"))
+    more = replace(scheduler, document_bytes=4 * scheduler.text_bytes, measured={}).choose(vocabularies)
     return (
         f"With four times the text, the same time would reach {more.bits_per_byte:.2f} instead of "
         f"{size.bits_per_byte:.2f} bits per byte."

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from rorchat.model import Shape, count_parameters
+from rorchat.model import Shape, count_parameters, count_scaling_parameters
 from rorchat.project.sizing import SHAPES, Size, choose_size, predict
 from rorchat.project.survey import Survey
 from rorchat.project.timing import Machine
@@ -11,9 +11,13 @@ from rorchat.project.vocabulary import Vocabulary
 
 #: Shares of the training time. What a stage cannot use goes to the first one.
 TIME_SHARES = {"pretrain": 0.55, "midtrain": 0.2, "sft": 0.2, "dpo": 0.05}
-MAX_EPOCHS = {"sft": 3.0, "dpo": 1.0}  # more passes learn the conversations by heart
-#: The time of a token in each stage, relative to one in pretraining; docs/planning.md says how it was measured.
-RELATIVE_COST = {"pretrain": 1.0, "midtrain": 1.0, "sft": 1.1, "dpo": 1.6}
+#: Passes over the data of a stage. More are learned by heart: docs/planning.md has the loss of small models after 3, 10
+#: and 20 passes.
+MAX_EPOCHS = {"pretrain": 4.0, "midtrain": 4.0, "sft": 3.0, "dpo": 1.0}
+#: The time of a token in the chat stages beside the language-model head, relative to one in pretraining. The head is
+#: computed only for replies, LABEL_SHARE of the tokens.
+RELATIVE_COST = {"pretrain": 1.0, "midtrain": 1.0, "sft": 1.1, "dpo": 1.2}
+LABEL_SHARE = 0.5
 TARGET_STEPS = 1_000  # of pretraining: the batch is as large as this allows
 MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 2_048, 524_288
 LARGE = 100e6  # parameters
@@ -59,13 +63,24 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Scheduler:
-    """Divides `hours` between the stages, for any size of model."""
+    """Divides `hours` between the stages, for any size of model.
+
+    Attributes:
+        measured: {(shape, vocabulary): seconds per token}, where they were measured for this size.
+        document_bytes: plan as if the documents had this size; None for their own.
+    """
 
     survey: Survey
     machine: Machine
     hours: float
     base: Base | None = None
     measured: Mapping[tuple[Shape, int], float] = field(default_factory=dict)
+    document_bytes: int | None = None
+
+    @property
+    def text_bytes(self) -> int:
+        """Size of the documents."""
+        return self.document_bytes or self.survey.utf8_bytes("documents")
 
     @property
     def stages(self) -> list[str]:
@@ -77,15 +92,11 @@ class Scheduler:
         stages.append("sft")
         return [*stages, "dpo"] if self.survey.of("preferences") else stages
 
-    def choose(self, vocabularies: list[Vocabulary], document_bytes: int | None = None) -> Size:
-        """The size with the lowest predicted loss after the pretraining that fits into the time.
-
-        Args:
-            document_bytes: size of the text; None for that of the survey.
-        """
+    def choose(self, vocabularies: list[Vocabulary]) -> Size:
+        """The size with the lowest predicted loss after the pretraining that fits into the time."""
         return choose_size(
             vocabularies,
-            document_bytes or self.survey.utf8_bytes("documents"),
+            self.text_bytes,
             lambda shape, vocabulary: self._divide(shape, vocabulary).get("pretrain", 0),
             SHAPES,
         )
@@ -96,9 +107,9 @@ class Scheduler:
         seconds_per_token = self.seconds_per_token(shape, vocabulary)
         seconds = self._overhead(count_parameters(shape, vocabulary.size, self.machine.block_size))
         for stage, count in tokens.items():
-            seconds[stage] += count * seconds_per_token * RELATIVE_COST[stage]
+            seconds[stage] += count * seconds_per_token * relative_cost(stage, shape, vocabulary.size)
         first = tokens[self.stages[0]]
-        size = predict(shape, vocabulary, first, max(1, self.survey.utf8_bytes("documents")))
+        size = predict(shape, vocabulary, first, max(1, self.text_bytes))
         return Schedule(size, tokens, seconds)
 
     def seconds_per_token(self, shape: Shape, vocabulary: Vocabulary) -> float:
@@ -115,12 +126,12 @@ class Scheduler:
         first, *later = self.stages
         tokens: dict[str, int] = {}
         for stage in reversed(later):
-            cost = seconds_per_token * RELATIVE_COST[stage]
+            cost = seconds_per_token * relative_cost(stage, shape, vocabulary.size)
             affordable = max(0.0, left) * TIME_SHARES[stage] / share_left / cost
             tokens[stage] = int(max(self._min_tokens(), min(affordable, self._available_tokens(stage, vocabulary))))
             left -= tokens[stage] * cost
             share_left -= TIME_SHARES[stage]
-        affordable = max(0.0, left) / (seconds_per_token * RELATIVE_COST[first])
+        affordable = max(0.0, left) / (seconds_per_token * relative_cost(first, shape, vocabulary.size))
         tokens[first] = int(max(self._min_tokens(), min(affordable, self._available_tokens(first, vocabulary))))
         return {stage: tokens[stage] for stage in self.stages}
 
@@ -128,12 +139,12 @@ class Scheduler:
         return MIN_STEPS * MIN_BATCH_TOKENS
 
     def _available_tokens(self, stage: str, vocabulary: Vocabulary) -> float:
-        """Tokens of the stage's data times the passes over them that are worth making; no limit for documents."""
-        if stage not in MAX_EPOCHS:
-            return float("inf")
-        option = {"sft": "conversations", "dpo": "preferences"}[stage]
-        rows, size = self.survey.rows(option), self.survey.utf8_bytes(option)
-        tokens = size / vocabulary.bytes_per_token + rows * MESSAGES_PER_ROW * MESSAGE_TOKENS
+        """Tokens of the stage's data, times the passes over them that are useful."""
+        if stage == "pretrain":
+            return self.text_bytes / vocabulary.bytes_per_token * MAX_EPOCHS[stage]
+        option = "preferences" if stage == "dpo" else "conversations"
+        tokens = self.survey.utf8_bytes(option) / vocabulary.bytes_per_token
+        tokens += self.survey.rows(option) * MESSAGES_PER_ROW * MESSAGE_TOKENS
         return tokens * MAX_EPOCHS[stage]
 
     def _overhead(self, parameters: int) -> dict[str, float]:
@@ -144,6 +155,14 @@ class Scheduler:
         for name, (fixed, per_million) in SCORING_SECONDS.items():
             seconds[name] = start / 2 + fixed + per_million * parameters / 1e6
         return seconds
+
+
+def relative_cost(stage: str, shape: Shape, vocabulary: int) -> float:
+    """The time of a token in a stage, relative to one in pretraining."""
+    if stage in ("pretrain", "midtrain"):
+        return RELATIVE_COST[stage]
+    head_share = vocabulary * shape.n_embd / count_scaling_parameters(shape, vocabulary)
+    return RELATIVE_COST[stage] * (1 - head_share * (1 - LABEL_SHARE))
 
 
 def choose_batch_tokens(tokens: int, block_size: int) -> int:

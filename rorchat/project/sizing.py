@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from rorchat.model import Shape, count_scaling_parameters
 from rorchat.project.vocabulary import Vocabulary
 
+#: Larger models learn a text by heart within the passes that pretraining makes over it.
+MAX_PARAMETERS_PER_TOKEN = 20
 REPETITIONS = 15.4  # after this many repetitions, a repeated byte is worth a third of a new one
 
 
@@ -105,6 +107,8 @@ def choose_size(
         for shape in shapes
         for vocabulary in vocabularies
         if (tokens := tokens_in_time(shape, vocabulary)) > 0
+        and count_scaling_parameters(shape, vocabulary.size) * vocabulary.bytes_per_token
+        <= MAX_PARAMETERS_PER_TOKEN * unique_bytes
     ]
     if not sizes:
         return predict(shapes[0], vocabularies[0], 1, unique_bytes)

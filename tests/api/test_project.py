@@ -17,7 +17,7 @@ def test_a_project_is_made_and_run(tmp_path, monkeypatch):
     project = rorchat.new(
         tmp_path / "bot", documents=tmp_path / "texts.jsonl", conversations=given["conversations"], hours=0.2
     )
-    assert project.schedule.total_seconds == pytest.approx(720, rel=0.02) and project.survey.rows("documents") == 400
+    assert 0 < project.schedule.total_seconds <= 1.02 * 720 and project.survey.rows("documents") == 400
     commands = []
 
     def record(words, folder: Path) -> int:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from project_support import make_machine, make_scheduler, make_survey, write_data
 
-from rorchat.project.schedule import MIN_BATCH_TOKENS, RELATIVE_COST, Base, Scheduler, choose_batch_tokens
+from rorchat.project.schedule import MIN_BATCH_TOKENS, Base, Scheduler, choose_batch_tokens, relative_cost
 from rorchat.project.sizing import SHAPES
 from rorchat.project.vocabulary import Vocabulary
 
@@ -17,9 +17,11 @@ def given(tmp_path):
     return write_data(tmp_path)
 
 
-@pytest.mark.parametrize("hours", [0.1, 0.25, 2.0])
+@pytest.mark.parametrize("hours", [0.1, 0.2])
 def test_the_stages_take_the_time_that_was_asked_for(given, hours):
-    schedule = make_scheduler(given, hours).schedule(SHAPE, VOCABULARY)
+    """As long as there is enough text; the machine is so slow that there is."""
+    scheduler = make_scheduler(given, hours, seconds_per_gflop=0.2)
+    schedule = scheduler.schedule(SHAPE, VOCABULARY)
     assert schedule.total_seconds == pytest.approx(hours * 3600, rel=0.01)
     assert list(schedule.tokens) == ["pretrain", "midtrain", "sft", "dpo"]
     assert list(schedule.seconds) == [
@@ -28,10 +30,10 @@ def test_the_stages_take_the_time_that_was_asked_for(given, hours):
 
 
 def test_the_training_time_follows_from_the_speed(given):
-    scheduler = make_scheduler(given)
+    scheduler = make_scheduler(given, 0.1, seconds_per_gflop=0.2)
     schedule = scheduler.schedule(SHAPE, VOCABULARY)
-    slower = replace(scheduler, machine=make_machine(0.04)).schedule(SHAPE, VOCABULARY)
-    assert slower.tokens["pretrain"] == pytest.approx(schedule.tokens["pretrain"] / 2, rel=0.1)
+    slower = replace(scheduler, machine=make_machine(0.4)).schedule(SHAPE, VOCABULARY)
+    assert slower.tokens["pretrain"] == pytest.approx(schedule.tokens["pretrain"] / 2, rel=0.3)
     measured = replace(scheduler, measured={(SHAPE, 1024): 2 * scheduler.seconds_per_token(SHAPE, VOCABULARY)})
     assert measured.schedule(SHAPE, VOCABULARY).tokens == slower.tokens
     assert measured.seconds_per_token(SHAPES[3], VOCABULARY) == scheduler.seconds_per_token(SHAPES[3], VOCABULARY)
@@ -40,7 +42,7 @@ def test_the_training_time_follows_from_the_speed(given):
 def test_conversations_are_not_repeated_more_than_is_useful(given):
     short, long = (make_scheduler(given, hours).schedule(SHAPE, VOCABULARY) for hours in (1.0, 10.0))
     assert short.tokens["sft"] == long.tokens["sft"] and short.tokens["dpo"] == long.tokens["dpo"]
-    assert long.tokens["pretrain"] > 8 * short.tokens["pretrain"]
+    assert long.size.epochs == pytest.approx(4, rel=0.01) and long.total_seconds < 36_000
 
 
 def test_a_short_time_still_trains_every_stage(given):
@@ -60,10 +62,10 @@ def test_stages_depend_on_the_data(given):
 def test_a_base_model_needs_no_tokenizer_and_no_pretraining(given):
     base = Base("gpt2", SHAPES[9], Vocabulary(50_304, 4.4), 1024)
     survey = make_survey(given, from_scratch=False)
-    scheduler = Scheduler(survey, make_machine(), 1.0, base)
+    scheduler = Scheduler(survey, make_machine(), 0.5, base)
     assert base.is_large and scheduler.stages == ["midtrain", "sft", "dpo"]
     schedule = scheduler.schedule(base.shape, base.vocabulary)
-    assert "tokenizer" not in schedule.seconds and schedule.total_seconds == pytest.approx(3600, rel=0.01)
+    assert "tokenizer" not in schedule.seconds and schedule.total_seconds <= 1.01 * 1800
 
 
 def test_batches_grow_with_the_run():
@@ -74,5 +76,6 @@ def test_batches_grow_with_the_run():
         assert tokens / choose_batch_tokens(tokens, 256) >= 488
 
 
-def test_every_stage_has_a_relative_cost():
-    assert set(RELATIVE_COST) == {"pretrain", "midtrain", "sft", "dpo"}
+def test_the_head_of_a_chat_stage_costs_less_with_fewer_labels():
+    assert relative_cost("pretrain", SHAPE, 8192) == 1.0
+    assert relative_cost("sft", SHAPE, 8192) < relative_cost("sft", SHAPE, 512) < 1.1
