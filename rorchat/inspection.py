@@ -104,9 +104,9 @@ def guess_row_format(path: Path) -> str:
     if not best:
         problem = results["text"][1] or next((problem for _, problem in results.values() if problem), "")
         raise DataError(
-            f"No row of {path} has a known format{f' ({problem})' if problem else ''}. Name the format before the path, "
-            f"as in alpaca={path} ({', '.join(ROW_FORMATS)}, or a dataset of `rorchat data list`), or the columns, as "
-            f"in messages={path}:user=QUESTION:assistant=ANSWER."
+            f"No row of {path} has a known format{f' ({problem})' if problem else ''}. Name the format before the "
+            f"path, as in alpaca={path} ({', '.join(ROW_FORMATS)}, or a dataset of `rorchat data list`), or the "
+            f"columns, as in messages={path}:user=QUESTION:assistant=ANSWER."
         )
     named = [name for name in results if name not in ROW_FORMATS and _is_named_in(path, name)]
     for name in (*named, *ROW_FORMATS, *results):

@@ -157,7 +157,7 @@ def test_an_unknown_row_format_is_an_error_of_one_line(content, tmp_path):
     for name, rows in content.items():
         write(tmp_path, name, rows)
     path = tmp_path / next(iter(content), "")
-    with pytest.raises(DataError, match="--as") as error:
+    with pytest.raises(DataError, match="Name the format before the path") as error:
         guess_row_format(path)
     assert error.value.exit_code == 65
     assert str(error.value).count("\n") == 0 and str(path) in str(error.value)
@@ -165,7 +165,7 @@ def test_an_unknown_row_format_is_an_error_of_one_line(content, tmp_path):
 
 def test_the_error_says_why_files_are_not_read_as_text(tmp_path):
     write(tmp_path, "a.txt", ("Привет, мир! " * 20).encode("cp1251"))
-    with pytest.raises(DataError, match=r"\(not read: a.txt \(.*invalid UTF-8: convert it to UTF-8\)\). Give"):
+    with pytest.raises(DataError, match=r"\(not read: a.txt \(.*invalid UTF-8: convert it to UTF-8\)\). Name"):
         guess_row_format(tmp_path)
     write(tmp_path, "b.png", b"\x89PNG")
     with pytest.raises(DataError, match="known format .*b.png cannot be read: unknown suffix .png, not text: a PNG"):
