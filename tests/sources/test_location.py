@@ -41,14 +41,14 @@ def test_anything_else_is_a_path_even_if_it_does_not_exist(where, tmp_path, monk
 
 def test_an_existing_path_takes_precedence_and_this_is_told_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "me" / "told").mkdir(parents=True)
+    (tmp_path / "me" / "notes").mkdir(parents=True)
     for _ in range(2):
-        location = locate("text=me/told")
-        assert location.dataset is None and str(location.path) == "me/told"
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "give hf://datasets/me/told" in told
-    for spec in ("text=hf://datasets/me/told", "text=me/told@v1", "text=me/told:split=test", "text=me/told:small"):
-        assert locate(spec).dataset.path == "me/told"
+        location = locate("text=me/notes")
+        assert location.dataset is None and str(location.path) == "me/notes"
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "give hf://datasets/me/notes" in message
+    for spec in ("text=hf://datasets/me/notes", "text=me/notes@v1", "text=me/notes:split=test", "text=me/notes:small"):
+        assert locate(spec).dataset.path == "me/notes"
     assert capsys.readouterr().err == ""
 
 

@@ -48,7 +48,7 @@ def test_a_new_run_takes_the_newest_commit_of_its_datasets(hub_at):
 
 def test_a_resumed_run_keeps_its_commit_and_tells_that_there_is_a_newer_one(hub_at, capsys):
     record = {"hub": {"text=me/docs": PINNED}, "inputs": {"sources": {PINNED: "digest"}}}
-    for commit, told in (
+    for commit, output in (
         (FIRST, ""),
         (None, ""),
         (SECOND, "the Hub now has revision 222222222222; this run continues"),
@@ -56,7 +56,7 @@ def test_a_resumed_run_keeps_its_commit_and_tells_that_there_is_a_newer_one(hub_
         hub_at(commit)
         assert find_pins(["text=me/docs"], record) == {"text=me/docs": PINNED}
         printed = capsys.readouterr().err
-        assert printed == told == "" or (told in printed and printed.count("\n") == 1)
+        assert printed == output == "" or (output in printed and printed.count("\n") == 1)
 
 
 def test_a_run_of_an_earlier_version_without_commits_is_not_pinned(hub_at):
@@ -110,9 +110,9 @@ def test_an_interrupted_run_reads_the_same_rows_after_the_dataset_has_changed(sa
         interrupted.send_signal(signal.SIGTERM)
         finish(interrupted, 75)
         dataset.commits.append({"train.parquet": as_parquet(rows[::-1][:200])})
-        told = finish(start(hub, tmp_path, "pretrain", *options, "--output_dir", out))
+        output = finish(start(hub, tmp_path, "pretrain", *options, "--output_dir", out))
         commits = [dataset.commit_id(index) for index in (0, 1)]
-        assert f"the Hub now has revision {commits[1][:12]}; this run continues with {commits[0][:12]}" in told
+        assert f"the Hub now has revision {commits[1][:12]}; this run continues with {commits[0][:12]}" in output
         assert weights_sha256(out) == weights_sha256(whole)
 
         (data,) = json.loads((out / "run.json").read_text())["data"]
@@ -141,8 +141,10 @@ def test_a_chat_stage_records_the_commit_and_prints_the_licence(saved, tmp_path)
             "--model", base, "--sources", "messages=me/qa", "persona=50", "--columns", "user=q", "assistant=a",
             "--max_steps", 2, "--validation_share", 0.2, "--bf16", "false", "--output_dir", tmp_path / "sft",
         ]  # fmt: skip
-        told = finish(start(hub, tmp_path, "sft", *options))
-        assert "licence: cc-by-nc-4.0 (not for commercial use)" in told and f"revision {dataset.commit_id()}" in told
+        output = finish(start(hub, tmp_path, "sft", *options))
+        assert (
+            "licence: cc-by-nc-4.0 (not for commercial use)" in output and f"revision {dataset.commit_id()}" in output
+        )
         data = json.loads((tmp_path / "sft" / "run.json").read_text())["data"]
         assert data[0]["hub"]["revision"] == dataset.commit_id() and data[0]["kept"] == len(QUESTIONS)
     again = finish(start(hub, tmp_path, "sft", *options))  # the Hub is gone
