@@ -14,6 +14,7 @@ The answer is {"code": exit code, or minus the signal that killed the process}. 
                                       saved; with "torn", after it and with half of its file
     {"fail_at": N, "during": STEP, "errno": E}    the operation raises OSError; with "always", every operation does
     {"count": FILE, "during": STEP}   write the list of operations to FILE
+    {"snapshots": FOLDER, "during": STEP}    copy the run's folder before the N-th operation to FOLDER/N
     "mirroring": STEP in place of "during"    count while that step's checkpoint is copied to the mirror
     {"signal": S, "at": STEP, "where": "forward" | "save" | "evaluate"}    the process sends itself a signal
     {"fits": ROWS, "from": STEP, "in": "forward" | "backward" | "evaluate"}    more rows run out of memory; with
@@ -30,6 +31,7 @@ The answer is {"code": exit code, or minus the signal that killed the process}. 
 import builtins
 import contextlib
 import gc
+import importlib
 import io
 import json
 import os
@@ -48,6 +50,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import transformers.modeling_utils
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import rorchat.model as model_module
 from rorchat.errors import exits_with_one_line
@@ -108,6 +111,8 @@ class FileOperations:
                 return original(*args, **kwargs)
             self.operations.append(f"{name} {path}")
             fault, number = self.fault, len(self.operations)
+            if "snapshots" in fault:
+                self.copy_folder(Path(fault["snapshots"]) / str(number))
             if fault.get("always") or number == fault.get("fail_at"):
                 raise OSError(fault["errno"], os.strerror(fault["errno"]), str(path))
             if number != fault.get("kill_at"):
@@ -119,6 +124,11 @@ class FileOperations:
             os.kill(os.getpid(), signal.SIGKILL)
 
         wrap(owner, name, watched)
+
+    def copy_folder(self, target: Path) -> None:
+        self.active = False
+        shutil.copytree(self.folder, target)
+        self.active = True
 
     def contains(self, path) -> bool:
         try:
@@ -304,7 +314,7 @@ def install(fault: dict, argv: list[str]) -> None:
     is_affected = fault.get("rank", 0) == int(os.environ.get("RANK", "0"))
     if "no_rename" in fault:
         refuse_folder_renames(fault["no_rename"])
-    if is_affected and fault.keys() & {"kill_at", "fail_at", "count"}:
+    if is_affected and fault.keys() & {"kill_at", "fail_at", "count", "snapshots"}:
         flag = "--mirror" if "mirroring" in fault else "--output_dir"
         FileOperations(argv[argv.index(flag) + 1], fault).install()
     for name, install_fault in (("poison", poison), ("fits", run_out_of_memory), ("fill", fill_disk)):
@@ -393,6 +403,9 @@ def main() -> None:
     Plan.draw = lambda *_: None  # drawing takes 1 s
     for name in STAGES:  # imports what the recipes import
         runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))
+    for name in ("rorchat.sources.tinytown", "transformers.models.gpt2.tokenization_gpt2"):  # imported when first used
+        importlib.import_module(name)
+    get_checkpoint_conversion_mapping("gpt2")  # builds the patterns of all models, which takes 0.2 s
     gc.freeze()  # so that the garbage collector of a fork does not traverse all imported modules
     for line in sys.stdin:
         job = json.loads(line)

@@ -182,6 +182,32 @@ def kill_during_save(
     return wrong
 
 
+def snapshot_operations(sandbox: Sandbox, out: Path, fault: dict, **flags: object) -> list[tuple[str, Path]]:
+    """The states in which a SIGKILL at some file operation can leave a folder, as copies that one run makes.
+
+    Args:
+        out: A run that stopped after step 4; it is resumed.
+        fault: {"during": 6} for states of the run's folder, {"mirroring": 6} for those of the mirror.
+
+    Returns:
+        (the first operation before which the folder is in that state, the copy, named after the operation's number)
+    """
+    copies = sandbox.new_folder()
+    operations = sandbox.operations(out, fault | {"snapshots": str(copies)}, **flags)
+    states, before = [], None
+    for number, operation in enumerate(operations, 1):
+        files = read_files(copies / str(number))
+        if files != before:
+            states.append((operation, copies / str(number)))
+        before = files
+    return states
+
+
+def read_files(folder: Path) -> dict[str, bytes | None]:
+    """Content by path; None for a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 @pytest.fixture(scope="session")
 def fork_server(tmp_path_factory):
     server = ForkServer(tmp_path_factory.mktemp("logs"))
