@@ -61,6 +61,7 @@ STAGES = (
     "device",  # model: peak FLOPS, memory and price of a GPU or CPU
     "adapter",  # model: LoRA adapters in a folder: verify, load, merge
     "model",  # model: sizes, from scratch or from a checkpoint, FLOPs
+    "project_folder",  # models: where a project keeps its runs, and how far they have come
     "inference",  # replies: load, generate, stream, chat
     "lineage",  # scores: the runs behind a model, and their sources and persona
     "evaluation",  # scores: loss, bits per byte, chat behaviour, questions with known answers

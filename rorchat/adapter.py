@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from rorchat.errors import DataError, MismatchError
+from rorchat.errors import DataError, MismatchError, shorten_error
 from rorchat.files import file_sha256
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def read_adapter(folder: Path) -> AdapterFolder:
         config = PeftConfig.from_pretrained(str(folder))
         record = {**json.loads(record_file.read_text(encoding="utf-8"))} if record_file.is_file() else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"The adapter {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"The adapter {folder} cannot be read: {shorten_error(error)}") from None
     if not isinstance(config, LoraConfig):
         raise DataError(f"{folder} is an adapter of type {config.peft_type.value}: only LORA is supported.")
     base = config.base_model_name_or_path
@@ -114,7 +114,7 @@ def load_adapter(adapted: "PeftModel", folder: Path) -> None:
     try:
         weights = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"Cannot load the adapter in {folder}: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"Cannot load the adapter in {folder}: {shorten_error(error)}") from None
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     config = adapted.peft_config["default"]
     rows, saved_rows = _trained_rows(config), _trained_rows(PeftConfig.from_pretrained(str(folder)))

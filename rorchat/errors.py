@@ -9,6 +9,7 @@ import errno
 import functools
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 
 
@@ -105,6 +106,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'gsm8k'?"`, or an empty string if no known name is similar."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def shorten_error(error: BaseException) -> str:
+    """The message of a library's exception on one line of at most 200 characters."""
+    return textwrap.shorten(str(error), 200, placeholder=" ...")
 
 
 def exits_with_one_line(main: Callable) -> Callable:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rorchat.adapter import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rorchat.errors import DataError
 from rorchat.files import file_sha256
-from rorchat.inference.engine import resolve_model_path
+from rorchat.inference.engine import locate_model
 from rorchat.persona import DEFAULT_PERSONA, Persona, load_persona
 from rorchat.sources.registry import CHAT_PREFIX
 from rorchat.tokenizer import find_run
@@ -49,7 +49,7 @@ def _find_initial_run(folder: Path, record: dict) -> tuple[Path, dict] | None:
     if not model:
         return None
     for path in (Path(model), folder.parent / Path(model).name):
-        if path.is_dir() and fingerprint_model(resolve_model_path(str(path))) == record["inputs"].get("start"):
+        if path.is_dir() and fingerprint_model(locate_model(str(path))) == record["inputs"].get("start"):
             return find_run(str(path))
     return None
 

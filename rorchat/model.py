@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rorchat.adapter import is_adapter, iterate_blocks, merge_adapter, read_adapter
 from rorchat.chatml import CONTROL_TOKENS, END_OF_TEXT, IM_END, PAD
-from rorchat.errors import DataError, MismatchError, RemoteError, UsageError, did_you_mean
+from rorchat.errors import DataError, MismatchError, RemoteError, UsageError, did_you_mean, shorten_error
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -157,7 +157,7 @@ def load_checkpoint(name_or_path: str, tokenizer, seed: int = 0) -> "GPT2LMHeadM
             name_or_path, config=config, dtype=torch.float32, output_loading_info=True
         )  # declared to return a model, but with `output_loading_info` it is a pair
     except (OSError, SafetensorError) as error:
-        raise DataError(f"Cannot load the weights of {name_or_path!r}: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"Cannot load the weights of {name_or_path!r}: {shorten_error(error)}") from None
     model, info = loaded
     if info["missing_keys"]:
         raise DataError(f"{name_or_path!r} has no weights for {', '.join(sorted(info['missing_keys'])[:4])}.")
@@ -186,7 +186,7 @@ def _read_config(name_or_path: str) -> "GPT2Config":
         config = AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         failure = DataError if Path(name_or_path).is_dir() else RemoteError
-        raise failure(f"No model can be loaded from {name_or_path!r}: {' '.join(str(error).split())[:200]}") from None
+        raise failure(f"No model can be loaded from {name_or_path!r}: {shorten_error(error)}") from None
     if config.model_type != "gpt2":
         raise DataError(f"{name_or_path!r} is a {config.model_type} model; rorchat needs a GPT-2 (model_type 'gpt2').")
     return config

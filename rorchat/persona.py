@@ -309,6 +309,15 @@ def build_new_wording_probes(persona: Persona) -> list[Probe]:
     return _build_probes(wordings, persona)
 
 
+def build_plain_probes(persona: Persona) -> list[Probe]:
+    """The questions about the name and the maker as they are in the persona file, which training contains."""
+    return [
+        Probe(name, _join_question("", question, "?"), tuple(persona.topics[name]["expect"]))
+        for name in REQUIRED_TOPICS
+        for question in persona.topics[name]["questions"]
+    ]
+
+
 def _foreign_names(names: Sequence[str], persona: Persona) -> list[str]:
     """The names that are not part of the model's or its maker's name; all names if none is left."""
     return [name for name in names if not contains_phrase(f"{persona.name} {persona.maker}", name)] or list(names)

@@ -152,15 +152,16 @@ class ReportPaths(NamedTuple):
 
 
 def report(folder: StrPath) -> ReportPaths:
-    """Write report.md and curves.png for a run folder, or for a folder with the runs of several stages.
+    """Write report.md and curves.png for a run, a folder with the runs of several stages, or a project.
 
     Raises:
         DataError: there is no run in the folder.
     """
     with quiet_libraries():
+        from rorchat.project_folder import locate_runs
         from rorchat.reporting.write import write_report
 
-        return ReportPaths(*write_report(Path(folder)))
+        return ReportPaths(*write_report(locate_runs(Path(folder))))
 
 
 def push(model: StrPath, repository: str, *, private: bool = False, dry_run: bool = False) -> str:

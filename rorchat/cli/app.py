@@ -76,7 +76,7 @@ class App(typer.Typer):
             message = error.format_message().strip()
             if not message:  # the help has been shown
                 sys.exit(error.exit_code)
-            raise UsageError(f"{message.rstrip('.')}. See --help.") from None
+            raise UsageError(f"{message if message.endswith(('.', '?')) else message + '.'} See --help.") from None
         except typer.Abort:
             sys.exit(1)
         sys.exit(code if isinstance(code, int) else 0)

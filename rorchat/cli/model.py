@@ -158,15 +158,19 @@ def gate(
     print(f"\n{model} passes", describe_next(list_commands_after_gate(model)), sep="\n")
 
 
-def report(folder: Annotated[Path, typer.Argument(help="Run folder, or folder with the runs of a story.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run, a folder with the runs of a story, or a project.")],
+) -> None:
     """Write report.md and curves.png for one or more runs."""
     from rorchat.cli.tables import print_table
     from rorchat.evaluation.scores import read_scores
+    from rorchat.project_folder import locate_runs
     from rorchat.reporting.runs import find_runs
     from rorchat.reporting.tables import build_stage_table
     from rorchat.reporting.write import write_report
     from rorchat.training.next_step import build_try_command, describe_next
 
+    folder = locate_runs(folder)
     written, curves = write_report(folder)
     print(f"report in {written}\ncurves in {curves}")
     header, rows = build_stage_table(folder)

@@ -57,6 +57,8 @@ def run(
     from rorchat.cli.tables import print_table
     from rorchat.plan.show import format_duration
     from rorchat.project.runner import run_project
+    from rorchat.project_folder import RUNS, find_last_run
+    from rorchat.training.next_step import describe_next
 
     times = run_project(folder, anyway=anyway)
     rows = [
@@ -66,3 +68,8 @@ def run(
     total = (sum(t.planned for t in times), sum(t.seconds for t in times))
     rows.append(["total", *(format_duration(seconds / 3600) for seconds in total)])
     print_table(["stage", "planned", "took"], rows)
+    if (report := folder / RUNS / "report.md").is_file():
+        print(f"\nreport in {report}")
+    if model := find_last_run(folder):
+        commands = [f"rorchat chat {model}", f"rorchat push {model} YOU/NAME --dry_run"]
+        print(f"model in {model / 'model'}", describe_next(commands), sep="\n")

@@ -27,6 +27,7 @@ from rorchat.persona import (
     Persona,
     Probe,
     build_new_wording_probes,
+    build_plain_probes,
     build_probes,
     contains_phrase,
     probe_system_messages,
@@ -50,7 +51,8 @@ class Prompt:
     """One prompt of the gate.
 
     Attributes:
-        kind: a kind of `prompts.yaml`, or "persona", "other system", "new words" for the probes of a persona.
+        kind: a kind of `prompts.yaml`, or "persona", "plain", "other system", "new words" for the probes of a
+            persona.
         language: the expected language of the reply; "" for any (probes: the language of the persona file).
         probe: the persona probe that is asked.
         other_name: the name that the system message gives to the model, if it is not the persona's.
@@ -112,7 +114,7 @@ def _to_messages(turns: str | list[str]) -> tuple[Message, ...]:
 
 
 def build_prompts(persona: Persona) -> list[Prompt]:
-    """The fixed prompts; the persona's probes, with its own and with other system messages; and reworded probes."""
+    """The fixed prompts; the persona's probes, with its own and with other system messages; reworded and plain ones."""
     prompts = []
     for kind, entries in yaml.safe_load(PROMPTS_FILE.read_text(encoding="utf-8")).items():
         for entry in entries:
@@ -128,8 +130,9 @@ def build_prompts(persona: Persona) -> list[Prompt]:
         prompts.append(Prompt("persona", messages, probe=probe))
         messages = ({"role": "system", "content": system}, *messages)
         prompts.append(Prompt("other system", messages, probe=probe, other_name=other_name))
-    reworded = build_new_wording_probes(persona)
-    return prompts + [Prompt("new words", _to_messages(probe.question), probe=probe) for probe in reworded]
+    for kind, probes in (("new words", build_new_wording_probes(persona)), ("plain", build_plain_probes(persona))):
+        prompts += [Prompt(kind, _to_messages(probe.question), probe=probe) for probe in probes]
+    return prompts
 
 
 def _ask(chat: ChatModel, prompts: Sequence[Prompt], limit: int, temperature: float | None) -> list[Exchange]:
@@ -255,6 +258,7 @@ MEASURES = {
     "identity": Measure(
         "- on its name and its maker", "probes", True, _passes_probe("persona", REQUIRED_TOPICS), _by_topic
     ),
+    "identity_asked_plainly": Measure("- asked as in training", "probes", True, _passes_probe("plain"), _by_topic),
     "persona_in_new_words": Measure(
         "- with an opening not seen in training", "probes", True, _passes_probe("new words"), _by_topic
     ),

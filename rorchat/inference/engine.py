@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rorchat.chatml import END_OF_TEXT, PAD, encode_prompt, encode_text, token_id
 from rorchat.errors import DataError, UsageError
 from rorchat.model import check_fit, load_checkpoint
+from rorchat.project_folder import find_last_run, is_project
 from rorchat.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -102,18 +103,40 @@ class Reply:
     ids: tuple[int, ...] = ()
 
 
+def locate_model(path: str) -> str:
+    """The folder of a model: `model/` inside a run folder, else the folder itself. A Hub id is returned unchanged."""
+    inner = Path(path) / "model"
+    return str(inner) if (inner / "config.json").is_file() else path
+
+
 def resolve_model_path(path: str) -> str:
-    """The folder of a model: `model/` inside a run folder, else the folder itself. A Hub id is returned unchanged.
+    """As `locate_model`, for a model that must be there.
 
     Raises:
-        DataError: a local path does not exist.
+        DataError: a local path does not exist, or is a run that has not finished.
+        UsageError: the path is a project, which has several models.
     """
     # "runs/nope" could be a Hub id, unless there is a folder "runs"
     is_local = path.startswith((".", "/", "~")) or ("/" in path and Path(path).parent.is_dir())
     if is_local and not Path(path).is_dir():
         raise DataError(f"No model folder {path}.")
-    inner = Path(path) / "model"
-    return str(inner) if (inner / "config.json").is_file() else path
+    place = Path(locate_model(path))
+    if place.is_dir() and not (place / "config.json").is_file():
+        _refuse_folder_without_model(place)
+    return str(place) if Path(path).is_dir() else path
+
+
+def _refuse_folder_without_model(folder: Path) -> None:
+    """Raises an error for a project and for an unfinished run, whose models are elsewhere."""
+    if is_project(folder):
+        last = find_last_run(folder)
+        remedy = f"give that of its last finished stage: {last}" if last else f"train it first: rorchat run {folder}"
+        raise UsageError(f"{folder} is a project, which has a model for each stage: {remedy}.")
+    if (folder / "run.json").is_file():
+        again = "the command that started it"
+        if is_project(folder.absolute().parent.parent):
+            again = f"rorchat run {folder.parent.parent}"
+        raise DataError(f"{folder} is a run that has not finished, so it has no model yet. Resume it with {again}.")
 
 
 def load_model(name_or_path: str, device: str | None = None, *, require_chat: bool = False) -> ChatModel:

@@ -23,6 +23,7 @@ from rorchat.project.vocabulary import Vocabulary, measure_bytes_per_token, try_
 MIN_HOURS = 0.05  # below, the starts of the commands take most of the time
 BLOCK_SIZES = {True: (256, 512), False: (512, 1024)}  # {is_cpu: rows to choose from, in tokens}
 TYPICAL_BYTES_PER_TOKEN = 3.0  # before a tokenizer has been tried
+BASE_SAMPLE = 200_000  # characters that the tokenizer of a model to start from is tried on
 SYSTEM_TOKENS = 60  # system message and template of a conversation
 GPT2, RANDOM = "gpt2", "random"  # values of `--from`
 TOKENS_FOR_GPT2 = 2.5e9  # 20 for each of its 124M parameters (Hoffmann et al. 2022, arXiv:2203.15556)
@@ -119,11 +120,16 @@ def create_project(
     from_model = None if base == RANDOM else _describe_base(base, survey)
     machine = measure_machine(_choose_block_size(survey, from_model))
     scheduler = Scheduler(survey, machine, hours, from_model)
-    vocabularies = [from_model.vocabulary] if from_model else try_vocabularies(survey.sample())
+    vocabularies = [from_model.vocabulary] if from_model else _try_vocabularies(survey)
     scheduler, schedule = _choose(scheduler, vocabularies)
     settings = ProjectSettings(scheduler, schedule)
     ProjectFiles(folder, settings, persona).write()
     return NewProject(folder, settings, write_notes(scheduler, schedule, vocabularies))
+
+
+def _try_vocabularies(survey: Survey) -> list[Vocabulary]:
+    samples = (survey.sample("documents"), survey.sample("conversations"))
+    return try_vocabularies(*samples, is_all=survey.samples_have_all_text)
 
 
 def prefers_gpt2(device: Device, hours: float) -> bool:
@@ -152,9 +158,7 @@ def _choose(scheduler: Scheduler, vocabularies: list[Vocabulary]) -> tuple[Sched
         shape, vocabulary = size.shape, size.vocabulary
     machine = scheduler.machine
     optimizer = "adamw" if scheduler.base and scheduler.base.is_large else "muon"
-    seconds = measure_seconds_per_token(
-        machine.device, shape, vocabulary.size, machine.block_size, rows=8, optimizer=optimizer
-    )
+    seconds = measure_seconds_per_token(machine.device, shape, vocabulary.size, machine.block_size, optimizer=optimizer)
     scheduler = replace(scheduler, measured={(shape, vocabulary.size): seconds / machine.gpus})
     return scheduler, scheduler.schedule(shape, vocabulary)
 
@@ -181,7 +185,11 @@ def _describe_base(name: str, survey: Survey) -> Base:
         raise MismatchError(f"--from {name} is a {config.model_type} model: only GPT-2 models can be trained here.")
     resolved = str(Path(path).resolve()) if Path(path).is_dir() else name
     shape = Shape(config.n_layer, config.n_head, config.n_embd)
-    vocabulary = Vocabulary(len(tokenizer), measure_bytes_per_token(tokenizer, survey.sample()[:200_000]))
+    chats = survey.sample("conversations")
+    samples = (survey.sample("documents") or chats, chats)
+    vocabulary = Vocabulary(
+        len(tokenizer), *(measure_bytes_per_token(tokenizer, text[:BASE_SAMPLE]) for text in samples)
+    )
     return Base(resolved, shape, vocabulary, config.n_positions)
 
 

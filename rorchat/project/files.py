@@ -13,8 +13,8 @@ import yaml
 from rorchat.errors import UsageError
 from rorchat.plan.scaling import format_size
 from rorchat.plan.show import format_duration
-from rorchat.project.runner import PLAN, SCRIPT
-from rorchat.project.settings import RUNS, ProjectSettings, StageSettings
+from rorchat.project.settings import ProjectSettings, StageSettings
+from rorchat.project_folder import PLAN, RUNS, SCRIPT
 
 WIDTH = 110
 COMMANDS = {"tokenizer": "train-tokenizer", "midtrain": "pretrain"}  # {stage: its command}, where they differ

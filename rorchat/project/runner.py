@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rorchat.errors import DataError, Interrupted, RorchatError, UsageError
+from rorchat.files import folder_lock
 from rorchat.plan.show import format_duration
+from rorchat.project_folder import PLAN, RUNS, SCRIPT, measure_progress
+from rorchat.training.next_step import WITHIN_PROJECT
 
-SCRIPT, PLAN = "run.sh", "plan.json"
 GATE, GATE_FAILED = "gate", 70
 AFTER_A_FAILED_GATE = ("report",)  # commands that run all the same: they only describe the model
 _PDEATHSIG = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -128,17 +130,23 @@ def run_project(folder: Path, *, anyway: bool = False, show: Callable[[str], obj
 
     Raises:
         UsageError: run.sh is missing, or has a line that cannot be run.
+        MismatchError: another process runs this project.
         StageFailed: a command failed. It has the exit code of the command.
         Interrupted: a signal stopped a command, which has saved a checkpoint.
     """
     steps = read_steps(folder)
+    with folder_lock(folder.absolute()):
+        return _run_steps(steps, folder, anyway, show)
+
+
+def _run_steps(steps: list[Step], folder: Path, anyway: bool, show: Callable[[str], object]) -> list[StageTime]:
     times: list[StageTime] = []
     failure: RorchatError | None = None
     for number, step in enumerate(steps, 1):
         if failure and step.name not in AFTER_A_FAILED_GATE:
             continue
         head = f"[{number}/{len(steps)}] {step.name}"
-        show(f"{head}: {shlex.join(step.words)}{_format_left(steps[number - 1 :])}")
+        show(f"{head}: {shlex.join(step.words)}{_format_left(steps[number - 1 :], folder)}")
         started = time.monotonic()
         code = run_command(step.words, folder)
         seconds = time.monotonic() - started
@@ -156,14 +164,13 @@ def run_project(folder: Path, *, anyway: bool = False, show: Callable[[str], obj
     return times
 
 
-def _format_left(steps: list[Step]) -> str:
-    seconds = sum(step.seconds for step in steps)
-    if not seconds or not steps[0].seconds:
+def _format_left(steps: list[Step], folder: Path) -> str:
+    """The planned time of the first step, and of all of them, without what an earlier start has done."""
+    left = [step.seconds * (1 - measure_progress(folder / RUNS / step.name)) for step in steps]
+    if not steps[0].seconds:
         return ""
-    return (
-        f"  (about {format_duration(steps[0].seconds / 3600)}; "
-        f"{format_duration(seconds / 3600)} until everything is done)"
-    )
+    first = f"about {format_duration(left[0] / 3600)}" if left[0] else "finished before"
+    return f"  ({first}; {format_duration(sum(left) / 3600)} until everything is done)"
 
 
 def _failure(step: Step, code: int, folder: Path) -> RorchatError:
@@ -182,7 +189,8 @@ def _failure(step: Step, code: int, folder: Path) -> RorchatError:
 def run_command(words: tuple[str, ...], folder: Path) -> int:
     """Runs a command to its end and returns its exit code. Signals that would stop this process are passed on to it."""
     command = [sys.executable, "-m", "rorchat.cli", *words[1:]]
-    process = subprocess.Popen(command, cwd=folder, preexec_fn=_die_with_parent)
+    environment = os.environ | {WITHIN_PROJECT: "1"}
+    process = subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=_die_with_parent)
     with _forward_signals(process):
         code = process.wait()
     return 128 - code if code < 0 else code

@@ -1,6 +1,6 @@
 """Divides the time between the stages: how many tokens each reads, and how long it takes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rorchat.model import Shape, count_parameters, count_scaling_parameters
@@ -24,6 +24,10 @@ LARGE = 100e6  # parameters
 MIN_STEPS = 10  # of every stage, however little time there is
 MESSAGE_TOKENS = 12  # control tokens, role and line breaks of a message, and a share of the system message
 MESSAGES_PER_ROW = 3
+#: Shares of the tokens of midtraining, in percent
+MIDTRAIN_WEIGHTS = {"documents": 30.0, "conversations": 60.0, "persona": 10.0}
+VALIDATION_TOKENS = 20_000  # enough to measure a loss to about 1 %, and quick to evaluate
+MIN_VALIDATION_SHARE, MAX_VALIDATION_SHARE = 0.005, 0.1
 #: Seconds of a command that scores, beside its start: (fixed, per million parameters)
 SCORING_SECONDS = {"evaluate": (2.0, 0.5), "gate": (6.0, 6.0), "report": (3.0, 0.0)}
 
@@ -109,7 +113,8 @@ class Scheduler:
         for stage, count in tokens.items():
             seconds[stage] += count * seconds_per_token * relative_cost(stage, shape, vocabulary.size)
         first = tokens[self.stages[0]]
-        size = predict(shape, vocabulary, first, max(1, self.text_bytes))
+        training_bytes = int(self.text_bytes * (1 - self.validation_share(["documents"], vocabulary)))
+        size = predict(shape, vocabulary, first, max(1, training_bytes))
         return Schedule(size, tokens, seconds)
 
     def seconds_per_token(self, shape: Shape, vocabulary: Vocabulary) -> float:
@@ -138,14 +143,36 @@ class Scheduler:
     def _min_tokens(self) -> int:
         return MIN_STEPS * MIN_BATCH_TOKENS
 
+    def count_tokens(self, group: str, vocabulary: Vocabulary) -> float:
+        """Tokens of all "documents", "conversations" (without the persona's), "persona" or "preferences"."""
+        if group == "documents":
+            return self.text_bytes / vocabulary.bytes_per_token
+        option = "conversations" if group == "persona" else group
+        sources = [s for s in self.survey.of(option) if s.is_about_persona == (group == "persona")]
+        text = sum(source.utf8_bytes for source in sources) / vocabulary.chat_bytes_per_token
+        return text + sum(source.rows for source in sources) * MESSAGES_PER_ROW * MESSAGE_TOKENS
+
+    def validation_share(self, groups: Sequence[str], vocabulary: Vocabulary) -> float:
+        """The share of the rows that is held out for validation."""
+        tokens = sum(self.count_tokens(group, vocabulary) for group in groups)
+        return round(min(MAX_VALIDATION_SHARE, max(MIN_VALIDATION_SHARE, VALIDATION_TOKENS / max(1, tokens))), 3)
+
+    def midtrain_weights(self, tokens: int, vocabulary: Vocabulary) -> dict[str, float]:
+        """{group: percent of the tokens of midtraining}: MIDTRAIN_WEIGHTS, but no chats more often than MAX_EPOCHS."""
+        weights = {}
+        for group in ("conversations", "persona"):
+            most = 100 * MAX_EPOCHS["midtrain"] * self.count_tokens(group, vocabulary) / tokens
+            weights[group] = min(MIDTRAIN_WEIGHTS[group], most)
+        return {"documents": 100 - sum(weights.values()), **weights}
+
     def _available_tokens(self, stage: str, vocabulary: Vocabulary) -> float:
         """Tokens of the stage's data, times the passes over them that are useful."""
-        if stage == "pretrain":
-            return self.text_bytes / vocabulary.bytes_per_token * MAX_EPOCHS[stage]
-        option = "preferences" if stage == "dpo" else "conversations"
-        tokens = self.survey.utf8_bytes(option) / vocabulary.bytes_per_token
-        tokens += self.survey.rows(option) * MESSAGES_PER_ROW * MESSAGE_TOKENS
-        return tokens * MAX_EPOCHS[stage]
+        if stage == "midtrain":
+            chats = self.count_tokens("conversations", vocabulary) * MAX_EPOCHS[stage]
+            return chats * 100 / MIDTRAIN_WEIGHTS["conversations"]
+        groups = {"pretrain": ["documents"], "dpo": ["preferences"]}.get(stage, ["conversations", "persona"])
+        share = self.validation_share(groups, vocabulary)
+        return sum(self.count_tokens(group, vocabulary) for group in groups) * (1 - share) * MAX_EPOCHS[stage]
 
     def _overhead(self, parameters: int) -> dict[str, float]:
         """{command: seconds beside the steps of training}, in the order of the commands."""

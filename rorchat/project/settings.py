@@ -9,13 +9,10 @@ from rorchat.plan.scaling import format_size
 from rorchat.plan.show import format_count, format_duration
 from rorchat.project.schedule import Schedule, Scheduler, choose_batch_tokens
 from rorchat.project.survey import SourceSurvey
+from rorchat.project_folder import RUNS
 
-RUNS = "runs"  # the folder of all runs, inside the project
-VALIDATION_TOKENS = 20_000  # enough to measure a loss to about 1 %, and quick to evaluate
-MIN_VALIDATION_SHARE, MAX_VALIDATION_SHARE = 0.005, 0.1
 ROWS_PER_STEP = 8  # of fine-tuning and preference training; fewer if there would be less than CHAT_STEPS steps
 CHAT_STEPS = 100
-MIDTRAIN_WEIGHTS = {"documents": 30.0, "conversations": 60.0, "persona": 10.0}
 #: Learning rates of Muon (matrices) and AdamW (the rest), as in the demo.
 RATES: dict[str, dict[str, float]] = {
     "pretrain": {"learning_rate": 2e-3, "matrix_learning_rate": 1e-2},
@@ -73,7 +70,7 @@ class ProjectSettings:
         sources = [*self.survey.of("documents"), *self.survey.of("conversations")]
         vocabulary = self.size.vocabulary
         comments = [
-            f"{vocabulary.size:,} tokens, {vocabulary.bytes_per_token:.2f} bytes per token on held-out text. A larger "
+            f"{vocabulary.size:,} tokens, {vocabulary.bytes_per_token:.2f} bytes per token of the documents. A larger "
             "vocabulary would need fewer tokens for the same text, but more parameters and time per token."
         ]
         values = {
@@ -129,12 +126,11 @@ class ProjectSettings:
         """The weight of each group of sources, divided in proportion to their sizes."""
 
         def group(source: SourceSurvey) -> str:
-            return "persona" if source.spec.startswith("persona=") else source.option
+            return "persona" if source.is_about_persona else source.option
 
-        sizes = {name: sum(s.utf8_bytes for s in sources if group(s) == name) for name in MIDTRAIN_WEIGHTS}
-        return [
-            round(MIDTRAIN_WEIGHTS[group(source)] * source.utf8_bytes / sizes[group(source)], 3) for source in sources
-        ]
+        weights = self.scheduler.midtrain_weights(self.schedule.tokens["midtrain"], self.size.vocabulary)
+        sizes = {name: sum(s.utf8_bytes for s in sources if group(s) == name) for name in weights}
+        return [round(weights[group(source)] * source.utf8_bytes / sizes[group(source)], 3) for source in sources]
 
     def _sft(self) -> StageSettings:
         tokens = self.schedule.tokens["sft"]
@@ -151,7 +147,7 @@ class ProjectSettings:
             "per_device_train_batch_size": rows,
             "max_steps": steps,
             **self._optimizer("sft"),
-            "validation_share": self._validation_share("conversations"),
+            "validation_share": self._validation_share("conversations", "persona"),
             "logging_steps": _round_down(steps / 20),
             "eval_steps": 0.5,
             "sample_prompts": ["Who are you?", "Hello! What can you do?", "What is your favourite colour?"],
@@ -163,8 +159,8 @@ class ProjectSettings:
         return StageSettings(comments, values)
 
     def _dpo(self) -> StageSettings:
-        bytes_per_token = self.size.vocabulary.bytes_per_token
-        tokens_per_pair = self.survey.utf8_bytes("preferences") / self.survey.rows("preferences") / bytes_per_token
+        tokens_of_pairs = self.scheduler.count_tokens("preferences", self.size.vocabulary)
+        tokens_per_pair = tokens_of_pairs / self.survey.rows("preferences")
         pairs = min(round(self.schedule.tokens["dpo"] / tokens_per_pair), self.survey.rows("preferences"))
         rows = max(1, min(ROWS_PER_STEP, pairs // CHAT_STEPS))
         steps = max(1, pairs // rows)
@@ -200,9 +196,8 @@ class ProjectSettings:
             return dict(BASE_RATES[stage])
         return {"optimizer": "muon", **RATES[stage]}
 
-    def _validation_share(self, option: str) -> float:
-        tokens = self.survey.utf8_bytes(option) / self.size.vocabulary.bytes_per_token
-        return round(min(MAX_VALIDATION_SHARE, max(MIN_VALIDATION_SHARE, VALIDATION_TOKENS / max(1, tokens))), 3)
+    def _validation_share(self, *groups: str) -> float:
+        return self.scheduler.validation_share(groups, self.size.vocabulary)
 
     def _time(self, command: str) -> str:
         return f"about {format_duration(self.schedule.seconds[command] / 3600)} on the machine it was planned for"

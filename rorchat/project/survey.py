@@ -53,6 +53,10 @@ class SourceSurvey:
     def rows(self) -> int:
         return self.stats.kept
 
+    @property
+    def is_about_persona(self) -> bool:
+        return self.spec.startswith("persona=")
+
     def summary(self) -> dict[str, object]:
         """The survey as JSON, for plan.json."""
         values = asdict(self) | {"stats": self.stats.summary()}
@@ -76,12 +80,21 @@ class Survey:
     def rows(self, option: str) -> int:
         return sum(source.rows for source in self.of(option))
 
-    def sample(self) -> str:
-        """Text of all sources, in proportion to their sizes as far as their samples reach."""
-        total = sum(source.utf8_bytes for source in self.sources)
-        return "\n".join(
-            source.sample[: max(1, SAMPLE_CHARACTERS * source.utf8_bytes // total)] for source in self.sources
-        )
+    def sample(self, option: str) -> str:
+        """Text of the sources of an option, in proportion to their sizes as far as their samples reach."""
+        return "\n".join(source.sample[: self._sample_size(source)] for source in self.of(option))
+
+    @property
+    def samples_have_all_text(self) -> bool:
+        """Whether the samples for the tokenizer contain all its text."""
+        return self._tokenizer_bytes <= SAMPLE_CHARACTERS
+
+    @property
+    def _tokenizer_bytes(self) -> int:
+        return self.utf8_bytes("documents", "conversations")
+
+    def _sample_size(self, source: SourceSurvey) -> int:
+        return max(1, SAMPLE_CHARACTERS * source.utf8_bytes // self._tokenizer_bytes)
 
     @property
     def language(self) -> str:

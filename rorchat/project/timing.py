@@ -16,6 +16,8 @@ from rorchat.plan.scaling import format_size
 #: Sizes whose speed is measured; that of others is interpolated by their FLOPs per token.
 PROBED_SIZES = {True: ("2x2x64", "4x4x128", "6x6x384"), False: ("6x6x384", "12x12x768")}  # {is_cpu: sizes}
 PROBED_VOCABULARY = 2048
+ROWS = 8  # of a step
+MAX_CPU_FLOPS = 4e10  # of a measured micro-batch on a CPU: a second or less
 
 
 @dataclass
@@ -52,7 +54,7 @@ def measure_machine(block_size: int) -> Machine:
     machine = Machine(device, max(1, gpus), measure_startup(), block_size)
     for size in PROBED_SIZES[device.is_cpu]:
         shape = parse_shape(size)
-        seconds = measure_seconds_per_token(device, shape, PROBED_VOCABULARY, block_size, 8)
+        seconds = measure_seconds_per_token(device, shape, PROBED_VOCABULARY, block_size)
         machine.points.append((flops_per_token(shape, PROBED_VOCABULARY, block_size), seconds / machine.gpus))
     machine.points.sort()
     return machine
@@ -66,10 +68,20 @@ def measure_startup() -> float:
 
 
 def measure_seconds_per_token(
-    device: Device, shape: Shape, vocabulary: int, block_size: int, rows: int, optimizer: str = "muon"
+    device: Device, shape: Shape, vocabulary: int, block_size: int, optimizer: str = "muon"
 ) -> float:
-    """Seconds per token of a step of `rows` rows, on one device of this machine."""
-    batch = rows * block_size
+    """Seconds per token of a step of ROWS rows, on one device of this machine.
+
+    On a CPU, fewer rows of a large model are measured: the time of a row hardly depends on their number there.
+    """
+    rows = ROWS
+    while (
+        device.is_cpu
+        and rows > 1
+        and rows * block_size * flops_per_token(shape, vocabulary, block_size) > MAX_CPU_FLOPS
+    ):
+        rows //= 2
+    batch = ROWS * block_size
     request = Request(
         device, tokens=batch * 1000, size=format_size(shape), vocabulary=vocabulary, block_size=block_size,
         optimizer=optimizer, global_batch_tokens=batch, micro_batch=rows,

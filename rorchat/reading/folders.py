@@ -69,7 +69,9 @@ def find_files(
         f"{entry.name} ({why})" if entry.is_file() and (why := refuse(entry)) else entry.name
         for entry in sorted(path.iterdir())
     ]
-    raise DataError(f"{path} has no file that matches {', '.join(patterns)}, only {', '.join(names[:8]) or 'nothing'}.")
+    if not names:
+        raise DataError(f"The folder {path} is empty.")
+    raise DataError(f"{path} has no file that matches {', '.join(patterns)}, only {', '.join(names[:8])}.")
 
 
 def is_hidden(file: Path, folder: Path) -> bool:

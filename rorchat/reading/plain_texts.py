@@ -31,7 +31,7 @@ def read_plain_text(file_slice: FileSlice, limits: Limits, notes: ReadingNotes) 
         notes.unread[str(path)] = encoding.detail
         return
     if encoding.name != "UTF-8" and not file_slice.start:
-        notes.decoded[encoding.name] = notes.decoded.get(encoding.name, 0) + 1
+        notes.decoded.setdefault(encoding.name, []).append(str(path))
     separator = DOCUMENT_SEPARATOR if content_suffix(path) == ".txt" else ""
     documents = _Documents(file_slice, encoding, limits, notes)
     try:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rorchat.evaluation.scores import read_scores
+from rorchat.project_folder import RUNS
 from rorchat.reporting.curves import draw_curves
 from rorchat.reporting.runs import find_runs, read_run_record
 from rorchat.reporting.tables import (
@@ -33,7 +34,8 @@ def write_report(folder: Path) -> tuple[Path, Path]:
     runs = find_runs(folder)
     curves, report = folder / "curves.png", folder / "report.md"
     draw_curves(runs, curves)
-    parts = [f"# {folder.name}", format_run_table(runs), "![curves](curves.png)"]
+    title = folder.absolute().parent.name if folder.name == RUNS else folder.name
+    parts = [f"# {title}", format_run_table(runs), "![curves](curves.png)"]
     if stages := format_stage_table(folder):
         parts += ["## Stages", stages]
     if (folder / "scores.json").is_file():

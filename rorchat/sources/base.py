@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from rorchat.reading.long_texts import Limits
-from rorchat.reading.notes import ReadingNotes
+from rorchat.reading.notes import ReadingNotes, count_files
 from rorchat.rows import RejectedRow, RepairedRow
 
 MAX_PLACES = 3  # recorded per reason of rejection
@@ -150,16 +150,11 @@ class RowStats:
             lines.append(
                 f"  {files}{self.rows_in:,} documents, which are the rows: {self.limits.describe(reading.long_texts)}"
             )
-        lines += [f"  {count_files(count)} decoded as {name}" for name, count in sorted(reading.decoded.items())]
+        folder = self.source.partition("=")[2]
+        lines += [f"  {line}" for line in reading.describe_decoded(folder)]
         if reading.unread:
-            folder = self.source.partition("=")[2]
             lines.append(f"  {count_files(len(reading.unread))} not read: {reading.describe_unread(folder)}")
         return lines
-
-
-def count_files(number: int) -> str:
-    """A number of files in words: 1 file, 2 files."""
-    return f"{number:,} file{'s' if number != 1 else ''}"
 
 
 def to_printable(text: str) -> str:

@@ -26,7 +26,7 @@ from rorchat.chatml import (
     reserved_token,
     system_message,
 )
-from rorchat.errors import DataError, MismatchError, RemoteError, UsageError
+from rorchat.errors import DataError, MismatchError, RemoteError, UsageError, shorten_error
 from rorchat.persona import Persona, load_persona
 from rorchat.sources.registry import CHAT_PREFIX, find_source, list_sources
 from rorchat.tokenizer.training_text import BoundedText
@@ -224,7 +224,7 @@ def _load_any(name_or_path: str):
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        message = " ".join(str(error).split())[:200]
+        message = shorten_error(error)
         if folder.is_dir():
             raise DataError(f"Cannot load a tokenizer from {name_or_path!r}: {message}") from None
         raise RemoteError(

@@ -51,7 +51,7 @@ def merge_shards(staging: Path, manifest: Manifest, n_parts: int, stats: RowStat
                 _write_shard(writer, staging / f"part-{number:05d}.{stored}.npy", stored, split, table)
     manifest.rows_in, manifest.kept = stats.rows_in, stats.kept
     manifest.rejects, manifest.repairs = dict(sorted(stats.rejects.items())), dict(sorted(stats.repairs.items()))
-    manifest.decoded = dict(sorted(stats.reading.decoded.items()))
+    manifest.decoded = {name: len(paths) for name, paths in sorted(stats.reading.decoded.items())}
     writer.close()
     return stats
 

@@ -1,10 +1,14 @@
 """What a user may do next: the last lines of every command that makes something."""
 
+import os
 import shlex
 from pathlib import Path
 
 from rorchat.lineage import SMOKE_SUFFIX
 from rorchat.tokenizer import find_run, was_trained_on_documents_only
+
+#: The environment variable that `rorchat run` sets for the commands of a project: it runs the next one itself
+WITHIN_PROJECT = "RORCHAT_WITHIN_PROJECT"
 
 #: For each stage or command the next commands. `...` stands for what only the user knows, such as the data.
 #: {run} is its result, {beside} the folder that contains it, {start} the model that the stage started from.
@@ -57,7 +61,9 @@ def build_try_command(run: Path, folder: Path) -> str:
 
 
 def describe_next(commands: list[str]) -> str:
-    """The next commands, one per line."""
+    """The next commands, one per line; nothing if `rorchat run` goes on by itself."""
+    if os.environ.get(WITHIN_PROJECT):
+        return ""
     return "next: " + "\n      ".join(commands)
 
 

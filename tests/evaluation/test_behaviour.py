@@ -37,7 +37,12 @@ def test_the_prompts_cover_every_kind_and_are_few():
     assert {"question", "greeting", "task", "conversation", "nothing much", "de", "zh", "attack", "persona"} <= kinds
     roles = [message["role"] for prompt in prompts for message in prompt.messages]
     assert roles.count("assistant") >= 6 and roles.count("system") == len(build_probes(PERSONA))
-    assert {prompt.kind for prompt in prompts if not prompt.language} == {"persona", "other system", "new words"}
+    assert {prompt.kind for prompt in prompts if not prompt.language} == {
+        "persona",
+        "plain",
+        "other system",
+        "new words",
+    }
     for prompt in prompts:
         assert prompt.messages[-1]["role"] == "user"
         assert all(word in prompt.messages[-1]["content"].lower() for word in [prompt.word] if word)
@@ -84,11 +89,12 @@ def bad_for_topics(topics: str, bad: str) -> Replies:
         (bad_for_kinds("question|task|conversation", "I am only a small model."), ["distinct_replies"]),
         (bad_for_kinds("question|task", "I am only a small model."), []),
         (bad_for_kinds("conversation|greeting", "Das ist die Antwort, und nicht mehr."), ["language"]),
-        (bad_for_kinds("persona|other system|new words", "{good} Das ist die Antwort, und nicht mehr."), []),
-        (bad_for_topics("name", "I do not know that."), ["identity"]),
-        (bad_for_topics("maker", "I do not know that."), ["identity"]),
-        (bad_for_topics("name|maker|nature", "I do not know that."), ["persona", "identity"]),
+        (bad_for_kinds("persona|plain|other system|new words", "{good} Das ist die Antwort, und nicht mehr."), []),
+        (bad_for_topics("name", "I do not know that."), ["identity", "identity_asked_plainly"]),
+        (bad_for_topics("maker", "I do not know that."), ["identity", "identity_asked_plainly"]),
+        (bad_for_topics("name|maker|nature", "I do not know that."), ["persona", "identity", "identity_asked_plainly"]),
         (bad_for_topics("size", "I do not know that."), []),
+        (bad_for_kinds("plain", "I do not know that."), ["identity_asked_plainly"]),
         (bad_for_kinds("new words", "I do not know that."), ["persona_in_new_words"]),
     ],
 )

@@ -17,11 +17,11 @@ from rorchat.project.timing import measure_machine, measure_seconds_per_token
 
 @pytest.fixture
 def known_speed(monkeypatch):
-    """A machine that need not be measured; the chosen size is half as fast as interpolated."""
-    machine = make_machine()
-    monkeypatch.setattr(create, "measure_machine", lambda block_size: make_machine(block_size=block_size))
+    """A slow machine that need not be measured; the chosen size is half as fast as interpolated."""
+    machine = make_machine(0.06)
+    monkeypatch.setattr(create, "measure_machine", lambda block_size: make_machine(0.06, block_size=block_size))
 
-    def measure(device, shape, vocabulary, block_size, rows, optimizer="muon"):
+    def measure(device, shape, vocabulary, block_size, optimizer="muon"):
         return 2 * machine.seconds_per_token(shape, vocabulary)
 
     monkeypatch.setattr(create, "measure_seconds_per_token", measure)
@@ -112,7 +112,7 @@ def test_a_larger_model_is_measured_to_be_slower(monkeypatch):
     machine = measure_machine(128)
     (small_flops, small), (large_flops, large) = machine.points
     assert small_flops < large_flops and 0 < small < large and machine.startup_seconds > 0.5
-    seconds = measure_seconds_per_token(find_device("cpu"), parse_shape("2x2x64"), 2048, 128, rows=4)
+    seconds = measure_seconds_per_token(find_device("cpu"), parse_shape("2x2x64"), 2048, 128)
     assert 0.2 < seconds / small < 5
 
 

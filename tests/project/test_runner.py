@@ -9,9 +9,11 @@ import time
 
 import pytest
 
-from rorchat.errors import DataError, Interrupted, UsageError
+from rorchat.errors import DataError, Interrupted, MismatchError, UsageError
+from rorchat.files import folder_lock
 from rorchat.project import runner
 from rorchat.project.runner import StageFailed, read_steps, run_project
+from rorchat.training.next_step import describe_next
 
 SCRIPT = """#!/usr/bin/env bash
 # a project
@@ -81,6 +83,40 @@ def test_all_commands_run_in_order_and_show_the_time_left(folder, recorded):
     assert lines[0].startswith("[1/5] tokenizer: rorchat train-tokenizer")
     assert "about 12 s; 1.2 min until everything is done" in lines[0]
     assert "(planned: 12 s)" in lines[1]
+
+
+def test_finished_stages_and_checkpoints_are_not_counted_as_time_left(folder, recorded):
+    tokenizer, pretrain = folder / "runs" / "tokenizer", folder / "runs" / "pretrain" / "checkpoint-3"
+    for place in (tokenizer, pretrain):
+        place.mkdir(parents=True)
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (pretrain.parent / "run.json").write_text("{}")
+    (pretrain / "trainer_state.json").write_text(json.dumps({"global_step": 3, "max_steps": 4}))
+    lines = []
+    run_project(folder, show=lines.append)
+    assert "finished before; 15 s until everything is done" in lines[0]
+    assert "about 15 s; 15 s until everything is done" in lines[2]
+
+
+def test_a_project_runs_once_at_a_time(folder, recorded):
+    with folder_lock(folder), pytest.raises(MismatchError, match="is in use by process"):
+        run_project(folder, show=lambda _: None)
+    assert recorded[0] == []
+
+
+def test_commands_of_a_project_name_no_next_command(tmp_path, monkeypatch):
+    (tmp_path / "run.sh").write_text("rorchat --version\n")
+    seen = []
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda *_, env, **__: seen.append(env) or _Finished())
+    run_project(tmp_path, show=lambda _: None)
+    assert describe_next(["rorchat chat x"]) == "next: rorchat chat x"
+    monkeypatch.setattr(os, "environ", seen[0])
+    assert describe_next(["rorchat chat x"]) == ""
+
+
+class _Finished:
+    def wait(self):
+        return 0
 
 
 def test_a_failed_gate_still_reports_but_stops_the_project(folder, recorded):

@@ -9,7 +9,7 @@ from rorchat.project.schedule import MIN_BATCH_TOKENS, Base, Scheduler, choose_b
 from rorchat.project.sizing import SHAPES
 from rorchat.project.vocabulary import Vocabulary
 
-SHAPE, VOCABULARY = SHAPES[2], Vocabulary(1024, 2.5)
+SHAPE, VOCABULARY = SHAPES[2], Vocabulary(1024, 2.5, 2.5)
 
 
 @pytest.fixture
@@ -45,6 +45,19 @@ def test_conversations_are_not_repeated_more_than_is_useful(given):
     assert long.size.epochs == pytest.approx(4, rel=0.01) and long.total_seconds < 36_000
 
 
+def test_few_chats_are_not_repeated_in_midtraining_and_the_rest_is_documents(given):
+    scheduler = make_scheduler(given, 1.0)
+    schedule = scheduler.schedule(SHAPE, VOCABULARY)
+    tokens = schedule.tokens["midtrain"]
+    weights = scheduler.midtrain_weights(tokens, VOCABULARY)
+    assert sum(weights.values()) == pytest.approx(100) and weights["documents"] >= 30
+    for group in ("conversations", "persona"):
+        passes = weights[group] / 100 * tokens / scheduler.count_tokens(group, VOCABULARY)
+        assert passes <= 4.001
+    assert scheduler.midtrain_weights(1000, VOCABULARY) == {"documents": 30, "conversations": 60, "persona": 10}
+    assert scheduler.midtrain_weights(2 * tokens, VOCABULARY)["conversations"] == pytest.approx(30, rel=0.01)
+
+
 def test_a_short_time_still_trains_every_stage(given):
     tokens = make_scheduler(given, 0.01).schedule(SHAPE, VOCABULARY).tokens
     assert min(tokens.values()) >= 10 * MIN_BATCH_TOKENS
@@ -60,7 +73,7 @@ def test_stages_depend_on_the_data(given):
 
 
 def test_a_base_model_needs_no_tokenizer_and_no_pretraining(given):
-    base = Base("gpt2", SHAPES[9], Vocabulary(50_304, 4.4), 1024)
+    base = Base("gpt2", SHAPES[9], Vocabulary(50_304, 4.4, 4.4), 1024)
     survey = make_survey(given, from_scratch=False)
     scheduler = Scheduler(survey, make_machine(), 0.5, base)
     assert base.is_large and scheduler.stages == ["midtrain", "sft", "dpo"]

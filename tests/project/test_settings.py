@@ -26,7 +26,7 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-VOCABULARY = Vocabulary(1024, 2.5)
+VOCABULARY = Vocabulary(1024, 2.5, 2.5)
 
 
 @pytest.fixture
@@ -57,7 +57,9 @@ def test_every_file_fits_its_recipe(scheduler, tmp_path, monkeypatch):
 
 def test_the_weights_of_midtraining_divide_each_group_by_size(scheduler):
     values = (
-        ProjectSettings(scheduler, scheduler.schedule(SHAPES[2], Vocabulary(1024, 2.5))).stages()["midtrain"].values
+        ProjectSettings(scheduler, scheduler.schedule(SHAPES[2], Vocabulary(1024, 2.5, 2.5)))
+        .stages()["midtrain"]
+        .values
     )
     shares = dict(zip((spec.partition("=")[0] for spec in values["sources"]), values["weights"], strict=True))
     assert shares["messages"] == 60 and shares["persona"] == 10
@@ -92,7 +94,7 @@ def test_the_persona_is_copied_or_named_after_the_folder(scheduler, tmp_path):
 
 def test_a_large_base_model_is_trained_with_adamw_at_its_window(tmp_path, monkeypatch):
     survey = make_survey(write_data(tmp_path), from_scratch=False)
-    base = Base("gpt2", SHAPES[9], Vocabulary(50_304, 4.4), 1024)
+    base = Base("gpt2", SHAPES[9], Vocabulary(50_304, 4.4, 4.4), 1024)
     scheduler = Scheduler(survey, make_scheduler(write_data(tmp_path)).machine, 1.0, base)
     write(tmp_path / "bot", scheduler, base.shape, base.vocabulary)
     monkeypatch.chdir(tmp_path / "bot")

@@ -6,7 +6,7 @@ from rorchat.model import Shape, count_scaling_parameters
 from rorchat.project.sizing import LAW, SHAPES, choose_size, effective_bytes, predict
 from rorchat.project.vocabulary import Vocabulary
 
-VOCABULARIES = [Vocabulary(512, 2.0), Vocabulary(2048, 3.0)]
+VOCABULARIES = [Vocabulary(512, 2.0, 2.0), Vocabulary(2048, 3.0, 3.0)]
 
 
 def test_larger_models_and_more_text_have_a_lower_loss():

@@ -25,7 +25,7 @@ def test_all_encodings_give_the_same_documents(encoding, tmp_path):
     assert len(expected) > 5
     rows, loaded = read_source(f"text={write(tmp_path, 'b.txt', ascii_text.encode(encoding))}", "document")
     assert [row["text"] for row in rows] == expected
-    assert sum(loaded.stats.reading.decoded.values()) == (encoding != "utf-8-sig")
+    assert len(loaded.stats.reading.decoded) == (encoding != "utf-8-sig")
 
 
 def test_files_in_other_encodings_are_counted(tmp_path):
@@ -33,9 +33,8 @@ def test_files_in_other_encodings_are_counted(tmp_path):
         write(tmp_path, f"{number}.txt", f"Die Gäste aus Österreich, {number}.".encode(encoding))
     rows, loaded = read_source(f"text={tmp_path}", "document")
     assert [row["text"] for row in rows] == [f"Die Gäste aus Österreich, {number}." for number in range(4)]
-    assert loaded.stats.reading.decoded == {"Windows-1252": 2, "UTF-16": 1}
     assert str(loaded.stats).splitlines()[1:] == [
-        "  1 file decoded as UTF-16", "  2 files decoded as Windows-1252",
+        "  1 file decoded as UTF-16: 3.txt", "  2 files decoded as Windows-1252: 0.txt, 1.txt",
     ]  # fmt: skip
 
 
