@@ -30,7 +30,7 @@ from rorchat.reading.folders import is_hidden
 from rorchat.reading.formats import READERS, TEXT_SUFFIXES
 from rorchat.rows import RejectedRow, row_text
 from rorchat.sources.base import RowStats, Source
-from rorchat.sources.columns import parse_columns, source_for_columns
+from rorchat.sources.columns import parse_columns, source_for_columns, suggest_pair, text_columns
 from rorchat.sources.location import add_columns, may_name_dataset
 from rorchat.sources.registry import SourceRows, find_source, list_sources, load_rows, locate
 from rorchat.tokenizer import byte_characters
@@ -79,6 +79,8 @@ def resolve_spec(
     if not where and (path.suffix or "/" in spec_or_path):
         advice = f" For a dataset of the Hub, name its format, as in text={spec_or_path}."
         raise DataError(f"No file or folder {spec_or_path}.{advice if may_name_dataset(spec_or_path) else ''}")
+    if ":" in name and Path(name.partition(":")[0]).expanduser().exists():
+        raise UsageError(f"{spec_or_path} names columns without a source: write messages={spec_or_path}.")
     locate(spec_or_path)
     if row_format and row_format != name:
         raise UsageError(
@@ -103,16 +105,27 @@ def guess_row_format(path: Path) -> str:
     best = max(score for score, _ in results.values())
     if not best:
         problem = results["text"][1] or next((problem for _, problem in results.values() if problem), "")
+        start = f"No row of {path} has a known format{f' ({problem})' if problem else ''}."
+        if len(columns := _first_text_columns(path)) == 2:
+            raise DataError(f"{start} {suggest_pair(f'messages={path}', columns)}")
         raise DataError(
-            f"No row of {path} has a known format{f' ({problem})' if problem else ''}. Name the format before the "
-            f"path, as in alpaca={path} ({', '.join(ROW_FORMATS)}, or a dataset of `rorchat data list`), or the "
-            f"columns, as in messages={path}:user=QUESTION:assistant=ANSWER."
+            f"{start} Name the format before the path, as in alpaca={path} ({', '.join(ROW_FORMATS)}, or a dataset of "
+            f"`rorchat data list`), or the columns, as in messages={path}:user=QUESTION:assistant=ANSWER."
         )
     named = [name for name in results if name not in ROW_FORMATS and _is_named_in(path, name)]
     for name in (*named, *ROW_FORMATS, *results):
         if results[name][0] >= (0.4 if name in named else 0.8) * best:
             return name
     raise AssertionError("the best source is one of those tried")
+
+
+def _first_text_columns(path: Path) -> list[str]:
+    """The columns with text of the first row that has columns; none if the files cannot be read."""
+    try:
+        rows = load_rows(f"messages={path}", "conversation").raw
+        return next((columns for _, row in islice(rows, SAMPLE_ROWS) if (columns := text_columns(row))), [])
+    except DataError:
+        return []
 
 
 def _has_mark(source: Source, path: Path) -> bool:
@@ -159,7 +172,8 @@ def _try_source(name: str, path: Path) -> tuple[float, str]:
             try:
                 rows.convert(raw)
                 # a text under another usual name, such as "content", can be a part of a row of another format
-                is_weak = name == "text" and isinstance(raw, dict) and "text" not in raw
+                is_other_text = name == "text" and isinstance(raw, dict) and "text" not in raw
+                is_weak = is_other_text or any("texts in turn" in rule for rule in rows.stats.rules)
                 score += 0.75 if is_weak else 1
             except RejectedRow as rejected_row:
                 # An unusable row in the right format is weaker evidence for the format than a good one

@@ -10,7 +10,6 @@ question      {"messages": [messages], "answer": str, "alternatives": [str], "to
 import ast
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 ROLES = ("system", "user", "assistant")
 # Role names in published datasets, mostly those in ShareGPT's format
@@ -47,12 +46,11 @@ def _to_one_line(text: str) -> str:
     return cut if cut.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
-@dataclass
 class RepairedRow:
-    """A row that is usable because its source corrected an error in it. Rows are counted by `repair`."""
+    """A row that is usable because its source corrected errors in it. Rows are counted by each of `repairs`."""
 
-    row: dict
-    repair: str
+    def __init__(self, row: dict, *repairs: str):
+        self.row, self.repairs = row, repairs
 
 
 def get_text(row: object, key: str) -> str:

@@ -11,7 +11,7 @@ from support import as_jsonl, chat_row, write
 
 from rorchat.errors import DataError, UsageError
 from rorchat.inspection import guess_row_format, resolve_spec
-from rorchat.sources.registry import find_source, list_sources
+from rorchat.sources.registry import find_source, list_sources, load_rows
 
 HUMAN, GPT = {"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi!"}
 ALPACA = [{"instruction": f"Name colour {n}.", "input": "", "output": "Red."} for n in range(5)]
@@ -182,3 +182,16 @@ def test_missing_paths_and_unknown_formats_have_different_errors(tmp_path):
         resolve_spec(f"text={path}", "messages")
     assert resolve_spec(f"text={path}") == (f"text={path}", False)
     assert resolve_spec("tinytown=5") == ("tinytown=5", False)
+
+
+def test_two_unknown_text_columns_are_named_in_the_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "faq.csv", "my question,reply\nWhat is red?,A colour.\n")
+    expected = "messages=faq.csv:user=my question:assistant=reply, or the other way round, messages=faq.csv:user=reply"
+    with pytest.raises(DataError, match=expected) as failure:
+        guess_row_format(Path("faq.csv"))
+    assert "\n" not in str(failure.value)
+    with pytest.raises(DataError, match=expected):
+        list(load_rows("messages=faq.csv", "conversation"))
+    with pytest.raises(UsageError, match="names columns without a source: write messages=faq.csv:user="):
+        resolve_spec("faq.csv:user=my question:assistant=reply")

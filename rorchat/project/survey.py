@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import quantiles
 
 from tqdm.auto import tqdm
@@ -13,7 +12,8 @@ from rorchat.inspection import resolve_spec
 from rorchat.persona import Persona
 from rorchat.rows import row_text
 from rorchat.sources.base import RowStats
-from rorchat.sources.registry import find_source, load_rows
+from rorchat.sources.location import format_columns
+from rorchat.sources.registry import columns_advice, find_source, load_rows, locate
 
 #: {option of `rorchat new`: the kind of row that it takes}
 KINDS = {"documents": "document", "conversations": "conversation", "preferences": "preference"}
@@ -147,7 +147,7 @@ def _survey_source(
             sample.append(text[: SAMPLE_CHARACTERS - sampled])
             sampled += len(sample[-1])
     if not sizes:
-        raise DataError(f"--{option} {spec_or_path}: no row can be used. {rows.stats}")
+        raise DataError(f"--{option} {spec_or_path}: no row can be used. {columns_advice(rows.stats) or rows.stats}")
     language, share = guess_language(sample)
     text = "\n".join(sample)
     return SourceSurvey(option, spec, guessed, rows.stats, size, _percentiles(sizes), language, share, text, is_added)
@@ -155,13 +155,13 @@ def _survey_source(
 
 def _with_absolute_path(spec: str) -> str:
     """The project's commands run in its own folder, where a relative path would mean another place."""
-    name, sign, where = spec.partition("=")
-    path = Path(where).expanduser()
-    if not where or not path.exists():
-        return name + sign + where
-    if "$" in str(path.resolve()):
-        raise UsageError(f"{path.resolve()}: settings files would read a variable after the $: rename it.")
-    return f"{name}={path.resolve()}"
+    location = locate(spec)
+    if location.path is None or not location.path.exists():
+        return spec
+    where = f"{location.path.resolve()}{format_columns(location.columns)}"
+    if "$" in where:
+        raise UsageError(f"{where}: settings files would read a variable after the $: rename it.")
+    return f"{spec.partition('=')[0]}={where}"
 
 
 def _require_kind(option: str, given: str, spec: str) -> None:

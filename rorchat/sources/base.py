@@ -5,11 +5,14 @@ from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
 
+from rorchat.reading.formats import read_rows
 from rorchat.reading.long_texts import Limits
 from rorchat.reading.notes import ReadingNotes, count_files
+from rorchat.reading.slices import FileSlice
 from rorchat.rows import RejectedRow, RepairedRow
 
 MAX_PLACES = 3  # recorded per reason of rejection
+SHOWN_RULES = 5
 OWN_FILES = "that of your files"  # the licence of a source that reads the user's own files
 # The tokens on which training computes the loss, by kind of row
 LOSS_BY_KIND = {
@@ -41,6 +44,7 @@ class Source:
     convert: Callable[[Any], dict | RepairedRow] | None = None
     to_question: Callable[[Any], dict] | None = None
     read: Callable[..., Iterator[PlacedRow]] | None = None
+    read_slice: Callable[[FileSlice], Iterator[PlacedRow]] = read_rows
     gather: Callable[[Iterator[PlacedRow]], Iterator[PlacedRow]] | None = None
     generate: Callable[..., Iterator[dict]] | None = None
 
@@ -75,6 +79,8 @@ class RowStats:
     rejects: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
     repairs: dict[str, int] = field(default_factory=dict)  # kept rows that were repaired
+    rules: dict[str, int] = field(default_factory=dict)  # kept rows by the rule that found their turns or columns
+    text_columns: list[str] = field(default_factory=list)  # of the first row that lacks the columns to read
     cut: int = 0  # kept rows of which a part did not fit into the context window
     cuts: dict[str, int] = field(default_factory=dict)  # the same by what was left out; a row may have several
     hub: dict[str, str] = field(default_factory=dict)  # dataset, config, split and revision of rows from the Hub
@@ -98,6 +104,13 @@ class RowStats:
         if len(places) < MAX_PLACES:
             places.append(rejected_row.describe_place(place))
 
+    def count_kept(self, rule: str, *repairs: str) -> None:
+        """Counts how a kept row was read: the rule that found its turns, if there is one, and what was repaired."""
+        if rule:
+            self.rules[rule] = self.rules.get(rule, 0) + 1
+        for repair in repairs:
+            self.repairs[repair] = self.repairs.get(repair, 0) + 1
+
     def withdraw(self, place: str, rejected_row: RejectedRow) -> None:
         """Rejects a row that has been counted as kept."""
         self.kept -= 1
@@ -112,7 +125,8 @@ class RowStats:
     def add(self, other: "RowStats") -> None:
         """Adds the counts of a later part of the same source."""
         self.rows_in, self.kept, self.cut = self.rows_in + other.rows_in, self.kept + other.kept, self.cut + other.cut
-        for name in ("rejects", "repairs", "cuts"):
+        self.text_columns = self.text_columns or other.text_columns
+        for name in ("rejects", "repairs", "rules", "cuts"):
             counts, other_counts = vars(self)[name], vars(other)[name]
             for reason, count in other_counts.items():
                 counts[reason] = counts.get(reason, 0) + count
@@ -136,12 +150,19 @@ class RowStats:
         if self.hub or licence_restriction(self.licence):
             lines.append(f"  licence: {self.licence}")
         lines += self._describe_reading()
+        lines += self.describe_rules()
         lines += [f"  {count:,} of them truncated: {part}" for part, count in self.cuts.items()]
         lines += [f"  {count:,} of them repaired: {repair}" for repair, count in self.repairs.items()]
         for reason, count in self.most_frequent_rejects():
             lines.append(f"  {count:,} rejected: {reason}, first at {'; '.join(self.places[reason])}")
         lines += [f"  {self.held_out}"] if self.held_out else []
         return to_printable("\n".join(lines))
+
+    def describe_rules(self) -> list[str]:
+        """Where the turns of the kept rows were found, and who is the user: a line for each rule."""
+        rules = sorted(self.rules.items(), key=lambda item: -item[1])
+        lines = [f"  {count:,} of them read as {rule}" for rule, count in rules[:SHOWN_RULES]]
+        return lines + ([f"  and by {len(rules) - SHOWN_RULES:,} other rules"] if rules[SHOWN_RULES:] else [])
 
     def _describe_reading(self) -> list[str]:
         reading, lines = self.reading, []

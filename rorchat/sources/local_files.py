@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rorchat.reading.folders import find_files, is_hidden, refuse_other_than_text, refuse_unknown_suffix
-from rorchat.reading.formats import read_any_text, read_rows
+from rorchat.reading.formats import read_any_text
 from rorchat.reading.slices import FileSlice
 from rorchat.sources.base import PlacedRow, RowStats, Source
 
@@ -48,7 +48,7 @@ def read_slice(source: Source, file_slice: FileSlice, stats: RowStats) -> Iterat
     if source.long_texts:
         rows = read_any_text(file_slice, source.long_texts, stats.reading)
     else:
-        rows = iter(source.read(path)) if source.read else read_rows(file_slice)
+        rows = iter(source.read(path)) if source.read else source.read_slice(file_slice)
     first = [row for row in [next(rows, None)] if row is not None]
     if first:
         stats.reading.files += not file_slice.start

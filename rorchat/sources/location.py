@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from rorchat.errors import UsageError, did_you_mean
 from rorchat.reading.encodings import COMPRESSIONS
 from rorchat.reading.formats import READERS
 from rorchat.sources.base import Source
-from rorchat.sources.columns import all_roles, check_roles, takes_columns
+from rorchat.sources.columns import all_roles, check_roles, quote_column, takes_columns
 from rorchat.sources.hub_dataset import HubDataset
 
 EXPLICIT = "hf://datasets/"  # prefix that says that a dataset of the Hub is meant
@@ -135,8 +135,13 @@ def add_columns(specs: Sequence[str], columns: Mapping[str, str]) -> list[str]:
     if not takers:
         for spec in specs or [""]:
             check_roles(spec.partition("=")[0], columns)
-    options = "".join(f":{role}={_quote(column)}" for role, column in columns.items())
+    options = format_columns(columns)
     return [_insert_options(spec, options) if spec in takers else spec for spec in specs]
+
+
+def format_columns(columns: Mapping[str, str]) -> str:
+    """Columns as options of a spec; `parse_location` gives the same columns."""
+    return "".join(f":{role}={quote_column(column)}" for role, column in columns.items())
 
 
 def _insert_options(spec: str, options: str) -> str:
@@ -157,12 +162,7 @@ def format_spec(name: str, location: Location) -> str:
     assert dataset is not None, "only for rows on the Hub"
     options = f":streaming={str(dataset.streaming).lower()}" if dataset.streaming is not None else ""
     if not dataset.is_own:
-        config = f":{_quote(dataset.config)}" if dataset.config else ""
+        config = f":{quote_column(dataset.config)}" if dataset.config else ""
         split = f":split={dataset.split}" if dataset.split else ""
-        columns = "".join(f":{role}={_quote(column)}" for role, column in location.columns.items())
-        options = f"{dataset.path}{config}{split}{options}{columns}"
+        options = f"{dataset.path}{config}{split}{options}{format_columns(location.columns)}"
     return f"{name}={options}" + (f"@{dataset.revision}" if dataset.revision else "")
-
-
-def _quote(text: str) -> str:
-    return quote(text, safe=" -_.()'")

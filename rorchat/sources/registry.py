@@ -19,7 +19,15 @@ from rorchat.reading.parts import split_files
 from rorchat.reading.slices import FileSlice
 from rorchat.rows import CHECKS, RejectedRow, RepairedRow
 from rorchat.sources.base import PlacedRow, RowStats, Source, to_printable
-from rorchat.sources.columns import ROLES, Columns, pick_columns, require_columns, suggest_columns
+from rorchat.sources.columns import (
+    ROLES,
+    Columns,
+    pick_columns,
+    require_columns,
+    suggest_columns,
+    suggest_pair,
+    text_columns,
+)
 from rorchat.sources.hub_dataset import HubDataset, HubRows, open_rows, resolve
 from rorchat.sources.local_files import find_source_files, find_unread_files, read_slice
 from rorchat.sources.location import Location, format_spec, parse_location
@@ -155,6 +163,8 @@ class SourceRows:
                 row = self.convert(raw)
             except RejectedRow as rejected_row:
                 self.stats.reject(place, rejected_row)
+                if rejected_row.reason == "missing field" and not self.columns:
+                    self.stats.text_columns = self.stats.text_columns or text_columns(raw)
                 if self.on_reject:
                     self.on_reject(place, rejected_row, raw)
                 continue
@@ -192,13 +202,13 @@ class SourceRows:
         """
         if isinstance(raw, RejectedRow):
             raise raw
-        raw = pick_columns(self.source.name, self.columns, raw)
+        picked = pick_columns(self.source.name.removeprefix(CHAT_PREFIX), self.columns, raw)
         convert = self.source.to_question if self.kind == "question" else self.source.convert
-        converted = convert(raw) if convert else raw  # generated rows need no conversion
+        converted = convert(picked.row) if convert else picked.row  # generated rows need no conversion
         row = converted.row if isinstance(converted, RepairedRow) else converted
         CHECKS[self.kind](row)
-        if isinstance(converted, RepairedRow):
-            self.stats.repairs[converted.repair] = self.stats.repairs.get(converted.repair, 0) + 1
+        repairs = converted.repairs if isinstance(converted, RepairedRow) else ()
+        self.stats.count_kept(picked.rule, *picked.repairs, *repairs)
         return row
 
 
@@ -224,7 +234,11 @@ def require_kept_rows(stats: RowStats) -> None:
 def columns_advice(stats: RowStats) -> str:
     """How to name the columns of a source, if most of its rejected rows lack one; otherwise empty."""
     name, rejects = stats.source.partition("=")[0], stats.most_frequent_rejects()
-    return suggest_columns(name) if name in ROLES and rejects and rejects[0][0] == "missing field" else ""
+    if name not in ROLES or not rejects or rejects[0][0] != "missing field":
+        return ""
+    if name == "messages" and len(stats.text_columns) == 2:
+        return suggest_pair(stats.source, stats.text_columns)
+    return suggest_columns(name)
 
 
 @dataclass(frozen=True)

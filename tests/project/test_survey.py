@@ -76,3 +76,15 @@ def test_the_language_of_most_rows_is_named():
     german = ["Guten Morgen, wie geht es Ihnen heute?"] * 8
     assert guess_language([*german, "How are you today, my friend?", "1234"]) == ("de", 8 / 9)
     assert guess_language(["123", "  "]) == ("", 0.0)
+
+
+def test_columns_of_a_source_stay_in_its_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faq.csv").write_text("q:1,a\n" + "".join(f"What is {n}?,It is {n}.\n" for n in range(9)))
+    survey = make_survey({"conversations": ["messages=faq.csv:user=q%3A1:assistant=a"]})
+    (source, *_) = survey.of("conversations")
+    assert source.spec == f"messages={tmp_path / 'faq.csv'}:user=q%3A1:assistant=a" and source.rows == 9
+    with pytest.raises(DataError, match=r"faq.csv:user=q%3A1:assistant=a, or the other way round, messages="):
+        make_survey({"conversations": ["messages=faq.csv"]})
+    with pytest.raises(UsageError, match="write messages=faq.csv:user=a"):
+        make_survey({"conversations": ["faq.csv:user=a:assistant=b"]})

@@ -81,9 +81,9 @@ def test_a_value_that_is_no_text_rejects_the_row():
 
 
 def test_rows_that_are_no_objects_and_sources_with_their_own_format_are_unchanged():
-    assert pick_columns("messages", {}, HELLO["messages"]) is HELLO["messages"]
+    assert pick_columns("messages", {}, HELLO["messages"]).row is HELLO["messages"]
     row = {"question": "Hello", "answer": "Hi!"}
-    assert pick_columns("gsm8k", {}, row) is row
+    assert pick_columns("gsm8k", {}, row).row is row
 
 
 @pytest.mark.parametrize(

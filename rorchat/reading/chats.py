@@ -1,0 +1,42 @@
+"""Reads conversations of files in any shape: rows, exports of chat programs, and objects that hold a list of them."""
+
+from collections.abc import Iterator
+from itertools import chain
+
+from rorchat.reading.chat_exports import expand_container, read_export
+from rorchat.reading.encodings import content_suffix
+from rorchat.reading.formats import TEXT_SUFFIXES, read_rows
+from rorchat.reading.slices import FileSlice, Row
+from rorchat.reading.text import read_lines
+from rorchat.reading.whatsapp import match_start, read_whatsapp
+from rorchat.rows import RejectedRow
+
+
+def read_chats(file_slice: FileSlice) -> Iterator[Row]:
+    """As `read_rows`, but an export has a row for each conversation, and text files must be exports of WhatsApp."""
+    suffix = content_suffix(file_slice.path)
+    if suffix in TEXT_SUFFIXES:
+        return _read_text(file_slice)
+    rows = read_rows(file_slice)
+    if suffix not in (".json", ".jsonl", ".ndjson"):
+        return rows
+    return chain.from_iterable(_expand(place, row, is_file=suffix == ".json") for place, row in rows)
+
+
+def _read_text(file_slice: FileSlice) -> Iterator[Row]:
+    path = file_slice.path
+    if file_slice.start:  # a log is read as a whole, with its first slice
+        return
+    place, line = next(read_lines(path), (str(path), ""))
+    if isinstance(line, RejectedRow) or match_start(line):
+        yield from read_whatsapp(path)
+    elif line:
+        yield place, RejectedRow("not a dialogue", "the text does not begin as a chat that WhatsApp has exported")
+
+
+def _expand(place: str, row: object, *, is_file: bool) -> Iterator[Row]:
+    """The conversations of a value of a JSON file."""
+    rows = None
+    if isinstance(row, dict):
+        rows = read_export(place, row) or (expand_container(place, row) if is_file else None)
+    yield from rows or [(place, row)]
