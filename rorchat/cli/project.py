@@ -14,7 +14,11 @@ def new(
         Sources, typer.Option(help="Texts: a file, a folder, or a source such as text=OWNER/NAME. Repeatable.")
     ] = None,
     conversations: Annotated[
-        Sources, typer.Option(help="Chats: a file, a folder, or a source such as alpaca=FILE. Repeatable.")
+        Sources,
+        typer.Option(
+            help="Chats: a file, a folder, or a source such as alpaca=FILE or "
+            "messages=FILE:user=COLUMN:assistant=COLUMN. Repeatable."
+        ),
     ] = None,
     preferences: Annotated[
         Sources, typer.Option(help="Prompts with a chosen and a rejected reply. Repeatable.")
@@ -44,6 +48,7 @@ def new(
         base=base,
     )
     print_table(["source", "used as", "rows", "text", "language", "licence"], project.source_rows())
+    print(*project.rule_lines(), sep="\n", end="\n" if project.rule_lines() else "")
     print_table(["stage", "time", "reads", "command"], project.stage_rows())
     print("", *project.notes, sep="\n")
     print(f"\nproject  {folder}    edit its files if you like, then: rorchat run {folder}")

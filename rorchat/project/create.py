@@ -69,6 +69,11 @@ class NewProject:
             )
         return rows
 
+    def rule_lines(self) -> list[str]:
+        """For each source whose rows are not in its usual form: where their turns were found, and who is the user."""
+        sources = [source for source in self.survey.sources if source.stats.rules]
+        return [line for source in sources for line in (source.spec, *source.stats.describe_rules())]
+
     def stage_rows(self) -> list[list[str]]:
         """Rows of a table of the commands: name, time, what it does."""
         commands = ProjectFiles(self.folder, self.settings, None).commands()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from project_support import make_machine, write_data
+from support import json_lines
 
 from rorchat.device import find_device
 from rorchat.errors import DataError, MismatchError, UsageError
@@ -128,3 +129,16 @@ def test_gpt2_is_preferred_on_a_gpu_that_cannot_pretrain_it_in_the_time():
     assert not create.prefers_gpt2(find_device("cpu"), 0.5)
     assert create.prefers_gpt2(find_device("T4"), 2)
     assert not create.prefers_gpt2(find_device("H100"), 24)
+
+
+def test_the_plan_tells_who_the_user_is_and_its_settings_name_the_columns(known_speed, given, tmp_path):
+    turns = [{"speaker": "Anna", "text": "Hello"}, {"speaker": "Ben", "text": "Hi!"}]
+    (tmp_path / "dialogues.jsonl").write_text(json_lines(*({"id": n, "dialogue": turns} for n in range(30))))
+    (tmp_path / "faq.csv").write_text("q,a\n" + "".join(f"What is {n}?,It is {n}.\n" for n in range(30)))
+    chats = [str(tmp_path / "dialogues.jsonl"), f"messages={tmp_path / 'faq.csv'}:user=q:assistant=a"]
+    project = create_project(tmp_path / "bot", **{**given, "conversations": chats}, hours=0.06)
+    assert project.rule_lines() == [
+        f"messages={tmp_path / 'dialogues.jsonl'}",
+        "  30 of them read as turns from 'dialogue' ('speaker' and 'text'): of two speakers, the first is the user",
+    ]
+    assert f"messages={tmp_path / 'faq.csv'}:user=q:assistant=a" in (tmp_path / "bot" / "sft.yaml").read_text()
