@@ -70,7 +70,7 @@ def find_files(
         for entry in sorted(path.iterdir())
     ]
     if not names:
-        raise DataError(f"The folder {path} is empty.")
+        raise DataError(f"{path} is an empty folder: it has no file that matches {', '.join(patterns)}.")
     raise DataError(f"{path} has no file that matches {', '.join(patterns)}, only {', '.join(names[:8])}.")
 
 

@@ -267,7 +267,7 @@ def test_a_missing_path_or_no_matching_file_raises_a_data_error(name, tmp_path):
     with pytest.raises(DataError, match=f"No file or folder {tmp_path / 'nowhere'}") as failure:
         list(load_rows(f"{name}={tmp_path / 'nowhere'}", find_source(name).kinds[0]))
     assert "\n" not in str(failure.value)
-    with pytest.raises(DataError, match="only nothing"):
+    with pytest.raises(DataError, match="is an empty folder: it has no file that matches"):
         list(load_rows(f"{name}={tmp_path}", find_source(name).kinds[0]))
     write(tmp_path, "picture.png", "")
     with pytest.raises(DataError, match=r"has no file that matches .*, only picture\.png") as failure:
