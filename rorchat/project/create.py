@@ -13,6 +13,7 @@ from rorchat.plan.budget import make_plan
 from rorchat.plan.scaling import format_size
 from rorchat.plan.show import format_count, format_duration
 from rorchat.project.files import ProjectFiles
+from rorchat.project.resources import describe_resources
 from rorchat.project.schedule import Base, Schedule, Scheduler
 from rorchat.project.settings import ProjectSettings
 from rorchat.project.sizing import Size
@@ -36,7 +37,7 @@ class NewProject:
     """A project that has been written.
 
     Attributes:
-        notes: what limits the model, and what would make it better; one sentence each.
+        notes: what limits the model, what would make it better, and the memory and disk that it needs.
     """
 
     folder: Path
@@ -129,7 +130,8 @@ def create_project(
     scheduler, schedule = _choose(scheduler, vocabularies)
     settings = ProjectSettings(scheduler, schedule)
     ProjectFiles(folder, settings, persona).write()
-    return NewProject(folder, settings, write_notes(scheduler, schedule, vocabularies))
+    notes = [*write_notes(scheduler, schedule, vocabularies), describe_resources(scheduler, schedule, folder)]
+    return NewProject(folder, settings, notes)
 
 
 def _try_vocabularies(survey: Survey) -> list[Vocabulary]:

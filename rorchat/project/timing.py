@@ -9,7 +9,7 @@ import numpy as np
 
 from rorchat.device import Device, detect_device
 from rorchat.model import Shape, flops_per_token, parse_shape
-from rorchat.plan.budget import Request, make_plan
+from rorchat.plan.budget import Plan, Request, make_plan
 from rorchat.plan.probe import measure_speed
 from rorchat.plan.scaling import format_size
 
@@ -75,19 +75,24 @@ def measure_seconds_per_token(
     On a CPU, fewer rows of a large model are measured: the time of a row hardly depends on their number there.
     """
     rows = ROWS
-    while (
-        device.is_cpu
-        and rows > 1
-        and rows * block_size * flops_per_token(shape, vocabulary, block_size) > MAX_CPU_FLOPS
-    ):
-        rows //= 2
-    batch = ROWS * block_size
-    request = Request(
-        device, tokens=batch * 1000, size=format_size(shape), vocabulary=vocabulary, block_size=block_size,
-        optimizer=optimizer, global_batch_tokens=batch, micro_batch=rows,
-    )  # fmt: skip
-    plan = make_plan(request)
+    if device.is_cpu:
+        flops_of_row = block_size * flops_per_token(shape, vocabulary, block_size)
+        rows = max(1, min(ROWS, int(MAX_CPU_FLOPS / flops_of_row)))
+    plan = plan_steps(device, shape, vocabulary, block_size, rows, optimizer)
     return measure_speed(plan).seconds_per_token(plan)
+
+
+def plan_steps(
+    device: Device, shape: Shape, vocabulary: int, block_size: int, micro_batch: int, optimizer: str = "muon"
+) -> Plan:
+    """Steps of ROWS rows, computed in micro-batches."""
+    batch = ROWS * block_size
+    return make_plan(
+        Request(
+            device, tokens=batch * 1000, size=format_size(shape), vocabulary=vocabulary, block_size=block_size,
+            optimizer=optimizer, global_batch_tokens=batch, micro_batch=micro_batch,
+        )
+    )  # fmt: skip
 
 
 def _count_gpus() -> int:
