@@ -28,7 +28,7 @@ BASE_SAMPLE = 200_000  # characters that the tokenizer of a model to start from 
 SYSTEM_TOKENS = 60  # system message and template of a conversation
 GPT2, RANDOM = "gpt2", "random"  # values of `--from`
 TOKENS_FOR_GPT2 = 2.5e9  # 20 for each of its 124M parameters (Hoffmann et al. 2022, arXiv:2203.15556)
-MANY_EPOCHS = 2.0  # passes over the documents, beyond which more text helps more than more time
+MANY_EPOCHS = 3.0  # passes over the documents, beyond which more text helps more than more time
 EARLY = 0.9  # share of the time, below which a note says that it is not all used
 
 
@@ -204,9 +204,9 @@ def write_notes(scheduler: Scheduler, schedule: Schedule, vocabularies: list[Voc
     """What limits the model, with figures, and what would make it better."""
     survey, size = scheduler.survey, schedule.size
     notes = []
-    added = [source.spec for source in survey.sources if source.is_added and not source.spec.startswith("persona=")]
-    if added:
-        notes.append(f"Generated text is added ({', '.join(added)}), because your data have too little of it.")
+    for source in survey.sources:
+        if source.is_added and not source.is_about_persona:
+            notes.append(f"Generated {source.option} are added ({source.spec}): you gave none, or too few.")
     if scheduler.base:
         return notes
     tokens = survey.utf8_bytes("documents") / size.vocabulary.bytes_per_token
@@ -223,7 +223,7 @@ def write_notes(scheduler: Scheduler, schedule: Schedule, vocabularies: list[Voc
             f"{format_duration(scheduler.hours)}: more passes over this text would make the model worse."
         )
         return notes
-    longer = replace(scheduler, hours=2 * scheduler.hours, measured={})
+    longer = replace(scheduler, hours=2 * scheduler.hours)
     better = longer.choose(vocabularies)
     notes.append(
         f"Twice the time: {format_size(better.shape)} with {better.vocabulary.size:,} tokens, predicted "
@@ -235,7 +235,7 @@ def write_notes(scheduler: Scheduler, schedule: Schedule, vocabularies: list[Voc
 
 
 def _with_more_text(scheduler: Scheduler, vocabularies: list[Vocabulary], size: Size) -> str:
-    more = replace(scheduler, document_bytes=4 * scheduler.text_bytes, measured={}).choose(vocabularies)
+    more = replace(scheduler, document_bytes=4 * scheduler.text_bytes).choose(vocabularies)
     return (
         f"With four times the text, the same time would reach {more.bits_per_byte:.2f} instead of "
         f"{size.bits_per_byte:.2f} bits per byte."
