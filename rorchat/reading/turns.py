@@ -219,12 +219,15 @@ def _has_turn_objects(value: object) -> bool:
 
 
 def _turn_keys(turns: Sequence[Any]) -> tuple[str, str] | None:
-    """The keys of the speaker and of the text that all turns have."""
+    """The keys of the speaker and of the text that all turns have. One other key with texts is enough beside a speaker."""
     if not turns:
         return None
     common = set(turns[0]).intersection(*turns[1:])
     text = next((key for key in TEXT_KEYS if key in common), None)
     speaker = next((key for key in SPEAKER_KEYS if key in common and key != text), None)
+    if speaker and not text:
+        others = [key for key in common - {speaker} if all(isinstance(turn[key], str) for turn in turns)]
+        text = others[0] if len(others) == 1 else None
     return (speaker, text) if speaker and text else None
 
 

@@ -20,6 +20,10 @@ SHAPES = {
     "from and message": ({"log": [{"from": "a", "message": "Hello"}, {"from": "b", "message": "Hi!"}]}, "'log'"),
     "user and text": ({"chat": [{"user": "a", "text": "Hello"}, {"user": "b", "text": "Hi!"}]}, "('user' and 'text')"),
     "numbers": ({"turns": [{"speaker": 0, "utterance": "Hello"}, {"speaker": 1, "utterance": "Hi!"}]}, "'turns'"),
+    "an unusual text": (
+        {"items": [{"n": 1, "who": "a", "said": "Hello"}, {"n": 2, "who": "b", "said": "Hi!"}]},
+        "('who' and 'said')",
+    ),
     "role and text": (
         {"turns": [{"role": "User", "text": "Hello"}, {"role": "Assistant", "text": "Hi!"}]},
         "the roles",
