@@ -1,7 +1,7 @@
-"""Reads the JSON exports of ChatGPT, Telegram and Discord (DiscordChatExporter)."""
+"""Reads the JSON exports of ChatGPT, Telegram, Discord (DiscordChatExporter), Messenger and Instagram."""
 
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from rorchat.reading.chat_logs import LogMessage, place_of, split_log
@@ -19,6 +19,8 @@ def read_export(place: str, row: dict) -> Iterator[Row] | None:
     chats = row.get("chats")
     if isinstance(chats, dict) and isinstance(chats.get("list"), list):
         return _read_telegram_chats(place, chats["list"])
+    if _is_meta(row):
+        return _read_meta(place, row)
     if _is_discord(row):
         return _read_discord(place, row)
     return None
@@ -52,7 +54,9 @@ def _read_chatgpt(row: dict) -> dict | RejectedRow:
         node = nodes[node].get("parent")
     turns: list[dict[str, str]] = []
     for entry in filter(None, reversed(path)):
-        role, content = str((entry.get("author") or {}).get("role")), entry.get("content") or {}
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), dict) for key in ("author", "content")):
+            return RejectedRow("wrong type", "a message of the tree has no author or content")
+        role, content = str(entry["author"].get("role")), entry["content"]
         text = join_text(content.get("parts")) if content.get("content_type") in ("text", "multimodal_text") else None
         if role == "user" and text is None and content.get("content_type") != "user_editable_context":
             return RejectedRow("not text", f"a message of the user is {content.get('content_type')}")
@@ -71,7 +75,9 @@ def _read_chatgpt(row: dict) -> dict | RejectedRow:
 def _is_telegram(row: object) -> bool:
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
         return False
-    return "type" in row and any(isinstance(m, dict) and "date" in m and "from_id" in m for m in row["messages"])
+    return "type" in row and any(
+        isinstance(m, dict) and m.get("type") == "message" and "date" in m for m in row["messages"]
+    )
 
 
 def _read_telegram_chats(place: str, chats: list) -> Iterator[Row]:
@@ -90,8 +96,42 @@ def _read_telegram(place: str, row: dict) -> Iterator[Row]:
             if time is None or not isinstance(speaker, str):
                 yield where, RejectedRow("missing field", "a message needs 'date' and 'from'")
             else:
-                messages.append(LogMessage(where, time, speaker, join_text(entry.get("text")) or ""))
+                messages.append(
+                    LogMessage(where, time, speaker, join_text(entry.get("text", entry.get("text_entities"))) or "")
+                )
     yield from split_log("Telegram", messages)
+
+
+# -- Messenger and Instagram -----------------------------------------------------------------------------------------
+
+
+def _is_meta(row: dict) -> bool:
+    messages = row.get("messages")
+    return isinstance(messages, list) and any(isinstance(m, dict) and "timestamp_ms" in m for m in messages)
+
+
+def _read_meta(place: str, row: dict) -> Iterator[Row]:
+    """The newest message is first in these files, and the bytes of UTF-8 are written as characters."""
+    messages = []
+    for number, entry in enumerate(row["messages"]):
+        where, milliseconds = place_of(place, number), entry.get("timestamp_ms") if isinstance(entry, dict) else None
+        speaker = _decode(entry.get("sender_name")) if isinstance(entry, dict) else ""
+        if type(milliseconds) is not int or not speaker or not 0 <= milliseconds < 2**42:
+            yield where, RejectedRow("missing field", "a message needs 'timestamp_ms' and 'sender_name'")
+            continue
+        time = datetime.fromtimestamp(milliseconds / 1000, UTC)
+        messages.append(LogMessage(where, time, speaker, _decode(entry.get("content"))))
+    yield from split_log("Messenger", sorted(messages, key=lambda message: message.time))
+
+
+def _decode(text: object) -> str:
+    """A text whose characters may be the bytes of UTF-8; empty if it is not a text."""
+    if not isinstance(text, str):
+        return ""
+    try:
+        return text.encode("latin-1").decode()
+    except UnicodeError:
+        return text
 
 
 # -- Discord ---------------------------------------------------------------------------------------------------------

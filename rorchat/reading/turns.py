@@ -84,6 +84,19 @@ def is_chat(value: object) -> bool:
     return _has_turn_objects(value)
 
 
+def are_usual(turns: object) -> bool:
+    """Whether turns are messages with roles in the usual formats, which most rows of large datasets are."""
+    if not isinstance(turns, list):
+        return False
+    for turn in turns:
+        if not isinstance(turn, dict):
+            return False
+        role, text = (turn["role"], turn.get("content")) if "role" in turn else (turn.get("from"), turn.get("value"))
+        if not isinstance(role, str) or not isinstance(text, str) or role not in ROLE_NAMES:
+            return False
+    return True
+
+
 def read_turns(value: object, column: str = "", assistant_name: str = "") -> Chat | None:
     """The conversation that a list of turns is; None for messages in the usual format, which need no conversion.
 
@@ -219,13 +232,16 @@ def _has_turn_objects(value: object) -> bool:
 
 
 def _turn_keys(turns: Sequence[Any]) -> tuple[str, str] | None:
-    """The keys of the speaker and of the text that all turns have. One other key with texts is enough beside a speaker."""
+    """The keys of the speaker and of the text that all turns have.
+
+    Beside a speaker, the only other key with texts is the text, but not in what may be a list of people.
+    """
     if not turns:
         return None
     common = set(turns[0]).intersection(*turns[1:])
     text = next((key for key in TEXT_KEYS if key in common), None)
     speaker = next((key for key in SPEAKER_KEYS if key in common and key != text), None)
-    if speaker and not text:
+    if speaker and not text and not speaker.startswith(("name", "user")):
         others = [key for key in common - {speaker} if all(isinstance(turn[key], str) for turn in turns)]
         text = others[0] if len(others) == 1 else None
     return (speaker, text) if speaker and text else None

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from rorchat.errors import DataError, UsageError, did_you_mean
 from rorchat.reading.chat_logs import PAUSE_HOURS, LoggedChat
-from rorchat.reading.turns import TURN_COLUMNS, assign_roles, find_pair, find_turn_column, read_turns
+from rorchat.reading.turns import TURN_COLUMNS, are_usual, assign_roles, find_pair, find_turn_column, read_turns
 from rorchat.rows import RejectedRow, exchange, get_text, message
 from rorchat.sources import alpaca, prompt_completion
 
@@ -86,8 +86,8 @@ def check_roles(name: str, columns: Columns) -> None:
 def takes_columns(name: str, columns: Columns) -> bool:
     """Whether these roles are a complete set of a source, beside optional ones."""
     required = set(columns) - set(OPTIONAL_ROLES.get(name, ()))
-    if not required and set(columns) == {ASSISTANT_NAME}:
-        return name == "messages"
+    if name == "messages" and ASSISTANT_NAME in columns:  # columns of a question and its answer have no speakers
+        return required <= {"messages"} and "system" not in columns
     return any(required == set(form) for form in ROLES.get(name, ()))
 
 
@@ -148,6 +148,8 @@ def _pick_text(row: dict) -> dict:
 
 def _pick_turns(row: dict | list, columns: Columns) -> Picked:
     """A conversation from a log, from a list of turns, or from a question and its answer."""
+    if not columns and are_usual(row if isinstance(row, list) else row.get("messages")):
+        return Picked(row)
     assistant_name = columns.get(ASSISTANT_NAME, "")
     if isinstance(row, LoggedChat):
         return _pick_logged(row, assistant_name)

@@ -7,6 +7,8 @@ import pytest
 from support import chat_row, read_source, write
 
 from rorchat.inspection import guess_row_format
+from rorchat.reading.chats import read_chats
+from rorchat.reading.slices import FileSlice
 
 TURNS = [{"role": "user", "text": "Hello"}, {"role": "assistant", "text": "Hi!"}]
 HELLO = chat_row("Hello", "Hi!")
@@ -77,6 +79,24 @@ def test_a_whatsapp_chat_is_divided_at_pauses(content, tmp_path, monkeypatch):
     assert stats.places["no assistant turn"][0].startswith("chat.txt:")
 
 
+STARTS = [
+    "3/6/18, 1:55 p.m. - ", "03-06-2018, 01.55 PM - ", "[13.06.18 21:25:15] ", "[3/6/18 1:55:00 p. m.] ",
+    "\u200e[2018/06/13, 21:25:15] ", "13.6.2018 klo 21.25 - ", "2018-06-13, 21:25 - ", "13.06.18, 21:25 – ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_whatsapp_message_begins_with_the_date_of_any_phone(start, tmp_path):
+    path = write(tmp_path, "chat.txt", f"{start}Anna: Hello\n{start}Ben: Hi!\n")
+    assert read(path)[0] == [HELLO]
+
+
+def test_a_part_of_a_text_file_is_read_with_the_whole(tmp_path):
+    path = write(tmp_path, "chat.txt", ANDROID)
+    assert len(list(read_chats(FileSlice(path, 0, 50)))) == 2
+    assert list(read_chats(FileSlice(path, 50))) == []
+
+
 def test_a_whatsapp_group_is_rejected_and_other_texts_are_not_chats(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "group.txt", ANDROID + "1/2/21, 9:00\u202fAM - Carl: Hey.\n")
@@ -145,6 +165,20 @@ def test_a_telegram_export_holds_one_chat_or_all(tmp_path):
         assert stats.rejects == {"missing field": 1, "no assistant turn": 1}
         assert stats.repairs == {"messages without text left out": 1}
         assert stats.places["missing field"][0].endswith("message 5 (a message needs 'date' and 'from')")
+
+
+def test_messenger_files_begin_with_the_newest_message_and_have_bytes_as_characters(tmp_path):
+    messages = [
+        {"sender_name": "Zo\u00c3\u00ab", "timestamp_ms": 1_700_000_060_000, "content": "Caf\u00c3\u00a9!"},
+        {"sender_name": "Zo\u00c3\u00ab", "timestamp_ms": 1_700_000_050_000, "photos": [{"uri": "a.jpg"}]},
+        {"sender_name": "Anna", "timestamp_ms": 1_700_000_000_000, "content": "Where?"},
+        {"sender_name": "Anna", "content": "lost"},
+    ]
+    content = {"participants": [{"name": "Anna"}], "messages": messages, "title": "Anna"}
+    rows, stats = read(write(tmp_path, "message_1.json", json.dumps(content)))
+    assert rows == [chat_row("Where?", "Café!")]
+    assert stats.rejects == {"missing field": 1}
+    assert "'Anna' is the user, 'Zoë' the assistant" in f"{stats}"
 
 
 def test_a_discord_export_knows_its_bot(tmp_path):

@@ -71,6 +71,7 @@ def test_columns_of_lists_that_are_no_turns_are_not_taken():
     assert find_turn_column({"comments": turns, "replies": turns}) is None  # more than one
     assert find_turn_column({"tags": ["a", "b"]}) is None  # texts only under a usual name
     assert find_turn_column({"turns": ["What is red?", "Rephrase it."]}) is None  # MT-Bench: both are from the user
+    assert find_turn_column({"authors": [{"name": "Anna", "affiliation": "Jena"}]}) is None
     assert find_turn_column({"sizes": [{"name": "a", "bytes": 5}]}) is None
     assert [find_turn_column({name.upper(): turns}) for name in TURN_COLUMNS] == [name.upper() for name in TURN_COLUMNS]
     assert len(PAIR_COLUMNS) > 40
