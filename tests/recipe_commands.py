@@ -39,10 +39,10 @@ def recipe(name: str, *flags: object) -> subprocess.CompletedProcess:
 
 
 def inside(name: str, *flags: object) -> subprocess.CompletedProcess:
-    """Runs a recipe or `rorchat ...` in this process; returns its stderr and exit code."""
+    """Runs a recipe or `rorchat ...` in this process; returns its output and exit code."""
     arguments = [str(flag) for flag in flags]
-    errors, code = io.StringIO(), 0
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+    output, errors, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
         try:
             if name == "rorchat":
                 with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +52,7 @@ def inside(name: str, *flags: object) -> subprocess.CompletedProcess:
                 exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))["main"])(arguments)
         except SystemExit as stop:
             code = stop.code or 0
-    return subprocess.CompletedProcess([name, *arguments], code, "", errors.getvalue())
+    return subprocess.CompletedProcess([name, *arguments], code, output.getvalue(), errors.getvalue())
 
 
 def launch(name: str, *flags: object, processes: int = 1) -> subprocess.CompletedProcess:

@@ -22,8 +22,8 @@ from rorchat.model import build_model
 from rorchat.training.arguments import parse
 from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, prepare_token_stores
 
-STEPS, MICRO_BATCHES, BLOCK_SIZE = 1000, 12, 16
-MIDDLE = 437
+STEPS, MICRO_BATCHES, BLOCK_SIZE = 300, 12, 16
+MIDDLE = 131
 FAR_ROW = 10**9
 FIRST_BATCH_SECONDS = 0.2
 

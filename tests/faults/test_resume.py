@@ -9,9 +9,9 @@ from faults.harness import weights_sha256
 
 from rorchat.training.checkpointing.recovery import Checkpoints
 
-STEPS = 24
+STEPS = 12
 FLAGS = {
-    "sources": None, "max_steps": STEPS, "per_device_train_batch_size": 2, "logging_steps": 5, "save_steps": 8,
+    "sources": None, "max_steps": STEPS, "per_device_train_batch_size": 2, "logging_steps": 5, "save_steps": 4,
     "dropout": 0.1,
 }  # fmt: skip
 
@@ -42,7 +42,7 @@ def complete_run(sandbox):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "every"), [(0, 1), (2, 4)])
+@pytest.mark.parametrize(("workers", "every"), [(0, 1), (2, 2)])
 def test_a_run_interrupted_after_any_step_ends_identically(sandbox, complete_run, workers, every):
     flags = FLAGS | {"dataloader_num_workers": workers}
     complete = complete_run(dataloader_num_workers=workers)
@@ -57,7 +57,7 @@ def test_a_run_interrupted_after_any_step_ends_identically(sandbox, complete_run
 
 
 @pytest.mark.parametrize(
-    "steps", [(5,), pytest.param(range(0, STEPS - 1, 4), marks=pytest.mark.slow)], ids=["one", "many"]
+    "steps", [(5,), pytest.param(range(0, STEPS - 1, 2), marks=pytest.mark.slow)], ids=["one", "many"]
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_every_optimizer_resumes_identically(sandbox, complete_run, optimizer, steps):
@@ -72,7 +72,7 @@ def test_every_optimizer_resumes_identically(sandbox, complete_run, optimizer, s
 
 def test_a_run_killed_five_times_ends_identically(sandbox, complete_run):
     out = sandbox.new_folder()
-    for step in (8, 8, 16, 16, 24):
+    for step in (4, 4, 8, 8, 12):
         assert sandbox.run(out, {"kill_at": 9, "during": step}, **FLAGS).code == -9
     assert sandbox.run(out, **FLAGS).code == 0
     assert_identical(out, complete_run())

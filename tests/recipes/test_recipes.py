@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recipe_commands import ENVIRONMENT, command, inside, launch, metrics_of, refused, succeeded
+from recipe_commands import ENVIRONMENT, command, inside, launch, metrics_of, recipe, refused, succeeded
 from support import json_lines
 
 from rorchat.errors import exits_with_one_line
@@ -42,7 +42,7 @@ def story(tmp_path_factory) -> Path:
         )
     )  # fmt: skip
     succeeded(
-        launch(
+        inside(
             "sft", "--sources", "tinytown=60", "persona=30", "--model", out / "pretrain", "--validation_share", 0.1,
             "--sample_prompts", "Who are you?", "--logging_steps", 2, "--max_steps", 4, "--output_dir", out / "sft",
         )
@@ -121,7 +121,7 @@ def test_a_story_is_scored_and_reported(story):
     models = [f"{name}={story / name}" for name in ("pretrain", "sft", "dpo")]
     store = story / "pretrain" / "tokens" / "tinytown"
     scores = succeeded(
-        command("rorchat", "evaluate", *models, "--untrained", "--text", store, "--out", story / "scores.json")
+        inside("rorchat", "evaluate", *models, "--untrained", "--text", store, "--out", story / "scores.json")
     )
     assert "| held-out questions |" in scores.stdout and "gzip -9 needs" in scores.stdout
     columns = json.loads((story / "scores.json").read_text())
@@ -129,7 +129,7 @@ def test_a_story_is_scored_and_reported(story):
     assert all(column["questions"]["asked"] == 200 for column in columns)
     bits = json.loads((story / "pretrain" / "run.json").read_text())["metrics"]["eval_bits_per_byte"]
     assert columns[1]["bits_per_byte"] == pytest.approx(bits, rel=0.05)
-    written = succeeded(command("rorchat", "report", story))
+    written = succeeded(inside("rorchat", "report", story))
     assert str(story / "report.md") in written.stdout
     assert (story / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -152,21 +152,20 @@ PRETRAIN = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
-def test_micro_batches_and_processes_do_not_change_the_loss(story, tmp_path):
+def test_micro_batches_and_processes_do_not_change_the_loss(sandbox):
     """Within 1e-5 in float32: the samples are the same, gradients are summed in another order."""
-    flags = [
-        *PRETRAIN, "--global_batch_tokens", 512, "--max_steps", 20, "--logging_steps", 1, "--eval_strategy", "no",
-        "--optimizer", "muon", "--tokenizer", story / "tokenizer", "--token_store", tmp_path / "tokens",
-    ]  # fmt: skip
-    succeeded(inside("pretrain", *flags, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "whole"))
-    succeeded(inside("pretrain", *flags, "--per_device_train_batch_size", 1, "--output_dir", tmp_path / "eight"))
-    two = [*flags, "--per_device_train_batch_size", 2, "--output_dir", tmp_path / "two"]
-    succeeded(launch("pretrain", *two, processes=2))
-    whole, eight, two = (
-        [record["loss"] for record in metrics_of(tmp_path / name) if "loss" in record]
-        for name in ("whole", "eight", "two")
-    )
+    flags = {
+        "sources": ["tinytown=200"], "validation_share": 0.05, "token_store": sandbox.folder / "micro-batches",
+        "block_size": 64, "global_batch_tokens": 512, "max_steps": 20, "logging_steps": 1, "optimizer": "muon",
+        "lr_scheduler_type": "constant", "save_strategy": "no", "save_steps": None,
+    }  # fmt: skip
+    losses = []
+    for rows, processes in ((8, 1), (1, 1), (2, 2)):
+        out = sandbox.new_folder()
+        result = sandbox.run(out, processes=processes, **flags, per_device_train_batch_size=rows)
+        assert result.code == 0, result.output
+        losses.append([record["loss"] for record in metrics_of(out) if "loss" in record])
+    whole, eight, two = losses
     assert len(whole) == 20 and whole[0] - whole[19] > 0.1
     assert eight == pytest.approx(whole, rel=1e-5)
     assert two == pytest.approx(whole, rel=1e-5)
@@ -181,7 +180,7 @@ def test_sft_of_gpt2_124m_needs_less_than_six_gigabytes(shared_data, tmp_path):
         shutil.copy(shared_data / "gpt2_tokenizer" / name, tmp_path / "gpt2" / name)
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     succeeded(
-        launch(
+        recipe(
             "sft", "--model", tmp_path / "gpt2", "--sources", f"alpaca={shared_data / 'alpaca' / 'alpaca_tiny.json'}",
             "--validation_share", 0.02, "--max_steps", 1, "--per_device_train_batch_size", 2, "--logging_steps", 1,
             "--eval_strategy", "no", "--sample_prompts", "--output_dir", tmp_path / "out",

@@ -167,15 +167,15 @@ def test_the_mixture_of_a_story_trains_on_real_data(story, final_shares, shared_
         monkeypatch.setenv(name, str(shared_data / path))
     done = inside(
         "pretrain", "--mixture", f"{story}/mixture.yaml", "--size", "demo", "--block_size", 256,
-        "--tokenizer", shared_data / "gpt2_tokenizer", "--per_device_train_batch_size", 4,
-        "--global_batch_tokens", 1024, "--max_steps", 20, "--logging_steps", 1, "--eval_strategy", "no",
-        "--validation_share", 0.02, "--learning_rate", "3e-3", "--output_dir", tmp_path / "run",
+        "--tokenizer", shared_data / "gpt2_tokenizer", "--per_device_train_batch_size", 2,
+        "--global_batch_tokens", 512, "--max_steps", 20, "--logging_steps", 1, "--eval_strategy", "no",
+        "--validation_share", 0.005, "--learning_rate", "3e-3", "--sample_prompts", "--output_dir", tmp_path / "run",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     last = record["plan"]["phases"][-1]
     assert {source["name"]: source["share_at_end"] for source in last["sources"]} == pytest.approx(final_shares)
-    assert sum(source["tokens"] for source in record["plan"]["sources"]) == 20 * 1024
+    assert sum(source["tokens"] for source in record["plan"]["sources"]) == 20 * 512
     for source in record["data"]:
         assert source["rows_in"] == source["kept"] + sum(source["rejects"].values()) > 100
     losses = [line["loss"] for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()) if "loss" in line]
