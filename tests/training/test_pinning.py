@@ -10,6 +10,7 @@ import pytest
 from fake_hub import FakeHub
 from faults.harness import weights_sha256
 from hub_datasets import QUESTIONS, as_lines, as_parquet, card
+from recipe_commands import inside, succeeded
 from support import ROOT, TEXTS
 
 from rorchat.errors import RemoteError
@@ -129,13 +130,12 @@ def test_an_interrupted_run_reads_the_same_rows_after_the_dataset_has_changed(sa
 @pytest.mark.slow
 def test_a_chat_stage_records_the_commit_and_prints_the_licence(saved, tmp_path):
     with FakeHub() as hub:
-        hub.add_dataset("me/docs", {"a.jsonl": as_lines([{"text": text} for text in TEXTS])})
         asked = [{"q": row["question"], "a": row["answer"]} for row in QUESTIONS]
         dataset = hub.add_dataset("me/qa", {"README.md": card(license="cc-by-nc-4.0"), "train.jsonl": as_lines(asked)})
         base = tmp_path / "base"
-        finish(start(
-            hub, tmp_path, "pretrain", "--sources", "text=me/docs", "--tokenizer", saved, *PRETRAIN.split(),
-            "--output_dir", base, "--max_steps", 2, "--block_size", 128, "--global_batch_tokens", 512,
+        succeeded(inside(
+            "pretrain", "--sources", "tinytown=60", "--tokenizer", saved, *PRETRAIN.split(), "--output_dir", base,
+            "--max_steps", 2, "--block_size", 128, "--global_batch_tokens", 512,
         ))  # fmt: skip
         options = [
             "--model", base, "--sources", "messages=me/qa", "persona=50", "--columns", "user=q", "assistant=a",
@@ -147,5 +147,4 @@ def test_a_chat_stage_records_the_commit_and_prints_the_licence(saved, tmp_path)
         )
         data = json.loads((tmp_path / "sft" / "run.json").read_text())["data"]
         assert data[0]["hub"]["revision"] == dataset.commit_id() and data[0]["kept"] == len(QUESTIONS)
-    again = finish(start(hub, tmp_path, "sft", *options))  # the Hub is gone
-    assert "already finished" in again
+    assert "already finished" in succeeded(inside("sft", *options)).stderr  # the Hub is gone

@@ -403,18 +403,14 @@ def test_the_picture_has_a_panel_for_each_logged_quantity(shown, tmp_path, monke
     assert read_json_lines(tmp_path / "run" / "metrics.jsonl") == lines
 
 
-@pytest.mark.slow
-def test_two_processes_sample_and_stop_together_on_divergence(tokenizer, tmp_path):
-    from recipe_commands import launch, succeeded
-
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    flags = [*BASE, "--tokenizer", tmp_path / "tokenizer", "--size", "2x2x32", "--max_steps", 3, *SHOWN]
-    more = ["--output_dir", tmp_path / "finite", "--sample_steps", 1, "--logging_steps", 1]
-    succeeded(launch("pretrain", *flags, *more, processes=2))
-    assert [line["step"] for line in read_strict(tmp_path / "finite" / "samples.jsonl")] == [0, 1, 2, 3]
-    lines = training_lines(read_strict(tmp_path / "finite" / "metrics.jsonl"))
+def test_two_processes_sample_and_stop_together_on_divergence(sandbox):
+    flags = {"processes": 2, "sample_prompts": ["One day"], "logging_steps": 1}
+    finite, diverged = sandbox.new_folder(), sandbox.new_folder()
+    result = sandbox.run(finite, **flags, max_steps=3, sample_steps=1)
+    assert result.code == 0, result.output
+    assert [line["step"] for line in read_strict(finite / "samples.jsonl")] == [0, 1, 2, 3]
+    lines = training_lines(read_strict(finite / "metrics.jsonl"))
     assert [(line["step"], line["tokens"]) for line in lines] == [(1, 128), (2, 256), (3, 384)]
-    more = ["--output_dir", tmp_path / "diverged", "--optimizer", "adamw", "--learning_rate", "1e38", "--max_steps", 8]
-    done = launch("pretrain", *flags, *more, processes=2)
-    assert done.returncode != 0 and "error: The loss is" in done.stderr
-    assert read_strict(tmp_path / "diverged" / "metrics.jsonl")[-1]["event"] == "diverged"
+    result = sandbox.run(diverged, **flags, optimizer="adamw", learning_rate="1e38")
+    assert result.code == 70 and "error: The loss is" in result.output, result.output
+    assert read_strict(diverged / "metrics.jsonl")[-1]["event"] == "diverged"
