@@ -77,7 +77,8 @@ def measure_seconds_per_token(
     rows = ROWS
     if device.is_cpu:
         flops_of_row = block_size * flops_per_token(shape, vocabulary, block_size)
-        rows = max(1, min(ROWS, int(MAX_CPU_FLOPS / flops_of_row)))
+        while rows > 1 and rows * flops_of_row > MAX_CPU_FLOPS:  # a micro-batch must divide the step's rows
+            rows //= 2
     plan = plan_steps(device, shape, vocabulary, block_size, rows, optimizer)
     return measure_speed(plan).seconds_per_token(plan)
 
