@@ -18,7 +18,7 @@ def is_project(folder: Path) -> bool:
 
 
 def find_last_run(folder: Path) -> Path | None:
-    """The run of the last training stage of a project that has finished; None if none has."""
+    """The run of the last training stage that has finished; None if no stage has."""
     runs = [folder / RUNS / stage for stage in TRAINING_STAGES]
     return next((run for run in reversed(runs) if (run / "model" / "config.json").is_file()), None)
 

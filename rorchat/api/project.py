@@ -72,6 +72,7 @@ def run(folder: StrPath, *, anyway: bool = False) -> "list[StageTime]":
 
     Raises:
         UsageError: the folder is not a project, or its run.sh has a line that cannot be run.
+        MismatchError: another process runs this project.
         StageFailed: a stage failed, or the gate did; the exception has its exit code.
         Interrupted: a signal stopped a stage, which has saved a checkpoint.
     """

@@ -56,7 +56,7 @@ def new(
 
 def run(
     folder: Annotated[Path, typer.Argument(help="The folder of a project that `rorchat new` has made.")],
-    anyway: Annotated[bool, typer.Option("--anyway", help="Go on if the gate fails.")] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Continue if the gate fails.")] = False,
 ) -> None:
     """Run every stage of a project. Run it again to resume after a stop."""
     from rorchat.cli.tables import print_table

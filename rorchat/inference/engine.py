@@ -135,7 +135,7 @@ def _refuse_folder_without_model(folder: Path) -> None:
     if (folder / "run.json").is_file():
         again = "the command that started it"
         if is_project(folder.absolute().parent.parent):
-            again = f"rorchat run {folder.parent.parent}"
+            again = f"rorchat run {folder.absolute().parent.parent}"
         raise DataError(f"{folder} is a run that has not finished, so it has no model yet. Resume it with {again}.")
 
 

@@ -12,14 +12,14 @@ from rorchat.plan.budget import Request as PlanRequest
 from rorchat.plan.budget import make_plan
 from rorchat.plan.scaling import format_size
 from rorchat.plan.show import format_count, format_duration
-from rorchat.project.files import ProjectFiles
+from rorchat.project.files import ProjectFiles, require_new
 from rorchat.project.resources import describe_resources
 from rorchat.project.schedule import Base, Schedule, Scheduler
 from rorchat.project.settings import ProjectSettings
 from rorchat.project.sizing import Size
-from rorchat.project.survey import Survey, survey_sources
+from rorchat.project.survey import SourceSurvey, Survey, survey_sources
 from rorchat.project.timing import measure_machine, measure_seconds_per_token
-from rorchat.project.vocabulary import Vocabulary, measure_bytes_per_token, try_vocabularies
+from rorchat.project.vocabulary import Sample, Vocabulary, measure_bytes_per_token, try_vocabularies
 
 MIN_HOURS = 0.05  # below, the starts of the commands take most of the time
 BLOCK_SIZES = {True: (256, 512), False: (512, 1024)}  # {is_cpu: rows to choose from, in tokens}
@@ -119,24 +119,26 @@ def create_project(
         raise UsageError("No data: give --documents, --conversations or --preferences, each a file, folder or source.")
     if not MIN_HOURS <= hours < float("inf"):
         raise UsageError(f"--hours is {hours:g}: give at least {MIN_HOURS} ({MIN_HOURS * 60:.0f} minutes).")
-    _require_new(folder)
+    require_new(folder)
     loaded_persona = load_persona(persona)
     base = base or (GPT2 if prefers_gpt2(detect_device(), hours) else RANDOM)
     survey = survey_sources(given, loaded_persona, from_scratch=base == RANDOM)
     from_model = None if base == RANDOM else _describe_base(base, survey)
     machine = measure_machine(_choose_block_size(survey, from_model))
     scheduler = Scheduler(survey, machine, hours, from_model)
-    vocabularies = [from_model.vocabulary] if from_model else _try_vocabularies(survey)
+    if from_model:
+        vocabularies = [from_model.vocabulary]
+    else:
+        vocabularies = try_vocabularies(*(_sample(survey, option) for option in ("documents", "conversations")))
     scheduler, schedule = _choose(scheduler, vocabularies)
     settings = ProjectSettings(scheduler, schedule)
-    ProjectFiles(folder, settings, persona).write()
     notes = [*write_notes(scheduler, schedule, vocabularies), describe_resources(scheduler, schedule, folder)]
+    ProjectFiles(folder, settings, persona).write()
     return NewProject(folder, settings, notes)
 
 
-def _try_vocabularies(survey: Survey) -> list[Vocabulary]:
-    samples = (survey.sample("documents"), survey.sample("conversations"))
-    return try_vocabularies(*samples, is_all=survey.samples_have_all_text)
+def _sample(survey: Survey, option: str) -> Sample:
+    return Sample(survey.sample(option), survey.utf8_bytes(option), survey.has_all_text(option))
 
 
 def prefers_gpt2(device: Device, hours: float) -> bool:
@@ -151,11 +153,6 @@ def prefers_gpt2(device: Device, hours: float) -> bool:
     return plan.hours > hours
 
 
-def _require_new(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} already exists and is not an empty folder: give another folder.")
-
-
 def _choose(scheduler: Scheduler, vocabularies: list[Vocabulary]) -> tuple[Scheduler, Schedule]:
     """Chooses the size at interpolated speeds, measures the chosen one, and plans with the measurement."""
     if scheduler.base:
@@ -164,8 +161,9 @@ def _choose(scheduler: Scheduler, vocabularies: list[Vocabulary]) -> tuple[Sched
         size = scheduler.choose(vocabularies)
         shape, vocabulary = size.shape, size.vocabulary
     machine = scheduler.machine
-    optimizer = "adamw" if scheduler.base and scheduler.base.is_large else "muon"
-    seconds = measure_seconds_per_token(machine.device, shape, vocabulary.size, machine.block_size, optimizer=optimizer)
+    seconds = measure_seconds_per_token(
+        machine.device, shape, vocabulary.size, machine.block_size, optimizer=scheduler.optimizer
+    )
     scheduler = replace(scheduler, measured={(shape, vocabulary.size): seconds / machine.gpus})
     return scheduler, scheduler.schedule(shape, vocabulary)
 
@@ -206,7 +204,7 @@ def write_notes(scheduler: Scheduler, schedule: Schedule, vocabularies: list[Voc
     notes = []
     for source in survey.sources:
         if source.is_added and not source.is_about_persona:
-            notes.append(f"Generated {source.option} are added ({source.spec}): you gave none, or too few.")
+            notes.append(f"Generated {source.option} are added ({source.spec}): {_why_added(source, survey)}.")
     if scheduler.base:
         return notes
     tokens = survey.utf8_bytes("documents") / size.vocabulary.bytes_per_token
@@ -230,13 +228,19 @@ def write_notes(scheduler: Scheduler, schedule: Schedule, vocabularies: list[Voc
         f"{better.bits_per_byte:.2f} instead of {size.bits_per_byte:.2f} bits per byte."
     )
     if size.epochs <= MANY_EPOCHS:
-        notes.append(f"More text would help less than more time: it is read {size.epochs:.1f} times.")
+        notes.append(_with_more_text(scheduler, vocabularies, size))
     return notes
+
+
+def _why_added(source: SourceSurvey, survey: Survey) -> str:
+    """The reason for an added source: none were given, or too little text."""
+    given = sum(other.utf8_bytes for other in survey.of(source.option) if not other.is_added)
+    return f"yours have only {format_count(given)} bytes of text" if given else "none were given"
 
 
 def _with_more_text(scheduler: Scheduler, vocabularies: list[Vocabulary], size: Size) -> str:
     more = replace(scheduler, document_bytes=4 * scheduler.text_bytes).choose(vocabularies)
     return (
-        f"With four times the text, the same time would reach {more.bits_per_byte:.2f} instead of "
+        f"Four times the text in the same time: predicted {more.bits_per_byte:.2f} instead of "
         f"{size.bits_per_byte:.2f} bits per byte."
     )

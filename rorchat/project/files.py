@@ -28,14 +28,9 @@ class ProjectFiles:
     settings: ProjectSettings
     persona: Path | None
 
-    def require_new(self) -> None:
-        """Raises UsageError if the folder exists and is not empty."""
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UsageError(f"{self.folder} already exists and is not an empty folder: give another folder.")
-
     def write(self) -> None:
         """Creates the folder with all files."""
-        self.require_new()
+        require_new(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.persona:
             shutil.copy(self.persona, self.folder / "persona.yaml")
@@ -92,6 +87,12 @@ class ProjectFiles:
                 for name, command in self.commands().items()
             ],
         }
+
+
+def require_new(folder: Path) -> None:
+    """Raises UsageError if the folder exists and is not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} already exists and is not an empty folder: give another folder.")
 
 
 def format_yaml(stage: StageSettings) -> str:

@@ -151,14 +151,14 @@ def _run_steps(steps: list[Step], folder: Path, anyway: bool, show: Callable[[st
         code = run_command(step.words, folder)
         seconds = time.monotonic() - started
         times.append(StageTime(step.name, step.seconds, seconds))
-        if code == GATE_FAILED and step.name == GATE and anyway:
-            show(f"{head}: failed, and --anyway was given")
-        elif code == GATE_FAILED and step.name == GATE:
-            failure = _failure(step, code, folder)
+        end = "done in"
+        if code == GATE_FAILED and step.name == GATE:
+            end = "failed, --anyway was given;" if anyway else "failed after"
+            failure = None if anyway else _failure(step, code, folder)
         elif code:
             raise _failure(step, code, folder)
         planned = f" (planned: {format_duration(step.seconds / 3600)})" if step.seconds else ""
-        show(f"{head}: done in {format_duration(seconds / 3600)}{planned}")
+        show(f"{head}: {end} {format_duration(seconds / 3600)}{planned}")
     if failure:
         raise failure
     return times
@@ -169,7 +169,7 @@ def _format_left(steps: list[Step], folder: Path) -> str:
     left = [step.seconds * (1 - measure_progress(folder / RUNS / step.name)) for step in steps]
     if not steps[0].seconds:
         return ""
-    first = f"about {format_duration(left[0] / 3600)}" if left[0] else "finished before"
+    first = f"about {format_duration(left[0] / 3600)}" if left[0] else "already finished"
     return f"  ({first}; {format_duration(sum(left) / 3600)} until everything is done)"
 
 

@@ -1,6 +1,6 @@
 """Divides the time between the stages: how many tokens each reads, and how long it takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rorchat.model import Shape, count_parameters, count_scaling_parameters
@@ -26,6 +26,11 @@ MESSAGE_TOKENS = 12  # control tokens, role and line breaks of a message, and a 
 MESSAGES_PER_ROW = 3
 #: Shares of the tokens of midtraining, in percent
 MIDTRAIN_WEIGHTS = {"documents": 30.0, "conversations": 60.0, "persona": 10.0}
+#: The data that limit the length of a stage, see `Scheduler.count_tokens`
+GROUPS = {
+    "pretrain": ("documents",), "midtrain": ("conversations",), "sft": ("conversations", "persona"),
+    "dpo": ("preferences",),
+}  # fmt: skip
 VALIDATION_TOKENS = 20_000  # enough to measure a loss to about 1 %, and quick to evaluate
 MIN_VALIDATION_SHARE, MAX_VALIDATION_SHARE = 0.005, 0.1
 #: Seconds of a command that scores, beside its start: (fixed, per million parameters)
@@ -82,6 +87,11 @@ class Scheduler:
     document_bytes: int | None = None
 
     @property
+    def optimizer(self) -> str:
+        """Muon, but AdamW for a large checkpoint, which was pretrained with it."""
+        return "adamw" if self.base and self.base.is_large else "muon"
+
+    @property
     def text_bytes(self) -> int:
         """Size of the documents."""
         return self.document_bytes or self.survey.utf8_bytes("documents")
@@ -113,7 +123,7 @@ class Scheduler:
         for stage, count in tokens.items():
             seconds[stage] += count * seconds_per_token * relative_cost(stage, shape, vocabulary.size)
         first = tokens[self.stages[0]]
-        training_bytes = int(self.text_bytes * (1 - self.validation_share(["documents"], vocabulary)))
+        training_bytes = int(self.text_bytes * (1 - self.validation_share("pretrain", vocabulary)))
         size = predict(shape, vocabulary, first, max(1, training_bytes))
         return Schedule(size, tokens, seconds)
 
@@ -152,27 +162,29 @@ class Scheduler:
         text = sum(source.utf8_bytes for source in sources) / vocabulary.chat_bytes_per_token
         return text + sum(source.rows for source in sources) * MESSAGES_PER_ROW * MESSAGE_TOKENS
 
-    def validation_share(self, groups: Sequence[str], vocabulary: Vocabulary) -> float:
-        """The share of the rows that is held out for validation."""
+    def validation_share(self, stage: str, vocabulary: Vocabulary) -> float:
+        """The share of the rows of a stage that is held out for validation.
+
+        Midtraining holds out as much as pretraining: otherwise it would train on documents that pretraining held out.
+        """
+        groups = GROUPS["pretrain" if stage == "midtrain" else stage]
         tokens = sum(self.count_tokens(group, vocabulary) for group in groups)
         return round(min(MAX_VALIDATION_SHARE, max(MIN_VALIDATION_SHARE, VALIDATION_TOKENS / max(1, tokens))), 3)
 
     def midtrain_weights(self, tokens: int, vocabulary: Vocabulary) -> dict[str, float]:
         """{group: percent of the tokens of midtraining}: MIDTRAIN_WEIGHTS, but no chats more often than MAX_EPOCHS."""
-        weights = {}
+        weights, share = {}, self.validation_share("midtrain", vocabulary)
         for group in ("conversations", "persona"):
-            most = 100 * MAX_EPOCHS["midtrain"] * self.count_tokens(group, vocabulary) / tokens
+            most = 100 * MAX_EPOCHS["midtrain"] * self.count_tokens(group, vocabulary) * (1 - share) / tokens
             weights[group] = min(MIDTRAIN_WEIGHTS[group], most)
         return {"documents": 100 - sum(weights.values()), **weights}
 
     def _available_tokens(self, stage: str, vocabulary: Vocabulary) -> float:
         """Tokens of the stage's data, times the passes over them that are useful."""
-        if stage == "midtrain":
-            chats = self.count_tokens("conversations", vocabulary) * MAX_EPOCHS[stage]
-            return chats * 100 / MIDTRAIN_WEIGHTS["conversations"]
-        groups = {"pretrain": ["documents"], "dpo": ["preferences"]}.get(stage, ["conversations", "persona"])
-        share = self.validation_share(groups, vocabulary)
-        return sum(self.count_tokens(group, vocabulary) for group in groups) * (1 - share) * MAX_EPOCHS[stage]
+        groups = GROUPS[stage]
+        share = self.validation_share(stage, vocabulary)
+        tokens = sum(self.count_tokens(group, vocabulary) for group in groups) * (1 - share) * MAX_EPOCHS[stage]
+        return tokens * 100 / MIDTRAIN_WEIGHTS["conversations"] if stage == "midtrain" else tokens
 
     def _overhead(self, parameters: int) -> dict[str, float]:
         """{command: seconds beside the steps of training}, in the order of the commands."""

@@ -147,7 +147,7 @@ class ProjectSettings:
             "per_device_train_batch_size": rows,
             "max_steps": steps,
             **self._optimizer("sft"),
-            "validation_share": self._validation_share("conversations", "persona"),
+            "validation_share": self._validation_share("sft"),
             "logging_steps": _round_down(steps / 20),
             "eval_steps": 0.5,
             "sample_prompts": ["Who are you?", "Hello! What can you do?", "What is your favourite colour?"],
@@ -170,7 +170,7 @@ class ProjectSettings:
             "model": self.previous("dpo"),
             "per_device_train_batch_size": rows,
             "max_steps": steps,
-            "validation_share": 0.1,
+            "validation_share": self._validation_share("dpo"),
             "logging_steps": _round_down(steps / 20),
             "eval_steps": 0.5,
             "sample_prompts": ["Who are you?", "Hello! What can you do?", "What is your favourite colour?"],
@@ -185,19 +185,18 @@ class ProjectSettings:
             "train_tokens": steps * batch,
             **self._optimizer(stage),
             "persona": "persona.yaml",
-            "validation_share": self._validation_share("documents"),
+            "validation_share": self._validation_share(stage),
             "logging_steps": _round_down(steps / 20),
             "eval_steps": 0.5,
             "output_dir": self.run_folder(stage),
         }
 
     def _optimizer(self, stage: str) -> dict[str, Any]:
-        if self.scheduler.base and self.scheduler.base.is_large:
-            return dict(BASE_RATES[stage])
-        return {"optimizer": "muon", **RATES[stage]}
+        optimizer = self.scheduler.optimizer
+        return dict(BASE_RATES[stage]) if optimizer == "adamw" else {"optimizer": optimizer, **RATES[stage]}
 
-    def _validation_share(self, *groups: str) -> float:
-        return self.scheduler.validation_share(groups, self.size.vocabulary)
+    def _validation_share(self, stage: str) -> float:
+        return self.scheduler.validation_share(stage, self.size.vocabulary)
 
     def _time(self, command: str) -> str:
         return f"about {format_duration(self.schedule.seconds[command] / 3600)} on the machine it was planned for"

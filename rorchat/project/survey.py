@@ -81,28 +81,15 @@ class Survey:
         return sum(source.rows for source in self.of(option))
 
     def sample(self, option: str) -> str:
-        """Text of the sources of an option, in proportion to their sizes as far as their samples reach."""
-        return "\n".join(source.sample[: self._sample_size(source)] for source in self.of(option))
+        """Up to SAMPLE_CHARACTERS of the sources of an option, of each in proportion to its size."""
+        total = max(1, self.utf8_bytes(option))
+        return "\n".join(
+            source.sample[: max(1, SAMPLE_CHARACTERS * source.utf8_bytes // total)] for source in self.of(option)
+        )
 
-    @property
-    def samples_have_all_text(self) -> bool:
-        """Whether the samples for the tokenizer contain all its text."""
-        return self._tokenizer_bytes <= SAMPLE_CHARACTERS
-
-    @property
-    def _tokenizer_bytes(self) -> int:
-        return self.utf8_bytes("documents", "conversations")
-
-    def _sample_size(self, source: SourceSurvey) -> int:
-        return max(1, SAMPLE_CHARACTERS * source.utf8_bytes // self._tokenizer_bytes)
-
-    @property
-    def language(self) -> str:
-        """The language of most of the text; "" if none is recognized."""
-        sizes: Counter[str] = Counter()
-        for source in self.sources:
-            sizes[source.language] += source.utf8_bytes
-        return sizes.most_common(1)[0][0] if sizes else ""
+    def has_all_text(self, option: str) -> bool:
+        """Whether `sample` has the whole text of an option's sources."""
+        return self.utf8_bytes(option) <= SAMPLE_CHARACTERS
 
 
 def survey_sources(given: dict[str, list[str]], persona: Persona | None = None, *, from_scratch: bool) -> Survey:

@@ -9,7 +9,7 @@ import numpy as np
 
 from rorchat.device import Device, detect_device
 from rorchat.model import Shape, flops_per_token, parse_shape
-from rorchat.plan.budget import Plan, Request, make_plan
+from rorchat.plan.budget import Request, make_plan
 from rorchat.plan.probe import measure_speed
 from rorchat.plan.scaling import format_size
 
@@ -67,6 +67,14 @@ def measure_startup() -> float:
     return time.monotonic() - started
 
 
+def choose_rows(device: Device, shape: Shape, vocabulary: int, block_size: int) -> int:
+    """Rows of a measured micro-batch: all ROWS of a step, or on a CPU a half, a quarter or an eighth of them."""
+    rows, flops_of_row = ROWS, block_size * flops_per_token(shape, vocabulary, block_size)
+    while device.is_cpu and rows > 1 and rows * flops_of_row > MAX_CPU_FLOPS:
+        rows //= 2
+    return rows
+
+
 def measure_seconds_per_token(
     device: Device, shape: Shape, vocabulary: int, block_size: int, optimizer: str = "muon"
 ) -> float:
@@ -74,25 +82,19 @@ def measure_seconds_per_token(
 
     On a CPU, fewer rows of a large model are measured: the time of a row hardly depends on their number there.
     """
-    rows = ROWS
-    if device.is_cpu:
-        flops_of_row = block_size * flops_per_token(shape, vocabulary, block_size)
-        while rows > 1 and rows * flops_of_row > MAX_CPU_FLOPS:  # a micro-batch must divide the step's rows
-            rows //= 2
-    plan = plan_steps(device, shape, vocabulary, block_size, rows, optimizer)
+    rows = choose_rows(device, shape, vocabulary, block_size)
+    plan = make_plan(request_steps(device, shape, vocabulary, block_size, rows, optimizer))
     return measure_speed(plan).seconds_per_token(plan)
 
 
-def plan_steps(
-    device: Device, shape: Shape, vocabulary: int, block_size: int, micro_batch: int, optimizer: str = "muon"
-) -> Plan:
+def request_steps(
+    device: Device, shape: Shape, vocabulary: int, block_size: int, micro_batch: int = ROWS, optimizer: str = "muon"
+) -> Request:
     """Steps of ROWS rows, computed in micro-batches."""
     batch = ROWS * block_size
-    return make_plan(
-        Request(
-            device, tokens=batch * 1000, size=format_size(shape), vocabulary=vocabulary, block_size=block_size,
-            optimizer=optimizer, global_batch_tokens=batch, micro_batch=micro_batch,
-        )
+    return Request(
+        device, tokens=batch * 1000, size=format_size(shape), vocabulary=vocabulary, block_size=block_size,
+        optimizer=optimizer, global_batch_tokens=batch, micro_batch=micro_batch,
     )  # fmt: skip
 
 

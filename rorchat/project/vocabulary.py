@@ -7,6 +7,7 @@ from rorchat.tokenizer import train_tokenizer
 
 VOCABULARIES = (512, 1024, 2048, 4096, 8192, 16384)
 HELD_OUT_SHARE = 0.1  # of a sample: bytes per token are measured on text that the trial tokenizer has not seen
+TRAINING_CHARACTERS = 2_000_000  # of trial tokenizers
 MIN_TRAINING_BYTES = 2_000_000  # of the sample, per 16,384 tokens: a larger vocabulary would be learned from too little
 
 
@@ -19,27 +20,49 @@ class Vocabulary:
     chat_bytes_per_token: float
 
 
-def try_vocabularies(documents: str, chats: str, *, is_all: bool) -> list[Vocabulary]:
+@dataclass(frozen=True)
+class Sample:
+    """Some text of the documents or of the chats.
+
+    Attributes:
+        utf8_bytes: the size of all text that the sample is from.
+        is_all: whether the sample has all of it.
+    """
+
+    text: str
+    utf8_bytes: int
+    is_all: bool
+
+    @property
+    def training(self) -> str:
+        """What trial tokenizers are trained on: the whole text, or all but HELD_OUT_SHARE of a sample."""
+        return self.text if self.is_all else self.text[: self._cut]
+
+    @property
+    def measured(self) -> str:
+        """In which bytes per token are counted: the whole text, or of a sample what the tokenizers have not seen."""
+        return self.text if self.is_all else self.text[self._cut :]
+
+    @property
+    def _cut(self) -> int:
+        return int(len(self.text) * (1 - HELD_OUT_SHARE))
+
+
+def try_vocabularies(documents: Sample, chats: Sample) -> list[Vocabulary]:
     """Trains a tokenizer of every size that the text supports. A second per million characters and size.
 
-    Args:
-        is_all: whether this is all the text that there is. Then the tokens are counted in the text that the tokenizers
-            are trained on, as in the project; else in a tenth that they have not seen, because most of the text will
-            be new to them.
+    The tokenizers are trained on documents and chats in proportion to their sizes, as that of the project.
     """
-    parts = [documents, chats]
-    training, measured = parts, parts
-    if not is_all:
-        cuts = [int(len(text) * (1 - HELD_OUT_SHARE)) for text in parts]
-        training = [text[:cut] for text, cut in zip(parts, cuts, strict=True)]
-        measured = [text[cut:] for text, cut in zip(parts, cuts, strict=True)]
+    samples = (documents, chats)
+    total = sum(sample.utf8_bytes for sample in samples)
+    training = [s.training[: max(1, TRAINING_CHARACTERS * s.utf8_bytes // total)] for s in samples]
     training_bytes = sum(len(text.encode(errors="surrogatepass")) for text in training)
     size_limit = max(VOCABULARIES[0], 16384 * training_bytes // MIN_TRAINING_BYTES)
     tried = []
     for size in VOCABULARIES:
         if size <= size_limit:
             tokenizer = train_tokenizer(training, size)
-            tried.append(Vocabulary(size, *(measure_bytes_per_token(tokenizer, text) for text in measured)))
+            tried.append(Vocabulary(size, *(measure_bytes_per_token(tokenizer, s.measured) for s in samples)))
     return tried
 
 

@@ -61,7 +61,7 @@ def build_try_command(run: Path, folder: Path) -> str:
 
 
 def describe_next(commands: list[str]) -> str:
-    """The next commands, one per line; nothing if `rorchat run` goes on by itself."""
+    """The next commands, one per line; empty within `rorchat run`, which runs the next command itself."""
     if os.environ.get(WITHIN_PROJECT):
         return ""
     return "next: " + "\n      ".join(commands)

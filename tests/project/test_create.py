@@ -1,5 +1,6 @@
 """`rorchat new`: from data and hours to a project's folder."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -11,9 +12,12 @@ from support import json_lines
 from rorchat.device import find_device
 from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.model import build_model, flops_per_token, parse_shape, save_model
+from rorchat.plan.budget import make_plan
 from rorchat.project import create, timing
 from rorchat.project.create import create_project
-from rorchat.project.timing import measure_machine, measure_seconds_per_token
+from rorchat.project.sizing import SHAPES
+from rorchat.project.timing import choose_rows, measure_machine, measure_seconds_per_token, request_steps
+from rorchat.project.vocabulary import VOCABULARIES
 
 
 @pytest.fixture
@@ -45,7 +49,7 @@ def test_a_project_is_planned_for_the_measured_speed(known_speed, given, tmp_pat
 
 def test_the_notes_say_what_would_make_the_model_better(known_speed, given, tmp_path):
     little = create_project(tmp_path / "one", **given, hours=2.0).notes
-    assert any("Little text" in note and "four times the text" in note for note in little)
+    assert any("Little text" in note and "Four times the text" in note for note in little)
     assert any("more passes over this text would make the model worse" in note for note in little)
     assert any("Twice the time" in note for note in create_project(tmp_path / "short", **given, hours=0.05).notes)
     without_chats = create_project(
@@ -105,6 +109,16 @@ def test_speeds_between_measured_sizes_are_interpolated():
     large = parse_shape("124m")
     flops = flops_per_token(large, 1024, machine.block_size)
     assert machine.seconds_per_token(large, 1024) == pytest.approx(machine.points[-1][1] * flops / 1e7)
+
+
+def test_every_size_that_can_be_planned_can_be_measured():
+    """The micro-batch of the measurement must divide the rows of a step, or the plan is refused."""
+    device, chosen = find_device("cpu"), set()
+    for shape, vocabulary, block_size in itertools.product(SHAPES, VOCABULARIES, (256, 512)):
+        rows = choose_rows(device, shape, vocabulary, block_size)
+        assert make_plan(request_steps(device, shape, vocabulary, block_size, rows)).micro_batch == rows
+        chosen.add(rows)
+    assert chosen == {1, 2, 4, 8}
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def test_finished_stages_and_checkpoints_are_not_counted_as_time_left(folder, re
     (pretrain / "trainer_state.json").write_text(json.dumps({"global_step": 3, "max_steps": 4}))
     lines = []
     run_project(folder, show=lines.append)
-    assert "finished before; 15 s until everything is done" in lines[0]
+    assert "already finished; 15 s until everything is done" in lines[0]
     assert "about 15 s; 15 s until everything is done" in lines[2]
 
 
@@ -121,10 +121,11 @@ class _Finished:
 
 def test_a_failed_gate_still_reports_but_stops_the_project(folder, recorded):
     commands, codes = recorded
-    codes["gate"] = 70
+    codes["gate"], lines = 70, []
     with pytest.raises(StageFailed, match="The gate failed.*--anyway") as failure:
-        run_project(folder, show=lambda _: None)
+        run_project(folder, show=lines.append)
     assert commands == ["train-tokenizer", "pretrain", "gate", "report"] and failure.value.exit_code == 70
+    assert any(line.startswith("[3/5] gate: failed after") for line in lines)
     commands.clear()
     run_project(folder, anyway=True, show=lambda _: None)
     assert commands[-1] == "push"
