@@ -8,12 +8,17 @@ import sys
 import time
 
 import pytest
+from project_support import write_data
 
+from rorchat.cli.project import run
 from rorchat.errors import DataError, Interrupted, MismatchError, UsageError
 from rorchat.files import folder_lock
+from rorchat.inference.engine import load_model
 from rorchat.project import runner
+from rorchat.project.create import create_project
+from rorchat.project.resources import estimate_disk
 from rorchat.project.runner import StageFailed, read_steps, run_project
-from rorchat.training.next_step import describe_next
+from rorchat.training.next_step import WITHIN_PROJECT, describe_next
 
 SCRIPT = """#!/usr/bin/env bash
 # a project
@@ -194,3 +199,25 @@ def _wait_until_gone(pid: int) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("the command is still running")
+
+
+@pytest.mark.slow
+def test_a_project_from_its_data_to_its_model(preloaded_rorchat, tmp_path, monkeypatch, capsys):
+    """With a measured machine and real commands. The time is short, so the gate need not pass."""
+    project = create_project(tmp_path / "bot", **write_data(tmp_path), hours=0.05)
+
+    def run_command(words, folder):
+        environment = os.environ | {WITHIN_PROJECT: "1"}
+        return subprocess.run([preloaded_rorchat / "rorchat", *words[1:]], cwd=folder, env=environment).returncode
+
+    monkeypatch.setattr(runner, "run_command", run_command)
+    run(project.folder, anyway=True)
+    output = capsys.readouterr().out
+    assert f"model in {project.folder / 'runs' / 'dpo' / 'model'}\nnext: rorchat chat" in output
+    assert (project.folder / "runs" / "report.md").read_text().startswith("# bot\n")
+    assert load_model(str(project.folder / "runs" / "dpo")).chat("Who are you?")
+    written = sum(path.stat().st_size for path in (project.folder / "runs").rglob("*") if path.is_file())
+    planned = estimate_disk(project.settings.scheduler, project.schedule)
+    assert planned / 2 < written < planned * 2
+    run(project.folder, anyway=True)
+    assert capsys.readouterr().out.count("already finished") == 5
