@@ -48,6 +48,7 @@ STAGES = (
     "jsonl",  # JSON Lines files
     "yaml_file",  # a YAML file -> its values
     "stories",  # the files of the stories, found by name
+    "project_folder",  # where a project keeps its runs, and how far they have come
     "persona",  # raw data: system message, conversations about the model, probes
     "rows",  # raw data: the kinds of rows, and reasons to reject one
     "validation_split",  # raw data: the hash that decides between training and validation
@@ -61,7 +62,6 @@ STAGES = (
     "device",  # model: peak FLOPS, memory and price of a GPU or CPU
     "adapter",  # model: LoRA adapters in a folder: verify, load, merge
     "model",  # model: sizes, from scratch or from a checkpoint, FLOPs
-    "project_folder",  # models: where a project keeps its runs, and how far they have come
     "inference",  # replies: load, generate, stream, chat
     "lineage",  # scores: the runs behind a model, and their sources and persona
     "evaluation",  # scores: loss, bits per byte, chat behaviour, questions with known answers

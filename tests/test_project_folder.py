@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from rorchat.errors import DataError, UsageError
+from rorchat.errors import DataError
 from rorchat.inference.engine import resolve_model_path
 from rorchat.project_folder import find_last_run, is_project, locate_runs, measure_progress
+from rorchat.tokenizer import find_run
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def project(tmp_path):
 def add_run(project, stage, *, finished):
     run = project / "runs" / stage
     (run / "model").mkdir(parents=True)
-    (run / "run.json").write_text(json.dumps({"stage": stage, "finished": finished}))
+    (run / "run.json").write_text(json.dumps({"stage": stage, "finished": finished, "settings": {}, "inputs": {}}))
     if finished:
         (run / "model" / "config.json").write_text("{}")
     return run
@@ -60,13 +61,14 @@ def test_progress_is_that_of_the_newest_checkpoint(project):
     assert measure_progress(project / "runs" / "tokenizer") == 1.0
 
 
-def test_a_project_is_no_model_and_the_message_names_its_last_one(project):
-    with pytest.raises(UsageError, match="is a project.*: train it first: rorchat run .*my-bot"):
+def test_a_project_stands_for_the_model_of_its_last_finished_stage(project):
+    with pytest.raises(DataError, match="my-bot has no finished stage, .*: rorchat run .*my-bot"):
         resolve_model_path(str(project))
-    add_run(project, "sft", finished=True)
-    with pytest.raises(UsageError, match="last finished stage: .*my-bot/runs/sft"):
-        resolve_model_path(str(project))
-    assert resolve_model_path(str(project / "runs" / "sft")) == str(project / "runs" / "sft" / "model")
+    assert find_run(str(project)) is None
+    for stage in ("pretrain", "sft"):
+        add_run(project, stage, finished=True)
+    assert resolve_model_path(str(project)) == str(project / "runs" / "sft" / "model")
+    assert find_run(str(project))[0] == project / "runs" / "sft"
 
 
 def test_an_unfinished_run_has_no_model_and_the_message_says_how_to_resume_it(project, tmp_path):

@@ -10,7 +10,7 @@ import typer
 
 from rorchat.errors import UsageError
 
-Model = Annotated[str, typer.Argument(help="Model folder, run folder or Hub id.")]
+Model = Annotated[str, typer.Argument(help="A model or run folder, a project, or a Hub id.")]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0: greedy; default: the model's own.")]
 TopP = Annotated[float | None, typer.Option(help="Nucleus sampling: cumulative probability.")]
 MaxNewTokens = Annotated[

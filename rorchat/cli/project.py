@@ -76,5 +76,5 @@ def run(
     if (report := folder / RUNS / "report.md").is_file():
         print(f"\nreport in {report}")
     if model := find_last_run(folder):
-        commands = [f"rorchat chat {model}", f"rorchat push {model} YOU/NAME --dry_run"]
+        commands = [f"rorchat chat {folder}", f"rorchat push {folder} YOU/NAME --dry_run"]
         print(f"model in {model / 'model'}", describe_next(commands), sep="\n")

@@ -110,33 +110,26 @@ def locate_model(path: str) -> str:
 
 
 def resolve_model_path(path: str) -> str:
-    """As `locate_model`, for a model that must be there.
+    """As `locate_model`, for a model that must be there; of a project, that of its last finished stage.
 
     Raises:
-        DataError: a local path does not exist, or is a run that has not finished.
-        UsageError: the path is a project, which has several models.
+        DataError: a local path does not exist, or is a run or a project that has no model yet.
     """
     # "runs/nope" could be a Hub id, unless there is a folder "runs"
     is_local = path.startswith((".", "/", "~")) or ("/" in path and Path(path).parent.is_dir())
     if is_local and not Path(path).is_dir():
         raise DataError(f"No model folder {path}.")
+    if is_project(Path(path)):
+        last = find_last_run(Path(path))
+        if last is None:
+            raise DataError(f"The project {path} has no finished stage, so it has no model yet: rorchat run {path}")
+        return str(last / "model")
     place = Path(locate_model(path))
-    if place.is_dir() and not (place / "config.json").is_file():
-        _refuse_folder_without_model(place)
-    return str(place) if Path(path).is_dir() else path
-
-
-def _refuse_folder_without_model(folder: Path) -> None:
-    """Raises an error for a project and for an unfinished run, whose models are elsewhere."""
-    if is_project(folder):
-        last = find_last_run(folder)
-        remedy = f"give that of its last finished stage: {last}" if last else f"train it first: rorchat run {folder}"
-        raise UsageError(f"{folder} is a project, which has a model for each stage: {remedy}.")
-    if (folder / "run.json").is_file():
-        again = "the command that started it"
-        if is_project(folder.absolute().parent.parent):
-            again = f"rorchat run {folder.absolute().parent.parent}"
-        raise DataError(f"{folder} is a run that has not finished, so it has no model yet. Resume it with {again}.")
+    if (place / "run.json").is_file() and not (place / "config.json").is_file():
+        project = place.absolute().parent.parent
+        again = f"rorchat run {project}" if is_project(project) else "the command that started it"
+        raise DataError(f"{path} is a run that has not finished, so it has no model yet. Resume it with {again}.")
+    return str(place)
 
 
 def load_model(name_or_path: str, device: str | None = None, *, require_chat: bool = False) -> ChatModel:

@@ -28,6 +28,7 @@ from rorchat.chatml import (
 )
 from rorchat.errors import DataError, MismatchError, RemoteError, UsageError, shorten_error
 from rorchat.persona import Persona, load_persona
+from rorchat.project_folder import find_last_run, is_project
 from rorchat.sources.registry import CHAT_PREFIX, find_source, list_sources
 from rorchat.tokenizer.training_text import BoundedText
 
@@ -153,8 +154,13 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, require
 
 
 def find_run(model: str) -> tuple[Path, dict] | None:
-    """(run folder, run.json) for a run folder or its model, adapter or checkpoint folder; None if there is no run."""
+    """(run folder, run.json) for a run folder or its model, adapter or checkpoint folder; None if there is no run.
+
+    For a project, it is the run of its last finished stage.
+    """
     folder = Path(model)
+    if is_project(folder):
+        folder = find_last_run(folder) or folder
     if folder.name in ("model", "adapter") or folder.name.startswith("checkpoint-"):
         folder = folder.parent
     try:
