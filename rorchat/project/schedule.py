@@ -1,5 +1,6 @@
 """Divides the time between the stages: how many tokens each reads, and how long it takes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ from rorchat.project.survey import Survey
 from rorchat.project.timing import Machine
 from rorchat.project.vocabulary import Vocabulary
 
-#: Shares of the training time. What a stage cannot use goes to the first one.
+#: Shares of the training time. What a stage cannot use is divided between the others.
 TIME_SHARES = {"pretrain": 0.55, "midtrain": 0.2, "sft": 0.2, "dpo": 0.05}
 #: Passes over the data of a stage. More are learned by heart: docs/planning.md has the loss of small models after 3, 10
 #: and 20 passes.
@@ -99,11 +100,8 @@ class Scheduler:
     @property
     def stages(self) -> list[str]:
         """The stages of training, in order."""
-        has_own_conversations = any(not source.is_added for source in self.survey.of("conversations"))
         stages = [] if self.base else ["pretrain"]
-        if self.survey.of("documents") and (has_own_conversations or self.base):
-            stages.append("midtrain")
-        stages.append("sft")
+        stages += ["midtrain", "sft"] if self.survey.of("documents") else ["sft"]
         return [*stages, "dpo"] if self.survey.of("preferences") else stages
 
     def choose(self, vocabularies: list[Vocabulary]) -> Size:
@@ -118,10 +116,9 @@ class Scheduler:
     def schedule(self, shape: Shape, vocabulary: Vocabulary) -> Schedule:
         """The schedule for one size."""
         tokens = self._divide(shape, vocabulary)
-        seconds_per_token = self.seconds_per_token(shape, vocabulary)
         seconds = self._overhead(count_parameters(shape, vocabulary.size, self.machine.block_size))
         for stage, count in tokens.items():
-            seconds[stage] += count * seconds_per_token * relative_cost(stage, shape, vocabulary.size)
+            seconds[stage] += count * self._seconds_of_token(stage, shape, vocabulary)
         first = tokens[self.stages[0]]
         training_bytes = int(self.text_bytes * (1 - self.validation_share("pretrain", vocabulary)))
         size = predict(shape, vocabulary, first, max(1, training_bytes))
@@ -133,25 +130,30 @@ class Scheduler:
         return known or self.machine.seconds_per_token(shape, vocabulary.size)
 
     def _divide(self, shape: Shape, vocabulary: Vocabulary) -> dict[str, int]:
-        """{stage: tokens}. Later stages get their share of the time, or less if their data end; the first the rest."""
+        """{stage: tokens}: of each its share of the time, or less if its data end, but at least a few steps.
+
+        Stages that cannot keep to their share are settled first; the time that is left is divided between the others by
+        their shares, which may settle more of them.
+        """
         overhead = self._overhead(count_parameters(shape, vocabulary.size, self.machine.block_size))
         left = self.hours * 3600 - sum(overhead.values())
-        share_left = sum(TIME_SHARES[stage] for stage in self.stages)
-        seconds_per_token = self.seconds_per_token(shape, vocabulary)
-        first, *later = self.stages
-        tokens: dict[str, int] = {}
-        for stage in reversed(later):
-            cost = seconds_per_token * relative_cost(stage, shape, vocabulary.size)
-            affordable = max(0.0, left) * TIME_SHARES[stage] / share_left / cost
-            tokens[stage] = int(max(self._min_tokens(), min(affordable, self._available_tokens(stage, vocabulary))))
-            left -= tokens[stage] * cost
-            share_left -= TIME_SHARES[stage]
-        affordable = max(0.0, left) / (seconds_per_token * relative_cost(first, shape, vocabulary.size))
-        tokens[first] = int(max(self._min_tokens(), min(affordable, self._available_tokens(first, vocabulary))))
-        return {stage: tokens[stage] for stage in self.stages}
+        costs = {stage: self._seconds_of_token(stage, shape, vocabulary) for stage in self.stages}
+        tokens, undecided = {}, list(self.stages)
+        while undecided:
+            total = sum(TIME_SHARES[stage] for stage in undecided)
+            affordable = {stage: max(0.0, left) * TIME_SHARES[stage] / total / costs[stage] for stage in undecided}
+            for stage in undecided:
+                most = min(affordable[stage], self._useful_tokens(stage, vocabulary))
+                tokens[stage] = int(max(MIN_STEPS * MIN_BATCH_TOKENS, most))
+            settled = [stage for stage in undecided if not math.isclose(tokens[stage], affordable[stage], rel_tol=1e-3)]
+            if not settled:
+                break
+            left -= sum(tokens[stage] * costs[stage] for stage in settled)
+            undecided = [stage for stage in undecided if stage not in settled]
+        return tokens
 
-    def _min_tokens(self) -> int:
-        return MIN_STEPS * MIN_BATCH_TOKENS
+    def _seconds_of_token(self, stage: str, shape: Shape, vocabulary: Vocabulary) -> float:
+        return self.seconds_per_token(shape, vocabulary) * relative_cost(stage, shape, vocabulary.size)
 
     def count_tokens(self, group: str, vocabulary: Vocabulary) -> float:
         """Tokens of all "documents", "conversations" (without the persona's), "persona" or "preferences"."""
@@ -179,7 +181,7 @@ class Scheduler:
             weights[group] = min(MIDTRAIN_WEIGHTS[group], most)
         return {"documents": 100 - sum(weights.values()), **weights}
 
-    def _available_tokens(self, stage: str, vocabulary: Vocabulary) -> float:
+    def _useful_tokens(self, stage: str, vocabulary: Vocabulary) -> float:
         """Tokens of the stage's data, times the passes over them that are useful."""
         groups = GROUPS[stage]
         share = self.validation_share(stage, vocabulary)

@@ -18,9 +18,9 @@ from rorchat.sources.registry import columns_advice, find_source, load_rows, loc
 #: {option of `rorchat new`: the kind of row that it takes}
 KINDS = {"documents": "document", "conversations": "conversation", "preferences": "preference"}
 LANGUAGE_ROWS, LANGUAGE_CHARACTERS = 200, 1_000  # the language is guessed from the beginnings of the first rows
-ADDED_DOCUMENTS, ADDED_CONVERSATIONS = "tinytown=12000", "tinytown=3000"
+ADDED_DOCUMENTS, ADDED_CONVERSATIONS = "tinytown=12000", "tinytown=10000"
 LITTLE_TEXT = 200_000  # bytes of documents, below which ADDED_DOCUMENTS are added
-PERSONA_SHARE, PERSONA_ROWS = 0.3, (200, 2000)  # conversations about the persona: share of the others, and bounds
+PERSONA_SHARE, PERSONA_ROWS = 0.3, (600, 2000)  # conversations about the persona: share of the others, and bounds
 SAMPLE_CHARACTERS = 2_000_000  # kept of every source, for training trial tokenizers
 
 
@@ -112,9 +112,13 @@ def survey_sources(given: dict[str, list[str]], persona: Persona | None = None, 
         added.append(("conversations", ADDED_CONVERSATIONS))
     if from_scratch and survey.utf8_bytes("documents") < LITTLE_TEXT:
         added.append(("documents", ADDED_DOCUMENTS))
+    survey = _add_sources(survey, added)
     low, high = PERSONA_ROWS
     rows = min(high, max(low, round(survey.rows("conversations") * PERSONA_SHARE)))
-    added.append(("conversations", f"persona={rows}"))
+    return _add_sources(survey, [("conversations", f"persona={rows}")], persona)
+
+
+def _add_sources(survey: Survey, added: list[tuple[str, str]], persona: Persona | None = None) -> Survey:
     return Survey((*survey.sources, *(_survey_source(*source, persona, is_added=True) for source in added)))
 
 

@@ -58,6 +58,16 @@ def test_few_chats_are_not_repeated_in_midtraining_and_the_rest_is_documents(giv
     assert scheduler.midtrain_weights(2 * tokens, VOCABULARY)["conversations"] == pytest.approx(30, rel=0.01)
 
 
+def test_time_that_a_stage_cannot_use_goes_to_the_others(tmp_path):
+    """Few documents and the many conversations of Tinytown: pretraining ends early, the time is kept all the same."""
+    scheduler = make_scheduler({"documents": write_data(tmp_path)["documents"]}, 0.3, seconds_per_gflop=0.05)
+    schedule = scheduler.schedule(SHAPE, VOCABULARY)
+    assert schedule.size.epochs == pytest.approx(4, rel=0.01)
+    assert schedule.total_seconds == pytest.approx(0.3 * 3600, rel=0.01)
+    training = {stage: schedule.seconds[stage] for stage in ("midtrain", "sft")}
+    assert training["midtrain"] == pytest.approx(training["sft"], rel=0.01)
+
+
 def test_a_short_time_still_trains_every_stage(given):
     tokens = make_scheduler(given, 0.01).schedule(SHAPE, VOCABULARY).tokens
     assert min(tokens.values()) >= 10 * MIN_BATCH_TOKENS
@@ -67,9 +77,14 @@ def test_stages_depend_on_the_data(given):
     def stages(**options):
         return Scheduler(make_survey(options), make_machine(), 0.5).stages
 
-    assert stages(documents=given["documents"]) == ["pretrain", "sft"]
+    assert stages(documents=given["documents"]) == ["pretrain", "midtrain", "sft"]
     assert stages(conversations=given["conversations"]) == ["pretrain", "midtrain", "sft"]
-    assert stages(documents=given["documents"], preferences=given["preferences"]) == ["pretrain", "sft", "dpo"]
+    assert stages(documents=given["documents"], preferences=given["preferences"]) == [
+        "pretrain",
+        "midtrain",
+        "sft",
+        "dpo",
+    ]
 
 
 def test_a_base_model_needs_no_tokenizer_and_no_pretraining(given):
