@@ -3,6 +3,7 @@
 import codecs
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -79,8 +80,13 @@ def resolve_spec(
     if not where and (path.suffix or "/" in spec_or_path):
         advice = f" For a dataset of the Hub, name its format, as in text={spec_or_path}."
         raise DataError(f"No file or folder {spec_or_path}.{advice if may_name_dataset(spec_or_path) else ''}")
-    if ":" in name and Path(name.partition(":")[0]).expanduser().exists():
-        raise UsageError(f"{spec_or_path} names columns without a source: write messages={spec_or_path}.")
+    try:
+        find_source(name)
+    except UsageError:
+        if ":" in name and Path(name.partition(":")[0]).expanduser().exists():
+            advice = shlex.quote(f"messages={spec_or_path}")
+            raise UsageError(f"{spec_or_path} names columns without a source: write {advice}.") from None
+        raise
     locate(spec_or_path)
     if row_format and row_format != name:
         raise UsageError(
@@ -173,8 +179,7 @@ def _try_source(name: str, path: Path) -> tuple[float, str]:
                 rows.convert(raw)
                 # a text under another usual name, such as "content", can be a part of a row of another format
                 is_other_text = name == "text" and isinstance(raw, dict) and "text" not in raw
-                is_weak = is_other_text or any("texts in turn" in rule for rule in rows.stats.rules)
-                score += 0.75 if is_weak else 1
+                score += 0.75 if is_other_text or rows.is_by_order else 1
             except RejectedRow as rejected_row:
                 # An unusable row in the right format is weaker evidence for the format than a good one
                 is_other_format = isinstance(raw, RejectedRow) or rejected_row.reason in FORMAT_REASONS

@@ -10,13 +10,15 @@ question      {"messages": [messages], "answer": str, "alternatives": [str], "to
 import ast
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 ROLES = ("system", "user", "assistant")
 # Role names in published datasets, mostly those in ShareGPT's format
 ROLE_NAMES = {
     "system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
     "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "bot": "assistant",
-    "model": "assistant",
+    "model": "assistant", "ai": "assistant",
 }  # fmt: skip
 MAX_DETAIL_CHARACTERS = 300  # a detail may quote a key, which can have any length
 
@@ -46,11 +48,20 @@ def _to_one_line(text: str) -> str:
     return cut if cut.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
-class RepairedRow:
-    """A row that is usable because its source corrected errors in it. Rows are counted by each of `repairs`."""
+@dataclass(slots=True)
+class ConvertedRow:
+    """A row in the form that the next step reads. Rows are counted by `rule` and by each of `repairs`.
 
-    def __init__(self, row: dict, *repairs: str):
-        self.row, self.repairs = row, repairs
+    Attributes:
+        rule: where its turns or columns were found, and who is the user; empty for the usual form.
+        repairs: what was corrected or left out.
+        is_by_order: whether only the order of its texts says who is the user.
+    """
+
+    row: Any
+    rule: str = ""
+    repairs: tuple[str, ...] = ()
+    is_by_order: bool = False
 
 
 def get_text(row: object, key: str) -> str:

@@ -76,7 +76,7 @@ CONVERSATIONS = [
     (5, "wrong type", "messages are of type int, expected a list"),
     (chat_row(7, "T"), "wrong type", "message 0: 'content' is of type int, expected a string"),
     ({"messages": {"role": "user"}}, "wrong type", "messages are of type dict, expected a list"),
-    ({"message": []}, "missing field", "no turns, question or answer among message"),
+    ({"message": []}, "missing field", "no list of turns, and no question with an answer, among the keys message"),
     ({"messages": [{"role": "user"}]}, "missing field", "message 0: no key 'value' among role"),
     (b'{"messages": [], "messages": []}', "duplicate keys", "'messages'"),
     (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "duplicate keys", "'content'"),

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from rorchat.reading.chat_logs import LogMessage, place_of, split_log
+from rorchat.reading.chat_logs import ExportedChat, LogMessage, place_of, split_log
 from rorchat.reading.slices import Row
-from rorchat.reading.turns import is_chat, join_text
+from rorchat.reading.turns import JOINED, is_chat, join_text
 from rorchat.rows import RejectedRow, message
+
+NOT_SHOWN = "messages of tools and thoughts left out"
 
 
 def read_export(place: str, row: dict) -> Iterator[Row] | None:
@@ -16,9 +18,8 @@ def read_export(place: str, row: dict) -> Iterator[Row] | None:
         return iter([(place, _read_chatgpt(row))])
     if _is_telegram(row):
         return _read_telegram(place, row)
-    chats = row.get("chats")
-    if isinstance(chats, dict) and isinstance(chats.get("list"), list):
-        return _read_telegram_chats(place, chats["list"])
+    if chats := _list_telegram_chats(row):
+        return _read_telegram_chats(place, chats)
     if _is_meta(row):
         return _read_meta(place, row)
     if _is_discord(row):
@@ -27,7 +28,10 @@ def read_export(place: str, row: dict) -> Iterator[Row] | None:
 
 
 def expand_container(place: str, row: dict) -> Iterator[Row] | None:
-    """The conversations of an object with one list of them, or of one by its names; None for other objects."""
+    """The conversations of an object that holds one list of them, or one conversation under each key.
+
+    None for other objects.
+    """
     if is_chat(row):
         return None
     lists = [(key, value) for key, value in row.items() if isinstance(value, list) and value]
@@ -42,7 +46,7 @@ def expand_container(place: str, row: dict) -> Iterator[Row] | None:
 # -- ChatGPT ---------------------------------------------------------------------------------------------------------
 
 
-def _read_chatgpt(row: dict) -> dict | RejectedRow:
+def _read_chatgpt(row: dict) -> ExportedChat | RejectedRow:
     """The messages on the path from the root of the tree to its current node: the replies that were last shown.
 
     Messages of tools and those that call them are left out. A message of the user that is not only text is an error.
@@ -52,7 +56,10 @@ def _read_chatgpt(row: dict) -> dict | RejectedRow:
     while isinstance(node, str) and isinstance(nodes.get(node), dict) and len(path) < len(nodes):
         path.append(nodes[node].get("message"))
         node = nodes[node].get("parent")
+    if node is not None or not path:
+        return RejectedRow("damaged tree", f"no way from the last message to the first: {node!r} is not a message")
     turns: list[dict[str, str]] = []
+    repairs: dict[str, None] = {}
     for entry in filter(None, reversed(path)):
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), dict) for key in ("author", "content")):
             return RejectedRow("wrong type", "a message of the tree has no author or content")
@@ -62,11 +69,19 @@ def _read_chatgpt(row: dict) -> dict | RejectedRow:
             return RejectedRow("not text", f"a message of the user is {content.get('content_type')}")
         is_shown = role == "user" or (role == "assistant" and entry.get("recipient", "all") == "all")
         if is_shown and text and text.strip():
-            if turns and turns[-1]["role"] == role:
-                turns[-1]["content"] += f"\n\n{text}"
-            else:
-                turns.append(message(role, text))
-    return {"messages": turns}
+            repairs |= dict.fromkeys([JOINED] if _append(turns, role, text) else [])
+        elif role in ("assistant", "tool") and text != "":
+            repairs[NOT_SHOWN] = None
+    return ExportedChat(turns, "ChatGPT", repairs=list(repairs))
+
+
+def _append(turns: list[dict[str, str]], role: str, text: str) -> bool:
+    """Appends a message, or joins it with the one before it. Returns whether it was joined."""
+    if not turns or turns[-1]["role"] != role:
+        turns.append(message(role, text))
+        return False
+    turns[-1]["content"] += f"\n\n{text}"
+    return True
 
 
 # -- Telegram --------------------------------------------------------------------------------------------------------
@@ -80,10 +95,20 @@ def _is_telegram(row: object) -> bool:
     )
 
 
-def _read_telegram_chats(place: str, chats: list) -> Iterator[Row]:
-    for number, chat in enumerate(chats):
-        if _is_telegram(chat):
-            yield from _read_telegram(f"{place}, chat {number}", chat)
+def _list_telegram_chats(row: dict) -> list[tuple[str, object]]:
+    """(the place in the export, chat) of all chats, those that were left included; empty if it is not an export."""
+    kinds = {"chats": "chat", "left_chats": "left chat"}
+    exported = {name: row[key].get("list") for key, name in kinds.items() if isinstance(row.get(key), dict)}
+    lists = {name: chats for name, chats in exported.items() if isinstance(chats, list)}
+    return [(f"{name} {number}", chat) for name, chats in lists.items() for number, chat in enumerate(chats)]
+
+
+def _read_telegram_chats(place: str, chats: list[tuple[str, object]]) -> Iterator[Row]:
+    for name, chat in chats:
+        if isinstance(chat, dict) and _is_telegram(chat):
+            yield from _read_telegram(f"{place}, {name}", chat)
+        else:
+            yield f"{place}, {name}", RejectedRow("no messages", "no message of a person in the chat")
 
 
 def _read_telegram(place: str, row: dict) -> Iterator[Row]:
@@ -107,7 +132,9 @@ def _read_telegram(place: str, row: dict) -> Iterator[Row]:
 
 def _is_meta(row: dict) -> bool:
     messages = row.get("messages")
-    return isinstance(messages, list) and any(isinstance(m, dict) and "timestamp_ms" in m for m in messages)
+    return isinstance(messages, list) and any(
+        isinstance(m, dict) and m.keys() >= {"timestamp_ms", "sender_name"} for m in messages
+    )
 
 
 def _read_meta(place: str, row: dict) -> Iterator[Row]:
@@ -121,7 +148,7 @@ def _read_meta(place: str, row: dict) -> Iterator[Row]:
             continue
         time = datetime.fromtimestamp(milliseconds / 1000, UTC)
         messages.append(LogMessage(where, time, speaker, _decode(entry.get("content"))))
-    yield from split_log("Messenger", sorted(messages, key=lambda message: message.time))
+    yield from split_log("Messenger", sorted(reversed(messages), key=lambda message: message.time))
 
 
 def _decode(text: object) -> str:
@@ -161,8 +188,9 @@ def _read_discord(place: str, row: dict) -> Iterator[Row]:
 
 
 def _parse_time(value: object) -> datetime | None:
-    """The local time of ISO 8601; its offset is dropped, because pauses are measured to hours."""
+    """The time of ISO 8601, in UTC if it has an offset."""
     try:
-        return datetime.fromisoformat(value).replace(tzinfo=None) if isinstance(value, str) else None
-    except ValueError:
+        time = datetime.fromisoformat(value) if isinstance(value, str) else None
+        return time.astimezone(UTC).replace(tzinfo=None) if time and time.tzinfo else time
+    except (ValueError, OverflowError):
         return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from rorchat.reading.slices import Row
 
 PAUSE_HOURS = 3  # without a message, after which a new conversation begins
+WITHOUT_TEXT = "messages without text left out"
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,20 @@ class LogMessage:
     text: str
 
 
-class LoggedChat(dict):
-    """{"messages": [{"speaker", "text"}]} of a conversation in a log.
+class ExportedChat(dict):
+    """{"messages": [...]} of a conversation that a chat program has exported.
 
     Attributes:
         program: the chat program that wrote the log.
-        speakers: those of the whole log, in the order of their first messages.
-        without_text: number of messages that were left out, because they have no text.
+        speakers: those of the whole log, in the order of their first messages; empty if the messages have roles.
+        repairs: what was changed or left out.
     """
 
-    def __init__(self, program: str, messages: Sequence[LogMessage], speakers: Sequence[str]):
-        spoken = [message for message in messages if message.text.strip()]
-        super().__init__(messages=[{"speaker": message.speaker, "text": message.text} for message in spoken])
-        self.program, self.speakers, self.without_text = program, list(speakers), len(messages) - len(spoken)
+    def __init__(
+        self, messages: list[dict[str, str]], program: str, speakers: Sequence[str] = (), repairs: Sequence[str] = ()
+    ):
+        super().__init__(messages=messages)
+        self.program, self.speakers, self.repairs = program, tuple(speakers), tuple(repairs)
 
 
 def split_log(program: str, messages: Sequence[LogMessage]) -> Iterator[Row]:
@@ -45,8 +47,10 @@ def split_log(program: str, messages: Sequence[LogMessage]) -> Iterator[Row]:
     start, pause = 0, timedelta(hours=PAUSE_HOURS)
     for number in range(1, len(messages) + 1):
         if number == len(messages) or messages[number].time - messages[number - 1].time > pause:
-            yield messages[start].place, LoggedChat(program, messages[start:number], speakers)
-            start = number
+            part, start = messages[start:number], number
+            spoken = [{"speaker": m.speaker, "text": m.text} for m in part if m.text.strip()]
+            repairs = [WITHOUT_TEXT] if len(spoken) < len(part) else []
+            yield part[0].place, ExportedChat(spoken, program, speakers, repairs)
 
 
 def place_of(path: Path | str, number: int) -> str:

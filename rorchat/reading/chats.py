@@ -1,7 +1,7 @@
 """Reads conversations of files in any shape: rows, exports of chat programs, and objects that hold a list of them."""
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 
 from rorchat.reading.chat_exports import expand_container, read_export
 from rorchat.reading.encodings import content_suffix
@@ -18,9 +18,7 @@ def read_chats(file_slice: FileSlice) -> Iterator[Row]:
     if suffix in TEXT_SUFFIXES:
         return _read_text(file_slice)
     rows = read_rows(file_slice)
-    if suffix not in (".json", ".jsonl", ".ndjson"):
-        return rows
-    return chain.from_iterable(_expand(place, row, is_file=suffix == ".json") for place, row in rows)
+    return _read_json(file_slice, rows) if suffix in (".json", ".jsonl", ".ndjson") else rows
 
 
 def _read_text(file_slice: FileSlice) -> Iterator[Row]:
@@ -34,9 +32,17 @@ def _read_text(file_slice: FileSlice) -> Iterator[Row]:
         yield place, RejectedRow("not a dialogue", "the text does not begin as a chat that WhatsApp has exported")
 
 
-def _expand(place: str, row: object, *, is_file: bool) -> Iterator[Row]:
-    """The conversations of a value of a JSON file."""
+def _read_json(file_slice: FileSlice, rows: Iterator[Row]) -> Iterator[Row]:
+    """The conversations of the values of a JSON file. Only a value that is the whole file may hold a list of them."""
+    first = list(islice(rows, 2))
+    is_whole = len(first) == 1 and not file_slice.start and file_slice.stop in (None, file_slice.path.stat().st_size)
+    while first:
+        yield from _expand(*first.pop(0), is_whole=is_whole)  # pop: keep no reference to a yielded row
+    yield from chain.from_iterable(_expand(place, row, is_whole=False) for place, row in rows)
+
+
+def _expand(place: str, row: object, *, is_whole: bool) -> Iterator[Row]:
     rows = None
     if isinstance(row, dict):
-        rows = read_export(place, row) or (expand_container(place, row) if is_file else None)
+        rows = read_export(place, row) or (expand_container(place, row) if is_whole else None)
     yield from rows or [(place, row)]

@@ -3,34 +3,44 @@
 docs/chats.md lists the shapes that are read.
 """
 
+import ast
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from rorchat.rows import ROLE_NAMES, RejectedRow, alternate_turns, message
+from rorchat.rows import ROLE_NAMES, ConvertedRow, RejectedRow, alternate_turns, message
 
 #: Names of the column of turns, the usual ones first. They are compared in lower case.
 TURN_COLUMNS = (
     "messages", "conversations", "conversation", "turns", "dialog", "dialogue", "dialogs", "dialogues", "chat",
     "chats", "utterances", "exchanges", "thread", "transcript", "log", "history", "chat_history",
 )  # fmt: skip
+#: Columns in which a list of texts is a conversation, and those in which a list of [question, answer] is one, too.
+TEXTS_COLUMNS = (
+    "conversation", "conversations", "dialog", "dialogue", "dialogs", "dialogues", "utterances", "chat",
+)  # fmt: skip
+HISTORY_COLUMNS = ("history", "chat_history")
 #: Keys of the speaker and of the text of a turn, the usual ones first.
 SPEAKER_KEYS = (
     "role", "from", "speaker", "author", "sender", "participant", "agent", "user", "name", "username", "user_name",
     "speaker_id", "user_id", "sender_name", "who",
 )  # fmt: skip
-TEXT_KEYS = ("content", "value", "text", "utterance", "message", "body", "msg")
+TEXT_KEYS = ("content", "value", "text", "utterance", "message", "body", "msg", "parts")
+#: Speakers beside which a key with any other name holds the text, if it is the only one with texts.
+ONLY_SPEAKER_KEYS = ("speaker", "who", "role", "author", "sender")
+NO_TEXT_KEY = re.compile(r"id|.*_id|type|.*time.*|date|created.*|title|to|subject|url|lang.*|model", re.IGNORECASE)
 USUAL_KEYS = (("role", "content"), ("from", "value"))
 #: Names of the columns of a question and its answer, in the order in which they are looked for, in lower case.
 PAIR_COLUMNS = (
-    ("question", "answer"), ("user", "assistant"), ("query", "response"), ("input", "output"),
-    ("instruction", "response"), ("instruction", "output"), ("instruction", "answer"), ("prompt", "completion"),
-    ("prompt", "response"), ("prompt", "output"), ("prompt", "answer"), ("prompt", "reply"), ("question", "response"),
+    ("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"),
+    ("user", "assistant"), ("query", "response"), ("instruction", "response"), ("instruction", "answer"),
+    ("input", "output"), ("prompt", "output"), ("prompt", "answer"), ("prompt", "reply"), ("question", "response"),
     ("question", "reply"), ("query", "reply"), ("query", "answer"), ("input", "response"), ("input", "reply"),
     ("message", "reply"), ("message", "response"), ("context", "response"), ("human", "assistant"), ("human", "ai"),
-    ("human", "bot"), ("human", "gpt"), ("user", "bot"), ("user", "ai"), ("user", "model"), ("q", "a"),
+    ("human", "bot"), ("human", "gpt"), ("user", "bot"), ("user", "ai"), ("q", "a"),
     ("questions", "answers"), ("frage", "antwort"), ("pregunta", "respuesta"), ("question", "réponse"),
     ("question", "reponse"), ("domanda", "risposta"), ("pergunta", "resposta"), ("vraag", "antwoord"),
     ("fråga", "svar"), ("spørgsmål", "svar"), ("spørsmål", "svar"), ("kysymys", "vastaus"), ("pytanie", "odpowiedź"),
@@ -39,37 +49,28 @@ PAIR_COLUMNS = (
 )  # fmt: skip
 #: Roles of turns that no person speaks: a conversation with them is not one of two speakers.
 NOT_SPEAKERS = ("tool", "tools", "function", "function_call", "function_response", "observation", "environment")
-ASSISTANT_WORDS = {name for name, role in ROLE_NAMES.items() if role == "assistant"} | {"ai", "agent", "chatbot"}
+#: Names of assistants that are also other words or names: only if they are the whole name of a speaker.
+ASSISTANT_NAMES = {"ai", "bing", "bard", "model"}
+ASSISTANT_WORDS = {name for name, role in ROLE_NAMES.items() if role == "assistant"} - ASSISTANT_NAMES
+ASSISTANT_WORDS |= {"agent", "chatbot"}
 USER_WORDS = {name for name, role in ROLE_NAMES.items() if role == "user"} | {"customer", "client"}
 JOINED, LEFT_OUT = "turns of one speaker joined", "a first turn of the assistant left out"
+
+_LITERAL = re.compile(r"\[\s*[\[({]?\s*['\"]")  # the start of a list of texts, lists or objects in Python
 
 Turn = tuple[str, str]  # (speaker, text)
 
 
-@dataclass(frozen=True)
-class Chat:
-    """A conversation with roles.
-
-    Attributes:
-        rule: where its turns are and who is the user; empty for messages in the usual format.
-        repairs: what was changed.
-    """
-
-    messages: list[dict[str, str]]
-    rule: str = ""
-    repairs: tuple[str, ...] = field(default=())
-
-
 def find_pair(row: Mapping) -> tuple[str, str] | None:
     """The columns of a question and its answer, by their names."""
-    columns = _by_lower_name(row)
+    columns = by_lower_name(row)
     names = next((pair for pair in PAIR_COLUMNS if pair[0] in columns and pair[1] in columns), None)
     return (columns[names[0]], columns[names[1]]) if names else None
 
 
 def find_turn_column(row: Mapping) -> str | None:
     """The column whose value is a list of turns: one with a usual name, or else the only one."""
-    columns = _by_lower_name(row)
+    columns = by_lower_name(row)
     for name in TURN_COLUMNS:
         if name in columns and (name in TURN_COLUMNS[:2] or _has_turns(name, row[columns[name]])):
             return columns[name]
@@ -80,7 +81,8 @@ def find_turn_column(row: Mapping) -> str | None:
 def is_chat(value: object) -> bool:
     """Whether a value is a conversation: a list of turns, a row with such a list, or a question with an answer."""
     if isinstance(value, dict):
-        return find_turn_column(value) is not None or find_pair(value) is not None
+        is_seed_task = {"instruction", "instances"} <= by_lower_name(value).keys()
+        return is_seed_task or find_turn_column(value) is not None or find_pair(value) is not None
     return _has_turn_objects(value)
 
 
@@ -97,45 +99,76 @@ def are_usual(turns: object) -> bool:
     return True
 
 
-def read_turns(value: object, column: str = "", assistant_name: str = "") -> Chat | None:
+def read_turns(
+    turns: object, column: str = "", assistant_name: str = "", *, is_named: bool = False
+) -> ConvertedRow | None:
     """The conversation that a list of turns is; None for messages in the usual format, which need no conversion.
 
     Args:
-        value: the list, or its JSON text.
         column: where it was found; empty if the row is the list.
         assistant_name: the speaker who is the assistant; empty to decide by the names.
+        is_named: whether the user named the column, which may then be a list of texts.
 
     Raises:
         RejectedRow: its roles cannot be known.
     """
-    turns = _parse(value)
     where = f"turns from {column!r}" if column else "turns from lists"
     if not isinstance(turns, list) or not turns:
         return None
-    if strings := _strings(turns):
-        return Chat(alternate_turns(strings), f"{where}: texts in turn, the first is from the user")
+    if _are_pairs_of_texts(turns) and _begin_with_speakers(turns, assistant_name):
+        spoken = [(speaker.strip(), text) for speaker, text in turns]
+        return _convert_spoken(spoken, f"{where} (speaker and text)", assistant_name)
+    if texts := _texts_in_turn(turns, TEXTS_COLUMNS[0] if is_named else column):
+        refuse_name(assistant_name, where)
+        rule = f"{where}: texts in turn, the first is from the user"
+        return ConvertedRow({"messages": alternate_turns(texts)}, rule, is_by_order=True)
     if not all(isinstance(turn, dict) for turn in turns):
         return None
     if pairs := _pairs(turns):
+        refuse_name(assistant_name, where)
         question, answer = pairs[0]
         texts = [turn[key] for turn, keys in zip(turns, pairs, strict=True) for key in keys]
-        return Chat(alternate_turns(texts), f"{where}: {question!r} is the user, {answer!r} the assistant")
+        rule = f"{where}: {question!r} is the user, {answer!r} the assistant"
+        return ConvertedRow({"messages": alternate_turns(texts)}, rule)
+    return _read_objects(turns, column, where, assistant_name)
+
+
+def _read_objects(turns: list[dict], column: str, where: str, assistant_name: str) -> ConvertedRow | None:
+    """The conversation of objects with a speaker and a text."""
     keys = _turn_keys(turns)
     if keys is None:
         return None
-    has_roles = not assistant_name and all(_role(turn[keys[0]]) for turn in turns)
+    has_roles = all(_role(turn[keys[0]]) for turn in turns)
     is_usual = keys in USUAL_KEYS and not any(isinstance(turn[keys[1]], list) for turn in turns)
-    if is_usual and column.lower() in ("", *TURN_COLUMNS[:2]) and (has_roles or keys[0] == "role"):
+    is_usual = is_usual and column.lower() in ("", *TURN_COLUMNS[:2]) and (has_roles or keys[0] == "role")
+    if is_usual and not assistant_name:
         return None
-    spoken = [(_speaker(turn, keys[0], number), _text(turn, keys[1], number)) for number, turn in enumerate(turns)]
-    where += f" ({keys[0]!r} and {keys[1]!r})"
-    if has_roles:
-        messages = [message(_role(speaker), text) for speaker, text in spoken]
-        return Chat(messages, f"{where}: the roles are those of the turns")
-    return assign_roles(spoken, where, assistant_name=assistant_name)
+    named = (key for key in SPEAKER_KEYS if any(turn.get(key) == assistant_name for turn in turns))
+    key = next(named, keys[0]) if assistant_name else keys[0]
+    spoken = [
+        (_speaker(turn, key if turn.get(key) is not None else keys[0], number), _text(turn, keys[1], number))
+        for number, turn in enumerate(turns)
+    ]
+    return _convert_spoken(spoken, f"{where} ({key!r} and {keys[1]!r})", assistant_name)
 
 
-def assign_roles(turns: Sequence[Turn], where: str, *, speakers: Sequence[str] = (), assistant_name: str = "") -> Chat:
+def _convert_spoken(turns: Sequence[Turn], where: str, assistant_name: str) -> ConvertedRow:
+    """The conversation of turns whose speakers are roles, or two people."""
+    if assistant_name or not all(_role(speaker) for speaker, _ in turns):
+        return assign_roles(turns, where, assistant_name=assistant_name)
+    messages = [message(_role(speaker), text) for speaker, text in turns]
+    return ConvertedRow({"messages": messages}, f"{where}: the roles are those of the turns")
+
+
+def refuse_name(assistant_name: str, where: str) -> None:
+    """Raises RejectedRow if the user named the assistant, but the texts of a row have no speakers."""
+    if assistant_name:
+        raise RejectedRow("no speakers", f"{where} have no names, so {assistant_name!r} cannot be the assistant")
+
+
+def assign_roles(
+    turns: Sequence[Turn], where: str, *, speakers: Sequence[str] = (), assistant_name: str = ""
+) -> ConvertedRow:
     """The conversation of two speakers. The first is the user, unless the name of one says otherwise.
 
     Args:
@@ -144,13 +177,12 @@ def assign_roles(turns: Sequence[Turn], where: str, *, speakers: Sequence[str] =
         assistant_name: the speaker who is the assistant; empty to decide by the names.
 
     Raises:
-        RejectedRow: there are not two speakers.
+        RejectedRow: there are not two speakers, or no texts.
     """
+    if not turns:
+        raise RejectedRow("no text", "all messages are without text")
     names = list(dict.fromkeys(speakers or [speaker for speaker, _ in turns if speaker.lower() != "system"]))
-    roles, reason = _decide_roles(names, assistant_name)
-    if speakers:  # of a whole log; in a dataset, every row may have other names
-        user, assistant = sorted(names, key=lambda name: roles[name] == "assistant")
-        reason += f" ({user!r} is the user, {assistant!r} the assistant; `:assistant_name={user}` swaps them)"
+    roles, reason = decide_roles(names, assistant_name)
     joined: list[Turn] = []
     for speaker, text in turns:
         if joined and joined[-1][0] == speaker:
@@ -165,11 +197,15 @@ def assign_roles(turns: Sequence[Turn], where: str, *, speakers: Sequence[str] =
         repairs.append(LEFT_OUT)
     if not any(turn["role"] == "assistant" for turn in messages):
         raise RejectedRow("no assistant turn", f"speakers: {', '.join(dict.fromkeys(name for name, _ in turns))}")
-    return Chat(messages, f"{where}: of two speakers, {reason}", tuple(repairs))
+    return ConvertedRow({"messages": messages}, f"{where}; two speakers: {reason}", tuple(repairs))
 
 
-def _decide_roles(names: list[str], assistant_name: str) -> tuple[dict[str, str], str]:
-    """({speaker: role}, the reason)."""
+def decide_roles(names: Sequence[str], assistant_name: str = "") -> tuple[dict[str, str], str]:
+    """({speaker: role}, the reason) of two speakers.
+
+    Raises:
+        RejectedRow: there are not two, or none has the name of the assistant.
+    """
     listed = ", ".join(names)
     if any(name.lower() in NOT_SPEAKERS for name in names):
         unknown = next(name for name in names if name.lower() in NOT_SPEAKERS)
@@ -182,7 +218,7 @@ def _decide_roles(names: list[str], assistant_name: str) -> tuple[dict[str, str]
         if assistant_name not in names:
             raise RejectedRow("no assistant turn", f"no speaker {assistant_name!r}, only {listed}")
         user = next(name for name in names if name != assistant_name)
-        return {user: "user", assistant_name: "assistant"}, "the one that you did not name is the user"
+        return {user: "user", assistant_name: "assistant"}, f"{assistant_name!r} is the assistant, as you said"
     guesses = [_role_of_name(name) for name in names]
     if "assistant" in guesses and guesses.count("assistant") == 1:
         user = names[1 - guesses.index("assistant")]
@@ -191,59 +227,80 @@ def _decide_roles(names: list[str], assistant_name: str) -> tuple[dict[str, str]
     else:
         return dict(zip(names, ("user", "assistant"), strict=True)), "the first is the user"
     other = next(name for name in names if name != user)
-    return {user: "user", other: "assistant"}, "their names say who is the user"
+    return {user: "user", other: "assistant"}, "the roles follow from their names"
 
 
 def _role_of_name(name: str) -> str:
+    if name.strip().lower() in ASSISTANT_NAMES:
+        return "assistant"
     words = set(re.findall(r"[^\W\d_]+", name.lower()))
     return "assistant" if words & ASSISTANT_WORDS else "user" if words & USER_WORDS else ""
 
 
-def _by_lower_name(row: Mapping) -> dict[str, str]:
+def by_lower_name(row: Mapping) -> Mapping[str, str]:
+    """The columns of a row by their names in lower case. Of equal names, the first counts."""
+    return _by_lower_name(tuple(row))
+
+
+@lru_cache(maxsize=256)  # most rows of a source have the same columns
+def _by_lower_name(names: tuple[object, ...]) -> dict[str, str]:
     columns: dict[str, str] = {}
-    for column in row:
+    for column in names:
         if isinstance(column, str):
             columns.setdefault(column.strip().lower(), column)
     return columns
 
 
-def _parse(value: object) -> object:
-    """A list from its JSON text, as tables hold it; other values unchanged."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+def parse_list(value: object) -> object:
+    """A list from its text in JSON or Python, as tables hold it; other values unchanged."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return _parse_literal(value.strip())
+
+
+def _parse_literal(text: str) -> object:
+    """The list that pandas has written into a table, as Python writes it; any other text unchanged."""
+    if not _LITERAL.match(text):
+        return text
+    try:
+        with warnings.catch_warnings():  # of a backslash in a text that is not a literal
+            warnings.simplefilter("ignore")
+            value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return value if isinstance(value, list) else text
 
 
 def _has_turns(name: str, value: object) -> bool:
-    turns = _parse(value)
+    turns = parse_list(value)
     if not isinstance(turns, list) or not turns:
         return False
-    if _strings(turns):
-        return name != "turns"  # in MT-Bench, `turns` are two questions of the user
-    return _has_turn_objects(turns) or bool(_pairs(turns))
+    if _are_pairs_of_texts(turns) and _speakers_begin(turns):
+        return True
+    return bool(_texts_in_turn(turns, name) or _has_turn_objects(turns) or _pairs(turns))
 
 
 def _has_turn_objects(value: object) -> bool:
-    turns = _parse(value)
+    turns = parse_list(value)
     return isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns) and _turn_keys(turns) is not None
 
 
 def _turn_keys(turns: Sequence[Any]) -> tuple[str, str] | None:
     """The keys of the speaker and of the text that all turns have.
 
-    Beside a speaker, the only other key with texts is the text, but not in what may be a list of people.
+    Beside a speaker, the only other key with texts is the text, unless its name says that it is something else.
     """
     if not turns:
         return None
     common = set(turns[0]).intersection(*turns[1:])
     text = next((key for key in TEXT_KEYS if key in common), None)
     speaker = next((key for key in SPEAKER_KEYS if key in common and key != text), None)
-    if speaker and not text and not speaker.startswith(("name", "user")):
+    if speaker in ONLY_SPEAKER_KEYS and not text:
         others = [key for key in common - {speaker} if all(isinstance(turn[key], str) for turn in turns)]
-        text = others[0] if len(others) == 1 else None
+        text = others[0] if len(others) == 1 and not NO_TEXT_KEY.fullmatch(str(others[0])) else None
     return (speaker, text) if speaker and text else None
 
 
@@ -251,12 +308,47 @@ def _role(speaker: object) -> str:
     return ROLE_NAMES.get(speaker.strip().lower(), "") if isinstance(speaker, str) else ""
 
 
-def _strings(turns: Sequence[object]) -> list[str]:
-    """The texts of a list of texts, or of a list of [question, answer]; empty for other lists."""
-    if all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-        turns = [text for turn in turns if isinstance(turn, list) for text in turn]
-    texts = [turn for turn in turns if isinstance(turn, str)]
-    return texts if len(texts) == len(turns) else []
+def pair_texts(turns: Sequence[object]) -> list[str] | None:
+    """The texts of a list of [question, answer] in order; None for other lists and for [speaker, text]."""
+    if not _are_pairs_of_texts(turns) or _speakers_begin(turns):
+        return None
+    return [text for pair in turns if isinstance(pair, list | tuple) for text in pair]
+
+
+def _are_pairs_of_texts(turns: Sequence[object]) -> bool:
+    return all(
+        isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in turns
+    )
+
+
+def _speakers_begin(turns: Sequence[Any]) -> bool:
+    """Whether pairs of texts are [speaker, text]: they begin with roles, or with one of at most two texts."""
+    first = {speaker.strip().lower() for speaker, _ in turns}
+    return first <= {*ROLE_NAMES, *NOT_SPEAKERS} or (len(turns) > 2 and len(first) <= 2)
+
+
+def _begin_with_speakers(turns: Sequence[Any], assistant_name: str) -> bool:
+    """As `_speakers_begin`, but one may be the assistant's name.
+
+    Raises:
+        RejectedRow: the pairs may be [speaker, text] or [question, answer].
+    """
+    first = [speaker.strip() for speaker, _ in turns]
+    if _speakers_begin(turns) or (assistant_name and assistant_name in first):
+        return True
+    if len(turns) > 1 and all(re.fullmatch(r"[\w-]+", text) for text in first):
+        listed = ", ".join(dict.fromkeys(first))
+        raise RejectedRow("ambiguous pairs", f"[speaker, text] or [question, answer]? They begin with {listed}")
+    return False
+
+
+def _texts_in_turn(turns: Sequence[object], column: str) -> list[str]:
+    """The texts of a list of texts, or of a list of [question, answer], if the column may hold them; or none."""
+    name = column.strip().lower()
+    pairs = pair_texts(turns) if name in (*TEXTS_COLUMNS, *HISTORY_COLUMNS) else None
+    texts = [turn for turn in turns if isinstance(turn, str)] if name in TEXTS_COLUMNS else []
+    return pairs or (texts if len(texts) == len(turns) else [])
 
 
 def _pairs(turns: Sequence[Any]) -> list[tuple[str, str]]:
@@ -279,11 +371,19 @@ def _speaker(turn: dict, key: str, number: int) -> str:
 
 def _text(turn: dict, key: str, number: int) -> str:
     text = join_text(turn[key])
+    if text is None and isinstance(turn[key], list) and turn[key]:
+        raise RejectedRow("not text", f"message {number}: {key!r} has the part {_name_other_part(turn[key])!r}")
     if text is None:
         what = "null" if turn[key] is None else f"of type {type(turn[key]).__name__}, expected a string"
         reason = "empty text" if turn[key] is None else "wrong type"
         raise RejectedRow(reason, f"message {number}: {key!r} is {what}")
     return text
+
+
+def _name_other_part(parts: Sequence[object]) -> str:
+    """The type, or the first key, of the first part that is not a text."""
+    part = next(part for part in parts if join_text([part]) is None)
+    return str(part.get("type") or next(iter(part), "")) if isinstance(part, dict) else type(part).__name__
 
 
 def join_text(value: object) -> str | None:

@@ -23,8 +23,8 @@ from rorchat.rows import RejectedRow
 MARK = "\u200e"  # written before notes of WhatsApp
 _DATE = r"(?P<a>\d{1,4})[./-](?P<b>\d{1,2})[./-](?P<c>\d{1,4})\.?"
 _TIME = r"(?P<hour>\d{1,2})[:.](?P<minute>\d{2})(?:[:.](?P<second>\d{2}))?(?:\s*(?P<half>[AaPp])\.?\s?[Mm]\.?)?"
-_START = re.compile(rf"{MARK}?(?:\[{_DATE},?( klo)? {_TIME}\] ".replace(" ", r"\s") + ")")
-_START_PLAIN = re.compile(rf"{MARK}?(?:{_DATE},?( klo)? {_TIME} [-–] ".replace(" ", r"\s") + ")")
+_START = re.compile(rf"{MARK}?\[{_DATE},?(\sklo)?\s{_TIME}\]\s")
+_START_PLAIN = re.compile(rf"{MARK}?{_DATE},?(\sklo)?\s{_TIME}\s[-–]\s")
 _NAME = re.compile(r"(?P<name>[^:\n]{1,60}): ?(?P<text>.*)", re.DOTALL)
 _NOTE = re.compile(rf"{MARK}.*|<[^<>\n]+>", re.DOTALL)
 _EDITED = re.compile(rf"\s*{MARK}<[^<>\n]+>$")  # "This message was edited"

@@ -8,7 +8,7 @@ A source module contains these constants and functions (`base.Source` collects t
     HUB       arguments of `datasets.load_dataset` (Parquet or plain files), or None
     FILES     glob patterns of its files in a local folder, best first; compressed files (.gz, .zst) match as well
     RAW       some raw rows, which document the format and serve as a test
-    convert   raw row -> row of its kind, or `RepairedRow`; raises `RejectedRow`
+    convert   raw row -> row of its kind, or `ConvertedRow`; raises `RejectedRow`
     to_question  optional: raw row -> question with a verifiable answer; adds the kind "question"
     read      optional: path -> (place, raw row)s, for files in no common format
     gather    optional: (place, raw row)s -> (place, raw row)s, if several rows make one or one makes several

@@ -9,7 +9,7 @@ from rorchat.reading.formats import read_rows
 from rorchat.reading.long_texts import Limits
 from rorchat.reading.notes import ReadingNotes, count_files
 from rorchat.reading.slices import FileSlice
-from rorchat.rows import RejectedRow, RepairedRow
+from rorchat.rows import ConvertedRow, RejectedRow
 
 MAX_PLACES = 3  # recorded per reason of rejection
 SHOWN_RULES = 5
@@ -41,7 +41,7 @@ class Source:
     restarts_per_file: bool = False
     about_persona: bool = False
     long_texts: Limits | None = None  # how long texts are cut; None: a document is never cut
-    convert: Callable[[Any], dict | RepairedRow] | None = None
+    convert: Callable[[Any], dict | ConvertedRow] | None = None
     to_question: Callable[[Any], dict] | None = None
     read: Callable[..., Iterator[PlacedRow]] | None = None
     read_slice: Callable[[FileSlice], Iterator[PlacedRow]] = read_rows
@@ -79,7 +79,7 @@ class RowStats:
     rejects: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
     repairs: dict[str, int] = field(default_factory=dict)  # kept rows that were repaired
-    rules: dict[str, int] = field(default_factory=dict)  # kept rows by the rule that found their turns or columns
+    rules: dict[str, int] = field(default_factory=dict)  # rows by the rule that found their turns; some are withdrawn
     text_columns: list[str] = field(default_factory=list)  # of the first row that lacks the columns to read
     cut: int = 0  # kept rows of which a part did not fit into the context window
     cuts: dict[str, int] = field(default_factory=dict)  # the same by what was left out; a row may have several
@@ -105,7 +105,7 @@ class RowStats:
             places.append(rejected_row.describe_place(place))
 
     def count_kept(self, rule: str, *repairs: str) -> None:
-        """Counts how a kept row was read: the rule that found its turns, if there is one, and what was repaired."""
+        """Counts how a row was read: the rule that found its turns, if there is one, and what was repaired."""
         if rule:
             self.rules[rule] = self.rules.get(rule, 0) + 1
         for repair in repairs:
@@ -136,7 +136,7 @@ class RowStats:
 
     def summary(self) -> dict[str, object]:
         """Returns the counts, as written to run.json."""
-        names = ("source", "licence", "rows_in", "kept", "rejects", "repairs", "cut", "cuts")
+        names = ("source", "licence", "rows_in", "kept", "rejects", "repairs", "rules", "cut", "cuts")
         return {name: vars(self)[name] for name in names} | ({"hub": self.hub} if self.hub else {})
 
     def most_frequent_rejects(self) -> list[tuple[str, int]]:
@@ -159,9 +159,9 @@ class RowStats:
         return to_printable("\n".join(lines))
 
     def describe_rules(self) -> list[str]:
-        """Where the turns of the kept rows were found, and who is the user: a line for each rule."""
+        """Where the turns of the rows were found, and who is the user: a line for each rule."""
         rules = sorted(self.rules.items(), key=lambda item: -item[1])
-        lines = [f"  {count:,} of them read as {rule}" for rule, count in rules[:SHOWN_RULES]]
+        lines = [f"  {count:,} row{'s' * (count > 1)} read as {rule}" for rule, count in rules[:SHOWN_RULES]]
         return lines + ([f"  and by {len(rules) - SHOWN_RULES:,} other rules"] if rules[SHOWN_RULES:] else [])
 
     def _describe_reading(self) -> list[str]:

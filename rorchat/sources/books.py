@@ -12,7 +12,7 @@ from statistics import median
 
 from rorchat.reading.encodings import read_text
 from rorchat.reading.formats import read_rows
-from rorchat.rows import RejectedRow, RepairedRow, get_text
+from rorchat.rows import ConvertedRow, RejectedRow, get_text
 
 KIND = "document"
 LICENCE = "public domain in the USA; with Project Gutenberg's name and header: the Project Gutenberg License"
@@ -45,7 +45,7 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
     yield str(path), text if isinstance(text, RejectedRow) else {"text": text, "encoding": encoding}
 
 
-def convert(row: dict) -> dict | RepairedRow:
+def convert(row: dict) -> dict | ConvertedRow:
     """{"text"} or the Hub's {"TEXT"} -> the text of the book with one line per paragraph and empty lines between."""
     text = get_text(row, "TEXT" if isinstance(row, dict) and "TEXT" in row else "text")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -56,7 +56,7 @@ def convert(row: dict) -> dict | RepairedRow:
     text = text[credit.end() :] if (credit := _CREDITS.match(text)) else text
     blocks = (_unwrap(block) for block in re.split(r"\n(?:[ \t]*\n)+", text.strip("\n")))
     book = {"text": "\n\n".join(block for block in blocks if block)}
-    return RepairedRow(book, "ISO-8859-1 text") if row.get("encoding") == "ISO-8859-1" else book
+    return ConvertedRow(book, repairs=("ISO-8859-1 text",)) if row.get("encoding") == "ISO-8859-1" else book
 
 
 def _unwrap(block: str) -> str:

@@ -4,15 +4,27 @@ Columns are given as ROLE=COLUMN, in `--columns user=question assistant=answer`,
 spec (`messages=pairs.csv:user=question:assistant=answer`).
 """
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
 from rorchat.errors import DataError, UsageError, did_you_mean
-from rorchat.reading.chat_logs import PAUSE_HOURS, LoggedChat
-from rorchat.reading.turns import TURN_COLUMNS, are_usual, assign_roles, find_pair, find_turn_column, read_turns
-from rorchat.rows import RejectedRow, exchange, get_text, message
+from rorchat.reading.chat_logs import PAUSE_HOURS, ExportedChat
+from rorchat.reading.turns import (
+    HISTORY_COLUMNS,
+    TURN_COLUMNS,
+    are_usual,
+    assign_roles,
+    by_lower_name,
+    decide_roles,
+    find_pair,
+    find_turn_column,
+    parse_list,
+    read_turns,
+    refuse_name,
+)
+from rorchat.rows import ConvertedRow, RejectedRow, exchange, get_text, message
 from rorchat.sources import alpaca, prompt_completion
 
 #: For each source of your own rows, the complete sets of roles that columns can have; those after the first are
@@ -31,23 +43,19 @@ OPTIONAL_ROLES = {"messages": ("system", ASSISTANT_NAME), "alpaca": ("input",)}
 #: Names of the column of texts, and of that of prompts, the usual ones first.
 TEXT_COLUMNS = ("text", "content", "document", "article")
 PROMPT_COLUMNS = ("prompt", "question", "input", "query")
+#: The columns that each source reads, which may have capitals.
+KNOWN_COLUMNS = {
+    "text": TEXT_COLUMNS,
+    "messages": (),
+    "preference": (*PROMPT_COLUMNS, "chosen", "rejected", "instruction", "conversations"),
+    "alpaca": ("instruction", "input", "output", "instances"),
+    "prompt_completion": ("prompt", "completion", "response"),
+}
+#: Columns of what an instruction is about.
+CONTEXT_COLUMNS = ("input", "context")
 MAX_LISTED = 12  # columns that an error message names
 
 Columns = Mapping[str, str]  # role -> column
-
-
-@dataclass(frozen=True)
-class Picked:
-    """A raw row in the form that a source reads.
-
-    Attributes:
-        rule: which columns were taken, and who of the speakers is the user; empty in the source's usual form.
-        repairs: what was changed in the row.
-    """
-
-    row: Any
-    rule: str = ""
-    repairs: tuple[str, ...] = ()
 
 
 def all_roles(name: str) -> tuple[str, ...]:
@@ -104,7 +112,7 @@ def source_for_columns(columns: Columns) -> str:
     raise UsageError(f"No source takes the columns {', '.join(columns)} together. Possible are {forms}.")
 
 
-def pick_columns(name: str, columns: Columns, row: Any) -> Picked:
+def pick_columns(name: str, columns: Columns, row: Any) -> ConvertedRow:
     """A raw row in the form that the source `name` reads. A row that is not an object or a list is unchanged.
 
     Args:
@@ -114,19 +122,19 @@ def pick_columns(name: str, columns: Columns, row: Any) -> Picked:
         RejectedRow: a given column is missing, its value has the wrong type, or the speakers' roles cannot be known.
     """
     if name not in ROLES or not isinstance(row, dict | list):
-        return Picked(row)
+        return ConvertedRow(row)
     if name == "messages" and (isinstance(row, list) or not set(columns) - {"messages", ASSISTANT_NAME}):
         return _pick_turns(row, columns)
     if not isinstance(row, dict):
-        return Picked(row)
+        return ConvertedRow(row)
     if not columns:
-        return Picked(_pick_known(name, row))
+        return ConvertedRow(_pick_known(name, row))
     _require_present(columns, row)
     if "user" in columns:
         question, answer = (get_text(row, columns[role]) for role in ("user", "assistant"))
         system = [message("system", get_text(row, columns["system"]))] if "system" in columns else []
-        return Picked({"messages": [*system, *exchange(question, answer)["messages"]]})
-    return Picked({role: row[columns[role]] for role in columns})
+        return ConvertedRow({"messages": [*system, *exchange(question, answer)["messages"]]})
+    return ConvertedRow({role: row[columns[role]] for role in columns})
 
 
 def _require_present(columns: Columns, row: dict) -> None:
@@ -136,6 +144,9 @@ def _require_present(columns: Columns, row: dict) -> None:
 
 
 def _pick_known(name: str, row: dict) -> dict:
+    lower = by_lower_name(row)
+    known = {column: row[lower[column]] for column in KNOWN_COLUMNS[name] if column in lower and column not in row}
+    row = {**row, **known} if known else row
     if name == "text":
         return _pick_text(row)
     return _pick_preference(row) if name == "preference" else row
@@ -146,59 +157,83 @@ def _pick_text(row: dict) -> dict:
     return row if column == "text" else {**row, "text": row[column]}
 
 
-def _pick_turns(row: dict | list, columns: Columns) -> Picked:
+def _pick_turns(row: dict | list, columns: Columns) -> ConvertedRow:
     """A conversation from a log, from a list of turns, or from a question and its answer."""
-    if not columns and are_usual(row if isinstance(row, list) else row.get("messages")):
-        return Picked(row)
     assistant_name = columns.get(ASSISTANT_NAME, "")
-    if isinstance(row, LoggedChat):
-        return _pick_logged(row, assistant_name)
+    if isinstance(row, ExportedChat):
+        return _pick_exported(row, assistant_name)
+    if not columns and are_usual(row if isinstance(row, list) else row.get("messages")):
+        return ConvertedRow(row)
     if isinstance(row, list):
-        column, turns = "", row
+        return read_turns(row, "", assistant_name) or ConvertedRow(row)
+    _require_present(columns, row)
+    column = columns.get("messages") or _find_turns(row)
+    if not column:
+        return _pick_pair(row, assistant_name)
+    turns = parse_list(row[column])
+    chat = read_turns(turns, column, assistant_name, is_named="messages" in columns)
+    return chat or ConvertedRow({"messages": turns})
+
+
+def _pick_exported(row: ExportedChat, assistant_name: str) -> ConvertedRow:
+    if not row.speakers:  # the roles are those of the program
+        chat = read_turns(row["messages"], "messages", assistant_name) or ConvertedRow(dict(row))
     else:
-        _require_present(columns, row)
-        named = columns.get("messages") or _find_turns(row)
-        if not named:
-            return _pick_pair(row)
-        column, turns = named, row[named]
-    chat = read_turns(turns, column, assistant_name)
-    if chat is None:
-        is_named = isinstance(row, list) or column in TURN_COLUMNS[:2]
-        return Picked(row if is_named else {"messages": turns})
-    label = {"label": row["label"]} if isinstance(row, dict) and "label" in row else {}
-    return Picked({"messages": chat.messages, **label}, chat.rule, chat.repairs)
+        turns = [(turn["speaker"], turn["text"]) for turn in row["messages"]]
+        where = f"chats from {row.program}, a new one after each pause of {PAUSE_HOURS} hours"
+        chat = assign_roles(turns, where, speakers=row.speakers, assistant_name=assistant_name)
+        chat.rule += f" ({_describe_roles(row.speakers, assistant_name)})"
+    return ConvertedRow(chat.row, chat.rule, (*chat.repairs, *row.repairs))
 
 
-def _pick_logged(row: LoggedChat, assistant_name: str) -> Picked:
-    turns = [(turn["speaker"], turn["text"]) for turn in row["messages"]]
-    where = f"chats from {row.program}, a new one after each pause of {PAUSE_HOURS} hours"
-    chat = assign_roles(turns, where, speakers=row.speakers, assistant_name=assistant_name)
-    repairs = ("messages without text left out",) if row.without_text else ()
-    return Picked({"messages": chat.messages}, chat.rule, (*chat.repairs, *repairs))
+def _describe_roles(speakers: Sequence[str], assistant_name: str) -> str:
+    """Who of the two speakers of a log is the user, and how to swap them. In a dataset, every row has other names."""
+    roles, _ = decide_roles(speakers, assistant_name)
+    user, assistant = sorted(speakers, key=lambda name: roles[name] == "assistant")
+    option = shlex.quote(f":{ASSISTANT_NAME}={quote_column(user)}")
+    return f"{user!r} is the user, {assistant!r} the assistant; {option} after the source swaps them"
 
 
 def _find_turns(row: dict) -> str | None:
     """The column of turns. Without a usual name, it must not stand beside a text or a question with its answer."""
     column = find_turn_column(row)
-    if column is None or column.strip().lower() in TURN_COLUMNS:
-        is_beside_pair = column is not None and "history" in column.lower() and find_pair(row) is not None
-        return None if is_beside_pair else column
+    name = column.strip().lower() if column else ""
+    if column is None or (name in HISTORY_COLUMNS and find_pair(row)):
+        return None
+    if name in TURN_COLUMNS:
+        return column
     is_beside = find_pair(row) is not None or any(isinstance(row.get(name), str) for name in TEXT_COLUMNS)
-    return None if is_beside or column in ("prompt", "completion", "chosen", "rejected") else column
+    return None if is_beside or name in ("prompt", "completion", "chosen", "rejected") else column
 
 
-def _pick_pair(row: dict) -> Picked:
+def _pick_pair(row: dict, assistant_name: str) -> ConvertedRow:
     """A question and its answer, if their columns have known names."""
-    if "instruction" in row and ("output" in row or "instances" in row):
-        return Picked(alpaca.convert(row), "'instruction' (and 'input') is the user, 'output' the assistant")
-    if "prompt" in row and ("completion" in row or "response" in row):
-        reply = "completion" if "completion" in row else "response"
-        return Picked(prompt_completion.convert(row), f"'prompt' is the user, {reply!r} the assistant")
-    pair = find_pair(row)
+    columns, pair = by_lower_name(row), find_pair(row)
+    if "instruction" in columns and "instances" in columns:
+        refuse_name(assistant_name, "a question and its answer")
+        rule = "question and answer: 'instruction' (and 'input') is the user, 'output' the assistant"
+        return ConvertedRow(alpaca.convert(_pick_known("alpaca", row)), rule)
     if pair is None:
-        return Picked(row)
-    rule = f"{pair[0]!r} is the user, {pair[1]!r} the assistant"
-    return Picked(exchange(get_text(row, pair[0]), get_text(row, pair[1])), rule)
+        return ConvertedRow(row)
+    refuse_name(assistant_name, f"{pair[0]!r} and {pair[1]!r}")
+    question, answer = pair
+    kind, contexts = question.strip().lower(), [columns[name] for name in CONTEXT_COLUMNS if name in columns]
+    if kind == "instruction":
+        beside = f" (and {' and '.join(map(repr, contexts))})" if contexts else ""
+        rule = f"question and answer: {question!r}{beside} is the user, {answer!r} the assistant"
+        return ConvertedRow(_convert_instruction(row, pair, contexts), rule)
+    rule = f"question and answer: {question!r} is the user, {answer!r} the assistant"
+    if kind == "prompt" and answer.strip().lower() in ("completion", "response"):
+        return ConvertedRow(prompt_completion.convert({"prompt": row[question], "completion": row[answer]}), rule)
+    return ConvertedRow(exchange(get_text(row, question), get_text(row, answer)), rule)
+
+
+def _convert_instruction(row: dict, pair: tuple[str, str], contexts: Sequence[str]) -> dict:
+    """An instruction with what it is about, as the source `alpaca` reads it."""
+    texts = [get_text(row, column).strip() for column in contexts if row[column] is not None]
+    about = "\n\n".join(filter(None, texts))
+    question, answer = (get_text(row, column) for column in pair)
+    return alpaca.convert({"instruction": question, "input": about, "output": answer})
 
 
 def _pick_preference(row: dict) -> dict:
@@ -222,17 +257,17 @@ def require_columns(name: str, columns: Columns, present: Sequence[str], where: 
         return
     missing = [column for role, column in columns.items() if role != ASSISTANT_NAME and column not in present]
     row = dict.fromkeys(present)
+    names = set(by_lower_name(row))
     if set(columns) - {ASSISTANT_NAME}:
         found = not missing
     elif name == "messages":
-        names = {column.strip().lower() for column in present}
         found = not names.isdisjoint(TURN_COLUMNS) or find_pair(row) is not None or "instances" in names
     elif name == "text":
-        found = any(column in row for column in TEXT_COLUMNS)
+        found = not names.isdisjoint(TEXT_COLUMNS)
     elif name == "preference":
-        found = "chosen" in row and "rejected" in row
+        found = names >= {"chosen", "rejected"}
     else:
-        found = any(set(form) <= set(present) for form in ROLES[name]) or bool({"instances", "response"} & set(row))
+        found = any(names >= set(form) for form in ROLES[name]) or not names.isdisjoint(("instances", "response"))
     if not found:
         lacks = f"no column {missing[0]!r}" if missing else f"no columns of a known name for {name}"
         raise DataError(f"{where} has {lacks}, only {_list_columns(present)}. {suggest_columns(name, present)}")
@@ -246,10 +281,11 @@ def text_columns(row: Any) -> list[str]:
 def suggest_pair(spec: str, columns: Sequence[str]) -> str:
     """The two ways to read the only two text columns of a source as question and answer."""
     first, second = map(quote_column, columns)
-    return (
-        f"Say which column is whose: {spec}:user={first}:assistant={second}, or the other way round, "
-        f"{spec}:user={second}:assistant={first}."
+    given, swapped = (
+        shlex.quote(f"{spec}:user={user}:assistant={assistant}")
+        for user, assistant in ((first, second), (second, first))
     )
+    return f"Name the columns of the question and the answer: {given}; or, the other way round, {swapped}."
 
 
 def quote_column(column: str) -> str:
@@ -263,7 +299,7 @@ def suggest_columns(name: str, present: Sequence[str] = ()) -> str:
     examples = {"text": "body", "user": "question", "assistant": "answer", "chosen": "good", "rejected": "bad"}
     known = [column for column in present if " " not in column][: len(roles)]
     chosen = known if len(known) == len(roles) else [examples.get(role, role) for role in roles]
-    pairs = " ".join(f"{role}={column}" for role, column in zip(roles, chosen, strict=True))
+    pairs = " ".join(shlex.quote(f"{role}={column}") for role, column in zip(roles, chosen, strict=True))
     return f"Name the columns, as in --columns {pairs}"
 
 

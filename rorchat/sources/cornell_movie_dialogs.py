@@ -14,7 +14,7 @@ from pathlib import Path
 from rorchat.errors import DataError
 from rorchat.reading.encodings import open_bytes, read_text
 from rorchat.reading.formats import read_rows
-from rorchat.rows import RejectedRow, RepairedRow, alternate_turns, get_text
+from rorchat.rows import ConvertedRow, RejectedRow, alternate_turns, get_text
 
 KIND = "conversation"
 LICENCE = "unstated (distributed by Cornell for research)"
@@ -80,7 +80,7 @@ def _read_fields(path: Path) -> Iterator[tuple[str, list[str] | RejectedRow]]:
             yield f"{path}:{number}", _FIELD_SEPARATOR.split(line, 4)
 
 
-def convert(row: dict) -> dict | RepairedRow:
+def convert(row: dict) -> dict | ConvertedRow:
     """Converts lines to messages. Consecutive lines of one speaker are joined; an unanswered last turn is dropped."""
     lines = _get_lines(row)
     repaired = [(speaker, _decode_windows(text)) for speaker, text in lines]
@@ -91,7 +91,7 @@ def convert(row: dict) -> dict | RepairedRow:
     if any("�" in turn for turn in turns):
         raise RejectedRow("replacement character", "a byte was lost when the file was converted")
     conversation = {"messages": alternate_turns(turns)}
-    return conversation if repaired == lines else RepairedRow(conversation, "Windows-1252 character")
+    return conversation if repaired == lines else ConvertedRow(conversation, repairs=("Windows-1252 character",))
 
 
 def _get_lines(row: dict) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ offensive. The test files are evaluation sets and only read if the path names th
 
 import re
 
-from rorchat.rows import RejectedRow, RepairedRow, get_text, message
+from rorchat.rows import ConvertedRow, RejectedRow, get_text, message
 
 KIND = "preference"
 LICENCE = "MIT"
@@ -22,14 +22,14 @@ RAW = [
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
-def convert(row: dict) -> dict | RepairedRow:
+def convert(row: dict) -> dict | ConvertedRow:
     """{"chosen", "rejected"} -> the shared prompt and two replies. Consecutive turns of one role are joined."""
     chosen, was_joined = _split_turns(get_text(row, "chosen"))
     rejected, was_joined_too = _split_turns(get_text(row, "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise RejectedRow("different prompts", "chosen and rejected differ before their last message")
     pair = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-    return RepairedRow(pair, "turns of one speaker joined") if was_joined or was_joined_too else pair
+    return ConvertedRow(pair, repairs=("turns of one speaker joined",)) if was_joined or was_joined_too else pair
 
 
 def _split_turns(dialogue: str) -> tuple[list[dict], bool]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rorchat.reading.encodings import read_text
 from rorchat.reading.formats import read_rows
-from rorchat.rows import RejectedRow, RepairedRow, decode_byte_literal, exchange, get_text
+from rorchat.rows import ConvertedRow, RejectedRow, decode_byte_literal, exchange, get_text
 
 KIND = "conversation"
 LICENCE = "Apache-2.0"
@@ -54,11 +54,11 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
         yield place, {"question": question, "answer": ""}
 
 
-def convert(row: dict) -> dict | RepairedRow:
+def convert(row: dict) -> dict | ConvertedRow:
     """{"question", "answer"} -> one question and answer, decoded if they are byte literals."""
     texts = [get_text(row, "question").strip(), get_text(row, "answer").strip()]
     decoded = [decode_byte_literal(text) for text in texts]
     if decoded == [None, None]:
         return exchange(*texts)
     pair = ((new or old).strip() for new, old in zip(decoded, texts, strict=True))
-    return RepairedRow(exchange(*pair), "byte literal")
+    return ConvertedRow(exchange(*pair), repairs=("byte literal",))

@@ -1,8 +1,7 @@
 """Your own conversations, in the formats of most chat datasets and chat programs (docs/chats.md).
 
 `{"messages": [{"role", "content"}]}` (SmolTalk, UltraChat, Tulu), a list of such messages, or ShareGPT's
-`{"conversations": [{"from", "value"}]}`. Other shapes become one of these before (`columns.py`). Rows with the `label`
-false (bad replies in KTO) are rejected.
+`{"conversations": [{"from", "value"}]}`. Other shapes become one of these before (`columns.py`).
 """
 
 from rorchat.reading.chats import read_chats
@@ -27,9 +26,9 @@ def convert(row: dict | list) -> dict:
     """Any of the formats -> messages, without an empty system message and without unanswered turns at the end."""
     if isinstance(row, dict):
         if "messages" not in row and "conversations" not in row:
-            raise RejectedRow("missing field", f"no turns, question or answer among {', '.join(list(row)[:8])}")
-        if row.get("label") is False:
-            raise RejectedRow("marked as bad", "label is false, as for bad replies in KTO")
+            keys = ", ".join(map(str, list(row)[:8]))
+            detail = f"no list of turns, and no question with an answer, among the keys {keys}"
+            raise RejectedRow("missing field", detail)
         turns = row["messages"] if "messages" in row else row["conversations"]
     else:
         turns = row

@@ -17,7 +17,7 @@ from rorchat.reading.folders import files_digest
 from rorchat.reading.long_texts import cut_apart
 from rorchat.reading.parts import split_files
 from rorchat.reading.slices import FileSlice
-from rorchat.rows import CHECKS, RejectedRow, RepairedRow
+from rorchat.rows import CHECKS, ConvertedRow, RejectedRow
 from rorchat.sources.base import PlacedRow, RowStats, Source, to_printable
 from rorchat.sources.columns import (
     ROLES,
@@ -28,6 +28,7 @@ from rorchat.sources.columns import (
     suggest_pair,
     text_columns,
 )
+from rorchat.sources.extra_columns import add_extra_turns, find_extra_columns, refuse_marked
 from rorchat.sources.hub_dataset import HubDataset, HubRows, open_rows, resolve
 from rorchat.sources.local_files import find_source_files, find_unread_files, read_slice
 from rorchat.sources.location import Location, format_spec, parse_location
@@ -35,7 +36,7 @@ from rorchat.sources.location import Location, format_spec, parse_location
 CHAT_PREFIX = "chat:"  # prefix of a source's name that selects its conversations
 HUB_ROWS_PER_PART = 20_000
 #: The other modules of this folder.
-NOT_SOURCES = {"base", "columns", "hub_dataset", "hub_errors", "local_files", "location", "registry"}
+NOT_SOURCES = {"base", "columns", "extra_columns", "hub_dataset", "hub_errors", "local_files", "location", "registry"}
 
 RejectHook = Callable[[str, RejectedRow, object], None]  # called with place, rejected row and raw row
 
@@ -144,6 +145,7 @@ class SourceRows:
         on_reject: called for each rejected row.
         place: the place that the last row was read from.
         columns: role -> column, if the user has named them.
+        is_by_order: whether only the order of its texts says who is the user in the last converted row.
     """
 
     spec: str
@@ -155,6 +157,7 @@ class SourceRows:
     on_reject: RejectHook | None = None
     place: str = ""
     columns: Columns = field(default_factory=dict)
+    is_by_order: bool = False
 
     def __iter__(self) -> Iterator[dict]:
         for place, raw in self.raw:
@@ -202,13 +205,19 @@ class SourceRows:
         """
         if isinstance(raw, RejectedRow):
             raise raw
+        extra = find_extra_columns(raw, self.columns) if self.kind in ("conversation", "preference") else {}
+        if extra and self.kind == "conversation":
+            refuse_marked(raw, extra)
         picked = pick_columns(self.source.name.removeprefix(CHAT_PREFIX), self.columns, raw)
         convert = self.source.to_question if self.kind == "question" else self.source.convert
         converted = convert(picked.row) if convert else picked.row  # generated rows need no conversion
-        row = converted.row if isinstance(converted, RepairedRow) else converted
+        row, repairs = (converted.row, converted.repairs) if isinstance(converted, ConvertedRow) else (converted, ())
+        if extra:
+            row, further = add_extra_turns(raw, extra, self.columns, row)
+            repairs += further
         CHECKS[self.kind](row)
-        repairs = converted.repairs if isinstance(converted, RepairedRow) else ()
         self.stats.count_kept(picked.rule, *picked.repairs, *repairs)
+        self.is_by_order = picked.is_by_order
         return row
 
 

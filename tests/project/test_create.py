@@ -153,6 +153,6 @@ def test_the_plan_tells_who_the_user_is_and_its_settings_name_the_columns(known_
     project = create_project(tmp_path / "bot", **{**given, "conversations": chats}, hours=0.06)
     assert project.rule_lines() == [
         f"messages={tmp_path / 'dialogues.jsonl'}",
-        "  30 of them read as turns from 'dialogue' ('speaker' and 'text'): of two speakers, the first is the user",
+        "  30 rows read as turns from 'dialogue' ('speaker' and 'text'); two speakers: the first is the user",
     ]
     assert f"messages={tmp_path / 'faq.csv'}:user=q:assistant=a" in (tmp_path / "bot" / "sft.yaml").read_text()

@@ -1,12 +1,14 @@
 """Files of conversations: objects that hold a list of them, and the exports of chat programs."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from support import chat_row, read_source, write
 
 from rorchat.inspection import guess_row_format
+from rorchat.reading import whatsapp
 from rorchat.reading.chats import read_chats
 from rorchat.reading.slices import FileSlice
 
@@ -79,6 +81,35 @@ def test_a_whatsapp_chat_is_divided_at_pauses(content, tmp_path, monkeypatch):
     assert stats.places["no assistant turn"][0].startswith("chat.txt:")
 
 
+def test_a_log_with_only_a_picture_after_a_pause_is_rejected_with_its_reason(tmp_path):
+    later = "1/3/21, 9:00\u202fAM - Ben: <Media omitted>\n"
+    path = write(tmp_path, "chat.txt", ANDROID + later)
+    for options in ("", ":assistant_name=Ben"):
+        rows, stats = read(path, options)
+        assert len(rows) == 2 and stats.places == {"no text": [f"{path}:9 (all messages are without text)"]}
+
+
+def test_the_hint_that_swaps_the_speakers_is_quoted(tmp_path):
+    path = write(tmp_path, "chat.txt", "13.6.18, 13:55 - A: B C: Hello\n13.6.18, 13:56 - Ben: Hi!\n")
+    assert ":assistant_name=A after the source swaps them" in f"{read(path)[1]}"
+    path = write(tmp_path, "chat.txt", "13.6.18, 13:55 - Anna B=C: Hello\n13.6.18, 13:56 - Ben: Hi!\n")
+    assert "':assistant_name=Anna B%3DC' after the source swaps them" in f"{read(path)[1]}"
+
+
+DATES = [("3/6/18, 1:55 PM", datetime(2018, 3, 6, 13, 55)), ("3.6.18, 13:55", datetime(2018, 6, 3, 13, 55))] + [
+    ("3/6/18, 12:05 AM", datetime(2018, 3, 6, 0, 5)),
+    ("2018-06-13, 21:25", datetime(2018, 6, 13, 21, 25)),
+]
+
+
+@pytest.mark.parametrize(("start", "time"), DATES)
+def test_the_clock_of_the_phone_decides_whether_the_month_is_first(start, time, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(whatsapp, "split_log", lambda program, log: messages.extend(log) or iter(()))
+    list(whatsapp.read_whatsapp(write(tmp_path, "chat.txt", f"{start} - Anna: Hello\n")))
+    assert [message.time for message in messages] == [time]
+
+
 STARTS = [
     "3/6/18, 1:55 p.m. - ", "03-06-2018, 01.55 PM - ", "[13.06.18 21:25:15] ", "[3/6/18 1:55:00 p. m.] ",
     "\u200e[2018/06/13, 21:25:15] ", "13.6.2018 klo 21.25 - ", "2018-06-13, 21:25 - ", "13.06.18, 21:25 – ",
@@ -139,10 +170,31 @@ def test_a_chatgpt_export_is_read_along_the_replies_that_were_shown(tmp_path):
     ]
     chats = [{"title": "T", "mapping": {n["id"]: n for n in tree}, "current_node": "e"} for tree in (nodes, picture)]
     rows, stats = read(write(tmp_path, "conversations.json", json.dumps(chats)))
-    assert rows == [HELLO]
+    assert rows == [HELLO] and stats.repairs == {"messages of tools and thoughts left out": 1}
     assert stats.places == {
         "not text": [f"{tmp_path}/conversations.json, row 1 (a message of the user is multimodal_text)"]
     }
+
+
+def test_joined_replies_of_chatgpt_are_counted_and_a_damaged_tree_is_rejected(tmp_path):
+    root = {"id": "root", "parent": None, "message": None}
+    joined = [
+        root,
+        node("b", "root", "user", ["Hello"]),
+        node("d", "b", "assistant", ["Hi!"]),
+        node("e", "d", "assistant", ["Yes?"]),
+    ]
+    lost = [node("b", "gone", "user", ["Hello"]), node("e", "b", "assistant", ["Hi!"])]
+    circle = [node("b", "e", "user", ["Hello"]), node("e", "b", "assistant", ["Hi!"])]
+    chats = [{"mapping": {n["id"]: n for n in tree}, "current_node": "e"} for tree in (joined, lost, circle)]
+    path = write(tmp_path, "conversations.json", json.dumps(chats))
+    rows, stats = read(path)
+    assert rows == [chat_row("Hello", "Hi!\n\nYes?")]
+    assert stats.repairs == {"turns of one speaker joined": 1}
+    detail = "no way from the last message to the first: {!r} is not a message"
+    assert stats.places["damaged tree"][0] == f"{path}, row 1 ({detail.format('gone')})"
+    assert stats.rejects == {"damaged tree": 2}
+    assert read(path, ":assistant_name=Anna")[1].rejects == {"no assistant turn": 1, "damaged tree": 2}
 
 
 def telegram(speaker: str, text: object, date: str, kind: str = "message") -> dict:
@@ -167,6 +219,41 @@ def test_a_telegram_export_holds_one_chat_or_all(tmp_path):
         assert stats.places["missing field"][0].endswith("message 5 (a message needs 'date' and 'from')")
 
 
+def test_every_chat_of_a_telegram_export_is_counted(tmp_path):
+    messages = [telegram("Anna", "Hello", "2020-12-31T21:00:00"), telegram("Ben", "Hi!", "2020-12-31T21:01:00")]
+    chat = {"name": "Ben", "type": "personal_chat", "id": 1, "messages": messages}
+    empty = {"type": "private_group", "id": 2, "messages": [telegram("Ben", "", "2020-12-31T20:00:00", "service")]}
+    content = {"chats": {"list": [empty, chat, 5]}, "left_chats": {"list": [empty, chat]}}
+    rows, stats = read(write(tmp_path, "result.json", json.dumps(content, indent=1)))
+    assert rows == [HELLO, HELLO]
+    assert stats.rejects == {"no messages": 3}
+    assert [place.partition(", ")[2].partition(" (")[0] for place in stats.places["no messages"]] == [
+        "row 0, chat 0",
+        "row 0, chat 2",
+        "row 0, left chat 0",
+    ]
+
+
+def test_messenger_messages_of_one_time_keep_their_order(tmp_path):
+    names = ["Ben", "Anna", "Ben", "Anna"]  # the newest first
+    messages = [{"sender_name": name, "timestamp_ms": 5, "content": f"{4 - n}"} for n, name in enumerate(names)]
+    assert read(write(tmp_path, "message_1.json", json.dumps({"messages": messages})))[0] == [chat_row(*"1234")]
+
+
+def test_a_row_with_one_of_the_keys_of_messenger_is_not_an_export(tmp_path):
+    turns = [{"role": "user", "content": "Hello", "timestamp_ms": 5}, {"role": "assistant", "content": "Hi!"}]
+    assert read(write(tmp_path, "rows.jsonl", [{"messages": turns}]))[0] == [HELLO]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_json_and_json_lines_hold_the_same_conversations(rows, tmp_path):
+    container = {"topic": "a", "data": [{"turns": TURNS}, {"turns": TURNS}]}
+    write(tmp_path, "rows.json", json.dumps([container] * rows, indent=1))
+    write(tmp_path, "rows.jsonl", [container] * rows)
+    array, lines = (read(tmp_path / name)[0] for name in ("rows.json", "rows.jsonl"))
+    assert array == lines == [HELLO] * (2 if rows == 1 else 0)
+
+
 def test_messenger_files_begin_with_the_newest_message_and_have_bytes_as_characters(tmp_path):
     messages = [
         {"sender_name": "Zo\u00c3\u00ab", "timestamp_ms": 1_700_000_060_000, "content": "Caf\u00c3\u00a9!"},
@@ -181,7 +268,20 @@ def test_messenger_files_begin_with_the_newest_message_and_have_bytes_as_charact
     assert "'Anna' is the user, 'Zoë' the assistant" in f"{stats}"
 
 
-def test_a_discord_export_knows_its_bot(tmp_path):
+def test_pauses_are_measured_between_times_with_different_offsets(tmp_path):
+    def message(name: str, text: str, time: str) -> dict:
+        return {"type": "Default", "timestamp": time, "content": text, "author": {"name": name}}
+
+    messages = [
+        message("anna", "Hello", "2020-10-25T02:59:00+02:00"),
+        message("ben", "Hi!", "2020-10-25T00:59:30-05:00"),
+    ]
+    content = {"channel": {"id": "1"}, "messages": messages}
+    rows, stats = read(write(tmp_path, "channel.json", json.dumps(content)))
+    assert rows == [] and stats.rejects == {"no assistant turn": 2}
+
+
+def test_a_discord_export_marks_its_bot(tmp_path):
     def message(name: str, text: str, is_bot: bool, kind: str = "Default") -> dict:
         author = {"id": "1", "name": name, "isBot": is_bot}
         return {"type": kind, "timestamp": "2020-12-31T21:00:00.5+00:00", "content": text, "author": author}

@@ -6,7 +6,7 @@ import pytest
 from support import chat_row, json_lines, read_source, write
 
 from rorchat.errors import DataError
-from rorchat.rows import CHECKS, RejectedRow, RepairedRow
+from rorchat.rows import CHECKS, ConvertedRow, RejectedRow
 from rorchat.sources.registry import find_source, load_rows
 
 
@@ -17,7 +17,7 @@ def turns(*contents: str) -> list[dict]:
 def converted(name: str, raw: object) -> dict:
     """A raw row of a source, converted to a valid row; repaired or not."""
     row = find_source(name).convert(raw)
-    row = row.row if isinstance(row, RepairedRow) else row
+    row = row.row if isinstance(row, ConvertedRow) else row
     CHECKS[find_source(name).kinds[0]](row)
     return row
 

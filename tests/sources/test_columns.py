@@ -38,6 +38,57 @@ def test_messages_are_made_from_columns_with_known_names(row, tmp_path):
     assert read_source(f"messages={path}", "conversation")[0] == [HELLO]
 
 
+@pytest.mark.parametrize("name", ["messages", "alpaca"])
+def test_an_instruction_in_capitals_is_the_question_and_not_its_input(name, tmp_path):
+    path = write(tmp_path, "rows.csv", "Instruction,Input,Output\nAdd.,1 and 2,3\n")
+    rows, loaded = read_source(f"{name}={path}", "conversation")
+    assert rows == [chat_row("Add.\n\n1 and 2", "3")]
+    if name == "messages":
+        rule = "question and answer: 'Instruction' (and 'Input') is the user, 'Output' the assistant"
+        assert loaded.stats.rules == {rule: 1}
+
+
+@pytest.mark.parametrize("answer", ["output", "response", "answer"])
+@pytest.mark.parametrize("context", ["input", "context", "Context"])
+def test_what_an_instruction_is_about_is_part_of_the_question(context, answer, tmp_path):
+    values = ["Anna and Ben.", "", None]
+    rows = [{"instruction": "Who?", context: value, answer: "Anna.", "category": "qa"} for value in values]
+    path = write(tmp_path, "rows.jsonl", [*rows, {"instruction": "Who?", context: 5, answer: "Anna."}])
+    rows, loaded = read_source(f"messages={path}", "conversation")
+    assert rows == [chat_row("Who?\n\nAnna and Ben.", "Anna."), *[chat_row("Who?", "Anna.")] * 2]
+    assert loaded.stats.places["wrong type"] == [f"{path}:4 ({context!r} is of type int, expected a string)"]
+
+
+def test_both_columns_of_what_an_instruction_is_about_are_read():
+    row = pick_columns("messages", {}, {"instruction": "Who?", "input": "A", "context": "B", "output": "C"}).row
+    assert row == chat_row("Who?\n\nA\n\nB", "C")
+
+
+CAPITALS = [
+    ("text", "document", "Text\nHello\n"),
+    ("prompt_completion", "conversation", "Prompt,Response\nHello,Hi!\n"),
+    ("preference", "preference", "Question,Chosen,Rejected\nHello,Hi!,No.\n"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "table"), CAPITALS)
+def test_known_columns_may_have_capitals(name, kind, table, tmp_path):
+    (row,) = read_source(f"{name}={write(tmp_path, 'rows.csv', table)}", kind)[0]
+    assert "Hello" in f"{row}"
+    require_columns(name, {}, table.partition("\n")[0].split(","), "me/data")
+
+
+def test_suggested_columns_are_quoted_for_the_shell_and_the_spec(tmp_path):
+    path = write(tmp_path, "my rows.csv", "a:1,b c\nHello,Hi!\n")
+    with pytest.raises(DataError) as error:
+        read_source(f"messages={path}", "conversation")
+    given, swapped = f"'messages={path}:user=a%3A1:assistant=b c'", f"'messages={path}:user=b c:assistant=a%3A1'"
+    assert f"Name the columns of the question and the answer: {given}; or, the other way round, {swapped}." in str(
+        error.value
+    )
+    assert read_source(given.strip("'"), "conversation")[0] == [HELLO]
+
+
 @pytest.mark.parametrize("column", ["text", "content", "document", "article"])
 def test_a_text_has_one_of_several_known_names(column, tmp_path):
     path = write(tmp_path, "rows.jsonl", json_lines({"title": "T", column: "Once upon a time."}))

@@ -12,7 +12,7 @@ from support import CONVERTING, chat_row, json_lines, read_source, write
 
 from rorchat.errors import DataError, RemoteError, UsageError
 from rorchat.persona import load_persona
-from rorchat.rows import CHECKS, RejectedRow, RepairedRow
+from rorchat.rows import CHECKS, ConvertedRow, RejectedRow
 from rorchat.sources.registry import find_source, iterate_texts, list_sources, load_rows, source_digest, unread_files
 
 GENERATING = [name for name in list_sources() if find_source(name).is_generated]
@@ -35,7 +35,7 @@ def test_sources_have_a_licence_and_convert_their_raw_rows(name):
         assert len(converted) == 7 * len(find_source(name).kinds)
     else:
         converted = [(source.kinds[0], source.convert(raw)) for raw in source.raw]
-        converted = [(kind, row.row if isinstance(row, RepairedRow) else row) for kind, row in converted]
+        converted = [(kind, row.row if isinstance(row, ConvertedRow) else row) for kind, row in converted]
         assert len(converted) >= 1
     for kind, row in converted:
         CHECKS[kind](row)
@@ -284,6 +284,7 @@ def test_a_summary_has_licence_and_counts(tmp_path):
         "kept": 1,
         "rejects": {"wrong type": 1},
         "repairs": {},
+        "rules": {},
         "cut": 0,
         "cuts": {},
     }
