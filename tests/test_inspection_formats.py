@@ -184,14 +184,24 @@ def test_missing_paths_and_unknown_formats_have_different_errors(tmp_path):
     assert resolve_spec("tinytown=5") == ("tinytown=5", False)
 
 
+QA = ("my question", "reply")
+
+
 def test_two_unknown_text_columns_are_named_in_the_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "faq.csv", "my question,reply\nWhat is red?,A colour.\n")
-    expected = "messages=faq.csv:user=my question:assistant=reply, or the other way round, messages=faq.csv:user=reply"
+    first, second = (f"'messages=faq.csv:user={a}:assistant={b}'" for a, b in (QA, QA[::-1]))
+    expected = f"Name the columns of the question and the answer: {first}; or, the other way round, {second}."
     with pytest.raises(DataError, match=expected) as failure:
         guess_row_format(Path("faq.csv"))
     assert "\n" not in str(failure.value)
     with pytest.raises(DataError, match=expected):
         list(load_rows("messages=faq.csv", "conversation"))
-    with pytest.raises(UsageError, match="names columns without a source: write messages=faq.csv:user="):
+    with pytest.raises(UsageError, match="names columns without a source: write 'messages=faq.csv:user="):
         resolve_spec("faq.csv:user=my question:assistant=reply")
+
+
+def test_a_file_named_as_the_prefix_of_a_source_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "chat", "Hello")
+    assert resolve_spec("chat:tinytown=5") == ("chat:tinytown=5", False)
