@@ -8,7 +8,7 @@ from rorchat.tokenizer import train_tokenizer
 VOCABULARIES = (512, 1024, 2048, 4096, 8192, 16384)
 HELD_OUT_SHARE = 0.1  # of a sample: bytes per token are measured on text that the trial tokenizer has not seen
 TRAINING_CHARACTERS = 2_000_000  # of trial tokenizers
-MIN_TRAINING_BYTES = 2_000_000  # of the sample, per 16,384 tokens: a larger vocabulary would be learned from too little
+MIN_TRAINING_BYTES = 2_000_000  # of documents, per 16,384 tokens: a larger vocabulary would be learned from too little
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ def try_vocabularies(documents: Sample, chats: Sample) -> list[Vocabulary]:
     samples = (documents, chats)
     total = sum(sample.utf8_bytes for sample in samples)
     training = [s.training[: max(1, TRAINING_CHARACTERS * s.utf8_bytes // total)] for s in samples]
-    training_bytes = sum(len(text.encode(errors="surrogatepass")) for text in training)
-    size_limit = max(VOCABULARIES[0], 16384 * training_bytes // MIN_TRAINING_BYTES)
+    size_limit = max(VOCABULARIES[0], 16384 * documents.utf8_bytes // MIN_TRAINING_BYTES)
     tried = []
     for size in VOCABULARIES:
         if size <= size_limit:
