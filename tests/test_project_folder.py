@@ -71,6 +71,13 @@ def test_a_project_stands_for_the_model_of_its_last_finished_stage(project):
     assert find_run(str(project))[0] == project / "runs" / "sft"
 
 
+def test_a_folder_of_runs_has_several_models(project):
+    for stage in ("pretrain", "sft"):
+        add_run(project, stage, finished=True)
+    with pytest.raises(DataError, match="several models: give one of .*runs/pretrain, .*runs/sft"):
+        resolve_model_path(str(project / "runs"))
+
+
 def test_an_unfinished_run_has_no_model_and_the_message_says_how_to_resume_it(project, tmp_path):
     with pytest.raises(DataError, match="has not finished.*Resume it with rorchat run .*my-bot"):
         resolve_model_path(str(add_run(project, "sft", finished=False)))

@@ -76,6 +76,8 @@ class App(typer.Typer):
             message = error.format_message().strip()
             if not message:  # the help has been shown
                 sys.exit(error.exit_code)
+            if "unexpected extra argument" in message:
+                message += ". A flag that takes several values is repeated for each of them"
             raise UsageError(f"{message if message.endswith(('.', '?')) else message + '.'} See --help.") from None
         except typer.Abort:
             sys.exit(1)

@@ -1,9 +1,12 @@
 """`rorchat new` and `rorchat run`: a project from the user's own data to a chat model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rorchat.project.runner import StageTime
 
 Sources = list[str] | None
 
@@ -48,9 +51,9 @@ def new(
         base=base,
     )
     print_table(["source", "used as", "rows", "text", "language", "licence"], project.source_rows())
-    print(*project.rule_lines(), sep="\n", end="\n" if project.rule_lines() else "")
+    print("", *project.describe_reading(), "", sep="\n")
     print_table(["stage", "time", "reads", "command"], project.stage_rows())
-    print("", *project.notes, sep="\n")
+    print("", *(f"- {note}" for note in project.notes), sep="\n")
     print(f"\nproject  {folder}    edit its files if you like, then: rorchat run {folder}")
 
 
@@ -59,19 +62,30 @@ def run(
     anyway: Annotated[bool, typer.Option("--anyway", help="Continue if the gate fails.")] = False,
 ) -> None:
     """Run every stage of a project. Run it again to resume after a stop."""
+    from rorchat.project.runner import StageFailed, run_project
+
+    try:
+        times = run_project(folder, anyway=anyway)
+    except StageFailed as failure:
+        _print_results(folder, failure.times)
+        raise
+    _print_results(folder, times)
+
+
+def _print_results(folder: Path, times: "list[StageTime]") -> None:
+    """How long every stage took, and where report and model are."""
     from rorchat.cli.tables import print_table
     from rorchat.plan.show import format_duration
-    from rorchat.project.runner import run_project
     from rorchat.project_folder import RUNS, find_last_run
     from rorchat.training.next_step import describe_next
 
-    times = run_project(folder, anyway=anyway)
     rows = [
         [t.name, format_duration(t.planned / 3600) if t.planned else "-", format_duration(t.seconds / 3600)]
         for t in times
     ]
     total = (sum(t.planned for t in times), sum(t.seconds for t in times))
     rows.append(["total", *(format_duration(seconds / 3600) for seconds in total)])
+    print()
     print_table(["stage", "planned", "took"], rows)
     if (report := folder / RUNS / "report.md").is_file():
         print(f"\nreport in {report}")

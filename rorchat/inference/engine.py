@@ -116,7 +116,7 @@ def resolve_model_path(path: str) -> str:
         DataError: a local path does not exist, or is a run or a project that has no model yet.
     """
     # "runs/nope" could be a Hub id, unless there is a folder "runs"
-    is_local = path.startswith((".", "/", "~")) or ("/" in path and Path(path).parent.is_dir())
+    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
     if is_local and not Path(path).is_dir():
         raise DataError(f"No model folder {path}.")
     if is_project(Path(path)):
@@ -125,6 +125,9 @@ def resolve_model_path(path: str) -> str:
             raise DataError(f"The project {path} has no finished stage, so it has no model yet: rorchat run {path}")
         return str(last / "model")
     place = Path(locate_model(path))
+    if inner := sorted(place.glob("*/model/config.json")):
+        runs = ", ".join(str(config.parent.parent) for config in inner)
+        raise DataError(f"{path} contains several models: give one of {runs}.")
     if (place / "run.json").is_file() and not (place / "config.json").is_file():
         project = place.absolute().parent.parent
         again = f"rorchat run {project}" if is_project(project) else "the command that started it"

@@ -12,7 +12,7 @@ from rorchat.plan.budget import Request as PlanRequest
 from rorchat.plan.budget import make_plan
 from rorchat.plan.scaling import format_size
 from rorchat.plan.show import format_count, format_duration
-from rorchat.project.files import ProjectFiles, require_new
+from rorchat.project.files import ProjectFiles, choose_names, require_new
 from rorchat.project.resources import describe_resources
 from rorchat.project.schedule import Base, Schedule, Scheduler
 from rorchat.project.settings import ProjectSettings
@@ -70,10 +70,9 @@ class NewProject:
             )
         return rows
 
-    def rule_lines(self) -> list[str]:
-        """For each source whose rows are not in its usual form: where their turns were found, and who is the user."""
-        sources = [source for source in self.survey.sources if source.stats.rules]
-        return [line for source in sources for line in (source.spec, *source.stats.describe_rules())]
+    def describe_reading(self) -> list[str]:
+        """For each of the user's sources: rows, files and their encodings, what was not read, and who is the user."""
+        return [str(source.stats) for source in self.survey.sources if not source.is_added]
 
     def stage_rows(self) -> list[list[str]]:
         """Rows of a table of the commands: name, time, what it does."""
@@ -133,6 +132,9 @@ def create_project(
     scheduler, schedule = _choose(scheduler, vocabularies)
     settings = ProjectSettings(scheduler, schedule)
     notes = [*write_notes(scheduler, schedule, vocabularies), describe_resources(scheduler, schedule, folder)]
+    if persona is None:
+        name, maker = choose_names(folder)
+        notes.append(f"The model will call itself {name}, made by {maker}: change it in {folder / 'persona.yaml'}.")
     ProjectFiles(folder, settings, persona).write()
     return NewProject(folder, settings, notes)
 

@@ -102,10 +102,14 @@ def format_yaml(stage: StageSettings) -> str:
     return "".join(f"# {line}\n" for line in comments) + settings
 
 
+def choose_names(folder: Path) -> tuple[str, str]:
+    """The names of the model and of its maker, from those of the project and of the user."""
+    return folder.resolve().name.replace("-", " ").replace("_", " ").title(), getpass.getuser().title()
+
+
 def default_persona(folder: Path) -> str:
     """A persona file with the name of the project, for the user to edit."""
-    name = folder.resolve().name.replace("-", " ").replace("_", " ").title()
-    maker = getpass.getuser().title()
+    name, maker = choose_names(folder)
     return (
         "# Who the model is. Edit these lines before you run the project; `facts` and `unknowns` can be added, as\n"
         "# docs/tutorials/03-your-persona.md shows.\n"

@@ -14,22 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rorchat.errors import DataError, Interrupted, RorchatError, UsageError
-from rorchat.files import folder_lock
+from rorchat.files import folder_lock, write_atomically
 from rorchat.plan.show import format_duration
 from rorchat.project_folder import PLAN, RUNS, SCRIPT, measure_progress
 from rorchat.training.next_step import WITHIN_PROJECT
 
+TIMES = "times.json"  # in the folder of all runs
 GATE, GATE_FAILED = "gate", 70
 AFTER_A_FAILED_GATE = ("report",)  # commands that run all the same: they only describe the model
 _PDEATHSIG = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 class StageFailed(RorchatError):
-    """A command of the project ended with an error, which it has printed."""
+    """A command of the project ended with an error, which it has printed. `times` are those of the commands so far."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+        self.times: list[StageTime] = []
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def read_steps(folder: Path) -> list[Step]:
     Raises:
         UsageError: the folder has no run.sh, or it has a line of another kind.
     """
+    if not folder.is_dir():
+        raise UsageError(f"No folder {folder}: give the folder of a project that `rorchat new` has made.")
     script = folder / SCRIPT
     if not script.is_file():
         raise UsageError(f"{folder} has no {SCRIPT}: give the folder of a project that `rorchat new` has made.")
@@ -111,11 +115,31 @@ def _read_planned_seconds(folder: Path) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class StageTime:
-    """How long a stage was planned to take and took, in seconds."""
+    """How long a stage was planned to take and took, in seconds; of a resumed one, all its starts together."""
 
     name: str
     planned: float
     seconds: float
+
+
+class _Times:
+    """The time that every stage took, kept in the project's folder so that a resumed stage adds to it."""
+
+    def __init__(self, folder: Path):
+        self.runs, self.path, self.seconds = folder / RUNS, folder / RUNS / TIMES, {}
+        with contextlib.suppress(OSError, ValueError):
+            self.seconds = dict(json.loads(self.path.read_text(encoding="utf-8")))
+
+    def measure(self, name: str, task: Callable[[], int]) -> int:
+        """Calls a task, adds its time unless the stage had finished before, and returns its result."""
+        progress, started = measure_progress(self.runs / name), time.monotonic()
+        result = task()
+        if progress < 1 or name not in self.seconds:
+            before = self.seconds.get(name, 0.0) if progress else 0.0
+            self.seconds[name] = before + time.monotonic() - started
+        self.runs.mkdir(exist_ok=True)
+        write_atomically(self.path, json.dumps(self.seconds, indent=2) + "\n")
+        return result
 
 
 def run_project(folder: Path, *, anyway: bool = False, show: Callable[[str], object] = print) -> list[StageTime]:
@@ -140,28 +164,34 @@ def run_project(folder: Path, *, anyway: bool = False, show: Callable[[str], obj
 
 
 def _run_steps(steps: list[Step], folder: Path, anyway: bool, show: Callable[[str], object]) -> list[StageTime]:
-    times: list[StageTime] = []
+    clock, times = _Times(folder), []
     failure: RorchatError | None = None
     for number, step in enumerate(steps, 1):
         if failure and step.name not in AFTER_A_FAILED_GATE:
             continue
         head = f"[{number}/{len(steps)}] {step.name}"
         show(f"{head}: {shlex.join(step.words)}{_format_left(steps[number - 1 :], folder)}")
-        started = time.monotonic()
-        code = run_command(step.words, folder)
-        seconds = time.monotonic() - started
-        times.append(StageTime(step.name, step.seconds, seconds))
-        end = "done in"
-        if code == GATE_FAILED and step.name == GATE:
-            end = "failed, --anyway was given;" if anyway else "failed after"
-            failure = None if anyway else _failure(step, code, folder)
-        elif code:
-            raise _failure(step, code, folder)
-        planned = f" (planned: {format_duration(step.seconds / 3600)})" if step.seconds else ""
-        show(f"{head}: {end} {format_duration(seconds / 3600)}{planned}")
+        code = clock.measure(step.name, lambda step=step: run_command(step.words, folder))
+        times.append(StageTime(step.name, step.seconds, clock.seconds[step.name]))
+        if code and not (anyway and _is_failed_gate(step, code)):
+            failure = _failure(step, code, folder)
+        if code and not _is_failed_gate(step, code):
+            break
+        show(f"{head}: {_describe_end(times[-1], failed=bool(code))}")
+    if isinstance(failure, StageFailed):
+        failure.times = times
     if failure:
         raise failure
     return times
+
+
+def _is_failed_gate(step: Step, code: int) -> bool:
+    return code == GATE_FAILED and step.name == GATE
+
+
+def _describe_end(stage: StageTime, *, failed: bool) -> str:
+    planned = f" (planned: {format_duration(stage.planned / 3600)})" if stage.planned else ""
+    return f"{'failed after' if failed else 'done in'} {format_duration(stage.seconds / 3600)}{planned}"
 
 
 def _format_left(steps: list[Step], folder: Path) -> str:
@@ -177,7 +207,7 @@ def _failure(step: Step, code: int, folder: Path) -> RorchatError:
     again = f"rorchat run {folder}"
     if code == Interrupted.exit_code:
         return Interrupted(f"{step.name} was stopped. Resume with: {again}")
-    if code == GATE_FAILED and step.name == GATE:
+    if _is_failed_gate(step, code):
         return StageFailed(
             "The gate failed: the model does not behave well enough to be published, see the error above. Give it more "
             f"data or time, or continue although it failed: {again} --anyway",

@@ -14,7 +14,7 @@ from rorchat.project.vocabulary import Vocabulary
 TIME_SHARES = {"pretrain": 0.55, "midtrain": 0.2, "sft": 0.2, "dpo": 0.05}
 #: Passes over the data of a stage. More are learned by heart: docs/planning.md has the loss of small models after 3, 10
 #: and 20 passes.
-MAX_EPOCHS = {"pretrain": 4.0, "midtrain": 4.0, "sft": 3.0, "dpo": 1.0}
+MAX_EPOCHS = {"pretrain": 3.8, "midtrain": 3.8, "sft": 3.0, "dpo": 1.0}  # 4, less what a tokenizer may differ
 #: The time of a token in the chat stages beside the language-model head, relative to one in pretraining. The head is
 #: computed only for replies, LABEL_SHARE of the tokens.
 RELATIVE_COST = {"pretrain": 1.0, "midtrain": 1.0, "sft": 1.1, "dpo": 1.2}

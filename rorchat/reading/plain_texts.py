@@ -68,6 +68,11 @@ def _split(texts: Iterator[str], separator: str) -> Iterator[tuple[str, bool]]:
     yield pending, False
 
 
+def _unify_line_ends(text: str) -> str:
+    """Line ends of Windows and of old Macs become \\n, as in Python's text files: models see one kind."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
 class _Documents:
     """Turns the text of a file into rows and keeps account of their lines and bytes."""
 
@@ -106,7 +111,7 @@ class _Documents:
         self._pieces += 1
         if (text and not text.isspace()) or (is_closed and is_last and self._pieces == 1):
             self._rows += 1
-            yield f"{self.path}:{begins}", self._row(text, piece, first_byte)
+            yield f"{self.path}:{begins}", self._row(_unify_line_ends(text), piece, first_byte)
 
     def _row(self, text: str, piece: str, first_byte: int) -> dict | RejectedRow:
         bad = BAD_BYTE.search(piece) if self.encoding.is_damaged else None

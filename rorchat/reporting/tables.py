@@ -1,5 +1,6 @@
 """The tables of a report, as Markdown."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from rorchat.evaluation.gate import read_verdict
@@ -52,9 +53,9 @@ def build_stage_table(folder: Path) -> Table:
     """
     runs = {run.resolve(): run.name for run in find_runs(folder)}
     scores = read_scores(folder / "scores.json") if (folder / "scores.json").is_file() else []
-    run_scores = {run: column for column in scores if (run := _find_run_folder(column.folder)) in runs}
+    run_scores = {run: column for column in scores if (run := _find_run_folder(column.folder, runs)) in runs}
     columns = [(column.name, column.rows()) for column in scores if column not in run_scores.values()]
-    behaviour, losses = _read_behaviour_cells(folder / "behaviour.json"), _read_base_losses([*runs])
+    behaviour, losses = _read_behaviour_cells(folder / "behaviour.json", runs), _read_base_losses([*runs])
     for run, name in runs.items():
         column = run_scores.get(run)
         cells = (column.rows() if column else {}) | behaviour.get(run, {}) | losses.get(run, {})
@@ -63,13 +64,20 @@ def build_stage_table(folder: Path) -> Table:
     return _join_columns(columns)
 
 
-def _find_run_folder(model: str) -> Path:
-    """The run folder that contains a model folder."""
-    folder = Path(model).resolve()
-    return folder.parent if folder.name == "model" else folder
+def _find_run_folder(model: str, runs: Collection[Path]) -> Path:
+    """The run folder that contains a model folder.
+
+    A relative path was written by a command that ran in another folder: it is the run whose path ends with it.
+    """
+    path = Path(model)
+    parts = path.parts[:-1] if path.name == "model" else path.parts
+    found = Path(*parts).resolve()
+    if found in runs or path.is_absolute():
+        return found
+    return next((run for run in runs if parts and run.parts[-len(parts) :] == parts), found)
 
 
-def _read_behaviour_cells(path: Path) -> dict[Path, dict[str, str]]:
+def _read_behaviour_cells(path: Path, runs: Collection[Path]) -> dict[Path, dict[str, str]]:
     """{run: {row: cell}} for the model of a verdict and the previous stage's model."""
     if not path.is_file():
         return {}
@@ -77,10 +85,10 @@ def _read_behaviour_cells(path: Path) -> dict[Path, dict[str, str]]:
     columns: dict[Path, dict[str, str]] = {}
     for behaviour in filter(None, (verdict.before, verdict.model)):
         values = {name: behaviour.measures[name].value for name in verdict.thresholds}
-        columns[_find_run_folder(behaviour.name)] = {
+        columns[_find_run_folder(behaviour.name, runs)] = {
             gate_row(name): "-" if value is None else f"{100 * value:.1f} %" for name, value in values.items()
         }
-    columns[_find_run_folder(verdict.model.name)]["gate"] = "FAIL" if verdict.failures() else "pass"
+    columns[_find_run_folder(verdict.model.name, runs)]["gate"] = "FAIL" if verdict.failures() else "pass"
     return columns
 
 
@@ -95,7 +103,7 @@ def _read_base_losses(runs: list[Path]) -> dict[Path, dict[str, str]]:
         row += f", on {text}" if len(texts) > 1 else ""
         start = record["settings"].get("model")
         if start and "base_loss_before" in metrics:
-            cells = columns.setdefault(_find_run_folder(start), {})
+            cells = columns.setdefault(_find_run_folder(start, runs), {})
             cells.setdefault(row, f"{metrics['base_loss_before']:.3f}")
         columns.setdefault(run, {})[row] = f"{metrics['base_loss']:.3f}"
     return columns

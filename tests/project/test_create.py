@@ -55,7 +55,8 @@ def test_the_notes_say_what_would_make_the_model_better(known_speed, given, tmp_
     without_chats = create_project(
         tmp_path / "two", documents=given["documents"], conversations=[], preferences=[], hours=0.25
     )
-    assert any("tinytown" in note for note in without_chats.notes)
+    assert any("tinytown" in note and "none were given" in note for note in without_chats.notes)
+    assert any(note.startswith("The model will call itself Two, made by ") for note in without_chats.notes)
 
 
 def test_more_hours_give_a_larger_model_or_more_tokens(known_speed, given, tmp_path):
@@ -145,14 +146,15 @@ def test_gpt2_is_preferred_on_a_gpu_that_cannot_pretrain_it_in_the_time():
     assert not create.prefers_gpt2(find_device("H100"), 24)
 
 
-def test_the_plan_tells_who_the_user_is_and_its_settings_name_the_columns(known_speed, given, tmp_path):
+def test_the_plan_says_how_data_are_read_and_its_settings_name_the_columns(known_speed, given, tmp_path):
     turns = [{"speaker": "Anna", "text": "Hello"}, {"speaker": "Ben", "text": "Hi!"}]
     (tmp_path / "dialogues.jsonl").write_text(json_lines(*({"id": n, "dialogue": turns} for n in range(30))))
     (tmp_path / "faq.csv").write_text("q,a\n" + "".join(f"What is {n}?,It is {n}.\n" for n in range(30)))
     chats = [str(tmp_path / "dialogues.jsonl"), f"messages={tmp_path / 'faq.csv'}:user=q:assistant=a"]
     project = create_project(tmp_path / "bot", **{**given, "conversations": chats}, hours=0.06)
-    assert project.rule_lines() == [
-        f"messages={tmp_path / 'dialogues.jsonl'}",
+    read = project.describe_reading()
+    assert len(read) == 4 and read[1].splitlines() == [
+        f"messages={tmp_path / 'dialogues.jsonl'}: 30 of 30 rows kept",
         "  30 rows read as turns from 'dialogue' ('speaker' and 'text'); two speakers: the first is the user",
     ]
     assert f"messages={tmp_path / 'faq.csv'}:user=q:assistant=a" in (tmp_path / "bot" / "sft.yaml").read_text()

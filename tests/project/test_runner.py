@@ -77,6 +77,8 @@ def test_a_folder_without_a_script_and_a_damaged_plan_are_refused(folder, tmp_pa
     (folder / "run.sh").unlink()
     with pytest.raises(UsageError, match=r"no run.sh: give the folder of a project"):
         read_steps(folder)
+    with pytest.raises(UsageError, match="No folder .*nowhere"):
+        read_steps(tmp_path / "nowhere")
 
 
 def test_all_commands_run_in_order_and_show_the_time_left(folder, recorded):
@@ -101,6 +103,23 @@ def test_finished_stages_and_checkpoints_are_not_counted_as_time_left(folder, re
     run_project(folder, show=lines.append)
     assert "already finished; 15 s until everything is done" in lines[0]
     assert "about 15 s; 15 s until everything is done" in lines[2]
+
+
+def test_the_time_of_a_resumed_stage_is_that_of_all_its_starts(folder, recorded, monkeypatch):
+    """Each command takes ten seconds. The first start of pretraining is interrupted after its checkpoint."""
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(now))
+    progress = {"pretrain": iter([0.0, 0.0, 0.5, 0.5, 1.0, 1.0])}
+    monkeypatch.setattr(runner, "measure_progress", lambda run: next(progress.get(run.name, iter([0.0]))))
+    _, codes = recorded
+    codes["pretrain"] = 75
+    with pytest.raises(Interrupted):
+        run_project(folder, show=lambda _: None)
+    codes.clear()
+    for _ in range(2):
+        monkeypatch.setattr(runner, "_format_left", lambda *_: "")
+        took = {stage.name: stage.seconds for stage in run_project(folder, show=lambda _: None)}
+        assert took["pretrain"] == 20 and took["gate"] == 10
 
 
 def test_a_project_runs_once_at_a_time(folder, recorded):
@@ -129,6 +148,7 @@ def test_a_failed_gate_still_reports_but_stops_the_project(folder, recorded):
     codes["gate"], lines = 70, []
     with pytest.raises(StageFailed, match="The gate failed.*--anyway") as failure:
         run_project(folder, show=lines.append)
+    assert [stage.name for stage in failure.value.times] == ["tokenizer", "pretrain", "gate", "report"]
     assert commands == ["train-tokenizer", "pretrain", "gate", "report"] and failure.value.exit_code == 70
     assert any(line.startswith("[3/5] gate: failed after") for line in lines)
     commands.clear()

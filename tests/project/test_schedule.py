@@ -42,7 +42,7 @@ def test_the_training_time_follows_from_the_speed(given):
 def test_conversations_are_not_repeated_more_than_is_useful(given):
     short, long = (make_scheduler(given, hours).schedule(SHAPE, VOCABULARY) for hours in (1.0, 10.0))
     assert short.tokens["sft"] == long.tokens["sft"] and short.tokens["dpo"] == long.tokens["dpo"]
-    assert long.size.epochs == pytest.approx(4, rel=0.01) and long.total_seconds < 36_000
+    assert long.size.epochs == pytest.approx(3.8, rel=0.01) and long.total_seconds < 36_000
 
 
 def test_few_chats_are_not_repeated_in_midtraining_and_the_rest_is_documents(given):
@@ -53,7 +53,7 @@ def test_few_chats_are_not_repeated_in_midtraining_and_the_rest_is_documents(giv
     assert sum(weights.values()) == pytest.approx(100) and weights["documents"] >= 30
     for group in ("conversations", "persona"):
         passes = weights[group] / 100 * tokens / scheduler.count_tokens(group, VOCABULARY)
-        assert passes <= 4.001
+        assert passes <= 3.801
     assert scheduler.midtrain_weights(1000, VOCABULARY) == {"documents": 30, "conversations": 60, "persona": 10}
     assert scheduler.midtrain_weights(2 * tokens, VOCABULARY)["conversations"] == pytest.approx(30, rel=0.01)
 
@@ -62,7 +62,7 @@ def test_time_that_a_stage_cannot_use_goes_to_the_others(tmp_path):
     """Few documents and the many conversations of Tinytown: pretraining ends early, the time is kept all the same."""
     scheduler = make_scheduler({"documents": write_data(tmp_path)["documents"]}, 0.3, seconds_per_gflop=0.05)
     schedule = scheduler.schedule(SHAPE, VOCABULARY)
-    assert schedule.size.epochs == pytest.approx(4, rel=0.01)
+    assert schedule.size.epochs == pytest.approx(3.8, rel=0.01)
     assert schedule.total_seconds == pytest.approx(0.3 * 3600, rel=0.01)
     training = {stage: schedule.seconds[stage] for stage in ("midtrain", "sft")}
     assert training["midtrain"] == pytest.approx(training["sft"], rel=0.01)

@@ -84,7 +84,7 @@ def test_columns_of_a_source_stay_in_its_settings(tmp_path, monkeypatch):
     survey = make_survey({"conversations": ["messages=faq.csv:user=q%3A1:assistant=a"]})
     (source, *_) = survey.of("conversations")
     assert source.spec == f"messages={tmp_path / 'faq.csv'}:user=q%3A1:assistant=a" and source.rows == 9
-    with pytest.raises(DataError, match=r"faq.csv:user=q%3A1:assistant=a, or the other way round, messages="):
+    with pytest.raises(DataError, match=r"faq.csv:user=q%3A1:assistant=a; or, the other way round, messages="):
         make_survey({"conversations": ["messages=faq.csv"]})
     with pytest.raises(UsageError, match="write messages=faq.csv:user=a"):
         make_survey({"conversations": ["faq.csv:user=a:assistant=b"]})
