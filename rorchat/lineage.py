@@ -77,6 +77,9 @@ class TrainedPersona:
 def find_persona(model: str, given: str | None = None) -> TrainedPersona:
     """The persona that a model was trained with: that of its run, or of the nearest earlier run that names one.
 
+    A relative path in the record of a run is one from the folder where training was started: it is looked for in the
+    present folder, and in the two folders above the run.
+
     Args:
         given: a persona file, which takes precedence over the runs.
 
@@ -92,12 +95,14 @@ def find_persona(model: str, given: str | None = None) -> TrainedPersona:
         file = record["settings"].get("persona")
         if not file:
             continue
-        if not Path(file).is_file():
+        places = (Path(), *folder.absolute().parents[:2])
+        path = next((place / file for place in places if (place / file).is_file()), None)
+        if path is None:
             raise DataError(
                 f"{model} was trained with the persona file {file}, according to {folder / 'run.json'}, but there is "
                 "no such file here: give it with --persona."
             )
-        changed = file_sha256(Path(file)) != record["inputs"].get("persona")
+        changed = file_sha256(path) != record["inputs"].get("persona")
         note = ", which has changed since then" if changed else ""
-        return TrainedPersona(load_persona(file), f"{file}, from {folder / 'run.json'}{note}")
+        return TrainedPersona(load_persona(path), f"{path}, from {folder / 'run.json'}{note}")
     return TrainedPersona(load_persona(DEFAULT_PERSONA), "the default: no run of the model names a persona file")

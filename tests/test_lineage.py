@@ -56,6 +56,18 @@ def test_the_persona_is_that_of_the_nearest_run_that_names_one(tmp_path, persona
     assert "no run of the model names" in find_persona(str(base)).origin
 
 
+def test_a_relative_persona_is_found_from_another_folder(tmp_path, monkeypatch):
+    """As in a project, whose commands ran in its own folder."""
+    project = tmp_path / "bot"
+    (project / "runs").mkdir(parents=True)
+    write(project, "persona.yaml", BIBO)
+    monkeypatch.chdir(project)
+    write_run(project / "runs" / "sft", persona="persona.yaml")
+    monkeypatch.chdir(tmp_path)
+    found = find_persona("bot/runs/sft")
+    assert found.persona.name == "Bibo" and found.origin == f"{project / 'persona.yaml'}, from bot/runs/sft/run.json"
+
+
 def test_a_given_persona_takes_precedence(tmp_path, persona_file):
     other = str(write(tmp_path, "momo.yaml", BIBO.replace("Bibo", "Momo")))
     sft = write_run(tmp_path / "sft", persona=persona_file)

@@ -29,6 +29,7 @@ SYSTEM_TOKENS = 60  # system message and template of a conversation
 GPT2, RANDOM = "gpt2", "random"  # values of `--from`
 TOKENS_FOR_GPT2 = 2.5e9  # 20 for each of its 124M parameters (Hoffmann et al. 2022, arXiv:2203.15556)
 MANY_EPOCHS = 3.0  # passes over the documents, beyond which more text helps more than more time
+NOTABLE = 0.01  # bits per byte
 EARLY = 0.9  # share of the time, below which a note says that it is not all used
 
 
@@ -225,10 +226,11 @@ def write_notes(scheduler: Scheduler, schedule: Schedule, vocabularies: list[Voc
         return notes
     longer = replace(scheduler, hours=2 * scheduler.hours)
     better = longer.choose(vocabularies)
-    notes.append(
-        f"Twice the time: {format_size(better.shape)} with {better.vocabulary.size:,} tokens, predicted "
-        f"{better.bits_per_byte:.2f} instead of {size.bits_per_byte:.2f} bits per byte."
-    )
+    if size.bits_per_byte - better.bits_per_byte >= NOTABLE:
+        notes.append(
+            f"Twice the time: {format_size(better.shape)} with {better.vocabulary.size:,} tokens, predicted "
+            f"{better.bits_per_byte:.2f} instead of {size.bits_per_byte:.2f} bits per byte."
+        )
     if size.epochs <= MANY_EPOCHS:
         notes.append(_with_more_text(scheduler, vocabularies, size))
     return notes

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from rorchat.errors import UsageError
+from rorchat.persona import DEFAULT_PERSONA
 from rorchat.plan.scaling import format_size
 from rorchat.plan.show import format_duration
 from rorchat.project.settings import ProjectSettings, StageSettings
@@ -111,7 +112,7 @@ def default_persona(folder: Path) -> str:
     """A persona file with the name of the project, for the user to edit."""
     name, maker = choose_names(folder)
     return (
-        "# Who the model is. Edit these lines before you run the project; `facts` and `unknowns` can be added, as\n"
-        "# docs/tutorials/03-your-persona.md shows.\n"
+        "# Who the model is. Edit these lines before you run the project. Its `facts`, `unknowns`, `manner` and\n"
+        f"# `system` message can be added, as in {DEFAULT_PERSONA}.\n"
         + yaml.safe_dump({"name": name, "maker": maker}, sort_keys=False, allow_unicode=True)
     )

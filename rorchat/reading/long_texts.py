@@ -60,9 +60,10 @@ class Limits:
 
     def describe(self, cut: int) -> str:
         """What was done with long texts, `cut` of which were cut."""
+        verb = "were" if cut != 1 else "was"
         return (
-            f"{cut:,} of more than {self.maximum:,} characters {'were' if cut != 1 else 'was'} cut into about "
-            f"{self.target:,}, at chapter headings, else empty lines, line ends, sentence ends or white space"
+            f"{cut:,} of more than {self.maximum:,} characters {verb} cut into documents of about {self.target:,}, at "
+            "chapter headings, else empty lines, line ends, sentence ends or white space"
         )
 
 

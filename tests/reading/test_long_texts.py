@@ -149,8 +149,8 @@ def test_only_long_rows_of_tables_are_cut_and_named_by_row_and_piece(tmp_path):
     _, loaded = read_source(f"text={path}", "document")
     assert loaded.stats.rejects == {"empty text": 1, "wrong type": 1} and loaded.stats.reading.long_texts == 1
     assert str(loaded.stats).splitlines()[1] == (
-        "  1 file, 7 documents, which are the rows: 1 of more than 16,000 characters was cut into about 8,000, at "
-        "chapter headings, else empty lines, line ends, sentence ends or white space"
+        "  1 file, 7 documents, which are the rows: 1 of more than 16,000 characters was cut into documents of "
+        "about 8,000, at chapter headings, else empty lines, line ends, sentence ends or white space"
     )
 
 
