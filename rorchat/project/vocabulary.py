@@ -7,6 +7,7 @@ from rorchat.tokenizer import train_tokenizer
 
 VOCABULARIES = (512, 1024, 2048, 4096, 8192, 16384)
 HELD_OUT_SHARE = 0.1  # of a sample: bytes per token are measured on text that the trial tokenizer has not seen
+MIN_GAIN = 1.02  # in bytes per token, from one size to the next
 TRAINING_CHARACTERS = 2_000_000  # of trial tokenizers
 MIN_TRAINING_BYTES = 2_000_000  # of documents, per 16,384 tokens: a larger vocabulary would be learned from too little
 
@@ -49,7 +50,7 @@ class Sample:
 
 
 def try_vocabularies(documents: Sample, chats: Sample) -> list[Vocabulary]:
-    """Trains a tokenizer of every size that the text supports. A second per million characters and size.
+    """Trains tokenizers of rising size, as far as the text supports them. A second per million characters and size.
 
     The tokenizers are trained on documents and chats in proportion to their sizes, as that of the project.
     """
@@ -57,11 +58,15 @@ def try_vocabularies(documents: Sample, chats: Sample) -> list[Vocabulary]:
     total = sum(sample.utf8_bytes for sample in samples)
     training = [s.training[: max(1, TRAINING_CHARACTERS * s.utf8_bytes // total)] for s in samples]
     size_limit = max(VOCABULARIES[0], 16384 * documents.utf8_bytes // MIN_TRAINING_BYTES)
-    tried = []
+    tried: list[Vocabulary] = []
     for size in VOCABULARIES:
-        if size <= size_limit:
-            tokenizer = train_tokenizer(training, size)
-            tried.append(Vocabulary(size, *(measure_bytes_per_token(tokenizer, s.measured) for s in samples)))
+        if size > size_limit:
+            break
+        tokenizer = train_tokenizer(training, size)
+        vocabulary = Vocabulary(size, *(measure_bytes_per_token(tokenizer, s.measured) for s in samples))
+        if tried and vocabulary.bytes_per_token < MIN_GAIN * tried[-1].bytes_per_token:
+            break  # the text has no more words: the additional tokens would be parts of rare ones
+        tried.append(vocabulary)
     return tried
 
 

@@ -60,7 +60,7 @@ def test_the_notes_say_what_would_make_the_model_better(known_speed, given, tmp_
 
 
 def test_more_hours_give_a_larger_model_or_more_tokens(known_speed, given, tmp_path):
-    short, long = (create_project(tmp_path / str(hours), **given, hours=hours).schedule.size for hours in (0.1, 5))
+    short, long = (create_project(tmp_path / str(hours), **given, hours=hours).schedule.size for hours in (0.05, 5))
     assert long.bits_per_byte < short.bits_per_byte and long.parameters >= short.parameters
 
 

@@ -35,6 +35,12 @@ def test_a_short_text_gets_the_smallest_vocabulary():
     assert [vocabulary.size for vocabulary in try_vocabularies(text, text)] == [512]
 
 
+def test_a_vocabulary_that_gains_nothing_is_not_taken():
+    """Two hundred words fit into a thousand tokens, however much text there is."""
+    documents = Sample(make_text(200, 4000), 10**9, is_all=True)
+    assert [vocabulary.size for vocabulary in try_vocabularies(documents, sample("Yes, it is. " * 9))] == [512, 1024]
+
+
 def test_few_chats_beside_much_text_are_still_measured():
     """Training follows the sizes; the tokens of chats are counted in all of them."""
     documents = Sample(make_text(300, 400), 10**12, is_all=False)
