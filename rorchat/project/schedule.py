@@ -15,9 +15,10 @@ TIME_SHARES = {"pretrain": 0.55, "midtrain": 0.2, "sft": 0.2, "dpo": 0.05}
 #: Passes over the data of a stage. More are learned by heart: docs/planning.md has the loss of small models after 3, 10
 #: and 20 passes.
 MAX_EPOCHS = {"pretrain": 3.8, "midtrain": 3.8, "sft": 3.0, "dpo": 1.0}  # 4, less what a tokenizer may differ
-#: The time of a token in the chat stages beside the language-model head, relative to one in pretraining. The head is
-#: computed only for replies, LABEL_SHARE of the tokens.
-RELATIVE_COST = {"pretrain": 1.0, "midtrain": 1.0, "sft": 1.1, "dpo": 1.2}
+#: The time of a token relative to that of the measured step: evaluations, checkpoints and logs come on top. In the chat
+#: stages, this is without the language-model head, which is computed only for replies, LABEL_SHARE of the tokens.
+RELATIVE_COST = {"pretrain": 1.1, "midtrain": 1.12, "sft": 1.15, "dpo": 1.4}
+STARTS = {"dpo": 2.5}  # the start of a stage, in those of a process; 1.5 for the others
 LABEL_SHARE = 0.5
 TARGET_STEPS = 1_000  # of pretraining: the batch is as large as this allows
 MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 2_048, 524_288
@@ -35,7 +36,7 @@ GROUPS = {
 VALIDATION_TOKENS = 20_000  # enough to measure a loss to about 1 %, and quick to evaluate
 MIN_VALIDATION_SHARE, MAX_VALIDATION_SHARE = 0.005, 0.1
 #: Seconds of a command that scores, beside its start: (fixed, per million parameters)
-SCORING_SECONDS = {"evaluate": (2.0, 0.5), "gate": (6.0, 6.0), "report": (3.0, 0.0)}
+SCORING_SECONDS = {"evaluate": (8.0, 0.5), "gate": (14.0, 6.0), "report": (3.0, 0.0)}
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Scheduler:
         """{command: seconds beside the steps of training}, in the order of the commands."""
         start = self.machine.startup_seconds
         seconds = {} if self.base else {"tokenizer": start + self.survey.utf8_bytes("documents", "conversations") / 2e6}
-        seconds |= {stage: 1.5 * start for stage in self.stages}
+        seconds |= {stage: STARTS.get(stage, 1.5) * start for stage in self.stages}
         for name, (fixed, per_million) in SCORING_SECONDS.items():
             seconds[name] = start / 2 + fixed + per_million * parameters / 1e6
         return seconds

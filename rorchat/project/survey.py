@@ -20,7 +20,7 @@ KINDS = {"documents": "document", "conversations": "conversation", "preferences"
 LANGUAGE_ROWS, LANGUAGE_CHARACTERS = 200, 1_000  # the language is guessed from the beginnings of the first rows
 ADDED_DOCUMENTS, ADDED_CONVERSATIONS = "tinytown=12000", "tinytown=10000"
 LITTLE_TEXT = 200_000  # bytes of documents, below which ADDED_DOCUMENTS are added
-PERSONA_SHARE, PERSONA_ROWS = 0.3, (600, 2000)  # conversations about the persona: share of the others, and bounds
+PERSONA_ROWS = (1000, 2000)  # conversations about the persona: as many as others, within these bounds
 SAMPLE_CHARACTERS = 2_000_000  # kept of every source, for training trial tokenizers
 
 
@@ -114,7 +114,7 @@ def survey_sources(given: dict[str, list[str]], persona: Persona | None = None, 
         added.append(("documents", ADDED_DOCUMENTS))
     survey = _add_sources(survey, added)
     low, high = PERSONA_ROWS
-    rows = min(high, max(low, round(survey.rows("conversations") * PERSONA_SHARE)))
+    rows = min(high, max(low, survey.rows("conversations")))
     return _add_sources(survey, [("conversations", f"persona={rows}")], persona)
 
 

@@ -30,9 +30,9 @@ def test_the_stages_take_the_time_that_was_asked_for(given, hours):
 
 
 def test_the_training_time_follows_from_the_speed(given):
-    scheduler = make_scheduler(given, 0.1, seconds_per_gflop=0.2)
+    scheduler = make_scheduler(given, 0.5, seconds_per_gflop=0.4)
     schedule = scheduler.schedule(SHAPE, VOCABULARY)
-    slower = replace(scheduler, machine=make_machine(0.4)).schedule(SHAPE, VOCABULARY)
+    slower = replace(scheduler, machine=make_machine(0.8)).schedule(SHAPE, VOCABULARY)
     assert slower.tokens["pretrain"] == pytest.approx(schedule.tokens["pretrain"] / 2, rel=0.3)
     measured = replace(scheduler, measured={(SHAPE, 1024): 2 * scheduler.seconds_per_token(SHAPE, VOCABULARY)})
     assert measured.schedule(SHAPE, VOCABULARY).tokens == slower.tokens
@@ -90,10 +90,10 @@ def test_stages_depend_on_the_data(given):
 def test_a_base_model_needs_no_tokenizer_and_no_pretraining(given):
     base = Base("gpt2", SHAPES[9], Vocabulary(50_304, 4.4, 4.4), 1024)
     survey = make_survey(given, from_scratch=False)
-    scheduler = Scheduler(survey, make_machine(), 0.5, base)
+    scheduler = Scheduler(survey, make_machine(), 1.0, base)
     assert base.is_large and scheduler.stages == ["midtrain", "sft", "dpo"]
     schedule = scheduler.schedule(base.shape, base.vocabulary)
-    assert "tokenizer" not in schedule.seconds and schedule.total_seconds <= 1.01 * 1800
+    assert "tokenizer" not in schedule.seconds and schedule.total_seconds <= 1.01 * 3600
 
 
 def test_batches_grow_with_the_run():
@@ -105,5 +105,5 @@ def test_batches_grow_with_the_run():
 
 
 def test_the_head_of_a_chat_stage_costs_less_with_fewer_labels():
-    assert relative_cost("pretrain", SHAPE, 8192) == 1.0
-    assert relative_cost("sft", SHAPE, 8192) < relative_cost("sft", SHAPE, 512) < 1.1
+    assert relative_cost("pretrain", SHAPE, 8192) == 1.1
+    assert relative_cost("sft", SHAPE, 8192) < relative_cost("sft", SHAPE, 512) < 1.15

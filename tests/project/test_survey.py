@@ -64,7 +64,7 @@ def test_generated_text_is_added_where_something_is_missing(tmp_path):
     given = write_data(tmp_path)
     complete = make_survey(given)
     added = [source.spec for source in complete.sources if source.is_added]
-    assert added == [ADDED_DOCUMENTS, "persona=600"] or added == ["persona=600"]
+    assert added == [ADDED_DOCUMENTS, "persona=1000"] or added == ["persona=1000"]
     assert complete.utf8_bytes("documents") > 200_000
     only_documents = make_survey({"documents": given["documents"]})
     assert ADDED_CONVERSATIONS in [source.spec for source in only_documents.of("conversations")]
