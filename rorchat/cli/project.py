@@ -67,12 +67,12 @@ def run(
     try:
         times = run_project(folder, anyway=anyway)
     except StageFailed as failure:
-        _print_results(folder, failure.times)
+        _print_results(folder, failure.times, failed=True)
         raise
     _print_results(folder, times)
 
 
-def _print_results(folder: Path, times: "list[StageTime]") -> None:
+def _print_results(folder: Path, times: "list[StageTime]", *, failed: bool = False) -> None:
     """How long every stage took, and where report and model are."""
     from rorchat.cli.tables import print_table
     from rorchat.plan.show import format_duration
@@ -90,5 +90,5 @@ def _print_results(folder: Path, times: "list[StageTime]") -> None:
     if (report := folder / RUNS / "report.md").is_file():
         print(f"\nreport in {report}")
     if model := find_last_run(folder):
-        commands = [f"rorchat chat {folder}", f"rorchat push {folder} YOU/NAME --dry_run"]
+        commands = [f"rorchat chat {folder}", *([] if failed else [f"rorchat push {folder} YOU/NAME --dry_run"])]
         print(f"model in {model / 'model'}", describe_next(commands), sep="\n")

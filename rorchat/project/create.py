@@ -17,7 +17,7 @@ from rorchat.project.resources import describe_resources
 from rorchat.project.schedule import Base, Schedule, Scheduler
 from rorchat.project.settings import ProjectSettings
 from rorchat.project.sizing import Size
-from rorchat.project.survey import SourceSurvey, Survey, survey_sources
+from rorchat.project.survey import SAMPLE_CHARACTERS, SourceSurvey, Survey, count_bytes, survey_sources, take_sample
 from rorchat.project.timing import measure_machine, measure_seconds_per_token
 from rorchat.project.vocabulary import Sample, Vocabulary, measure_bytes_per_token, try_vocabularies
 
@@ -129,7 +129,7 @@ def create_project(
     if from_model:
         vocabularies = [from_model.vocabulary]
     else:
-        vocabularies = try_vocabularies(*(_sample(survey, option) for option in ("documents", "conversations")))
+        vocabularies = try_vocabularies(_sample(survey.pretraining), _sample(survey.of("conversations")))
     scheduler, schedule = _choose(scheduler, vocabularies)
     settings = ProjectSettings(scheduler, schedule)
     notes = [*write_notes(scheduler, schedule, vocabularies), describe_resources(scheduler, schedule, folder)]
@@ -140,8 +140,9 @@ def create_project(
     return NewProject(folder, settings, notes)
 
 
-def _sample(survey: Survey, option: str) -> Sample:
-    return Sample(survey.sample(option), survey.utf8_bytes(option), survey.has_all_text(option))
+def _sample(sources: list[SourceSurvey]) -> Sample:
+    size = count_bytes(sources)
+    return Sample(take_sample(sources), size, is_all=size <= SAMPLE_CHARACTERS)
 
 
 def prefers_gpt2(device: Device, hours: float) -> bool:
@@ -193,8 +194,7 @@ def _describe_base(name: str, survey: Survey) -> Base:
         raise MismatchError(f"--from {name} is a {config.model_type} model: only GPT-2 models can be trained here.")
     resolved = str(Path(path).resolve()) if Path(path).is_dir() else name
     shape = Shape(config.n_layer, config.n_head, config.n_embd)
-    chats = survey.sample("conversations")
-    samples = (survey.sample("documents") or chats, chats)
+    samples = (take_sample(survey.pretraining), take_sample(survey.of("conversations")))
     vocabulary = Vocabulary(
         len(tokenizer), *(measure_bytes_per_token(tokenizer, text[:BASE_SAMPLE]) for text in samples)
     )
@@ -210,7 +210,9 @@ def write_notes(scheduler: Scheduler, schedule: Schedule, vocabularies: list[Voc
             notes.append(f"Generated {source.option} are added ({source.spec}): {_why_added(source, survey)}.")
     if scheduler.base:
         return notes
-    tokens = survey.utf8_bytes("documents") / size.vocabulary.bytes_per_token
+    if survey.pretraining != survey.of("documents"):
+        notes.append("Pretraining reads the conversations as well, because you gave no documents, which add knowledge.")
+    tokens = scheduler.count_tokens("documents", size.vocabulary)
     parameters = format_count(count_parameters(size.shape, size.vocabulary.size, scheduler.machine.block_size))
     if size.epochs > MANY_EPOCHS:
         notes.append(

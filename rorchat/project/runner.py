@@ -20,6 +20,7 @@ from rorchat.project_folder import PLAN, RUNS, SCRIPT, measure_progress
 from rorchat.training.next_step import WITHIN_PROJECT
 
 TIMES = "times.json"  # in the folder of all runs
+STOPPED = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}  # before training began
 GATE, GATE_FAILED = "gate", 70
 AFTER_A_FAILED_GATE = ("report",)  # commands that run all the same: they only describe the model
 _PDEATHSIG = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -205,12 +206,13 @@ def _format_left(steps: list[Step], folder: Path) -> str:
 
 def _failure(step: Step, code: int, folder: Path) -> RorchatError:
     again = f"rorchat run {folder}"
-    if code == Interrupted.exit_code:
+    if code == Interrupted.exit_code or code in STOPPED:
         return Interrupted(f"{step.name} was stopped. Resume with: {again}")
     if _is_failed_gate(step, code):
         return StageFailed(
-            "The gate failed: the model does not behave well enough to be published, see the error above. Give it more "
-            f"data or time, or continue although it failed: {again} --anyway",
+            "The gate failed: the model does not behave well enough to be published, see the error above. More data "
+            "or time help, and for the persona more rows of `persona=` in midtrain.yaml and sft.yaml. To continue "
+            f"although it failed: {again} --anyway",
             code,
         )
     return StageFailed(f"{step.name} failed with exit code {code}; its error is above. After a fix: {again}", code)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from rorchat.model import Shape, count_parameters, count_scaling_parameters
 from rorchat.project.sizing import SHAPES, Size, choose_size, predict
-from rorchat.project.survey import Survey
+from rorchat.project.survey import Survey, count_bytes
 from rorchat.project.timing import Machine
 from rorchat.project.vocabulary import Vocabulary
 
@@ -95,8 +95,8 @@ class Scheduler:
 
     @property
     def text_bytes(self) -> int:
-        """Size of the documents."""
-        return self.document_bytes or self.survey.utf8_bytes("documents")
+        """Size of the text that pretraining reads."""
+        return self.document_bytes or count_bytes(self.survey.pretraining)
 
     @property
     def stages(self) -> list[str]:
@@ -158,10 +158,12 @@ class Scheduler:
 
     def count_tokens(self, group: str, vocabulary: Vocabulary) -> float:
         """Tokens of all "documents", "conversations" (without the persona's), "persona" or "preferences"."""
-        if group == "documents":
+        if group == "documents":  # and what else pretraining reads
             return self.text_bytes / vocabulary.bytes_per_token
         option = "conversations" if group == "persona" else group
-        sources = [s for s in self.survey.of(option) if s.is_about_persona == (group == "persona")]
+        sources = self.survey.of(option)
+        if option == "conversations":
+            sources = [source for source in sources if source.is_about_persona == (group == "persona")]
         text = sum(source.utf8_bytes for source in sources) / vocabulary.chat_bytes_per_token
         return text + sum(source.rows for source in sources) * MESSAGES_PER_ROW * MESSAGE_TOKENS
 

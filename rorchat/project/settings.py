@@ -94,7 +94,7 @@ class ProjectSettings:
             self._time("pretrain"),
         ]
         values = {
-            "sources": [source.spec for source in self.survey.of("documents")],
+            "sources": [_chat_spec(source) for source in self.survey.pretraining],
             "tokenizer": self.run_folder("tokenizer"),
             "size": format_size(shape),
             "block_size": self.block_size,
@@ -167,6 +167,7 @@ class ProjectSettings:
         comments = [f"Preferences: {rows} pairs per step, {steps:,} steps.", self._time("dpo")]
         values = {
             "sources": [source.spec for source in self.survey.of("preferences")],
+            "persona": "persona.yaml",
             "model": self.previous("dpo"),
             "per_device_train_batch_size": rows,
             "max_steps": steps,

@@ -1,7 +1,7 @@
 """Reads the user's data once and measures it: rows, rejects, lengths, language, licence."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import quantiles
 
@@ -19,8 +19,9 @@ from rorchat.sources.registry import columns_advice, find_source, load_rows, loc
 KINDS = {"documents": "document", "conversations": "conversation", "preferences": "preference"}
 LANGUAGE_ROWS, LANGUAGE_CHARACTERS = 200, 1_000  # the language is guessed from the beginnings of the first rows
 ADDED_DOCUMENTS, ADDED_CONVERSATIONS = "tinytown=12000", "tinytown=10000"
-LITTLE_TEXT = 200_000  # bytes of documents, below which ADDED_DOCUMENTS are added
+LITTLE_TEXT = 200_000  # bytes of text for pretraining, below which ADDED_DOCUMENTS are added
 PERSONA_ROWS = (1000, 2000)  # conversations about the persona: as many as others, within these bounds
+PERSONA_PAIR_SHARE, MIN_PERSONA_PAIRS = 0.25, 50  # pairs about the persona, as a share of the others
 SAMPLE_CHARACTERS = 2_000_000  # kept of every source, for training trial tokenizers
 
 
@@ -70,6 +71,13 @@ class Survey:
 
     sources: tuple[SourceSurvey, ...]
 
+    @property
+    def pretraining(self) -> list[SourceSurvey]:
+        """What pretraining reads: the documents, and the conversations as well if the user gave no documents."""
+        documents = self.of("documents")
+        own = any(not source.is_added for source in documents)
+        return documents if own else [*documents, *self.of("conversations")]
+
     def of(self, option: str) -> list[SourceSurvey]:
         """The sources that were given with an option: "documents", "conversations" or "preferences"."""
         return [source for source in self.sources if source.option == option]
@@ -80,23 +88,24 @@ class Survey:
     def rows(self, option: str) -> int:
         return sum(source.rows for source in self.of(option))
 
-    def sample(self, option: str) -> str:
-        """Up to SAMPLE_CHARACTERS of the sources of an option, of each in proportion to its size."""
-        total = max(1, self.utf8_bytes(option))
-        return "\n".join(
-            source.sample[: max(1, SAMPLE_CHARACTERS * source.utf8_bytes // total)] for source in self.of(option)
-        )
 
-    def has_all_text(self, option: str) -> bool:
-        """Whether `sample` has the whole text of an option's sources."""
-        return self.utf8_bytes(option) <= SAMPLE_CHARACTERS
+def count_bytes(sources: Iterable[SourceSurvey]) -> int:
+    """The UTF-8 bytes of the text of several sources."""
+    return sum(source.utf8_bytes for source in sources)
+
+
+def take_sample(sources: Sequence[SourceSurvey]) -> str:
+    """Up to SAMPLE_CHARACTERS of several sources, of each in proportion to its size."""
+    total = max(1, count_bytes(sources))
+    return "\n".join(source.sample[: max(1, SAMPLE_CHARACTERS * source.utf8_bytes // total)] for source in sources)
 
 
 def survey_sources(given: dict[str, list[str]], persona: Persona | None = None, *, from_scratch: bool) -> Survey:
     """Reads every row of the given sources, and adds generated ones where something is missing.
 
     Without conversations, the model would not learn to chat: Tinytown's are added. A model from random weights needs
-    more text than LITTLE_TEXT bytes: Tinytown's documents are added. Conversations about the persona are always added.
+    more text than LITTLE_TEXT bytes, documents or else conversations: Tinytown's documents are added. Conversations
+    about the persona are always added, and pairs about it beside other preferences, so that these do not displace it.
 
     Args:
         given: {"documents" | "conversations" | "preferences": specs or paths}.
@@ -110,12 +119,15 @@ def survey_sources(given: dict[str, list[str]], persona: Persona | None = None, 
     added = []
     if not survey.of("conversations"):
         added.append(("conversations", ADDED_CONVERSATIONS))
-    if from_scratch and survey.utf8_bytes("documents") < LITTLE_TEXT:
+    if from_scratch and count_bytes(survey.pretraining) < LITTLE_TEXT:
         added.append(("documents", ADDED_DOCUMENTS))
     survey = _add_sources(survey, added)
     low, high = PERSONA_ROWS
     rows = min(high, max(low, survey.rows("conversations")))
-    return _add_sources(survey, [("conversations", f"persona={rows}")], persona)
+    about_persona = [("conversations", f"persona={rows}")]
+    if pairs := survey.rows("preferences"):
+        about_persona.append(("preferences", f"persona={max(MIN_PERSONA_PAIRS, round(PERSONA_PAIR_SHARE * pairs))}"))
+    return _add_sources(survey, about_persona, persona)
 
 
 def _add_sources(survey: Survey, added: list[tuple[str, str]], persona: Persona | None = None) -> Survey:

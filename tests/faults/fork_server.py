@@ -344,6 +344,8 @@ def run_recipe(job: dict) -> None:
         code = 0
     except SystemExit as exit_request:
         code = exit_request.code or 0
+    except KeyboardInterrupt:
+        code = 130  # before `main` has begun, which handles it
     except BaseException:
         traceback.print_exc()
         code = 99

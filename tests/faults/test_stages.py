@@ -59,7 +59,7 @@ def test_out_of_memory_halves_the_micro_batch(sandbox, chat_base, stage):
     losses, margins = ([[line.get(name, 0) for line in run] for run in lines] for name in ("loss", "rewards/margins"))
     assert losses[0][:2] == losses[1][:2]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert margins[0] == pytest.approx(margins[1], abs=1e-6)
+    assert margins[0] == pytest.approx(margins[1], rel=1e-5, abs=1e-6)  # of another order of summation
 
 
 def test_dpo_trains_alike_on_two_processes(sandbox, chat_base):

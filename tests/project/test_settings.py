@@ -5,6 +5,7 @@ import subprocess
 import pytest
 import yaml
 from project_support import make_scheduler, make_survey, write_data
+from support import chat_row, json_lines
 
 from rorchat.errors import UsageError
 from rorchat.persona import load_persona
@@ -102,3 +103,13 @@ def test_a_large_base_model_is_trained_with_adamw_at_its_window(tmp_path, monkey
     assert midtrain["model"] == "gpt2" and "optimizer" not in midtrain and "tokenizer" not in midtrain
     assert parse(PretrainArguments, ["--config", "midtrain.yaml"]).optimizer == "adamw"
     assert not (tmp_path / "bot" / "tokenizer.yaml").exists()
+
+
+def test_without_documents_pretraining_reads_the_conversations(tmp_path):
+    chats = [chat_row(f"What is {n}?", "It is a number. " * 40) for n in range(400)]
+    (tmp_path / "chats.jsonl").write_text(json_lines(*chats))
+    scheduler = make_scheduler({"conversations": [f"messages={tmp_path / 'chats.jsonl'}"]})
+    stages = ProjectSettings(scheduler, scheduler.schedule(SHAPES[2], Vocabulary(1024, 2.5, 2.5))).stages()
+    assert list(stages) == ["tokenizer", "pretrain", "sft"]
+    assert stages["pretrain"].values["sources"] == [f"messages={tmp_path / 'chats.jsonl'}", "persona=1000"]
+    assert "replay" not in stages["sft"].values

@@ -5,6 +5,7 @@ from statistics import median
 
 import pytest
 from project_support import make_survey, write_data
+from support import chat_row, json_lines
 
 from rorchat.errors import DataError, UsageError
 from rorchat.project.survey import ADDED_CONVERSATIONS, ADDED_DOCUMENTS, guess_language, survey_sources
@@ -64,7 +65,7 @@ def test_generated_text_is_added_where_something_is_missing(tmp_path):
     given = write_data(tmp_path)
     complete = make_survey(given)
     added = [source.spec for source in complete.sources if source.is_added]
-    assert added == [ADDED_DOCUMENTS, "persona=1000"] or added == ["persona=1000"]
+    assert added == ["persona=1000", "persona=50"]  # conversations and pairs
     assert complete.utf8_bytes("documents") > 200_000
     only_documents = make_survey({"documents": given["documents"]})
     assert ADDED_CONVERSATIONS in [source.spec for source in only_documents.of("conversations")]
@@ -88,3 +89,14 @@ def test_columns_of_a_source_stay_in_its_settings(tmp_path, monkeypatch):
         make_survey({"conversations": ["messages=faq.csv"]})
     with pytest.raises(UsageError, match="write messages=faq.csv:user=a"):
         make_survey({"conversations": ["faq.csv:user=a:assistant=b"]})
+
+
+def test_many_conversations_are_pretrained_on_if_there_are_no_documents(tmp_path):
+    chats = [chat_row(f"What is {n}?", "It is a number. " * 40) for n in range(400)]
+    (tmp_path / "chats.jsonl").write_text(json_lines(*chats))
+    survey = make_survey({"conversations": [f"messages={tmp_path / 'chats.jsonl'}"]})
+    assert survey.of("documents") == [] and survey.pretraining == survey.of("conversations")
+    (tmp_path / "chats.jsonl").write_text(json_lines(*chats[:50]))
+    survey = make_survey({"conversations": [f"messages={tmp_path / 'chats.jsonl'}"]})
+    assert [source.spec for source in survey.of("documents")] == [ADDED_DOCUMENTS]
+    assert [source.option for source in survey.pretraining] == ["documents", "conversations", "conversations"]
