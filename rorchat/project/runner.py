@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rorchat.errors import DataError, Interrupted, RorchatError, UsageError
@@ -127,7 +128,8 @@ class _Times:
     """The time that every stage took, kept in the project's folder so that a resumed stage adds to it."""
 
     def __init__(self, folder: Path):
-        self.runs, self.path, self.seconds = folder / RUNS, folder / RUNS / TIMES, {}
+        self.runs, self.path = folder / RUNS, folder / RUNS / TIMES
+        self.seconds: dict[str, float] = {}
         with contextlib.suppress(OSError, ValueError):
             self.seconds = dict(json.loads(self.path.read_text(encoding="utf-8")))
 
@@ -172,7 +174,7 @@ def _run_steps(steps: list[Step], folder: Path, anyway: bool, show: Callable[[st
             continue
         head = f"[{number}/{len(steps)}] {step.name}"
         show(f"{head}: {shlex.join(step.words)}{_format_left(steps[number - 1 :], folder)}")
-        code = clock.measure(step.name, lambda step=step: run_command(step.words, folder))
+        code = clock.measure(step.name, partial(run_command, step.words, folder))
         times.append(StageTime(step.name, step.seconds, clock.seconds[step.name]))
         if code and not (anyway and _is_failed_gate(step, code)):
             failure = _failure(step, code, folder)
