@@ -246,6 +246,8 @@ def _why_added(source: SourceSurvey, survey: Survey) -> str:
 
 def _with_more_text(scheduler: Scheduler, vocabularies: list[Vocabulary], size: Size) -> str:
     more = replace(scheduler, document_bytes=4 * scheduler.text_bytes).choose(vocabularies)
+    if size.bits_per_byte - more.bits_per_byte < NOTABLE:
+        return "More text of this kind would not help in this time."
     return (
         f"Four times the text in the same time: predicted {more.bits_per_byte:.2f} instead of "
         f"{size.bits_per_byte:.2f} bits per byte."
