@@ -238,6 +238,6 @@ def test_a_project_from_its_data_to_its_model(preloaded_rorchat, tmp_path, monke
     assert load_model(str(project.folder / "runs" / "dpo")).chat("Who are you?")
     written = sum(path.stat().st_size for path in (project.folder / "runs").rglob("*") if path.is_file())
     planned = estimate_disk(project.settings.scheduler, project.schedule)
-    assert planned / 2 < written < planned * 2
+    assert planned / 4 < written < 1.2 * planned  # a short run saves one checkpoint, not two
     run(project.folder, anyway=True)
     assert capsys.readouterr().out.count("already finished") == 5
