@@ -218,7 +218,7 @@ def decide_roles(names: Sequence[str], assistant_name: str = "") -> tuple[dict[s
         if assistant_name not in names:
             raise RejectedRow("no assistant turn", f"no speaker {assistant_name!r}, only {listed}")
         user = next(name for name in names if name != assistant_name)
-        return {user: "user", assistant_name: "assistant"}, f"{assistant_name!r} is the assistant, as you said"
+        return {user: "user", assistant_name: "assistant"}, f"{assistant_name!r} is the assistant, as given"
     guesses = [_role_of_name(name) for name in names]
     if "assistant" in guesses and guesses.count("assistant") == 1:
         user = names[1 - guesses.index("assistant")]

@@ -129,7 +129,7 @@ def test_the_assistant_is_named_among_roles_and_names(tmp_path):
     assert read_source(f"messages={path}:assistant_name=Anna", "conversation")[0] == [chat_row("Hi!", "And?")]
     rows, loaded = read_source(f"messages={path}:assistant_name=Ben", "conversation")
     assert rows == [{"messages": [*HELLO["messages"], {"role": "user", "content": "And?"}][:2]}]
-    assert "two speakers: 'Ben' is the assistant, as you said" in f"{loaded.stats}"
+    assert "two speakers: 'Ben' is the assistant, as given" in f"{loaded.stats}"
 
 
 UNNAMED = [HELLO, {"question": "Hello", "answer": "Hi!"}, {"dialog": ["Hello", "Hi!"]}] + [
