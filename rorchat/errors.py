@@ -7,6 +7,7 @@ next. Commands print the message and exit with the code. Any other exception is 
 import difflib
 import errno
 import functools
+import io
 import os
 import sys
 import textwrap
@@ -116,11 +117,14 @@ def shorten_error(error: BaseException) -> str:
 def exits_with_one_line(main: Callable) -> Callable:
     """Decorates the `main` of a command: prints an error to stderr as one line and exits with its code.
 
+    Characters that the terminal or pipe cannot show are replaced by question marks.
+
     In a distributed run, all processes except rank 0 print their rank before the message.
     """
 
     @functools.wraps(main)
     def command(*args, **kwargs):
+        _replace_unknown_characters()
         try:
             return main(*args, **kwargs)
         except RorchatError as error:
@@ -130,6 +134,11 @@ def exits_with_one_line(main: Callable) -> Callable:
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:
+            # nothing can be written any more; without this, the interpreter would complain again when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print("stopped: the reader of the output has ended", file=sys.stderr)
             sys.exit(130)
         except OSError as error:
             if error.errno is None and error.filename is None:
@@ -141,3 +150,10 @@ def exits_with_one_line(main: Callable) -> Callable:
             sys.exit(code)
 
     return command
+
+
+def _replace_unknown_characters() -> None:
+    """Lets any text be printed, also on a stream whose encoding lacks some characters."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

@@ -15,7 +15,7 @@ from rorchat.errors import MismatchError
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file in one step: after a crash it holds either the old or the new content."""
     staged = path.with_name(f".{path.name}.unfinished")
-    staged.write_text(text)
+    staged.write_text(text, encoding="utf-8")
     fsync_file(staged)
     staged.replace(path)
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,13 @@ from rorchat.sources.base import licence_restriction
 
 PROBE = "Who are you?"
 VERIFY_SECONDS = 600  # enough to load the largest size from a slow disk
-NOT_UPLOADED = ("*.bin", "checkpoint-*", "README.md")  # pickles; training state; the card is rewritten
+#: The files of a model. Nothing else in its folder is uploaded: it may be a secret, private data or training state.
+UPLOADED = (
+    "config.json", "generation_config.json", "model.safetensors", "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "LICENSE", "LICENSE.txt",
+)  # fmt: skip
+CARD = "README.md"  # written anew
 # Runs in a new process that imports only what a user of the model has installed
 _VERIFY = """
 import json, sys
@@ -181,7 +188,7 @@ def _find_story(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Upload:
-    """What `push_model` uploads.
+    """What `push` uploads.
 
     Attributes:
         folder: the folder of the model.
@@ -198,11 +205,16 @@ class _Upload:
     def describe(self) -> str:
         """The verification and all files with their sizes, one per line."""
         sizes = {name: (self.folder / name).stat().st_size for name in self.files}
-        sizes["README.md"] = len(self.card.encode())
+        sizes[CARD] = len(self.card.encode())
         sizes["total"] = sum(sizes.values())
         width = max(map(len, sizes))
         lines = [f"{name:{width}}  {size:>15,} bytes" for name, size in sizes.items()]
-        return "\n".join([f"verified  {self.folder}: {self.answer!r}", "", *lines])
+        return "\n".join([f"verified  {self.folder}: {self.answer!r}", "", *lines, *self.describe_left()])
+
+    def describe_left(self) -> list[str]:
+        """Which files of the folder are not uploaded; no line if there are none."""
+        left = _list_left_files(self.folder, self.files)
+        return [f"not uploaded, because they are no part of a model: {', '.join(left)}"] if left else []
 
 
 def _prepare_upload(name_or_path: str, repository: str) -> _Upload:
@@ -216,6 +228,8 @@ def _prepare_upload(name_or_path: str, repository: str) -> _Upload:
     folder = Path(resolve_model_path(name_or_path))
     if not folder.is_dir():
         raise DataError(f"No model folder {folder}.")
+    if (folder / "trainer_state.json").is_file():
+        raise DataError(f"{folder} is a checkpoint: make a model of it with rorchat checkpoint export {folder} OUT")
     if not list(folder.glob("*.safetensors")):
         raise DataError(f"No weights in {folder}: only safetensors are pushed.")
     answer = verify_model(folder)["answer"]
@@ -223,14 +237,17 @@ def _prepare_upload(name_or_path: str, repository: str) -> _Upload:
 
 
 def _list_uploaded_files(folder: Path) -> list[str]:
-    """The names of the files of a model folder that are uploaded, relative to it; the card is not among them."""
-    from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
-
-    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-    return list(filter_repo_objects(names, ignore_patterns=[*NOT_UPLOADED, *DEFAULT_IGNORE_PATTERNS]))
+    """The names of the files of a model folder that are uploaded; the card is not among them."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in UPLOADED)]
 
 
-def push_model(name_or_path: str, repository: str, private: bool = False, dry_run: bool = False) -> str:
+def _list_left_files(folder: Path, uploaded: list[str]) -> list[str]:
+    """The names of the other files and folders in a model folder."""
+    return sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in (*uploaded, CARD))
+
+
+def push(name_or_path: str, repository: str, private: bool = False, dry_run: bool = False) -> str:
     """Verifies a model, uploads it with a card, downloads it, compares all files, and verifies the download.
 
     Args:
@@ -257,12 +274,12 @@ def push_model(name_or_path: str, repository: str, private: bool = False, dry_ru
             repo_id=repository,
             folder_path=folder,
             commit_message="Upload model",
-            ignore_patterns=list(NOT_UPLOADED),
+            allow_patterns=upload.files,
         )
         api.upload_file(
             repo_id=repository,
             path_or_fileobj=upload.card.encode(),
-            path_in_repo="README.md",
+            path_in_repo=CARD,
             commit_message="Model card from the run",
         )
     with tempfile.TemporaryDirectory() as download:
@@ -270,9 +287,13 @@ def push_model(name_or_path: str, repository: str, private: bool = False, dry_ru
             snapshot_download(repository, local_dir=download, force_download=True)
         compare_files(folder, Path(download), repository)
         after = verify_model(download)
-    return (
-        f"verified  {folder}: {upload.answer!r}\nreleased  {url}\nverified  download from the Hub: {after['answer']!r}"
-    )
+    lines = [
+        f"verified  {folder}: {upload.answer!r}",
+        f"released  {url}",
+        f"verified  download from the Hub: {after['answer']!r}",
+        *upload.describe_left(),
+    ]
+    return "\n".join(lines)
 
 
 def _check_repository_name(repository: str) -> None:

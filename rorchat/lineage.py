@@ -16,17 +16,19 @@ from rorchat.persona import DEFAULT_PERSONA, Persona, load_persona
 from rorchat.sources.registry import CHAT_PREFIX
 from rorchat.tokenizer import find_run
 
+#: Files that make up a model; patterns for weights in several files
 MODEL_FILES = (
-    "model.safetensors", "config.json", "tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    ADAPTER_WEIGHTS, ADAPTER_CONFIG, ADAPTER_BASE,
+    "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model-*.bin", "pytorch_model.bin.index.json", "config.json", "tokenizer.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", ADAPTER_WEIGHTS, ADAPTER_CONFIG, ADAPTER_BASE,
 )  # fmt: skip
 SMOKE_SUFFIX = "-smoke"  # of the folder of a smoke run
 
 
 def fingerprint_model(folder: str) -> dict[str, str]:
     """The sha256 of weights, config, tokenizer and template in a local folder; `{"id": ...}` for a Hub id."""
-    files = [Path(folder) / name for name in MODEL_FILES]
-    return {file.name: file_sha256(file) for file in files if file.is_file()} or {"id": folder}
+    files = [file for pattern in MODEL_FILES for file in sorted(Path(folder).glob(pattern)) if file.is_file()]
+    return {file.name: file_sha256(file) for file in files} or {"id": folder}
 
 
 def find_previous_runs(model: str) -> Iterator[tuple[Path, dict]]:

@@ -97,7 +97,7 @@ def main() -> int:
         ]
     )
     if arguments.out:
-        arguments.out.write_text(text + "\n")
+        arguments.out.write_text(text + "\n", encoding="utf-8")
     else:
         print(text)
     if wrong:

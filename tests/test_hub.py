@@ -248,18 +248,18 @@ def test_pickled_weights_are_refused(fresh_model, tmp_path, monkeypatch):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     monkeypatch.setattr(rorchat_hub, "verify_model", lambda folder: {"answer": ""})
     with pytest.raises(DataError, match="safetensors"):
-        rorchat_hub.push_model(str(folder), NAME)
+        rorchat_hub.push(str(folder), NAME)
 
 
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(DataError, match="No model folder"):
-        rorchat_hub.push_model(str(tmp_path / "nowhere"), NAME)
+        rorchat_hub.push(str(tmp_path / "nowhere"), NAME)
 
 
 @pytest.mark.parametrize("name", ["owner/two words", "owner/-name", "owner/name.git", "a/b/c"])
 def test_an_invalid_repository_name_is_a_usage_error(name, fresh_model):
     with pytest.raises(UsageError, match="not a valid name of a Hub repository"):
-        rorchat_hub.push_model(str(fresh_model), name)
+        rorchat_hub.push(str(fresh_model), name)
 
 
 def test_a_model_that_loads_too_slowly_is_refused(fresh_model, monkeypatch):

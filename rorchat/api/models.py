@@ -182,9 +182,9 @@ def push(model: StrPath, repository: str, *, private: bool = False, dry_run: boo
         PermissionDenied, RemoteError: the Hub denied access or failed.
     """
     with quiet_libraries():
-        from rorchat.hub import push_model
+        from rorchat import hub
 
-        return push_model(str(model), repository, private=private, dry_run=dry_run)
+        return hub.push(str(model), repository, private=private, dry_run=dry_run)
 
 
 def _as_text(path: StrPath | None) -> str | None:

@@ -201,10 +201,10 @@ def push(
 ) -> None:
     """Verify a model, upload it to the Hub with a model card, download it and verify the download."""
     _silence_transformers()
-    from rorchat.hub import push_model
+    from rorchat import hub
 
     if repository.count("/") != 1:
         raise UsageError(f"{repository!r} is not a Hub id: give owner/name, such as rory/my-chat-model.")
-    print(push_model(folder, repository, private=private, dry_run=dry_run))
+    print(hub.push(folder, repository, private=private, dry_run=dry_run))
     if dry_run:
         print("next: the same command without --dry_run")

@@ -113,13 +113,15 @@ def score_chat(
 
 def write_scores(columns: list[Scores], path: Path) -> None:
     """Writes the scores of several models to a JSON file."""
-    path.write_text(json.dumps([asdict(column) for column in columns], indent=2, ensure_ascii=False) + "\n")
+    path.write_text(
+        json.dumps([asdict(column) for column in columns], indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def read_scores(path: Path) -> list[Scores]:
     """Reads a file written by `write_scores`."""
     columns = []
-    for values in json.loads(path.read_text()):
+    for values in json.loads(path.read_text(encoding="utf-8")):
         for key in ("questions", "stops", "persona"):
             values[key] = Rate(**values[key])
         values["kinds"] = {kind: Rate(**rate) for kind, rate in values["kinds"].items()}

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from rorchat.chatml import END_OF_TEXT, PAD, encode_prompt, encode_text, token_id
@@ -314,23 +314,35 @@ def stream_continuation(
 
 
 def _stream(chat: ChatModel, prompt: list[int], kwargs: dict[str, Any]) -> Iterator[str]:
-    """Yields the text that follows a prompt, in pieces as it is generated in another thread."""
-    from transformers import TextIteratorStreamer
+    """Yields the text that follows a prompt, in pieces as it is generated in another thread.
+
+    If the caller stops early, by an exception such as KeyboardInterrupt or by closing the iterator, the thread ends
+    after the token that it computes: the interpreter must not exit while a thread is inside torch.
+    """
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
 
     streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures: list[BaseException] = []
+    stopped = Event()
+
+    def is_stopped(input_ids: "Tensor", scores: object, **_: object) -> "Tensor":
+        return input_ids.new_full((len(input_ids),), stopped.is_set(), dtype=bool)
 
     def run() -> None:
         try:
-            _generate(chat, [prompt], kwargs, streamer=streamer)
+            criteria = StoppingCriteriaList([is_stopped])
+            _generate(chat, [prompt], kwargs, streamer=streamer, stopping_criteria=criteria)
         except BaseException as error:  # re-raised in the caller's thread, which would otherwise wait forever
             failures.append(error)
             streamer.end()
 
     thread = Thread(target=run, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:
+        stopped.set()
+        thread.join()
     if failures:
         raise failures[0]
 

@@ -54,5 +54,5 @@ def write_report(folder: Path) -> tuple[Path, Path]:
     record = read_run_record(runs[-1])
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     parts.append(f"Made with rorchat {record['rorchat']}, {versions}.")
-    report.write_text("\n\n".join(parts) + "\n")
+    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return report, curves

@@ -37,7 +37,7 @@ def merge_shards(staging: Path, manifest: Manifest, n_parts: int, stats: RowStat
         leftover.unlink()
     tables = []
     for number in range(n_parts):
-        record = json.loads((staging / f"part-{number:05d}.json").read_text())
+        record = json.loads((staging / f"part-{number:05d}.json").read_text(encoding="utf-8"))
         stats.add(RowStats.from_record(record["tally"]))
         with np.load(staging / f"part-{number:05d}.documents.npz") as table:
             tables.append({key: table[key] for key in table.files})

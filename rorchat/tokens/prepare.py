@@ -173,10 +173,10 @@ def _resume_or_clear(staging: Path, expected: Manifest) -> None:
     path = staging / "identity.json"
     settings = expected.fingerprint() | {"hub_fingerprint": expected.hub_fingerprint}
     content = json.dumps(settings, indent=2, sort_keys=True)
-    if not path.is_file() or path.read_text() != content:
+    if not path.is_file() or path.read_text(encoding="utf-8") != content:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
 
 
 def _has_manifest(staging: Path) -> bool:

@@ -126,7 +126,7 @@ class Manifest:
             DataError: it is missing, was changed after it was written, or has another format version.
         """
         try:
-            values = json.loads((folder / "manifest.json").read_text())
+            values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             if values["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {values['format_version']}, expected {FORMAT_VERSION}")
             if values.pop("sha256", None) != json_sha256(values):

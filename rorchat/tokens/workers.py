@@ -52,7 +52,7 @@ def _record_path(job: ShardTokenizer, number: int) -> Path:
 def _is_complete(job: ShardTokenizer, number: int, part: SourcePart) -> bool:
     """Whether exactly this part was tokenized: after a file was renamed, its number may belong to another one."""
     path = _record_path(job, number)
-    return path.is_file() and job.record(part).items() <= json.loads(path.read_text()).items()
+    return path.is_file() and job.record(part).items() <= json.loads(path.read_text(encoding="utf-8")).items()
 
 
 # The state of a worker process: its initializer sets it
@@ -139,7 +139,7 @@ class _Progress:
         )
 
     def _read_text_bytes(self, number: int) -> int:
-        return json.loads(_record_path(self.job, number).read_text())["utf8_bytes"]
+        return json.loads(_record_path(self.job, number).read_text(encoding="utf-8"))["utf8_bytes"]
 
     def _estimate(self) -> int:
         """The bytes of text in all parts, estimated from the complete parts."""

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 import math
 import os
 import re
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from transformers import get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SaveStrategy
 from trl import TrlParser
 
-from rorchat.errors import UsageError, did_you_mean
+from rorchat.errors import UsageError, did_you_mean, shorten_error
 from rorchat.mixture.mixture_file import expand_variables
 from rorchat.sources.columns import parse_columns
 from rorchat.sources.location import add_columns
@@ -43,7 +45,11 @@ COOLDOWN_SCHEDULE, COSINE_SCHEDULE = "warmup_stable_decay", "cosine_with_min_lr"
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 NOT_NEGATIVE = (
     "learning_rate", "matrix_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "sample_steps",
-    "price_per_hour", "save_steps", "eval_steps", "logging_steps",
+    "price_per_hour", "dataloader_num_workers",
+)  # fmt: skip
+#: Settings that must be greater than 0 if they are given.
+POSITIVE = (
+    "per_device_eval_batch_size", "save_steps", "eval_steps", "logging_steps", "num_train_epochs",
 )  # fmt: skip
 
 
@@ -133,6 +139,9 @@ class StageArguments(DataArguments, _TrainerArguments):
         "activation_offloading": "`gradient_checkpointing` saves that memory",
         "torch_empty_cache_steps": "every step reuses the memory of the previous one",
         "include_num_input_tokens_seen": "metrics.jsonl has the number of tokens",
+        "debug": "a step whose loss is NaN is skipped, and its rows are written to diverged_rows.jsonl",
+        "use_liger_kernel": "rorchat has its own kernels for GPT-2, which are always used",
+        "optim_target_modules": "every parameter is optimized, or those of the LoRA adapter",
     }
 
     smoke: bool = field(
@@ -246,6 +255,11 @@ class StageArguments(DataArguments, _TrainerArguments):
         if not 0 <= self.cooldown_share <= 1:
             raise UsageError(f"cooldown_share is {self.cooldown_share}: it must lie between 0 and 1.")
         self._check_ranges()
+        self._check_schedule()
+        if self.save_strategy == SaveStrategy.BEST:
+            raise UsageError("save_strategy is best: the best checkpoint is always kept, so give steps, epoch or no.")
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise UsageError("dataloader_persistent_workers needs workers: give dataloader_num_workers as well.")
         if self.save_total_limit is not None and self.save_total_limit < KEPT:
             raise UsageError(
                 f"save_total_limit is {self.save_total_limit}: give {KEPT} or more, because the newest checkpoint may "
@@ -266,8 +280,27 @@ class StageArguments(DataArguments, _TrainerArguments):
             for name, (limit, allowed) in limits.items()
             if not 0 <= (getattr(self, name) or 0) < limit
         ]
+        wrong += [
+            f"{name} is {value}: give a number greater than 0."
+            for name in POSITIVE
+            if (value := getattr(self, name, None)) is not None and not value > 0
+        ]
         if wrong:
             raise UsageError(" ".join(wrong))
+
+    def _check_schedule(self) -> None:
+        """Raises UsageError for a learning-rate schedule that does not exist, or that refuses its settings."""
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        kwargs = self.lr_scheduler_kwargs
+        if isinstance(kwargs, str):  # Transformers reads it later
+            kwargs = json.loads(kwargs)
+        if kwargs is None and self.lr_scheduler_type in (COOLDOWN_SCHEDULE, COSINE_SCHEDULE):
+            return  # their settings are derived from the length of the run
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=dict(kwargs or {}))
+        except (TypeError, ValueError) as error:
+            given = f" with lr_scheduler_kwargs {kwargs}" if kwargs else ""
+            raise UsageError(f"lr_scheduler_type {self.lr_scheduler_type}{given}: {shorten_error(error)}") from None
 
     def check_devices(self) -> None:
         """Raises UsageError if one process sees several GPUs: the Trainer would use DataParallel."""
@@ -358,7 +391,7 @@ def parse(
     parser = StageParser(dataclass_type)
     _show_help(dataclass_type, parser, argv)
     options = {action.dest: action for action in parser._actions}
-    argv, config, path = _split_config(argv)
+    argv, config, path = _split_config(_join_repeated_flags(argv, options))
     _check_values(config, path, options)
     settings = {name: _plain(value) for name, value in (settings or {}).items()}
     _check_values(settings, "", options)
@@ -380,6 +413,27 @@ def parse(
         raise UsageError(_name_setting(" ".join(str(error).split()), config, argv)) from None
     arguments.given = {name: _plain(getattr(arguments, name)) for name in sorted(given & names)}
     return arguments
+
+
+def _join_repeated_flags(argv: Sequence[str], options: Mapping[str, argparse.Action]) -> list[str]:
+    """The values of a list that is given by several flags, joined: argparse would take the last flag only.
+
+    Raises:
+        UsageError: a flag with a single value is given twice.
+    """
+    groups: dict[str, list[str]] = {}  # flag -> its words, in the order of the first ones
+    flag = ""
+    for word in argv:
+        if re.match(r"--[a-zA-Z]", word):
+            name, sign, value = word.partition("=")
+            flag = "--" + name[2:].replace("-", "_")
+            option = options.get(flag[2:])
+            if flag in groups and (option is None or option.nargs not in ("+", "*")):
+                raise UsageError(f"{flag} is given twice: give it once.")
+            groups.setdefault(flag, []).extend([value] if sign else [])
+        else:
+            groups.setdefault(flag, []).append(word)
+    return [word for flag, words in groups.items() for word in ([flag, *words] if flag else words)]
 
 
 def _show_help(dataclass_type: type, parser: StageParser, argv: list[str]) -> None:

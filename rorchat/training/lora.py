@@ -91,6 +91,11 @@ class Adapter:
             raise UsageError(
                 f"lora_rank is {rank}, but the width of the model is only {model.config.n_embd}: give a smaller rank."
             )
+        if not model.config.tie_word_embeddings:
+            raise UsageError(
+                f"lora_rank is {rank}, but the head of {base} is not its embedding (tie_word_embeddings is "
+                "false), which LoRA does not support here: leave lora_rank out to train the whole model."
+            )
         self.base = str(Path(base).resolve()) if Path(base).is_dir() else base
         self.base_record = {"sha256": weights_sha256(base), "load_in_4bit": arguments.load_in_4bit}
         control = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
@@ -134,7 +139,7 @@ class Adapter:
         config.trainable_token_indices, config.inference_mode = self.rows, True
         config.target_modules = sorted(config.target_modules or ())  # a set: its order differs between processes
         config.save_pretrained(str(folder))
-        (folder / ADAPTER_BASE).write_text(json.dumps(self.base_record, indent=2) + "\n")
+        (folder / ADAPTER_BASE).write_text(json.dumps(self.base_record, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(folder)
 
     def load(self, folder: str | Path) -> None:

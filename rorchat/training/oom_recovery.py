@@ -41,7 +41,7 @@ class OOMRecoveryMixin(Trainer):
         self._micro_batch_file = Path(self.args.output_dir) / MICRO_BATCH_FILE
         self.micro_batch_rows = self.args.per_device_train_batch_size
         try:
-            rows = int(json.loads(self._micro_batch_file.read_text())["rows"])
+            rows = int(json.loads(self._micro_batch_file.read_text(encoding="utf-8"))["rows"])
         except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: search again
             return
         if 0 < rows < self.micro_batch_rows:

@@ -31,7 +31,7 @@ def build_fingerprint(pairs: Iterable[dict], **settings: object) -> str:
 def read(path: Path, fingerprint: str) -> Tensor | None:
     """Log-probabilities (2, pairs), float32; None if the file is missing, damaged or has another fingerprint."""
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         if record.pop("sha256") != json_sha256(record) or record["of"] != fingerprint:
             return None
         return torch.tensor([record[side] for side in SIDES])

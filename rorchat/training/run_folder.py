@@ -245,7 +245,7 @@ class RunFolder:
         if not {name for name in names if name != TOKENS_FOLDER and not name.startswith(".")}:
             return None
         try:
-            record = json.loads((self.folder / "run.json").read_text())
+            record = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             record = None
         if isinstance(record, dict):
@@ -266,7 +266,7 @@ class RunFolder:
         if self.plan.checkpoint is None:
             for name in ("metrics.jsonl", "samples.jsonl", DIVERGED_ROWS, MICRO_BATCH_FILE):
                 (self.folder / name).unlink(missing_ok=True)
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.arguments.given, sort_keys=True))
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.arguments.given, sort_keys=True), encoding="utf-8")
         self._write_record(self.plan.metadata | ({"plan": mixture_plan} if mixture_plan else {}))
 
     def finish(self, results: dict) -> None:

@@ -50,14 +50,14 @@ def run_tokenizer_training(arguments: TokenizerArguments) -> TokenizerResult:
     if os.environ.get("RANK", "0") != "0":
         return TokenizerResult({}, folder)  # the first process trains it
     if folder.is_dir() and any(folder.iterdir()):
-        if not config.is_file() or yaml.safe_load(config.read_text()) != arguments.given:
+        if not config.is_file() or yaml.safe_load(config.read_text(encoding="utf-8")) != arguments.given:
             raise MismatchError(
                 f"The output folder {folder} contains another tokenizer or other files. "
                 "Choose another output_dir, or delete the folder."
             )
         print(f"{folder}: already trained with these settings; delete the folder to train again")  # noqa: T201
         _print_next_step(folder)
-        metrics = json.loads((folder / METRICS_FILE).read_text())
+        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
         metrics.pop("sources", None)
         return TokenizerResult(metrics, folder)
     started = time.monotonic()
@@ -77,8 +77,10 @@ def run_tokenizer_training(arguments: TokenizerArguments) -> TokenizerResult:
         "stopped_at_max_characters": text.stopped,
         "seconds": round(time.monotonic() - started, 1),
     }
-    (folder / METRICS_FILE).write_text(json.dumps({"sources": arguments.sources} | metrics, indent=2) + "\n")
-    config.write_text(yaml.safe_dump(arguments.given))
+    (folder / METRICS_FILE).write_text(
+        json.dumps({"sources": arguments.sources} | metrics, indent=2) + "\n", encoding="utf-8"
+    )
+    config.write_text(yaml.safe_dump(arguments.given), encoding="utf-8")
     print(  # noqa: T201
         f"{folder}: {len(tokenizer):,} tokens, trained on {text.characters:,} characters "
         f"({text.utf8_bytes:,} UTF-8 bytes) in {metrics['seconds']} s "

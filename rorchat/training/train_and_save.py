@@ -1,5 +1,6 @@
 """Trains a stage to its end: resume, train, evaluate, and save a stock model. Every recipe ends with this function."""
 
+import math
 import sys
 from collections.abc import Iterable
 
@@ -55,6 +56,7 @@ def _train(run: RunFolder, trainer: StageTrainer, startup_messages: Iterable[obj
     _require_completed(trainer)
     seconds = round(trainer.metrics.elapsed()["seconds"], 1)  # of all starts
     metrics = trainer.final_metrics() | {"train_seconds": seconds, "steps": trainer.state.global_step}
+    _require_finite_loss(metrics)
     metrics["tokens"] = trainer.tokens_after(trainer.state.global_step)
     _print_notes(trainer, trainer.final_notes())
     details = dict(trainer.context.details)
@@ -90,6 +92,14 @@ def _require_completed(trainer: StageTrainer) -> None:
         raise DivergedError(
             "The weights after the last step contain NaN or infinite values. Run the same command again to resume from "
             "the last checkpoint, or lower learning_rate in a new output_dir."
+        )
+
+
+def _require_finite_loss(metrics: dict[str, float]) -> None:
+    if not math.isfinite(metrics["eval_loss"]):
+        raise DivergedError(
+            f"The validation loss after the last step is {metrics['eval_loss']}, so no model is saved. Lower "
+            "learning_rate (and matrix_learning_rate with muon) in a new output_dir."
         )
 
 

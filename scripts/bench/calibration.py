@@ -74,7 +74,7 @@ def measure(quick: bool) -> dict[str, float]:
 def describe_machine() -> dict[str, object]:
     cpu, flags = platform.processor(), set()
     if Path("/proc/cpuinfo").is_file():
-        about = Path("/proc/cpuinfo").read_text()
+        about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         model = re.search(r"model name\s*:\s*(.+)", about)
         cpu = model.group(1) if model else cpu
         words = re.search(r"flags\s*:\s*(.+)", about)

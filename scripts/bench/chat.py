@@ -27,7 +27,7 @@ LEAST_SETTINGS = {"save_strategy": "no", "report_to": "none", "disable_tqdm": Tr
 
 
 def read_rows(recorder: Recorder) -> list[dict[str, list[int]]]:
-    return json.loads((recorder.folder / "rows.json").read_text())
+    return json.loads((recorder.folder / "rows.json").read_text(encoding="utf-8"))
 
 
 def remove_padding(inputs: dict[str, Tensor], pad: int) -> Tensor:
@@ -214,7 +214,7 @@ def main(argv: list[str]) -> None:
     data = recorder.work.data
     run = SIDES[data][side]
     record = run_without(LEVERS[data][levers[0]], run, recorder) if levers else run(recorder)
-    Path(result).write_text(json.dumps(record))
+    Path(result).write_text(json.dumps(record), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def first_step_of_pairs(model: GPT2LMHeadModel, rows: list[dict]) -> dict[str, f
 
 def make(work: Work, folder: Path) -> None:
     rows = make_rows(work)
-    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     model = build_stock_model(work)
     first = first_step_of_pairs if work.data == "pairs" else first_step_of_conversations
     first_step = first(model, rows)
@@ -116,7 +116,7 @@ def make(work: Work, folder: Path) -> None:
         "parameters": model.num_parameters(),
         "first_gradient_norm": norm,
     }
-    (folder / "proof.json").write_text(json.dumps(proof | first_step))
+    (folder / "proof.json").write_text(json.dumps(proof | first_step), encoding="utf-8")
 
 
 if __name__ == "__main__":

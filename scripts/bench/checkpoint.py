@@ -67,7 +67,7 @@ def train(folder: str, name: str, steps: int, *flags: str) -> None:
     argv += ["--size", "124m", "--block_size", "512", "--per_device_train_batch_size", "4", "--eval_strategy", "no"]
     argv += ["--global_batch_tokens", "2048", "--max_steps", str(steps), "--optimizer", "adamw", *flags]
     runpy.run_path(str(ROOT / "recipes" / "pretrain.py"))["main"]([*argv, "--output_dir", f"{folder}/{name}"])
-    Path(folder, f"{name}.json").write_text(json.dumps(seconds))
+    Path(folder, f"{name}.json").write_text(json.dumps(seconds), encoding="utf-8")
 
 
 def take_turns(runs: list[subprocess.Popen], steps: int) -> None:
@@ -99,7 +99,7 @@ def main(steps: int) -> None:
         take_turns(runs, steps)
         for run in runs:
             run.communicate()
-        seconds = {name: json.loads(Path(folder, f"{name}.json").read_text()) for name in sides}
+        seconds = {name: json.loads(Path(folder, f"{name}.json").read_text(encoding="utf-8")) for name in sides}
         newest = Checkpoints(f"{folder}/with").committed()[0]
         started = time.perf_counter()
         newest.verify()

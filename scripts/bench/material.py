@@ -147,7 +147,7 @@ def make(work: Work, folder: Path) -> None:
         "parameters": model.num_parameters(),
         "first_loss": first_loss(work, folder, model),
     }
-    (folder / "proof.json").write_text(json.dumps(proof))
+    (folder / "proof.json").write_text(json.dumps(proof), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -145,8 +145,8 @@ def run_side(work: Work, side: Side, material: Path) -> dict:
     if process.returncode or not result.is_file():
         lines = last_lines(process.stderr).splitlines() or [f"exit code {process.returncode}"]
         return {"status": "failed", "why": "\n".join([lines[-1], *lines])}
-    record = json.loads(result.read_text())
-    proof = json.loads((material / "proof.json").read_text())
+    record = json.loads(result.read_text(encoding="utf-8"))
+    proof = json.loads((material / "proof.json").read_text(encoding="utf-8"))
     why = "; ".join(find_mismatches(record, proof))
     return record | ({"status": "invalid", "why": why} if why else {"status": "ok"})
 
@@ -170,7 +170,7 @@ def compare(name: str, work: Work, sides: list[Side], repeats: int, is_quick: bo
         material = Path(folder)
         make = HERE / SCRIPTS[work.data][0]
         require_success(run_process([make, json.dumps(asdict(work)), material]), "Making the material")
-        proof = json.loads((material / "proof.json").read_text())
+        proof = json.loads((material / "proof.json").read_text(encoding="utf-8"))
         for repeat in range(repeats):
             for side in sides if repeat % 2 == 0 else reversed(sides):
                 record = run_side(work, side, material)
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
         work = replace(work, steps=arguments.steps or work.steps)
         sides = chosen_sides(work, arguments)
         run["works"][name], run["machine"] = compare(name, work, sides, arguments.repeats, arguments.quick)
-        out.write_text(json.dumps(run, indent=1) + "\n")  # after each work: the next may take an hour
+        out.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")  # after each work: the next may take an hour
     log(str(out))
     sections = {section_name(name, arguments): markdown(name, result, run) for name, result in run["works"].items()}
     print("\n\n".join(sections.values()))

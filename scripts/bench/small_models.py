@@ -49,7 +49,7 @@ def run_grid(text: Path, out: Path) -> None:
             "--matrix_learning_rate", "1e-2", "--validation_share", "0.05", "--eval_strategy", "no",
             "--output_dir", str(run),
         ])  # fmt: skip
-        store = json.loads(next(Path(f"{folder}-store").glob("*/manifest.json")).read_text())
+        store = json.loads(next(Path(f"{folder}-store").glob("*/manifest.json")).read_text(encoding="utf-8"))
         record = {
             "run": [vocabulary, size, tokens],
             "bits_per_byte": metrics["eval_bits_per_byte"],

@@ -44,7 +44,7 @@ def make_stores(folder: Path, tokens: int) -> list[Path]:
 
 
 def anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 

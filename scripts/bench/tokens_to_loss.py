@@ -67,8 +67,8 @@ def run(side: str, seed: int, data: str, folder: Path, steps: int, tokenizer: Pa
         check=True,
         stderr=subprocess.DEVNULL,
     )
-    metrics = json.loads((out / "run.json").read_text())["metrics"]
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = json.loads((out / "run.json").read_text(encoding="utf-8"))["metrics"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     curve = [(line["tokens"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     training = metrics["train_seconds"] - sum(line.get("eval_seconds", 0) for line in lines)
     return {
@@ -202,7 +202,9 @@ def main() -> None:
         print(json.dumps(race(arguments.race, data, folder, arguments.times)))
         return
     results = folder / "results.jsonl"
-    records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    records = (
+        [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
+    )
     for seed in arguments.seeds:
         for side in arguments.sides:
             if any(record["side"] == side and record["seed"] == seed for record in records):
@@ -214,7 +216,7 @@ def main() -> None:
             print(
                 f"{side}, seed {seed}: {records[-1]['loss']:.4f} in {time.monotonic() - started:.0f} s", file=sys.stderr
             )
-    print_results([json.loads(line) for line in results.read_text().splitlines()], arguments.steps)
+    print_results([json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()], arguments.steps)
 
 
 if __name__ == "__main__":

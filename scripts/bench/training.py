@@ -320,7 +320,7 @@ def main(argv: list[str]) -> None:
     description, side, folder, result, *levers = argv
     recorder = Recorder(Work.read(description), Path(folder))
     record = run_without(LEVERS["rows"][levers[0]], run_rorchat, recorder) if levers else SIDES[side](recorder)
-    Path(result).write_text(json.dumps(record))
+    Path(result).write_text(json.dumps(record), encoding="utf-8")
 
 
 if __name__ == "__main__":

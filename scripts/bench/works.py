@@ -74,7 +74,7 @@ class Work:
         A conversation has [context, supervised, context, ...] tokens, a pair [prompt, chosen, rejected]. For another
         `block_size` than that of lengths.json, only the first three parts are kept, scaled in proportion.
         """
-        kept = json.loads(LENGTHS.read_text())
+        kept = json.loads(LENGTHS.read_text(encoding="utf-8"))
         rows, number = kept[self.data], self.rows * self.passes
         rows = [rows[(2 * k + 1) * len(rows) // (2 * number)] for k in range(number)]
         if self.block_size == kept["window"]:

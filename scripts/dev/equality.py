@@ -116,7 +116,8 @@ def run(checkout: Path, command: list[str], folder: Path, stop: bool = False) ->
             time.sleep(0.02)
         code = process.wait()
     if code != (STOPPED_BY_SIGNAL if stop else 0):
-        sys.exit(f"{' '.join(command)}\nin {checkout} exited with {code}; the end of {log}:\n{log.read_text()[-3000:]}")
+        end = log.read_text(encoding="utf-8")[-3000:]
+        sys.exit(f"{' '.join(command)}\nin {checkout} exited with {code}; the end of {log}:\n{end}")
 
 
 def read_lines(path: Path, out: Path) -> Lines:
@@ -147,7 +148,7 @@ def record(checkout: Path, out: Path, stages: list[str]) -> None:
         if (out / stage).exists():
             sys.exit(f"{out / stage} exists: delete it first, or choose another OUT.")
     out.mkdir(parents=True, exist_ok=True)
-    content = json.loads(path.read_text()) if path.is_file() else {"stages": {}}
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"stages": {}}
     content |= {"environment": probe(checkout, out), "checkout": str(checkout)}
     for stage in (name for name in STAGES if name in stages):
         started = time.monotonic()
@@ -155,7 +156,7 @@ def record(checkout: Path, out: Path, stages: list[str]) -> None:
         results = collect_results(out / stage, out)
         seconds = round(time.monotonic() - started, 1)
         content["stages"][stage] = {**results, "seconds": seconds}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         print(f"{stage}: {len(results['metrics'])} lines, {len(results['files'])} files, {seconds} s", flush=True)
     print(path)
 
@@ -192,7 +193,7 @@ def compare(before: Path, after: Path, new_names: dict[str, str], stages: list[s
     Args:
         renamed: New names of metrics, by their names in ``before``.
     """
-    a, b = (json.loads(path.read_text()) for path in (before, after))
+    a, b = (json.loads(path.read_text(encoding="utf-8")) for path in (before, after))
     if a["environment"] != b["environment"]:
         print(f"warning: the environments differ: {a['environment']} -> {b['environment']}")
     equal = True
@@ -212,7 +213,7 @@ def resume(before: Path, after: Path, out: Path, recorded: Path | None) -> bool:
     if recorded is None:
         recorded = out / "whole"
         record(before, recorded, ["tokenizer", "pretrain", "midtrain", "sft", "dpo"])
-    expected = json.loads((recorded / "record.json").read_text())["stages"]
+    expected = json.loads((recorded / "record.json").read_text(encoding="utf-8"))["stages"]
     equal = True
     for stage in RESUMED:
         folder = out / stage

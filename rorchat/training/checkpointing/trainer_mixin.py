@@ -154,7 +154,7 @@ class CheckpointMixin(Trainer):
             "rolled_back": self.rolled_back,
             "trl": {name: vars(self)[name] for name in self.trl_state},
         }
-        (staging / STATE_FILE.format(self.args.process_index)).write_text(json.dumps(state))
+        (staging / STATE_FILE.format(self.args.process_index)).write_text(json.dumps(state), encoding="utf-8")
 
     def _commit(self, staging: Path) -> None:
         checkpoint = self.checkpoints.commit(staging, self._manifest(staging))
@@ -383,7 +383,7 @@ class CheckpointMixin(Trainer):
         path = self._resumed_from / STATE_FILE.format(self.args.process_index) if self._resumed_from else None
         if path is None or not path.is_file():  # only weights, or another number of processes
             return
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
         self._tr_loss.fill_(saved["summed_loss"])
         self._globalstep_last_logged = saved["last_logged"]
         self.metrics.last_mixture = saved["last_mixture"]
