@@ -13,7 +13,14 @@ from rorchat.evaluation.scores import Rate, Scores, write_scores
 from rorchat.jsonl import read_json_lines
 from rorchat.reporting.losses import list_unvalidated
 from rorchat.reporting.runs import find_runs, read_run_record
-from rorchat.reporting.tables import format_samples, format_score_table, format_stage_table, format_table
+from rorchat.reporting.summary import describe_results
+from rorchat.reporting.tables import (
+    format_replies,
+    format_samples,
+    format_score_table,
+    format_stage_table,
+    format_table,
+)
 from rorchat.reporting.write import write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -26,6 +33,7 @@ def write_run(folder: Path, stage: str, logged: list[dict], samples: list[dict] 
         "rorchat": "0.1.0",
         "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
         "device": "cpu",
+        "settings": {},
         "parameters": 924_416,
         "metrics": {
             "eval_loss": 1.23456,
@@ -258,6 +266,75 @@ def test_samples_show_the_first_and_last_reply_to_every_prompt(tmp_path):
         "| --- | --- | --- |",
         "| p | p at 0 | p at 9 |",
         "| q | q at 0 | q at 9 |",
+    ]
+
+
+def test_a_run_that_has_sampled_once_has_one_column_of_samples(tmp_path):
+    run = write_run(tmp_path / "run", "sft", [], [{"step": 0, "prompt": "p", "text": "p at 0"}])
+    assert format_samples([run]).splitlines()[2:] == ["| prompt | after 0 steps |", "| --- | --- |", "| p | p at 0 |"]
+
+
+def test_the_newest_replies_of_the_last_run_come_first(story):
+    lines = write_report(story)[0].read_text().splitlines()
+    start = lines.index("## What it says")
+    assert lines[start + 2 : start + 5] == [
+        "| prompt | b-first |",
+        "| --- | --- |",
+        "| Who are you? | I am RorChat 你好 |",
+    ]
+    assert start < lines.index("## Runs")
+    assert format_replies([story / "a-second"]) == ""
+
+
+def test_the_summary_names_the_model_its_time_and_what_was_planned(tmp_path):
+    runs = tmp_path / "bot" / "runs"
+    metrics = {"eval_bits_per_byte": 1.75, "train_seconds": 30}
+    write_run(runs / "pretrain", "pretrain", [], metrics=metrics, settings={"sources": ["text=a"]})
+    chat = write_run(runs / "sft", "sft", [], metrics={"train_seconds": 60}, settings={"model": "runs/pretrain"})
+    (tmp_path / "bot" / "plan.json").write_text('{"predicted_bits_per_byte": 1.5}')
+    first, second = describe_results(runs, find_runs(runs))
+    assert first == (
+        "A chat model with 924,416 parameters, trained from random weights in 1.5 min on cpu (pretrain, sft)."
+    )
+    assert second.startswith("After pretrain it predicts held-out text with 1.75 bits per byte; 1.50 were planned. ")
+    assert second.endswith("a compressor that uses the model would need 22% of the text's size.")
+    leave_unfinished(chat)
+    first, _ = describe_results(runs, find_runs(runs))
+    assert first.startswith("A base model, which continues texts, with 924,416 parameters, trained from random weights")
+    assert first.endswith(" in 30 s on cpu (pretrain). Not finished: sft.")
+    assert "1.50 were planned" not in describe_results(runs / "pretrain", [runs / "pretrain"])[1]
+
+
+def test_the_summary_of_an_unfinished_first_stage(tmp_path):
+    run = write_run(tmp_path / "pretrain", "pretrain", [])
+    leave_unfinished(run)
+    assert describe_results(run, [run]) == ["No stage has finished yet. Not finished: pretrain."]
+
+
+@pytest.mark.parametrize(
+    ("stop_rate", "sentence"),
+    [
+        (1.0, "It passes the behaviour gate: among other things, it ends its turns,"),
+        (0.5, "dpo fails the behaviour gate: stop_rate 50.0 % of 10 replies (min 95 %). The table under Behaviour"),
+    ],
+)
+def test_the_summary_has_the_verdict_of_the_gate(stop_rate, sentence, story):
+    measures = {name: Value(stop_rate, 10) for name in MEASURES}
+    write_verdict(Verdict(Behaviour("dpo", 128, 0, measures), {"stop_rate": 0.95}), story / "behaviour.json")
+    assert describe_results(story, find_runs(story))[-1].startswith(sentence)
+
+
+def test_measures_of_one_model_alone_are_not_repeated_in_the_table_of_stages(tmp_path):
+    write_run(tmp_path / "sft", "sft", [])
+    columns = [Scores("sft", str(tmp_path / "sft"), Rate(1, 2), behaviour={"stop_rate": 0.75})]
+    write_scores(columns, tmp_path / "scores.json")
+    assert "| gate: stop rate | 75.0 % |" in format_stage_table(tmp_path)
+    measures = {name: Value(1.0, 10) for name in MEASURES}
+    verdict = Verdict(Behaviour(str(tmp_path / "sft"), 128, 0, measures), {"stop_rate": 0.9})
+    write_verdict(verdict, tmp_path / "behaviour.json")
+    assert format_stage_table(tmp_path).splitlines()[2:] == [
+        "| held-out questions | 50.0 % (1/2) |",
+        "| gate | pass |",
     ]
 
 

@@ -166,13 +166,15 @@ def report(
     from rorchat.evaluation.scores import read_scores
     from rorchat.project_folder import locate_runs
     from rorchat.reporting.runs import find_runs
+    from rorchat.reporting.summary import describe_results
     from rorchat.reporting.tables import build_stage_table
     from rorchat.reporting.write import write_report
     from rorchat.training.next_step import build_try_command, describe_next
 
     folder = locate_runs(folder)
     written, curves = write_report(folder)
-    print(f"report in {written}\ncurves in {curves}")
+    runs = find_runs(folder)
+    print(*describe_results(folder, runs), sep="\n")
     header, rows = build_stage_table(folder)
     if rows:
         print()
@@ -182,11 +184,12 @@ def report(
         columns = read_scores(scores)
         for question, answer in columns[-1].examples:
             print(f"\n  user: {question}\n  {columns[-1].name}: {answer}")
+    print(f"\nreport in {written}\ncurves in {curves}")
     commands = [f"open {written}"]
-    finished = [run for run in find_runs(folder) if (run / "model" / "config.json").is_file()]
+    finished = [run for run in runs if (run / "model" / "config.json").is_file()]
     if finished:
         place = folder if (folder / "model" / "config.json").is_file() else finished[-1]
-        print(f"\nmodel in {place / 'model'}")
+        print(f"model in {place / 'model'}")
         commands.append(build_try_command(finished[-1], place))
     print(describe_next(commands))
 

@@ -12,7 +12,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from rorchat.chatml import END_OF_TEXT, PAD, encode_prompt, encode_text, token_id
-from rorchat.errors import DataError, UsageError
+from rorchat.errors import DataError, UsageError, did_you_mean
 from rorchat.model import check_fit, load_checkpoint
 from rorchat.project_folder import find_last_run, is_project
 from rorchat.tokenizer import load_tokenizer
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 Messages = Sequence[dict[str, str]]
+#: The models of the Hub that rorchat can start from and whose names have no owner. Asking the Hub for any other name of
+#: this form, most often a misspelt one, would take a minute without a network.
+MODELS_WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 DEFAULT_REPLY_DIVISOR = 4  # by default, a reply may use a quarter of the context window
 
 
@@ -113,12 +116,18 @@ def resolve_model_path(path: str) -> str:
     """As `locate_model`, for a model that must be there; of a project, that of its last finished stage.
 
     Raises:
-        DataError: a local path does not exist, or is a run or a project that has no model yet.
+        DataError: a local path does not exist, or is a run or a project that has no model yet; or the name can be that
+            of neither a folder nor a model of the Hub.
     """
     # "runs/nope" could be a Hub id, unless there is a folder "runs"
     is_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
     if is_local and not Path(path).is_dir():
         raise DataError(f"No model folder {path}.")
+    if "/" not in path and not Path(path).exists() and path not in MODELS_WITHOUT_OWNER:
+        raise DataError(
+            f"No model folder {path}.{did_you_mean(path, MODELS_WITHOUT_OWNER)} Models of the Hub have names of the "
+            "form OWNER/NAME."
+        )
     if is_project(Path(path)):
         last = find_last_run(Path(path))
         if last is None:

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
+from rorchat.evaluation.behaviour import MEASURES
 from rorchat.evaluation.gate import read_verdict
 from rorchat.evaluation.scores import BASE_LOSS_ROWS, Scores, gate_row, read_scores
 from rorchat.jsonl import read_json_lines
@@ -61,7 +62,15 @@ def build_stage_table(folder: Path) -> Table:
         cells = (column.rows() if column else {}) | behaviour.get(run, {}) | losses.get(run, {})
         if cells:
             columns.append((column.name if column else name, cells))
-    return _join_columns(columns)
+    return _join_columns(_leave_out_single_gate_rows(columns) if behaviour else columns)
+
+
+def _leave_out_single_gate_rows(columns: list[tuple[str, dict[str, str]]]) -> list[tuple[str, dict[str, str]]]:
+    """Without the gate's measures if they are of one model only: the report's section on behaviour shows those."""
+    rows = {gate_row(measure) for measure in MEASURES}
+    if sum(not rows.isdisjoint(cells) for _, cells in columns) > 1:
+        return columns
+    return [(title, {name: cell for name, cell in cells.items() if name not in rows}) for title, cells in columns]
 
 
 def _find_run_folder(model: str, runs: Collection[Path]) -> Path:
@@ -198,16 +207,39 @@ def format_data_table(runs: list[Path], public: bool = False) -> str:
 
 
 def format_samples(runs: list[Path]) -> str:
-    """The first and last sample of every prompt, one table per run."""
+    """The first and last sample of every prompt, one table per run. A run that has sampled once has one column."""
     parts = []
     for run in runs:
-        texts: dict[str, list[str]] = {}
-        for sample in read_json_lines(run / "samples.jsonl"):
-            texts.setdefault(sample["prompt"], []).append(sample["text"])
-        if texts:
-            rows = [[prompt, samples[0], samples[-1]] for prompt, samples in texts.items()]
-            parts.append(f"### {run.name}\n\n" + format_table(["prompt", "before", "after"], rows))
+        texts = _read_samples(run)
+        if not texts:
+            continue
+        header, shown = ["prompt", "before", "after"], (0, -1)
+        if all(len(samples) == 1 for samples in texts.values()):
+            header, shown = ["prompt", f"after {_first_step(run):,} steps"], (0,)
+        rows = [[prompt, *(samples[position] for position in shown)] for prompt, samples in texts.items()]
+        parts.append(f"### {run.name}\n\n" + format_table(header, rows))
     return "\n\n".join(parts) or "No samples were generated."
+
+
+def format_replies(runs: list[Path]) -> str:
+    """The newest samples of the last run that has any, as a table; "" if there are none."""
+    for run in reversed(runs):
+        if texts := _read_samples(run):
+            rows = [[prompt, samples[-1]] for prompt, samples in texts.items()]
+            return format_table(["prompt", run.name], rows)
+    return ""
+
+
+def _read_samples(run: Path) -> dict[str, list[str]]:
+    """{prompt: its samples in the order in which they were generated}."""
+    texts: dict[str, list[str]] = {}
+    for sample in read_json_lines(run / "samples.jsonl"):
+        texts.setdefault(sample["prompt"], []).append(sample["text"])
+    return texts
+
+
+def _first_step(run: Path) -> int:
+    return read_json_lines(run / "samples.jsonl")[0].get("step", 0)
 
 
 def format_behaviour(path: Path) -> str:

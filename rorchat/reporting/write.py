@@ -6,11 +6,13 @@ from rorchat.evaluation.scores import read_scores
 from rorchat.project_folder import RUNS
 from rorchat.reporting.curves import draw_curves
 from rorchat.reporting.runs import find_runs, read_run_record
+from rorchat.reporting.summary import describe_results
 from rorchat.reporting.tables import (
     format_behaviour,
     format_data_table,
     format_forgetting_table,
     format_loss_table,
+    format_replies,
     format_run_table,
     format_samples,
     format_stage_table,
@@ -35,15 +37,21 @@ def write_report(folder: Path) -> tuple[Path, Path]:
     curves, report = folder / "curves.png", folder / "report.md"
     draw_curves(runs, curves)
     title = folder.absolute().parent.name if folder.name == RUNS else folder.name
-    parts = [f"# {title}", format_run_table(runs), "![curves](curves.png)"]
+    parts = [f"# {title}", *describe_results(folder, runs)]
+    if replies := format_replies(runs):
+        parts += ["## What it says", replies]
+    parts += ["## Runs", format_run_table(runs), "![curves](curves.png)"]
     if stages := format_stage_table(folder):
         parts += ["## Stages", stages]
     if (folder / "scores.json").is_file():
         last = read_scores(folder / "scores.json")[-1]
-        parts.append("Replies are greedy. A reply is correct if it contains the answer and none of the alternatives.")
         if last.examples:
             table = format_table(["user", "model"], [list(example) for example in last.examples])
-            parts += [f"### Exchanges with {last.name}", table]
+            parts += [
+                f"### Exchanges with {last.name}",
+                "Replies are greedy. A reply is correct if it contains the answer and none of the alternatives.",
+                table,
+            ]
     if (folder / "behaviour.json").is_file():
         parts += ["## Behaviour", format_behaviour(folder / "behaviour.json")]
     if losses := format_loss_table(runs):

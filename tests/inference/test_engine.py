@@ -234,6 +234,15 @@ def test_an_exception_while_streaming_reaches_the_caller(after, changeable):
     assert len(calls) == after + 1
 
 
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused_without_asking_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"No model folder gtp2\. Did you mean 'gpt2'\? Models of the Hub"):
+        resolve_model_path("gtp2")
+    with pytest.raises(DataError, match=r"No model folder helpr\. Models of the Hub have names of the form OWNER/NAME"):
+        resolve_model_path("helpr")
+    assert resolve_model_path("owner/helpr") == "owner/helpr"
+
+
 def test_a_model_is_loaded_from_its_folder_and_from_its_run(lively, tmp_path):
     save_model(lively.model, lively.tokenizer, tmp_path / "run" / "model")
     assert resolve_model_path(str(tmp_path / "run")) == str(tmp_path / "run" / "model")
