@@ -3,8 +3,9 @@
     python scripts/bench/neighbours.py PROJECT OUT
 
 Every neighbour is pretrained on the project's documents for as long as the project's own model was: its tokens are the
-project's times the ratio of the speeds, which are measured one after the other. The table has the bits per byte of the
-same held-out documents, and `gzip -9` of all documents for comparison. Needs a quiet machine.
+project's times the ratio of the speeds. The speeds are measured first and kept in OUT/speeds.json: this needs a quiet
+machine, the training that follows does not. The table has the bits per byte of the same held-out documents, and
+`gzip -9` of all documents for comparison.
 """
 
 import argparse
@@ -63,8 +64,16 @@ class Neighbours:
     def _rorchat(self, *words: str) -> None:
         subprocess.run([sys.executable, "-m", "rorchat.cli", *words], cwd=self.project, check=True)
 
-    def measure(self, shape: Shape, vocabulary: int) -> float:
-        return measure_seconds_per_token(detect_device(), shape, vocabulary, self.settings["block_size"])
+    def measure_speeds(self) -> list[float]:
+        """Tokens per second of the plan's model and of each neighbour; not measured again."""
+        path = self.out / "speeds.json"
+        if not path.is_file():
+            models = [(self.shape, self.vocabulary), *self.list_neighbours()]
+            length = self.settings["block_size"]
+            speeds = [1 / measure_seconds_per_token(detect_device(), *model, length) for model in models]
+            self.out.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(speeds), encoding="utf-8")
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def documents(self) -> bytes:
         texts = (row_text(row) for spec in self.settings["sources"] for row in load_rows(spec, "document"))
@@ -79,14 +88,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("project", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--only_speeds", action="store_true", help="measure the speeds and end")
     arguments = parser.parse_args()
     neighbours = Neighbours(arguments.project, arguments.out)
     own = read_record(neighbours.project / "runs" / "pretrain")
     rows = [_row("plan", neighbours.shape, neighbours.vocabulary, own)]
-    for shape, vocabulary in neighbours.list_neighbours():
-        ratio = neighbours.measure(neighbours.shape, neighbours.vocabulary) / neighbours.measure(shape, vocabulary)
-        record = neighbours.train(shape, vocabulary, int(neighbours.settings["train_tokens"] * ratio))
-        rows.append(_row("", shape, vocabulary, record))
+    plan_speed, *speeds = neighbours.measure_speeds()
+    if arguments.only_speeds:
+        return
+    for (shape, vocabulary), speed in zip(neighbours.list_neighbours(), speeds, strict=True):
+        tokens = int(neighbours.settings["train_tokens"] * speed / plan_speed)
+        rows.append(_row("", shape, vocabulary, neighbours.train(shape, vocabulary, tokens)))
     text = neighbours.documents()
     rows.append(["gzip -9", "", "", "", "", f"{8 * len(gzip.compress(text, 9)) / len(text):.3f}"])
     print_table(["", "size", "vocabulary", "tokens", "seconds", "bits per byte"], rows)
