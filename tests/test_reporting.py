@@ -289,7 +289,7 @@ def test_the_newest_replies_of_the_last_run_come_first(story):
 def test_the_summary_names_the_model_its_time_and_what_was_planned(tmp_path):
     runs = tmp_path / "bot" / "runs"
     metrics = {"eval_bits_per_byte": 1.75, "train_seconds": 30}
-    write_run(runs / "pretrain", "pretrain", [], metrics=metrics, settings={"sources": ["text=a"]})
+    write_run(runs / "pretrain", "pretrain", [], metrics=metrics, settings={"sources": ["text=a"]}, inputs={})
     chat = write_run(runs / "sft", "sft", [], metrics={"train_seconds": 60}, settings={"model": "runs/pretrain"})
     (tmp_path / "bot" / "plan.json").write_text('{"predicted_bits_per_byte": 1.5}')
     first, second = describe_results(runs, find_runs(runs))
