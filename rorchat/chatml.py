@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rorchat.errors import DataError, MismatchError
-from rorchat.rows import ROLES, RejectedRow
+from rorchat.rows import ROLES, RejectedRow, is_trained
 from rorchat.rows import check_messages as check_turns
 
 END_OF_TEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
@@ -78,12 +78,14 @@ def chat_template(control_strings: Sequence[str], system_message: str) -> str:
 class EncodedConversation:
     """`input_ids` (T,) and `labels` (T,), which are -100 except in replies, including their `<|im_end|>`.
 
-    `dropped_turns` is the number of messages removed from the end because they did not fit.
+    `dropped_turns` is the number of messages removed from the end because they did not fit. `untrained` has the start
+    and the end, in `input_ids`, of every message that is marked with `"train": False`.
     """
 
     input_ids: list[int]
     labels: list[int]
     dropped_turns: int = 0
+    untrained: tuple[tuple[int, int], ...] = ()
 
     def cuts(self) -> list[str]:
         """What was left out; see `RowStats.count_cut`."""
@@ -160,6 +162,11 @@ class _Turn:
     role: str
     ids: list[int]  # of "<|im_start|>role\ncontent<|im_end|>\n"
     n_header: int  # number of ids before the content
+    is_trained: bool = True
+
+    @property
+    def is_target(self) -> bool:
+        return self.is_trained and self.role == "assistant"
 
 
 def _encode_turns(
@@ -184,11 +191,12 @@ def _encode_turns(
     n_header = {role: 1 + len(ids) for role, ids in zip(ROLES, headers, strict=True)}
     encoded = iter(encode(texts) if encode else encode_text(tokenizer, texts))
 
-    def turn(role: str) -> _Turn:
-        ids = next(encoded)
-        return _Turn(role, [start, *(assistant if role == "assistant" else ()), *ids, end, *newline], n_header[role])
+    def turn(message: dict) -> _Turn:
+        role, ids = message["role"], next(encoded)
+        ids = [start, *(assistant if role == "assistant" else ()), *ids, end, *newline]
+        return _Turn(role, ids, n_header[role], is_trained(message))
 
-    return [[turn(message["role"]) for message in messages] for messages in complete]
+    return [[turn(message) for message in messages] for messages in complete]
 
 
 def encode_conversations(
@@ -203,7 +211,7 @@ def encode_conversations(
         encode: a faster equivalent of `encode_text`, such as `rorchat.tokens.encode.Encoder.encode_texts`.
 
     Returns:
-        One entry per conversation; None if not even the first exchange fits into `max_length`.
+        One entry per conversation; None if no reply that is learned fits into `max_length`.
     """
     newline = len(encode_text(tokenizer, ["\n"])[0])
     encoded: list[EncodedConversation | None] = []
@@ -214,19 +222,31 @@ def encode_conversations(
             or (max_length is not None and sum(len(turn.ids) for turn in turns[:kept]) > max_length)
         ):
             kept -= 1
-        if not kept:
-            encoded.append(None)
-            continue
-        input_ids, labels = [], []
-        for turn in turns[:kept]:
-            input_ids += turn.ids
-            if turn.role == "assistant":
-                reply = turn.ids[turn.n_header : len(turn.ids) - newline]  # including <|im_end|>
-                labels += [IGNORE_INDEX] * turn.n_header + reply + [IGNORE_INDEX] * newline
-            else:
-                labels += [IGNORE_INDEX] * len(turn.ids)
-        encoded.append(EncodedConversation(input_ids, labels, dropped_turns=len(turns) - kept))
+        has_target = any(turn.is_target for turn in turns[:kept])
+        encoded.append(_join_turns(turns[:kept], newline, len(turns) - kept) if has_target else None)
     return encoded
+
+
+def _join_turns(turns: list[_Turn], newline: int, dropped_turns: int) -> EncodedConversation:
+    """One conversation.
+
+    Args:
+        newline: number of tokens after the `<|im_end|>` of a turn.
+        dropped_turns: number of turns that were removed after these.
+    """
+    input_ids: list[int] = []
+    labels: list[int] = []
+    untrained = []
+    for turn in turns:
+        if turn.is_target:
+            reply = turn.ids[turn.n_header : len(turn.ids) - newline]  # including <|im_end|>
+            labels += [IGNORE_INDEX] * turn.n_header + reply + [IGNORE_INDEX] * newline
+        else:
+            labels += [IGNORE_INDEX] * len(turn.ids)
+        if not turn.is_trained:
+            untrained.append((len(input_ids), len(input_ids) + len(turn.ids)))
+        input_ids += turn.ids
+    return EncodedConversation(input_ids, labels, dropped_turns, tuple(untrained))
 
 
 def encode_conversation(tokenizer, messages: Sequence[dict], max_length: int | None = None) -> EncodedConversation:
@@ -234,17 +254,18 @@ def encode_conversation(tokenizer, messages: Sequence[dict], max_length: int | N
 
     Args:
         tokenizer: from `rorchat.load_tokenizer`, so that it has the control tokens and the ChatML template.
-        messages: `[{"role": "system"|"user"|"assistant", "content": str}, ...]`, alternating user and assistant.
+        messages: `[{"role": "system"|"user"|"assistant", "content": str}, ...]`, alternating user and assistant. A
+            reply with `"train": False` has no labels.
         max_length: maximum number of tokens. Whole turns are removed from the end; the last one kept is a reply.
 
     Raises:
-        DataError: the roles do not alternate, there is no reply, or the first exchange is longer than `max_length`.
+        DataError: the roles do not alternate, no reply is learned, or the first exchange is longer than `max_length`.
     """
     check_messages(messages)
     (encoded,) = encode_conversations(tokenizer, [messages], max_length)
     if encoded is None:
-        if not any(message["role"] == "assistant" for message in messages):
-            raise DataError("The conversation has no assistant message.")
+        if not any(message["role"] == "assistant" and is_trained(message) for message in messages):
+            raise DataError("The conversation has no assistant message that is learned.")
         raise DataError(f"The first exchange of the conversation does not fit into {max_length} tokens.")
     return encoded
 

@@ -1,7 +1,8 @@
 """The kinds of rows that later stages use, and the checks that every row must pass.
 
 document      {"text": str}
-conversation  {"messages": [{"role": "system"|"user"|"assistant", "content": str}, ...]}
+conversation  {"messages": [{"role": "system"|"user"|"assistant", "content": str}, ...]}; a message with
+              `"train": False` is read by the model, but not learned
 preference    {"prompt": [messages], "chosen": [message], "rejected": [message]}
 question      {"messages": [messages], "answer": str, "alternatives": [str], "topic": str}. A reply that contains one of
               the alternatives is wrong. The topic decides how replies are scored (rorchat/training/rewards.py).
@@ -55,7 +56,7 @@ class ConvertedRow:
     Attributes:
         rule: where its turns or columns were found, and who is the user; empty for the usual form.
         repairs: what was corrected or left out.
-        is_by_order: whether only the order of its texts says who is the user.
+        is_by_order: whether only the order of its texts says who is the user, or a source of its own reads it as well.
     """
 
     row: Any
@@ -81,8 +82,15 @@ def get_text(row: object, key: str) -> str:
     return row[key]
 
 
-def message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
+def message(role: str, content: str, *, train: bool = True) -> dict[str, Any]:
+    """A message. Only one that is not learned has the key `train`."""
+    turn = {"role": role, "content": content}
+    return turn if train else {**turn, "train": False}
+
+
+def is_trained(turn: dict) -> bool:
+    """Whether a message is learned."""
+    return turn.get("train", True)
 
 
 def exchange(question: str, answer: str) -> dict:
@@ -111,28 +119,7 @@ def get_instruction(row: dict) -> str:
     return f"{instruction}\n\n{context}" if context else instruction
 
 
-def normalize_messages(turns: object) -> list[dict[str, str]]:
-    """Converts turns in the form `[{"role", "content"}]` or ShareGPT's `[{"from", "value"}]` to messages.
-
-    Raises:
-        RejectedRow: a turn has neither form or an unknown role.
-    """
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise RejectedRow("wrong type", f"messages are of type {type(turns).__name__}, expected a list")
-    messages = []
-    for number, turn in enumerate(turns):
-        try:
-            role = get_text(turn, "role" if isinstance(turn, dict) and "role" in turn else "from")
-            content = get_text(turn, "content" if "content" in turn else "value")
-        except RejectedRow as rejected_row:
-            raise RejectedRow(rejected_row.reason, f"message {number}: {rejected_row.detail}") from None
-        if role.lower() not in ROLE_NAMES:
-            raise _unknown_role(number, role, ROLE_NAMES)
-        messages.append(message(ROLE_NAMES[role.lower()], content))
-    return messages
-
-
-def _unknown_role(number: int, role: object, known: Sequence[str] | dict[str, str]) -> RejectedRow:
+def unknown_role(number: int, role: object, known: Sequence[str] | dict[str, str]) -> RejectedRow:
     return RejectedRow("unknown role", f"message {number} has the role {role!r}; allowed are {', '.join(known)}")
 
 
@@ -188,7 +175,7 @@ def check_messages(messages: Sequence[dict]) -> None:
     for number, turn in enumerate(messages):
         role, content = turn.get("role"), turn.get("content")
         if role not in ROLES:
-            raise _unknown_role(number, role, ROLES)
+            raise unknown_role(number, role, ROLES)
         if not isinstance(content, str):
             raise RejectedRow("wrong type", f"message {number} ({role}) has content of type {type(content).__name__}")
         _encode(content, f"message {number}")
@@ -204,7 +191,12 @@ def _check_document(row: dict) -> None:
 
 
 def _check_conversation(row: dict) -> None:
-    messages = row["messages"]
+    _check_turns(row["messages"])
+    if not any(turn["role"] == "assistant" and is_trained(turn) for turn in row["messages"]):
+        raise RejectedRow("no reply is learned", "the marks on the turns leave out all of them")
+
+
+def _check_turns(messages: Sequence[dict]) -> None:
     check_messages(messages)
     if not any(turn["role"] == "assistant" for turn in messages):
         raise RejectedRow("no assistant turn")
@@ -218,7 +210,9 @@ def _check_preference(row: dict) -> None:
     prompt = row["prompt"]
     for side in ("chosen", "rejected"):
         try:
-            _check_conversation({"messages": [*prompt, *row[side]]})
+            _check_turns([*prompt, *row[side]])
+            if not all(map(is_trained, row[side])):
+                raise RejectedRow("no reply is learned", "the marks on the turns leave it out")
         except RejectedRow as rejected_row:
             detail = f"{side}: {rejected_row.detail}" if rejected_row.detail else side
             raise RejectedRow(rejected_row.reason, detail) from None
@@ -229,7 +223,7 @@ def _check_preference(row: dict) -> None:
 
 
 def _check_question(row: dict) -> None:
-    _check_conversation({"messages": [*row["messages"], message("assistant", row["answer"])]})
+    _check_turns([*row["messages"], message("assistant", row["answer"])])
 
 
 #: For each kind of row, the function that raises RejectedRow if a row cannot be used.

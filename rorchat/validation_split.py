@@ -22,8 +22,8 @@ def text_digest(text: str) -> bytes:
 def exact_digest(row: dict, digest: bytes) -> bytes:
     """Returns a 16-byte hash of a row, used to find exact duplicates.
 
-    Unlike `text_digest`, it depends on case and white space (which matter in source code), on roles, and on message
-    boundaries. White space at the start and end of a document is ignored.
+    Unlike `text_digest`, it depends on case and white space (which matter in source code), on roles, on message
+    boundaries, and on which messages are learned. White space at the start and end of a document is ignored.
 
     The hash consists of the first 12 bytes of `digest` and a 4-byte CRC of the exact text. For two different texts with
     the same `text_digest`, the CRCs are equal by chance once in four billion.
@@ -36,11 +36,16 @@ def exact_digest(row: dict, digest: bytes) -> bytes:
         if text[:1].isspace() or text[-1:].isspace():
             text = text.strip()
     else:
-        text = "\0".join(f"{key}\0{turn['role']}\0{turn['content']}" for key, part in row.items() for turn in part)
+        text = "\0".join(_describe_turn(key, turn) for key, part in row.items() for turn in part)
     crc = 0
     for chunk in _chunks(text):
         crc = zlib.crc32(chunk.encode(errors="surrogatepass"), crc)
     return digest[:12] + crc.to_bytes(4)
+
+
+def _describe_turn(key: str, turn: dict) -> str:
+    mark = "" if turn.get("train", True) else "\0not learned"
+    return f"{key}\0{turn['role']}{mark}\0{turn['content']}"
 
 
 def _chunks(text: str) -> Iterator[str]:

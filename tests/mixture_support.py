@@ -42,6 +42,12 @@ class CountingStore:
         assert 0 <= start < stop <= self._tokens[split]
         return np.arange(self.first + start, self.first + stop)
 
+    def labels(self, split: str, start: int, ids: np.ndarray) -> np.ndarray:
+        return ids
+
+    def has_untrained(self, split: str) -> bool:
+        return False
+
 
 def config_of(*phases: Phase, sources: int = 3, **options) -> MixtureConfig:
     """Sources s0, s1, ...; an option `s1={...}` sets fields of s1."""

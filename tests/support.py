@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rorchat.mixture.plan import Plan
+from rorchat.rows import CHECKS, ConvertedRow
 from rorchat.sources.registry import SourceRows, find_source, list_sources, load_rows
 from rorchat.tokens.store import TokenStore
 
@@ -90,6 +91,15 @@ def write(folder: Path, name: str, content: str | bytes | list) -> Path:
     content = as_jsonl(content) if isinstance(content, list) else content
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+def convert_row(name: str, raw: object) -> dict:
+    """A raw row of a source, converted to a valid row of its first kind, repaired or not."""
+    source = find_source(name)
+    row = source.convert(raw)
+    row = row.row if isinstance(row, ConvertedRow) else row
+    CHECKS[source.kinds[0]](row)
+    return row
 
 
 def read_source(spec: str, kind: str = "", allow_empty: bool = False) -> tuple[list[dict], SourceRows]:

@@ -192,6 +192,7 @@ def test_the_template_adds_one_space_to_control_strings_only(tokenizer):
         ([{"role": "user", "content": None}], "NoneType"),
         ([{"role": "user"}], "NoneType"),
         ([{"role": "user", "content": "x"}], "no assistant message"),
+        ([DIALOGUE[0], {**DIALOGUE[1], "train": False}], "no assistant message that is learned"),
     ],
 )
 def test_a_malformed_conversation_raises_an_error_with_the_reason(tokenizer, messages, error):
@@ -211,6 +212,24 @@ def test_an_overlong_conversation_loses_its_last_turns(tokenizer):
     assert part.input_ids == encode_conversation(tokenizer, DIALOGUE[:2]).input_ids
     with pytest.raises(DataError, match="does not fit into 10 tokens"):
         encode_conversation(tokenizer, DIALOGUE, max_length=10)
+
+
+def test_a_reply_that_is_not_learned_has_no_labels_and_the_same_ids(tokenizer):
+    whole = encode_conversation(tokenizer, DIALOGUE)
+    marked = encode_conversation(tokenizer, [DIALOGUE[0], {**DIALOGUE[1], "train": False}, *DIALOGUE[2:]])
+    assert marked.input_ids == whole.input_ids
+    ((start, end),) = marked.untrained
+    assert (
+        tokenizer.decode(marked.input_ids[start:end]) == f"<|im_start|>assistant\n{DIALOGUE[1]['content']}<|im_end|>\n"
+    )
+    assert marked.labels[:end] == [-100] * end and marked.labels[end:] == whole.labels[end:] != [-100] * end
+    assert whole.untrained == ()
+
+
+def test_turns_that_teach_nothing_do_not_fill_the_context(tokenizer):
+    marked = [DIALOGUE[0], {**DIALOGUE[1], "train": False}, *DIALOGUE[2:]]
+    length = len(encode_conversation(tokenizer, marked).input_ids)
+    assert encode_conversations(tokenizer, [marked], max_length=length - 1) == [None]
 
 
 def test_the_context_keeps_the_system_message_and_newest_turns(tokenizer):

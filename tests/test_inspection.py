@@ -318,6 +318,18 @@ def test_every_token_of_a_document_is_trained(tokenizer, tmp_path):
     assert "".join(token.text for token in tokens) == END_OF_TEXT + text
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss_mask": 0}], ids=str)
+def test_a_reply_that_is_not_learned_is_shown_without_labels(mark, tokenizer, tmp_path):
+    question, reply = chat_row("Hello", "Hi!")["messages"]
+    path = write(
+        tmp_path, "rows.jsonl", [{"messages": [question, {**reply, **mark}, *chat_row("And?", "So.")["messages"]]}]
+    )
+    _, sequences = show_row(f"messages={path}", 0, tokenizer)
+    tokens = sequences["conversation"]
+    assert "".join(token.text for token in tokens if token.trained) == "So.<|im_end|>"
+    assert "Hi!" in "".join(token.text for token in tokens)
+
+
 def test_both_sides_of_a_preference_are_shown(tokenizer, tmp_path):
     row = {"prompt": "What is red?", "chosen": "A colour.", "rejected": "No."}
     path = write(tmp_path, "rows.jsonl", [row])

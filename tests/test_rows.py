@@ -6,10 +6,9 @@ from rorchat.rows import (
     CHECKS,
     MAX_DETAIL_CHARACTERS,
     RejectedRow,
-    alternate_turns,
     decode_byte_literal,
     exchange,
-    normalize_messages,
+    message,
     row_text,
 )
 
@@ -52,9 +51,14 @@ def test_preferences_need_one_reply_per_side_after_a_user_message():
     assert reason_of("preference", {**row, "prompt": [], "chosen": turns, "rejected": turns}) == "wrong order"
 
 
-def test_roles_of_published_datasets_are_normalized():
-    turns = [{"from": "human", "value": "a"}, {"role": "GPT", "content": "b"}]
-    assert normalize_messages(turns) == alternate_turns(["a", "b"]) == exchange("a", "b")["messages"]
+def test_a_conversation_needs_a_reply_that_is_learned():
+    question, reply = exchange("a", "b")["messages"]
+    unlearned = message("assistant", "b", train=False)
+    assert unlearned == {**reply, "train": False}
+    CHECKS["conversation"]({"messages": [question, unlearned, question, reply]})
+    assert reason_of("conversation", {"messages": [question, unlearned]}) == "no reply is learned"
+    pair = {"prompt": [question], "chosen": [reply], "rejected": [message("assistant", "c", train=False)]}
+    assert reason_of("preference", pair) == "no reply is learned"
 
 
 @pytest.mark.parametrize(

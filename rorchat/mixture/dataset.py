@@ -15,7 +15,9 @@ from rorchat.tokens.store import TokenStore
 
 
 class Mixture(Dataset):
-    """Training rows: `mixture[i]` is {"input_ids": (block_size,), "labels": (block_size,)}, both int64 and equal.
+    """Training rows: `mixture[i]` is {"input_ids": (block_size,), "labels": (block_size,)}, both int64.
+
+    The labels are the ids, except in messages of conversations that are not learned, where they are -100.
 
     Args:
         stores: the token stores of the plan's sources, in any order. Stores that only the previous plan needs may
@@ -35,8 +37,11 @@ class Mixture(Dataset):
         source, offset = self.locate(row)
         store = self.stores[source]
         assert store is not None  # only rows of the previous plan need a missing store
-        ids = torch.from_numpy(store.slice("train", offset, offset + self.plan.block_size))
-        return {"input_ids": ids, "labels": ids}
+        return _read_row(store, "train", offset, offset + self.plan.block_size)
+
+    def has_untrained(self) -> bool:
+        """Whether some labels are -100."""
+        return any(store.has_untrained("train") for store in self.stores if store)
 
     def locate(self, row: int) -> tuple[int, int]:
         """(index of the source in the plan, offset in its tokens) of a row."""
@@ -62,5 +67,11 @@ class ValidationRows(Dataset):
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         start = row * (self.block_size - 1)
-        ids = torch.from_numpy(self.store.slice("validation", start, min(start + self.block_size, self.tokens)))
-        return {"input_ids": ids, "labels": ids}
+        return _read_row(self.store, "validation", start, min(start + self.block_size, self.tokens))
+
+
+def _read_row(store: TokenStore, split: str, start: int, stop: int) -> dict[str, torch.Tensor]:
+    ids = store.slice(split, start, stop)
+    labels = store.labels(split, start, ids)
+    input_ids = torch.from_numpy(ids)
+    return {"input_ids": input_ids, "labels": input_ids if labels is ids else torch.from_numpy(labels)}

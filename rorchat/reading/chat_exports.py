@@ -5,8 +5,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rorchat.reading.chat_logs import ExportedChat, LogMessage, place_of, split_log
+from rorchat.reading.messages import join_text
 from rorchat.reading.slices import Row
-from rorchat.reading.turns import JOINED, is_chat, join_text
+from rorchat.reading.turns import JOINED, is_chat
 from rorchat.rows import RejectedRow, message
 
 NOT_SHOWN = "messages of tools and thoughts left out"

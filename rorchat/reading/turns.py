@@ -9,8 +9,9 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
+from rorchat.reading.messages import is_learned, is_tool, read_content
 from rorchat.rows import ROLE_NAMES, ConvertedRow, RejectedRow, alternate_turns, message
 
 #: Names of the column of turns, the usual ones first. They are compared in lower case.
@@ -47,8 +48,6 @@ PAIR_COLUMNS = (
     ("otázka", "odpověď"), ("kérdés", "válasz"), ("soru", "cevap"), ("вопрос", "ответ"), ("питання", "відповідь"),
     ("سؤال", "جواب"), ("प्रश्न", "उत्तर"), ("问题", "回答"), ("问题", "答案"), ("質問", "回答"), ("질문", "답변"),
 )  # fmt: skip
-#: Roles of turns that no person speaks: a conversation with them is not one of two speakers.
-NOT_SPEAKERS = ("tool", "tools", "function", "function_call", "function_response", "observation", "environment")
 #: Names of assistants that are also other words or names: only if they are the whole name of a speaker.
 ASSISTANT_NAMES = {"ai", "bing", "bard", "model"}
 ASSISTANT_WORDS = {name for name, role in ROLE_NAMES.items() if role == "assistant"} - ASSISTANT_NAMES
@@ -58,7 +57,13 @@ JOINED, LEFT_OUT = "turns of one speaker joined", "a first turn of the assistant
 
 _LITERAL = re.compile(r"\[\s*[\[({]?\s*['\"]")  # the start of a list of texts, lists or objects in Python
 
-Turn = tuple[str, str]  # (speaker, text)
+
+class Turn(NamedTuple):
+    """What a speaker says, and whether it is learned if the speaker is the assistant."""
+
+    speaker: str
+    text: str
+    train: bool = True
 
 
 def find_pair(row: Mapping) -> tuple[str, str] | None:
@@ -116,7 +121,7 @@ def read_turns(
     if not isinstance(turns, list) or not turns:
         return None
     if _are_pairs_of_texts(turns) and _begin_with_speakers(turns, assistant_name):
-        spoken = [(speaker.strip(), text) for speaker, text in turns]
+        spoken = [Turn(speaker.strip(), text) for speaker, text in turns]
         return _convert_spoken(spoken, f"{where} (speaker and text)", assistant_name)
     if texts := _texts_in_turn(turns, TEXTS_COLUMNS[0] if is_named else column):
         refuse_name(assistant_name, where)
@@ -127,9 +132,11 @@ def read_turns(
     if pairs := _pairs(turns):
         refuse_name(assistant_name, where)
         question, answer = pairs[0]
-        texts = [turn[key] for turn, keys in zip(turns, pairs, strict=True) for key in keys]
-        rule = f"{where}: {question!r} is the user, {answer!r} the assistant"
-        return ConvertedRow({"messages": alternate_turns(texts)}, rule)
+        messages: list[dict] = []
+        for number, (turn, keys) in enumerate(zip(turns, pairs, strict=True)):
+            reply = message("assistant", turn[keys[1]], train=is_learned(turn, number))
+            messages += [message("user", turn[keys[0]]), reply]
+        return ConvertedRow({"messages": messages}, f"{where}: {question!r} is the user, {answer!r} the assistant")
     return _read_objects(turns, column, where, assistant_name)
 
 
@@ -139,24 +146,24 @@ def _read_objects(turns: list[dict], column: str, where: str, assistant_name: st
     if keys is None:
         return None
     has_roles = all(_role(turn[keys[0]]) for turn in turns)
-    is_usual = keys in USUAL_KEYS and not any(isinstance(turn[keys[1]], list) for turn in turns)
-    is_usual = is_usual and column.lower() in ("", *TURN_COLUMNS[:2]) and (has_roles or keys[0] == "role")
+    is_usual = keys in USUAL_KEYS and column.lower() in ("", *TURN_COLUMNS[:2]) and (has_roles or keys[0] == "role")
     if is_usual and not assistant_name:
         return None
     named = (key for key in SPEAKER_KEYS if any(turn.get(key) == assistant_name for turn in turns))
     key = next(named, keys[0]) if assistant_name else keys[0]
-    spoken = [
-        (_speaker(turn, key if turn.get(key) is not None else keys[0], number), _text(turn, keys[1], number))
-        for number, turn in enumerate(turns)
-    ]
+    spoken = []
+    for number, turn in enumerate(turns):
+        speaker = _speaker(turn, key if turn.get(key) is not None else keys[0], number)
+        learned = is_learned(turn, number)  # before the text, which is often null beside the call of a tool
+        spoken.append(Turn(speaker, read_content(turn, keys[1], number), learned))
     return _convert_spoken(spoken, f"{where} ({key!r} and {keys[1]!r})", assistant_name)
 
 
 def _convert_spoken(turns: Sequence[Turn], where: str, assistant_name: str) -> ConvertedRow:
     """The conversation of turns whose speakers are roles, or two people."""
-    if assistant_name or not all(_role(speaker) for speaker, _ in turns):
+    if assistant_name or not all(_role(turn.speaker) for turn in turns):
         return assign_roles(turns, where, assistant_name=assistant_name)
-    messages = [message(_role(speaker), text) for speaker, text in turns]
+    messages = [message(_role(turn.speaker), turn.text, train=turn.train) for turn in turns]
     return ConvertedRow({"messages": messages}, f"{where}: the roles are those of the turns")
 
 
@@ -181,23 +188,32 @@ def assign_roles(
     """
     if not turns:
         raise RejectedRow("no text", "all messages are without text")
-    names = list(dict.fromkeys(speakers or [speaker for speaker, _ in turns if speaker.lower() != "system"]))
+    names = list(dict.fromkeys(speakers or [turn.speaker for turn in turns if turn.speaker.lower() != "system"]))
     roles, reason = decide_roles(names, assistant_name)
-    joined: list[Turn] = []
-    for speaker, text in turns:
-        if joined and joined[-1][0] == speaker:
-            joined[-1] = (speaker, f"{joined[-1][1]}\n{text}")
-        else:
-            joined.append((speaker, text))
+    joined = _join_turns(turns)
     repairs = [JOINED] if len(joined) < len(turns) else []
-    messages = [message(roles.get(speaker, "system"), text) for speaker, text in joined]
+    messages = [message(roles.get(turn.speaker, "system"), turn.text, train=turn.train) for turn in joined]
     first = next((number for number, turn in enumerate(messages) if turn["role"] != "system"), 0)
     if messages[first]["role"] == "assistant":
         del messages[first]
         repairs.append(LEFT_OUT)
     if not any(turn["role"] == "assistant" for turn in messages):
-        raise RejectedRow("no assistant turn", f"speakers: {', '.join(dict.fromkeys(name for name, _ in turns))}")
+        raise RejectedRow("no assistant turn", f"speakers: {', '.join(dict.fromkeys(turn.speaker for turn in turns))}")
     return ConvertedRow({"messages": messages}, f"{where}; two speakers: {reason}", tuple(repairs))
+
+
+def _join_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns, with consecutive ones of a speaker as one."""
+    joined: list[Turn] = []
+    for turn in turns:
+        before = joined[-1] if joined else None
+        if before is None or before.speaker != turn.speaker:
+            joined.append(turn)
+            continue
+        if before.train != turn.train:
+            raise RejectedRow("marked in part", f"of the turns in succession of {turn.speaker}, some are not learned")
+        joined[-1] = turn._replace(text=f"{before.text}\n{turn.text}")
+    return joined
 
 
 def decide_roles(names: Sequence[str], assistant_name: str = "") -> tuple[dict[str, str], str]:
@@ -207,9 +223,8 @@ def decide_roles(names: Sequence[str], assistant_name: str = "") -> tuple[dict[s
         RejectedRow: there are not two, or none has the name of the assistant.
     """
     listed = ", ".join(names)
-    if any(name.lower() in NOT_SPEAKERS for name in names):
-        unknown = next(name for name in names if name.lower() in NOT_SPEAKERS)
-        raise RejectedRow("unknown role", f"a turn has the role {unknown!r}; allowed are {', '.join(ROLE_NAMES)}")
+    if tool := next(filter(is_tool, names), None):
+        raise RejectedRow("tool call", f"a turn has the role {tool!r}")
     if len(names) > 2:
         raise RejectedRow("more than two speakers", listed)
     if len(names) < 2:
@@ -325,7 +340,8 @@ def _are_pairs_of_texts(turns: Sequence[object]) -> bool:
 def _speakers_begin(turns: Sequence[Any]) -> bool:
     """Whether pairs of texts are [speaker, text]: they begin with roles, or with one of at most two texts."""
     first = {speaker.strip().lower() for speaker, _ in turns}
-    return first <= {*ROLE_NAMES, *NOT_SPEAKERS} or (len(turns) > 2 and len(first) <= 2)
+    are_roles = all(speaker in ROLE_NAMES or is_tool(speaker) for speaker in first)
+    return are_roles or (len(turns) > 2 and len(first) <= 2)
 
 
 def _begin_with_speakers(turns: Sequence[Any], assistant_name: str) -> bool:
@@ -367,31 +383,3 @@ def _speaker(turn: dict, key: str, number: int) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise RejectedRow("wrong type", f"message {number}: {key!r} is {turn[key]!r}, expected a name")
     return str(value).strip()
-
-
-def _text(turn: dict, key: str, number: int) -> str:
-    text = join_text(turn[key])
-    if text is None and isinstance(turn[key], list) and turn[key]:
-        raise RejectedRow("not text", f"message {number}: {key!r} has the part {_name_other_part(turn[key])!r}")
-    if text is None:
-        what = "null" if turn[key] is None else f"of type {type(turn[key]).__name__}, expected a string"
-        reason = "empty text" if turn[key] is None else "wrong type"
-        raise RejectedRow(reason, f"message {number}: {key!r} is {what}")
-    return text
-
-
-def _name_other_part(parts: Sequence[object]) -> str:
-    """The type, or the first key, of the first part that is not a text."""
-    part = next(part for part in parts if join_text([part]) is None)
-    return str(part.get("type") or next(iter(part), "")) if isinstance(part, dict) else type(part).__name__
-
-
-def join_text(value: object) -> str | None:
-    """A text, or the texts of a list of parts such as {"type": "text", "text": ...}; None for anything else."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        return None
-    parts = [part.get("text") if isinstance(part, dict) else part for part in value]
-    texts = [part for part in parts if isinstance(part, str)]
-    return "".join(texts) if len(texts) == len(parts) else None

@@ -1,6 +1,6 @@
 """Shared by all sources: their description and row statistics."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,11 @@ from rorchat.rows import ConvertedRow, RejectedRow
 MAX_PLACES = 3  # recorded per reason of rejection
 SHOWN_RULES = 5
 OWN_FILES = "that of your files"  # the licence of a source that reads the user's own files
+#: What to do about rows that were rejected for a reason.
+REMEDIES = {
+    "marked as bad": "A bad reply is only learned from beside a good one to the same prompt: where you have both, read "
+    "them with the source 'preference' (columns chosen and rejected) for `rorchat dpo`.",
+}
 # The tokens on which training computes the loss, by kind of row
 LOSS_BY_KIND = {
     "document": "every token",
@@ -81,6 +86,7 @@ class RowStats:
     repairs: dict[str, int] = field(default_factory=dict)  # kept rows that were repaired
     rules: dict[str, int] = field(default_factory=dict)  # rows by the rule that found their turns; some are withdrawn
     text_columns: list[str] = field(default_factory=list)  # of the first row that lacks the columns to read
+    unread_columns: dict[str, int] = field(default_factory=dict)  # rows with a long text that is not read, by column
     cut: int = 0  # kept rows of which a part did not fit into the context window
     cuts: dict[str, int] = field(default_factory=dict)  # the same by what was left out; a row may have several
     hub: dict[str, str] = field(default_factory=dict)  # dataset, config, split and revision of rows from the Hub
@@ -104,12 +110,14 @@ class RowStats:
         if len(places) < MAX_PLACES:
             places.append(rejected_row.describe_place(place))
 
-    def count_kept(self, rule: str, *repairs: str) -> None:
-        """Counts how a row was read: the rule that found its turns, if there is one, and what was repaired."""
+    def count_kept(self, rule: str, *repairs: str, unread: Sequence[str] = ()) -> None:
+        """Counts how a row was read: the rule that found its turns, if there is one, what was repaired or not read."""
         if rule:
             self.rules[rule] = self.rules.get(rule, 0) + 1
         for repair in repairs:
             self.repairs[repair] = self.repairs.get(repair, 0) + 1
+        for column in unread:
+            self.unread_columns[column] = self.unread_columns.get(column, 0) + 1
 
     def withdraw(self, place: str, rejected_row: RejectedRow) -> None:
         """Rejects a row that has been counted as kept."""
@@ -126,7 +134,7 @@ class RowStats:
         """Adds the counts of a later part of the same source."""
         self.rows_in, self.kept, self.cut = self.rows_in + other.rows_in, self.kept + other.kept, self.cut + other.cut
         self.text_columns = self.text_columns or other.text_columns
-        for name in ("rejects", "repairs", "rules", "cuts"):
+        for name in ("rejects", "repairs", "rules", "cuts", "unread_columns"):
             counts, other_counts = vars(self)[name], vars(other)[name]
             for reason, count in other_counts.items():
                 counts[reason] = counts.get(reason, 0) + count
@@ -136,7 +144,7 @@ class RowStats:
 
     def summary(self) -> dict[str, object]:
         """Returns the counts, as written to run.json."""
-        names = ("source", "licence", "rows_in", "kept", "rejects", "repairs", "rules", "cut", "cuts")
+        names = ("source", "licence", "rows_in", "kept", "rejects", "repairs", "rules", "unread_columns", "cut", "cuts")
         return {name: vars(self)[name] for name in names} | ({"hub": self.hub} if self.hub else {})
 
     def most_frequent_rejects(self) -> list[tuple[str, int]]:
@@ -153,8 +161,15 @@ class RowStats:
         lines += self.describe_rules()
         lines += [f"  {count:,} of them truncated: {part}" for part, count in self.cuts.items()]
         lines += [f"  {count:,} of them repaired: {repair}" for repair, count in self.repairs.items()]
+        lines += [
+            f"  column {column!r} is not read: {count:,} rows have text there. If the replies depend on it, rename it "
+            "to 'system', or put it into the prompt"
+            for column, count in self.unread_columns.items()
+            if 2 * count > self.kept
+        ]
         for reason, count in self.most_frequent_rejects():
             lines.append(f"  {count:,} rejected: {reason}, first at {'; '.join(self.places[reason])}")
+            lines += [f"    {REMEDIES[reason]}"] if reason in REMEDIES else []
         lines += [f"  {self.held_out}"] if self.held_out else []
         return to_printable("\n".join(lines))
 

@@ -6,14 +6,19 @@ spec (`messages=pairs.csv:user=question:assistant=answer`).
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 from urllib.parse import quote
 
 from rorchat.errors import DataError, UsageError, did_you_mean
 from rorchat.reading.chat_logs import PAUSE_HOURS, ExportedChat
+from rorchat.reading.message_tables import TREES
+from rorchat.reading.messages import is_empty
 from rorchat.reading.turns import (
     HISTORY_COLUMNS,
     TURN_COLUMNS,
+    Turn,
     are_usual,
     assign_roles,
     by_lower_name,
@@ -43,11 +48,16 @@ OPTIONAL_ROLES = {"messages": ("system", ASSISTANT_NAME), "alpaca": ("input",)}
 #: Names of the column of texts, and of that of prompts, the usual ones first.
 TEXT_COLUMNS = ("text", "content", "document", "article")
 PROMPT_COLUMNS = ("prompt", "question", "input", "query")
+#: Names of the columns of the better and the worse reply, the usual ones first: others are of TRL's reward modelling on
+#: Stack Exchange, and of OpenAI.
+PREFERENCE_COLUMNS = (
+    ("chosen", "rejected"), ("response_j", "response_k"), ("preferred_output", "non_preferred_output"),
+)  # fmt: skip
 #: The columns that each source reads, which may have capitals.
 KNOWN_COLUMNS = {
     "text": TEXT_COLUMNS,
     "messages": (),
-    "preference": (*PROMPT_COLUMNS, "chosen", "rejected", "instruction", "conversations"),
+    "preference": (*PROMPT_COLUMNS, *chain.from_iterable(PREFERENCE_COLUMNS), "instruction", "conversations"),
     "alpaca": ("instruction", "input", "output", "instances"),
     "prompt_completion": ("prompt", "completion", "response"),
 }
@@ -178,12 +188,14 @@ def _pick_turns(row: dict | list, columns: Columns) -> ConvertedRow:
 def _pick_exported(row: ExportedChat, assistant_name: str) -> ConvertedRow:
     if not row.speakers:  # the roles are those of the program
         chat = read_turns(row["messages"], "messages", assistant_name) or ConvertedRow(dict(row))
+        if row.program == TREES:  # which `oasst` reads as well
+            chat.rule, chat.is_by_order = f"the best-ranked replies in {TREES}", True
     else:
-        turns = [(turn["speaker"], turn["text"]) for turn in row["messages"]]
+        turns = [Turn(turn["speaker"], turn["text"]) for turn in row["messages"]]
         where = f"chats from {row.program}, a new one after each pause of {PAUSE_HOURS} hours"
         chat = assign_roles(turns, where, speakers=row.speakers, assistant_name=assistant_name)
         chat.rule += f" ({_describe_roles(row.speakers, assistant_name)})"
-    return ConvertedRow(chat.row, chat.rule, (*chat.repairs, *row.repairs))
+    return ConvertedRow(chat.row, chat.rule, (*chat.repairs, *row.repairs), chat.is_by_order)
 
 
 def _describe_roles(speakers: Sequence[str], assistant_name: str) -> str:
@@ -224,7 +236,8 @@ def _pick_pair(row: dict, assistant_name: str) -> ConvertedRow:
         return ConvertedRow(_convert_instruction(row, pair, contexts), rule)
     rule = f"question and answer: {question!r} is the user, {answer!r} the assistant"
     if kind == "prompt" and answer.strip().lower() in ("completion", "response"):
-        return ConvertedRow(prompt_completion.convert({"prompt": row[question], "completion": row[answer]}), rule)
+        chat = prompt_completion.convert({"prompt": row[question], "completion": row[answer]})
+        return replace(chat, rule=rule) if isinstance(chat, ConvertedRow) else ConvertedRow(chat, rule)
     return ConvertedRow(exchange(get_text(row, question), get_text(row, answer)), rule)
 
 
@@ -237,10 +250,18 @@ def _convert_instruction(row: dict, pair: tuple[str, str], contexts: Sequence[st
 
 
 def _pick_preference(row: dict) -> dict:
-    if "instruction" in row or "conversations" in row:
+    better, worse = next((pair for pair in PREFERENCE_COLUMNS if row.keys() >= set(pair)), PREFERENCE_COLUMNS[0])
+    if better != "chosen":
+        row = {**row, "chosen": row[better], "rejected": row[worse]}
+    if isinstance(row.get("input"), dict) and "messages" in row["input"]:  # OpenAI
+        if not is_empty(row["input"].get("tools")):
+            raise RejectedRow("'tools' cannot be used", "the calls of tools cannot be learned")
+        return {**row, "prompt": row["input"]["messages"]}
+    if "conversations" in row:
         return row
-    column = next((column for column in PROMPT_COLUMNS if column in row), "prompt")
-    return row if column == "prompt" else {**row, "prompt": row[column]}
+    is_known = "instruction" in row  # and `input` is what it is about
+    column = next((column for column in PROMPT_COLUMNS if column in row and not (is_known and column == "input")), "")
+    return {**row, "prompt": row[column]} if column else row
 
 
 def require_columns(name: str, columns: Columns, present: Sequence[str], where: str) -> None:
@@ -265,7 +286,7 @@ def require_columns(name: str, columns: Columns, present: Sequence[str], where: 
     elif name == "text":
         found = not names.isdisjoint(TEXT_COLUMNS)
     elif name == "preference":
-        found = names >= {"chosen", "rejected"}
+        found = any(names >= set(pair) for pair in PREFERENCE_COLUMNS)
     else:
         found = any(names >= set(form) for form in ROLES[name]) or not names.isdisjoint(("instances", "response"))
     if not found:

@@ -15,6 +15,7 @@ from rorchat.errors import DataError
 from rorchat.reading.encodings import open_bytes, read_text
 from rorchat.reading.formats import read_rows
 from rorchat.rows import ConvertedRow, RejectedRow, alternate_turns, get_text
+from rorchat.sources.messages import UNANSWERED
 
 KIND = "conversation"
 LICENCE = "unstated (distributed by Cornell for research)"
@@ -87,11 +88,12 @@ def convert(row: dict) -> dict | ConvertedRow:
     turns = []
     for _, group in groupby(repaired, key=lambda line: line[0]):
         turns.append(" ".join(" ".join(re.sub("\xad|</?[a-z]>", "", text).split()) for _, text in group).strip())
-    turns = turns[: len(turns) // 2 * 2]
-    if any("�" in turn for turn in turns):
+    answered = turns[: len(turns) // 2 * 2]
+    if any("�" in turn for turn in answered):
         raise RejectedRow("replacement character", "a byte was lost when the file was converted")
-    conversation = {"messages": alternate_turns(turns)}
-    return conversation if repaired == lines else ConvertedRow(conversation, repairs=("Windows-1252 character",))
+    repairs = ["Windows-1252 character"] * (repaired != lines) + [UNANSWERED] * (len(answered) < len(turns))
+    conversation = {"messages": alternate_turns(answered)}
+    return ConvertedRow(conversation, repairs=tuple(repairs)) if repairs else conversation
 
 
 def _get_lines(row: dict) -> list[tuple[str, str]]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from rorchat.reading.encodings import decode
 from rorchat.reading.formats import read_rows
 from rorchat.reading.text import read_lines
-from rorchat.rows import RejectedRow, alternate_turns
+from rorchat.rows import ConvertedRow, RejectedRow, alternate_turns
+from rorchat.sources.messages import trim
 
 KIND = "conversation"
 LICENCE = "CC BY-NC-SA 4.0 (not for commercial use)"
@@ -50,7 +51,7 @@ def _read_archive(path: Path) -> Iterator[tuple[str, object]]:
         yield str(path), RejectedRow("damaged zip", str(error))
 
 
-def convert(row: str | dict) -> dict:
+def convert(row: str | dict) -> dict | ConvertedRow:
     """A dialogue -> messages, without an unanswered utterance at the end."""
     if isinstance(row, dict):
         utterances = row.get("utterances") or row.get("dialog")
@@ -64,11 +65,7 @@ def convert(row: str | dict) -> dict:
         raise RejectedRow("not a dialogue", f"no {_END_OF_UTTERANCE} in the line")
     if not all(isinstance(utterance, str) for utterance in utterances):
         raise RejectedRow("wrong type", "an utterance is not text")
-    turns = [_join_punctuation(utterance) for utterance in utterances]
-    turns = turns[: len(turns) // 2 * 2]
-    if not turns:
-        raise RejectedRow("no assistant turn")
-    return {"messages": alternate_turns(turns)}
+    return trim(alternate_turns([_join_punctuation(utterance) for utterance in utterances]))
 
 
 def _join_punctuation(utterance: str) -> str:

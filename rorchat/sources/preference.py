@@ -1,10 +1,12 @@
 """Your own preferences: a prompt with a chosen and a rejected reply, in the formats of most datasets.
 
 Strings (`{"prompt", "chosen", "rejected"}`), message lists that share their prompt (UltraFeedback binarized, Tulu 3),
-LLaMA-Factory's `{"conversations", "chosen", "rejected"}`, and Alpaca rows with `chosen` and `rejected`.
+LLaMA-Factory's `{"conversations", "chosen", "rejected"}`, and Alpaca rows with `chosen` and `rejected`. The replies may
+also have the names of TRL's Stack Exchange data (`response_j`, `response_k`) or OpenAI's (`columns.py`).
 """
 
-from rorchat.rows import RejectedRow, get_instruction, get_text, message, normalize_messages
+from rorchat.reading.messages import normalize_messages
+from rorchat.rows import RejectedRow, get_instruction, get_text, message
 from rorchat.sources.base import OWN_FILES
 
 KIND = "preference"
@@ -44,7 +46,7 @@ def convert(row: dict) -> dict:
             "chosen": normalize_messages([chosen]),
             "rejected": normalize_messages([rejected]),
         }
-    if "instruction" in row:
+    if "instruction" in row and "prompt" not in row:
         prompt = [message("user", get_instruction(row))]
     elif isinstance(row.get("prompt"), list):
         prompt = normalize_messages(row["prompt"])
@@ -60,6 +62,8 @@ def convert(row: dict) -> dict:
 def _convert_lists(row: dict, chosen: list[dict], rejected: list[dict]) -> dict:
     if isinstance(row.get("prompt"), list):
         return {"prompt": normalize_messages(row["prompt"]), "chosen": chosen, "rejected": rejected}
+    if isinstance(row.get("prompt"), str) and len(chosen) == len(rejected) == 1:
+        return {"prompt": [message("user", row["prompt"])], "chosen": chosen, "rejected": rejected}
     if chosen[:-1] != rejected[:-1]:
         raise RejectedRow("different prompts", "chosen and rejected differ before their last message")
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}

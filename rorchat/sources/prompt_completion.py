@@ -1,13 +1,15 @@
 """Your own pairs of prompt and completion (or response), as texts or as lists of messages (TRL's format).
 
 From a prompt in the Alpaca template ("### Instruction: ... ### Response:"), as in dolly_hhrlhf, the template is
-removed.
+removed. Replies in a prompt are not learned, as in TRL.
 """
 
 import re
 
-from rorchat.rows import RejectedRow, get_text, message, normalize_messages
+from rorchat.reading.messages import normalize_messages
+from rorchat.rows import ConvertedRow, RejectedRow, get_text, message
 from rorchat.sources.base import OWN_FILES
+from rorchat.sources.messages import trim
 
 KIND = "conversation"
 LICENCE = OWN_FILES
@@ -24,14 +26,19 @@ _TEMPLATE = re.compile(
 )
 
 
-def convert(row: dict) -> dict:
+def convert(row: dict) -> dict | ConvertedRow:
     """{"prompt", "completion"} or {"prompt", "response"} -> messages."""
     if not isinstance(row, dict):
         raise RejectedRow("wrong type", f"a row is a {type(row).__name__}, expected an object with 'prompt'")
     reply = "response" if "completion" not in row and "response" in row else "completion"
     if isinstance(row.get("prompt"), list) and isinstance(row.get(reply), list):
-        return {"messages": [*normalize_messages(row["prompt"]), *normalize_messages(row[reply])]}
+        return trim([*map(_unlearn, normalize_messages(row["prompt"])), *normalize_messages(row[reply])])
     prompt = get_text(row, "prompt")
     if template := _TEMPLATE.fullmatch(prompt):
         prompt = "\n\n".join(part.strip() for part in template.groups() if part)
     return {"messages": [message("user", prompt.strip()), message("assistant", get_text(row, reply).strip())]}
+
+
+def _unlearn(turn: dict) -> dict:
+    """A turn of a prompt: a reply in it is not learned."""
+    return message(turn["role"], turn["content"], train=False) if turn["role"] == "assistant" else turn

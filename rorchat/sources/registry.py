@@ -6,6 +6,7 @@ import json
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rorchat.reading.long_texts import cut_apart
 from rorchat.reading.parts import split_files
 from rorchat.reading.slices import FileSlice
 from rorchat.rows import CHECKS, ConvertedRow, RejectedRow
-from rorchat.sources.base import PlacedRow, RowStats, Source, to_printable
+from rorchat.sources.base import REMEDIES, PlacedRow, RowStats, Source, to_printable
 from rorchat.sources.columns import (
     ROLES,
     Columns,
@@ -28,7 +29,14 @@ from rorchat.sources.columns import (
     suggest_pair,
     text_columns,
 )
-from rorchat.sources.extra_columns import add_extra_turns, find_extra_columns, refuse_marked
+from rorchat.sources.extra_columns import (
+    add_extra_turns,
+    find_extra_columns,
+    list_known_columns,
+    list_unread_columns,
+    refuse_marked,
+    refuse_unusable,
+)
 from rorchat.sources.hub_dataset import HubDataset, HubRows, open_rows, resolve
 from rorchat.sources.local_files import find_source_files, find_unread_files, read_slice
 from rorchat.sources.location import Location, format_spec, parse_location
@@ -197,6 +205,10 @@ class SourceRows:
         if self.on_reject:
             self.on_reject(place, rejected_row, row)
 
+    @cached_property
+    def _known_columns(self) -> frozenset[str]:
+        return list_known_columns(self.source)
+
     def convert(self, raw: Any) -> dict:
         """Converts a raw row to this kind of row and checks it. Repairs are counted.
 
@@ -205,10 +217,13 @@ class SourceRows:
         """
         if isinstance(raw, RejectedRow):
             raise raw
-        extra = find_extra_columns(raw, self.columns) if self.kind in ("conversation", "preference") else {}
+        has_turns, name = self.kind in ("conversation", "preference"), self.source.name.removeprefix(CHAT_PREFIX)
+        extra = find_extra_columns(raw, self.columns) if has_turns else {}
         if extra and self.kind == "conversation":
             refuse_marked(raw, extra)
-        picked = pick_columns(self.source.name.removeprefix(CHAT_PREFIX), self.columns, raw)
+        if extra:
+            refuse_unusable(raw, extra)
+        picked = pick_columns(name, self.columns, raw)
         convert = self.source.to_question if self.kind == "question" else self.source.convert
         converted = convert(picked.row) if convert else picked.row  # generated rows need no conversion
         row, repairs = (converted.row, converted.repairs) if isinstance(converted, ConvertedRow) else (converted, ())
@@ -216,7 +231,10 @@ class SourceRows:
             row, further = add_extra_turns(raw, extra, self.columns, row)
             repairs += further
         CHECKS[self.kind](row)
-        self.stats.count_kept(picked.rule, *picked.repairs, *repairs)
+        unread = []
+        if has_turns and isinstance(raw, dict):
+            unread = list_unread_columns(self._known_columns, raw, self.columns, row)
+        self.stats.count_kept(picked.rule, *picked.repairs, *repairs, unread=unread)
         self.is_by_order = picked.is_by_order
         return row
 
@@ -234,8 +252,9 @@ def require_kept_rows(stats: RowStats) -> None:
         ]
         if advice := columns_advice(stats):
             raise DataError(f"No row of {stats.source} can be used: {'; '.join(reasons)}. {advice}")
+        remedies = "".join(f"{REMEDIES[reason]} " for reason in stats.rejects if reason in REMEDIES)
         raise DataError(
-            f"No row of {stats.source} can be used: {'; '.join(reasons)}. Correct them "
+            f"No row of {stats.source} can be used: {'; '.join(reasons)}. {remedies}Correct them "
             f"(`rorchat data check {stats.source} --rejects FILE` lists them all), or use another source."
         )
 

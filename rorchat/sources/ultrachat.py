@@ -3,7 +3,7 @@
 Reads ultrachat_200k of the Hub (columns prompt, prompt_id, messages), and the original release with its list of texts.
 """
 
-from rorchat.rows import alternate_turns
+from rorchat.rows import ConvertedRow, alternate_turns
 from rorchat.sources import messages
 
 KIND = "conversation"
@@ -21,7 +21,7 @@ RAW = [
 ]
 
 
-def convert(row: dict) -> dict:
+def convert(row: dict) -> dict | ConvertedRow:
     """Either format -> messages, without an unanswered question at the end."""
     if isinstance(row, dict) and isinstance(row.get("data"), list):
         return messages.convert(alternate_turns(row["data"]))

@@ -13,7 +13,8 @@ from rorchat.tokens.store import SPLITS, Manifest
 from rorchat.tokens.store_writer import ArrayWriter, StoreWriter, link_or_copy
 from rorchat.validation_split import choose_for_empty_split, describe_moved
 
-# One entry per document of a part: split (the file that has it), tokens, bytes, digest, keep, final (its split)
+# One entry per document of a part: split (the file that has it), tokens, bytes, digest, keep, final (its split). In
+# `untrained`, one per message that is not learned: its document, and its start and end there.
 Table = dict[str, np.ndarray]
 
 
@@ -129,4 +130,8 @@ def _write_shard(writer: StoreWriter, part: Path, stored: str, split: str, table
                 array.write(ids[start:end])
         array.close()
     starts = np.cumsum(lengths[kept]) - lengths[kept]
-    writer.add_shard(split, starts, int(table["bytes"][kept].sum()))
+    spans = table["untrained"].reshape(-1, 3)
+    spans = spans[kept[spans[:, 0]]]
+    of_document = np.cumsum(kept)[spans[:, 0]] - 1  # the position of a document among those that are kept
+    untrained = starts[of_document][:, None] + spans[:, 1:]
+    writer.add_shard(split, starts, int(table["bytes"][kept].sum()), untrained)

@@ -37,7 +37,7 @@ from rorchat.tokens.decontamination import EvaluationText
 from rorchat.tokens.evaluation_sets import evaluation_digests
 from rorchat.tokens.merge_shards import OneDocumentError, merge_shards
 from rorchat.tokens.store import Manifest, TokenStore
-from rorchat.tokens.tokenize_shard import ShardTokenizer
+from rorchat.tokens.tokenize_shard import PART_VERSION, ShardTokenizer
 from rorchat.tokens.workers import tokenize_parts
 
 
@@ -171,7 +171,7 @@ def _tokenize_and_merge(job: ShardTokenizer, expected: Manifest, parts: list[Sou
 def _resume_or_clear(staging: Path, expected: Manifest) -> None:
     """Keeps the files of an interrupted run with the same settings and deletes all others."""
     path = staging / "identity.json"
-    settings = expected.fingerprint() | {"hub_fingerprint": expected.hub_fingerprint}
+    settings = expected.fingerprint() | {"hub_fingerprint": expected.hub_fingerprint, "part_version": PART_VERSION}
     content = json.dumps(settings, indent=2, sort_keys=True)
     if not path.is_file() or path.read_text(encoding="utf-8") != content:
         shutil.rmtree(staging, ignore_errors=True)

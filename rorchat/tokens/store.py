@@ -4,6 +4,8 @@
                                      written last, with a sha256 of its own content
     NAME/train-00000.npy             uint16 (uint32 if the vocabulary exceeds 65,536 tokens), one flat array
     NAME/train-00000.docs.npy        int64 offsets of the documents, each at an <|endoftext|>; not used by mixtures
+    NAME/train-00000.untrained.npy   int64 (S, 2), the start and the end of every message that is not learned; missing
+                                     if there are none
     NAME/validation-00000.npy ...
     NAME/blocks.npy                  uint32, a CRC-32 of every block of the arrays, in the order of the manifest
 
@@ -26,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from rorchat.chatml import IGNORE_INDEX
 from rorchat.errors import DataError, MismatchError
 from rorchat.files import file_sha256, json_sha256, write_atomically
 from rorchat.sources.registry import hub_record
@@ -52,10 +55,20 @@ class Shard:
     utf8_bytes: int
     sha256: str
     docs_sha256: str
+    untrained_sha256: str = ""  # empty: every token is learned
 
     @property
     def docs_file(self) -> str:
         return self.file.removesuffix(".npy") + ".docs.npy"
+
+    @property
+    def untrained_file(self) -> str:
+        return self.file.removesuffix(".npy") + ".untrained.npy"
+
+    def files(self) -> dict[str, str]:
+        """file name -> its sha256."""
+        files = {self.file: self.sha256, self.docs_file: self.docs_sha256, self.untrained_file: self.untrained_sha256}
+        return {file: sha256 for file, sha256 in files.items() if sha256}
 
 
 @dataclass
@@ -100,7 +113,8 @@ class Manifest:
 
     def content_sha256(self) -> str:
         """A digest of the content of the arrays, independent of the location of the store."""
-        return hashlib.sha256("".join(f"{s.split} {s.sha256}\n" for s in self.shards).encode()).hexdigest()
+        lines = [" ".join(filter(None, (s.split, s.sha256, s.untrained_sha256))) + "\n" for s in self.shards]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def summary(self) -> dict[str, object]:
         """The part of the manifest that run.json records."""
@@ -196,6 +210,7 @@ class TokenStore:
         self._starts = {  # the offset of each shard in its split, and the length of the split
             split: np.cumsum([0, *(len(array.ids) for array in arrays)]) for split, arrays in self._arrays.items()
         }
+        self._untrained = {split: self._load_untrained(split) for split in SPLITS}
 
     def _map_arrays(self) -> None:
         path = self.folder / "blocks.npy"
@@ -216,6 +231,33 @@ class TokenStore:
             first = last
         if first != len(crcs):
             raise _damaged(self.folder / "blocks.npy", f"it has {len(crcs)} blocks, the arrays have {first}")
+
+    def _load_untrained(self, split: str) -> np.ndarray:
+        """(S, 2), the start and the end in a split of every message that is not learned, in ascending order."""
+        spans = [np.empty((0, 2), dtype=np.int64)]
+        shards = [shard for shard in self.manifest.shards if shard.split == split]
+        for shard, start in zip(shards, self._starts[split], strict=False):
+            if shard.untrained_sha256:
+                path = self.folder / shard.untrained_file
+                spans.append(load_npy(path, mmap=False) + start)
+                if file_sha256(path) != shard.untrained_sha256:
+                    raise _damaged(path, "its sha256 differs from the manifest's")
+        return np.concatenate(spans)
+
+    def has_untrained(self, split: str) -> bool:
+        """Whether a split has tokens that are not learned."""
+        return len(self._untrained[split]) > 0
+
+    def labels(self, split: str, start: int, ids: np.ndarray) -> np.ndarray:
+        """The labels of the ids that begin at `start`: the ids, but -100 in messages that are not learned."""
+        starts, ends = self._untrained[split].T
+        first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(starts, start + len(ids))
+        if first >= last:
+            return ids
+        labels = ids.copy()
+        for begin, end in zip(starts[first:last] - start, ends[first:last] - start, strict=True):
+            labels[max(0, begin) : end] = IGNORE_INDEX
+        return labels
 
     def tokens(self, split: str) -> int:
         return int(self._starts[split][-1])
@@ -262,7 +304,7 @@ class TokenStore:
         problems = []
         for shard in self.manifest.shards:
             damaged = False
-            for file, sha256 in ((shard.file, shard.sha256), (shard.docs_file, shard.docs_sha256)):
+            for file, sha256 in shard.files().items():
                 path = self.folder / file
                 problem = "" if path.is_file() else "missing"
                 if not problem and file_sha256(path) != sha256:

@@ -47,12 +47,13 @@ class StoreWriter:
         """The path of the next shard of a split. Write the array there, then call `add_shard`."""
         return self.folder / f"{split}-{self._counts[split]:05d}.npy"
 
-    def add_shard(self, split: str, starts: np.ndarray, utf8_bytes: int) -> None:
+    def add_shard(self, split: str, starts: np.ndarray, utf8_bytes: int, untrained: np.ndarray | None = None) -> None:
         """Registers the array at `next_path(split)`.
 
         Args:
             starts: the offsets at which its documents start.
             utf8_bytes: the size of their text.
+            untrained: (S, 2), the start and the end of every message that is not learned, in ascending order.
         """
         path = self.next_path(split)
         self._counts[split] += 1
@@ -60,9 +61,13 @@ class StoreWriter:
         np.save(docs_path, starts)
         fsync_file(docs_path)
         ids = np.load(path, mmap_mode="r")
-        self.manifest.shards.append(
-            Shard(path.name, split, len(ids), len(starts), utf8_bytes, file_sha256(path), file_sha256(docs_path))
-        )
+        shard = Shard(path.name, split, len(ids), len(starts), utf8_bytes, file_sha256(path), file_sha256(docs_path))
+        if untrained is not None and len(untrained):
+            untrained_path = self.folder / shard.untrained_file
+            np.save(untrained_path, untrained.astype(np.int64))
+            fsync_file(untrained_path)
+            shard.untrained_sha256 = file_sha256(untrained_path)
+        self.manifest.shards.append(shard)
         self.manifest.dtype = str(ids.dtype)
         self._crcs.append(block_crcs(ids))
 

@@ -3,14 +3,15 @@
 The files of a part depend only on its rows:
 
 part-00012.train.npy, part-00012.validation.npy    ids
-part-00012.documents.npz                           for every document: split, tokens, bytes, digest
+part-00012.documents.npz                           for every document: split, tokens, bytes, digest; for every message
+                                                   that is not learned: its document, and its start and end there
 part-00012.places.txt                              for every document: its place in the source, one per line
 part-00012.json                                    identity and counts of the part; written last, so it marks completion
 """
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from rorchat.tokens.store_writer import ArrayWriter
 from rorchat.validation_split import exact_digest, is_validation_digest, text_digest
 
 BATCH_CHARACTERS = 2**22
+PART_VERSION = 2  # of the files of a part: those of an earlier version are not resumed
 # An empty part must write tables of the same dtypes as any other
-_TABLE_DTYPES = {"split": bool, "tokens": np.int64, "bytes": np.int64, "digest": np.uint64}
+_TABLE_DTYPES = {"split": bool, "tokens": np.int64, "bytes": np.int64, "digest": np.uint64, "untrained": np.int64}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class _Document:
     row: dict
     text: str
     digest: bytes
+    untrained: tuple[tuple[int, int], ...] = ()  # start and end, in its ids, of every message that is not learned
 
 
 @dataclass
@@ -71,6 +74,7 @@ class ShardTokenizer:
         rows = load_rows(self.spec, self.kind, seed=self.seed, persona=self.persona, part=part)
         writers = {split: ArrayWriter(self.folder / f"{name}.{split}.npy", self.encoder.dtype) for split in SPLITS}
         table: dict[str, list] = {key: [np.empty(0, dtype)] for key, dtype in _TABLE_DTYPES.items()}
+        n_documents = 0
         # Places contain file names, which need not be valid UTF-8
         with open(self.folder / f"{name}.places.txt", "w", encoding="utf-8", errors="surrogateescape") as places:
             for batch in _batches(_divide(rows) if self.divides else _with_places(rows)):
@@ -82,6 +86,9 @@ class ShardTokenizer:
                     if chosen.any():
                         writer.write(ids if chosen.all() else ids[np.repeat(chosen, lengths)])
                 sizes = [_utf8_bytes(document.text) for document in documents]
+                spans = [(number, *span) for number, d in enumerate(documents, n_documents) for span in d.untrained]
+                table["untrained"].append(np.array(spans, dtype=np.int64).ravel())
+                n_documents += len(documents)
                 table["split"].append(is_validation)
                 table["tokens"].append(lengths)
                 table["bytes"].append(np.array(sizes, dtype=np.int64))
@@ -120,7 +127,7 @@ class ShardTokenizer:
     def _encode(self, documents: list[_Document], stats: RowStats) -> tuple[list[_Document], np.ndarray, np.ndarray]:
         """(documents that can be encoded, all their ids, the number of ids of each)."""
         if self.kind == "conversation":
-            return documents, *self._encode_conversations(documents)
+            return self._encode_conversations(documents)
         try:
             return documents, *self.encoder.encode([document.text for document in documents])
         except WordTooLongError:  # find the documents that cause it
@@ -133,13 +140,16 @@ class ShardTokenizer:
                     stats.withdraw(document.place, RejectedRow("over-long", str(error)))
             return kept, *_concatenate(encoded, self.encoder.dtype)
 
-    def _encode_conversations(self, documents: list[_Document]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_conversations(self, documents: list[_Document]) -> tuple[list[_Document], np.ndarray, np.ndarray]:
         """Conversations in the chat format, with control tokens, each after an `<|endoftext|>`."""
         conversations = [document.row["messages"] for document in documents]
         encoded = encode_conversations(self.tokenizer, conversations, encode=self.encoder.encode_texts)
-        # without `max_length`, every conversation fits
-        rows = [[self.encoder.end_of_text, *conversation.input_ids] for conversation in encoded if conversation]
-        return _concatenate(rows, self.encoder.dtype)
+        rows, marked = [], []
+        for document, conversation in zip(documents, encoded, strict=True):
+            assert conversation is not None, "without `max_length`, every conversation fits"
+            rows.append([self.encoder.end_of_text, *conversation.input_ids])
+            marked.append(replace(document, untrained=tuple((a + 1, b + 1) for a, b in conversation.untrained)))
+        return marked, *_concatenate(rows, self.encoder.dtype)
 
 
 def _utf8_bytes(text: str) -> int:

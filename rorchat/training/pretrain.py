@@ -217,7 +217,8 @@ class PretrainTrainer(StageTrainer):
     ):
         self.mixture = mixture
         self._rows_per_step = arguments.rows_per_step()
-        patch_lm_head_loss(model, compiled=bool(arguments.compile), whole_rows=True)
+        self._whole_rows = not mixture.has_untrained()
+        patch_lm_head_loss(model, compiled=bool(arguments.compile), whole_rows=self._whole_rows)
         patch_gelu(model)
         super().__init__(
             model=model,
@@ -244,8 +245,12 @@ class PretrainTrainer(StageTrainer):
         return {name: count / (end - start) for name, count in zip(plan.names, counts, strict=True)}
 
     def _get_num_items_in_batch(self, batch_samples, device) -> int:
-        """Targets of an optimizer step, over all processes. Rows are full, so there is nothing to count."""
-        return self._rows_per_step * (self.args.block_size - 1)
+        """Targets of an optimizer step, over all processes. If every token is learned, there is nothing to count."""
+        if self._whole_rows:
+            return self._rows_per_step * (self.args.block_size - 1)
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        assert items is not None, "the patched model takes the number of targets"
+        return max(1, int(items))
 
     # A resumed run starts at its row. The Trainer leaves this to `skip_first_batches`, which iterates over all earlier
     # rows: 3 s after 10^7 rows, 30 s after 10^8. The Trainer's own iterator is never started.

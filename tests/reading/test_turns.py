@@ -7,7 +7,7 @@ from support import as_jsonl, chat_row, read_source, write
 
 from rorchat.errors import DataError
 from rorchat.inspection import guess_row_format
-from rorchat.reading.turns import PAIR_COLUMNS, TURN_COLUMNS, assign_roles, find_pair, find_turn_column
+from rorchat.reading.turns import PAIR_COLUMNS, TURN_COLUMNS, Turn, assign_roles, find_pair, find_turn_column
 from rorchat.rows import RejectedRow
 from rorchat.sources import messages
 from rorchat.sources.columns import pick_columns
@@ -70,7 +70,7 @@ def test_the_usual_format_has_no_rule_and_keeps_its_checks(tmp_path):
     path = write(tmp_path, "rows.jsonl", [HELLO, tool, {"messages": HELLO["messages"][::-1]}])
     rows, loaded = read_source(f"messages={path}", "conversation")
     assert rows == [HELLO] and loaded.stats.rules == {}
-    assert loaded.stats.rejects == {"unknown role": 1, "wrong order": 1}
+    assert loaded.stats.rejects == {"tool call": 1, "wrong order": 1}
     assert read_source(f"messages={write(tmp_path, 'parts.jsonl', [parts])}", "conversation")[0] == [HELLO]
 
 
@@ -183,7 +183,7 @@ SPEAKERS = [
 
 @pytest.mark.parametrize(("speakers", "roles"), SPEAKERS, ids=lambda value: " ".join(value))
 def test_the_first_of_two_speakers_is_the_user_unless_a_name_says_otherwise(speakers, roles):
-    chat = assign_roles([(speaker, speaker) for speaker in speakers], "turns")
+    chat = assign_roles([Turn(speaker, speaker) for speaker in speakers], "turns")
     assert {turn["content"]: turn["role"] for turn in chat.row["messages"]} == roles
 
 
@@ -192,7 +192,11 @@ def test_turns_of_one_speaker_are_joined_and_a_first_reply_is_left_out(tmp_path)
     path = write(tmp_path, "rows.jsonl", [row])
     rows, loaded = read_source(f"messages={path}:assistant_name=B", "conversation")
     assert rows == [chat_row("2\n3", "4")]
-    assert loaded.stats.repairs == {"turns of one speaker joined": 1, "a first turn of the assistant left out": 1}
+    assert loaded.stats.repairs == {
+        "turns of one speaker joined": 1,
+        "a first turn of the assistant left out": 1,
+        "a last turn of the user, without a reply, left out": 1,
+    }
     assert read_source(f"messages={path}", "conversation")[0] == [chat_row("1", "2\n3", "4", "5")]
 
 
@@ -205,9 +209,7 @@ def test_conversations_that_are_not_of_two_speakers_are_counted_at_their_lines(t
     assert len(kept) == 1
     assert loaded.stats.places["more than two speakers"] == [f"{path}:1 (Anna, Ben, Carl)"]
     assert loaded.stats.places["one speaker"] == [f"{path}:2 (Anna)"]
-    assert loaded.stats.places["unknown role"][0].startswith(
-        f"{path}:3 (a turn has the role 'observation'; allowed are"
-    )
+    assert loaded.stats.places["tool call"] == [f"{path}:3 (a turn has the role 'observation')"]
     assert loaded.stats.places["empty text"] == [f"{path}:5 (message 1: 'text' is null)"]
     assert loaded.stats.rows_in == 5 == len(kept) + sum(loaded.stats.rejects.values())
 
@@ -217,6 +219,6 @@ def test_a_name_that_nobody_has_is_an_error_with_the_speakers(tmp_path):
     with pytest.raises(DataError, match=r"no assistant turn, first at .*:1 \(no speaker 'Carl', only Anna, Ben\)"):
         read_source(f"messages={path}:assistant_name=Carl", "conversation")
     with pytest.raises(RejectedRow, match="one speaker: Anna"):
-        assign_roles([("Anna", "Hello")], "turns")
+        assign_roles([Turn("Anna", "Hello")], "turns")
     with pytest.raises(RejectedRow, match="no text: all messages are without text"):
         assign_roles([], "turns", speakers=["Anna", "Ben"], assistant_name="Ben")

@@ -19,11 +19,16 @@ def test_the_validation_split_has_its_share_and_depends_only_on_words():
         assert not held or is_validation_text(f"document {number}", 0.2)  # a larger share only adds
 
 
+UNLEARNED = [chat_row("a", "b")["messages"][0], {"role": "assistant", "content": "b", "train": False}]
 DIFFERENT = [
     ({"text": "if x:\n    a()\n    b()"}, {"text": "if x:\n    a()\nb()"}),
     ({"text": "Polish"}, {"text": "polish"}),
     (chat_row("Sort 1 23.", "1 23"), chat_row("Sort 12 3.", "12 3")),
     (chat_row("Say a", "b c"), chat_row("Say a b", "c")),
+    (
+        {"messages": [*chat_row("a", "b")["messages"], *UNLEARNED]},
+        {"messages": [*UNLEARNED, *chat_row("a", "b")["messages"]]},
+    ),
     ({"messages": chat_row("a", "b")["messages"] * 2}, {"messages": chat_row("a", "b\na\nb")["messages"]}),
     (
         {"messages": [{"role": "system", "content": "a"}, *chat_row("b", "c")["messages"]]},

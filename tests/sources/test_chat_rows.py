@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from support import chat_row, json_lines, read_source, write
+from support import chat_row, convert_row, json_lines, read_source, write
 
 from rorchat.errors import DataError
-from rorchat.rows import CHECKS, ConvertedRow, RejectedRow
+from rorchat.rows import RejectedRow
 from rorchat.sources.registry import find_source, load_rows
 
 
@@ -14,17 +14,9 @@ def turns(*contents: str) -> list[dict]:
     return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(contents)]
 
 
-def converted(name: str, raw: object) -> dict:
-    """A raw row of a source, converted to a valid row; repaired or not."""
-    row = find_source(name).convert(raw)
-    row = row.row if isinstance(row, ConvertedRow) else row
-    CHECKS[find_source(name).kinds[0]](row)
-    return row
-
-
 def rejected(name: str, raw: object) -> str:
     with pytest.raises(RejectedRow) as refusal:
-        CHECKS[find_source(name).kinds[0]](find_source(name).convert(raw))
+        convert_row(name, raw)
     return refusal.value.reason
 
 
@@ -115,6 +107,11 @@ HUB_ROWS = [
         {"prompt": turns("a"), "chosen": turns("a", "b\n\nc")[1:], "rejected": turns("a", "d")[1:]},
     ),
     ("prompt_completion", {"prompt": turns("a"), "completion": turns("a", "b")[1:]}, chat_row("a", "b")),
+    (
+        "prompt_completion",  # replies in the prompt are not learned, as in TRL
+        {"prompt": turns("a", "b", "c"), "completion": turns("c", "d")[1:]},
+        {"messages": [turns("a")[0], {**turns("a", "b")[1], "train": False}, *turns("c", "d")]},
+    ),
     ("prompt_completion", {"prompt": "a ### b", "response": "c"}, chat_row("a ### b", "c")),
     (
         "prompt_completion",
@@ -139,8 +136,8 @@ HUB_ROWS = [
 
 
 @pytest.mark.parametrize(("name", "raw", "row"), HUB_ROWS, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(HUB_ROWS)])
-def test_published_row_formats_are_converted(name, raw, row):
-    assert converted(name, raw) == row
+def test_published_row_formats_are_convert_row(name, raw, row):
+    assert convert_row(name, raw) == row
 
 
 # (source, raw row, reason)
@@ -157,13 +154,14 @@ REJECTED = [
     ("mbpp", {"text": "a", "code": " ", "task_id": 511, "test_list": []}, "empty reply"),
     ("mbpp", {"text": " ", "code": "b", "task_id": 511, "test_list": ["assert b"]}, "empty question"),
     ("moss", {"chat": {"turn_2": {"Human": "<|Human|>: a<eoh>", "MOSS": "<|MOSS|>: b<eom>"}}}, "wrong type"),
+    ("messages", {"message_id": "a", "parent_id": None, "role": "prompter", "text": "b"}, "missing field"),
     ("natural_questions", {"question": "a", "answer": []}, "no short answer"),
     ("natural_questions", {"question_text": "a", "document_text": "a"}, "missing field"),
     ("openbookqa", {"Question Stem": "a", "Choices": "(A) b (B) c", "Answer Key": "C"}, "missing field"),
     ("preference", {"messages": turns("a", "b"), "label": True}, "missing field"),
     ("prompt_completion", {"prompt": "a", "completion": " "}, "empty reply"),
     ("smoltalk", {"messages": [*turns("a", "b"), {"role": "system", "content": "c"}, *turns("d", "e")]}, "wrong order"),
-    ("smoltalk", {"messages": [*turns("a", "b"), {"role": "tool", "content": "c"}]}, "unknown role"),
+    ("smoltalk", {"messages": [*turns("a", "b"), {"role": "tool", "content": "c"}]}, "tool call"),
     ("ultrachat", {"data": ["a", " "]}, "empty reply"),
 ]  # fmt: skip
 
@@ -231,7 +229,7 @@ def test_oasst_does_not_loop_on_circular_parents():
         oasst("a1", "Hi!", "a"),
         oasst("a", "Hello?", "a1", "prompter"),
     ]
-    assert converted("oasst", circle) == chat_row("Hello", "Hi!")
+    assert convert_row("oasst", circle) == chat_row("Hello", "Hi!")
 
 
 def test_moss_turns_have_no_role_marks_and_keep_their_order(shared_data):
@@ -242,4 +240,4 @@ def test_moss_turns_have_no_role_marks_and_keep_their_order(shared_data):
     assert not [content for content in contents if "<|" in content or "<eo" in content]
     raw = json.loads(path.read_text())["chat"]
     ten = {"chat": {f"turn_{n}": {**raw["turn_1"], "Human": f"<|Human|>: {n}<eoh>\n"} for n in range(11, 0, -1)}}
-    assert [turn["content"] for turn in converted("moss", ten)["messages"][::2]] == [str(n) for n in range(1, 12)]
+    assert [turn["content"] for turn in convert_row("moss", ten)["messages"][::2]] == [str(n) for n in range(1, 12)]

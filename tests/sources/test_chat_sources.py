@@ -12,6 +12,7 @@ from rorchat.errors import DataError
 from rorchat.sources.registry import find_source, load_rows
 
 NQ, MATH, OBQA = "natural_questions", "math_dataset", "openbookqa/OpenBookQA-V1-Sep2018/Data"
+UNANSWERED = "a last turn of the user, without a reply, left out"
 # (source, path under shared/data, rows in, rejects by reason, repairs): what data/SOURCES.md says is in them
 REAL = [
     ("alpaca", "alpaca/alpaca_5000.json", 5000, {"empty reply": 2}, {}),
@@ -23,21 +24,21 @@ REAL = [
         "cornell_movie_dialogs",
         8113,
         {"lines missing": 46, "empty reply": 1, "empty question": 1},
-        {"Windows-1252 character": 32},
+        {UNANSWERED: 2790, "Windows-1252 character": 32},
     ),
     (
         "cornell_movie_dialogs",
         "cornell_movie_dialogs/variants/movie_lines_crlf_utf8_ufffd.txt",
         850,
         {"lines missing": 2, "replacement character": 1, "empty question": 1},
-        {},
+        {UNANSWERED: 305},
     ),
     (
         "cornell_movie_dialogs",
         "cornell_movie_dialogs/variants/movie_lines_kaggle.tsv",
         583,
         {"empty reply": 1},
-        {},
+        {UNANSWERED: 198},
     ),
     ("gsm8k", "gsm8k", 7473, {}, {}),
     ("gsm8k", "gsm8k/test.jsonl", 1319, {}, {}),

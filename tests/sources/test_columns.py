@@ -102,6 +102,23 @@ def test_the_prompt_of_a_preference_has_one_of_several_known_names(column, tmp_p
     assert row["prompt"] == [{"role": "user", "content": "Hello"}]
 
 
+BETTER, WORSE = chat_row("Hello", "Hi!")["messages"][1:], chat_row("Hello", "No.")["messages"][1:]
+OTHER_PREFERENCES = [
+    {"qid": 1, "question": "Hello", "response_j": "Hi!", "response_k": "No."},
+    {"Question": "Hello", "Response_J": "Hi!", "Response_K": "No."},
+    {"input": {"messages": HELLO["messages"][:1]}, "preferred_output": BETTER, "non_preferred_output": WORSE},
+    {"prompt": "Hello", "chosen": BETTER, "rejected": WORSE},
+]
+
+
+@pytest.mark.parametrize("row", OTHER_PREFERENCES, ids=lambda row: "+".join(row))
+def test_the_replies_of_a_preference_have_one_of_several_known_names(row, tmp_path):
+    path = write(tmp_path, "rows.jsonl", [row])
+    pair = {"prompt": HELLO["messages"][:1], "chosen": BETTER, "rejected": WORSE}
+    assert read_source(f"preference={path}", "preference")[0] == [pair]
+    require_columns("preference", {}, list(row), "me/data")
+
+
 def test_columns_of_a_csv_file_are_named_in_the_spec(tmp_path):
     path = write(tmp_path, "pairs.csv", "q,a,s,text\nHello,Hi!,Be short.,other\n")
     assert read_source(f"messages={path}:user=q:assistant=a", "conversation")[0] == [HELLO]

@@ -8,7 +8,7 @@ import random
 import shutil
 
 import pytest
-from support import CONVERTING, chat_row, json_lines, read_source, write
+from support import CONVERTING, chat_row, convert_row, json_lines, read_source, write
 
 from rorchat.errors import DataError, RemoteError, UsageError
 from rorchat.persona import load_persona
@@ -94,7 +94,7 @@ def test_raw_rows_with_damaged_parts_are_kept_or_rejected(name):
         for raw in source.raw:
             tried += 1
             try:
-                CHECKS[source.kinds[0]](source.convert(damaged(raw)))
+                convert_row(name, damaged(raw))
             except RejectedRow as rejection:
                 assert rejection.reason
     assert tried == 300 * len(source.raw)
@@ -138,8 +138,17 @@ def test_a_list_of_messages_is_a_valid_row(tmp_path):
 
 def test_an_unanswered_question_at_the_end_is_removed(tmp_path):
     row = {"messages": [*chat_row()["messages"], {"role": "user", "content": "And you?"}]}
-    rows, _ = read_source(f"messages={write(tmp_path, 'rows.jsonl', json_lines(row))}", "conversation")
-    assert rows == [chat_row()]
+    for source, raw in (
+        ("messages", row),
+        ("smoltalk", row),
+        ("ultrachat", {"data": ["Hello", "Hi!", "And you?"]}),
+        ("dailydialog", {"dialog": ["Hello", "Hi!", "And you?"]}),
+        ("cornell_movie_dialogs", {"utterance": {"text": ["Hello", "Hi!", "And you?"]}}),
+        ("prompt_completion", {"prompt": row["messages"][:1], "completion": row["messages"][1:]}),
+    ):
+        rows, loaded = read_source(f"{source}={write(tmp_path, f'{source}.jsonl', [raw])}", "conversation")
+        assert rows == [chat_row()]
+        assert "1 of them repaired: a last turn of the user, without a reply, left out" in str(loaded.stats)
 
 
 PREFERENCES = [
@@ -285,6 +294,7 @@ def test_a_summary_has_licence_and_counts(tmp_path):
         "rejects": {"wrong type": 1},
         "repairs": {},
         "rules": {},
+        "unread_columns": {},
         "cut": 0,
         "cuts": {},
     }

@@ -5,16 +5,18 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import COPIES, DOCUMENTS, KEPT, SHARE, decode, hash_files, write_documents
+from support import COPIES, DOCUMENTS, KEPT, SHARE, decode, hash_files, json_lines, write_documents
 
 from rorchat.chatml import END_OF_TEXT, encode_conversation, encode_text
 from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.files import json_sha256
 from rorchat.persona import load_persona
+from rorchat.reading import parts as split_parts
 from rorchat.reading.filters import Filters
 from rorchat.reading.long_texts import Limits
 from rorchat.tokens.prepare import prepare
@@ -322,3 +324,56 @@ def test_ids_of_gpt2_are_stored_in_16_bits(gpt2_tokenizer, spec, tmp_path):
     assert np.load(store.folder / "train-00000.npy").dtype == np.uint16
     assert store.slice("train", 0, 1).tolist() == [50256]
     assert decode(store, "train", gpt2_tokenizer) == [text for text in KEPT if not is_validation_text(text, SHARE)]
+
+
+def marked_chats(count: int) -> list[dict]:
+    """Conversations of two exchanges, in every second of which the first reply is not learned."""
+    marks = ({"weight": 0}, {})
+    return [
+        {"messages": [
+            {"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"no{n}", **marks[n % 2]},
+            {"role": "user", "content": "Again."}, {"role": "assistant", "content": f"yes{n}"},
+        ]}
+        for n in range(count)
+    ]  # fmt: skip
+
+
+def test_a_reply_that_is_not_learned_has_no_labels_in_a_store(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(split_parts, "SMALLEST_PART", 2_000)
+    rows = marked_chats(60)
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json_lines(*rows, rows[0], rows[1]))  # the last two are duplicates
+    store = prepare(f"messages={path}", tokenizer, tmp_path / "s", validation_share=SHARE, workers=1)
+    assert store.manifest.rejects == {"duplicate": 2} and len(store.manifest.shards) > 3 and store.verify() == []
+    learned = ""
+    for split in ("train", "validation"):
+        assert store.has_untrained(split)
+        ids = store.slice(split, 0, store.tokens(split))
+        labels = store.labels(split, 0, ids)
+        assert ((labels == ids) | (labels == -100)).all()
+        for start in range(0, len(ids), 37):  # rows of a mixture begin anywhere
+            piece = store.slice(split, start, min(start + 50, len(ids)))
+            assert (store.labels(split, start, piece) == labels[start : start + 50]).all()
+        assert tokenizer.decode(ids[labels == -100].tolist()).count("assistant\nno") > 2
+        learned += tokenizer.decode(labels[labels != -100].tolist())
+    assert set(re.findall(r"(?:no|yes)\d+", learned)) == {
+        *(f"yes{n}" for n in range(60)), *(f"no{n}" for n in range(1, 60, 2)),
+    }  # fmt: skip
+
+
+def test_marks_are_part_of_the_content_of_a_store_and_are_verified(tokenizer, tmp_path):
+    digests, rows = set(), marked_chats(20)
+    for name, chats in (("marked", rows), ("plain", [{"messages": strip_marks(row["messages"])} for row in rows])):
+        (tmp_path / f"{name}.jsonl").write_text(json_lines(*chats))
+        store = prepare(f"messages={tmp_path / name}.jsonl", tokenizer, tmp_path / name, validation_share=SHARE)
+        digests.add(store.manifest.content_sha256())
+    assert len(digests) == 2 and not store.has_untrained("train")
+    assert not list((tmp_path / "plain").glob("*.untrained.npy"))
+    table = tmp_path / "marked" / "train-00000.untrained.npy"
+    table.write_bytes(table.read_bytes()[:-1] + b"\1")
+    with pytest.raises(DataError, match=r"train-00000.untrained.npy is damaged: its sha256 differs"):
+        TokenStore(tmp_path / "marked")
+
+
+def strip_marks(messages: list[dict]) -> list[dict]:
+    return [{"role": turn["role"], "content": turn["content"]} for turn in messages]

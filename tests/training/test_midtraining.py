@@ -139,3 +139,28 @@ def test_conversations_start_with_the_cooldown(saved, tokenizer, tmp_path):
     falling, towns = zip(*steps[13:], strict=True)
     assert list(falling) == sorted(falling, reverse=True) and falling[0] < highest > 5 * falling[-1]
     assert sum(town for _, town in steps[12:]) / 8 == pytest.approx(0.65, abs=0.1)  # from 100 % to 30 %
+
+
+def test_pretraining_computes_its_loss_without_replies_that_are_not_learned(tokenizer, tmp_path):
+    """The loss of a batch, and the number of its targets, equal those of the stock model with the same labels."""
+    marked = [
+        {"messages": [
+            {"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"no {n}", "weight": 0},
+            {"role": "user", "content": "Again."}, {"role": "assistant", "content": f"yes {n}"},
+        ]}
+        for n in range(40)
+    ]  # fmt: skip
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json_lines(*marked))
+    flags = ["--sources", f"messages={path}", "--validation_share", str(SHARE), "--output_dir", str(tmp_path / "run")]
+    flags += ["--size", "2x2x32", "--block_size", "64", "--max_steps", "1", "--use_cpu", "true"]
+    flags += ["--per_device_train_batch_size", "4", "--global_batch_tokens", "256"]
+    model, stock = (build_model("2x2x32", tokenizer, n_positions=64) for _ in range(2))
+    stock.load_state_dict(model.state_dict())
+    trainer = build_pretrain_trainer(model, parse(PretrainArguments, flags), tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    targets = int((batch["labels"][:, 1:] != -100).sum())
+    assert 0 < targets < batch["labels"][:, 1:].numel()
+    assert trainer._get_num_items_in_batch([batch], trainer.args.device) == targets
+    loss = model.eval()(**batch, num_items_in_batch=targets).loss
+    assert loss.item() == pytest.approx(stock.eval()(**batch).loss.item(), rel=1e-5)
