@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from support import chat_row, json_lines, read_source, write
+from support import chat_row, convert_row, json_lines, read_source, write
 
 from rorchat.errors import DataError
 from rorchat.sources.registry import find_source, load_rows
@@ -20,9 +20,8 @@ def test_alpaca_appends_the_input_unless_it_means_none():
 
 
 def test_dailydialog_removes_marks_and_spaces_around_punctuation():
-    convert = find_source("dailydialog").convert
     row = "Hey John , how are you ? __eou__ I ’ m fine , thanks . __eou__ Good ! __eou__\n"
-    assert convert(row) == chat_row("Hey John, how are you?", "I'm fine, thanks.")
+    assert convert_row("dailydialog", row) == chat_row("Hey John, how are you?", "I'm fine, thanks.")
 
 
 def test_dailydialog_reads_compressed_text_and_json_lines(tmp_path):
