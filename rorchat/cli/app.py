@@ -1,5 +1,6 @@
 """Typer with the conventions of this command line: flags with underscores, one line for a wrong one."""
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 from typer.exceptions import TyperException
 
-from rorchat.errors import UsageError
+from rorchat.errors import UsageError, did_you_mean
 
 COLUMNS_FLAG = "--columns"
 
@@ -32,8 +33,18 @@ class Command(TyperCommand):
                 parameter.secondary_opts = [with_underscores(flag) for flag in parameter.secondary_opts]
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
+        self._refuse_repeated_flags(args)
         has_columns = any(COLUMNS_FLAG in parameter.opts for parameter in self.params)
         return super().parse_args(ctx, repeat_columns(args) if has_columns else args)
+
+    def _refuse_repeated_flags(self, words: Sequence[str]) -> None:
+        """Raises UsageError if a flag that takes one value is given twice: Typer would use the last one."""
+        options = [option for option in self.params if isinstance(option, TyperOption) and not option.multiple]
+        single = {flag for option in options for flag in option.opts}
+        flags = [with_underscores(word.partition("=")[0]) for word in words if word.startswith("--")]
+        for flag in flags:
+            if flag in single and flags.count(flag) > 1:
+                raise UsageError(f"{flag} is given twice, but takes one value: give it once. See --help.")
 
 
 def repeat_columns(words: Sequence[str]) -> list[str]:
@@ -76,6 +87,8 @@ class App(typer.Typer):
             message = error.format_message().strip()
             if not message:  # the help has been shown
                 sys.exit(error.exit_code)
+            if unknown := re.fullmatch(r"No such option: (\S+)( \(Possible options: (.*)\))?", message):
+                message = f"Unknown option {unknown[1]}.{did_you_mean(unknown[1], (unknown[3] or '').split(', '))}"
             if "unexpected extra argument" in message:
                 message += ". A flag that takes several values is repeated for each of them"
             raise UsageError(f"{message if message.endswith(('.', '?')) else message + '.'} See --help.") from None

@@ -34,10 +34,13 @@ def test_without_a_command_the_help_lists_all():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--nosuch"], "No such option: --nosuch"),
+        (["--nosuch"], "Unknown option --nosuch. See --help."),
         (["nosuch"], "No such command 'nosuch'"),
         (["chat"], "Missing argument 'folder'"),
-        (["chat", "x", "--temprature", "1"], "--temperature"),
+        (["chat", "x", "--temprature", "1"], "Unknown option --temprature. Did you mean '--temperature'? See --help."),
+        (["push", "x", "y/z", "--privat"], "Did you mean '--private'?"),
+        (["chat", "x", "--top_p", "0.9", "--top-p=0.8"], "--top_p is given twice"),
+        (["evaluate", "x", "--text", "a.txt", "--text", "b.txt"], "--text is given twice"),
         (["chat", "x", "--top_p", "high"], "Invalid value for '--top_p'"),
         (["data", "prepare", "tinytown=9"], "Missing option '--tokenizer'"),
         (["recipes", "copy", "dem"], "No story 'dem'. Did you mean 'demo'?"),
