@@ -87,11 +87,12 @@ class Muon(torch.optim.Optimizer):
     Args:
         groups: Parameter groups with `use_muon`, `lr`, `weight_decay` and `splits`, the number of equal parts of a
             matrix's columns (3 for GPT-2's `c_attn`, which holds q, k and v side by side).
+        lr: default of the groups, see `build_optimizer`.
         momentum: Coefficient of Muon's Nesterov momentum.
     """
 
-    def __init__(self, groups: Iterable[dict], momentum: float = 0.95):
-        super().__init__(groups, {"momentum": momentum, "use_muon": False, "splits": 1})
+    def __init__(self, groups: Iterable[dict], lr: float, momentum: float = 0.95):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "use_muon": False, "splits": 1})
         self._adamw = torch.optim.AdamW(
             [group for group in self.param_groups if not group["use_muon"]], betas=ADAMW_BETAS, fused=True
         )
@@ -165,6 +166,7 @@ def build_optimizer(
     Args:
         name: "adamw", "adamw_8bit" (states of matrices in 8 bits, of embeddings in 32 bits) or "muon".
         learning_rate: Learning rate of AdamW. With Muon, that of the token embedding is `EMBEDDING_RATE` times as high.
+            It is also in the defaults of the optimizer, from which some schedules compute the share of `min_lr`.
         matrix_learning_rate: Learning rate of Muon; ignored by the other optimizers.
         scaled: Whether gradients have a loss scale (fp16). Fused AdamW is then not used: it would skip steps with
             infinite gradients without the learning rate schedule and the step count noticing.
@@ -187,19 +189,24 @@ def build_optimizer(
                 {"params": select(matrices - fused), **muon},
                 {"params": select(embeddings), "lr": EMBEDDING_RATE * learning_rate, **adamw},
                 {**rest, **adamw},
-            ]
+            ],
+            lr=learning_rate,
         )
     decayed = {"lr": learning_rate, "weight_decay": weight_decay}
     if name == "adamw":
         return torch.optim.AdamW(
-            [{"params": select(matrices | embeddings), **decayed}, rest], betas=ADAMW_BETAS, fused=not scaled
+            [{"params": select(matrices | embeddings), **decayed}, rest],
+            lr=learning_rate,
+            betas=ADAMW_BETAS,
+            fused=not scaled,
         )
     return adamw_8bit(
-        [{"params": select(matrices), **decayed}, {"params": select(embeddings), "optim_bits": 32, **decayed}, rest]
+        [{"params": select(matrices), **decayed}, {"params": select(embeddings), "optim_bits": 32, **decayed}, rest],
+        learning_rate,
     )
 
 
-def adamw_8bit(groups: list[dict]) -> torch.optim.Optimizer:
+def adamw_8bit(groups: list[dict], learning_rate: float) -> torch.optim.Optimizer:
     """Build bitsandbytes' AdamW with 8-bit states in blocks of 256 (Dettmers et al. 2022, arXiv:2110.02861).
 
     A group may set `optim_bits` to 32: training is unstable with 8-bit states of embeddings, whose gradients are sparse
@@ -213,4 +220,4 @@ def adamw_8bit(groups: list[dict]) -> torch.optim.Optimizer:
             config = super().get_config(gindex, pindex, group)
             return config | {"optim_bits": group.get("optim_bits", config["optim_bits"])}
 
-    return GroupedAdamW8bit(groups, betas=ADAMW_BETAS)
+    return GroupedAdamW8bit(groups, lr=learning_rate, betas=ADAMW_BETAS)
