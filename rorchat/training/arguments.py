@@ -2,34 +2,44 @@
 
 import argparse
 import importlib.util
-import json
-import math
 import os
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from transformers import get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SaveStrategy
 from trl import TrlParser
 
-from rorchat.errors import UsageError, did_you_mean, shorten_error
+from rorchat.errors import UsageError, check_all, did_you_mean
 from rorchat.mixture.mixture_file import expand_variables
 from rorchat.sources.columns import parse_columns
 from rorchat.sources.location import add_columns
 from rorchat.stories import find_beside, find_story_file
-from rorchat.training.checkpointing.checkpoint import KEPT
 from rorchat.training.distributed import check_sharding, use_gloo_on_cpu
 from rorchat.training.help import format_help
-from rorchat.training.optim import ADAMW_BETAS, OPTIMIZERS
+from rorchat.training.option_checks import (
+    COOLDOWN_SCHEDULE,
+    DATA_RULES,
+    STAGE_EFFECT_RULES,
+    STAGE_RULES,
+    Gather,
+    Rule,
+    check_effects,
+    check_rules,
+    check_schedule,
+    check_types,
+    check_warmup,
+)
 from rorchat.training.runtime import best_precision, keep_freed_memory, use_all_cores
+from rorchat.training.unsupported_options import EVERY_STAGE
 from rorchat.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -40,25 +50,18 @@ else:
 Arguments = TypeVar("Arguments", bound="DataArguments")
 SMOKE_ROWS_PER_SOURCE = 64
 SMOKE_REPLY_TOKENS = 16  # a model that has not learned to stop would generate a quarter of the context window
-COOLDOWN_SCHEDULE, COSINE_SCHEDULE = "warmup_stable_decay", "cosine_with_min_lr"
 #: The tested trackers, each with its packages, one of which must be installed.
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
-NOT_NEGATIVE = (
-    "learning_rate", "matrix_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "sample_steps",
-    "price_per_hour", "dataloader_num_workers",
-)  # fmt: skip
-#: Settings that must be greater than 0 if they are given.
-POSITIVE = (
-    "per_device_eval_batch_size", "save_steps", "eval_steps", "logging_steps", "num_train_epochs",
-)  # fmt: skip
 
 
 @dataclass
 class DataArguments:
     """Which data a stage reads."""
 
-    #: Settings of a base class that would have no effect, and why. `parse` refuses them.
+    #: Settings of a base class that `parse` refuses, and why.
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = {}
+    #: Settings that `parse` refuses unless another one has a value with which they have an effect.
+    EFFECT_RULES: ClassVar[dict[str, tuple[str, Rule]]] = {}
 
     sources: list[str] = field(
         default_factory=list,
@@ -100,12 +103,11 @@ class DataArguments:
         self.sources = [pins.get(spec, spec) for spec in self.sources]
 
     def check_data(self) -> None:
-        """Raises UsageError if there is no source, none takes the columns, or the validation share is out of range."""
+        """Raises UsageError if there is no source, none takes the columns, or a number is out of range."""
         self.name_columns()
         if not self.source_specs():
             raise UsageError("No sources: give at least one, as in --sources text=my_texts/")
-        if not 0 < self.validation_share < 1:
-            raise UsageError(f"validation_share is {self.validation_share}: it must lie between 0 and 1.")
+        check_rules(self, DATA_RULES)
 
 
 @dataclass
@@ -115,34 +117,8 @@ class StageArguments(DataArguments, _TrainerArguments):
     A stage's class lists this one before Transformers' or TRL's, so that the defaults below take precedence.
     """
 
-    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = {
-        "optim": "the optimizer is chosen by `optimizer`: adamw, adamw_8bit or muon",
-        "optim_args": "the optimizer is chosen by `optimizer`: adamw, adamw_8bit or muon",
-        "adam_beta1": f"AdamW's betas are {ADAMW_BETAS}",
-        "adam_beta2": f"AdamW's betas are {ADAMW_BETAS}",
-        "adam_epsilon": "AdamW's epsilon is 1e-8",
-        "train_sampling_strategy": "the order of rows is determined by the data, see `data_seed`",
-        "remove_unused_columns": "rows contain only what the model reads",
-        "logging_nan_inf_filter": "NaN is always logged as NaN",
-        "ddp_find_unused_parameters": "every parameter is used",
-        "accelerator_config": "batches are already dispatched and copied as fast as possible",
-        "average_tokens_across_devices": "every token has the same weight on every process",
-        "auto_find_batch_size": "micro-batches are halved automatically when memory runs out",
-        "load_best_model_at_end": "the best checkpoint is kept, see `rorchat checkpoint list` and `export`",
-        "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss",
-        "save_only_model": "checkpoints are for resuming; `rorchat checkpoint export` extracts the model",
-        "restore_callback_states_from_checkpoint": "it would restore the request to stop of an interrupted run",
-        "resume_from_checkpoint": "the same command resumes automatically",
-        "enable_jit_checkpoint": "SIGTERM already saves a checkpoint at the end of the step",
-        "push_to_hub": "`rorchat push` verifies and pushes; `mirror` copies checkpoints",
-        "ignore_data_skip": "a run resumes after the rows that it has read",
-        "activation_offloading": "`gradient_checkpointing` saves that memory",
-        "torch_empty_cache_steps": "every step reuses the memory of the previous one",
-        "include_num_input_tokens_seen": "metrics.jsonl has the number of tokens",
-        "debug": "a step whose loss is NaN is skipped, and its rows are written to diverged_rows.jsonl",
-        "use_liger_kernel": "rorchat has its own kernels for GPT-2, which are always used",
-        "optim_target_modules": "every parameter is optimized, or those of the LoRA adapter",
-    }
+    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = EVERY_STAGE
+    EFFECT_RULES: ClassVar[dict[str, tuple[str, Rule]]] = STAGE_EFFECT_RULES
 
     smoke: bool = field(
         default=False, metadata={"help": "Try the run: 3 steps with tiny batches, in OUTPUT_DIR-smoke."}
@@ -246,61 +222,19 @@ class StageArguments(DataArguments, _TrainerArguments):
     # Checks
 
     def check_stage(self) -> None:
-        """Raises UsageError for the first setting that is out of range or contradicts another one."""
-        if self.optimizer not in OPTIMIZERS:
-            raise UsageError(
-                f"No optimizer {self.optimizer!r}.{did_you_mean(self.optimizer, OPTIMIZERS)} "
-                f"Available: {', '.join(OPTIMIZERS)}."
-            )
-        if not 0 <= self.cooldown_share <= 1:
-            raise UsageError(f"cooldown_share is {self.cooldown_share}: it must lie between 0 and 1.")
-        self._check_ranges()
-        self._check_schedule()
-        if self.save_strategy == SaveStrategy.BEST:
-            raise UsageError("save_strategy is best: the best checkpoint is always kept, so give steps, epoch or no.")
-        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
-            raise UsageError("dataloader_persistent_workers needs workers: give dataloader_num_workers as well.")
-        if self.save_total_limit is not None and self.save_total_limit < KEPT:
-            raise UsageError(
-                f"save_total_limit is {self.save_total_limit}: give {KEPT} or more, because the newest checkpoint may "
-                "be damaged by the disk."
-            )
+        """Raises UsageError for settings that are out of range or contradict each other."""
+        check_all(
+            partial(check_rules, self, STAGE_RULES),
+            partial(check_schedule, self.lr_scheduler_type, self.lr_scheduler_kwargs, self.learning_rate),
+            partial(check_warmup, self.warmup_steps, self.max_steps),
+            self._check_folders,
+        )
+
+    def _check_folders(self) -> None:
         if self.mirror and self.save_strategy == SaveStrategy.NO:
             raise UsageError("mirror copies checkpoints, but save_strategy is no: remove one of them.")
-        if self.max_steps < -1 or self.max_steps == 0:
-            raise UsageError(f"max_steps is {self.max_steps}: give a positive number, or leave it out.")
         if not self.output_dir:
             raise UsageError("No output folder: give --output_dir runs/my-run")
-
-    def _check_ranges(self) -> None:
-        limits = dict.fromkeys(NOT_NEGATIVE, (math.inf, "0 or a positive number"))
-        limits |= dict.fromkeys(("seed", "data_seed"), (2**32, "a number from 0 to 2^32 - 1"))
-        wrong = [
-            f"{name} is {getattr(self, name)}: give {allowed}."
-            for name, (limit, allowed) in limits.items()
-            if not 0 <= (getattr(self, name) or 0) < limit
-        ]
-        wrong += [
-            f"{name} is {value}: give a number greater than 0."
-            for name in POSITIVE
-            if (value := getattr(self, name, None)) is not None and not value > 0
-        ]
-        if wrong:
-            raise UsageError(" ".join(wrong))
-
-    def _check_schedule(self) -> None:
-        """Raises UsageError for a learning-rate schedule that does not exist, or that refuses its settings."""
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        kwargs = self.lr_scheduler_kwargs
-        if isinstance(kwargs, str):  # Transformers reads it later
-            kwargs = json.loads(kwargs)
-        if kwargs is None and self.lr_scheduler_type in (COOLDOWN_SCHEDULE, COSINE_SCHEDULE):
-            return  # their settings are derived from the length of the run
-        try:
-            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=dict(kwargs or {}))
-        except (TypeError, ValueError) as error:
-            given = f" with lr_scheduler_kwargs {kwargs}" if kwargs else ""
-            raise UsageError(f"lr_scheduler_type {self.lr_scheduler_type}{given}: {shorten_error(error)}") from None
 
     def check_devices(self) -> None:
         """Raises UsageError if one process sees several GPUs: the Trainer would use DataParallel."""
@@ -311,8 +245,7 @@ class StageArguments(DataArguments, _TrainerArguments):
             )
 
     def resolve_defaults(self) -> None:
-        """Checks the settings and replaces defaults of Transformers. Must be called before Transformers checks them."""
-        self.check_stage()
+        """Replaces defaults of Transformers. Must be called before Transformers checks the settings."""
         self.report_to = parse_trackers(self.report_to)  # type: ignore[assignment]  # one string on the command line
         if self.bf16 is None and not self.fp16:
             precision = best_precision(self.on_gpu)
@@ -356,7 +289,10 @@ def parse_trackers(report_to: str | list[str] | None) -> list[str]:
 
 
 class StageParser(TrlParser):
-    """A TrlParser that reports errors in one line and rejects abbreviated options, which may be typos."""
+    """A TrlParser that reports errors in one line, rejects abbreviated options, which may be typos, and gathers lists.
+
+    It parses one command line.
+    """
 
     def __init__(self, dataclass_type: type):
         # Transformers annotates the parameter with a `NewType`, which no class matches
@@ -364,6 +300,9 @@ class StageParser(TrlParser):
         for action in self._actions:
             if action.dest == "sample_prompts":
                 action.nargs = "*"  # an empty list turns samples off
+
+    def add_argument(self, *names, **settings):
+        return super().add_argument(*names, **{"action": Gather} | settings)
 
     def error(self, message: str):
         raise UsageError(f"{message.removesuffix('.')}. See --help.")
@@ -376,64 +315,48 @@ def parse(
 ) -> Arguments:
     """Settings from defaults, `--config FILE.yaml`, Python and the command line; later ones take precedence.
 
-    In the `sources` of the file, `$NAME` is replaced by an environment variable, as in a mixture file. The attribute
-    `given` of the result has the settings of the file and the command line; it is written to the run's config.yaml.
+    In the `sources` of the file, `$NAME` is replaced by an environment variable, as in a mixture file. The values of a
+    list may be given by several flags. The attribute `given` of the result has the settings of the file and the command
+    line; it is written to the run's config.yaml.
 
     Args:
         argv: the words of the command line; None for those of this process.
         settings: values by name, as a function of `rorchat.api` was called with. They are checked like a config file's.
 
     Raises:
-        UsageError: an unknown key or flag (the message suggests the nearest one), a value of the wrong type, an
-            unreadable file, or an environment variable that is not set.
+        UsageError: an unknown key or flag (the message suggests the nearest one), a value of the wrong type or out of
+            range, a setting without an effect, an unreadable file, or an environment variable that is not set.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = StageParser(dataclass_type)
     _show_help(dataclass_type, parser, argv)
     options = {action.dest: action for action in parser._actions}
-    argv, config, path = _split_config(_join_repeated_flags(argv, options))
-    _check_values(config, path, options)
+    argv, config, path = _split_config(argv)
+    check_types(config, path, options)
     settings = {name: _plain(value) for name, value in (settings or {}).items()}
-    _check_values(settings, "", options)
+    check_types(settings, "", options)
     flags = [word[2:].split("=")[0].replace("-", "_") for word in argv if re.match(r"--[a-zA-Z]", word)]
     for flag in flags:
         if flag not in options and flag.removeprefix("no_") not in options:
-            raise UsageError(f"Unknown option --{flag}.{did_you_mean(flag, options)} See --help.")
+            raise UsageError(f"Unknown option --{flag}.{did_you_mean(flag, [*options, 'config'])} See --help.")
     if config.get("sources") and "sources" not in (*flags, *settings):
         config["sources"] = expand_variables(path, config["sources"])
     config |= settings
     names = {entry.name for entry in fields(dataclass_type)}
     given = {name.removeprefix("no_") if name not in names else name for name in (*config, *flags)}
-    for name in sorted(given & set(dataclass_type.UNSUPPORTED_ARGS)):
-        raise UsageError(f"{name} cannot be set: {dataclass_type.UNSUPPORTED_ARGS[name]}.")
+    unsupported = dataclass_type.UNSUPPORTED_ARGS
+    if refused := sorted(given & unsupported.keys()):
+        raise UsageError(" ".join(f"{name} cannot be set: {unsupported[name]}." for name in refused))
     parser.set_defaults_with_config(**config)
     try:
-        (arguments,) = parser.parse_args_into_dataclasses(args=argv)
+        arguments, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise UsageError(_name_setting(" ".join(str(error).split()), config, argv)) from None
+    if rest:
+        raise UsageError(f"Unexpected {' '.join(rest)!r}: give every setting as --NAME VALUE. See --help.")
+    check_effects(arguments, given, dataclass_type.EFFECT_RULES)
     arguments.given = {name: _plain(getattr(arguments, name)) for name in sorted(given & names)}
     return arguments
-
-
-def _join_repeated_flags(argv: Sequence[str], options: Mapping[str, argparse.Action]) -> list[str]:
-    """The values of a list that is given by several flags, joined: argparse would take the last flag only.
-
-    Raises:
-        UsageError: a flag with a single value is given twice.
-    """
-    groups: dict[str, list[str]] = {}  # flag -> its words, in the order of the first ones
-    flag = ""
-    for word in argv:
-        if re.match(r"--[a-zA-Z]", word):
-            name, sign, value = word.partition("=")
-            flag = "--" + name[2:].replace("-", "_")
-            option = options.get(flag[2:])
-            if flag in groups and (option is None or option.nargs not in ("+", "*")):
-                raise UsageError(f"{flag} is given twice: give it once.")
-            groups.setdefault(flag, []).extend([value] if sign else [])
-        else:
-            groups.setdefault(flag, []).append(word)
-    return [word for flag, words in groups.items() for word in ([flag, *words] if flag else words)]
 
 
 def _show_help(dataclass_type: type, parser: StageParser, argv: list[str]) -> None:
@@ -472,8 +395,11 @@ def _plain(value: object) -> object:
 
 def _split_config(argv: list[str]) -> tuple[list[str], dict, str]:
     """Returns the arguments other than `--config FILE`, the values of the config file, and its path."""
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" not in argv:
         return argv, {}, ""
+    if argv.count("--config") > 1:
+        raise UsageError("--config is given twice: write all settings into one file.")
     at = argv.index("--config")
     if at + 1 == len(argv):
         raise UsageError("--config needs a file: --config demo/pretrain.yaml")
@@ -487,58 +413,3 @@ def _split_config(argv: list[str]) -> tuple[list[str], dict, str]:
 
 #: Settings that name a file, which is looked up next to the config file first.
 FILE_SETTINGS = ("mixture", "persona")
-
-
-#: Settings of rorchat that are strings. TrlParser would accept a number for them.
-STRING_SETTINGS = {
-    "tokenizer", "size", "model", "token_store", "persona", "optimizer", "output_dir", "mixture", "mirror", "base_text",
-    "replay",
-}  # fmt: skip
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
-
-
-def _check_values(values: Mapping[str, object], path: str, options: dict[str, argparse.Action]) -> None:
-    """Checks names and types. TrlParser accepts a list for an int, and YAML's unquoted `no` for a string.
-
-    Args:
-        path: the config file that has the values; "" if they were given in Python.
-    """
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
-    for key, value in values.items():
-        line = next((n for n, text in enumerate(lines, 1) if re.match(rf"{re.escape(str(key))}\s*:", text)), 0)
-        where, what = (f"{path}:{line}: ", "key") if path else ("", "setting")
-        if key not in options or key == "help":
-            raise UsageError(f"{where}unknown {what} {key!r}.{did_you_mean(str(key), options)}")
-        expected = _expected_type(options[key])
-        if not _has_type(value, options[key], expected):
-            hint = " (write yes and no in quotes)" if path and isinstance(value, bool) else ""
-            raise UsageError(f"{where}{key} is {value!r}, a {type(value).__name__}; expected {expected}{hint}.")
-
-
-def _expected_type(option: argparse.Action) -> str:
-    name = getattr(option.type, "__name__", "")
-    if option.nargs in ("+", "*"):
-        return {"float": "a list of numbers", "int": "a list of numbers"}.get(name, "a list of strings")
-    if name == "string_to_bool":
-        return "true or false"
-    return {"int": "an int", "float": "a number"}.get(name, "a string")
-
-
-def _has_type(value: object, option: argparse.Action, expected: str) -> bool:
-    if value is None:
-        return option.default is None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    match expected:
-        case "a list of numbers" | "a list of strings":
-            kinds = (int, float) if expected.endswith("numbers") else (str,)
-            return isinstance(value, list) and all(isinstance(v, kinds) and not isinstance(v, bool) for v in value)
-        case "true or false":
-            return isinstance(value, bool) or str(value).lower() in ("true", "false", "yes", "no")
-        case "an int":
-            return isinstance(value, int) and is_number
-        case "a number":  # YAML reads 6e-4 as a string
-            return is_number or (isinstance(value, str) and bool(_NUMBER.fullmatch(value)))
-    if option.dest in STRING_SETTINGS:
-        return isinstance(value, str)
-    # Transformers has settings that are a string or a dict or a number: it checks them itself
-    return not isinstance(value, bool) and (not isinstance(value, list) or option.dest == "report_to")

@@ -40,18 +40,18 @@ def use_gloo_on_cpu() -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
-def sharding_strategy(arguments) -> str:
-    """How the launcher or the arguments shard the model: "FSDP", "ZeRO-2", "ZeRO-3", or "" for not at all."""
-    if arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+def sharding_strategy() -> str:
+    """How the launcher shards the model: "FSDP", "ZeRO-2", "ZeRO-3", or "" for not at all."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         return "FSDP"
-    if arguments.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         return f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
     return ""
 
 
 def check_sharding(arguments) -> None:
     """Raises UsageError if the optimizer, the device or the save strategy does not support the sharding."""
-    strategy = sharding_strategy(arguments)
+    strategy = sharding_strategy()
     if not strategy:
         return
     if arguments.optimizer in WHOLE_MATRICES:

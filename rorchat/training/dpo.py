@@ -42,11 +42,13 @@ from rorchat.training.distributed import any_rank, sharding_strategy
 from rorchat.training.kernels.dpo_logps import patch_dpo_logps, reply_masks
 from rorchat.training.kernels.lm_head_loss import patch_gelu
 from rorchat.training.lora import LoraArguments
+from rorchat.training.option_checks import FINITE, NOT_NEGATIVE, POSITIVE, SHARE, Rule, any_of, check_rules, one_of
 from rorchat.training.run_notes import warn_about_margin
 from rorchat.training.sampler import count_steps, training_order
 from rorchat.training.sizes import check_batch, check_row_length
 from rorchat.training.smoke_test import shrink_chat_stage
 from rorchat.training.stage import ChatStageTrainer
+from rorchat.training.unsupported_options import DPO
 
 NOT_COMPUTED = ("entropy", "logits/chosen", "logits/rejected")  # metrics that `score_replies` leaves at 0
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -61,42 +63,32 @@ LOSSES = (
 #: The default learning rate is LEARNING_RATE_AT_1M * (millions of parameters) ** -LEARNING_RATE_EXPONENT.
 LEARNING_RATE_AT_1M, LEARNING_RATE_EXPONENT = 1e-4, 0.5
 MIN_MARGIN_PAIRS = 50  # of a validation split whose mean margin says something
-DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-#: Losses that support every divergence, because they depend on the difference between chosen and rejected.
-DIFFERENCE_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
-LIMITS = {
-    "chosen_drop": (lambda value: 0 <= value < math.inf, "a number of nats per token, or 0 to disable it"),
-    "beta": (lambda value: 0 < value < math.inf, "a positive number"),
-    "label_smoothing": (lambda value: 0 <= value < 0.5, "a number from 0 to below 0.5"),
-    "ld_alpha": (lambda value: value is None or 0 <= value <= 1, "a number from 0 to 1"),
-    "f_alpha_divergence_coef": (math.isfinite, "a number"),
-    "discopop_tau": (lambda value: 0 < value < math.inf, "a positive number"),
-    "precompute_ref_batch_size": (lambda value: value is None or value > 0, "a positive number, or omit it"),
+#: Losses of the difference between chosen and rejected replies, which support every divergence.
+DIFFERENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+#: Losses with a term for a wrong preference. The others ignore `label_smoothing`.
+SMOOTHED_LOSSES = ("exo_pair", "robust", "aot", "aot_unpaired")
+RULES = {
+    "chosen_drop": Rule(NOT_NEGATIVE.allows, "a number of nats per token, or 0 to disable it"),
+    "beta": POSITIVE,
+    "label_smoothing": Rule(lambda value: 0 <= value < 0.5, "a number from 0 to below 0.5"),
+    "ld_alpha": SHARE,
+    "f_divergence_type": one_of("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+    "f_alpha_divergence_coef": FINITE,
+    "discopop_tau": POSITIVE,
+    "precompute_ref_batch_size": POSITIVE,
 }
-FIXED_REFERENCE = "the reference is the model that the run starts from"
-STOCK_MODEL = "the model is a stock GPT-2"
 
 
 @dataclass
 class DPOArguments(LoraArguments, StageArguments, DPOConfig):
     """Settings of `recipes/dpo.py`."""
 
-    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = StageArguments.UNSUPPORTED_ARGS | {
-        "precompute_ref_log_probs": "the reference's log-probabilities are always computed once, at the start",
-        "sync_ref_model": FIXED_REFERENCE,
-        "ref_model_mixup_alpha": FIXED_REFERENCE,
-        "ref_model_sync_steps": FIXED_REFERENCE,
-        "use_weighting": "its weights are sums over the whole vocabulary, which are not computed",
-        "label_smoothing_factor": "it smooths token labels; use `label_smoothing` for preferences",
-        "truncation_mode": "early messages of a prompt are dropped first, then replies are cut to the same maximum",
-        "padding_free": "batches are computed without padding",
-        "pad_to_multiple_of": "batches are computed without padding",
-        "pad_token": "the tokenizer has a pad token",
-        "dataset_num_proc": "pairs are encoded by rorchat",
-        "disable_dropout": "models are loaded without dropout",
-        "model_init_kwargs": STOCK_MODEL,
-        "trust_remote_code": STOCK_MODEL,
-        "router_aux_loss_coef": STOCK_MODEL,
+    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = DPO
+    EFFECT_RULES: ClassVar[dict[str, tuple[str, Rule]]] = StageArguments.EFFECT_RULES | {
+        "label_smoothing": ("loss_type", any_of(*SMOOTHED_LOSSES)),
+        "discopop_tau": ("loss_type", any_of("discopop")),
+        "f_divergence_type": ("loss_type", any_of(*DIFFERENCE_LOSSES)),
+        "f_alpha_divergence_coef": ("f_divergence_type", one_of("alpha_divergence")),
     }
 
     if TYPE_CHECKING:  # never None after the checks, unlike in TRL's settings
@@ -140,7 +132,7 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
             self._check_loss,
         )
         self.resolve_defaults()
-        if sharding_strategy(self) == "FSDP" and is_adapter(self.model):
+        if sharding_strategy() == "FSDP" and is_adapter(self.model):
             raise UsageError(
                 f"{self.model} is an adapter, but under FSDP TRL would load the reference without it. Give the merged "
                 "model, or launch with --accelerate_config ddp."
@@ -155,13 +147,7 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
             raise UsageError("No model: give the chat model to train, as in --model runs/gpt2-chat")
 
     def _check_limits(self) -> None:
-        wrong = [
-            f"{name} is {value}: give {allowed}."
-            for name, (fits, allowed) in LIMITS.items()
-            if not fits(value := getattr(self, name))
-        ]
-        if wrong:
-            raise UsageError(" ".join(wrong))
+        check_rules(self, RULES)
         if self.chosen_drop and self.logging_strategy == IntervalStrategy.NO:
             raise UsageError(
                 "chosen_drop is checked at every log line, but logging_strategy is no: use logging_strategy "
@@ -185,15 +171,11 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
             raise UsageError(
                 "loss_type exo_pair needs the logarithm of label_smoothing: give a positive one, such as 1e-3."
             )
-        self._check_divergence()
-
-    def _check_divergence(self) -> None:
-        divergence = self.f_divergence_type
-        if divergence not in DIVERGENCES:
-            raise UsageError(f"f_divergence_type is {divergence!r}: give one of {', '.join(DIVERGENCES)}.")
-        others = [loss for loss in self.loss_type if loss not in DIFFERENCE_LOSSES]
-        if divergence != "reverse_kl" and others:
-            raise UsageError(f"loss_type {others[0]} needs reverse_kl: leave out f_divergence_type {divergence}.")
+        others = [kind for kind in kinds if kind not in (*DIFFERENCE_LOSSES, "sft")]
+        if self.f_divergence_type != "reverse_kl" and others:
+            raise UsageError(
+                f"loss_type {others[0]} needs reverse_kl: leave out f_divergence_type {self.f_divergence_type}."
+            )
 
 
 def default_learning_rate(config: GPT2Config) -> float:

@@ -37,50 +37,50 @@ from rorchat.training.data import Split, load_split
 from rorchat.training.distributed import sharding_strategy
 from rorchat.training.kernels.attention import skip_padding_warning
 from rorchat.training.kernels.lm_head_loss import patch_gelu
+from rorchat.training.option_checks import NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Rule, check_rules, one_of
 from rorchat.training.rewards import WEIGHTS, Scorer, as_replies, find_reward, is_right
 from rorchat.training.sampler import training_order
 from rorchat.training.sizes import check_batch, check_row_length, try_settings
 from rorchat.training.smoke_test import shrink_grpo
 from rorchat.training.stage import ChatStageTrainer
+from rorchat.training.unsupported_options import GRPO
 
 MIN_SPREAD = 0.1  # minimum share of groups whose replies differ in reward, and of groups with right and wrong replies
 EQUAL_REWARDS = 1e-6  # rewards that differ by less count as equal
 TOO_EASY = 0.9  # share of right answers above which questions count as too easy rather than too hard
 #: Metrics of TRL 1.16 to keep. The others are logged elsewhere, or are constant because every reply is used once.
 LOGGED = ("reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "completions/mean_length", "stopped")
-#: Values that TRL 1.16 accepts. It checks them only in the first step.
-KNOWN_VALUES = {
-    "scale_rewards": ("none", "group", "batch"),
-    "loss_type": ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
-    "importance_sampling_level": ("token", "sequence"),
-    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+#: Ranges, and the names that TRL 1.16 accepts. It checks them only in the first step.
+RULES = {
+    "scale_rewards": one_of("none", "group", "batch"),
+    "loss_type": one_of("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": one_of("token", "sequence"),
+    "multi_objective_aggregation": one_of("sum_then_normalize", "normalize_then_sum"),
+    "max_completion_length": Rule(lambda value: value >= 2, "2 tokens or more"),
+    "beta": NOT_NEGATIVE,
+    "temperature": POSITIVE,
+    "top_p": POSITIVE_SHARE,
+    "top_k": NOT_NEGATIVE,
+    "min_p": SHARE,
+    "repetition_penalty": POSITIVE,
+    "epsilon_high": POSITIVE,
+    "top_entropy_quantile": POSITIVE_SHARE,
+    "entropy_coef": NOT_NEGATIVE,
+    "readiness_questions": NOT_NEGATIVE,
 }
-USED_ONCE = "every step samples new replies and uses them once, so that a run can resume after any step"
-OWN_SAMPLING = "replies are sampled by Transformers' generate from the trained model"
-NO_TABLES = "rewards are in metrics.jsonl, replies to `sample_prompts` in samples.jsonl"
 
 
 @dataclass
 class GRPOArguments(StageArguments, GRPOConfig):
     """Settings of `recipes/grpo.py`."""
 
-    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = StageArguments.UNSUPPORTED_ARGS | {
-        "num_iterations": USED_ONCE,
-        "steps_per_generation": USED_ONCE,
-        "generation_batch_size": USED_ONCE,
-        "num_generations_eval": "validation uses one greedy reply per question",
-        "shuffle_dataset": "the order of questions is determined by the data, see `data_seed`",
-        "use_vllm": OWN_SAMPLING,
-        "use_transformers_continuous_batching": OWN_SAMPLING,
-        "use_transformers_paged": OWN_SAMPLING,
-        "chat_template_kwargs": "prompts are encoded by rorchat",
-        "pad_to_multiple_of": "a batch is as long as its longest row",
-        "log_completions": NO_TABLES,
-        "log_completions_hub_repo": NO_TABLES,
-        "sync_ref_model": "the reference is the model that the run starts from",
-        "model_init_kwargs": "models are loaded by rorchat, in float32",
-        "use_adaptive_entropy": "checkpoints do not contain its state; use `entropy_coef`",
-        "cast_lm_head_to_fp32": "the head is tied to the embedding",
+    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = GRPO
+    EFFECT_RULES: ClassVar[dict[str, tuple[str, Rule]]] = StageArguments.EFFECT_RULES | {
+        "scale_rewards": ("multi_objective_aggregation", one_of("sum_then_normalize")),
+        "epsilon_high": ("loss_type", one_of("cispo")),
+        # only TRL's estimate of the KL divergence depends on the importance ratio, which is always 1
+        "importance_sampling_level": ("beta", POSITIVE),
+        "use_bias_correction_kl": ("beta", POSITIVE),
     }
 
     if TYPE_CHECKING:  # never None, unlike in TRL's settings
@@ -122,12 +122,12 @@ class GRPOArguments(StageArguments, GRPOConfig):
             partial(check_row_length, "max_completion_length", self.max_completion_length, self.model),
             self._check_groups,
             self._check_rewards,
-            self._check_sampling,
+            partial(check_rules, self, RULES),
         )
         self.resolve_defaults()
-        if sharding_strategy(self):
+        if sharding_strategy():
             raise UsageError(
-                f"{sharding_strategy(self)}: sampling needs the whole model. Launch with --accelerate_config ddp."
+                f"{sharding_strategy()}: sampling needs the whole model. Launch with --accelerate_config ddp."
             )
         self.num_generations_eval, self.shuffle_dataset = 1, False
         super().__post_init__()
@@ -138,19 +138,6 @@ class GRPOArguments(StageArguments, GRPOConfig):
     def _check_model(self) -> None:
         if not self.model:
             raise UsageError("No model: give the chat model to train, such as --model runs/gpt2-chat")
-
-    def _check_sampling(self) -> None:
-        for name, known in KNOWN_VALUES.items():
-            if getattr(self, name) not in known:
-                raise UsageError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(known)}.")
-        if self.max_completion_length is not None and self.max_completion_length < 2:
-            raise UsageError(f"max_completion_length is {self.max_completion_length}: give 2 tokens or more.")
-        if not 0 <= self.beta < math.inf:
-            raise UsageError(f"beta is {self.beta}: give a positive number, or 0 for no reference.")
-        if not 0 < self.temperature < math.inf:
-            raise UsageError(f"temperature is {self.temperature}: give a positive number, so that replies differ.")
-        if self.readiness_questions < 0:
-            raise UsageError(f"readiness_questions is {self.readiness_questions}: give 0 or a positive number.")
 
     def _check_groups(self) -> None:
         if self.num_generations < 2:
@@ -179,6 +166,8 @@ class GRPOArguments(StageArguments, GRPOConfig):
                 f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards "
                 f"({', '.join(self.rewards)}): give one for each reward."
             )
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise UsageError(f"reward_weights is {self.reward_weights}: give numbers.")
 
     def reward_files(self) -> dict[str, str]:
         """Returns the sha256 of every file with a reward function. A run is not resumed if such a file has changed."""
@@ -394,7 +383,13 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         rows = list(self.eval_dataset.shard(self.accelerator.num_processes, self.accelerator.process_index))
         self.model.eval()  # TRL also selects its training or evaluation metrics by this
         prompts = [row["messages"] for row in rows]
-        replies = generate_replies(self.chat, prompts, max_new_tokens=self.max_completion_length, temperature=0)
+        replies = generate_replies(
+            self.chat,
+            prompts,
+            max_new_tokens=self.max_completion_length,
+            temperature=0,
+            batch_size=self.args.per_device_eval_batch_size,
+        )
         rewards = self._score(rows, replies) if rows else torch.zeros(0)
         count, reward, right, stopped = self._sum_over_processes(
             len(rows),

@@ -62,7 +62,7 @@ class LoraArguments(StageArguments):
                 "optimizer muon makes updates orthogonal, which means nothing for the product of LoRA's two matrices: "
                 "give adamw or adamw_8bit."
             )
-        if self.lora_rank and (how := sharding_strategy(self)):
+        if self.lora_rank and (how := sharding_strategy()):
             raise UsageError(
                 f"lora_rank is {self.lora_rank}, but {how} shards the model, which LoRA does not support. Launch "
                 "with --accelerate_config ddp."

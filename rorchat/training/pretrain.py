@@ -23,25 +23,22 @@ from rorchat.tokens.store import TOKENS_FOLDER, TokenStore
 from rorchat.training.arguments import StageArguments
 from rorchat.training.context import StageContext
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
+from rorchat.training.option_checks import NOT_NEGATIVE, POSITIVE, check_rules, check_warmup
 from rorchat.training.runtime import can_compile
 from rorchat.training.sizes import PretrainingSizes, read_positions
 from rorchat.training.smoke_test import shrink_pretraining
 from rorchat.training.stage import StageTrainer
+from rorchat.training.unsupported_options import PRETRAIN
 
 SAMPLE_TOKENS = 48
+RULES = {"per_device_eval_batch_size": POSITIVE, "train_tokens": NOT_NEGATIVE}
 
 
 @dataclass
 class PretrainArguments(StageArguments, TrainingArguments):
     """Settings of `recipes/pretrain.py`."""
 
-    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = StageArguments.UNSUPPORTED_ARGS | {
-        "gradient_accumulation_steps": "it follows from `global_batch_tokens`",
-        "num_train_epochs": "the length of pretraining is `train_tokens` or `max_steps`",
-        "torch_compile": "use `compile`, which compiles everything but the language-model head",
-        "torch_compile_backend": "use `compile`",
-        "torch_compile_mode": "use `compile`",
-    }
+    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = PRETRAIN
 
     tokenizer: str = field(default="gpt2", metadata={"help": "A folder or a Hub id."})
     size: str = field(default="124m", metadata={"help": "demo, 51m, 124m ... or LAYERSxHEADSxWIDTH, as 6x5x160."})
@@ -85,7 +82,7 @@ class PretrainArguments(StageArguments, TrainingArguments):
 
     def __post_init__(self):
         self.mixture_config = self._read_mixture()
-        check_all(self.check_data, self.check_stage, self._check_sizes)
+        check_all(self.check_data, self.check_stage, partial(check_rules, self, RULES), self._check_sizes)
         self.resolve_defaults()
         if self.compile is None:
             self.compile = can_compile(self.on_gpu)
@@ -94,6 +91,7 @@ class PretrainArguments(StageArguments, TrainingArguments):
         super().__post_init__()
         self.check_devices()
         self._derive_steps()
+        check_warmup(self.warmup_steps, self.max_steps)
         if self.smoke:
             shrink_pretraining(self)
 

@@ -31,9 +31,8 @@ from rorchat.training.sampler import count_steps
 from rorchat.training.sizes import check_batch, check_row_length
 from rorchat.training.smoke_test import shrink_chat_stage
 from rorchat.training.stage import ChatStageTrainer
+from rorchat.training.unsupported_options import SFT
 
-ROWS_ARE_PACKED = "rorchat encodes and packs the rows: conversations do not attend to each other, loss on replies only"
-TEMPLATE_IS_FIXED = "rorchat's chat template and control tokens are used: user text cannot become a control token"
 MAX_TOKENS_ON_CPU = 2048  # per micro-batch; larger ones are split: larger matrix products are not faster on a CPU
 
 
@@ -41,26 +40,7 @@ MAX_TOKENS_ON_CPU = 2048  # per micro-batch; larger ones are split: larger matri
 class SFTArguments(LoraArguments, StageArguments, SFTConfig):
     """Settings of `recipes/sft.py`."""
 
-    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = StageArguments.UNSUPPORTED_ARGS | {
-        "packing": ROWS_ARE_PACKED,
-        "packing_strategy": ROWS_ARE_PACKED,
-        "eval_packing": ROWS_ARE_PACKED,
-        "padding_free": ROWS_ARE_PACKED,
-        "assistant_only_loss": ROWS_ARE_PACKED,
-        "completion_only_loss": ROWS_ARE_PACKED,
-        "dataset_text_field": ROWS_ARE_PACKED,
-        "dataset_kwargs": ROWS_ARE_PACKED,
-        "dataset_num_proc": ROWS_ARE_PACKED,
-        "pad_to_multiple_of": ROWS_ARE_PACKED,
-        "chat_template_path": TEMPLATE_IS_FIXED,
-        "eos_token": TEMPLATE_IS_FIXED,
-        "pad_token": TEMPLATE_IS_FIXED,
-        "loss_type": "the loss is always the negative log-likelihood of the replies",
-        "label_smoothing_factor": "it needs the logits of a whole batch, which are never held in memory",
-        "truncation_mode": "conversations longer than `max_length` are truncated after a turn",
-        "shuffle_dataset": "the order of rows is determined by the data, see `data_seed`",
-        "model_init_kwargs": "models are loaded by rorchat, in float32",
-    }
+    UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = SFT
 
     model: str = field(
         default="gpt2", metadata={"help": "The model to fine-tune: folder of a run or model, or Hub id."}

@@ -105,7 +105,7 @@ def test_all_processes_end_with_the_same_message_and_exit_code(sandbox, stopped_
 @pytest.mark.parametrize(
     "setting",
     [
-        {"eval_strategy": "steps", "eval_steps": 3}, {"sample_prompts": ["Hello"]}, {"disable_tqdm": False},
+        {"eval_strategy": "steps", "eval_steps": 3}, {"sample_prompts": ["Hello"]}, {"log_level": "error"},
         {"weight_decay": 0.1}, {"token_store": "elsewhere"}, {"logging_first_step": True},
     ],
 )  # fmt: skip

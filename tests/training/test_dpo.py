@@ -15,7 +15,15 @@ from rorchat.errors import UsageError
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
 from rorchat.training.context import StageContext
-from rorchat.training.dpo import CHOSEN_FELL, ChatDPOTrainer, DPOArguments, collate_pairs
+from rorchat.training.dpo import (
+    CHOSEN_FELL,
+    DIFFERENCE_LOSSES,
+    LOSSES,
+    SMOOTHED_LOSSES,
+    ChatDPOTrainer,
+    DPOArguments,
+    collate_pairs,
+)
 from rorchat.training.kernels.dpo_logps import patch_dpo_logps
 
 FLAGS = ["--model", "unused", "--sources", "tinytown=1", "--bf16", "false", "--logging_steps", "1"]
@@ -145,6 +153,35 @@ def test_cut_pairs_are_scored_like_their_sides_alone(tokenizer):
     assert scores.tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def test_settings_of_the_loss_act_with_the_losses_for_which_they_are_accepted(build_trainer, better_reference):
+    flags = ["--loss_type", "robust", "--label_smoothing", 0.2, "--beta", 0.3, "--ld_alpha", 0.5]
+    trainer = build_trainer(build_pairs([3] * 4), *flags)
+    assert (trainer.loss_types, trainer.label_smoothing, trainer.beta, trainer.ld_alpha) == (["robust"], 0.2, 0.3, 0.5)
+
+    def losses_that_depend_on(owner: object, name: str, *values: object) -> set[str]:
+        dependent = set()
+        for kind in LOSSES:
+            trainer.loss_types, trainer.args.loss_weights = [kind], [1.0]
+            results = set()
+            for value in values:
+                setattr(owner, name, value)
+                results.add(trainer.evaluate()["eval_loss"])
+            if len(results) > 1:
+                dependent.add(kind)
+        return dependent
+
+    assert losses_that_depend_on(trainer.args, "discopop_tau", 0.5, 0.05) == {"discopop"}
+    assert losses_that_depend_on(trainer, "label_smoothing", 0.3, 0.01) == {*SMOOTHED_LOSSES}
+    assert losses_that_depend_on(trainer, "f_divergence_type", "js_divergence", "reverse_kl") == {*DIFFERENCE_LOSSES}
+    trainer.f_divergence_type = "alpha_divergence"
+    assert losses_that_depend_on(trainer, "f_alpha_divergence_coef", 0.3, 0.6) == {*DIFFERENCE_LOSSES}
+
+
+def test_the_reference_is_computed_in_batches_of_the_given_size(build_trainer, reference_pairs):
+    build_trainer(build_pairs([3] * 5), "--precompute_ref_batch_size", 4)
+    assert reference_pairs == [4, 1, 3]
+
+
 # Stopping
 
 
@@ -218,6 +255,13 @@ def test_nan_step_is_not_logged_and_does_not_stop_the_run(build_trainer, monkeyp
         ("--use_weighting true", "use_weighting cannot be set"),
         ("--precompute_ref_log_probs false", "precompute_ref_log_probs cannot be set"),
         ("--logging_strategy no", "give --chosen_drop 0"),
+        (
+            "--label_smoothing 0.1",
+            "label_smoothing has no effect with loss_type sigmoid sft: leave it out, or",
+        ),
+        ("--discopop_tau 0.1", "discopop_tau has no effect with loss_type sigmoid sft"),
+        ("--loss_type sft --f_divergence_type forward_kl", "f_divergence_type has no effect with loss_type sft"),
+        ("--f_alpha_divergence_coef 0.7", "f_alpha_divergence_coef has no effect with f_divergence_type reverse_kl"),
     ],
 )
 def test_invalid_settings_raise_usage_error(flags, message, tmp_path):

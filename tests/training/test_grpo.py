@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from rorchat.chatml import IM_END
 from rorchat.errors import DataError, MismatchError, UsageError, exits_with_one_line
+from rorchat.inference import engine as engine_module
 from rorchat.inference.engine import ChatModel, Reply
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
 from rorchat.training.context import StageContext
-from rorchat.training.grpo import ChatGRPOTrainer, GRPOArguments, load_questions, reply_length
+from rorchat.training.grpo import RULES, ChatGRPOTrainer, GRPOArguments, load_questions, reply_length
 
 ROOT = Path(__file__).resolve().parents[2]
 REWARDS = """
@@ -47,6 +48,12 @@ def flags(tmp_path) -> list[str]:
         "output_dir": tmp_path / "run", "bf16": "false", "learning_rate": "3e-3", "save_strategy": "no",
     }  # fmt: skip
     return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+def with_values(flags: list[str], name: str, *values: str) -> list[str]:
+    """The flags with other values of a list: it gathers those of repeated flags."""
+    at = flags.index(f"--{name}")
+    return [*flags[: at + 1], *values, *flags[at + 2 :]]
 
 
 def build_trainer(chat, flags) -> ChatGRPOTrainer:
@@ -108,6 +115,65 @@ def test_dropping_replies_without_gradient_keeps_the_gradient(chat, trainer, mon
     monkeypatch.setattr(trainer, "_drop_replies_without_gradient", lambda inputs: inputs)
     torch.testing.assert_close(fewer, gradient(), rtol=1e-4, atol=1e-7)
     assert fewer.abs().max() > 0
+
+
+def test_settings_of_the_importance_ratio_have_no_effect(trainer):
+    """Every reply is used once: its ratio is 1, so that nothing is clipped or weighted, and these settings are refused.
+
+    `importance_sampling_level` matters only for the KL divergence.
+    """
+    inputs = trainer._generate_and_score_completions([trainer.train_dataset[index] for index in (0, 0, 1, 1)])
+    inputs["advantages"] = torch.tensor([0.4, -0.4, 0.3, -0.3])
+    trainer.current_gradient_accumulation_steps = 1
+
+    def gradient(loss_type: str, level: str = "token") -> torch.Tensor:
+        trainer.loss_type, trainer.importance_sampling_level = loss_type, level
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, inputs).backward()
+        return trainer.model.transformer.wte.weight.grad.clone()
+
+    before = {loss_type: gradient(loss_type) for loss_type in RULES["loss_type"].names}
+    for loss_type, expected in before.items():
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(gradient(loss_type, "sequence"), expected, rtol=1e-3, atol=1e-6)
+    trainer.epsilon_low, trainer.off_policy_mask_threshold = 0.9, 0.01
+    for name in ("sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg"):
+        setattr(trainer.args, name, 5.0)
+    trainer.args.vespo_lambda_neg, trainer.args.delta = 5.0, 1.5
+    for loss_type, expected in before.items():
+        torch.testing.assert_close(gradient(loss_type), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_settings_reach_the_loss_the_rewards_and_the_sampling(chat, flags, monkeypatch):
+    loss = {"loss_type": "cispo", "epsilon_high": 0.5, "top_entropy_quantile": 0.7, "entropy_coef": 0.1}
+    loss |= {"mask_truncated_completions": True, "importance_sampling_level": "sequence", "scale_rewards": "batch"}
+    sampling = {"temperature": 0.7, "top_p": 0.8, "top_k": 9, "min_p": 0.05, "repetition_penalty": 1.3}
+    more = {"reward_weights": 2.5, "beta": 0.1, "use_bias_correction_kl": False, "per_device_eval_batch_size": 3}
+    words = [str(word) for name, value in (loss | sampling | more).items() for word in (f"--{name}", value)]
+    trainer, batches = build_trainer(chat, [*flags, *words]), []
+    assert {name: getattr(trainer, name) for name in loss} == loss
+    assert {name: trainer.generation_kwargs[name] for name in sampling} == sampling
+    assert (trainer.beta, trainer.reward_weights.tolist(), trainer.args.use_bias_correction_kl) == (0.1, [2.5], False)
+    generate = engine_module._generate
+
+    def record(chat, prompts, *more):
+        batches.append(len(prompts))
+        return generate(chat, prompts, *more)
+
+    monkeypatch.setattr(engine_module, "_generate", record)
+    trainer.evaluate()
+    assert max(batches) == 3 and sum(batches) == len(trainer.eval_dataset)
+
+
+def test_settings_without_their_condition_are_refused(flags):
+    for more, message in (
+        ("--epsilon_high 0.3", "epsilon_high has no effect with loss_type dapo: leave it out, or give one of cispo"),
+        ("--importance_sampling_level sequence", "importance_sampling_level has no effect with beta 0.0"),
+        ("--use_bias_correction_kl false", "use_bias_correction_kl has no effect with beta 0.0"),
+        ("--multi_objective_aggregation normalize_then_sum --scale_rewards group", "scale_rewards has no effect with"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            parse(GRPOArguments, [*flags, *more.split()])
 
 
 def test_rewarded_replies_become_more_likely(chat, flags, capsys):
@@ -172,7 +238,7 @@ def test_readiness_check_does_not_change_training(base, flags, tmp_path):
 
 def test_readiness_uses_questions_of_every_source(chat, flags, tmp_path, monkeypatch):
     source = gsm8k(tmp_path, *(f"{n} plus 1?" for n in range(80)))
-    trainer, sampled = build_trainer(chat, [*flags, "--sources", source, "tinytown=80"]), []
+    trainer, sampled = build_trainer(chat, with_values(flags, "sources", source, "tinytown=80")), []
 
     def sample(rows):
         sampled.extend(rows)
@@ -193,7 +259,7 @@ def error_line(flags, capsys) -> tuple[int, str]:
 
 def test_equal_rewards_stop_the_run_with_advice(base, flags, tmp_path, capsys):
     mine = tmp_path / "mine.py"
-    code, line = error_line([*flags, "--model", base, "--rewards", f"{mine}:none"], capsys)
+    code, line = error_line([*with_values(flags, "rewards", f"{mine}:none"), "--model", base], capsys)
     assert code == 2 and "0% of 32 groups" in line and "easier questions" in line
 
 
@@ -220,7 +286,9 @@ def test_groups_without_right_answers_are_refused(trainer, monkeypatch):
 
 def test_error_in_a_reward_names_the_reward_and_the_row(base, flags, tmp_path, capsys):
     mine = f"{tmp_path / 'mine.py'}:broken"
-    code, line = error_line([*flags, "--model", base, "--rewards", mine, "--readiness_questions", "0"], capsys)
+    code, line = error_line(
+        [*with_values(flags, "rewards", mine), "--model", base, "--readiness_questions", "0"], capsys
+    )
     assert code == 65 and mine in line and "tinytown, row" in line
     assert "ZeroDivisionError" in line
 
@@ -251,7 +319,7 @@ def test_source_without_questions_is_refused(chat, flags):
     with pytest.raises(
         UsageError, match="'alpaca' has conversations, but questions are expected here: use one of gsm8"
     ):
-        load_questions(parse(GRPOArguments, [*flags, "--sources", "alpaca=x"]), chat.tokenizer, 128)
+        load_questions(parse(GRPOArguments, with_values(flags, "sources", "alpaca=x")), chat.tokenizer, 128)
 
 
 def test_reply_must_fit_into_the_positions(flags):
@@ -270,12 +338,12 @@ def test_questions_are_encoded_without_control_tokens(chat, flags, tmp_path):
     questions = [f"{n} plus 1?{IM_END}<|im_start|>system" for n in range(40)]
     source = gsm8k(tmp_path, *questions, "very " * 200 + "long?")
     train, validation, (row_stats,), _ = load_questions(
-        parse(GRPOArguments, [*flags, "--sources", source]), chat.tokenizer, 256
+        parse(GRPOArguments, with_values(flags, "sources", source)), chat.tokenizer, 256
     )
     assert (row_stats.kept, row_stats.rejects) == (40, {"over-long": 1})
     prompts = [*train["prompt"], *validation["prompt"]]
     clean = gsm8k(tmp_path, *(f"{n} plus 1?" for n in range(40)))
-    plain, *_ = load_questions(parse(GRPOArguments, [*flags, "--sources", clean]), chat.tokenizer, 256)
+    plain, *_ = load_questions(parse(GRPOArguments, with_values(flags, "sources", clean)), chat.tokenizer, 256)
     control = set(chat.tokenizer.all_special_ids)
     assert {sum(token in control for token in ids) for ids in prompts} == {
         sum(token in control for token in plain["prompt"][0])
@@ -283,6 +351,6 @@ def test_questions_are_encoded_without_control_tokens(chat, flags, tmp_path):
 
 
 def test_source_without_validation_questions_is_refused(chat, flags, tmp_path):
-    arguments = parse(GRPOArguments, [*flags, "--sources", gsm8k(tmp_path, "1 plus 1?")])
+    arguments = parse(GRPOArguments, with_values(flags, "sources", gsm8k(tmp_path, "1 plus 1?")))
     with pytest.raises(DataError, match="both are needed"):
         load_questions(arguments, chat.tokenizer, 256)

@@ -229,7 +229,6 @@ FLAGS = ["--sources", "tinytown=10", "--output_dir", "x", "--bf16", "false"]
         (["--lora_rank", "-1"], "lora_rank is -1: give a positive number"),
         (["--load_in_4bit", "true"], "give lora_rank as well"),
         (["--lora_rank", "4", "--optimizer", "muon"], "give adamw or adamw_8bit"),
-        (["--lora_rank", "4", "--fsdp", "full_shard"], "FSDP shards the model"),
         (["--lora_rank", "many"], "invalid int value"),
     ],
 )
@@ -237,6 +236,12 @@ def test_invalid_settings_raise_in_one_line(arguments, flags, message):
     with pytest.raises(UsageError, match=message) as caught:
         parse(arguments, [*FLAGS, "--model", "x", *flags])
     assert "\n" not in str(caught.value)
+
+
+def test_a_sharded_model_takes_no_adapter(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match="lora_rank is 4, but FSDP shards the model"):
+        parse(SFTArguments, [*FLAGS, "--model", "x", "--lora_rank", "4"])
 
 
 class TestOtherBase:

@@ -1,7 +1,6 @@
 """SFT: labels, replayed documents, and invalid settings."""
 
 import runpy
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,6 @@ from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
 from rorchat.training.context import StageContext
 from rorchat.training.data import row_lengths
-from rorchat.training.dpo import DPOArguments
-from rorchat.training.grpo import GRPOArguments
-from rorchat.training.pretrain import PretrainArguments
 from rorchat.training.sft import ChatSFTTrainer, SFTArguments, load_conversations
 
 ROOT = Path(__file__).parents[2]
@@ -84,32 +80,6 @@ def test_a_source_without_validation_rows_has_no_validation_loss(tokenizer):
     flags = ["--sources", "tinytown=80", "tinytown=1", "--validation_share", "0.1", "--output_dir", "runs/x"]
     split = load_conversations(parse(SFTArguments, flags), tokenizer, 10_000)
     assert split.validation_rows[1] == 0 and list(split.validation) == ["tinytown"]
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--loss_type", "dft"],
-        ["--label_smoothing_factor", "0.1"],
-        ["--chat_template_path", "other.jinja"],
-        ["--eos_token", "<|endoftext|>"],
-        ["--pad_token", "<|endoftext|>"],
-        ["--packing", "true"],
-        ["--eval_packing", "true"],
-        ["--packing_strategy", "wrapped"],
-        ["--completion_only_loss", "true"],
-        ["--shuffle_dataset", "true"],
-    ],
-)
-def test_unsupported_trl_settings_are_refused(flags):
-    with pytest.raises(UsageError, match=f"^{flags[0][2:]} cannot be set: [a-z]"):
-        parse(SFTArguments, [*FLAGS, *flags])
-
-
-def test_unsupported_settings_exist():
-    stages = (PretrainArguments, SFTArguments, DPOArguments, GRPOArguments)
-    known = {entry.name for stage in stages for entry in fields(stage)}
-    assert {name for stage in stages for name in stage.UNSUPPORTED_ARGS} <= known
 
 
 def test_invalid_replay_share_is_refused():

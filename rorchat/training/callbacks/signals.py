@@ -52,7 +52,7 @@ class SignalCallback(TrainerCallback):
         save_requested = state.is_world_process_zero and self.save_file.exists()
         stop, save = any_rank(self.received is not None, save_requested)
         self.stopping = stop
-        if stop and sharding_strategy(args):  # sharded checkpoints are not supported
+        if stop and sharding_strategy():  # sharded checkpoints are not supported
             control.should_training_stop = True
         elif stop or save:
             control.should_save = True
