@@ -121,8 +121,13 @@ def _has_pair(row: dict, given: Mapping[str, str]) -> bool:
     return is_named or is_preference or find_pair(row) is not None or "instances" in names
 
 
-def _is_prose(text: str) -> bool:
-    return len(text.split(None, LONG_WORDS)) >= LONG_WORDS and not text.lstrip().startswith(("[", "{"))
+def _list_prose(value: object) -> list[str]:
+    """A long text, or texts that are long together; otherwise an empty list."""
+    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    if not all(isinstance(text, str) for text in texts) or sum(map(len, texts)) < LONG_CHARACTERS:
+        return []
+    is_structure = texts[0].lstrip().startswith(("[", "{"))
+    return [] if is_structure or len(" ".join(texts).split(None, LONG_WORDS)) < LONG_WORDS else texts
 
 
 def list_known_columns(source: Source) -> frozenset[str]:
@@ -133,11 +138,7 @@ def list_known_columns(source: Source) -> frozenset[str]:
 
 def list_unread_columns(known: frozenset[str], row: dict, given: Mapping[str, str], converted: dict) -> list[str]:
     """The columns of a raw row whose long text is in none of the turns, except those that the source knows."""
-    texts = {
-        column: value
-        for column, value in row.items()
-        if isinstance(value, str) and len(value) >= LONG_CHARACTERS and _is_prose(value)
-    }
+    texts = {column: texts for column, value in row.items() if (texts := _list_prose(value))}
     if not texts:
         return []
     read = {*given.values(), *(find_pair(row) or ())}
@@ -145,9 +146,9 @@ def list_unread_columns(known: frozenset[str], row: dict, given: Mapping[str, st
     contents = [turn["content"].strip() for part in converted.values() for turn in part]
     return [
         column
-        for column, text in texts.items()
+        for column, parts in texts.items()
         if column not in read
         and str(column).strip().lower() not in known
-        and text.strip() not in words
-        and not all(content in text for content in contents)  # the whole row as one text
+        and not all(part.strip() in words for part in parts)
+        and not all(any(content in part for part in parts) for content in contents)  # the whole row once more
     ]

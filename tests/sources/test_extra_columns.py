@@ -149,6 +149,8 @@ def test_a_long_text_in_an_unknown_column_is_told_once(source, row, tmp_path):
     told = str(read_source(f"{source}={path}", "conversation")[1].stats)
     assert told.count("is not read") == 1
     assert "column 'scene' is not read: 3 rows have text there" in told
+    listed = write(tmp_path, "listed.jsonl", [row | {"persona": LONG.split(", "), "tags": ["dark", "dragon"]}] * 2)
+    assert read_source(f"{source}={listed}", "conversation")[1].stats.unread_columns == {"persona": 2}
 
 
 NOT_TOLD = [{"scene": "dark"}, {"url": "http://" + "x" * 60}, {"whole": f"Below: {LONG} Answer: Hi!"}, {"prompt": LONG}]
