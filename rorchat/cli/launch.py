@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from rorchat.errors import Interrupted, UsageError, exits_with_one_line
+from rorchat.errors import Interrupted, UsageError
 from rorchat.stories import ACCELERATE_FOLDER, HELP_FOLDER, STORIES_FOLDER, find_accelerate_config
 
 #: Flags of the launcher that have a different meaning in a recipe, or would start something other than a recipe.
@@ -109,7 +109,7 @@ def _use_one_gpu() -> None:
 
 
 def _run_here(name: str, argv: Sequence[str]) -> None:
-    exits_with_one_line(importlib.import_module(f"rorchat.recipes.{name}").main)(list(argv))
+    importlib.import_module(f"rorchat.recipes.{name}").main(list(argv))
     sys.exit(0)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rorchat.training.result import TokenizerResult
 
 
+@exits_with_one_line
 def main(argv: list[str] | None = None) -> dict[str, float]:
     configure_libraries()  # before they are imported
     return train(argv).metrics
@@ -29,4 +30,4 @@ def train(argv: Sequence[str] | None = None, settings: Mapping[str, object] | No
 
 
 if __name__ == "__main__":
-    exits_with_one_line(main)()
+    main()

@@ -1,4 +1,4 @@
-"""Recipes called from Python: `main` returns metrics and raises exceptions, in a notebook too.
+"""Recipes called from Python, in a notebook too: `train` raises exceptions, `main` exits like the command.
 
 tests/docs/test_python_page.py runs the functions of `rorchat.api` in a notebook.
 """
@@ -26,7 +26,7 @@ AGAIN = """
 from rorchat import RorchatError
 
 try:
-    pretrain.main([*flags, "--max_steps", "3"])
+    pretrain.train([*flags, "--max_steps", "3"])
 except RorchatError as error:
     print(type(error).__name__, error.exit_code)
 """
@@ -45,11 +45,18 @@ def test_a_recipe_trains_in_a_notebook_and_raises_there(saved, tmp_path, monkeyp
 def test_a_recipe_called_from_python_raises(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="Unknown option --modl"):
-        sft.main(["--modl", "x"])
+        sft.train(["--modl", "x"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").touch()
     with pytest.raises(MismatchError, match="contains another tokenizer or other files"):
-        tokenizer_recipe.main(["--sources", "tinytown=20", "--output_dir", "out"])
+        tokenizer_recipe.train(["--sources", "tinytown=20", "--output_dir", "out"])
+
+
+def test_main_ends_with_one_line_and_the_exit_code(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sft.main(["--modl", "x"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: Unknown option --modl. Did you mean 'model'? See --help.\n"
 
 
 def test_a_recipe_that_failed_releases_its_folder_and_signals(saved, tmp_path, monkeypatch):
@@ -59,6 +66,6 @@ def test_a_recipe_that_failed_releases_its_folder_and_signals(saved, tmp_path, m
     before, errors = signal.getsignal(signal.SIGINT), []  # a notebook keeps the traceback, and with it the run
     for _ in range(2):
         with pytest.raises(DataError, match="none.txt") as error:
-            pretrain.main([*flags, "--output_dir", "run"])
+            pretrain.train([*flags, "--output_dir", "run"])
         errors.append(error)
         assert signal.getsignal(signal.SIGINT) is before
