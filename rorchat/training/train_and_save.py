@@ -96,7 +96,7 @@ def _require_completed(trainer: StageTrainer) -> None:
 
 
 def _require_finite_loss(metrics: dict[str, float]) -> None:
-    if not math.isfinite(metrics["eval_loss"]):
+    if not math.isfinite(metrics.get("eval_loss", 0.0)):  # GRPO measures rewards instead
         raise DivergedError(
             f"The validation loss after the last step is {metrics['eval_loss']}, so no model is saved. Lower "
             "learning_rate (and matrix_learning_rate with muon) in a new output_dir."
