@@ -2,17 +2,17 @@
 
 import os
 
-# torch reads these once, on import. With the passive policy, waiting threads sleep and leave the cores to other tests.
-os.environ["OMP_NUM_THREADS"] = "2"
-os.environ["OMP_WAIT_POLICY"] = "passive"
+# Libraries read these once, on import. One thread, because each worker has one core; the zero, because rorchat takes
+# "1" for the default of `accelerate launch` and uses all cores.
+os.environ["OMP_NUM_THREADS"] = "01"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import contextlib
 import copy
-import subprocess
-import sys
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 
+import preloaded
 import pytest
 from support import DOCUMENTS, ROOT, SENTENCES, SHARE, write_documents
 
@@ -21,6 +21,17 @@ from rorchat.tokens.store import TokenStore
 pytest_plugins = ["faults.harness"]
 #: Folders of the longest test files, which start first so that both workers finish at about the same time.
 LONGEST = ("docs", "faults", "recipes", "training", "scripts")
+resources = contextlib.ExitStack()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the process that starts the workers, or the only one
+        folder = resources.enter_context(tempfile.TemporaryDirectory(prefix="preloaded-"))
+        resources.enter_context(preloaded.start_server(Path(folder)))
+
+
+def pytest_unconfigure() -> None:
+    resources.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,13 +40,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
 
     items.sort(key=rank)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def two_threads():
-    import torch
-
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
@@ -69,24 +73,6 @@ def lively(chat):
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.4, generator=generator)
     return ChatModel(model.eval(), chat.tokenizer)
-
-
-@pytest.fixture(scope="session")
-def preloaded_rorchat(tmp_path_factory) -> Iterator[Path]:
-    """A folder for PATH whose `rorchat` starts at once (preloaded.py)."""
-    import preloaded
-
-    folder = tmp_path_factory.mktemp("preloaded")
-    address = str(folder / "socket")
-    client = folder / "rorchat"
-    client.write_text(preloaded.CLIENT.format(python=sys.executable, address=address))
-    client.chmod(0o755)
-    command = [sys.executable, preloaded.__file__, address]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
-        assert server.stdout and server.stdout.readline() == "ready\n"
-        yield folder
-        server.kill()
 
 
 @pytest.fixture(scope="session")

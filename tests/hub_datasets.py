@@ -3,10 +3,10 @@
 import io
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pyarrow
 import pyarrow.parquet
 from fake_hub import FakeHub
@@ -59,7 +59,7 @@ def read_sources(
     """
     home.mkdir(exist_ok=True)
     done = subprocess.run(
-        [sys.executable, "-c", _READ, json.dumps(specs), setup],
+        [preloaded.client("python"), "-c", _READ, json.dumps(specs), setup],
         env=hub.environment(home, token) | {"HF_HUB_OFFLINE": "0"} | environment,
         cwd=home,
         capture_output=True,

@@ -9,16 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 from support import ROOT
 
 import rorchat.cli
 from rorchat.errors import exits_with_one_line
 
+#: In which `python`, `rorchat`, `accelerate` and `trl` start at once (preloaded.py); `sys.executable` is a new process.
 ENVIRONMENT = {
     **os.environ,
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    "HF_HUB_OFFLINE": "1",
+    "PATH": os.pathsep.join([os.environ[preloaded.FOLDER], str(Path(sys.executable).parent), os.environ["PATH"]]),
     "PYTHONPATH": str(ROOT),
 }
 
@@ -35,6 +36,7 @@ def command(*arguments: object, **more) -> subprocess.CompletedProcess:
 
 
 def recipe(name: str, *flags: object) -> subprocess.CompletedProcess:
+    """Runs a recipe in a new process."""
     return command(sys.executable, f"recipes/{name}.py", *flags)
 
 

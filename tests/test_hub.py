@@ -6,11 +6,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
+import preloaded
 import pytest
 from fake_hub import TOKEN, FakeHub
 from huggingface_hub.errors import LocalTokenNotFoundError
@@ -23,7 +23,7 @@ from rorchat.tokenizer import train_tokenizer
 
 NAME = "owner/small-talk"
 TEXTS = ["A dog sleeps in the sun.", "A cat sits on the mat.", "The sun is warm, and the dog is old."]
-# The command without verification, which starts two processes that take ten seconds and have their own tests
+# The command without verification, which starts two processes and has its own tests
 UNVERIFIED = """
 import rorchat.hub
 rorchat.hub.verify_model = lambda folder: {"answer": "not asked"}
@@ -77,10 +77,10 @@ def make_story(folder: Path, fresh_model: Path) -> Path:
 
 
 def push(hub: FakeHub, home: Path, folder: Path, *options: str, verified: bool = True, token: str | None = TOKEN):
-    """`rorchat push` in a new process, because the client reads its settings on import."""
+    """`rorchat push` in another process, because the client reads its settings on import."""
     start = ["-m", "rorchat.cli"] if verified else ["-c", UNVERIFIED]
     return subprocess.run(
-        [sys.executable, *start, "push", str(folder), NAME, *options],
+        [preloaded.client("python"), *start, "push", str(folder), NAME, *options],
         env=hub.environment(home, token),
         capture_output=True,
         text=True,
@@ -190,7 +190,7 @@ def test_a_pushed_model_answers_with_transformers_alone(pushed, tmp_path):
         "print(json.dumps({'asked': asked, 'own': 'rorchat' in sys.modules}))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, NAME, str(pushed.folder)],
+        [preloaded.client("python"), "-c", code, NAME, str(pushed.folder)],
         env=pushed.hub.environment(tmp_path / "home", token=None),
         cwd=tmp_path,
         capture_output=True,

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import preloaded
 import pytest
 import yaml
 
@@ -99,7 +100,7 @@ def test_report_returns_the_paths_of_its_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dry_run_of_push_verifies_and_shows_the_card_without_a_network(folder, tmp_path):
+def test_a_dry_run_of_push_verifies_and_shows_the_card_without_a_network(folder, tmp_path, monkeypatch):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     done = rorchat.push(folder, "you/your-model", dry_run=True)
     assert done.startswith(f"verified  {folder}: ") and "nothing was uploaded" in done
@@ -107,6 +108,7 @@ def test_a_dry_run_of_push_verifies_and_shows_the_card_without_a_network(folder,
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     (broken / "chat_template.jinja").unlink()
+    monkeypatch.setattr("sys.executable", preloaded.client("python"))
     with pytest.raises((DataError, MismatchError)):
         rorchat.push(broken, "you/your-model", dry_run=True)
     with pytest.raises(UsageError, match="not a valid name"):

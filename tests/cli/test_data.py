@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 
+import preloaded
 import pytest
 import typer
 from support import RORCHAT, TEXTS, chat_row, command, refused, succeeded, write
@@ -234,7 +235,7 @@ def test_brackets_surround_trained_tokens_and_bars_separate_tokens():
 
 def test_trained_tokens_are_green_on_a_terminal(saved, tokenizer, tmp_path):
     path = write(tmp_path, "rows.jsonl", [chat_row("Hello", "Hi!\nThere.")])
-    arguments = [RORCHAT, "data", "show", path, "--tokenizer", saved]
+    arguments = [preloaded.client("rorchat"), "data", "show", path, "--tokenizer", saved]
     environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
     control, terminal = pty.openpty()
     done = subprocess.run(arguments, stdout=terminal, stderr=subprocess.PIPE, text=True, env=environment)

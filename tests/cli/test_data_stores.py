@@ -5,8 +5,9 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
-from support import RORCHAT, TEXTS, command, refused, succeeded, write
+from support import TEXTS, command, refused, succeeded, write
 
 import rorchat
 from rorchat.chatml import END_OF_TEXT, encode_text
@@ -33,7 +34,16 @@ def store(texts, saved, tmp_path) -> Path:
 
 
 def test_prepare_and_verify_print_documents_and_tokens(texts, saved, tmp_path, tokenizer):
-    arguments = [RORCHAT, "data", "prepare", f"text={texts}", "--tokenizer", saved, "--out", tmp_path / "store"]
+    arguments = [
+        preloaded.client("rorchat"),
+        "data",
+        "prepare",
+        f"text={texts}",
+        "--tokenizer",
+        saved,
+        "--out",
+        tmp_path / "store",
+    ]
     done = subprocess.run([*map(str, arguments), "--validation_share", "0.1"], capture_output=True, text=True)
     assert done.returncode == 0
     assert f"text={texts}: 300 of 300 rows kept" in done.stderr

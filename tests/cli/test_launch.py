@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -104,10 +103,13 @@ def test_processes_of_the_launcher_train_and_keep_the_exit_code(launcher, tokeni
     refused(command("rorchat", "pretrain", *flags, "--max_steps", 3), 78, "max_steps 2, now 3")
 
 
-@pytest.mark.parametrize("launcher", [[], ["--num_processes", 2]], ids=["here", "two"])
-def test_a_signal_saves_once_and_exits_with_75(launcher, tokenizer_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("rorchat", "launcher"), [("rorchat", []), (RORCHAT, ["--num_processes", 2])], ids=["here", "two"]
+)
+def test_a_signal_saves_once_and_exits_with_75(rorchat, launcher, tokenizer_folder, tmp_path):
+    """Two processes are started without preloaded.py, as a user does."""
     flags = [*launcher, *TINY, "--tokenizer", tokenizer_folder, "--output_dir", tmp_path / "run"]
-    arguments = [RORCHAT, "pretrain", *flags, "--max_steps", 100_000]
+    arguments = [rorchat, "pretrain", *flags, "--max_steps", 100_000]
     process = subprocess.Popen(
         list(map(str, arguments)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
@@ -128,6 +130,6 @@ def test_a_signal_saves_once_and_exits_with_75(launcher, tokenizer_folder, tmp_p
 def test_accelerate_launches_a_recipe_as_a_module(tokenizer_folder, tmp_path):
     flags = [*TINY, "--tokenizer", tokenizer_folder, "--output_dir", tmp_path / "run", "--max_steps", 1]
     launcher = ["--quiet", "--cpu", "--num_processes", 1, "--mixed_precision", "no"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "rorchat.recipes.pretrain"]
+    launch = ["python", "-m", "accelerate.commands.launch", *launcher, "-m", "rorchat.recipes.pretrain"]
     succeeded(command(*launch, *flags))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"]

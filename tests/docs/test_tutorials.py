@@ -4,13 +4,12 @@ Each tutorial runs as one bash script. Training commands get `--max_steps`, and 
 nothing else is changed. Blocks labelled `several-gpus` need more than one GPU and are only parsed (test_readme.py).
 """
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from markdown_support import Block, read_blocks
+from recipe_commands import ENVIRONMENT
 from support import ROOT
 
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
@@ -47,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_tutorial(folder, preloaded_rorchat):
+def run_tutorial(folder):
     """Runs a tutorial, after the first one, in `folder`; the same tutorial only once."""
     done: dict[Path, str] = {}
 
@@ -55,11 +54,10 @@ def run_tutorial(folder, preloaded_rorchat):
         if TUTORIALS[0] not in done and tutorial != TUTORIALS[0]:
             run(TUTORIALS[0])
         if tutorial not in done:
-            path = os.pathsep.join([str(preloaded_rorchat), str(Path(sys.executable).parent), os.environ["PATH"]])
             process = subprocess.run(
                 ["bash", "-c", as_script(read_blocks(tutorial))],
                 cwd=folder,
-                env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+                env=ENVIRONMENT,
                 capture_output=True,
                 text=True,
                 timeout=900,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import evaluate
+import preloaded
 import pytest
 import torch
 from evaluation_support import compute_plain_loss
@@ -80,8 +81,10 @@ def test_metrics_write_no_files(tmp_path):
     )
     home = tmp_path / "home"
     home.mkdir()
-    environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PATH": "", "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=home, capture_output=True, text=True)
+    environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    done = subprocess.run(
+        [preloaded.client("python"), "-c", code], env=environment, cwd=home, capture_output=True, text=True
+    )
     assert done.stdout == "{'stop_rate': 1.0}\n", done.stderr
     assert list(home.rglob("*")) == []
 
@@ -93,7 +96,7 @@ def test_only_the_metrics_import_evaluate():
         "import rorchat.evaluation.evaluate_metrics\n"
         "assert 'evaluate' in sys.modules"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert subprocess.run([preloaded.client("python"), "-c", code]).returncode == 0
 
 
 def test_metrics_agree_with_the_gate_and_the_scores(lively, persona_path):

@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 from mixture_support import MIXTURE, CountingStore, write_mixture
 
@@ -129,7 +129,7 @@ def test_a_source_that_fails_in_one_process_is_omitted_in_all(failing, texts, to
     (tmp_path / "other.jsonl").write_text(texts.read_text())
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK.replace("FAILING", str(failing)), str(rank), str(tmp_path)],
+            [preloaded.client("python"), "-c", RANK.replace("FAILING", str(failing)), str(rank), str(tmp_path)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"RANK": str(rank)},
         )
         for rank in range(2)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import preloaded
 import pytest
 from project_support import write_data
 
@@ -222,13 +223,15 @@ def _wait_until_gone(pid: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_project_from_its_data_to_its_model(preloaded_rorchat, tmp_path, monkeypatch, capsys):
+def test_a_project_from_its_data_to_its_model(tmp_path, monkeypatch, capsys):
     """With a measured machine and real commands. The time is short, so the gate need not pass."""
-    project = create_project(tmp_path / "bot", **write_data(tmp_path), hours=0.05)
+    monkeypatch.setattr("rorchat.project.create.MIN_HOURS", 0)
+    monkeypatch.setattr("rorchat.project.timing.measure_startup", lambda: 0.2)  # of preloaded commands
+    project = create_project(tmp_path / "bot", **write_data(tmp_path), hours=0.015)
 
     def run_command(words, folder):
         environment = os.environ | {WITHIN_PROJECT: "1"}
-        return subprocess.run([preloaded_rorchat / "rorchat", *words[1:]], cwd=folder, env=environment).returncode
+        return subprocess.run([preloaded.client("rorchat"), *words[1:]], cwd=folder, env=environment).returncode
 
     monkeypatch.setattr(runner, "run_command", run_command)
     run(project.folder, anyway=True)

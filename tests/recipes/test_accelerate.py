@@ -20,7 +20,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from recipe_commands import ENVIRONMENT, inside, metrics_of, refused, succeeded
+from recipe_commands import ENVIRONMENT, command, inside, metrics_of, refused, succeeded
 from support import ROOT
 
 from rorchat.errors import UsageError
@@ -249,10 +249,7 @@ class TestSharding:
     @pytest.mark.slow
     def test_a_sharded_model_has_the_loss_and_gradients_of_a_whole_one(self):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/sharded.py"]
-        environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            [sys.executable, *launch], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
-        )
+        done = command("python", *launch, CUDA_VISIBLE_DEVICES="")
         difference = json.loads(succeeded(done).stdout.splitlines()[-1])
         assert difference["sharded"] == difference["parameters"] == 28
         assert difference["loss"] < 1e-6 and difference["gradients"] < 1e-5 and difference["logits"] < 1e-6

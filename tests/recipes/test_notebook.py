@@ -7,6 +7,7 @@ import signal
 
 import nbclient
 import nbformat
+import preloaded
 import pytest
 
 from rorchat.errors import DataError, MismatchError, UsageError
@@ -34,6 +35,7 @@ except RorchatError as error:
 
 def test_a_recipe_trains_in_a_notebook_and_raises_there(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", preloaded.client("python"))  # of the kernel
     cells = [nbformat.v4.new_code_cell(source) for source in (TRAIN.format(tokenizer=str(saved)), AGAIN)]
     notebook = nbformat.v4.new_notebook(cells=cells)
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 
+import preloaded
 import pytest
 import torch
 from support import ROOT
@@ -127,6 +128,7 @@ def test_a_failed_side_shows_its_error_and_one_without_code_is_skipped(material_
     assert (skipped["status"], "NANOGPT_DIR is not set" in skipped["why"]) == ("skipped", True)
     monkeypatch.setenv(works.NANOGPT, str(tmp_path))
     assert "has no model.py" in run.run_side(WORK, run.Side("nanogpt"), material_folder)["why"]
+    monkeypatch.setattr("sys.executable", preloaded.client("python"))
     broken = run.run_side(WORK, run.Side("raw"), tmp_path)
     assert broken["status"] == "failed"
     assert "weights.safetensors" in broken["why"].splitlines()[0]
@@ -136,6 +138,7 @@ def test_a_failed_side_shows_its_error_and_one_without_code_is_skipped(material_
 @pytest.mark.slow
 def test_a_run_alternates_the_order_of_sides_and_writes_results(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(works.NANOGPT, raising=False)
+    monkeypatch.setattr("sys.executable", preloaded.client("python"))
     out = tmp_path / "results" / "run.json"
     command = ["--quick", "--work", "overhead", "--sides", "raw,nanogpt,rorchat", "--repeats", "2", "--out", str(out)]
     assert run.main(command) == 0

@@ -5,6 +5,7 @@ import random
 import sys
 from dataclasses import replace
 
+import preloaded
 import pytest
 import torch
 from support import ROOT, chat_row, json_lines, write
@@ -163,7 +164,8 @@ def test_rorchat_without_a_lever_does_the_same_work(folders, data, name, monkeyp
 
 
 @pytest.mark.slow
-def test_a_run_starts_a_process_for_each_side(tmp_path, capsys):
+def test_a_run_starts_a_process_for_each_side(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.executable", preloaded.client("python"))
     command = ["--quick", "--work", "dpo", "--sides", "trl-dpo-fp32,rorchat-dpo", "--repeats", "1"]
     assert run.main([*command, "--out", str(tmp_path / "run.json")]) == 0
     result = json.loads((tmp_path / "run.json").read_text())["works"]["dpo"]

@@ -2,12 +2,12 @@
 
 import dataclasses
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import datasets
 import numpy as np
+import preloaded
 import pytest
 from support import COPIES, DOCUMENTS, KEPT, SHARE, decode, hash_files, write_documents
 
@@ -15,6 +15,7 @@ from rorchat.errors import MismatchError
 from rorchat.reading import parts
 from rorchat.sources.hub_dataset import HubRows
 from rorchat.sources.registry import pin_spec, source_digest, source_parts
+from rorchat.tokenizer import load_tokenizer
 from rorchat.tokens import tokenize_shard
 from rorchat.tokens.prepare import prepare
 from rorchat.tokens.store import Manifest
@@ -63,41 +64,44 @@ def test_a_store_is_the_same_bytes_for_any_number_of_workers(folder_of_parts, to
     assert len(first) > 20 and all(other == first for other in others)
 
 
-@pytest.mark.parametrize("parts_done", [1, 10, 25])
-def test_a_killed_preparation_resumes_to_the_same_bytes(parts_done, tmp_path):
-    """In a separate process, because nothing cleans up after SIGKILL."""
+@pytest.fixture
+def forty_files(tmp_path) -> str:
     folder = tmp_path / "parts"
     folder.mkdir()
     for number in range(40):
         write_documents(folder, [f"{text} {number}" for text in DOCUMENTS], f"{number:02d}.jsonl")
+    return f"text={folder}"
+
+
+@pytest.mark.parametrize("parts_done", [1, 10, 25])
+def test_a_killed_preparation_resumes_to_the_same_bytes(parts_done, forty_files, saved, tmp_path, monkeypatch):
+    """In another process, because nothing cleans up after SIGKILL."""
     script = (
         "import sys, time\n"
         "from rorchat.reading import parts\n"
         "from rorchat.tokens import tokenize_shard\n"
         "from rorchat.tokens.prepare import prepare\n"
-        "from rorchat.tokenizer import train_tokenizer\n"
+        "from rorchat.tokenizer import load_tokenizer\n"
         "parts.SMALLEST_PART = 5000\n"
         "slow = tokenize_shard.ShardTokenizer.tokenize\n"
         "def prepared(*arguments):\n"
-        "    time.sleep(float(sys.argv[3])); slow(*arguments)\n"
+        "    time.sleep(0.05); slow(*arguments)\n"
         "tokenize_shard.ShardTokenizer.tokenize = prepared\n"
-        f"tokenizer = train_tokenizer({DOCUMENTS[:40]!r}, vocab_size=384)\n"
-        "prepare(sys.argv[1], tokenizer, sys.argv[2], validation_share=0.2, workers=2)\n"
+        "prepare(sys.argv[1], load_tokenizer(sys.argv[2]), sys.argv[3], validation_share=0.2, workers=2)\n"
     )
-
-    def command(target: str, pause: str) -> list[str]:
-        return [sys.executable, "-c", script, f"text={folder}", str(tmp_path / target), pause]
-
-    process = subprocess.Popen(command("killed", "0.05"), stderr=subprocess.DEVNULL)
+    command = [preloaded.client("python"), "-c", script, forty_files, str(saved), str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     left = tmp_path / ".killed.unfinished"
     while len(list(left.glob("part-*.json"))) < parts_done:
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     process.wait()
+    time.sleep(1)  # the workers notice within half a second that their parent is gone
     assert len(list(left.glob("part-*.json"))) < 40 and not (tmp_path / "killed").exists()
-    subprocess.run(command("killed", "0"), check=True, capture_output=True)
-    subprocess.run(command("whole", "0"), check=True, capture_output=True)
+    monkeypatch.setattr(parts, "SMALLEST_PART", 5000)
+    for name in ("killed", "whole"):
+        prepare(forty_files, load_tokenizer(str(saved)), tmp_path / name, validation_share=0.2, workers=2)
     assert hash_files(tmp_path / "killed") == hash_files(tmp_path / "whole") and not left.exists()
 
 

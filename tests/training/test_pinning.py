@@ -3,9 +3,9 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 
+import preloaded
 import pytest
 from fake_hub import FakeHub
 from faults.harness import weights_sha256
@@ -76,14 +76,15 @@ def test_an_unreachable_dataset_ends_a_new_run_unless_it_is_optional(hub_at):
 
 
 PRETRAIN = (
-    "--size 2x2x32 --block_size 32 --per_device_train_batch_size 2 --global_batch_tokens 128 --max_steps 100 "
-    "--save_steps 10 --logging_steps 100 --eval_strategy no --validation_share 0.2 --bf16 false"
+    "--size 2x2x32 --per_device_train_batch_size 2 --save_steps 10 --logging_steps 100 --eval_strategy no "
+    "--validation_share 0.2 --bf16 false"
 )
+ROWS = ["--block_size", 32, "--global_batch_tokens", 128]
 
 
 def start(hub, home, stage, *argv):
-    environment = hub.environment(home, token=None) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "rorchat.cli", stage, *map(str, argv)]
+    environment = hub.environment(home, token=None) | {"PYTHONPATH": str(ROOT)}
+    command = [preloaded.client("rorchat"), stage, *map(str, argv)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment | {"HF_HUB_OFFLINE": "0"}, cwd=home, text=True, stderr=pipe)
 
@@ -101,17 +102,18 @@ def test_an_interrupted_run_reads_the_same_rows_after_the_dataset_has_changed(sa
         first = {"README.md": card(license="cc-by-4.0"), "train.parquet": as_parquet(rows)}
         dataset = hub.add_dataset("me/docs", first)
         options = ["--sources", "text=me/docs", "--columns", "text=body", "--tokenizer", saved, *PRETRAIN.split()]
+        steps, options = ["--max_steps", 100], [*options, *ROWS]
         whole, out = tmp_path / "whole", tmp_path / "out"
-        finish(start(hub, tmp_path, "pretrain", *options, "--output_dir", whole))
+        finish(start(hub, tmp_path, "pretrain", *options, *steps, "--output_dir", whole))
 
-        interrupted = start(hub, tmp_path, "pretrain", *options, "--output_dir", out)
+        interrupted = start(hub, tmp_path, "pretrain", *options, *steps, "--output_dir", out)
         deadline = time.monotonic() + 120
         while not (out / "checkpoint-10" / "MANIFEST.json").is_file() and time.monotonic() < deadline:
             time.sleep(0.02)
         interrupted.send_signal(signal.SIGTERM)
         finish(interrupted, 75)
         dataset.commits.append({"train.parquet": as_parquet(rows[::-1][:200])})
-        output = finish(start(hub, tmp_path, "pretrain", *options, "--output_dir", out))
+        output = finish(start(hub, tmp_path, "pretrain", *options, *steps, "--output_dir", out))
         commits = [dataset.commit_id(index) for index in (0, 1)]
         assert f"the Hub now has revision {commits[1][:12]}; this run continues with {commits[0][:12]}" in output
         assert weights_sha256(out) == weights_sha256(whole)

@@ -4,15 +4,13 @@ import gzip
 import json
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from datasets import Dataset
 from hub_folders import hub_gpt2
-from recipe_commands import VARIABLES
+from recipe_commands import VARIABLES, command
 from support import SENTENCES
 
 from rorchat.errors import UsageError
@@ -184,8 +182,7 @@ def test_sft_and_dpo_make_gpt2_a_chat_model_in_six_steps(gpt2, shared_data, tmp_
     shape = json.loads((tmp_path / "dpo-smoke" / "model" / "config.json").read_text())
     assert (shape["n_layer"], shape["n_embd"], shape["n_positions"], shape["vocab_size"]) == (1, 32, 512, 50_304)
     assert (gpt2 / "model.safetensors").read_bytes() == before
-    plain = [sys.executable, "-c", PLAIN, tmp_path / "dpo-smoke" / "model"]
-    done = subprocess.run(plain, cwd=tmp_path, capture_output=True, text=True)
+    done = command("python", "-c", PLAIN, tmp_path / "dpo-smoke" / "model")
     assert done.stdout.split("\n")[-2] == "50304 [50259, 50256] assistant False", done.stderr[-2000:]
 
 

@@ -2,14 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import trl
 from datasets import Dataset
-from recipe_commands import ENVIRONMENT, inside, refused, succeeded
+from recipe_commands import command, inside, refused, succeeded
 from support import SENTENCES, chat_row, json_lines
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, pipeline
@@ -115,24 +114,17 @@ def assert_replies(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "rows", "flags"),
+    ("name", "rows", "flags"),
     [
         ("sft", "conversations", ["--assistant_only_loss", "true"]),
         ("dpo", "pairs", []),
     ],
     ids=["sft", "dpo"],
 )
-def test_trl_command_trains_a_rorchat_model(command, rows, flags, rorchat_model, data, tmp_path, capsys):
+def test_trl_command_trains_a_rorchat_model(name, rows, flags, rorchat_model, data, tmp_path, capsys):
     arguments = ["--model_name_or_path", rorchat_model, "--dataset_name", data / rows, "--max_length", POSITIONS]
-    trl_command = [Path(sys.executable).with_name("trl"), command, *arguments, *FLAGS, *flags]
-    done = subprocess.run(
-        [str(part) for part in (*trl_command, "--output_dir", tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        env={**ENVIRONMENT, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    trl_command = ["trl", name, *arguments, *FLAGS, *flags, "--output_dir", tmp_path / "out"]
+    succeeded(command(*trl_command, HF_DATASETS_CACHE=str(tmp_path / "cache")))
     trained = tmp_path / "out"
     assert json.loads((trained / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (rorchat_model, trained))
