@@ -1,4 +1,4 @@
-"""Runs recipes with injected faults in forks of a process that has imported everything.
+"""Runs recipes with injected faults in forks of a process that has imported everything (itself a fork, preloaded.py).
 
 One JSON job per line on stdin, one JSON answer per line on stdout. A job has these keys:
 
@@ -15,6 +15,9 @@ The answer is {"code": exit code, or minus the signal that killed the process}. 
     {"fail_at": N, "during": STEP, "errno": E}    the operation raises OSError; with "always", every operation does
     {"count": FILE, "during": STEP}   write the list of operations to FILE
     {"snapshots": FOLDER, "during": STEP}    copy the run's folder before the N-th operation to FOLDER/N
+    {"fail_in_turn": [N, ...], "copies": FOLDER, "errno": E, "during": null}    an operation of every second save
+                                      raises OSError, from that of step 5 on: the next N each time; FOLDER gets a
+                                      copy of the run's folder after each, named after the step
     "mirroring": STEP in place of "during"    count while that step's checkpoint is copied to the mirror
     {"signal": S, "at": STEP, "where": "forward" | "save" | "evaluate"}    the process sends itself a signal
     {"fits": ROWS, "from": STEP, "in": "forward" | "backward" | "evaluate"}    more rows run out of memory; with
@@ -50,12 +53,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import transformers.modeling_utils
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import rorchat.model as model_module
 from rorchat.errors import exits_with_one_line
 from rorchat.mixture.plan import Plan
-from rorchat.training import arguments, oom_recovery, run_folder, stage
+from rorchat.training import oom_recovery, run_folder, stage
 from rorchat.training import train_and_save as run_module
 from rorchat.training.callbacks.divergence import DivergenceCallback
 from rorchat.training.checkpointing import resume_plan, trainer_mixin
@@ -97,11 +99,9 @@ class FileOperations:
         self.watch(transformers.modeling_utils, "safe_save_file", path_index=1)
         if "mirroring" in self.fault:
             wait_for_copies()
-            step = self.fault["mirroring"]
-            self.activate_in(FolderStorage, "upload", lambda storage, checkpoint, run: checkpoint.step == step)
+            self.activate_in(FolderStorage, "upload", lambda storage, checkpoint, run: checkpoint.step)
         else:
-            step = self.fault.get("during")
-            self.activate_in(CheckpointMixin, "_save_checkpoint", lambda trainer, *_: trainer.state.global_step == step)
+            self.activate_in(CheckpointMixin, "_save_checkpoint", lambda trainer, *_: trainer.state.global_step)
 
     def watch(self, owner: object, name: str, path_index: int = 0) -> None:
         def watched(original, *args, **kwargs):
@@ -126,9 +126,9 @@ class FileOperations:
         wrap(owner, name, watched)
 
     def copy_folder(self, target: Path) -> None:
-        self.active = False
+        active, self.active = self.active, False
         shutil.copytree(self.folder, target)
-        self.active = True
+        self.active = active
 
     def contains(self, path) -> bool:
         try:
@@ -140,13 +140,21 @@ class FileOperations:
         """Copies to the mirror run in a thread; a fault hits either that thread or the rest."""
         return (threading.current_thread().name == "mirror") != ("mirroring" in self.fault)
 
-    def activate_in(self, owner: type, name: str, is_wanted: Callable[..., bool]) -> None:
+    def activate_in(self, owner: type, name: str, find_step: Callable[..., int]) -> None:
+        in_turn, wanted = self.fault.get("fail_in_turn", []), self.fault.get("mirroring", self.fault.get("during"))
+        turns = dict(zip(range(5, 5 + 2 * len(in_turn), 2), in_turn, strict=True))
+
         def activated(original, *args):
-            self.active = self.fault.get("always") or is_wanted(*args)
+            step = find_step(*args)
+            self.active = self.fault.get("always") or step == wanted or step in turns
+            if step in turns:
+                self.operations, self.fault["fail_at"] = [], turns[step]
             try:
                 return original(*args)
             finally:
                 self.active = False
+                if step in turns and len(self.operations) >= turns[step]:
+                    self.copy_folder(Path(self.fault["copies"]) / str(step))
                 if "count" in self.fault and self.operations:
                     Path(self.fault["count"]).write_text(json.dumps(self.operations))
 
@@ -314,7 +322,7 @@ def install(fault: dict, argv: list[str]) -> None:
     is_affected = fault.get("rank", 0) == int(os.environ.get("RANK", "0"))
     if "no_rename" in fault:
         refuse_folder_renames(fault["no_rename"])
-    if is_affected and fault.keys() & {"kill_at", "fail_at", "count", "snapshots"}:
+    if is_affected and fault.keys() & {"kill_at", "fail_at", "fail_in_turn", "count", "snapshots"}:
         flag = "--mirror" if "mirroring" in fault else "--output_dir"
         FileOperations(argv[argv.index(flag) + 1], fault).install()
     for name, install_fault in (("poison", poison), ("fits", run_out_of_memory), ("fill", fill_disk)):
@@ -399,15 +407,11 @@ def launcher_environments(processes: int) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    arguments.use_all_cores = lambda: None  # threads do not survive a fork
     stage.get_peak_flops = lambda precision, on_gpu: (1e12, "measured")  # measuring takes 0.5 s
     Plan.draw = lambda *_: None  # drawing takes 1 s
     for name in STAGES:  # imports what the recipes import
         runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))
-    for name in ("rorchat.sources.tinytown", "transformers.models.gpt2.tokenization_gpt2"):  # imported when first used
-        importlib.import_module(name)
-    get_checkpoint_conversion_mapping("gpt2")  # builds the patterns of all models, which takes 0.2 s
+    importlib.import_module("rorchat.sources.tinytown")  # imported when first used
     gc.freeze()  # so that the garbage collector of a fork does not traverse all imported modules
     for line in sys.stdin:
         job = json.loads(line)

@@ -4,6 +4,7 @@
 lists the faults). All runs share the settings in FLAGS: 8 steps of 4 rows of 32 tokens, a checkpoint every 2 steps.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -11,19 +12,19 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import preloaded
 import pytest
 
 from rorchat.files import file_sha256
-from rorchat.training.checkpointing.checkpoint import DamagedCheckpoint
+from rorchat.training.checkpointing.checkpoint import STAGING, TRASH, DamagedCheckpoint
 from rorchat.training.checkpointing.recovery import Checkpoints
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 FLAGS = {
     "sources": ["tinytown=60"], "validation_share": 0.2, "size": "2x2x32", "block_size": 32,
     "per_device_train_batch_size": 2, "global_batch_tokens": 128, "max_steps": 8, "logging_steps": 3,
@@ -48,7 +49,7 @@ class ForkServer:
 
     def __init__(self, logs: Path):
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "fork_server.py")],
+            [preloaded.client("python"), str(HERE / "fork_server.py")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT,
         )  # fmt: skip
         self.logs, self.numbers = logs, itertools.count()
@@ -179,6 +180,42 @@ def kill_during_save(
         if not was_killed or newest not in (4, 6) or resumed.code or weights_sha256(out) != weights_sha256(expected):
             wrong[f"{number} {operation}"] = f"{killed.code}, step {newest}, {resumed.code}: {resumed.output}"
         shutil.rmtree(out)
+    return wrong
+
+
+def leftovers(run: Path) -> list[str]:
+    return [path.name for path in run.iterdir() if path.name.startswith((STAGING, TRASH))]
+
+
+def fail_in_turn(sandbox: Sandbox, operations: list[str], every: int, fault: dict, **flags) -> dict[str, object]:
+    """Train a run in which every second save (or copy to the mirror) fails, each at another file operation.
+
+    The run must end as one without failures, and the folder must have an intact checkpoint of that step or of the one
+    before after each failure, and of the last step at the end.
+
+    Args:
+        operations: those of one save or copy; the run fails at every n-th.
+        fault: {"during": None} or {"mirroring": None}.
+
+    Returns:
+        What is wrong, by operation.
+    """
+    numbers = range(1, len(operations) + 1)[::every]
+    steps, copies = 4 + 2 * len(numbers), sandbox.new_folder()
+    expected, out = sandbox.new_folder(), sandbox.new_folder()
+    result = sandbox.run(expected, max_steps=steps, save_strategy="no", save_steps=None)
+    assert result.code == 0, result.output
+    fault = fault | {"fail_in_turn": [*numbers], "copies": str(copies), "errno": errno.ENOSPC}
+    result = sandbox.run(out, fault, max_steps=steps, save_steps=1, **flags)
+    assert result.code == 0, result.output
+    assert weights_sha256(out) == weights_sha256(expected)
+    target = flags.get("mirror", out)
+    assert verified_steps(target)[0] == steps and not leftovers(target)
+    wrong = {}
+    for step, number in zip(range(5, steps, 2), numbers, strict=True):
+        newest = max(verified_steps(copies / str(step)), default=0) if (copies / str(step)).is_dir() else "no failure"
+        if newest not in (step - 1, step):
+            wrong[f"{number} {operations[number - 1]}"] = newest
     return wrong
 
 

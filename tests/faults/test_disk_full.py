@@ -10,10 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from faults.harness import verified_steps, weights_sha256
+from faults.harness import fail_in_turn, leftovers, verified_steps, weights_sha256
 
 from rorchat.errors import StorageError
-from rorchat.training.checkpointing.checkpoint import STAGING, TRASH
 from rorchat.training.checkpointing.recovery import Checkpoints
 from rorchat.training.checkpointing.trainer_mixin import CheckpointMixin
 
@@ -23,24 +22,11 @@ def operations(sandbox, stopped_at_4) -> list[str]:
     return sandbox.operations(sandbox.new_folder(stopped_at_4), {"during": 6})
 
 
-def leftovers(run: Path) -> list[str]:
-    return [path.name for path in run.iterdir() if path.name.startswith((STAGING, TRASH))]
-
-
 @pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_failed_save_loses_no_checkpoint_and_training_continues(
-    sandbox, stopped_at_4, operations, uninterrupted, every
-):
+def test_a_failed_save_loses_no_checkpoint_and_training_continues(sandbox, operations, every):
     """The disk is full at every 12th operation of a save, or at every one."""
-    wrong = {}
-    for number, operation in [*enumerate(operations, 1)][::every]:
-        out = sandbox.new_folder(stopped_at_4)
-        result = sandbox.run(out, {"fail_at": number, "during": 6, "errno": errno.ENOSPC})
-        steps, remaining = verified_steps(out), leftovers(out)
-        if result.code or weights_sha256(out) != weights_sha256(uninterrupted) or steps[0] != 8 or remaining:
-            wrong[f"{number} {operation}"] = (result.code, steps, remaining, result.output)
-        shutil.rmtree(out)
-    assert not wrong
+    assert len(operations) > 60
+    assert not fail_in_turn(sandbox, operations, every, {"during": None})
 
 
 def test_three_failed_saves_in_a_row_end_the_run_with_74(sandbox):

@@ -22,8 +22,8 @@ from rorchat.model import build_model
 from rorchat.training.arguments import parse
 from rorchat.training.pretrain import PretrainArguments, PretrainTrainer, prepare_token_stores
 
-STEPS, MICRO_BATCHES, BLOCK_SIZE = 300, 12, 16
-MIDDLE = 131
+STEPS, MICRO_BATCHES, BLOCK_SIZE = 150, 12, 16
+MIDDLE = 71
 FAR_ROW = 10**9
 FIRST_BATCH_SECONDS = 0.2
 
@@ -149,11 +149,11 @@ def test_the_mixture_has_enough_rows_to_show_another_order(order):
 
 
 FAST = [(1, 0), (3, 2)]
-ALL = [(processes, workers) for processes in (1, 2, 3, 4, 6) for workers in (0, 1, 4)]
+SLOW = [(2, 0), (3, 0), (4, 0), (6, 0), (1, 1), (1, 4), (2, 4), (4, 1), (6, 4)]
 
 
 @pytest.mark.parametrize(
-    ("processes", "workers"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case != (1, 0))]
+    ("processes", "workers"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
 def test_any_number_of_processes_and_workers_reads_the_same_rows(reader, order, processes, workers):
     assert read(reader, processes, workers) == order

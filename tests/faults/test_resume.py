@@ -41,19 +41,24 @@ def complete_run(sandbox):
     return complete
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("workers", "every"), [(0, 1), (2, 2)])
-def test_a_run_interrupted_after_any_step_ends_identically(sandbox, complete_run, workers, every):
-    flags = FLAGS | {"dataloader_num_workers": workers}
-    complete = complete_run(dataloader_num_workers=workers)
-    for step in range(0, STEPS - 1, every):
-        out = sandbox.new_folder()
-        result = sandbox.run(out, {"signal": signal.SIGTERM, "at": step, "where": "forward"}, **flags)
+def run_with_interruptions(sandbox, steps, number: int, **flags):
+    """The folder of a run that was interrupted in each of these steps and resumed each time."""
+    out, flags = sandbox.new_folder(), FLAGS | flags
+    for step in steps:
+        result = sandbox.run(out, {"signal": number, "at": step, "where": "forward"}, **flags)
         assert result.code == 75, result.output
         assert Checkpoints(out).committed()[0].step == step + 1
-        result = sandbox.run(out, **flags)
-        assert result.code == 0, result.output
-        assert_identical(out, complete)
+    result = sandbox.run(out, **flags)
+    assert result.code == 0, result.output
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "every"), [(0, 1), (2, 2)])
+def test_a_run_interrupted_after_every_step_ends_identically(sandbox, complete_run, workers, every):
+    flags = {"dataloader_num_workers": workers}
+    out = run_with_interruptions(sandbox, range(0, STEPS - 1, every), signal.SIGTERM, **flags)
+    assert_identical(out, complete_run(**flags))
 
 
 @pytest.mark.parametrize(
@@ -61,13 +66,8 @@ def test_a_run_interrupted_after_any_step_ends_identically(sandbox, complete_run
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_every_optimizer_resumes_identically(sandbox, complete_run, optimizer, steps):
-    complete = complete_run(optimizer=optimizer)
-    for step in steps:
-        out = sandbox.new_folder()
-        flags = FLAGS | {"optimizer": optimizer}
-        assert sandbox.run(out, {"signal": signal.SIGINT, "at": step, "where": "forward"}, **flags).code == 75
-        assert sandbox.run(out, **flags).code == 0
-        assert_identical(out, complete)
+    out = run_with_interruptions(sandbox, steps, signal.SIGINT, optimizer=optimizer)
+    assert_identical(out, complete_run(optimizer=optimizer))
 
 
 def test_a_run_killed_five_times_ends_identically(sandbox, complete_run):

@@ -1,5 +1,6 @@
 """SFT, DPO and GRPO survive interruptions, non-finite steps and out-of-memory errors as pretraining does."""
 
+import json
 import signal
 
 import pytest
@@ -14,25 +15,43 @@ FLAGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("steps", [(3,), pytest.param((0, 2, 6), marks=pytest.mark.slow)], ids=["middle", "others"])
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_an_interrupted_run_ends_identically(sandbox, chat_base, stage, steps):
-    flags = FLAGS | {"model": str(chat_base)}
-    complete = sandbox.new_folder()
-    result = sandbox.run(complete, stage=stage, **flags)
-    assert result.code == 0, result.output
+@pytest.fixture(scope="module")
+def complete_run(sandbox, chat_base):
+    """Trains a stage without interruption, once for each set of flags."""
+    made = {}
+
+    def complete(stage, **flags):
+        key = json.dumps([stage, flags])
+        if key not in made:
+            made[key] = sandbox.new_folder()
+            result = sandbox.run(made[key], stage=stage, **FLAGS | {"model": str(chat_base)} | flags)
+            assert result.code == 0, result.output
+        return made[key]
+
+    return complete
+
+
+def assert_resumes_identically(sandbox, complete, steps, stage, flags) -> None:
+    """Interrupts a run in each of these steps, resumes it each time, and compares its end with a complete run."""
+    out = sandbox.new_folder()
     for step in steps:
-        out = sandbox.new_folder()
         result = sandbox.run(out, {"signal": int(signal.SIGTERM), "at": step, "where": "forward"}, stage=stage, **flags)
         assert result.code == 75, result.output
         assert verified_steps(out)[0] == step + 1
-        result = sandbox.run(out, stage=stage, **flags)
-        assert result.code == 0, result.output
-        assert weights_sha256(out) == weights_sha256(complete)
-        assert states_equal(load_state(out, STEPS), load_state(complete, STEPS))
-        assert read_log(out) == read_log(complete)
-        # the loss on the validation split of the base
-        assert [line["step"] for line in read_log(out) if "base_loss" in line] == [0, STEPS]
+    result = sandbox.run(out, stage=stage, **flags)
+    assert result.code == 0, result.output
+    assert weights_sha256(out) == weights_sha256(complete)
+    assert states_equal(load_state(out, STEPS), load_state(complete, STEPS))
+    assert read_log(out) == read_log(complete)
+
+
+@pytest.mark.parametrize("steps", [(3,), pytest.param((0, 2, 6), marks=pytest.mark.slow)], ids=["middle", "others"])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_an_interrupted_run_ends_identically(sandbox, chat_base, complete_run, stage, steps):
+    complete = complete_run(stage)
+    assert_resumes_identically(sandbox, complete, steps, stage, FLAGS | {"model": str(chat_base)})
+    # the loss on the validation split of the base
+    assert [line["step"] for line in read_log(complete) if "base_loss" in line] == [0, STEPS]
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
@@ -46,13 +65,9 @@ def test_a_non_finite_step_is_skipped(sandbox, chat_base, stage):
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_out_of_memory_halves_the_micro_batch(sandbox, chat_base, stage):
-    out, complete, flags = (
-        sandbox.new_folder(),
-        sandbox.new_folder(),
-        FLAGS | {"model": str(chat_base), "logging_steps": 1},
-    )
-    assert sandbox.run(complete, stage=stage, **flags).code == 0
+def test_out_of_memory_halves_the_micro_batch(sandbox, chat_base, complete_run, stage):
+    out, complete = sandbox.new_folder(), complete_run(stage, logging_steps=1)
+    flags = FLAGS | {"model": str(chat_base), "logging_steps": 1}
     result = sandbox.run(out, {"fits": 1, "from": 3, "in": "backward"}, stage=stage, **flags)
     assert result.code == 0 and "Out of memory at step 3" in result.output, result.output
     lines = [[line for line in read_log(run) if "loss" in line] for run in (out, complete)]
@@ -89,20 +104,11 @@ def grpo_flags(sandbox, chat_base) -> dict:
     return FLAGS | flags
 
 
-@pytest.mark.parametrize("step", [2, 5])
-def test_grpo_resumes_with_the_same_samples(sandbox, grpo_flags, step):
-    complete, out = sandbox.new_folder(), sandbox.new_folder()
+def test_grpo_resumes_with_the_same_samples(sandbox, grpo_flags):
+    complete = sandbox.new_folder()
     result = sandbox.run(complete, stage="grpo", **grpo_flags)
     assert result.code == 0, result.output
-    result = sandbox.run(
-        out, {"signal": int(signal.SIGTERM), "at": step, "where": "forward"}, stage="grpo", **grpo_flags
-    )
-    assert result.code == 75, result.output
-    result = sandbox.run(out, stage="grpo", **grpo_flags)
-    assert result.code == 0, result.output
-    assert weights_sha256(out) == weights_sha256(complete)
-    assert states_equal(load_state(out, STEPS), load_state(complete, STEPS))
-    assert read_log(out) == read_log(complete)
+    assert_resumes_identically(sandbox, complete, (2, 5), "grpo", grpo_flags)
 
 
 def test_a_changed_reward_function_is_refused(sandbox, grpo_flags):
