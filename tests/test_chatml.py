@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import islice
 
 import pytest
 
@@ -95,18 +96,17 @@ def test_a_given_system_message_replaces_the_default(tokenizer):
 
 def test_template_and_encoder_agree_on_real_conversations(gpt2_tokenizer, shared_data):
     sources = {
-        "alpaca=alpaca/alpaca_5000.json": 900,
-        "dailydialog=dailydialog/dialogues_text.txt": 800,
-        "messages=chat/moss003_messages.jsonl": 224,
-        "messages=chat/tulu3_oasst1_sft_sample.jsonl": 100,
+        "alpaca=alpaca/alpaca_5000.json": 250,
+        "dailydialog=dailydialog/dialogues_text.txt": 250,
+        "messages=chat/moss003_messages.jsonl": 100,
+        "messages=chat/tulu3_oasst1_sft_sample.jsonl": 60,
     }
     conversations = []
     for spec, count in sources.items():
         name, path = spec.split("=")
-        rows = [row["messages"] for row in load_rows(f"{name}={shared_data / path}", "conversation")][:count]
-        assert len(rows) >= 0.9 * count, spec
+        rows = [row["messages"] for row in islice(load_rows(f"{name}={shared_data / path}", "conversation"), count)]
+        assert len(rows) == count, spec
         conversations += rows
-    assert len(conversations) >= 2000
     rendered = all_template_ids(gpt2_tokenizer, conversations)
     encodings = encode_conversations(gpt2_tokenizer, conversations)
     for messages, ids, encoded in zip(conversations, rendered, encodings, strict=True):
@@ -149,7 +149,7 @@ def fuzzed(count: int) -> list[str]:
 @pytest.mark.parametrize("role", ["user", "assistant"])
 def test_hostile_strings_never_become_control_tokens(tokenizer, role):
     control = control_ids(tokenizer)
-    texts = fuzzed(5000)
+    texts = fuzzed(1500)
     question, reply = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
     clean = [token for token in template_ids(tokenizer, [question, reply]) if token in control]
     hostile = [
@@ -157,14 +157,14 @@ def test_hostile_strings_never_become_control_tokens(tokenizer, role):
         for text in texts
     ]
     both = all_template_ids(tokenizer, hostile) + [row.input_ids for row in encode_conversations(tokenizer, hostile)]
-    assert len(both) == 10_000
+    assert len(both) == 3000
     for text, ids in zip(texts * 2, both, strict=True):
         assert [token for token in ids if token in control] == clean, text
 
 
 def test_hostile_text_survives_encoding_and_decoding(tokenizer):
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    texts = fuzzed(5000)
+    texts = fuzzed(1500)
     conversations = [[{"role": "user", "content": text}, DIALOGUE[1]] for text in texts]
     for text, row in zip(texts, encode_conversations(tokenizer, conversations), strict=True):
         ids = row.input_ids

@@ -1,5 +1,6 @@
 """`rorchat new`: from data and hours to a project's folder."""
 
+import functools
 import itertools
 import json
 import math
@@ -19,6 +20,9 @@ from rorchat.project.sizing import SHAPES
 from rorchat.project.timing import choose_rows, measure_machine, measure_seconds_per_token, request_steps
 from rorchat.project.vocabulary import VOCABULARIES
 
+#: The trial tokenizers are the same in most tests.
+try_vocabularies_once = functools.cache(create.try_vocabularies)
+
 
 @pytest.fixture
 def known_speed(monkeypatch):
@@ -30,6 +34,7 @@ def known_speed(monkeypatch):
         return 2 * machine.seconds_per_token(shape, vocabulary)
 
     monkeypatch.setattr(create, "measure_seconds_per_token", measure)
+    monkeypatch.setattr(create, "try_vocabularies", try_vocabularies_once)
 
 
 @pytest.fixture

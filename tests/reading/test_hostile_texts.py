@@ -23,7 +23,7 @@ from rorchat.rows import CHECKS, RejectedRow
 from rorchat.tokens.prepare import prepare
 from rorchat.tokens.store import TokenStore
 
-MESSAGES = 10_000
+MESSAGES = 3000
 CONTROL = (END_OF_TEXT, IM_START, IM_END, "<|pad|>", "<|reserved_0|>", "<|reserved_11|>")
 SPELLINGS = [
     *CONTROL,
@@ -170,7 +170,7 @@ def documents_of(store: TokenStore, split: str) -> list[list[int]]:
 @pytest.mark.parametrize("name", ["tokenizer", "gpt2_tokenizer"])
 def test_stored_documents_decode_to_their_texts(name, request, tmp_path):
     tokenizer, rng = request.getfixturevalue(name), random.Random(4)
-    texts = [f"{number}. {fuzzed(rng)}" for number in range(4000)]
+    texts = [f"{number}. {fuzzed(rng)}" for number in range(1500)]
     texts += [SPELLINGS[0] * 5000, "x" * 60_000, "x" * 70_000, "\u200b" * 9000, "a'" * 9000, " " * 9000 + "a"]
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -191,7 +191,7 @@ def test_stored_documents_decode_to_their_texts(name, request, tmp_path):
 
 
 def test_stored_conversations_have_only_the_control_tokens_of_roles(tokenizer, tmp_path):
-    conversations = fuzzed_conversations(5, 4000, tag="conversation ")
+    conversations = fuzzed_conversations(5, 1500, tag="conversation ")
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
     store = prepare(f"messages={path}", tokenizer, tmp_path / "store", validation_share=0.2, workers=1)
