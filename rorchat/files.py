@@ -1,9 +1,12 @@
 """Files that survive a crash: atomic writes, fsync, sha256, and a lock for a folder."""
 
+import getpass
 import hashlib
 import json
 import os
+import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,21 +44,23 @@ def json_sha256(value: dict) -> str:
 def folder_lock(folder: Path) -> Iterator[None]:
     """Holds an exclusive lock on a folder, which need not exist yet, among the processes of this machine.
 
-    The lock is a file next to the folder. The operating system releases it when the process that holds it exits.
+    The lock is a file next to the folder. The operating system releases it when the process that holds it exits. On a
+    shared drive that passes locks on, the lock also excludes other machines, and outlives one that is lost.
 
     Raises:
-        MismatchError: another process holds the lock; the message contains its id.
+        MismatchError: another process holds the lock; the message says which, and how to remove what is left of it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
     while True:
         with path.open("a+", encoding="utf-8") as file:
-            _acquire(file, folder)
+            _acquire(file, folder, path)
             if not _is_same_file(path, file):
                 continue  # the previous holder has deleted this file, so the lock on it is void
             _close_in_forked_processes(file)
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {socket.gethostname()} ({_user_name()}, since {since})")
             file.flush()
             try:
                 yield
@@ -64,7 +69,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
             return
 
 
-def _acquire(file: TextIO, folder: Path) -> None:
+def _acquire(file: TextIO, folder: Path, path: Path) -> None:
     try:
         import fcntl
 
@@ -73,8 +78,51 @@ def _acquire(file: TextIO, folder: Path) -> None:
         pass
     except BlockingIOError:
         file.seek(0)
-        holder = file.read() or "another process"
-        raise MismatchError(f"{folder} is in use by {holder}: wait for it, or choose another folder.") from None
+        holder = file.read()
+        advice = _explain_removal(holder, path)
+        raise MismatchError(
+            f"{folder} is in use by {holder or 'another process'}: wait for it, or choose another folder.{advice}"
+        ) from None
+
+
+def _explain_removal(holder: str, path: Path) -> str:
+    """How to remove the lock of a process that has ended, if it may have: on another machine, or with an unknown id.
+
+    Args:
+        holder: the content of the lock file.
+    """
+    named = re.match(r"process (\d+) on (\S+)", holder)
+    if named is None:
+        return f" If no process uses it, delete {path}."
+    process, machine = named.groups()
+    if machine != socket.gethostname():
+        return (
+            f" {machine} is another machine: if it is lost, or `ps -p {process}` there finds nothing, delete {path} "
+            "and run the same command again."
+        )
+    if _is_running(int(process)):
+        return ""
+    return (
+        f" No process {process} is visible here: if the container that ran it has ended, delete {path} and run the "
+        "same command again."
+    )
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        pass
+    return True
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under an id without a name
+        return f"user {os.getuid()}"
 
 
 def _close_in_forked_processes(file: TextIO) -> None:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from rorchat import files
 from rorchat.errors import MismatchError
 from rorchat.files import file_sha256, folder_lock, json_sha256, write_atomically
 
@@ -55,3 +56,41 @@ def test_a_locked_folder_is_refused_to_other_processes(tmp_path):
         assert other.returncode != 0 and "is in use by process" in other.stderr
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert list(tmp_path.iterdir()) == []  # the lock file is removed
+
+
+@pytest.mark.parametrize(
+    ("holder", "advice"),
+    [
+        (
+            "process 77 on node7 (anna, since 2026-11-30 14:02:00)",
+            "process 77 on node7 (anna, since 2026-11-30 14:02:00): wait for it, or choose another folder. node7 is "
+            "another machine: if it is lost, or `ps -p 77` there finds nothing, delete {lock} and run the same command",
+        ),
+        (
+            "process 77 on node7",
+            "if it is lost, or `ps -p 77` there finds nothing, delete {lock}",
+        ),  # an earlier version
+        (f"process {2**22 + 1} on this", "No process 4194305 is visible here: if the container that ran it has ended"),
+        (
+            "",
+            "is in use by another process: wait for it, or choose another folder. If no process uses it, delete {lock}",
+        ),
+    ],
+)
+def test_the_lock_of_a_process_that_may_be_gone_says_whose_it_is_and_how_to_remove_it(
+    holder, advice, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(files.socket, "gethostname", lambda: "this")
+    lock = tmp_path / ".run.lock"
+    with folder_lock(tmp_path / "run"):
+        own = lock.read_text()
+        with pytest.raises(MismatchError) as refused, folder_lock(tmp_path / "run"):
+            pass
+        assert own in str(refused.value) and str(lock) not in str(refused.value)  # it runs: nothing to remove
+        lock.write_text(holder)
+        with pytest.raises(MismatchError) as refused, folder_lock(tmp_path / "run"):
+            pass
+        assert advice.format(lock=lock) in str(refused.value)
+        lock.unlink()  # as advised
+        with folder_lock(tmp_path / "run"):
+            assert lock.read_text().startswith("process ")
