@@ -14,9 +14,12 @@ This module does not import torch.
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,16 +163,30 @@ def seal(folder: Path, manifest: dict) -> Checkpoint:
     Args:
         manifest: JSON values to store in addition to the list of files, at least `step`.
     """
-    files = {}
-    for name in _list_files(folder):
-        path = folder / name
-        fsync_file(path)
-        files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    files = _flush_and_hash(folder)
     _fsync_folder(folder)
     manifest = json.loads(json.dumps({"format": FORMAT, **manifest, "files": files}))
     write_atomically(folder / MANIFEST, json.dumps({**manifest, "sha256": json_sha256(manifest)}, indent=2))
     _fsync_folder(folder)
     return Checkpoint.from_manifest(folder, manifest)
+
+
+def _flush_and_hash(folder: Path) -> dict[str, dict[str, object]]:
+    """Flushes all files to the disk, and hashes them meanwhile: a launcher kills a process some time after a signal.
+
+    Returns:
+        {path relative to the folder: {"bytes": size, "sha256": ...}}.
+    """
+    with ExitStack() as opened, ThreadPoolExecutor() as threads:  # the threads end before the files are closed
+        files = {name: opened.enter_context((folder / name).open("rb")) for name in _list_files(folder)}
+        # a file that was just written is read from memory; hashlib does not hold the interpreter's lock
+        digests = {name: threads.submit(hashlib.file_digest, file, "sha256") for name, file in files.items()}
+        for file in files.values():
+            os.fsync(file.fileno())
+        return {
+            name: {"bytes": os.fstat(file.fileno()).st_size, "sha256": digests[name].result().hexdigest()}
+            for name, file in files.items()
+        }
 
 
 def _fsync_folder(folder: Path) -> None:
