@@ -13,8 +13,8 @@ Every document is stored as `<|endoftext|>` followed by its text. The model thus
 `<|endoftext|>` and, because documents follow each other, to end one with it.
 
 Hashing a store of many gigabytes before every run would take minutes, but without a check a flipped bit could enter the
-training data. Each block is therefore compared with its CRC when it is first read. The time to open a store does not
-depend on its size.
+training data. Each block is therefore compared with its CRC when it is first read on a machine
+(`rorchat.tokens.checked_blocks`). The time to open a store does not depend on its size.
 """
 
 import hashlib
@@ -33,6 +33,7 @@ from rorchat.errors import DataError, MismatchError
 from rorchat.files import file_sha256, json_sha256, write_atomically
 from rorchat.sources.registry import hub_record
 from rorchat.tokenizer import chat_template_sha256, tokenizer_sha256
+from rorchat.tokens.checked_blocks import open_record
 
 FORMAT_VERSION = 4
 TOKENS_FOLDER = "tokens"  # default folder of token stores, inside the folder of a run
@@ -174,11 +175,11 @@ def block_crcs(array: np.ndarray) -> np.ndarray:
 
 
 class _ShardArray:
-    """The memory-mapped ids of a shard. A block is compared with its CRC when it is first read."""
+    """The memory-mapped ids of a shard. A block is compared with its CRC when the first process reads it."""
 
     def __init__(self, path: Path, ids: np.ndarray, crcs: np.ndarray, block_tokens: int):
         self.path, self.ids, self.crcs, self.block_tokens = path, ids, crcs, block_tokens
-        self.checked = np.zeros(len(crcs), dtype=bool)
+        self.checked = open_record(path, crcs)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         size = self.block_tokens
@@ -186,7 +187,7 @@ class _ShardArray:
             if not self.checked[block]:
                 if zlib.crc32(self.ids[block * size : (block + 1) * size].data) != self.crcs[block]:
                     raise _damaged(self.path, f"block {block} (from token {block * size:,}) has changed")
-                self.checked[block] = True
+                self.checked[block] = 1
         return self.ids[start:stop]
 
 

@@ -4,21 +4,26 @@
 
 Each size runs in a separate process: seconds from the imports to the first row of a plan of 10^9 rows (read manifests,
 map arrays, make the plan, check the row), milliseconds per random row, and the growth of the process after 2,000 rows
-(RssAnon, which excludes the pages of memory-mapped files).
+(RssAnon, which excludes the pages of memory-mapped files). Then workers read random rows, each others, as those of a
+DataLoader do: CPU seconds of all of them if they share the record of checked blocks, and if each checks for itself.
 """
 
 import argparse
 import json
+import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 ROWS, BLOCK_SIZE, SOURCES = 10**9, 1024, 4
+WORKERS, ROWS_OF_WORKER = 4, 20_000
 
 
 def make_stores(folder: Path, tokens: int) -> list[Path]:
@@ -74,22 +79,51 @@ def measure(folders: list[str]) -> dict[str, float]:
     }
 
 
+def measure_workers(folders: list[str], shares_record: bool) -> dict[str, float]:
+    from rorchat.tokens import store as store_module
+
+    if not shares_record:
+        store_module.open_record = lambda path, crcs: np.zeros(len(crcs), dtype=np.uint8)
+    stores = [store_module.TokenStore(folder) for folder in folders]
+    for worker in range(WORKERS):
+        if not os.fork():
+            draw = np.random.default_rng(worker)
+            for source in draw.integers(0, SOURCES, ROWS_OF_WORKER).tolist():
+                start = int(draw.integers(0, stores[source].tokens("train") - BLOCK_SIZE))
+                stores[source].slice("train", start, start + BLOCK_SIZE)
+            os._exit(0)
+    for _ in range(WORKERS):
+        os.wait()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    name = "with a shared record" if shares_record else "each for itself"
+    return {f"{WORKERS} workers, CPU s ({name})": used.ru_utime + used.ru_stime}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", type=int, nargs="+", default=[5, 250], help="million tokens of each store")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=MEASUREMENTS, help=argparse.SUPPRESS)
+    parser.add_argument("--stores", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.measure)))
+        print(json.dumps(MEASUREMENTS[arguments.measure](arguments.stores)))
         return
     for millions in arguments.millions:
         with tempfile.TemporaryDirectory() as folder:
             stores = make_stores(Path(folder), millions * 10**6)
-            words = [sys.executable, __file__, "--measure", *map(str, stores)]
-            measured = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+            measured = {}
+            for name in MEASUREMENTS:
+                words = [sys.executable, __file__, "--measure", name, "--stores", *map(str, stores)]
+                measured |= json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
         text = ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
         print(f"{SOURCES} stores of {millions:,}M tokens: {text}")
 
+
+MEASUREMENTS = {  # a process each
+    "rows": measure,
+    "private": partial(measure_workers, shares_record=False),
+    "shared": partial(measure_workers, shares_record=True),
+}
 
 if __name__ == "__main__":
     main()
