@@ -46,6 +46,7 @@ STAGES = (
     "console",  # messages and progress bars of libraries
     "files",  # atomic writes, fsync, sha256, folder locks
     "jsonl",  # JSON Lines files
+    "hub_client",  # errors of the Hub's client
     "yaml_file",  # a YAML file -> its values
     "stories",  # the files of the stories, found by name
     "project_folder",  # where a project keeps its runs, and how far they have come

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rorchat.errors import DataError, PermissionDenied, RemoteError, RorchatError, UsageError
+from rorchat.hub_client import LOG_IN, find_root_cause, list_causes
 
 FORMATS = ("parquet", "json", "csv", "text")
-LOG_IN = "log in with `hf auth login`"
 PARQUET_COPY = "refs/convert/parquet"  # the revision with the Hub's own conversion to Parquet
 
 
@@ -46,8 +46,8 @@ def _explain(dataset: str, revision: str | None, source: str, has_default: bool,
         RevisionNotFoundError,
     )
 
-    causes = list(_causes(error))
-    reason = " ".join((str(_root_cause(error)) or type(error).__name__).split())[:160]
+    causes = list(list_causes(error))
+    reason = " ".join((str(find_root_cause(error)) or type(error).__name__).split())[:160]
     status = next((cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)), None)
 
     def is_a(*kinds: type) -> bool:
@@ -84,17 +84,3 @@ def _explain(dataset: str, revision: str | None, source: str, has_default: bool,
         f"Cannot read {dataset} from the Hub ({reason}). Check the network, or use a local copy: "
         f"{source}=PATH{no_path}."
     )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """The first error of those that were stated as the cause. An error in handling another one is not its cause."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error

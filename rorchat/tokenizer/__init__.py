@@ -26,7 +26,8 @@ from rorchat.chatml import (
     reserved_token,
     system_message,
 )
-from rorchat.errors import DataError, MismatchError, RemoteError, UsageError, shorten_error
+from rorchat.errors import DataError, MismatchError, UsageError, shorten_error
+from rorchat.hub_client import explain_failed_load
 from rorchat.persona import Persona, load_persona
 from rorchat.project_folder import find_last_run, is_project
 from rorchat.sources.registry import CHAT_PREFIX, find_source, list_sources
@@ -119,6 +120,7 @@ def load_tokenizer(name_or_path: str, persona: Persona | None = None, *, require
         DataError: there is no tokenizer, or it is not a byte-level BPE.
         MismatchError: `require_chat`, and the model was not trained to chat.
         RemoteError: the tokenizer is not on the Hub, or the Hub cannot be reached.
+        PermissionDenied: the Hub denies access.
     """
     tokenizer = _load_any(name_or_path)
     sample = "Hello, naïve café! 你好 🙂\n\tx = 12345"
@@ -229,13 +231,10 @@ def _load_any(name_or_path: str):
         raise DataError(f"No tokenizer at {name_or_path}: give the folder of a tokenizer, or a Hub id such as 'gpt2'.")
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        message = shorten_error(error)
+    except Exception as error:  # OSError, ValueError, or whatever a file of another form leads to
         if folder.is_dir():
-            raise DataError(f"Cannot load a tokenizer from {name_or_path!r}: {message}") from None
-        raise RemoteError(
-            f"Cannot load a tokenizer from {name_or_path!r}: there is no such folder, and the Hub returned: {message}"
-        ) from None
+            raise DataError(f"Cannot load a tokenizer from {name_or_path!r}: {shorten_error(error)}") from None
+        raise explain_failed_load("a tokenizer", name_or_path, error) from None
 
 
 def _add_chatml(tokenizer, system: str, size: int | None = None):

@@ -18,6 +18,7 @@ from typing import Protocol, TypeVar
 from tqdm.auto import tqdm
 
 from rorchat.errors import DataError, MismatchError, PermissionDenied, RemoteError, StorageError, UsageError
+from rorchat.hub_client import describe, is_denied, is_remote
 from rorchat.training.checkpointing.checkpoint import KEPT, MANIFEST, Checkpoint, DamagedCheckpoint, copy
 from rorchat.training.checkpointing.recovery import Checkpoints
 
@@ -258,15 +259,13 @@ class HubStorage:
 
     def _request(self, request: Callable[[], Response]) -> Response:
         """Sends a request before training, when a failure can still end the run."""
-        import httpx2
-        from huggingface_hub.errors import LocalTokenNotFoundError
-
         try:
             return request()
-        except (httpx2.HTTPError, LocalTokenNotFoundError, ConnectionError, ValueError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
-            if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
+        except Exception as error:
+            if not is_remote(error):
+                raise
+            reason = describe(error)
+            if is_denied(error):
                 raise PermissionDenied(
                     f"mirror {self.repository}: the Hub refuses access ({reason}). Log in as its owner with `hf auth "
                     f"login`, or give a folder, ./{self.repository}."
