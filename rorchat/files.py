@@ -1,8 +1,9 @@
-"""Files that survive a crash: atomic writes, fsync, sha256, and a lock for a folder."""
+"""Files that survive a crash: atomic writes, fsync, sha256, and a lock for a folder. Strict JSON."""
 
 import getpass
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rorchat.errors import MismatchError
 
@@ -35,9 +36,30 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def json_sha256(value: dict) -> str:
-    """The sha256 of a JSON object, independent of the order of its keys. Manifests store it to detect changes."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def json_sha256(value: object) -> str:
+    """The sha256 of a JSON value, independent of the order of keys. Manifests store it to detect changes."""
+    return hashlib.sha256(to_json(value, sort_keys=True).encode()).hexdigest()
+
+
+def to_json(value: object, **options: Any) -> str:
+    """Strict JSON, with the options of `json.dumps`. Every JSON file of rorchat is written with this function.
+
+    NaN and infinity, which JSON cannot represent, become the strings "nan", "inf" and "-inf".
+    """
+    return json.dumps(_replace_non_finite(value), allow_nan=False, **options)
+
+
+def as_number(value: Any) -> Any:
+    """A value that was read from JSON: NaN or infinity for the string that `to_json` has written in its place."""
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def _replace_non_finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _replace_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replace_non_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

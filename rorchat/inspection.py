@@ -1,7 +1,6 @@
 """Checks every row of a dataset and shows the tokens of a row as the model sees them."""
 
 import codecs
-import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from rorchat.chatml import (
 )
 from rorchat.console import shows_bars
 from rorchat.errors import DataError, RorchatError, UsageError
+from rorchat.files import to_json
 from rorchat.persona import Persona
 from rorchat.reading.encodings import COMPRESSIONS, content_suffix
 from rorchat.reading.filters import Filters
@@ -259,9 +259,9 @@ class _RejectWriter:
         row = None if isinstance(row, RejectedRow) else row
         record = {"place": place, "reason": rejected_row.reason, "detail": rejected_row.detail, "row": row}
         try:
-            line = json.dumps(record, default=str)  # ASCII, because a row may contain a lone surrogate
+            line = to_json(record, default=str)  # ASCII, because a row may contain a lone surrogate
         except RecursionError:  # the row is nested too deeply
-            line = json.dumps({**record, "row": None})
+            line = to_json({**record, "row": None})
         self.file.write(line + "\n")
 
 

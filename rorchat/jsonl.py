@@ -1,21 +1,15 @@
 """Appends to and reads JSON Lines files, and repairs them after a crash."""
 
 import json
-import math
 from pathlib import Path
 
-
-def _to_strict_json(value: object) -> object:
-    """Replaces NaN and infinity, which JSON cannot represent, with the strings "nan", "inf" and "-inf"."""
-    if isinstance(value, dict):
-        return {key: _to_strict_json(item) for key, item in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+from rorchat.files import to_json
 
 
 def append_json_line(path: Path, record: dict) -> None:
     """Appends one record as a line of strict JSON."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_to_strict_json(record), ensure_ascii=False, allow_nan=False) + "\n")
+        file.write(to_json(record, ensure_ascii=False) + "\n")
 
 
 def drop_partial_line(path: Path) -> None:

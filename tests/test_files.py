@@ -1,6 +1,8 @@
-"""Atomic writes, hashes and the folder lock."""
+"""Atomic writes, hashes, strict JSON and the folder lock."""
 
 import hashlib
+import json
+import math
 import subprocess
 import sys
 
@@ -8,7 +10,7 @@ import pytest
 
 from rorchat import files
 from rorchat.errors import MismatchError
-from rorchat.files import file_sha256, folder_lock, json_sha256, write_atomically
+from rorchat.files import as_number, file_sha256, folder_lock, json_sha256, to_json, write_atomically
 
 
 def test_write_atomically_replaces_the_file_and_leaves_no_other(tmp_path):
@@ -35,6 +37,16 @@ def test_an_interrupted_write_keeps_the_old_content(tmp_path, monkeypatch):
 def test_json_sha256_ignores_the_order_of_keys():
     assert json_sha256({"a": 1, "b": [2]}) == json_sha256({"b": [2], "a": 1})
     assert json_sha256({"a": 1}) != json_sha256({"a": 2})
+
+
+def test_json_is_strict_and_its_numbers_can_be_read_back():
+    value = {"loss": math.nan, "rows": [{"grad_norm": math.inf}, (-math.inf, 1.5)], "text": "naïve"}
+    text = to_json(value, ensure_ascii=False)
+    read = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert read == {"loss": "nan", "rows": [{"grad_norm": "inf"}, ["-inf", 1.5]], "text": "naïve"}
+    assert json_sha256(value) == json_sha256(read)  # of a manifest that was written and read
+    assert math.isnan(as_number("nan")) and as_number("-inf") == -math.inf
+    assert [as_number(given) for given in (1.5, 3, "text", None, [1])] == [1.5, 3, "text", None, [1]]
 
 
 def test_file_sha256_equals_hashlib(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from rorchat.chatml import system_message
 from rorchat.errors import DataError, DivergedError, MismatchError, RorchatError, did_you_mean
 from rorchat.evaluation.behaviour import MEASURES, Behaviour, Measure, Value, measure_behaviour, quote_short
+from rorchat.files import to_json
 from rorchat.inference.engine import ChatModel, load_model
 from rorchat.lineage import find_persona
 from rorchat.persona import Persona
@@ -152,7 +153,7 @@ def judge_model(
 
 
 def write_verdict(verdict: Verdict, path: Path) -> None:
-    path.write_text(json.dumps(asdict(verdict), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(to_json(asdict(verdict), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_verdict(path: Path) -> Verdict:

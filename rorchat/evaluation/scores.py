@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rorchat.chatml import IM_END, token_id
 from rorchat.evaluation.text_measures import closes_turn
+from rorchat.files import as_number, to_json
 from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.persona import Persona, build_probes
 from rorchat.sources.tinytown import Question, held_out_questions
@@ -114,7 +115,7 @@ def score_chat(
 def write_scores(columns: list[Scores], path: Path) -> None:
     """Writes the scores of several models to a JSON file."""
     path.write_text(
-        json.dumps([asdict(column) for column in columns], indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        to_json([asdict(column) for column in columns], indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
 
 
@@ -122,6 +123,8 @@ def read_scores(path: Path) -> list[Scores]:
     """Reads a file written by `write_scores`."""
     columns = []
     for values in json.loads(path.read_text(encoding="utf-8")):
+        for key in ("loss", "bits_per_byte"):
+            values[key] = as_number(values.get(key))
         for key in ("questions", "stops", "persona"):
             values[key] = Rate(**values[key])
         values["kinds"] = {kind: Rate(**rate) for kind, rate in values["kinds"].items()}

@@ -1,7 +1,6 @@
 """Writes a project's folder: a YAML file per stage with the reasons in comments, run.sh, persona.yaml, plan.json."""
 
 import getpass
-import json
 import shutil
 import textwrap
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from rorchat.errors import UsageError
+from rorchat.files import to_json
 from rorchat.persona import DEFAULT_PERSONA
 from rorchat.plan.scaling import format_size
 from rorchat.plan.show import format_duration
@@ -41,7 +41,7 @@ class ProjectFiles:
             (self.folder / f"{name}.yaml").write_text(format_yaml(stage), encoding="utf-8")
         (self.folder / SCRIPT).write_text(self._script(), encoding="utf-8")
         (self.folder / SCRIPT).chmod(0o755)
-        (self.folder / PLAN).write_text(json.dumps(self._plan(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (self.folder / PLAN).write_text(to_json(self._plan(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def commands(self) -> dict[str, str]:
         """{stage: its command in run.sh}, in order."""

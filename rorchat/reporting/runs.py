@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rorchat.errors import DataError
+from rorchat.files import as_number
 from rorchat.jsonl import read_json_lines
 from rorchat.lineage import SMOKE_SUFFIX
 
@@ -47,6 +48,8 @@ def read_run_record(run: Path) -> dict[str, Any]:
         raise DataError(f"{run}/run.json cannot be read: {error}") from None
     if not isinstance(record, dict) or "stage" not in record:
         raise DataError(f"{run}/run.json is not the record of a run: it has no 'stage'.")
+    if "metrics" in record:
+        record["metrics"] = {name: as_number(value) for name, value in record["metrics"].items()}
     return record
 
 

@@ -6,7 +6,6 @@ across all parts, in order, and the parts are merged into shards (`rorchat.token
 a store do not depend on the number of workers or on interruptions.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 from rorchat.chatml import END_OF_TEXT
 from rorchat.errors import DataError, MismatchError, UsageError
-from rorchat.files import folder_lock
+from rorchat.files import folder_lock, to_json
 from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
 from rorchat.sources.base import RowStats
@@ -172,7 +171,7 @@ def _resume_or_clear(staging: Path, expected: Manifest) -> None:
     """Keeps the files of an interrupted run with the same settings and deletes all others."""
     path = staging / "identity.json"
     settings = expected.fingerprint() | {"hub_fingerprint": expected.hub_fingerprint, "part_version": PART_VERSION}
-    content = json.dumps(settings, indent=2, sort_keys=True)
+    content = to_json(settings, indent=2, sort_keys=True)
     if not path.is_file() or path.read_text(encoding="utf-8") != content:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)

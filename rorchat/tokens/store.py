@@ -30,7 +30,7 @@ import numpy as np
 
 from rorchat.chatml import IGNORE_INDEX
 from rorchat.errors import DataError, MismatchError
-from rorchat.files import file_sha256, json_sha256, write_atomically
+from rorchat.files import file_sha256, json_sha256, to_json, write_atomically
 from rorchat.sources.registry import hub_record
 from rorchat.tokenizer import chat_template_sha256, tokenizer_sha256
 from rorchat.tokens.checked_blocks import open_record
@@ -131,7 +131,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Writes the manifest atomically: after a crash a folder has a complete manifest or none."""
         values = asdict(self)
-        write_atomically(folder / "manifest.json", json.dumps({**values, "sha256": json_sha256(values)}, indent=2))
+        write_atomically(folder / "manifest.json", to_json({**values, "sha256": json_sha256(values)}, indent=2))
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

@@ -9,7 +9,6 @@ part-00012.places.txt                              for every document: its place
 part-00012.json                                    identity and counts of the part; written last, so it marks completion
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rorchat.chatml import encode_conversations
-from rorchat.files import fsync_file, write_atomically
+from rorchat.files import fsync_file, to_json, write_atomically
 from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
 from rorchat.reading.long_texts import divide
@@ -103,7 +102,7 @@ class ShardTokenizer:
         for suffix in ("places.txt", "documents.npz"):
             fsync_file(self.folder / f"{name}.{suffix}")
         record = self.record(part) | {"tally": rows.stats.record(), "utf8_bytes": int(columns["bytes"].sum())}
-        write_atomically(self.folder / f"{name}.json", json.dumps(record))
+        write_atomically(self.folder / f"{name}.json", to_json(record))
 
     def record(self, part: SourcePart) -> dict[str, object]:
         """What identifies a part that has been tokenized."""

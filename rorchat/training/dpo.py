@@ -29,6 +29,7 @@ from rorchat.adapter import is_adapter
 from rorchat.chatml import encode_preferences
 from rorchat.console import shows_bars
 from rorchat.errors import UsageError, check_all, did_you_mean
+from rorchat.files import as_number
 from rorchat.jsonl import append_json_line
 from rorchat.model import Shape, count_parameters
 from rorchat.rows import RejectedRow
@@ -276,7 +277,7 @@ class ChatDPOTrainer(ChatStageTrainer, DPOTrainer):
         if self.args.smoke or self.stop_reason:
             return []
         margins = {
-            name: line[name]
+            name: as_number(line[name])
             for line in self.state.log_history
             for name in ("rewards/margins", "eval_rewards/margins")
             if name in line

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, Trainer
 
 from rorchat.errors import Interrupted, UsageError
-from rorchat.files import write_atomically
+from rorchat.files import to_json, write_atomically
 from rorchat.training.arguments import StageArguments
 
 MICRO_BATCH_FILE = "micro_batch.json"  # the size that fits, so that a resumed run need not search again
@@ -116,7 +116,7 @@ class OOMRecoveryMixin(Trainer):
                 "(block_size, max_length), or --gradient_checkpointing true."
             )
         self.micro_batch_rows = rows_before // 2
-        write_atomically(self._micro_batch_file, json.dumps({"rows": self.micro_batch_rows}))
+        write_atomically(self._micro_batch_file, to_json({"rows": self.micro_batch_rows}))
         if self.args.world_size > 1:
             raise Interrupted(
                 f"Out of memory at step {step} with micro-batches of {rows_before} rows. Run the same command again to "

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rorchat.files import json_sha256, write_atomically
+from rorchat.files import json_sha256, to_json, write_atomically
 
 #: By split (train, eval). Hidden: a folder that contains nothing else is not yet a run.
 FILE_NAME = ".reference_{}.json"
@@ -21,7 +21,7 @@ SIDES = ("chosen", "rejected")
 
 def build_fingerprint(pairs: Iterable[dict], **settings: object) -> str:
     """SHA-256 of everything that determines the log-probabilities: the ids of all pairs, weights, precision ..."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest = hashlib.sha256(to_json(settings, sort_keys=True).encode())
     for pair in pairs:
         for ids in (pair["prompt_ids"], *(pair[f"{side}_ids"] for side in SIDES)):
             digest.update(np.array([len(ids), *ids], np.int32).tobytes())
@@ -43,4 +43,4 @@ def write(path: Path, fingerprint: str, log_probs: Tensor) -> None:
     """Writes the log-probabilities (2, pairs) of chosen and rejected replies, with their checksum."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"of": fingerprint, **dict(zip(SIDES, log_probs.tolist(), strict=True))}
-    write_atomically(path, json.dumps({**record, "sha256": json_sha256(record)}))
+    write_atomically(path, to_json({**record, "sha256": json_sha256(record)}))

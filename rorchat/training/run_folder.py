@@ -24,7 +24,7 @@ import yaml
 from accelerate import PartialState
 
 from rorchat.errors import DataError, MismatchError
-from rorchat.files import folder_lock, write_atomically
+from rorchat.files import folder_lock, to_json, write_atomically
 from rorchat.tokens.store import TOKENS_FOLDER
 from rorchat.training.arguments import StageArguments
 from rorchat.training.callbacks.divergence import DIVERGED_ROWS
@@ -199,7 +199,7 @@ class RunFolder:
         Raises:
             MismatchError: the checkpoint was trained with a different plan or other rows, because the data changed.
         """
-        details = json.loads(json.dumps(details))
+        details = json.loads(to_json(details))
         if self.plan.checkpoint and not self.plan.appends_phase:
             before, now = (_comparable_details(data) for data in (self.plan.checkpoint.metadata, details))
             differences = self._compare(before, now)
@@ -258,7 +258,7 @@ class RunFolder:
 
     def _write_record(self, record: dict) -> None:
         """Replaces run.json atomically: without this file, the folder would not be recognized as a run folder."""
-        write_atomically(self.folder / "run.json", json.dumps(record, indent=2) + "\n")
+        write_atomically(self.folder / "run.json", to_json(record, indent=2) + "\n")
 
     def begin(self, mixture_plan: object = None) -> None:
         """Writes config.yaml and run.json. Deletes the logs of an earlier start if it saved no checkpoint."""

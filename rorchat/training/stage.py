@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rorchat.device import get_peak_flops, measure_flops
 from rorchat.evaluation.loss import Loss, Rows, compute_dataset_loss
+from rorchat.files import as_number
 from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.mixture.collators import collate_padded
 from rorchat.model import Shape, flops_per_token
@@ -285,7 +286,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         """The validation metrics after the last step: those already logged for this step, or else a new evaluation."""
         for record in self.state.log_history[-2:]:
             if record["step"] == self.state.global_step and "eval_loss" in record:
-                return {key: value for key, value in record.items() if key.startswith("eval_")}
+                return {key: as_number(value) for key, value in record.items() if key.startswith("eval_")}
         return self.evaluate()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

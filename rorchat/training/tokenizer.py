@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from rorchat.errors import MismatchError, UsageError
+from rorchat.files import to_json
 from rorchat.persona import load_persona
 from rorchat.sources.base import RowStats
 from rorchat.sources.registry import iterate_texts
@@ -78,7 +79,7 @@ def run_tokenizer_training(arguments: TokenizerArguments) -> TokenizerResult:
         "seconds": round(time.monotonic() - started, 1),
     }
     (folder / METRICS_FILE).write_text(
-        json.dumps({"sources": arguments.sources} | metrics, indent=2) + "\n", encoding="utf-8"
+        to_json({"sources": arguments.sources} | metrics, indent=2) + "\n", encoding="utf-8"
     )
     config.write_text(yaml.safe_dump(arguments.given), encoding="utf-8")
     print(  # noqa: T201

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from rorchat.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rorchat.errors import DataError
-from rorchat.files import file_sha256, fsync_file, json_sha256, write_atomically
+from rorchat.files import file_sha256, fsync_file, json_sha256, to_json, write_atomically
 from rorchat.model import WEIGHTS
 
 MANIFEST = "MANIFEST.json"
@@ -165,8 +165,8 @@ def seal(folder: Path, manifest: dict) -> Checkpoint:
     """
     files = _flush_and_hash(folder)
     _fsync_folder(folder)
-    manifest = json.loads(json.dumps({"format": FORMAT, **manifest, "files": files}))
-    write_atomically(folder / MANIFEST, json.dumps({**manifest, "sha256": json_sha256(manifest)}, indent=2))
+    manifest = json.loads(to_json({"format": FORMAT, **manifest, "files": files}))
+    write_atomically(folder / MANIFEST, to_json({**manifest, "sha256": json_sha256(manifest)}, indent=2))
     _fsync_folder(folder)
     return Checkpoint.from_manifest(folder, manifest)
 

@@ -29,6 +29,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from rorchat.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rorchat.errors import DataError, DivergedError, MismatchError, StorageError
 from rorchat.evaluation.loss import Rows
+from rorchat.files import as_number, to_json
 from rorchat.jsonl import append_json_line
 from rorchat.model import WEIGHTS
 from rorchat.training.arguments import StageArguments
@@ -146,6 +147,8 @@ class CheckpointMixin(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
+        if self.is_world_process_zero():
+            _make_strict(staging / TRAINER_STATE_NAME)
         state = {
             "summed_loss": self._tr_loss.item(),
             "last_logged": self._globalstep_last_logged,
@@ -154,7 +157,7 @@ class CheckpointMixin(Trainer):
             "rolled_back": self.rolled_back,
             "trl": {name: vars(self)[name] for name in self.trl_state},
         }
-        (staging / STATE_FILE.format(self.args.process_index)).write_text(json.dumps(state), encoding="utf-8")
+        (staging / STATE_FILE.format(self.args.process_index)).write_text(to_json(state), encoding="utf-8")
 
     def _commit(self, staging: Path) -> None:
         checkpoint = self.checkpoints.commit(staging, self._manifest(staging))
@@ -384,12 +387,13 @@ class CheckpointMixin(Trainer):
         if path is None or not path.is_file():  # only weights, or another number of processes
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
-        self._tr_loss.fill_(saved["summed_loss"])
+        self._tr_loss.fill_(as_number(saved["summed_loss"]))
         self._globalstep_last_logged = saved["last_logged"]
         self.metrics.last_mixture = saved["last_mixture"]
         self.skipped_in_a_row, self.rolled_back = saved["skipped_in_a_row"], saved["rolled_back"]
         for mode, metrics in saved["trl"].pop("_metrics", {}).items():
-            self._metrics[mode].update(metrics)
+            for name, values in metrics.items():
+                self._metrics[mode][name] = [as_number(value) for value in values]
         vars(self).update(saved["trl"])
 
     # Steps
@@ -421,6 +425,13 @@ class _RestoreCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.end_step()
+
+
+def _make_strict(path: Path) -> None:
+    """Rewrites a JSON file of Transformers, which contains bare NaN if a logged value is not finite."""
+    text = path.read_text(encoding="utf-8")
+    if "NaN" in text or "Infinity" in text:
+        path.write_text(to_json(json.loads(text), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _is_complete(folder: str) -> bool:
