@@ -7,6 +7,7 @@ have no `base.json`; the weights of their base model are not checked.
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+EMBEDDING, HEAD = "wte", "lm_head"  # names of the modules with a row for each token
+PROBE_TOKENS = 32  # of the forward passes that compare a merged model with PEFT's
+MERGE_TOLERANCE = 1e-4  # of logits, relative to the largest; rounding in float32 is below 1e-5
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,26 @@ def read_adapter(folder: Path) -> AdapterFolder:
     return AdapterFolder(folder, config, base, bool(record.get("load_in_4bit")))
 
 
+def find_base(folder: str | Path) -> str | None:
+    """The folder or Hub id of the base model that an adapter names; None for a complete model."""
+    try:
+        config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        return config.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def merge_adapter(model: "GPT2LMHeadModel", adapter: AdapterFolder) -> "GPT2LMHeadModel":
-    """Merges an adapter into its base model.
+    """Merges an adapter into its base model. The result predicts what PEFT's layers predict.
+
+    Embedding and head are separate matrices afterwards if the adapter changes only one of them, or each in its own way.
 
     Raises:
         DataError: the weights of the adapter cannot be read.
-        MismatchError: the adapter belongs to another base model.
+        MismatchError: the adapter belongs to another base model, or cannot be merged into a stock GPT-2.
     """
-    from peft import get_peft_model
-
-    rows, largest = model.transformer.wte.num_embeddings, max(_trained_rows(adapter.config), default=0)
+    rows = model.transformer.wte.num_embeddings
+    largest = max((row for rows in trained_rows(adapter.config).values() for row in rows), default=0)
     if largest >= rows:
         raise MismatchError(
             f"The adapter {adapter.folder} has an embedding row for token {largest:,}, but {adapter.base!r} has only "
@@ -92,10 +106,55 @@ def merge_adapter(model: "GPT2LMHeadModel", adapter: AdapterFolder) -> "GPT2LMHe
         for _, _, matrix in block_matrices(model):
             matrix.weight.data = round_to_4_bits(matrix.weight.data).contiguous()
     adapter.config.fan_in_fan_out = True  # stock weights are (in, out); the 4-bit weights of training are (out, in)
-    adapted = get_peft_model(model, adapter.config)
-    load_adapter(adapted, adapter.folder)
-    merged = cast("GPT2LMHeadModel", adapted.merge_and_unload())
+    try:
+        with warnings.catch_warnings():  # about tied weights, which `_merge_with_peft` unties
+            warnings.simplefilter("ignore")
+            merged, expected = _merge_with_peft(model, adapter)
+    except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError, RuntimeError) as error:
+        raise MismatchError(
+            f"PEFT cannot merge the adapter {adapter.folder} into {adapter.base!r}: {shorten_error(error)}. Merge it "
+            "with the program that trained it, and give the merged model."
+        ) from None
+    _require_equal_predictions(merged, expected, adapter)
     return merged.requires_grad_(True)  # PEFT has frozen the base
+
+
+def _merge_with_peft(model: "GPT2LMHeadModel", adapter: AdapterFolder) -> "tuple[GPT2LMHeadModel, Tensor]":
+    """The merged model, and the logits of `_probe` before the adapter was merged."""
+    import torch
+    from peft import get_peft_model
+
+    head, was_tied = model.lm_head, is_tied(model)
+    adapted = get_peft_model(model, adapter.config)
+    # one matrix for both would get what the adapter adds to either of them
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    load_adapter(adapted, adapter.folder)
+    expected = _probe(adapted.eval())
+    merged = cast("GPT2LMHeadModel", adapted.merge_and_unload())
+    if was_tied and torch.equal(merged.lm_head.weight, merged.transformer.wte.weight):
+        merged.lm_head.weight = merged.transformer.wte.weight
+    merged.config.tie_word_embeddings = is_tied(merged)
+    return merged, expected
+
+
+def _probe(model: "nn.Module") -> "Tensor":
+    """The logits of a fixed row of tokens."""
+    import torch
+
+    config = cast("GPT2LMHeadModel", model).config
+    ids = torch.linspace(0, config.vocab_size - 1, min(PROBE_TOKENS, config.n_positions)).long()[None]
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def _require_equal_predictions(merged: "GPT2LMHeadModel", expected: "Tensor", adapter: AdapterFolder) -> None:
+    """Raises MismatchError if merging has changed the model, as for adapters that are active only in some positions."""
+    difference = (_probe(merged) - expected).abs().max()
+    if difference > MERGE_TOLERANCE * expected.abs().max():  # NaN is reported when the merged model is checked
+        raise MismatchError(
+            f"The adapter {adapter.folder} cannot be merged into a stock GPT-2: its predictions would change by up to "
+            f"{difference:.2g}. Give a merged model."
+        )
 
 
 def load_adapter(adapted: "PeftModel", folder: Path) -> None:
@@ -115,16 +174,20 @@ def load_adapter(adapted: "PeftModel", folder: Path) -> None:
         weights = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise DataError(f"Cannot load the adapter in {folder}: {shorten_error(error)}") from None
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    required = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    # PEFT also saves the embedding and the head if the vocabulary was resized, or if an adapter is on one of them
+    allowed = get_peft_model_state_dict(adapted, save_embedding_layers=True)
     config = adapted.peft_config["default"]
-    rows, saved_rows = _trained_rows(config), _trained_rows(PeftConfig.from_pretrained(str(folder)))
-    if rows != saved_rows and set(rows) <= set(saved_rows):
-        for name in [name for name in weights if name.endswith("trainable_tokens_delta")]:
-            weights[name] = weights[name][[saved_rows.index(row) for row in rows]]
+    saved_rows = trained_rows(PeftConfig.from_pretrained(str(folder)))
+    for module, rows in trained_rows(config).items():
+        saved = saved_rows.get(module, [])
+        if rows != saved and set(rows) <= set(saved):
+            for name in [name for name in weights if name.endswith(f"{module}.token_adapter.trainable_tokens_delta")]:
+                weights[name] = weights[name][[saved.index(row) for row in rows]]
     different = sorted(
         name
-        for name in weights.keys() | expected.keys()
-        if name not in weights or name not in expected or weights[name].shape != expected[name].shape
+        for name in weights.keys() | required.keys()
+        if name not in weights or name not in allowed or weights[name].shape != allowed[name].shape
     )
     if different:
         raise MismatchError(
@@ -134,10 +197,15 @@ def load_adapter(adapted: "PeftModel", folder: Path) -> None:
     set_peft_model_state_dict(adapted, weights)
 
 
-def _trained_rows(config: "PeftConfig") -> list[int]:
-    """The embedding rows that an adapter trains. PEFT accepts a list, or a dictionary of lists by module name."""
-    rows = getattr(config, "trainable_token_indices", None) or []
-    return [row for part in rows.values() for row in part] if isinstance(rows, dict) else list(rows)
+def trained_rows(config: "PeftConfig") -> dict[str, list[int]]:
+    """The rows that an adapter trains, by the name of the module. PEFT accepts a list for the embedding."""
+    rows = getattr(config, "trainable_token_indices", None) or {}
+    return rows if isinstance(rows, dict) else {EMBEDDING: list(rows)}
+
+
+def is_tied(model: "GPT2LMHeadModel") -> bool:
+    """Whether the head is the embedding, as in GPT-2."""
+    return model.lm_head.weight is model.transformer.wte.weight
 
 
 def weights_sha256(name_or_path: str) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rorchat.adapter import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rorchat.adapter import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_base, weights_sha256
 from rorchat.errors import DataError
 from rorchat.files import file_sha256
 from rorchat.inference.engine import locate_model
@@ -26,9 +26,17 @@ SMOKE_SUFFIX = "-smoke"  # of the folder of a smoke run
 
 
 def fingerprint_model(folder: str) -> dict[str, str]:
-    """The sha256 of weights, config, tokenizer and template in a local folder; `{"id": ...}` for a Hub id."""
+    """The sha256 of weights, config, tokenizer and template in a local folder; `{"id": ...}` for a Hub id.
+
+    For an adapter of PEFT alone, which has no record of its base model, the weights of that model in a local folder are
+    included.
+    """
     files = [file for pattern in MODEL_FILES for file in sorted(Path(folder).glob(pattern)) if file.is_file()]
-    return {file.name: file_sha256(file) for file in files} or {"id": folder}
+    digests = {file.name: file_sha256(file) for file in files}
+    base = None if ADAPTER_BASE in digests else find_base(folder)
+    if base and Path(base).is_dir() and (digest := weights_sha256(base)):
+        digests["base"] = digest
+    return digests or {"id": folder}
 
 
 def find_previous_runs(model: str) -> Iterator[tuple[Path, dict]]:

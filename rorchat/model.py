@@ -3,19 +3,24 @@
 The architecture is Transformers' `GPT2LMHeadModel`, and a saved model is a folder that any tool for GPT-2 can load.
 """
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rorchat.adapter import is_adapter, iterate_blocks, merge_adapter, read_adapter
+from rorchat.adapter import is_adapter, is_tied, iterate_blocks, merge_adapter, read_adapter
 from rorchat.chatml import CONTROL_TOKENS, END_OF_TEXT, IM_END, PAD
-from rorchat.errors import DataError, MismatchError, RemoteError, UsageError, did_you_mean, shorten_error
+from rorchat.errors import DataError, MismatchError, UsageError, did_you_mean, shorten_error
+from rorchat.hub_client import explain_failed_load
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import GPT2Config, GPT2LMHeadModel
 
 INITIALIZER_RANGE = 0.02  # standard deviation of random weights, as in GPT-2
 WEIGHTS = "model.safetensors"
+MAX_PADDING_ROWS = 1024  # programs pad the vocabulary to a multiple of 64, 128 or, with tensor parallelism, up to 1,024
 
 
 @dataclass(frozen=True)
@@ -137,18 +142,54 @@ def load_checkpoint(name_or_path: str, tokenizer, seed: int = 0) -> "GPT2LMHeadM
     start as the same token. The logits of the old tokens do not change. If the folder contains an adapter, the adapter
     is merged into its base model.
 
+    Rows beyond the tokenizer's tokens, with which some programs pad the vocabulary, are dropped with a message.
+
     Raises:
-        DataError: there is no model, its weights cannot be loaded, or it is not a GPT-2.
-        RemoteError: the Hub cannot be reached.
+        DataError: there is no model, its weights cannot be loaded or are not finite, or it is not a GPT-2.
+        RemoteError, PermissionDenied: the Hub cannot be reached, or denies access.
         MismatchError: the tokenizer is not the model's, or the adapter belongs to another base model.
     """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import GPT2LMHeadModel, set_seed
-
     if is_adapter(name_or_path):
         adapter = read_adapter(Path(name_or_path))
-        return merge_adapter(load_checkpoint(adapter.base, tokenizer, seed), adapter)
+        model = merge_adapter(load_checkpoint(adapter.base, tokenizer, seed), adapter)
+    else:
+        model = _load_stock(name_or_path, tokenizer, seed)
+    _require_finite(model, name_or_path)
+    return model
+
+
+def _load_stock(name_or_path: str, tokenizer, seed: int) -> "GPT2LMHeadModel":
+    from transformers import set_seed
+
+    model = _load_weights(name_or_path)
+    rows, tokens = model.transformer.wte.num_embeddings, len(tokenizer)
+    # vocab_size counts no added tokens: GPT-2's 50,257 match the 50,257 rows of its model
+    if not tokenizer.vocab_size <= rows <= tokens + MAX_PADDING_ROWS:
+        raise MismatchError(
+            f"The model {name_or_path!r} has {rows:,} embedding rows, but the tokenizer has {tokens:,} tokens "
+            f"({tokenizer.vocab_size:,} without added tokens). Give the tokenizer that the model was trained with."
+        )
+    set_seed(seed)
+    if rows < tokens:
+        _enlarge_embeddings(model, tokens)
+    elif rows > tokens:
+        model.resize_token_embeddings(tokens)
+        if os.environ.get("RANK", "0") == "0":
+            print(  # noqa: T201
+                f"{name_or_path}: of its {rows:,} embedding rows, the last {rows - tokens:,} are dropped, because the "
+                f"tokenizer has only {tokens:,} tokens",
+                file=sys.stderr,
+            )
+    model.config.bos_token_id = model.config.eos_token_id = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    model.config.pad_token_id = tokenizer.convert_tokens_to_ids(PAD)
+    _set_generation_config(model, tokenizer)
+    return model
+
+
+def _load_weights(name_or_path: str) -> "GPT2LMHeadModel":
+    import torch
+    from transformers import GPT2LMHeadModel
+
     config = _read_config(name_or_path)
     for dropout in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         setattr(config, dropout, 0.0)
@@ -156,25 +197,36 @@ def load_checkpoint(name_or_path: str, tokenizer, seed: int = 0) -> "GPT2LMHeadM
         loaded: tuple[GPT2LMHeadModel, dict] = GPT2LMHeadModel.from_pretrained(  # type: ignore[assignment]
             name_or_path, config=config, dtype=torch.float32, output_loading_info=True
         )  # declared to return a model, but with `output_loading_info` it is a pair
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"Cannot load the weights of {name_or_path!r}: {shorten_error(error)}") from None
+    except Exception as error:  # OSError, SafetensorError, RuntimeError for other shapes, errors of the Hub's client
+        if Path(name_or_path).is_dir():
+            raise DataError(f"Cannot load the weights of {name_or_path!r}: {shorten_error(error)}") from None
+        raise explain_failed_load("the weights of a model", name_or_path, error) from None
     model, info = loaded
     if info["missing_keys"]:
         raise DataError(f"{name_or_path!r} has no weights for {', '.join(sorted(info['missing_keys'])[:4])}.")
-    rows = model.transformer.wte.num_embeddings
-    # vocab_size counts no added tokens: GPT-2's 50,257 match the 50,257 rows of its model
-    if not tokenizer.vocab_size <= rows <= len(tokenizer):
-        raise MismatchError(
-            f"The model {name_or_path!r} has {rows:,} embedding rows, but the tokenizer has {len(tokenizer):,} tokens "
-            f"({tokenizer.vocab_size:,} without added tokens). Give the tokenizer that the model was trained with."
-        )
-    set_seed(seed)
-    if rows < len(tokenizer):
-        _enlarge_embeddings(model, len(tokenizer))
-    model.config.bos_token_id = model.config.eos_token_id = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-    model.config.pad_token_id = tokenizer.convert_tokens_to_ids(PAD)
-    _set_generation_config(model, tokenizer)
+    # Transformers does not tie an embedding and a head that differ in the file, whatever the config says
+    model.config.tie_word_embeddings = is_tied(model)
     return model
+
+
+def _require_finite(model: "GPT2LMHeadModel", name_or_path: str) -> None:
+    """Raises DataError if a weight is not finite, or if the weights are so large that predictions are not."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise DataError(
+                f"The weights of {name_or_path!r} contain NaN or infinite values, first in {name}: its training has "
+                "diverged, or the file is damaged. Give another model, or an earlier checkpoint."
+            )
+    ids = torch.tensor([[model.config.bos_token_id]])
+    with torch.no_grad():
+        logits = model(ids, attention_mask=torch.ones_like(ids)).logits
+    if not logits.isfinite().all():
+        raise DataError(
+            f"The predictions of {name_or_path!r} are NaN or infinite, because its weights are too large: its training "
+            "has diverged. Give another model, or an earlier checkpoint."
+        )
 
 
 def _read_config(name_or_path: str) -> "GPT2Config":
@@ -184,9 +236,10 @@ def _read_config(name_or_path: str) -> "GPT2Config":
         raise DataError(f"No model folder {name_or_path}.")
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        failure = DataError if Path(name_or_path).is_dir() else RemoteError
-        raise failure(f"No model can be loaded from {name_or_path!r}: {shorten_error(error)}") from None
+    except Exception as error:  # OSError, ValueError, or whatever a file of another form leads to
+        if Path(name_or_path).is_dir():
+            raise DataError(f"No model can be loaded from {name_or_path!r}: {shorten_error(error)}") from None
+        raise explain_failed_load("a model", name_or_path, error) from None
     if config.model_type != "gpt2":
         raise DataError(f"{name_or_path!r} is a {config.model_type} model; rorchat needs a GPT-2 (model_type 'gpt2').")
     return config
@@ -195,13 +248,18 @@ def _read_config(name_or_path: str) -> "GPT2Config":
 def _enlarge_embeddings(model: "GPT2LMHeadModel", rows: int) -> None:
     import torch
 
-    old = model.transformer.wte.weight.detach().clone()
+    before = [matrix.detach().clone() for matrix in _vocabulary_matrices(model)]
     model.resize_token_embeddings(rows, mean_resizing=False)
-    weight = model.transformer.wte.weight
     with torch.no_grad():
-        noise = torch.randn(rows - len(old), old.size(1)) * old.std(dim=0)
-        weight[len(old) :] = old.mean(dim=0) + noise
-    model.tie_weights()
+        for old, new in zip(before, _vocabulary_matrices(model), strict=True):
+            noise = torch.randn(rows - len(old), old.size(1)) * old.std(dim=0)
+            new[len(old) :] = old.mean(dim=0) + noise
+
+
+def _vocabulary_matrices(model: "GPT2LMHeadModel") -> "list[Tensor]":
+    """The matrices with a row for each token: the embedding, and the head if it is not tied to it."""
+    embedding, head = model.transformer.wte.weight, model.lm_head.weight
+    return [embedding] if is_tied(model) else [embedding, head]
 
 
 def _set_generation_config(model: "GPT2LMHeadModel", tokenizer) -> None:

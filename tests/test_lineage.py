@@ -29,6 +29,31 @@ def write_run(folder: Path, start: Path | None = None, data: tuple[str, ...] = (
     return folder
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "model-00002-of-00003.safetensors", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin"],
+)
+def test_weights_of_every_form_are_part_of_a_models_fingerprint(name, tmp_path):
+    write(tmp_path, "config.json", "{}")
+    write(tmp_path, name, "weights")
+    before = fingerprint_model(str(tmp_path))
+    assert fingerprint_model(str(tmp_path)) == before
+    write(tmp_path, name, "weights that were trained anew")
+    assert fingerprint_model(str(tmp_path)) != before
+
+
+def test_the_fingerprint_of_a_plain_adapter_covers_its_base(tmp_path):
+    write(tmp_path / "base", "model.safetensors", "weights")
+    adapter = tmp_path / "adapter"
+    write(adapter, "adapter_model.safetensors", "adapter")
+    write(adapter, "adapter_config.json", json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
+    before = fingerprint_model(str(adapter))
+    write(tmp_path / "base", "model.safetensors", "weights that were trained anew")
+    assert fingerprint_model(str(adapter)) != before
+    write(adapter, "base.json", "{}")  # rorchat's record of the base, which is compared when the adapter is read
+    assert "base" not in fingerprint_model(str(adapter))
+
+
 @pytest.fixture
 def persona_file(tmp_path) -> str:
     return str(write(tmp_path, "bibo.yaml", BIBO))
@@ -77,7 +102,7 @@ def test_a_given_persona_takes_precedence(tmp_path, persona_file):
 
 def test_a_changed_persona_file_is_mentioned_and_a_missing_one_is_an_error(tmp_path, persona_file):
     sft = write_run(tmp_path / "sft", persona=persona_file)
-    Path(persona_file).write_text(BIBO + "# changed\n")
+    Path(persona_file).write_text(BIBO + "# changed\n", encoding="utf-8")
     assert find_persona(str(sft)).origin.endswith("run.json, which has changed since then")
     Path(persona_file).unlink()
     with pytest.raises(DataError, match="there is no such file here: give it with --persona") as failure:

@@ -115,6 +115,61 @@ def test_more_embedding_rows_than_tokens_are_a_mismatch(small_gpt2, tokenizer):
         load_checkpoint(str(small_gpt2[0]), tokenizer)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_a_padded_vocabulary_are_dropped_and_told(tied, tokenizer, tmp_path, capsys):
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=512, n_positions=64, n_embd=32, n_layer=2, n_head=2, tie_word_embeddings=tied)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    padded = load_checkpoint(str(tmp_path), tokenizer)
+    check_fit(padded, tokenizer)
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(padded(ids).logits, model(ids).logits[..., : len(tokenizer)], rtol=0, atol=1e-6)
+    assert "of its 512 embedding rows, the last 128 are dropped" in capsys.readouterr().err
+
+
+def test_new_rows_of_an_untied_head_are_no_copies_of_those_of_the_embedding(gpt2_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, tie_word_embeddings=False)).save_pretrained(tmp_path)
+    model = load_checkpoint(str(tmp_path), gpt2_tokenizer)
+    embedding, head = model.transformer.wte.weight.detach(), model.lm_head.weight.detach()
+    assert len(embedding) == len(head) == 50_304
+    assert not torch.isclose(embedding[50_257:], head[50_257:]).any(1).all()
+    for matrix in (embedding, head):
+        assert float(matrix[50_257:].std()) == pytest.approx(float(matrix[:50_257].std()), rel=0.3)
+
+
+def test_an_embedding_and_a_head_that_differ_are_untied_whatever_the_config_says(tokenizer, tmp_path):
+    model = build_model("2x2x32", tokenizer, 64)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    save_model(model, tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    loaded = load_checkpoint(str(tmp_path), tokenizer)
+    assert loaded.config.tie_word_embeddings is False
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: weight.view(-1)[7:8].fill_(torch.nan), "first in transformer.h.1.mlp.c_fc.weight"),
+        (lambda weight: weight.view(-1)[7:8].fill_(-torch.inf), "NaN or infinite values"),
+        (lambda weight: weight.fill_(1e38), "because its weights are too large"),
+    ],
+    ids=["nan", "infinite", "too large"],
+)
+def test_a_model_that_has_diverged_is_refused(change, message, tokenizer, tmp_path):
+    model = build_model("2x2x32", tokenizer, 64)
+    change(model.transformer.h[1].mlp.c_fc.weight.data)
+    save_model(model, tokenizer, tmp_path)
+    with pytest.raises(DataError, match=message) as caught:
+        load_checkpoint(str(tmp_path), tokenizer)
+    assert "\n" not in str(caught.value)
+
+
 def test_another_architecture_is_refused(tmp_path, tokenizer):
     with pytest.raises(DataError, match="No model folder"):
         load_checkpoint(str(tmp_path / "nothing"), tokenizer)

@@ -7,7 +7,6 @@ matrices in 4 bits.
 """
 
 import copy
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,19 +20,26 @@ from transformers.pytorch_utils import Conv1D
 from rorchat.adapter import (
     ADAPTER_BASE,
     ADAPTER_WEIGHTS,
+    EMBEDDING,
+    HEAD,
     block_matrices,
     is_adapter,
+    is_tied,
     load_adapter,
     weights_sha256,
 )
 from rorchat.chatml import CONTROL_TOKENS
 from rorchat.errors import UsageError
+from rorchat.files import to_json
 from rorchat.training.arguments import StageArguments
 from rorchat.training.distributed import sharding_strategy
 
 ALPHA_PER_RANK = 2  # alpha / rank, so a layer adds 2 B A x for any rank
-#: Name of the trained embedding rows in PEFT's state dict.
-ROWS = "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta"
+#: Names of the trained rows in PEFT's state dict, by module.
+ROWS = {
+    EMBEDDING: "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta",
+    HEAD: "base_model.model.lm_head.token_adapter.trainable_tokens_delta",
+}
 
 
 @dataclass
@@ -70,9 +76,10 @@ class LoraArguments(StageArguments):
 
 
 class Adapter:
-    """The trainable part of a model: PEFT's layers and the control tokens' rows of the tied embedding and head.
+    """The trainable part of a model: PEFT's layers and the control tokens' rows of the embedding and the head.
 
-    The model is changed in place: it contains PEFT's layers afterwards.
+    Embedding and head share these rows if they are tied, as in GPT-2. The model is changed in place: it contains PEFT's
+    layers afterwards.
 
     Args:
         base: Folder or Hub id from which the model was loaded.
@@ -91,16 +98,12 @@ class Adapter:
             raise UsageError(
                 f"lora_rank is {rank}, but the width of the model is only {model.config.n_embd}: give a smaller rank."
             )
-        if not model.config.tie_word_embeddings:
-            raise UsageError(
-                f"lora_rank is {rank}, but the head of {base} is not its embedding (tie_word_embeddings is "
-                "false), which LoRA does not support here: leave lora_rank out to train the whole model."
-            )
         self.base = str(Path(base).resolve()) if Path(base).is_dir() else base
         self.base_record = {"sha256": weights_sha256(base), "load_in_4bit": arguments.load_in_4bit}
         control = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
         grown = range(GPT2Config.from_pretrained(base).vocab_size, len(tokenizer))  # rows that the base lacks
         self.rows = sorted({*control, *grown})
+        self._modules = (EMBEDDING,) if is_tied(model) else (EMBEDDING, HEAD)
         # the exact biases, because bitsandbytes rounds those of 4-bit layers to bf16 in place
         self._biases = [matrix.bias for _, _, matrix in block_matrices(model)]
         if arguments.load_in_4bit:
@@ -111,7 +114,7 @@ class Adapter:
             lora_alpha=ALPHA_PER_RANK * rank,
             target_modules=["c_attn", "c_proj", "c_fc"],
             fan_in_fan_out=not arguments.load_in_4bit,  # Conv1D weights are (in, out), Linear4bit's (out, in)
-            trainable_token_indices=sorted(control),
+            trainable_token_indices=self._rows_by_module(sorted(control)),
         )
         self.peft = get_peft_model(model, config)
         vars(model).pop("is_loaded_in_4bit", None)  # trainers would assume that Transformers quantized it
@@ -122,6 +125,10 @@ class Adapter:
     def model(self) -> GPT2LMHeadModel:
         return cast(GPT2LMHeadModel, self.peft.get_base_model())
 
+    def _rows_by_module(self, rows: list[int]) -> list[int] | dict[str, list[int]]:
+        """The rows in the form of PEFT's settings: a list is for the embedding and a head that is tied to it."""
+        return rows if self._modules == (EMBEDDING,) else dict.fromkeys(self._modules, rows)
+
     def save(self, folder: str | Path, tokenizer) -> None:
         """Writes an adapter that plain PEFT can load, with the tokenizer.
 
@@ -131,15 +138,17 @@ class Adapter:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
-        weights[ROWS] = self.model.transformer.wte.weight.detach()[self.rows]
+        matrices = {EMBEDDING: self.model.transformer.wte, HEAD: self.model.lm_head}
+        for module in self._modules:
+            weights[ROWS[module]] = matrices[module].weight.detach()[self.rows]
         weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         config = cast(LoraConfig, copy.copy(self.peft.peft_config["default"]))
         config.base_model_name_or_path = self.base
-        config.trainable_token_indices, config.inference_mode = self.rows, True
+        config.trainable_token_indices, config.inference_mode = self._rows_by_module(self.rows), True
         config.target_modules = sorted(config.target_modules or ())  # a set: its order differs between processes
         config.save_pretrained(str(folder))
-        (folder / ADAPTER_BASE).write_text(json.dumps(self.base_record, indent=2) + "\n", encoding="utf-8")
+        (folder / ADAPTER_BASE).write_text(to_json(self.base_record, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(folder)
 
     def load(self, folder: str | Path) -> None:

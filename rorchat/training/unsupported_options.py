@@ -158,6 +158,6 @@ GRPO = _CHAT_STAGE | _by_name(
         "checkpoints do not contain its state; use `entropy_coef`": (
             "use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
         ),
-        "the head is tied to the embedding": "cast_lm_head_to_fp32",
+        "the whole model is trained in float32": "cast_lm_head_to_fp32",
     }
 )

@@ -31,6 +31,7 @@ from rorchat.tokenizer import load_tokenizer
 from rorchat.training.arguments import parse
 from rorchat.training.checkpointing.checkpoint import seal
 from rorchat.training.dpo import DPOArguments
+from rorchat.training.kernels.dpo_logps import patch_dpo_logps
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.lora import Adapter
 from rorchat.training.optim import build_optimizer
@@ -69,6 +70,18 @@ def small_base(tmp_path_factory) -> Path:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=290, n_positions=POSITIONS, n_layer=2, n_head=2, n_embd=32))
     model.transformer.wte.weight.data *= 10
     model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untied(base, tokenizer, tmp_path_factory) -> Path:
+    """A model whose head is not its embedding."""
+    folder = tmp_path_factory.mktemp("untied")
+    model = GPT2LMHeadModel.from_pretrained(base)
+    model.config.tie_word_embeddings = False
+    generator = torch.Generator().manual_seed(0)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(len(tokenizer), 32, generator=generator) * 0.2)
+    save_model(model, tokenizer, folder)
     return folder
 
 
@@ -116,9 +129,9 @@ def test_plain_trl_and_peft_train_rows_of_new_tokens(tokenizer, tmp_path):
     trainer.train()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_loss_and_gradients_equal_plain_peft(base, tokenizer, checkpointing):
-    model, _ = load_with_adapter(base, tokenizer)
+@pytest.mark.parametrize(("folder", "checkpointing"), [("base", False), ("base", True), ("untied", False)])
+def test_loss_and_gradients_equal_plain_peft(folder, checkpointing, tokenizer, request):
+    model, _ = load_with_adapter(request.getfixturevalue(folder), tokenizer)
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "tokens_delta" in name:  # zeros, and copies of the embedding rows
             torch.nn.init.normal_(parameter, std=0.1)
@@ -138,7 +151,24 @@ def test_loss_and_gradients_equal_plain_peft(base, tokenizer, checkpointing):
             assert float(a.grad.abs().sum()) > 0, name
             torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-6, msg=name)
             trainable += a.numel()
-    assert trainable == 2 * RANK * (128 + 64 + 160 + 160) + 4 * 32  # two layers: c_attn, c_proj, c_fc, c_proj; rows
+    rows = 4 * 32 * (2 if folder == "untied" else 1)
+    assert trainable == 2 * RANK * (128 + 64 + 160 + 160) + rows  # two layers: c_attn, c_proj, c_fc, c_proj
+
+
+def test_an_untied_head_is_the_models_own(untied, tokenizer):
+    """In SFT and DPO, whose heads are computed apart from the model, and in its logits."""
+    whole, (model, _) = load_checkpoint(str(untied), tokenizer), load_with_adapter(untied, tokenizer)
+    assert_near(compute_logits(model, tokenizer), compute_logits(whole, tokenizer))
+    pairs = {"input_ids": batch(tokenizer)["input_ids"][:1, :6], "group_sizes": torch.tensor([[2, 2, 2]])}
+    scores = []
+    for scored in (whole, model):
+        patch_dpo_logps(scored)
+        scores.append(scored(**pairs).log_probs)
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-5)
+    patch_lm_head_loss(whole)
+    patch_lm_head_loss(model)
+    losses = [float(trained(**batch(tokenizer)).loss.detach()) for trained in (whole, model)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
@@ -156,7 +186,7 @@ def test_only_matrices_and_control_token_rows_change(base, tokenizer, optimizer)
     assert rows == sorted(tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)))
 
 
-@pytest.mark.parametrize("folder", ["base", "small_base"])
+@pytest.mark.parametrize("folder", ["base", "small_base", "untied"])
 def test_merged_logits_equal_training_and_plain_peft(folder, request, tmp_path):
     folder = request.getfixturevalue(folder)
     tokenizer = load_tokenizer(str(folder))
@@ -332,13 +362,59 @@ class TestOtherBase:
             load_with_adapter(base, tokenizer, rank=33)
 
 
-def test_plain_peft_adapter_is_merged_as_peft_does(base, tokenizer, tmp_path):
-    config = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
-    model = get_peft_model(GPT2LMHeadModel.from_pretrained(base), config)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    expected = compute_logits(model, tokenizer)
-    assert_near(compute_logits(load_model(str(tmp_path), "cpu").model, tokenizer), expected)
+def save_plain_adapter(folder: Path, base: Path, tokenizer, **settings) -> torch.Tensor:
+    """Saves an adapter with random weights as PEFT does, and returns the logits of the model that PEFT loads."""
+    settings = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"} | settings
+    model = get_peft_model(GPT2LMHeadModel.from_pretrained(base), LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape, generator=generator) * 0.03
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return compute_logits(AutoPeftModelForCausalLM.from_pretrained(folder), tokenizer)
+
+
+PLAIN_ADAPTERS = {
+    "matrices": {},
+    "embedding": {"target_modules": ["wte", "c_attn"]},
+    "head": {"target_modules": ["lm_head", "c_attn"]},
+    "embedding and head": {"target_modules": ["wte", "lm_head"]},
+    "tied by PEFT": {"target_modules": ["wte", "c_attn"], "ensure_weight_tying": True},
+    "positions": {"target_modules": ["wpe", "c_proj"]},
+    "all linear layers": {"target_modules": "all-linear"},
+    "whole embedding": {"modules_to_save": ["wte"]},
+    "whole head": {"modules_to_save": ["lm_head"]},
+    "whole norms": {"modules_to_save": ["ln_1", "ln_f"]},
+    "some rows": {"trainable_token_indices": [3, 300]},
+    "other rows of embedding and head": {"trainable_token_indices": {"wte": [3, 5], "lm_head": [7]}},
+    "DoRA": {"use_dora": True, "target_modules": ["c_attn", "c_fc"]},
+    "rank-stabilized": {"use_rslora": True, "r": 8, "rank_pattern": {"h.1.attn.c_attn": 2}, "lora_alpha": 16},
+    "all biases": {"bias": "all"},
+    "biases of the adapter's layers": {"bias": "lora_only"},
+    "biases of the adapter": {"lora_bias": True},
+    "one layer": {"layers_to_transform": [1], "layers_pattern": "h"},
+}
+
+
+@pytest.mark.parametrize("settings", PLAIN_ADAPTERS.values(), ids=PLAIN_ADAPTERS)
+def test_an_adapter_of_plain_peft_predicts_what_peft_predicts(base, tokenizer, tmp_path, settings):
+    expected = save_plain_adapter(tmp_path / "adapter", base, tokenizer, **settings)
+    stock = compute_logits(load_checkpoint(str(base), tokenizer), tokenizer)
+    if settings.get("bias") != "lora_only":  # PEFT 0.21 does not save these biases
+        assert float((expected - stock).abs().max()) > 1e-3
+    loaded = load_model(str(tmp_path / "adapter"), "cpu").model
+    save_model(loaded, tokenizer, tmp_path / "merged")
+    for model in (loaded, GPT2LMHeadModel.from_pretrained(tmp_path / "merged")):
+        torch.testing.assert_close(compute_logits(model, tokenizer), expected, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_that_is_active_after_certain_tokens_only_is_a_mismatch(base, tokenizer, tmp_path):
+    save_plain_adapter(tmp_path, base, tokenizer, alora_invocation_tokens=[5, 6])
+    with pytest.raises(MismatchError, match="merge") as caught:
+        load_checkpoint(str(tmp_path), tokenizer)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 RUN = {

@@ -5,7 +5,6 @@ versions. Before a run resumes, the two are compared. Each difference either mea
 result beyond floating-point rounding, or was explicitly allowed.
 """
 
-import json
 import platform
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
@@ -15,8 +14,9 @@ from pathlib import Path
 from accelerate import PartialState
 
 from rorchat import __version__
+from rorchat.adapter import is_adapter, read_adapter
 from rorchat.errors import DataError
-from rorchat.files import file_sha256
+from rorchat.files import file_sha256, to_json
 from rorchat.lineage import fingerprint_model
 from rorchat.mixture.history import names_without_paths, without_paths
 from rorchat.persona import DEFAULT_PERSONA
@@ -89,7 +89,13 @@ def collect_run_metadata(arguments: StageArguments, stage: str, inputs: dict[str
     Args:
         stage: "pretrain", "sft", "dpo" or "grpo".
         inputs: folders or Hub ids of the tokenizer and the model that the run starts from, by role.
+
+    Raises:
+        MismatchError: an adapter's base model has changed since the adapter was trained.
+        DataError: an adapter or its base model cannot be found.
     """
+    for folder in filter(is_adapter, inputs.values()):
+        read_adapter(Path(folder))  # before a finished run is taken for one with this base
     return {
         "stage": stage,
         "rorchat": __version__,
@@ -196,7 +202,7 @@ def format_differences(differences: list[Difference]) -> list[str]:
     """The lines of a table, differences that mean another run first."""
     rows = [("", "before", "now", "")]
     for difference in sorted(differences, key=lambda difference: not difference.is_fatal):
-        before, now = json.dumps(difference.before), json.dumps(difference.now)
+        before, now = to_json(difference.before), to_json(difference.now)
         rows.append((difference.name, before, now, difference.consequence))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]

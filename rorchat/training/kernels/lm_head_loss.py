@@ -127,7 +127,7 @@ def head_loss(
 
     Args:
         hidden: (B, T, D), the model's last hidden states.
-        weight: (V, D), the vocabulary head, tied to the embedding.
+        weight: (V, D), the vocabulary head.
         labels: (B, T), not shifted; -100 at positions without a target.
         whole_rows: Every position has a target, so no mask is needed. Indexing with a mask would synchronize a GPU.
         tied: Receives the gradient of the weight, which then gets none itself.
@@ -186,7 +186,7 @@ def head_weight(model: GPT2LMHeadModel) -> tuple[Tensor, TrainedRows | None]:
 
     Call this after the model's body, because FSDP gathers a sharded weight during the forward pass of the body.
     """
-    trained_rows = find_trained_rows(model)
+    trained_rows = find_trained_rows(model.lm_head)
     weight = model.lm_head.weight if trained_rows is None else trained_rows.frozen
     return weight, trained_rows
 
@@ -212,7 +212,7 @@ def hidden_states(
     """
     has_only_ids = not args and kwargs.keys() == {"input_ids"}  # otherwise there may be a mask
     tied = TiedGradient() if (has_only_ids or prefix_groups) and is_lookup_plain(model) else None
-    trained_rows, embedded = find_trained_rows(model), None
+    trained_rows, embedded = find_trained_rows(model.transformer.wte), None
     if tied is not None:
         embedded = TiedLookup.apply(model.transformer.wte.weight, kwargs["input_ids"], tied)
     elif trained_rows is not None and "input_ids" in kwargs:

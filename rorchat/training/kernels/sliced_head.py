@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from transformers import GPT2LMHeadModel
 
 MAX_LOGITS = 2**25  # maximum number of logits in a slice: 134 MB in float32
 
@@ -26,7 +25,7 @@ class TiedGradient:
 
 
 class TrainedRows(NamedTuple):
-    """Trainable rows of an otherwise frozen, tied embedding, as with PEFT's `trainable_token_indices`.
+    """Trainable rows of an otherwise frozen embedding or head, as with PEFT's `trainable_token_indices`.
 
     PEFT copies the weight in every lookup and computes the gradient of the whole weight. Here only the trained rows get
     a gradient.
@@ -43,9 +42,9 @@ class TrainedRows(NamedTuple):
         return torch.where(is_row.any(-1, keepdim=True), embedded, nn.functional.embedding(ids, self.frozen))
 
 
-def find_trained_rows(model: GPT2LMHeadModel) -> TrainedRows | None:
-    """The rows of the tied embedding that PEFT trains in this model, None if there are none."""
-    adapter = getattr(model.transformer.wte, "token_adapter", None)
+def find_trained_rows(module: nn.Module) -> TrainedRows | None:
+    """The rows of the embedding or the head that PEFT trains, None if there are none. Tied ones have the same rows."""
+    adapter = getattr(module, "token_adapter", None)
     if adapter is None:
         return None
     (name,) = adapter.active_adapters
