@@ -4,13 +4,16 @@ import math
 import sys
 from collections.abc import Iterable
 
-from rorchat.errors import DivergedError, Interrupted, StorageError, UsageError
+from rorchat.errors import DivergedError, Interrupted, StoppedBySignal, StorageError, UsageError
 from rorchat.model import save_model
 from rorchat.training.checkpointing.trainer_mixin import find_storage_failure
 from rorchat.training.distributed import gather_model, is_lost_peer, run_on_main_process
 from rorchat.training.oom_recovery import is_out_of_memory
 from rorchat.training.run_folder import RunFolder
 from rorchat.training.stage import StageTrainer
+
+MAX_SKIPPED_AT_END = 1  # one row may be bad; if more of the last steps were skipped, the weights are the likely cause
+_LOWER_RATE = "Lower learning_rate (and matrix_learning_rate with muon) in a new output_dir."
 
 
 def train(run: RunFolder, trainer: StageTrainer, startup_messages: Iterable[object] = ()) -> dict[str, float]:
@@ -56,7 +59,7 @@ def _train(run: RunFolder, trainer: StageTrainer, startup_messages: Iterable[obj
     _require_completed(trainer)
     seconds = round(trainer.metrics.elapsed()["seconds"], 1)  # of all starts
     metrics = trainer.final_metrics() | {"train_seconds": seconds, "steps": trainer.state.global_step}
-    _require_finite_loss(metrics)
+    _require_finite_result(metrics)
     metrics["tokens"] = trainer.tokens_after(trainer.state.global_step)
     _print_notes(trainer, trainer.final_notes())
     details = dict(trainer.context.details)
@@ -85,22 +88,27 @@ def _begin(run: RunFolder, trainer: StageTrainer, mixture_plan: object) -> None:
 def _require_completed(trainer: StageTrainer) -> None:
     step = trainer.state.global_step
     if trainer.signals.stopping:
-        is_saved = any(checkpoint.step == step for checkpoint in trainer.checkpoints.committed())
-        state = "saved: run the same command again to resume" if is_saved else "not saved"
-        raise Interrupted(f"Stopped at step {step}, which is {state}.")
+        if any(checkpoint.step == step for checkpoint in trainer.checkpoints.committed()):
+            raise StoppedBySignal(f"Stopped at step {step}, which is saved: run the same command again to resume.")
+        raise Interrupted(f"Stopped at step {step}, which is not saved.")
     if not trainer.is_finite():
         raise DivergedError(
             "The weights after the last step contain NaN or infinite values. Run the same command again to resume from "
             "the last checkpoint, or lower learning_rate in a new output_dir."
         )
-
-
-def _require_finite_loss(metrics: dict[str, float]) -> None:
-    if not math.isfinite(metrics.get("eval_loss", 0.0)):  # GRPO measures rewards instead
+    skipped = trainer.skipped_in_a_row
+    if skipped == step or skipped > MAX_SKIPPED_AT_END:
         raise DivergedError(
-            f"The validation loss after the last step is {metrics['eval_loss']}, so no model is saved. Lower "
-            "learning_rate (and matrix_learning_rate with muon) in a new output_dir."
+            f"The last {skipped} of {step} steps were skipped, because their loss or gradient is not finite. No model "
+            f"is saved. {_LOWER_RATE}"
         )
+
+
+def _require_finite_result(metrics: dict[str, float]) -> None:
+    """Raises DivergedError if the validation loss (with GRPO, the reward) is not finite."""
+    for name in ("eval_loss", "eval_reward"):
+        if name in metrics and not math.isfinite(metrics[name]):
+            raise DivergedError(f"{name} after the last step is {metrics[name]}, so no model is saved. {_LOWER_RATE}")
 
 
 def _save(run: RunFolder, trainer: StageTrainer, details: dict, metrics: dict[str, float]) -> None:

@@ -93,6 +93,16 @@ def test_a_divergence_without_a_checkpoint_ends_the_run_with_70(sandbox):
     assert events(out)[-1] == (5, "diverged")
 
 
+@pytest.mark.parametrize(("poison", "count"), [([7, 8], 2), ([6, 7, 8], 3)])
+def test_a_run_whose_last_steps_were_skipped_is_not_finished(sandbox, poison, count):
+    out = sandbox.new_folder()
+    result = sandbox.run(out, {"poison": poison, "value": "nan", "in": "loss"})
+    assert result.code == 70 and "Traceback" not in result.output, result.output
+    assert f"The last {count} of 8 steps were skipped" in result.output
+    assert not (out / "model").exists()
+    assert "finished" not in json.loads((out / "run.json").read_text(encoding="utf-8"))
+
+
 def test_non_finite_final_weights_are_not_saved(sandbox):
     out = sandbox.new_folder()
     result = sandbox.run(out, learning_rate="1e38", matrix_learning_rate="1e38", max_steps=1, warmup_steps=0)
