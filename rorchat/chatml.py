@@ -354,7 +354,8 @@ def encode_prompt(tokenizer, messages: Sequence[dict], *, n_positions: int, max_
     is dropped.
 
     Args:
-        messages: a conversation that ends with a user message.
+        messages: a conversation that ends with a user message. With an empty system message, the prompt has none, not
+            even the default one.
         n_positions: the model's context length; no token ever reaches position `n_positions`.
         max_new_tokens: number of tokens reserved for the reply.
 
@@ -367,6 +368,8 @@ def encode_prompt(tokenizer, messages: Sequence[dict], *, n_positions: int, max_
         raise DataError(f"A prompt must end with a user message; the last message is from {messages[-1]['role']!r}.")
     (turns,) = _encode_turns(tokenizer, [messages])
     opening = [tokenizer.convert_tokens_to_ids(IM_START), *encode_text(tokenizer, ["assistant\n"])[0]]
+    if messages[0]["role"] == "system" and not messages[0]["content"]:
+        turns = turns[1:]
     system = turns[:1] if turns[0].role == "system" else []
     rest = turns[len(system) :]
     room = n_positions - max_new_tokens - len(opening) - sum(len(turn.ids) for turn in system)

@@ -12,6 +12,11 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
+from typing import TextIO
+
+#: The environment variable that `rorchat run` sets for the commands of a project. It runs the next one itself, and says
+#: itself that one was stopped.
+WITHIN_PROJECT = "RORCHAT_WITHIN_PROJECT"
 
 
 class RorchatError(Exception):
@@ -48,6 +53,10 @@ class Interrupted(RorchatError):
     """A signal stopped the run. The same command resumes it."""
 
     exit_code = 75
+
+
+class StoppedBySignal(Interrupted):
+    """A signal stopped the run after it had saved a checkpoint."""
 
 
 class RemoteError(RorchatError):
@@ -117,43 +126,74 @@ def shorten_error(error: BaseException) -> str:
 def exits_with_one_line(main: Callable) -> Callable:
     """Decorates the `main` of a command: prints an error to stderr as one line and exits with its code.
 
-    Characters that the terminal or pipe cannot show are replaced by question marks.
-
-    In a distributed run, all processes except rank 0 print their rank before the message.
+    Characters that the terminal or pipe cannot show are replaced by question marks. In a distributed run, all processes
+    except rank 0 print their rank before the message.
     """
 
     @functools.wraps(main)
     def command(*args, **kwargs):
-        _replace_unknown_characters()
+        _prepare_streams()
         try:
-            return main(*args, **kwargs)
+            try:
+                return main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()  # here, because the interpreter's own flush would fail without an explanation
         except RorchatError as error:
-            rank = os.environ.get("RANK", "0")
-            prefix = "error" if rank == "0" else f"process {rank}"
-            print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+            if not (isinstance(error, StoppedBySignal) and os.environ.get(WITHIN_PROJECT)):
+                rank = os.environ.get("RANK", "0")
+                prefix = "error" if rank == "0" else f"process {rank}"
+                _report(f"{prefix}: {error}")
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
+            if not os.environ.get(WITHIN_PROJECT):
+                newline = "\n" if sys.stderr.isatty() else ""  # after the "^C" that it shows
+                _report(f"{newline}stopped")
             sys.exit(130)
         except BrokenPipeError:
-            # nothing can be written any more; without this, the interpreter would complain again when it exits
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print("stopped: the reader of the output has ended", file=sys.stderr)
+            _discard_unwritten_output()
+            _report("stopped: the reader of the output has ended")
             sys.exit(130)
         except OSError as error:
             if error.errno is None and error.filename is None:
                 raise
+            _discard_unwritten_output()
             code = PermissionDenied.exit_code if isinstance(error, PermissionError) else StorageError.exit_code
             where = f"{error.filename}: " if error.filename else ""
             remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
-            print(f"error: {where}{str(error.strerror).lower()}{remedy}", file=sys.stderr, flush=True)
+            _report(f"error: {where}{str(error.strerror).lower()}{remedy}")
             sys.exit(code)
 
     return command
 
 
-def _replace_unknown_characters() -> None:
-    """Lets any text be printed, also on a stream whose encoding lacks some characters."""
+def _report(message: str) -> None:
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it
+        _discard(sys.stderr)
+
+
+def _prepare_streams() -> None:
+    """Lets any text be printed, also on a stream whose encoding lacks some characters.
+
+    A stream that was closed before the start is None in Python. It becomes the null device, because a file that is
+    opened later would get its number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if vars(sys)[name] is None:
+            vars(sys)[name] = open(os.devnull, mode, encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def _discard_unwritten_output() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard(sys.stdout)
+
+
+def _discard(stream: TextIO) -> None:
+    """Redirects a broken stream to the null device. Otherwise the interpreter complains about it when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -8,6 +8,7 @@ processes that a launcher starts are forks as well. Of the variables that librar
 """
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -18,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import traceback
 from pathlib import Path
@@ -80,7 +82,7 @@ def start_server(folder: Path):
     scripts = {name: [str(Path(sys.executable).with_name(name))] for name in SCRIPTS}
     for name, first in {executable.name: [], **scripts}.items():
         values = {"python": sys.executable, "address": address, "executable": str(executable), "first": first}
-        (folder / name).write_text(CLIENT.format(**values))
+        (folder / name).write_text(CLIENT.format(**values), encoding="utf-8")
         (folder / name).chmod(0o755)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
@@ -166,6 +168,7 @@ def run_program(job: dict) -> NoReturn:
     os.environ.update(job["environment"])
     sys.executable = job["executable"]
     read_environment()
+    adopt_streams()
     code: object = 1
     try:
         interpret(job["argv"])
@@ -190,6 +193,17 @@ def read_environment() -> None:
     constants, _ = [importlib.reload(sys.modules[name]) for name in SETTINGS]
     hf_api.api.endpoint = constants.ENDPOINT
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+
+
+def adopt_streams() -> None:
+    """Reads and writes in the encoding of the environment, and receives the Ctrl-C of a terminal."""
+    if encoding := os.environ.get("PYTHONIOENCODING"):
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            stream.reconfigure(encoding=encoding)
+    if os.isatty(0):
+        with contextlib.suppress(OSError):  # it is the terminal of pytest
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def interpret(argv: list[str]) -> None:

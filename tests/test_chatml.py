@@ -88,6 +88,14 @@ def test_a_prompt_equals_the_rendered_template(tokenizer):
     assert prompt.notice() == ""
 
 
+def test_a_prompt_with_an_empty_system_message_has_none(tokenizer):
+    question = {"role": "user", "content": "Hello"}
+    prompts = ([{"role": "system", "content": ""}, question], [{"role": "system", "content": "Be kind."}, question])
+    none, given = (encode_prompt(tokenizer, prompt, n_positions=128, max_new_tokens=8).input_ids for prompt in prompts)
+    assert tokenizer.decode(none) == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert given[-len(none) :] == none
+
+
 def test_a_given_system_message_replaces_the_default(tokenizer):
     messages = [{"role": "system", "content": "Be brief."}, *DIALOGUE[:2]]
     text = tokenizer.decode(encode_conversation(tokenizer, messages).input_ids)

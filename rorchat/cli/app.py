@@ -8,6 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperOption
 from typer.exceptions import TyperException
+from typer.main import get_command
 
 from rorchat.errors import UsageError, did_you_mean
 
@@ -78,11 +79,17 @@ class App(typer.Typer):
     def run(self) -> None:
         """Runs the command in `sys.argv` and exits.
 
+        Typer's own `main` is not used: it turns KeyboardInterrupt and a closed pipe into exit codes without a message.
+
         Raises:
             UsageError: an unknown command or flag, a missing argument, a value of the wrong type.
         """
+        command = get_command(self)
         try:
-            code = self(standalone_mode=False)
+            with command.make_context("rorchat", sys.argv[1:]) as context:
+                command.invoke(context)
+        except typer.Exit as stop:  # of --help and --version
+            sys.exit(stop.exit_code)
         except TyperException as error:
             message = error.format_message().strip()
             if not message:  # the help has been shown
@@ -92,6 +99,4 @@ class App(typer.Typer):
             if "unexpected extra argument" in message:
                 message += ". A flag that takes several values is repeated for each of them"
             raise UsageError(f"{message if message.endswith(('.', '?')) else message + '.'} See --help.") from None
-        except typer.Abort:
-            sys.exit(1)
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(0)

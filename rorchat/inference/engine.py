@@ -5,14 +5,14 @@ context window. Generation itself is Transformers' `generate`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from rorchat.chatml import END_OF_TEXT, PAD, encode_prompt, encode_text, token_id
-from rorchat.errors import DataError, UsageError, did_you_mean
+from rorchat.errors import DataError, DivergedError, UsageError, did_you_mean
 from rorchat.model import check_fit, load_checkpoint
 from rorchat.project_folder import find_last_run, is_project
 from rorchat.tokenizer import load_tokenizer
@@ -218,11 +218,19 @@ def _generate(
     attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     limit = min(kwargs["max_new_tokens"], chat.n_positions - longest)
     kwargs = {**kwargs, "max_new_tokens": limit}
-    with torch.inference_mode():
-        # for mypy: `generate` is declared for a protocol that GPT-2 does not satisfy, and returns a union
-        output: Tensor = chat.model.generate(  # type: ignore[misc, assignment]
-            input_ids, attention_mask=attention_mask, use_cache=True, **kwargs, **more
-        )
+    try:
+        with torch.inference_mode():
+            # for mypy: `generate` is declared for a protocol that GPT-2 does not satisfy, and returns a union
+            output: Tensor = chat.model.generate(  # type: ignore[misc, assignment]
+                input_ids, attention_mask=attention_mask, use_cache=True, **kwargs, **more
+            )
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):  # the message of torch.multinomial
+            raise
+        raise DivergedError(
+            "No reply can be sampled: the model's predictions are not finite. Its training has diverged, or the "
+            "temperature is too low for its precision."
+        ) from None
     return output, longest
 
 
@@ -296,7 +304,7 @@ def stream_text(
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Yields the text of the reply in pieces as it is generated; settings as in `generate_replies`."""
     kwargs = _build_generate_kwargs(chat, max_new_tokens, temperature, top_p)
     encoded = encode_prompt(
@@ -312,7 +320,7 @@ def stream_continuation(
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Continues a text as the beginning of a document, and yields what follows it; settings as in `generate_replies`.
 
     Of a text that is too long for the context window, the model reads the end.
@@ -322,20 +330,21 @@ def stream_continuation(
     yield from _stream(chat, prompt, kwargs)
 
 
-def _stream(chat: ChatModel, prompt: list[int], kwargs: dict[str, Any]) -> Iterator[str]:
+def _stream(chat: ChatModel, prompt: list[int], kwargs: dict[str, Any]) -> Generator[str, None, None]:
     """Yields the text that follows a prompt, in pieces as it is generated in another thread.
 
     If the caller stops early, by an exception such as KeyboardInterrupt or by closing the iterator, the thread ends
-    after the token that it computes: the interpreter must not exit while a thread is inside torch.
+    after the token that it computes. It is no daemon: the interpreter must not exit while a thread is inside torch.
     """
+    import torch
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
     streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures: list[BaseException] = []
     stopped = Event()
 
-    def is_stopped(input_ids: "Tensor", scores: object, **_: object) -> "Tensor":
-        return input_ids.new_full((len(input_ids),), stopped.is_set(), dtype=bool)
+    def is_stopped(input_ids: "Tensor", *_: object, **__: object) -> "Tensor":
+        return input_ids.new_full((len(input_ids),), stopped.is_set(), dtype=torch.bool)
 
     def run() -> None:
         try:
@@ -345,7 +354,7 @@ def _stream(chat: ChatModel, prompt: list[int], kwargs: dict[str, Any]) -> Itera
             failures.append(error)
             streamer.end()
 
-    thread = Thread(target=run, daemon=True)
+    thread = Thread(target=run)
     thread.start()
     try:
         yield from streamer

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TextIO
 
 from rorchat.chatml import encode_prompt
@@ -30,6 +30,7 @@ def run_chat(
     fit into the context window.
 
     Args:
+        system: system message of every conversation; "" for none, None for the model's default.
         source: stream of questions; default: stdin.
         target: stream to which replies are written; default: stdout.
 
@@ -38,7 +39,7 @@ def run_chat(
     """
     source, target = source or sys.stdin, target or sys.stdout
     interactive = source.isatty()
-    opening = [{"role": "system", "content": system}] if system else []
+    opening = [] if system is None else [{"role": "system", "content": system}]
     messages, answered, reported = list(opening), 0, False
     if interactive:
         print(HELP, file=target)
@@ -59,12 +60,8 @@ def run_chat(
         reported = _report_dropped(chat, messages, max_new_tokens, reported)
         if interactive:
             print("model: ", end="", file=target)
-        pieces = []
-        for piece in stream_text(chat, messages, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p):
-            pieces.append(piece)
-            print(piece, end="", file=target, flush=True)
-        print(file=target, flush=True)
-        messages.append({"role": "assistant", "content": "".join(pieces)})
+        reply = stream_text(chat, messages, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        messages.append({"role": "assistant", "content": _print_stream(reply, target)})
         answered += 1
     return answered
 
@@ -90,6 +87,20 @@ def _read_questions(source: TextIO, target: TextIO, interactive: bool) -> Iterat
             return
         if line.strip():
             yield line.strip()
+
+
+def _print_stream(pieces: Generator[str, None, None], target: TextIO) -> str:
+    """Prints a text as it is generated, and returns it."""
+    text = ""
+    try:
+        for piece in pieces:
+            text += piece
+            print(piece, end="", file=target, flush=True)
+    except BaseException:  # Ctrl-C or a closed pipe; the traceback would keep the generator until the interpreter exits
+        pieces.close()
+        raise
+    print(file=target, flush=True)
+    return text
 
 
 def _notify(text: str) -> None:
@@ -134,8 +145,7 @@ def run_completion(
         raise UsageError('No text to continue: give its beginning, as in "Once upon a time".')
     for number, prompt in enumerate(prompts):
         print("\n" * (number > 0) + prompt, end="", file=target, flush=True)
-        for piece in stream_continuation(
+        continuation = stream_continuation(
             chat, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
-        ):
-            print(piece, end="", file=target, flush=True)
-        print(file=target, flush=True)
+        )
+        _print_stream(continuation, target)

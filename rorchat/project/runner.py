@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rorchat.errors import DataError, Interrupted, RorchatError, UsageError
-from rorchat.files import folder_lock, write_atomically
+from rorchat.errors import WITHIN_PROJECT, DataError, Interrupted, RorchatError, UsageError
+from rorchat.files import folder_lock, to_json, write_atomically
 from rorchat.plan.show import format_duration
 from rorchat.project_folder import PLAN, RUNS, SCRIPT, measure_progress
-from rorchat.training.next_step import WITHIN_PROJECT
 
 TIMES = "times.json"  # in the folder of all runs
 STOPPED = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}  # before training began
@@ -141,7 +140,7 @@ class _Times:
             before = self.seconds.get(name, 0.0) if progress else 0.0
             self.seconds[name] = before + time.monotonic() - started
         self.runs.mkdir(exist_ok=True)
-        write_atomically(self.path, json.dumps(self.seconds, indent=2) + "\n")
+        write_atomically(self.path, to_json(self.seconds, indent=2) + "\n")
         return result
 
 

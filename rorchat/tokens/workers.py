@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -63,6 +64,7 @@ _worker_counters: Any  # a shared array
 def _start_worker(job: ShardTokenizer, counters, parent: int) -> None:
     global _worker_job, _worker_counters
     _worker_job, _worker_counters = job, counters
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: the main process says that it was stopped
 
     def exit_with_parent():  # if the parent is killed, a worker would wait for work forever
         while os.getppid() == parent:

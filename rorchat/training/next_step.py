@@ -4,11 +4,9 @@ import os
 import shlex
 from pathlib import Path
 
+from rorchat.errors import WITHIN_PROJECT
 from rorchat.lineage import SMOKE_SUFFIX
 from rorchat.tokenizer import find_run, was_trained_on_documents_only
-
-#: The environment variable that `rorchat run` sets for the commands of a project: it runs the next one itself
-WITHIN_PROJECT = "RORCHAT_WITHIN_PROJECT"
 
 #: For each stage or command the next commands. `...` stands for what only the user knows, such as the data.
 #: {run} is its result, {beside} the folder that contains it, {start} the model that the stage started from.

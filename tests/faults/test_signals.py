@@ -15,7 +15,7 @@ import psutil
 import pytest
 from faults.harness import ENVIRONMENT, FLAGS, ROOT, verified_steps, weights_sha256
 
-from rorchat.errors import MismatchError
+from rorchat.errors import WITHIN_PROJECT, MismatchError
 from rorchat.files import folder_lock
 from rorchat.training.callbacks import signals
 from rorchat.training.checkpointing.checkpoint import STAGING
@@ -41,6 +41,34 @@ def test_a_second_ctrl_c_ends_the_step_in_a_notebook_and_not_the_process(tmp_pat
     callback.receive(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         callback.receive(signal.SIGINT)
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+@pytest.mark.parametrize("within_project", [True, False])
+def test_the_notice_of_a_signal_is_one_line_or_replaced_by_the_last_one(
+    on_terminal, within_project, tmp_path, monkeypatch
+):
+    written = []
+    monkeypatch.setattr(os, "isatty", lambda stream: on_terminal)
+    monkeypatch.setattr(os, "write", lambda stream, content: written.append(content.decode()))
+    if within_project:
+        monkeypatch.setenv(WITHIN_PROJECT, "1")
+    callback = signals.SignalCallback(tmp_path)
+    callback.receive(signal.SIGINT)
+    callback.on_train_end(None, None, None)
+    notice = "SIGINT: saving a checkpoint after this step; send it again to stop at once"
+    expected = [notice, "\r\x1b[K"] if on_terminal else [] if within_project else [f"{notice}\n"]
+    assert written == expected
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_a_forked_worker_says_nothing_about_a_signal(number, code, capfd):
+    with signals.handle_signals():
+        if not (worker := os.fork()):
+            os.kill(os.getpid(), number)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == code
+    assert capfd.readouterr().err == ""
 
 
 # Each of the following returns the step of a run if it is saving (evaluating, running long enough), or else None.

@@ -1,12 +1,14 @@
 """Generation equals Transformers' `generate`, stays in the context window, and hides no failure."""
 
 import copy
+import threading
+import time
 
 import pytest
 import torch
 
 from rorchat.chatml import END_OF_TEXT, PAD, encode_prompt, encode_text
-from rorchat.errors import DataError, MismatchError, UsageError
+from rorchat.errors import DataError, DivergedError, MismatchError, UsageError
 from rorchat.inference.engine import (
     ChatModel,
     continue_texts,
@@ -241,6 +243,29 @@ def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused_without_askin
     with pytest.raises(DataError, match=r"No model folder helpr\. Models of the Hub have names of the form OWNER/NAME"):
         resolve_model_path("helpr")
     assert resolve_model_path("owner/helpr") == "owner/helpr"
+
+
+def test_a_closed_stream_ends_its_thread_after_the_current_token(changeable):
+    calls = []
+
+    def slow(module, inputs, output):
+        calls.append(1)
+        time.sleep(0.01)
+
+    changeable.model.generation_config.eos_token_id = [-1]
+    changeable.model.lm_head.register_forward_hook(slow)
+    threads = threading.active_count()
+    stream = stream_text(changeable, "Hello", max_new_tokens=60, temperature=0)
+    next(stream)
+    assert not threading.enumerate()[-1].daemon  # a daemon inside torch aborts an interpreter that exits
+    stream.close()
+    assert threading.active_count() == threads and len(calls) < 30
+
+
+def test_predictions_that_are_not_finite_are_a_divergence(changeable):
+    changeable.model.transformer.ln_f.bias.data.fill_(torch.nan)
+    with pytest.raises(DivergedError, match="predictions are not finite"):
+        generate_text(changeable, "Hello", max_new_tokens=4, temperature=1)
 
 
 def test_a_model_is_loaded_from_its_folder_and_from_its_run(lively, tmp_path):

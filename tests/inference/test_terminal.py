@@ -3,14 +3,20 @@
 import io
 import os
 import pty
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from preloaded import client
 
 from rorchat.errors import UsageError
 from rorchat.inference import terminal
 from rorchat.inference.engine import ChatModel, continue_texts, generate_text
 from rorchat.inference.terminal import run_chat, run_completion
+from rorchat.model import build_model, save_model
 
 
 @pytest.fixture
@@ -48,6 +54,15 @@ def test_reset_starts_anew_exit_ends_and_help_explains(conversations, chat):
     for messages, _ in conversations:
         assert [message["role"] for message in messages] == ["system", "user"]
         assert messages[0]["content"] == "Be kind."
+
+
+def test_an_empty_system_message_is_passed_on_because_it_replaces_the_default(conversations, chat):
+    run("one\n", chat, system="")
+    run("one\n", chat)
+    assert [messages[0] for messages, _ in conversations] == [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "one"},
+    ]
 
 
 def test_settings_reach_the_model(conversations, chat):
@@ -147,3 +162,67 @@ def test_replies_are_the_models_and_dropped_text_is_reported_on_stderr(lively, c
     assert capsys.readouterr().err == ""
     run_chat(lively, max_new_tokens=8, temperature=0, source=io.StringIO("word " * 300), target=target)
     assert capsys.readouterr().err.startswith("(the message is too long: its first ")
+
+
+class TestBadEnds:
+    """The real command, with a model that never ends a reply by itself."""
+
+    @pytest.fixture(scope="class")
+    def endless(self, tokenizer, tmp_path_factory) -> Path:
+        folder = tmp_path_factory.mktemp("endless")
+        model = build_model("2x2x32", tokenizer, n_positions=1024)
+        with torch.no_grad():  # what the last norm adds makes control tokens unlikely
+            model.transformer.ln_f.bias[0] = 10
+            model.transformer.wte.weight[tokenizer.all_special_ids, 0] = -10
+        save_model(model, tokenizer, folder)
+        return folder
+
+    @pytest.fixture
+    def start(self, endless):
+        def start(*options: str, encoding: str = "utf-8", **streams) -> subprocess.Popen:
+            command = [client("rorchat"), "chat", endless, "--temperature", "1", *options]
+            return subprocess.Popen(command, env=os.environ | {"PYTHONIOENCODING": encoding}, **streams)
+
+        return start
+
+    def test_ctrl_c_in_a_reply_leaves_one_line(self, start):
+        screen, terminal_end = pty.openpty()
+        process = start("--max_new_tokens", "900", **dict.fromkeys(("stdin", "stdout", "stderr"), terminal_end))
+        os.close(terminal_end)
+        shown = b""
+        while b"you: " not in shown:
+            shown += os.read(screen, 4096)
+        os.write(screen, b"Tell me a story\n")
+        while not re.search(rb"model: .", shown):
+            shown += os.read(screen, 4096)
+        os.write(screen, b"\x03")
+        rest = b""
+        while part := read_terminal(screen):
+            rest += part
+        assert process.wait(timeout=60) == 130
+        after = rest.decode(errors="replace").partition("^C")[2]
+        assert after.endswith("\r\nstopped\r\n") and "Traceback" not in after, after
+
+    def test_a_closed_pipe_ends_the_reply(self, start):
+        process = start("--max_new_tokens", "900", **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE))
+        process.stdin.write(b"Tell me a story\n" * 9)
+        process.stdin.flush()
+        assert process.stdout.read(1)
+        process.stdout.close()
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (130, b"stopped: the reader of the output has ended\n")
+
+    @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+    def test_a_stream_without_a_terminal_in_another_encoding_gets_question_marks(self, start, encoding):
+        process = start(encoding=encoding, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        shown, errors = process.communicate("Hello 你好\n".encode(), timeout=60)
+        assert (process.returncode, errors) == (0, b"")
+        assert b"?" in shown and shown.decode(encoding)
+
+
+def read_terminal(screen: int) -> bytes:
+    """What a pseudo terminal shows next; empty after its last program has ended."""
+    try:
+        return os.read(screen, 4096)
+    except OSError:  # EIO
+        return b""

@@ -12,14 +12,14 @@ import pytest
 from project_support import write_data
 
 from rorchat.cli.project import run
-from rorchat.errors import DataError, Interrupted, MismatchError, UsageError
+from rorchat.errors import WITHIN_PROJECT, DataError, Interrupted, MismatchError, UsageError
 from rorchat.files import folder_lock
 from rorchat.inference.engine import load_model
 from rorchat.project import runner
 from rorchat.project.create import create_project
 from rorchat.project.resources import estimate_disk
 from rorchat.project.runner import StageFailed, read_steps, run_project
-from rorchat.training.next_step import WITHIN_PROJECT, describe_next
+from rorchat.training.next_step import describe_next
 
 SCRIPT = """#!/usr/bin/env bash
 # a project

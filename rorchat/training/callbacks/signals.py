@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from rorchat.console import is_interactive
-from rorchat.errors import Interrupted
+from rorchat.errors import WITHIN_PROJECT, Interrupted
 from rorchat.training.distributed import any_rank, sharding_strategy
 
 SAVE_FILE = "SAVE"
@@ -38,8 +38,11 @@ class SignalCallback(TrainerCallback):
         if self.received is None:
             self.received, self.received_at = number, time.monotonic()
             name = signal.Signals(number).name
-            message = f"{name}: saving a checkpoint after this step; send it again to stop at once\n"
-            os.write(2, message.encode())  # print is not safe in a signal handler
+            message = f"{name}: saving a checkpoint after this step; send it again to stop at once"
+            if os.isatty(2):
+                os.write(2, message.encode())  # until `on_train_end`: one line remains, which says how the run ended
+            else:
+                _write_line(message)
         elif time.monotonic() - self.received_at > REPEAT_SECONDS:
             if is_interactive():
                 raise KeyboardInterrupt
@@ -65,6 +68,14 @@ class SignalCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         SignalCallback.active = None
+        if self.received is not None and os.isatty(2):
+            os.write(2, b"\r\x1b[K")  # clears the line
+
+
+def _write_line(message: str) -> None:
+    """Writes to stderr from a signal handler, where print is not safe. `rorchat run` reports the stop itself."""
+    if not os.environ.get(WITHIN_PROJECT):
+        os.write(2, f"{message}\n".encode())
 
 
 @contextmanager
@@ -78,10 +89,16 @@ def handle_signals() -> Iterator[None]:
         yield
         return
 
+    process = os.getpid()
+
     def handle(number: int, frame) -> None:
+        if os.getpid() != process:  # a forked worker of a DataLoader, to which a terminal sends Ctrl-C as well
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         if SignalCallback.active is None:
-            message = f"error: {signal.Signals(number).name} outside of training. Run the same command to resume.\n"
-            os.write(2, message.encode())
+            name = signal.Signals(number).name
+            _write_line(f"error: {name} outside of training. Run the same command to resume.")
             raise SystemExit(Interrupted.exit_code)  # not an Exception, which a library might catch
         SignalCallback.active.receive(number)
 
