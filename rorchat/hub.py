@@ -6,19 +6,20 @@ release is complete only if the download is identical to the local files and pas
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from rorchat.adapter import ADAPTER_WEIGHTS
+from rorchat.adapter import ADAPTER_WEIGHTS, is_adapter
 from rorchat.errors import DataError, MismatchError, PermissionDenied, RemoteError, UsageError
 from rorchat.evaluation.scores import read_scores
 from rorchat.files import file_sha256
+from rorchat.hub_client import LOG_IN, describe, is_denied, is_remote
 from rorchat.inference.engine import resolve_model_path
 from rorchat.model import WEIGHTS
 from rorchat.reporting.runs import find_runs, read_run_record
@@ -27,13 +28,15 @@ from rorchat.sources.base import licence_restriction
 
 PROBE = "Who are you?"
 VERIFY_SECONDS = 600  # enough to load the largest size from a slow disk
-#: The files of a model. Nothing else in its folder is uploaded: it may be a secret, private data or training state.
-UPLOADED = (
-    "config.json", "generation_config.json", "model.safetensors", "model-?????-of-?????.safetensors",
-    "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "LICENSE", "LICENSE.txt",
+#: The files of a model besides its weights. Nothing else in its folder is uploaded: it may be a secret, private data or
+#: the state of training.
+CONFIGS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+WEIGHTS_INDEX = "model.safetensors.index.json"
 CARD = "README.md"  # written anew
+REPORT_FILES = ("report.md", "curves.png")  # of `rorchat report`
 # Runs in a new process that imports only what a user of the model has installed
 _VERIFY = """
 import json, sys
@@ -49,6 +52,7 @@ print("VERIFIED " + json.dumps({
     "rows": model.get_input_embeddings().num_embeddings,
     "tokens": len(tokenizer),
     "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+    "declared_tied": model.config.tie_word_embeddings,
     "missing": sorted(info["missing_keys"]), "unexpected": sorted(info["unexpected_keys"]),
     "template": tokenizer.chat_template is not None,
     "eos": model.generation_config.eos_token_id, "pad": model.generation_config.pad_token_id,
@@ -68,8 +72,11 @@ def verify_model(folder: str | Path) -> dict[str, Any]:
         MismatchError: the model loads, but is not a chat model that can be published.
     """
     command = [sys.executable, "-c", _VERIFY, str(folder), PROBE]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"}  # the folder must be enough
     try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=VERIFY_SECONDS)
+        process = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=VERIFY_SECONDS, env=environment
+        )
     except subprocess.TimeoutExpired:
         raise DataError(f"{folder} did not load and answer within {VERIFY_SECONDS} s.") from None
     line = next((line for line in process.stdout.splitlines() if line.startswith("VERIFIED ")), None)
@@ -81,7 +88,7 @@ def verify_model(folder: str | Path) -> dict[str, Any]:
     problems = {
         f"class {model['class']} instead of GPT2LMHeadModel": model["class"] != "GPT2LMHeadModel",
         f"{model['rows']} embedding rows for {model['tokens']} tokens": model["rows"] != model["tokens"],
-        "embedding and head are not tied": not model["tied"],
+        "embedding and head are not tied as its config says": model["tied"] != model["declared_tied"],
         f"missing weights {model['missing'][:3]}": model["missing"],
         f"unexpected weights {model['unexpected'][:3]}": model["unexpected"],
         "no chat template": not model["template"],
@@ -193,18 +200,21 @@ class _Upload:
     Attributes:
         folder: the folder of the model.
         files: the names of its files that are uploaded.
+        reports: files of the report, which are in another folder.
         card: the model card, which is uploaded as README.md.
         answer: the model's reply to PROBE.
     """
 
     folder: Path
     files: list[str]
+    reports: list[Path]
     card: str
     answer: str
 
     def describe(self) -> str:
         """The verification and all files with their sizes, one per line."""
         sizes = {name: (self.folder / name).stat().st_size for name in self.files}
+        sizes |= {path.name: path.stat().st_size for path in self.reports}
         sizes[CARD] = len(self.card.encode())
         sizes["total"] = sum(sizes.values())
         width = max(map(len, sizes))
@@ -214,10 +224,10 @@ class _Upload:
     def describe_left(self) -> list[str]:
         """Which files of the folder are not uploaded; no line if there are none."""
         left = _list_left_files(self.folder, self.files)
-        return [f"not uploaded, because they are no part of a model: {', '.join(left)}"] if left else []
+        return [f"not uploaded, because it is no part of a model: {', '.join(left)}"] if left else []
 
 
-def _prepare_upload(name_or_path: str, repository: str) -> _Upload:
+def _prepare_upload(name_or_path: str, repository: str, report: bool) -> _Upload:
     """Verifies a model and builds its card. Needs no network for a local model, and uploads nothing.
 
     Raises:
@@ -228,18 +238,35 @@ def _prepare_upload(name_or_path: str, repository: str) -> _Upload:
     folder = Path(resolve_model_path(name_or_path))
     if not folder.is_dir():
         raise DataError(f"No model folder {folder}.")
-    if (folder / "trainer_state.json").is_file():
-        raise DataError(f"{folder} is a checkpoint: make a model of it with rorchat checkpoint export {folder} OUT")
-    if not list(folder.glob("*.safetensors")):
+    if is_adapter(folder):
+        raise DataError(f"{folder} is an adapter: give the run's model/, which contains it, or merge it into its base.")
+    if not _list_weights(folder):
         raise DataError(f"No weights in {folder}: only safetensors are pushed.")
+    reports = _find_reports(folder) if report else []
     answer = verify_model(folder)["answer"]
-    return _Upload(folder, _list_uploaded_files(folder), build_model_card(folder, repository), answer)
+    return _Upload(folder, _list_uploaded_files(folder), reports, build_model_card(folder, repository), answer)
+
+
+def _list_weights(folder: Path) -> list[str]:
+    """The names of the files with the weights of a model: one file, or an index and the shards that it names."""
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        return []
+    try:
+        shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{index} cannot be read ({error!r}): save the model again.") from None
+    strange = [name for name in shards if Path(name).name != name or not name.endswith(".safetensors")]
+    if strange:
+        raise DataError(f"{index} names {strange[0]!r}, which is no file of weights beside it: save the model again.")
+    return [WEIGHTS_INDEX, *shards]
 
 
 def _list_uploaded_files(folder: Path) -> list[str]:
     """The names of the files of a model folder that are uploaded; the card is not among them."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in UPLOADED)]
+    return sorted(name for name in (*CONFIGS, *_list_weights(folder)) if (folder / name).is_file())
 
 
 def _list_left_files(folder: Path, uploaded: list[str]) -> list[str]:
@@ -247,11 +274,22 @@ def _list_left_files(folder: Path, uploaded: list[str]) -> list[str]:
     return sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in (*uploaded, CARD))
 
 
-def push(name_or_path: str, repository: str, private: bool = False, dry_run: bool = False) -> str:
+def _find_reports(folder: Path) -> list[Path]:
+    """The files that `rorchat report` has written for the run of a model, or for its story."""
+    story = _find_story(folder)
+    for place in (folder.resolve().parent, story):
+        found = [place / name for name in REPORT_FILES if (place / name).is_file()]
+        if len(found) == len(REPORT_FILES):
+            return found
+    raise DataError(f"There is no report to upload: write it with rorchat report {story}")
+
+
+def push(name_or_path: str, repository: str, private: bool = False, dry_run: bool = False, report: bool = False) -> str:
     """Verifies a model, uploads it with a card, downloads it, compares all files, and verifies the download.
 
     Args:
         dry_run: verify the model and build the card, but upload nothing; the Hub is not contacted.
+        report: also upload report.md and curves.png of the model's run or story, as `rorchat report` has written them.
 
     Returns:
         A summary for the user; after a dry run, it ends with the card.
@@ -263,7 +301,7 @@ def push(name_or_path: str, repository: str, private: bool = False, dry_run: boo
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    upload = _prepare_upload(name_or_path, repository)
+    upload = _prepare_upload(name_or_path, repository, report)
     folder = upload.folder
     if dry_run:
         return f"{upload.describe()}\n\nnothing was uploaded; the card (README.md) would be:\n\n{upload.card}"
@@ -276,6 +314,10 @@ def push(name_or_path: str, repository: str, private: bool = False, dry_run: boo
             commit_message="Upload model",
             allow_patterns=upload.files,
         )
+        for path in upload.reports:
+            api.upload_file(
+                repo_id=repository, path_or_fileobj=path, path_in_repo=path.name, commit_message="Report of the run"
+            )
         api.upload_file(
             repo_id=repository,
             path_or_fileobj=upload.card.encode(),
@@ -318,21 +360,16 @@ def compare_files(folder: Path, download: Path, repository: str) -> None:
 @contextlib.contextmanager
 def translate_hub_errors(repository: str) -> Iterator[None]:
     """Converts errors of the Hub client to RorchatErrors with one-line messages. Other errors are not changed."""
-    from huggingface_hub.errors import LocalTokenNotFoundError
-
     try:
         yield
     except Exception as wrapped:
         error = _find_cause(wrapped)
-        if not _is_remote(error):
+        if not is_remote(error):
             raise
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        message = getattr(error, "server_message", None)
-        message = f"{status}, {message}" if message else str(error).strip() or type(error).__name__
-        message = message.splitlines()[0][:200].rstrip(".")
-        if status in (401, 403) or isinstance(error, (LocalTokenNotFoundError, PermissionError)):
+        message = describe(error)
+        if is_denied(error):
             raise PermissionDenied(
-                f"The Hub denied write access to {repository}: log in as its owner with `hf auth login` ({message})."
+                f"The Hub denied write access to {repository}: {LOG_IN} as its owner ({message})."
             ) from None
         raise RemoteError(
             f"Publishing {repository} failed: {message}. The local model is unchanged; push it again."
@@ -348,13 +385,3 @@ def _find_cause(error: BaseException) -> BaseException:
             break
         error = error.__cause__
     return error
-
-
-def _is_remote(error: BaseException) -> bool:
-    """Whether an error is from the Hub or the network. A full disk is an OSError with an errno."""
-    import httpx2
-
-    if isinstance(error, OSError):
-        return error.errno is None or isinstance(error, (ConnectionError, TimeoutError))
-    # RuntimeError: errors of Xet; ValueError: a response that is not from the Hub, such as a page of a proxy
-    return isinstance(error, (httpx2.HTTPError, RuntimeError, ValueError))

@@ -14,6 +14,8 @@ import preloaded
 import pytest
 from fake_hub import TOKEN, FakeHub
 from huggingface_hub.errors import LocalTokenNotFoundError
+from support import write
+from transformers import GPT2LMHeadModel
 
 from rorchat import hub as rorchat_hub
 from rorchat.errors import DataError, PermissionDenied, RemoteError, UsageError
@@ -98,14 +100,29 @@ def assert_refused(done: subprocess.CompletedProcess, codes: set[int]) -> str:
     return lines[0]
 
 
+#: Files that people have in the folder of a model: secrets, data, training state, notes, other forms of the weights.
+STRAYS = (
+    ".env", ".env.local", ".netrc", ".git/config", ".gitattributes", ".gitignore", ".ssh/id_ed25519",
+    "id_rsa.pem", "credentials.json", "token", "token.txt", "hf_token.json", "secrets.yaml", "config.json.bak",
+    "config.yaml", "my_customers.jsonl", "chats.csv", "data.parquet", "dataset.arrow", "train.txt",
+    "tokens.npy", "notes.md", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "scaler.pt",
+    "training_args.bin", "trainer_state.json", "run_state_0.json", "MANIFEST.json", "run.json", "base.json",
+    "metrics.jsonl", "samples.jsonl", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "model.gguf",
+    "model.onnx", "ema.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+    "model.safetensors.part", "global_step4/mp_rank_00_model_states.pt", "checkpoint-5/trainer_state.json",
+    "wandb/run-1/config.yaml", "runs/Nov30/events.out.tfevents.1", ".cache/huggingface/token",
+    "__pycache__/reward.pyc", "reward.py", "train.ipynb", "train.log", "slurm-123.out", "report.md",
+    "curves.png", "photo.jpg", "LICENSE", "model.zip", "Tokenizer.JSON",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory, fresh_model):
     """A pushed model: the Hub, the finished command, the model's folder."""
     folder = make_story(tmp_path_factory.mktemp("pushed") / "story", fresh_model) / "sft" / "model"
     (folder / "README.md").write_text("an old card")
-    (folder / "training_args.bin").write_bytes(b"a pickle")
-    (folder / "checkpoint-5").mkdir()
-    (folder / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    for name in STRAYS:
+        write(folder, name, "not for others")
     with FakeHub() as hub:
         done = push(hub, tmp_path_factory.mktemp("home"), folder.parent, "--private")
         assert done.returncode == 0, done.stderr
@@ -115,8 +132,55 @@ def pushed(tmp_path_factory, fresh_model):
 def test_push_uploads_exactly_the_models_files_and_a_card(pushed, fresh_model):
     expected = {file.name: file.read_bytes() for file in fresh_model.iterdir()}
     expected["README.md"] = build_model_card(pushed.folder, NAME).encode()
-    assert len(expected) == 7
+    assert len(expected) == 7 and len(STRAYS) >= 40
     assert pushed.hub.files == {NAME: expected}
+    assert not any(b"not for others" in content for content in (*pushed.hub.received, *pushed.hub.lfs.values()))
+
+
+def test_push_names_what_it_leaves(pushed):
+    left = pushed.done.stdout.splitlines()[3].removeprefix("not uploaded, because it is no part of a model: ")
+    assert left.split(", ") == sorted({f"{name.partition('/')[0]}{'/' * ('/' in name)}" for name in STRAYS})
+
+
+def test_push_uploads_the_shards_that_the_index_names(fresh_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(fresh_model, folder)
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    shards = {path.name for path in folder.glob("model-*.safetensors")}
+    write(folder, "model-00001-of-00009.safetensors", "of an earlier save")
+    with FakeHub() as hub:
+        assert push(hub, tmp_path / "home", folder, verified=False).returncode == 0
+    uploaded = hub.files[NAME].keys()
+    assert len(shards) > 1 and {name for name in uploaded if name.endswith(".safetensors")} == shards
+    assert "model.safetensors.index.json" in uploaded
+
+
+def test_an_index_that_names_other_files_is_refused(fresh_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(fresh_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    write(folder, "model.safetensors.index.json", json.dumps({"weight_map": {"wte": "../../.ssh/id_ed25519"}}))
+    with pytest.raises(DataError, match="no file of weights"):
+        rorchat_hub.push(str(folder), NAME, dry_run=True)
+
+
+def test_a_report_is_uploaded_if_asked_for(story, tmp_path, monkeypatch):
+    monkeypatch.setattr(rorchat_hub, "verify_model", lambda folder: {"answer": ""})
+    with pytest.raises(DataError, match="write it with rorchat report"):
+        rorchat_hub.push(str(story / "sft"), NAME, dry_run=True, report=True)
+    for name in ("report.md", "curves.png"):
+        write(story, name, "a report")
+    listing = rorchat_hub.push(str(story / "sft"), NAME, dry_run=True, report=True)
+    assert re.search("^report.md +8 bytes$", listing, re.MULTILINE) and "curves.png" in listing
+    assert "report.md" not in rorchat_hub.push(str(story / "sft"), NAME, dry_run=True)
+
+
+def test_an_adapter_is_refused(fresh_model, tmp_path):
+    shutil.copytree(fresh_model, tmp_path / "adapter")
+    write(tmp_path / "adapter", "adapter_config.json", "{}")
+    with pytest.raises(DataError, match="is an adapter: give the run's model/"):
+        rorchat_hub.push(str(tmp_path / "adapter"), NAME)
 
 
 def test_a_dry_run_lists_what_a_push_uploads_and_needs_no_network(pushed, tmp_path):
@@ -161,7 +225,7 @@ def test_push_prints_verified_released_verified(pushed):
     assert lines[0].startswith(f"verified  {pushed.folder}: ")
     assert lines[1] == f"released  {pushed.hub.url}/{NAME}"
     assert lines[2].startswith("verified  download from the Hub: ")
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert pushed.done.stderr == ""
 
 
@@ -309,13 +373,12 @@ def test_a_changed_download_is_not_released(fresh_model, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text("other")])
-def test_files_in_subfolders_are_compared(damage, tmp_path):
+def test_every_file_of_a_model_is_compared(damage, tmp_path):
     for folder in ("here", "there"):
-        (tmp_path / folder / "more").mkdir(parents=True)
-        (tmp_path / folder / "more" / "template.jinja").write_text("same")
+        write(tmp_path / folder, "chat_template.jinja", "same")
     rorchat_hub.compare_files(tmp_path / "here", tmp_path / "there", NAME)
-    damage(tmp_path / "there" / "more" / "template.jinja")
-    with pytest.raises(RemoteError, match="more/template.jinja"):
+    damage(tmp_path / "there" / "chat_template.jinja")
+    with pytest.raises(RemoteError, match="chat_template.jinja"):
         rorchat_hub.compare_files(tmp_path / "here", tmp_path / "there", NAME)
 
 
@@ -327,6 +390,7 @@ def test_files_in_subfolders_are_compared(damage, tmp_path):
         (ConnectionResetError(errno.ECONNRESET, "reset"), RemoteError),
         (OSError("Consistency check failed"), RemoteError),
         (RuntimeError("Xet: CAS service error"), RemoteError),
+        (ImportError("Using SOCKS proxy, but the 'socksio' package is not installed."), RemoteError),
         (LocalTokenNotFoundError("no token"), PermissionDenied),
         (PermissionError("the Hub's answer to Xet"), PermissionDenied),
         (OSError(errno.ENOSPC, "No space left on device"), OSError),

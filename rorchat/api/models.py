@@ -164,7 +164,7 @@ def report(folder: StrPath) -> ReportPaths:
         return ReportPaths(*write_report(locate_runs(Path(folder))))
 
 
-def push(model: StrPath, repository: str, *, private: bool = False, dry_run: bool = False) -> str:
+def push(model: StrPath, repository: str, *, private: bool = False, dry_run: bool = False, report: bool = False) -> str:
     """Publish a model on the Hub: verify it, upload it with a model card, download it and verify the download.
 
     Args:
@@ -172,6 +172,7 @@ def push(model: StrPath, repository: str, *, private: bool = False, dry_run: boo
         repository: the Hub id, such as "you/your-model".
         private: create a private repository.
         dry_run: only verify the model, list the files and build the card; upload nothing.
+        report: also upload the report that `rorchat report` has written.
 
     Returns:
         What was done, in a few lines; after a dry run also the files with their sizes, and the model card.
@@ -184,7 +185,7 @@ def push(model: StrPath, repository: str, *, private: bool = False, dry_run: boo
     with quiet_libraries():
         from rorchat import hub
 
-        return hub.push(str(model), repository, private=private, dry_run=dry_run)
+        return hub.push(str(model), repository, private=private, dry_run=dry_run, report=report)
 
 
 def _as_text(path: StrPath | None) -> str | None:

@@ -32,7 +32,7 @@ def _silence_transformers() -> None:
 
 def chat(
     folder: Model,
-    system: Annotated[str | None, typer.Option(help="System message; default: the model's.")] = None,
+    system: Annotated[str | None, typer.Option(help='System message, "" for none; default: the model\'s.')] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     max_new_tokens: MaxNewTokens = None,
@@ -44,7 +44,13 @@ def chat(
 
     _accept_any_input()
     model = load_model(folder, require_chat=True)
+    system = None if system is None else _replace_invalid(system)
     run_chat(model, system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+
+
+def _replace_invalid(argument: str) -> str:
+    """An argument of the command line in valid UTF-8: Python keeps bytes that are not as lone surrogates."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _accept_any_input() -> None:
@@ -72,6 +78,7 @@ def complete(
         _accept_any_input()
         prompts = [sys.stdin.read().rstrip("\n")]
     model = load_model(folder)
+    prompts = [_replace_invalid(prompt) for prompt in prompts]
     run_completion(model, prompts, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
 
 
@@ -201,6 +208,9 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry_run", help="Verify the model and show what would be uploaded, without a network.")
     ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also upload report.md and curves.png, which `rorchat report` has written.")
+    ] = False,
 ) -> None:
     """Verify a model, upload it to the Hub with a model card, download it and verify the download."""
     _silence_transformers()
@@ -208,6 +218,6 @@ def push(
 
     if repository.count("/") != 1:
         raise UsageError(f"{repository!r} is not a Hub id: give owner/name, such as rory/my-chat-model.")
-    print(hub.push(folder, repository, private=private, dry_run=dry_run))
+    print(hub.push(folder, repository, private=private, dry_run=dry_run, report=report))
     if dry_run:
         print("next: the same command without --dry_run")
