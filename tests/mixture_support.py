@@ -24,7 +24,7 @@ phases:
 
 def write_mixture(folder: Path, text: str) -> Path:
     path = folder / "mixture.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -16,14 +16,14 @@ WORDS = "the cat sat on a mat and looked at her two small dogs while rain fell o
 def write_data(folder: Path) -> dict[str, list[str]]:
     """Documents, conversations and preferences, as the options of `rorchat new` name them."""
     texts = [" ".join(WORDS[(n * step) % len(WORDS)] for step in range(1, 160)) + f". {n}" for n in range(400)]
-    (folder / "texts.jsonl").write_text(json_lines(*({"text": text} for text in texts)))
+    (folder / "texts.jsonl").write_text(json_lines(*({"text": text} for text in texts)), encoding="utf-8")
     chats = [
         {"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": texts[n][:200]}]}
         for n in range(60)
     ]
-    (folder / "chats.jsonl").write_text(json_lines(*chats))
+    (folder / "chats.jsonl").write_text(json_lines(*chats), encoding="utf-8")
     pairs = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(50)]
-    (folder / "pairs.jsonl").write_text(json_lines(*pairs))
+    (folder / "pairs.jsonl").write_text(json_lines(*pairs), encoding="utf-8")
     return {
         "documents": [f"text={folder / 'texts.jsonl'}"],
         "conversations": [f"messages={folder / 'chats.jsonl'}"],

@@ -80,7 +80,7 @@ def refused(done: subprocess.CompletedProcess, code: int, *messages: str) -> Non
 
 
 def metrics_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 # Variable of a story -> path in the folder of real data; corpus_prose replaces Cosmopedia

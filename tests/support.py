@@ -113,7 +113,9 @@ def read_source(spec: str, kind: str = "", allow_empty: bool = False) -> tuple[l
 
 def write_documents(folder: Path, documents: list[str], name: str = "documents.jsonl") -> str:
     path = folder / name
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents))
+    path.write_text(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents), encoding="utf-8"
+    )
     return f"text={path}"
 
 

@@ -97,6 +97,37 @@ def test_no_module_imports_a_private_name_of_another(folder):
     assert private == []
 
 
+def calls_without_encoding(path: Path) -> Iterator[str]:
+    """Calls that read or write text in the encoding of the locale. Ruff's PLW1514 finds those on plain names only."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        name = ast.unparse(node.func)
+        is_binary = any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in node.args)
+        opens_text = name.endswith(".open") and name != "os.open" and not is_binary
+        if opens_text or name.endswith((".read_text", ".write_text")):
+            yield f"{path.relative_to(PACKAGE.parent)}:{node.lineno} {name}"
+
+
+def test_text_files_are_utf8_in_every_locale():
+    root = PACKAGE.parent
+    helpers = [path for path in (root / "tests").rglob("*.py") if not path.name.startswith("test_")]
+    paths = [*MODULES, *(root / "scripts").rglob("*.py"), *helpers]
+    assert len(helpers) > 10
+    assert [call for path in paths for call in calls_without_encoding(path)] == []
+
+
+def test_json_is_written_by_the_function_that_knows_no_nan():
+    writers = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump")
+    ]
+    hashed = "sources/registry.py"  # not written
+    assert [place.partition(":")[0] for place in writers if not place.startswith(hashed)] == ["files.py"]
+
+
 def test_what_scripts_import_exists():
     imported = {
         (module, name)

@@ -211,7 +211,7 @@ def main() -> None:
                 continue
             started = time.monotonic()
             records.append(run(side, seed, data, folder, arguments.steps))
-            with results.open("a") as file:
+            with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(records[-1]) + "\n")
             print(
                 f"{side}, seed {seed}: {records[-1]['loss']:.4f} in {time.monotonic() - started:.0f} s", file=sys.stderr

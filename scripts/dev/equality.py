@@ -107,7 +107,7 @@ def run(checkout: Path, command: list[str], folder: Path, stop: bool = False) ->
     log = folder.with_name(f"{folder.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = make_environment(checkout, folder.parent)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=file, stderr=subprocess.STDOUT)
         while stop and process.poll() is None:
             if any(folder.glob("checkpoint-*")):

@@ -156,7 +156,7 @@ def test_ctrl_c_in_training_saves_and_raises_and_the_next_call_resumes(tiny, mon
             rorchat.pretrain(**settings)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert rorchat.pretrain(**settings).metrics["steps"] == 4
-    assert '"event": "resumed", "step": 1' in Path("run/metrics.jsonl").read_text()
+    assert '"event": "resumed", "step": 1' in Path("run/metrics.jsonl").read_text(encoding="utf-8")
 
 
 def test_an_error_in_training_closes_the_progress_bar(tiny, monkeypatch):

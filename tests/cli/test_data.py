@@ -164,7 +164,7 @@ def test_check_accepts_a_format_filters_evaluation_sets_and_a_length(saved, tmp_
 
 
 def test_a_file_name_that_is_not_utf8_is_printed_escaped(tmp_path):
-    with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "w") as file:
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "w", encoding="utf-8") as file:
         file.write('{"text": "a"}\n5\n')
     done = subprocess.run(
         [RORCHAT, "data", "check", f"text={tmp_path}"],

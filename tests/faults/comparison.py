@@ -41,7 +41,7 @@ def load_state(run: Path, step: int) -> dict:
             name: torch.load(folder / name, weights_only=True)
             for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
         }
-    return state | {"run_state": json.loads((folder / "run_state_0.json").read_text())}
+    return state | {"run_state": json.loads((folder / "run_state_0.json").read_text(encoding="utf-8"))}
 
 
 def states_equal(a, b) -> bool:

@@ -156,7 +156,7 @@ class FileOperations:
                 if step in turns and len(self.operations) >= turns[step]:
                     self.copy_folder(Path(self.fault["copies"]) / str(step))
                 if "count" in self.fault and self.operations:
-                    Path(self.fault["count"]).write_text(json.dumps(self.operations))
+                    Path(self.fault["count"]).write_text(json.dumps(self.operations), encoding="utf-8")
 
         wrap(owner, name, activated)
 
@@ -287,7 +287,7 @@ def remove_mirror(step: int) -> None:
 def log_rows(folder: str) -> None:
     def logged(original, trainer, model, inputs, *args):
         rank, step = trainer.args.process_index, trainer.state.global_step + 1
-        with open(Path(folder) / f"{rank}.jsonl", "a") as file:
+        with open(Path(folder) / f"{rank}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "rank": rank, "ids": inputs["input_ids"].tolist()}) + "\n")
         return original(trainer, model, inputs, *args)
 

@@ -41,7 +41,7 @@ class Result:
 
     @property
     def output(self) -> str:
-        return self.log.read_text() if self.log.is_file() else ""
+        return self.log.read_text(encoding="utf-8") if self.log.is_file() else ""
 
 
 class ForkServer:
@@ -124,7 +124,7 @@ class Sandbox:
         path.unlink(missing_ok=True)
         result = self.run(out, fault | {"count": str(path)}, **options)
         assert result.code == 0, result.output
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def weights_sha256(run: Path) -> str:

@@ -302,7 +302,7 @@ class TestBadInput:
 def test_a_full_disk_is_exit_code_74(capsys):
     @exits_with_one_line
     def fill():
-        with open("/dev/full", "w") as file:
+        with open("/dev/full", "w", encoding="utf-8") as file:
             file.write("x" * 100_000)
 
     with pytest.raises(SystemExit) as stop:

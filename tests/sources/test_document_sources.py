@@ -304,7 +304,7 @@ def test_memory_does_not_grow_with_the_number_of_documents(form, tmp_path):
 
 
 def test_the_documentation_shows_tiny_shakespeare(shared_data):
-    written = Path(tiny_shakespeare.__file__).read_text()
+    written = Path(tiny_shakespeare.__file__).read_text(encoding="utf-8")
     assert f"```python\n{written}```" in (ROOT / "docs" / "add_a_dataset.md").read_text()
     assert written.count("\n") < 40
     folder = shared_data / "tinyshakespeare"

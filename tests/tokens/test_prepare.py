@@ -62,7 +62,7 @@ def test_manifest_counts_match_the_documents(store, tokenizer):
 
 def test_the_manifest_counts_rejected_rows(tokenizer, tmp_path):
     spec = write_documents(tmp_path, DOCUMENTS)
-    with open(spec.partition("=")[2], "a") as file:
+    with open(spec.partition("=")[2], "a", encoding="utf-8") as file:
         file.write('5\n{"text": " "}\n{"text": "\\ud800"}\n')
     manifest = prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE).manifest
     duplicates = len(COPIES)
@@ -94,7 +94,7 @@ def test_file_names_need_not_be_valid_utf8(tokenizer, tmp_path, capsys):
     folder = tmp_path / "texts"
     folder.mkdir()
     rows = "".join(json.dumps({"text": f"Document {n % 50}"}) + "\n" for n in range(60))
-    with open(os.fsencode(folder) + b"/caf\xe9.jsonl", "w") as file:
+    with open(os.fsencode(folder) + b"/caf\xe9.jsonl", "w", encoding="utf-8") as file:
         file.write(rows)
     store = prepare(f"text={folder}", tokenizer, tmp_path / "store", validation_share=SHARE)
     assert (store.manifest.rows_in, store.manifest.rejects) == (60, {"duplicate": 10})
