@@ -18,6 +18,7 @@ from transformers import get_scheduler
 from transformers.training_args import trainer_log_levels
 
 from rorchat.errors import UsageError, did_you_mean, shorten_error
+from rorchat.files import to_json
 from rorchat.training.checkpointing.checkpoint import KEPT
 from rorchat.training.optim import OPTIMIZERS
 
@@ -229,7 +230,7 @@ def check_schedule(kind: str, kwargs: dict | str | None, learning_rate: float | 
     try:
         get_scheduler(kind, optimizer, num_warmup_steps=0, num_training_steps=10, scheduler_specific_kwargs=kwargs)
     except (TypeError, ValueError, ArithmeticError) as error:
-        given = f" with lr_scheduler_kwargs {json.dumps(kwargs)}" if kwargs else " without lr_scheduler_kwargs"
+        given = f" with lr_scheduler_kwargs {to_json(kwargs)}" if kwargs else " without lr_scheduler_kwargs"
         raise UsageError(f"lr_scheduler_type {kind}{given}: {shorten_error(error)}") from None
 
 
