@@ -23,6 +23,14 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
 }
 
+#: `rorchat` for `python -c`, with short replies: those of a model after a few steps would not end.
+SHORT_REPLIES = """
+from rorchat.cli import main
+from rorchat.evaluation import behaviour, scores
+behaviour.MAX_REPLY_TOKENS = scores.MAX_REPLY_TOKENS = 8
+main()
+"""
+
 
 def command(*arguments: object, **more) -> subprocess.CompletedProcess:
     return subprocess.run(

@@ -1,7 +1,8 @@
 """Runs the tutorials: every bash and Python block, in order, in one folder.
 
 Each tutorial runs as one bash script. Training commands get `--max_steps`, and in blocks labelled `gpu` `--smoke`;
-nothing else is changed. Blocks labelled `several-gpus` need more than one GPU and are only parsed (test_readme.py).
+`evaluate` and `gate` ask for short replies; nothing else is changed. Blocks labelled `several-gpus` need more than one
+GPU and are only parsed (test_readme.py).
 """
 
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from markdown_support import Block, read_blocks
-from recipe_commands import ENVIRONMENT
+from recipe_commands import ENVIRONMENT, SHORT_REPLIES
 from support import ROOT
 
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
@@ -18,9 +19,13 @@ PRELUDE = """
 set -euo pipefail
 rorchat() {
     local -a more=()
-    case "$1" in pretrain | sft | dpo | grpo)
-        more=($EXTRA_FLAGS)
-        [[ " $* " != *" --smoke "* ]] || more=()
+    case "$1" in
+        pretrain | sft | dpo | grpo)
+            more=($EXTRA_FLAGS)
+            [[ " $* " != *" --smoke "* ]] || more=() ;;
+        evaluate | gate)
+            python -c "$SHORT_REPLIES" "$@"
+            return ;;
     esac
     command rorchat "$@" "${more[@]}"
 }
@@ -57,7 +62,7 @@ def run_tutorial(folder):
             process = subprocess.run(
                 ["bash", "-c", as_script(read_blocks(tutorial))],
                 cwd=folder,
-                env=ENVIRONMENT,
+                env=ENVIRONMENT | {"SHORT_REPLIES": SHORT_REPLIES},
                 capture_output=True,
                 text=True,
                 timeout=900,

@@ -10,6 +10,7 @@ import time
 import preloaded
 import pytest
 from project_support import write_data
+from recipe_commands import SHORT_REPLIES
 
 from rorchat.cli.project import run
 from rorchat.errors import WITHIN_PROJECT, DataError, Interrupted, MismatchError, UsageError
@@ -231,7 +232,8 @@ def test_a_project_from_its_data_to_its_model(tmp_path, monkeypatch, capsys):
 
     def run_command(words, folder):
         environment = os.environ | {WITHIN_PROJECT: "1"}
-        return subprocess.run([preloaded.client("rorchat"), *words[1:]], cwd=folder, env=environment).returncode
+        start = [preloaded.client("python"), "-c", SHORT_REPLIES]
+        return subprocess.run([*start, *words[1:]], cwd=folder, env=environment).returncode
 
     monkeypatch.setattr(runner, "run_command", run_command)
     run(project.folder, anyway=True)

@@ -116,7 +116,8 @@ def test_the_model_works_in_a_plain_pipeline_without_rorchat(story):
     assert done.stdout.split() == ["2", "assistant", "False"]
 
 
-def test_a_story_is_scored_and_reported(story):
+def test_a_story_is_scored_and_reported(story, monkeypatch):
+    monkeypatch.setattr("rorchat.evaluation.scores.MAX_REPLY_TOKENS", 8)
     models = [f"{name}={story / name}" for name in ("pretrain", "sft", "dpo")]
     store = story / "pretrain" / "tokens" / "tinytown"
     scores = succeeded(
