@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from rorchat.errors import Interrupted, UsageError
 from rorchat.stories import ACCELERATE_FOLDER, HELP_FOLDER, STORIES_FOLDER, find_accelerate_config
+from rorchat.training.launcher import SHUTDOWN_SECONDS, find_waiting_parent, follow
 
 #: Flags of the launcher that have a different meaning in a recipe, or would start something other than a recipe.
 RECIPE_FLAGS = {
@@ -35,6 +36,7 @@ def launch_recipe(command: str, argv: Sequence[str]) -> None:
         command: "pretrain", "sft", "dpo", "grpo" or "train-tokenizer".
         argv: flags of the recipe and of the launcher.
     """
+    follow(find_waiting_parent())  # first: the end of a script is noticed from here on
     name = command.removeprefix("train-")  # the module in rorchat.recipes
     sys.argv[0] = f"rorchat {command}"  # shown in the help
     if {"--help", "-h"} & set(argv):
@@ -120,7 +122,7 @@ def _launch(name: str, launcher_flags: list[str], recipe_flags: list[str]) -> No
     script = str(STORIES_FOLDER / f"{name}.py")
     arguments = launch_command_parser().parse_args([*_add_defaults(launcher_flags), script, *recipe_flags])
     _silence_launchers()
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT)
+    os.environ.setdefault(SHUTDOWN_SECONDS, SHUTDOWN_TIMEOUT)
     try:
         _replace_process_if_single(copy.copy(arguments))
         launch_command(arguments)

@@ -1,7 +1,6 @@
 """Runs the commands of a project one after the other: `rorchat run FOLDER`."""
 
 import contextlib
-import ctypes
 import json
 import os
 import shlex
@@ -18,12 +17,12 @@ from rorchat.errors import WITHIN_PROJECT, DataError, Interrupted, RorchatError,
 from rorchat.files import folder_lock, to_json, write_atomically
 from rorchat.plan.show import format_duration
 from rorchat.project_folder import PLAN, RUNS, SCRIPT, measure_progress
+from rorchat.training.launcher import PARENT_ENDED, set_parent_signal
 
 TIMES = "times.json"  # in the folder of all runs
 STOPPED = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}  # before training began
 GATE, GATE_FAILED = "gate", 70
 AFTER_A_FAILED_GATE = ("report",)  # commands that run all the same: they only describe the model
-_PDEATHSIG = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 class StageFailed(RorchatError):
@@ -223,16 +222,13 @@ def run_command(words: tuple[str, ...], folder: Path) -> int:
     """Runs a command to its end and returns its exit code. Signals that would stop this process are passed on to it."""
     command = [sys.executable, "-m", "rorchat.cli", *words[1:]]
     environment = os.environ | {WITHIN_PROJECT: "1"}
-    process = subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=_die_with_parent)
+    # if this process is killed, the command ends too, which would else hold its folder; training saves a checkpoint
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, preexec_fn=partial(set_parent_signal, PARENT_ENDED)
+    )
     with _forward_signals(process):
         code = process.wait()
     return 128 - code if code < 0 else code
-
-
-def _die_with_parent() -> None:
-    """Called in the child. If this process is killed, Linux kills the command too, which would else hold its folder."""
-    with contextlib.suppress(OSError, AttributeError):  # not Linux
-        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
 
 
 @contextlib.contextmanager

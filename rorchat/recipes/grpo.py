@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rorchat.console import configure_libraries
 from rorchat.errors import exits_with_one_line
+from rorchat.training.launcher import find_waiting_parent, follow
 
 if TYPE_CHECKING:
     from rorchat.training.result import TrainingResult
@@ -31,4 +32,5 @@ def train(argv: Sequence[str] | None = None, settings: Mapping[str, object] | No
 
 
 if __name__ == "__main__":
+    follow(find_waiting_parent())  # first: the end of a launcher is noticed from here on
     main()

@@ -1,15 +1,19 @@
 """`rorchat pretrain | sft | ...`: flags of launcher and recipe, one process or several, exit codes and signals."""
 
+import ctypes
 import json
+import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from recipe_commands import ENVIRONMENT, command, inside, metrics_of, refused, succeeded
-from support import RORCHAT
+from support import ROOT, RORCHAT
 
 from rorchat.cli.launch import RECIPE_FLAGS, split_flags
 from rorchat.errors import UsageError
@@ -109,21 +113,102 @@ def test_processes_of_the_launcher_train_and_keep_the_exit_code(launcher, tokeni
 def test_a_signal_saves_once_and_exits_with_75(rorchat, launcher, tokenizer_folder, tmp_path):
     """Two processes are started without preloaded.py, as a user does."""
     flags = [*launcher, *TINY, "--tokenizer", tokenizer_folder, "--output_dir", tmp_path / "run"]
-    arguments = [rorchat, "pretrain", *flags, "--max_steps", 100_000]
-    process = subprocess.Popen(
-        list(map(str, arguments)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
-    deadline = time.monotonic() + 120
-    log = tmp_path / "run" / "metrics.jsonl"
-    while not (log.is_file() and '"step": 2' in log.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
+    process = start_training([rorchat, "pretrain", *flags, "--max_steps", 100_000], tmp_path / "run")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
     assert errors.count("SIGTERM: ") == (2 if launcher else 1) and "Traceback" not in errors
     assert [line for line in errors.splitlines() if line.startswith("error:")][0].startswith("error: Stopped at step")
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+
+
+@pytest.fixture
+def subreaper():
+    """Orphans become children of this process, which can then wait for their exit codes."""
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+    yield
+    ctypes.CDLL(None).prctl(36, 0)
+
+
+#: The program itself, not that of preloaded.py.
+ACCELERATE = [RORCHAT.with_name("accelerate"), "launch", "--quiet", "--config_file"]
+TWO = ["--num_processes", 2, "--main_process_port", 0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux signals the end of a parent")
+@pytest.mark.parametrize(
+    ("starter", "number"),
+    [
+        pytest.param([*ACCELERATE, ACCELERATE_FOLDER / "one_process.yaml", "recipes/pretrain.py"], signal.SIGTERM),
+        pytest.param(
+            [*ACCELERATE, ACCELERATE_FOLDER / "cpu.yaml", *TWO, "recipes/pretrain.py"],
+            signal.SIGTERM,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            [*ACCELERATE, ACCELERATE_FOLDER / "cpu.yaml", *TWO, "recipes/pretrain.py"],
+            signal.SIGKILL,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["bash", "-c", '"$0" pretrain "$@"; true', RORCHAT], signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+    ids=["accelerate", "accelerate, two", "accelerate, two killed", "bash"],
+)
+def test_the_end_of_what_started_a_run_saves_a_checkpoint(starter, number, subreaper, tokenizer_folder, tmp_path):
+    flags = [*TINY, "--tokenizer", tokenizer_folder, "--output_dir", tmp_path / "run", "--max_steps", 100_000]
+    process = start_training([*starter, *flags], tmp_path / "run")
+    ranks = [child.pid for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child)]
+    assert len(ranks) == (2 if TWO[0] in starter else 1)
+    process.send_signal(number)
+    process.wait(timeout=60)
+    codes = [wait_for_orphan(rank) for rank in ranks]
+    _, errors = process.communicate()
+    assert set(codes) <= {75, None}, errors
+    assert None not in codes or number == signal.SIGTERM  # None: the launcher has passed the signal on and waited
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode != 0,
+    reason="needs a process namespace",
+)
+@pytest.mark.parametrize("script", ['"$0" pretrain "$@"', 'cd / && exec "$0" pretrain "$@"'])
+def test_the_first_process_of_a_container_saves_a_checkpoint(script, tokenizer_folder, tmp_path):
+    """As `docker stop` does with CMD ["bash", "-c", "rorchat ..."]: bash replaces itself with its last command."""
+    flags = [*TINY, "--tokenizer", tokenizer_folder, "--output_dir", tmp_path / "run", "--max_steps", 100_000]
+    unshare = ["unshare", "--pid", "--fork", "--mount-proc", "bash", "-c", script, RORCHAT]
+    process = start_training([*unshare, *flags], tmp_path / "run")
+    (first,) = psutil.Process(process.pid).children()
+    first.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+
+
+def start_training(command: list, run: Path) -> subprocess.Popen:
+    """Starts a command, and waits for the second step of its run."""
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
+    deadline = time.monotonic() + 120
+    log = run / "metrics.jsonl"
+    while not (log.is_file() and '"step": 2' in log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    return process
+
+
+def is_rank(process: psutil.Process) -> bool:
+    return any(word.endswith(("recipes/pretrain.py", "bin/rorchat")) for word in process.cmdline())
+
+
+def wait_for_orphan(process: int) -> int | None:
+    """The exit code of a process whose parent was killed; None if its parent has waited for it."""
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    except ChildProcessError:
+        return None
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ One JSON job per line on stdin, one JSON answer per line on stdout. A job has th
     processes           number of ranks; the environment variables of a launcher are set
     dropout             dropout of new models (pretraining has no setting for it, but it draws random numbers)
     signals             answer {"pid": ...} first, so that the test can send signals
+    launcher            like "signals", but the process is a launcher: it starts the ranks, waits for them and passes no
+                        signal on
     fault               what goes wrong; faults with a "rank" affect that process only, by default the first
 
 The answer is {"code": exit code, or minus the signal that killed the process}. The faults:
@@ -33,6 +35,7 @@ The answer is {"code": exit code, or minus the signal that killed the process}. 
 
 import builtins
 import contextlib
+import ctypes
 import gc
 import importlib
 import io
@@ -59,6 +62,7 @@ from rorchat.errors import exits_with_one_line
 from rorchat.mixture.plan import Plan
 from rorchat.training import oom_recovery, run_folder, stage
 from rorchat.training import train_and_save as run_module
+from rorchat.training.callbacks import signals
 from rorchat.training.callbacks.divergence import DivergenceCallback
 from rorchat.training.checkpointing import resume_plan, trainer_mixin
 from rorchat.training.checkpointing.mirror import FolderStorage, Mirror
@@ -73,6 +77,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("pretrain", "sft", "dpo", "grpo")
 TRAINERS = (PretrainTrainer, ChatSFTTrainer, ChatDPOTrainer)
 GRACE_SECONDS = 2.5  # until the other ranks are killed after one has failed
+SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2): orphans become children of this process
 OPERATIONS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")
 
 
@@ -371,6 +376,23 @@ def run_for_signals(job: dict) -> dict:
     return {"code": os.waitstatus_to_exitcode(status), "cpu_seconds": usage.ru_utime + usage.ru_stime}
 
 
+def run_below_launcher(job: dict) -> dict:
+    """Answer with the id of a launcher at once, and at the end with the exit codes of its ranks, which outlive it."""
+    ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1)
+    if not (launcher := os.fork()):
+        signals.find_waiting_parent = os.getppid
+        run(job)
+        os._exit(0)
+    print(json.dumps({"pid": launcher}), flush=True)  # noqa: T201
+    os.waitpid(launcher, 0)
+    codes = []
+    with contextlib.suppress(ChildProcessError):  # no rank is left: they ended before the launcher
+        while len(codes) < job.get("processes", 1):
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(-1, 0)[1]))
+    ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 0)
+    return {"codes": codes}
+
+
 def run(job: dict) -> int:
     """Exit code of the process, or of the first rank that failed; the other ranks are killed after a grace period."""
     pids = set()
@@ -415,7 +437,10 @@ def main() -> None:
     gc.freeze()  # so that the garbage collector of a fork does not traverse all imported modules
     for line in sys.stdin:
         job = json.loads(line)
-        answer = run_for_signals(job) if job.get("signals") else {"code": run(job)}
+        if job.get("launcher"):
+            answer = run_below_launcher(job)
+        else:
+            answer = run_for_signals(job) if job.get("signals") else {"code": run(job)}
         print(json.dumps(answer), flush=True)  # noqa: T201
 
 

@@ -64,6 +64,16 @@ class ForkServer:
         self._send(argv, signals=True)
         return self._receive()["pid"]
 
+    def start_launcher(self, argv: list[str], **job: object) -> tuple[int, Path]:
+        """Start pretraining below a launcher; return its id and the log. Kill it, then call `wait_for_orphans`."""
+        log = self._send(argv, launcher=True, **job)
+        return self._receive()["pid"], log
+
+    def wait_for_orphans(self) -> list[int]:
+        """Return the exit codes of the ranks of a launcher that was killed."""
+        assert select.select([self.process.stdout], [], [], 60)[0], "the ranks still run"
+        return self._receive()["codes"]
+
     def wait(self, pid: int) -> tuple[int, float]:
         """Return exit code and CPU seconds of the started run, which is killed after a minute."""
         if not select.select([self.process.stdout], [], [], 60)[0]:

@@ -145,6 +145,24 @@ def test_signals_at_any_moment_end_the_run_in_five_seconds(sandbox, uninterrupte
         assert weights_sha256(out) == weights_sha256(uninterrupted)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux signals the end of a parent")
+@pytest.mark.parametrize(("moment", "processes"), [("training", 1), ("saving", 1), ("training", 2)])
+def test_the_end_of_a_launcher_saves_a_checkpoint_and_the_run_resumes(sandbox, moment, processes):
+    out, flags = sandbox.new_folder(), {"max_steps": 100_000, "lr_scheduler_type": "constant", "save_steps": 5}
+    launcher, log = sandbox.server.start_launcher(sandbox.argv(out, **flags), processes=processes)
+    deadline = time.monotonic() + 60
+    while not (saving(out) if moment == "saving" else (out / "metrics.jsonl").is_file()):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.001)
+    os.kill(launcher, signal.SIGKILL)
+    assert sandbox.server.wait_for_orphans() == [75] * processes, log.read_text()
+    assert log.read_text().count("the process that started this one has ended: saving a checkpoint") == processes
+    (step, *_) = verified_steps(out)
+    assert f"Stopped at step {step}, which is saved" in log.read_text()
+    result = sandbox.run(out, {"signal": int(signal.SIGTERM), "at": step + 1, "where": "forward"}, **flags)
+    assert result.code == 75 and verified_steps(out)[0] == step + 2, result.output
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process is put on one core")
 def test_signals_during_the_start_end_the_program_in_five_seconds(sandbox, uninterrupted):

@@ -10,7 +10,9 @@ import json
 import math
 import random
 import shutil
+import statistics
 import sys
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -41,6 +44,7 @@ from rorchat.training.checkpointing.mirror import Mirror
 from rorchat.training.checkpointing.recovery import Checkpoints
 from rorchat.training.checkpointing.resume_plan import ResumePlan
 from rorchat.training.distributed import any_rank, set_collective_timeout
+from rorchat.training.launcher import warn_about_save_time
 from rorchat.training.lora import Adapter
 
 STATE_FILE = "run_state_{}.json"  # state that the Trainer does not save; one file per process
@@ -105,7 +109,7 @@ class CheckpointMixin(Trainer):
         self.checkpoints = Checkpoints(folder, self.args.save_total_limit or KEPT)
         self.signals = SignalCallback(folder)
         self.failed_saves = self.skipped_in_a_row = 0
-        self.rolled_back = self._step_was_skipped = False
+        self.rolled_back = self._step_was_skipped = self._told_save_time = False
         self._resumed_from: Path | None = None
         self._optimizer_is_new = resume.weights_only  # until the first checkpoint after this start
         self._staging: Path | None = None
@@ -127,7 +131,7 @@ class CheckpointMixin(Trainer):
         if not self.is_finite():
             self._refuse_to_save(step)
             return
-        staging = self.checkpoints.folder / STAGING / f"checkpoint-{step}"
+        staging, started = self.checkpoints.folder / STAGING / f"checkpoint-{step}", time.monotonic()
         with self.metrics.pause():
             phases = [
                 (is_main, lambda: self.checkpoints.begin(step)),
@@ -140,6 +144,15 @@ class CheckpointMixin(Trainer):
                     self._handle_failed_save(step, failure)
                     return
         self.failed_saves = 0
+        self._compare_with_grace(time.monotonic() - started)
+
+    def _compare_with_grace(self, save_seconds: float) -> None:
+        """Says once if a signal would not leave enough time to save a checkpoint."""
+        step_seconds = statistics.median(self.metrics.seconds_per_step or [0.0])
+        warning = "" if self._told_save_time else warn_about_save_time(save_seconds, step_seconds)
+        if warning and self.is_world_process_zero():
+            tqdm.write(warning, file=sys.stderr)
+        self._told_save_time = self._told_save_time or bool(warning)
 
     def _write_checkpoint(self, staging: Path, model, trial) -> None:
         self._staging = staging.parent
