@@ -220,6 +220,14 @@ def test_the_report_says_which_sources_the_losses_cover(tmp_path):
     assert list_unvalidated(tmp_path / "pretrain") == []
 
 
+@pytest.mark.parametrize(("share", "read"), [(1.0, "100 tokens"), (0.25, "25.00% of 100 tokens")])
+def test_the_report_says_how_much_of_the_validation_split_an_evaluation_reads(share, read, tmp_path):
+    store = {"source": "text=a/", "licence": "-", "rows_in": 9, "kept": 9, "rejects": {}, "train_tokens": 900}
+    data = [store | {"validation_tokens": 100}]
+    write_run(tmp_path / "run", "pretrain", [{"step": 2, "eval_loss": 1.5}], data=data, evaluated_share=share)
+    assert f"| text=a/ | 900 tokens | {read} | 1.500 |" in write_report(tmp_path)[0].read_text()
+
+
 def test_runs_are_sorted_by_stage(tmp_path):
     for name, stage in (("a", "grpo"), ("b", "some"), ("c", "sft"), ("d", "pretrain"), ("e", "sft"), ("f", "dpo")):
         write_run(tmp_path / name, stage, [])

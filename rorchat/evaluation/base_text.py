@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset
 
 from rorchat.chatml import END_OF_TEXT, encode_text
 from rorchat.errors import RorchatError
 from rorchat.evaluation.loss import Rows
 from rorchat.lineage import find_previous_runs
-from rorchat.mixture.dataset import ValidationRows
+from rorchat.mixture.dataset import ValidationRows, limit_validation
 from rorchat.sources.registry import load_rows
 from rorchat.tokens.store import TOKENS_FOLDER, TokenStore, open_store, store_folder
 
@@ -102,18 +102,13 @@ def find_base_text(given: str | None, model: str, tokenizer, n_positions: int) -
 
 def _read_stores(stores: list[TokenStore], n_positions: int) -> BaseText:
     """Returns the validation rows of all stores. Above MAX_TOKENS, uses an equal share of each, evenly spaced."""
-    rows_by_store = [ValidationRows(store, n_positions) for store in stores]
-    share = min(1.0, MAX_TOKENS / sum(rows.tokens for rows in rows_by_store))
-    subsets = []
-    for rows in rows_by_store:
-        count = len(rows) if share == 1 else max(1, int(share * len(rows)))
-        subsets.append(Subset(rows, [index * len(rows) // count for index in range(count)]))
-    selected: ConcatDataset[dict] = ConcatDataset(subsets)
+    rows_by_folder = {str(store.folder): ValidationRows(store, n_positions) for store in stores}
+    selected: ConcatDataset[dict] = ConcatDataset(limit_validation(rows_by_folder, MAX_TOKENS).values())
     return BaseText(
         selected,
-        [str(store.folder) for store in stores],
+        [*rows_by_folder],
         sum(len(selected[index]["input_ids"]) - 1 for index in range(len(selected))),
-        sum(rows.tokens - 1 for rows in rows_by_store),
+        sum(rows.tokens - 1 for rows in rows_by_folder.values()),
         max(store.manifest.validation_share for store in stores),
     )
 

@@ -7,7 +7,7 @@ visits its rows in a random order that depends only on the seed, the source's na
 from collections.abc import Sequence
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from rorchat.mixture.permutation import epoch_keys, permute
 from rorchat.mixture.plan import Plan
@@ -75,3 +75,20 @@ def _read_row(store: TokenStore, split: str, start: int, stop: int) -> dict[str,
     labels = store.labels(split, start, ids)
     input_ids = torch.from_numpy(ids)
     return {"input_ids": input_ids, "labels": input_ids if labels is ids else torch.from_numpy(labels)}
+
+
+def limit_share(tokens: int, max_tokens: int) -> float:
+    """The share of a validation split that is read if it has more than `max_tokens`; 1 if that is 0."""
+    return min(1.0, max_tokens / tokens) if max_tokens and tokens else 1.0
+
+
+def choose_evenly(rows: int, share: float) -> list[int]:
+    """The numbers of a share of some rows, at least one: evenly spaced, and always the same."""
+    count = rows if share >= 1 else min(rows, max(1, int(share * rows)))
+    return [index * rows // count for index in range(count)]
+
+
+def limit_validation(rows_by_name: dict[str, ValidationRows], max_tokens: int) -> dict[str, Subset]:
+    """The same share of every source's validation rows, evenly spaced, with at most about `max_tokens` in total."""
+    share = limit_share(sum(rows.tokens for rows in rows_by_name.values()), max_tokens)
+    return {name: Subset(rows, choose_evenly(len(rows), share)) for name, rows in rows_by_name.items()}

@@ -11,10 +11,14 @@ from typing import Any
 from rorchat.device import Device, get_peak_flops, measure_bandwidth
 from rorchat.errors import UsageError
 from rorchat.model import Shape, count_parameters, count_scaling_parameters, flops_per_token
+from rorchat.validation_split import MAX_EVAL_TOKENS
 
 BANDWIDTH_SHARE = 0.8  # elementwise kernels reach this share of the bandwidth in the data sheet
 PARALLEL_SHARE = 0.95  # N GPUs in one machine reach this share of N times the speed of one GPU
 OUTSIDE_STEPS = 0.1  # time for validation, samples and saving, as a share of the time in steps
+EVALUATIONS = 4  # of a pretraining run, with its default eval_steps
+VALIDATION_SHARE = 0.01  # the default validation_share
+FORWARD_SHARE = 1 / 3  # of the FLOPs of a training step: without the backward pass
 MEMORY_SHARE = 0.95  # a plan uses this share of the memory; the driver and allocator fragmentation need the rest
 LAUNCH_SECONDS = 6e-4  # per layer, forward and backward, in eager mode: about 100 kernel launches of 6 us
 COMPILED_TRAFFIC = 0.43  # memory traffic with kernels fused by torch.compile, as a share of the eager traffic
@@ -149,6 +153,11 @@ def estimate_traffic(setup: Setup, shape: Shape, micro_batch_tokens: int, global
         moved *= COMPILED_TRAFFIC
     count = count_parameters(shape, setup.vocabulary, setup.block_size)
     return moved + count * (MICRO_BATCH_BYTES / micro_batch_tokens + UPDATE_BYTES * setup.gpus / global_batch_tokens)
+
+
+def count_validation_tokens(tokens: float) -> float:
+    """Tokens that each evaluation of a run over `tokens` reads, if it passes over its data once."""
+    return min(MAX_EVAL_TOKENS, tokens * VALIDATION_SHARE / (1 - VALIDATION_SHARE))
 
 
 def compute_mfu(setup: Setup, shape: Shape, seconds_per_token: float) -> float:

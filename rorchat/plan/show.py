@@ -5,7 +5,14 @@ from pathlib import Path
 
 from rorchat.model import count_parameters, count_scaling_parameters
 from rorchat.plan.budget import OUTSIDE_STEPS, Plan, Request, compare_fits
-from rorchat.plan.cost import BANDWIDTH_SHARE, COMPILED_TRAFFIC, PARALLEL_SHARE
+from rorchat.plan.cost import (
+    BANDWIDTH_SHARE,
+    COMPILED_TRAFFIC,
+    EVALUATIONS,
+    FORWARD_SHARE,
+    PARALLEL_SHARE,
+    count_validation_tokens,
+)
 from rorchat.plan.probe import Probe
 from rorchat.plan.scaling import list_shapes
 
@@ -35,7 +42,7 @@ def build_rows(plan: Plan) -> list[list[str]]:
     setup, request = plan.setup, plan.request
     shape, count = plan.shape, count_parameters(plan.shape, setup.vocabulary, setup.block_size)
     devices = f"{setup.gpus} x {setup.device.name}" if setup.gpus > 1 else setup.device.name
-    memory = plan.memory
+    memory, validated = plan.memory, count_validation_tokens(plan.tokens)
     rows = [
         ["model", plan.size, f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide"],
         [
@@ -65,6 +72,11 @@ def build_rows(plan: Plan) -> list[list[str]]:
             f"{_speed_source(plan)}",
         ],
         ["time", format_duration(plan.hours), f"including {100 * OUTSIDE_STEPS:.0f} % outside of steps"],
+        [
+            "validation",
+            f"{EVALUATIONS} x {format_count(validated)} tokens",
+            f"{100 * EVALUATIONS * FORWARD_SHARE * validated / plan.tokens:.2g} % of the FLOPs, outside of steps",
+        ],
         [
             "money",
             f"${plan.money:,.2f}" if plan.money else "no price",

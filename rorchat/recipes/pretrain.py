@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rorchat.console import configure_libraries
 from rorchat.errors import exits_with_one_line
+from rorchat.training.launcher import find_waiting_parent, follow
 
 if TYPE_CHECKING:
     from rorchat.training.result import TrainingResult
@@ -61,11 +62,12 @@ def train(argv: Sequence[str] | None = None, settings: Mapping[str, object] | No
         if arguments.sample_prompts is None:
             arguments.sample_prompts = first_words(stores, tokenizer)
         mixture = build_mixture(arguments, stores, history)
-        context = run.context(describe_mixture(mixture.plan, stores, history))
+        context = run.context(describe_mixture(mixture.plan, stores, history, arguments.max_eval_tokens))
         trainer = PretrainTrainer(model, arguments, tokenizer, mixture, stores, context)
         metrics = run_training(run, trainer, startup_messages=show_plan(mixture.plan, run.folder))
         return TrainingResult(metrics, run.folder)
 
 
 if __name__ == "__main__":
+    follow(find_waiting_parent())  # first: the end of a launcher is noticed from here on
     main()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rorchat.mixture.mixture_file import name_sources
 from rorchat.reporting.runs import last_value, read_metrics, read_run_record
+from rorchat.validation_split import EVALUATED_SHARE
 
 ROWS = {"sft": "conversations", "dpo": "pairs", "grpo": "questions"}
 
@@ -37,7 +38,7 @@ def list_loss_rows(run: Path) -> list[LossRow]:
     keys = ["eval_loss"] if len(data) == 1 else [f"eval_{name}_loss" for name in names]
     metrics = read_metrics(run)
     rows = [
-        LossRow(name, source["source"], *_describe(record["stage"], source), last_value(metrics, key))
+        LossRow(name, source["source"], *_describe(record, source), last_value(metrics, key))
         for name, source, key in zip(names, data, keys, strict=True)
     ]
     settings = record.get("settings") or {}
@@ -47,15 +48,17 @@ def list_loss_rows(run: Path) -> list[LossRow]:
     return rows
 
 
-def _describe(stage: str, source: dict) -> tuple[str, str]:
+def _describe(record: dict, source: dict) -> tuple[str, str]:
     """(what a source adds to the training loss, and to the validation loss)."""
+    share = record.get(EVALUATED_SHARE, 1)
+    read = f"{share:.2%} of " if share < 1 else ""
     if "train_tokens" in source:  # a token store
-        return f"{source['train_tokens']:,} tokens", f"{source['validation_tokens']:,} tokens"
-    kind = ROWS.get(stage, "rows")
+        return f"{source['train_tokens']:,} tokens", f"{read}{source['validation_tokens']:,} tokens"
+    kind = ROWS.get(record["stage"], "rows")
     if "validation" not in source:  # a run of an earlier version
         return kind, kind
     held_out = source["validation"]
-    return f"{source['kept'] - held_out:,} {kind}", f"{held_out:,} {kind}" if held_out else ""
+    return f"{source['kept'] - held_out:,} {kind}", f"{read}{held_out:,} {kind}" if held_out else ""
 
 
 def list_unvalidated(run: Path) -> list[str]:

@@ -24,6 +24,7 @@ from rorchat.sources.columns import parse_columns
 from rorchat.sources.location import add_columns
 from rorchat.stories import find_beside, find_story_file
 from rorchat.training.distributed import check_sharding, use_gloo_on_cpu
+from rorchat.training.gpu import asks_for_cpu, check_gpu, require_no_gpu_wanted
 from rorchat.training.help import format_help
 from rorchat.training.option_checks import (
     COOLDOWN_SCHEDULE,
@@ -38,8 +39,9 @@ from rorchat.training.option_checks import (
     check_types,
     check_warmup,
 )
-from rorchat.training.runtime import best_precision, keep_freed_memory, use_all_cores
+from rorchat.training.runtime import DTYPES, best_precision, keep_freed_memory, use_all_cores
 from rorchat.training.unsupported_options import EVERY_STAGE
+from rorchat.validation_split import MAX_EVAL_TOKENS
 from rorchat.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -117,6 +119,8 @@ class StageArguments(DataArguments, _TrainerArguments):
     A stage's class lists this one before Transformers' or TRL's, so that the defaults below take precedence.
     """
 
+    row_layout: ClassVar[str] = "packed"  # see `rorchat.training.kernels.attention.describe_attention`
+    eval_columns: ClassVar[tuple[str, ...]] = ()  # of a chat stage's rows, with the tokens that an evaluation reads
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = EVERY_STAGE
     EFFECT_RULES: ClassVar[dict[str, tuple[str, Rule]]] = STAGE_EFFECT_RULES
 
@@ -142,6 +146,13 @@ class StageArguments(DataArguments, _TrainerArguments):
     sample_steps: int = field(default=0, metadata={"help": "Also generate samples every N steps; 0: never."})
     price_per_hour: float = field(
         default=0.0, metadata={"help": "Dollars per hour of the whole machine: shows and logs the cost."}
+    )
+    max_eval_tokens: int = field(
+        default=MAX_EVAL_TOKENS,
+        metadata={
+            "help": "Tokens of the validation split that an evaluation reads, evenly spaced and the same each time; 0: "
+            "all."
+        },
     )
     base_text: str | None = field(
         default=None,
@@ -176,6 +187,16 @@ class StageArguments(DataArguments, _TrainerArguments):
         return torch.cuda.is_available() and not self.use_cpu
 
     @property
+    def precision(self) -> str:
+        """The precision of matrix products: bf16, fp16 or fp32."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the model is compiled with torch.compile."""
+        return False
+
+    @property
     def rows_per_source(self) -> int | None:
         """Rows of each source that a chat stage reads; None for all."""
         return SMOKE_ROWS_PER_SOURCE if self.smoke else None
@@ -188,6 +209,10 @@ class StageArguments(DataArguments, _TrainerArguments):
     def max_row_length(self) -> int | None:
         """Tokens of the longest row of a chat stage; None for all positions of the model."""
         return None
+
+    def eval_reply_tokens(self, n_positions: int) -> int:
+        """Tokens that an evaluation generates for each validation row."""
+        return 0
 
     def create_adapter(self, model, tokenizer, base: str):
         """The LoRA adapter to be trained, added to the model; None to train the model itself."""
@@ -237,7 +262,9 @@ class StageArguments(DataArguments, _TrainerArguments):
             raise UsageError("No output folder: give --output_dir runs/my-run")
 
     def check_devices(self) -> None:
-        """Raises UsageError if one process sees several GPUs: the Trainer would use DataParallel."""
+        """Raises UsageError if the GPU cannot compute, or if one process sees several, which DataParallel would use."""
+        if self.on_gpu:
+            check_gpu(self.device, DTYPES[self.precision])
         if self.n_gpu > 1:
             raise UsageError(
                 f"One process sees {self.n_gpu} GPUs. Launch one process per GPU with `rorchat ... "
@@ -247,6 +274,10 @@ class StageArguments(DataArguments, _TrainerArguments):
     def resolve_defaults(self) -> None:
         """Replaces defaults of Transformers. Must be called before Transformers checks the settings."""
         self.report_to = parse_trackers(self.report_to)  # type: ignore[assignment]  # one string on the command line
+        check_sharding(self)
+        self.use_cpu = self.use_cpu or asks_for_cpu()
+        if not self.on_gpu and not self.use_cpu:
+            require_no_gpu_wanted()
         if self.bf16 is None and not self.fp16:
             precision = best_precision(self.on_gpu)
             self.bf16, self.fp16 = precision["bf16"], precision["fp16"]
@@ -254,8 +285,8 @@ class StageArguments(DataArguments, _TrainerArguments):
             raise UsageError("fp16 needs a GPU: on a CPU leave the precision out, or give --bf16 true.")
         if self.bf16 and not self.on_gpu:
             self.use_cpu = True  # transformers 5.23 requires a GPU for bf16 otherwise
-        check_sharding(self)
-        use_gloo_on_cpu()
+        if not self.on_gpu:
+            use_gloo_on_cpu()
         self.ddp_find_unused_parameters = False  # all are used, and the search traverses the graph in every step
         use_all_cores()
         keep_freed_memory()

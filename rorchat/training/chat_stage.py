@@ -6,12 +6,13 @@ from rorchat.inference.engine import resolve_model_path
 from rorchat.model import check_fit, load_checkpoint
 from rorchat.persona import load_persona
 from rorchat.tokenizer import load_tokenizer
-from rorchat.training.data import Split
+from rorchat.training.data import Split, limit_split
 from rorchat.training.result import TrainingResult
 from rorchat.training.run_folder import RunFolder
 from rorchat.training.sample_prompts import user_messages
 from rorchat.training.stage import ChatStageTrainer
 from rorchat.training.train_and_save import train
+from rorchat.validation_split import EVALUATED_SHARE
 
 
 def run_chat_stage(
@@ -47,7 +48,9 @@ def run_chat_stage(
             arguments.sample_prompts = user_messages(
                 split.all_validation(), tokenizer, arguments.sources, model.config.n_positions, arguments.reply_tokens
             )
-        context = run.context({"data": split.summary()}, adapter)
+        reply_tokens = arguments.eval_reply_tokens(model.config.n_positions)
+        split, share = limit_split(split, arguments.eval_columns, arguments.max_eval_tokens, reply_tokens)
+        context = run.context({"data": split.summary(), EVALUATED_SHARE: share}, adapter)
         trainer = trainer_class(model, arguments, tokenizer, split.train, split.validation, context)
         startup_messages = [*split.row_stats, *trainer.startup_notes(split.row_stats)]
         return TrainingResult(train(run, trainer, startup_messages), run.folder)

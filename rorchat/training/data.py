@@ -1,6 +1,6 @@
 """Rows of sources -> encoded rows of a chat stage, split into training and validation."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, islice
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from datasets import Dataset, concatenate_datasets
 from pyarrow.compute import list_value_length
 
 from rorchat.errors import DataError
+from rorchat.mixture.dataset import choose_evenly, limit_share
 from rorchat.mixture.mixture_file import name_sources
 from rorchat.persona import load_persona
 from rorchat.rows import RejectedRow
@@ -100,6 +101,26 @@ def load_split(arguments, kind: str, encode: Encode) -> Split:
     sources = [row.source for row, held_out in zip(rows, in_validation, strict=True) if held_out]
     counts = [sources.count(number) for number in range(len(row_stats))]
     return Split(Dataset.from_list(train), Dataset.from_list(validation), row_stats, counts)
+
+
+def limit_split(split: Split, columns: Sequence[str], max_tokens: int, reply_tokens: int = 0) -> tuple[Split, float]:
+    """The split with the same share of each source's validation rows, evenly spaced, and that share.
+
+    Args:
+        columns: those whose tokens an evaluation reads.
+        max_tokens: of all validation rows together, about; 0 for no limit.
+        reply_tokens: tokens that an evaluation generates for each row.
+    """
+    rows = split.all_validation()
+    tokens = sum(int(row_lengths(rows, column).sum()) for column in columns) + reply_tokens * len(rows)
+    share = limit_share(tokens, max_tokens)
+
+    def limit(rows: Dataset) -> Dataset:
+        return rows.select(choose_evenly(len(rows), share))
+
+    parts = split.validation
+    limited = {name: limit(rows) for name, rows in parts.items()} if isinstance(parts, dict) else limit(parts)
+    return (split._replace(validation=limited) if share < 1 else split), share
 
 
 def divide_by_source(validation: Dataset, specs: list[str], counts: list[int]) -> dict[str, Dataset]:

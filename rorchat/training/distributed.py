@@ -30,13 +30,13 @@ _LOST_PEER_MESSAGES = (
 
 
 def use_gloo_on_cpu() -> None:
-    """Connects several processes without a GPU over gloo. Call it before TrainingArguments initializes devices.
+    """Connects several processes on CPUs over gloo. Call it before TrainingArguments initializes devices.
 
     accelerate 1.15 creates a process group on CPUs only if ACCELERATE_USE_CPU is set (`PartialState._prepare_backend`),
     and its launcher sets that for a single process only (`prepare_multi_gpu_env` does not). Without a group, every
     process would behave as the only one, and all would write into the same folder.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 

@@ -118,6 +118,8 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
     logging_steps: float = 10
     eval_strategy: str = "no"
 
+    eval_columns: ClassVar[tuple[str, ...]] = PAIR_COLUMNS
+
     def max_row_length(self) -> int | None:
         return self.max_length
 

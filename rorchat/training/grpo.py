@@ -83,6 +83,9 @@ class GRPOArguments(StageArguments, GRPOConfig):
         "use_bias_correction_kl": ("beta", POSITIVE),
     }
 
+    row_layout: ClassVar[str] = "padded"
+    eval_columns: ClassVar[tuple[str, ...]] = ("prompt",)
+
     if TYPE_CHECKING:  # never None, unlike in TRL's settings
         num_generations: int = 8
 
@@ -168,6 +171,9 @@ class GRPOArguments(StageArguments, GRPOConfig):
             )
         if not all(map(math.isfinite, self.reward_weights)):
             raise UsageError(f"reward_weights is {self.reward_weights}: give numbers.")
+
+    def eval_reply_tokens(self, n_positions: int) -> int:
+        return reply_length(self, n_positions)
 
     def reward_files(self) -> dict[str, str]:
         """Returns the sha256 of every file with a reward function. A run is not resumed if such a file has changed."""

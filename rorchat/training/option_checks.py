@@ -92,6 +92,7 @@ STAGE_RULES = {
     "seed": SEED,
     "sample_steps": NOT_NEGATIVE,
     "price_per_hour": NOT_NEGATIVE,
+    "max_eval_tokens": NOT_NEGATIVE,
     "logging_strategy": one_of("steps", "no", words="steps or no; --logging_steps 0.1 logs ten times in a run"),
     "eval_strategy": one_of("steps", "no", words="steps or no; --eval_steps 0.5 evaluates twice in a run"),
     "save_strategy": one_of(

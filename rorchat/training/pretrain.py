@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from rorchat.errors import UsageError, check_all
 from rorchat.inference.engine import continue_texts
 from rorchat.mixture.collators import collate_padded
-from rorchat.mixture.dataset import Mixture, ValidationRows
+from rorchat.mixture.dataset import Mixture, ValidationRows, limit_share, limit_validation
 from rorchat.mixture.history import build_plan, data_summaries
 from rorchat.mixture.mixture_file import MixtureConfig, read_mixture
 from rorchat.mixture.plan import Plan
@@ -24,11 +24,12 @@ from rorchat.training.arguments import StageArguments
 from rorchat.training.context import StageContext
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.option_checks import NOT_NEGATIVE, POSITIVE, check_rules, check_warmup
-from rorchat.training.runtime import can_compile
+from rorchat.training.runtime import can_compile, works_compiled
 from rorchat.training.sizes import PretrainingSizes, read_positions
 from rorchat.training.smoke_test import shrink_pretraining
 from rorchat.training.stage import StageTrainer
 from rorchat.training.unsupported_options import PRETRAIN
+from rorchat.validation_split import EVALUATED_SHARE
 
 SAMPLE_TOKENS = 48
 RULES = {"per_device_eval_batch_size": POSITIVE, "train_tokens": NOT_NEGATIVE}
@@ -40,6 +41,7 @@ class PretrainArguments(StageArguments, TrainingArguments):
 
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = PRETRAIN
 
+    row_layout: ClassVar[str] = "full"
     tokenizer: str = field(default="gpt2", metadata={"help": "A folder or a Hub id."})
     size: str = field(default="124m", metadata={"help": "demo, 51m, 124m ... or LAYERSxHEADSxWIDTH, as 6x5x160."})
     model: str | None = field(
@@ -84,12 +86,13 @@ class PretrainArguments(StageArguments, TrainingArguments):
         self.mixture_config = self._read_mixture()
         check_all(self.check_data, self.check_stage, partial(check_rules, self, RULES), self._check_sizes)
         self.resolve_defaults()
-        if self.compile is None:
-            self.compile = can_compile(self.on_gpu)
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 2 if self.on_gpu else 0
         super().__post_init__()
         self.check_devices()
+        if self.compile is None:
+            self.compile = can_compile(self.on_gpu)
+        self.compile = self.compile and works_compiled(self.on_gpu)
         self._derive_steps()
         check_warmup(self.warmup_steps, self.max_steps)
         if self.smoke:
@@ -122,6 +125,10 @@ class PretrainArguments(StageArguments, TrainingArguments):
         self.gradient_accumulation_steps = self.global_batch_tokens // tokens_per_pass
         if self.max_steps <= 0:
             self.max_steps = self.train_tokens // self.global_batch_tokens
+
+    @property
+    def is_compiled(self) -> bool:
+        return bool(self.compile)
 
     def source_specs(self) -> list[str]:
         return [source.spec for source in self.mixture_config.sources.values()]
@@ -171,12 +178,15 @@ def build_mixture(arguments: PretrainArguments, stores: list[TokenStore], histor
     return Mixture(stores, plan, arguments.data_seed)
 
 
-def describe_mixture(plan: Plan, stores: list[TokenStore], history: Sequence[dict]) -> dict[str, object]:
+def describe_mixture(
+    plan: Plan, stores: list[TokenStore], history: Sequence[dict], max_eval_tokens: int
+) -> dict[str, object]:
     """What run.json and every checkpoint record: the whole plan, the data of its stores, and the rows of an epoch."""
     return {
         "plan": plan.summary(),
         "data": data_summaries(history, stores),
         "windows": count_rows_per_epoch(stores, plan.block_size),
+        EVALUATED_SHARE: limit_share(sum(store.tokens("validation") for store in stores), max_eval_tokens),
     }
 
 
@@ -222,7 +232,9 @@ class PretrainTrainer(StageTrainer):
             model=model,
             args=arguments,
             train_dataset=mixture,
-            eval_dataset={store.name: ValidationRows(store, arguments.block_size) for store in stores},
+            eval_dataset=limit_validation(
+                {store.name: ValidationRows(store, arguments.block_size) for store in stores}, arguments.max_eval_tokens
+            ),
             processing_class=tokenizer,
             data_collator=partial(collate_padded, pad_id=tokenizer.pad_token_id),
             context=context,

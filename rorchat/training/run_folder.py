@@ -5,7 +5,7 @@ run.json        versions, device, inputs with their sha256, and results. `finish
                 `stopped` is the reason if training ended before the last step
 metrics.jsonl   one line per logging step, see docs/metrics.md; append-only
 mixture.png     the share of every source in the course of the run (pretraining)
-micro_batch.json  the micro-batch size that fits, if a step ran out of memory
+micro_batch.json  the micro-batch size that fits, if a step ran out of memory; kept for later starts
 .reference_*.json  log-probabilities of the reference model, see rorchat/training/reference_logps.py
 samples.jsonl   samples generated from fixed prompts before, during and after training
 checkpoint-N/   see rorchat/training/checkpointing/checkpoint.py; damaged ones are renamed
@@ -52,6 +52,7 @@ from rorchat.training.lora import Adapter
 from rorchat.training.next_step import describe_stage
 from rorchat.training.oom_recovery import MICRO_BATCH_FILE
 from rorchat.training.pinning import PINS, find_pins
+from rorchat.training.runtime import describe_runtime
 
 
 class RunFolder:
@@ -84,6 +85,9 @@ class RunFolder:
             )
             run_on_main_process(self._restore)
             self.plan = self._make_plan()
+            run_on_main_process(self._drop_other_micro_batch)
+            if not self.is_finished and PartialState().is_main_process:
+                print(describe_runtime(arguments), file=sys.stderr)  # noqa: T201
             PartialState().wait_for_everyone()  # other processes may still be reading the folder
             self.held = self.held.pop_all()
 
@@ -173,6 +177,17 @@ class RunFolder:
         self._print_differences(plan.differences)
         self._refuse_fatal(plan.differences, self.folder, plan.checkpoint, printed=True)
         return plan
+
+    def _drop_other_micro_batch(self) -> None:
+        """Deletes the micro-batch size that an earlier start with other settings has left, without a checkpoint.
+
+        That of the same run is kept: it would run out of memory again.
+        """
+        record = self._read_record()
+        if record is None or self.is_finished or self.plan.checkpoint is not None:
+            return
+        if any(difference.is_fatal for difference in self._compare(record, self.plan.metadata)):
+            (self.folder / MICRO_BATCH_FILE).unlink(missing_ok=True)
 
     def _newest_checkpoint(self) -> tuple[Checkpoint | None, bool]:
         """Finds the newest valid checkpoint. With `weights_only`, only its weights need to be valid.
@@ -264,7 +279,7 @@ class RunFolder:
         """Writes config.yaml and run.json. Deletes the logs of an earlier start if it saved no checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.plan.checkpoint is None:
-            for name in ("metrics.jsonl", "samples.jsonl", DIVERGED_ROWS, MICRO_BATCH_FILE):
+            for name in ("metrics.jsonl", "samples.jsonl", DIVERGED_ROWS):
                 (self.folder / name).unlink(missing_ok=True)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.arguments.given, sort_keys=True), encoding="utf-8")
         self._write_record(self.plan.metadata | ({"plan": mixture_plan} if mixture_plan else {}))

@@ -1,4 +1,4 @@
-"""Lines that a chat stage prints about a run that will probably change the model too little, or has not changed it."""
+"""Lines that a run prints about its validation, and about training that probably changes the model too little."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,16 @@ from rorchat.sources.base import RowStats
 MIN_STEPS = 50  # with warm-up and decay, fewer steps at the default learning rates hardly change a model
 MIN_KEPT = 0.5  # share of the rows of all sources
 MIN_MARGIN = 0.02  # at 1.1M parameters, one epoch of 575 pairs reaches it between 3e-5 and 1e-4 (docs/LOG.md)
+
+
+def describe_validation(share: float, max_eval_tokens: int) -> str:
+    """What every evaluation reads, if that is less than the validation split, else an empty string."""
+    if share == 1:
+        return ""
+    return (
+        f"validation: every evaluation reads {share:.2%} of the validation split, {max_eval_tokens:,} tokens, evenly "
+        "spaced and the same each time; --max_eval_tokens 0 reads all of it"
+    )
 
 
 def warn_about_kept_rows(row_stats: Sequence[RowStats]) -> str:

@@ -6,7 +6,12 @@ import os
 import sys
 
 import torch
+from torch.nn import functional as F
 
+from rorchat.errors import shorten_error
+from rorchat.training.kernels.attention import describe_attention
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
@@ -25,6 +30,49 @@ def best_precision(on_gpu: bool) -> dict[str, bool]:
 def can_compile(on_gpu: bool) -> bool:
     """Whether torch.compile is the default: on a GPU that Triton supports, from compute capability 7.0."""
     return on_gpu and torch.cuda.get_device_capability()[0] >= 7 and importlib.util.find_spec("triton") is not None
+
+
+def works_compiled(on_gpu: bool) -> bool:
+    """Whether torch.compile works; if not, says so.
+
+    On a GPU, a small function is compiled: Triton may not serve the device or driver, or lack a C compiler, and fails
+    only when it is used. On a CPU nothing is tried, because torch.compile is used there only if it is asked for.
+    """
+    if not on_gpu:
+        return True
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    problem = find_compile_problem(device)
+    if problem and os.environ.get("RANK", "0") == "0":
+        name = torch.cuda.get_device_name(device)
+        message = f"torch.compile does not work on {name} ({problem}): training in eager mode, which is slower"
+        print(message, file=sys.stderr)  # noqa: T201
+    return not problem
+
+
+def find_compile_problem(device: torch.device) -> str:
+    """Why torch.compile fails on a device, in one line; "" if it works."""
+    try:
+        numbers = torch.ones(64, device=device, requires_grad=True)
+        torch.compile(F.gelu, dynamic=False)(numbers).sum().backward()
+    except Exception as error:  # of Inductor, Triton, the C compiler or CUDA
+        return shorten_error(error) or type(error).__name__
+    return ""
+
+
+def describe_runtime(arguments) -> str:
+    """What a run trains on, in one line that every start prints: device, precision, attention, compilation, processes.
+
+    Args:
+        arguments: the settings of a stage, after all checks.
+    """
+    device, threads = arguments.device, torch.get_num_threads()
+    name = f"CPU with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    attention = describe_attention(device, DTYPES[arguments.precision], arguments.row_layout)
+    kernels = "torch.compile" if arguments.is_compiled else "eager"
+    processes = "1 process" if arguments.world_size == 1 else f"{arguments.world_size} processes"
+    return f"device: {name}, {arguments.precision}, {attention}, {kernels}, {processes}"
 
 
 def use_all_cores() -> None:

@@ -64,6 +64,8 @@ class SFTArguments(LoraArguments, StageArguments, SFTConfig):
     eval_strategy: str = "steps"
     eval_steps: float = field(default=0.25, metadata={"help": "Steps, or a share of them if below 1."})
 
+    eval_columns: ClassVar[tuple[str, ...]] = ("input_ids",)
+
     def max_row_length(self) -> int | None:
         return self.max_length
 

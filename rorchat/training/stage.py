@@ -118,8 +118,7 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
 
     def _measure_utilization(self, row_tokens: int, repeat: bool = False) -> Utilization:
         """The FLOPs of a token and the peak of the devices; `repeat` measures a peak that is not known once more."""
-        precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
-        on_gpu = self.args.device.type == "cuda"
+        precision, on_gpu = self.args.precision, self.args.device.type == "cuda"
         with torch.random.fork_rng([self.args.device] if on_gpu else []):  # the measurement uses random numbers
             peak, origin = get_peak_flops(precision, on_gpu)
             if repeat and origin == "measured":

@@ -10,7 +10,9 @@ from rorchat.training.checkpointing.trainer_mixin import find_storage_failure
 from rorchat.training.distributed import gather_model, is_lost_peer, run_on_main_process
 from rorchat.training.oom_recovery import is_out_of_memory
 from rorchat.training.run_folder import RunFolder
+from rorchat.training.run_notes import describe_validation
 from rorchat.training.stage import StageTrainer
+from rorchat.validation_split import EVALUATED_SHARE
 
 MAX_SKIPPED_AT_END = 1  # one row may be bad; if more of the last steps were skipped, the weights are the likely cause
 _LOWER_RATE = "Lower learning_rate (and matrix_learning_rate with muon) in a new output_dir."
@@ -55,6 +57,8 @@ def _train(run: RunFolder, trainer: StageTrainer, startup_messages: Iterable[obj
     mixture_plan = trainer.context.details.get("plan")
     run_on_main_process(lambda: _begin(run, trainer, mixture_plan))
     _print_notes(trainer, startup_messages)
+    share = trainer.context.details.get(EVALUATED_SHARE, 1)
+    _print_notes(trainer, filter(None, [describe_validation(share, trainer.args.max_eval_tokens)]))
     trainer.train(resume_from_checkpoint=trainer.prepare_resume())
     _require_completed(trainer)
     seconds = round(trainer.metrics.elapsed()["seconds"], 1)  # of all starts

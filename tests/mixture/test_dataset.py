@@ -7,7 +7,7 @@ from mixture_support import CountingStore
 from support import locate_rows
 
 from rorchat.errors import DataError
-from rorchat.mixture.dataset import Mixture, ValidationRows
+from rorchat.mixture.dataset import Mixture, ValidationRows, limit_validation
 from rorchat.mixture.mixture_file import MixtureConfig, Phase, Source
 from rorchat.mixture.plan import Plan
 from rorchat.mixture.stores import count_rows_per_epoch
@@ -106,3 +106,20 @@ def test_validation_rows_predict_every_token_but_the_first_exactly_once(tokens):
         predicted += row["labels"][1:].tolist()  # the loss shifts the labels: the first label of a row is not used
     assert predicted == list(range(501, 500 + tokens))
     assert all(width == 10 for width in widths[:-1]) and 2 <= widths[-1] <= 10
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "expected"), [(0, (11, 45, 223)), (5000, (11, 45, 223)), (500, (2, 8, 44)), (9, (1, 1, 1))]
+)
+def test_an_evaluation_reads_the_same_share_of_every_source_evenly_spaced(max_tokens, expected):
+    """The sources have 100, 400 and 2,001 tokens, in rows of 10."""
+    stores = [CountingStore(f"s{n}", 100, validation=size) for n, size in enumerate((100, 400, 2001))]
+    by_name = {store.name: ValidationRows(store, block_size=10) for store in stores}
+    limited = limit_validation(by_name, max_tokens)
+    assert tuple(len(rows) for rows in limited.values()) == expected
+    for name, rows in limited.items():
+        starts = [int(row["input_ids"][0]) for row in rows]
+        gaps = np.diff([*(start // 9 for start in starts), len(by_name[name])])
+        assert starts[0] == 0 and gaps.min() > 0 and np.ptp(gaps) <= 1
+        again = limit_validation(by_name, max_tokens)[name]
+        assert [int(row["input_ids"][0]) for row in again] == starts

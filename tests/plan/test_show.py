@@ -12,6 +12,7 @@ from rorchat.plan.budget import Request, compare_fits
 from rorchat.plan.scaling import FITS
 from rorchat.plan.show import (
     BUDGETS,
+    build_rows,
     compute_isoflop_curve,
     draw_isoflop_curves,
     format_count,
@@ -110,3 +111,16 @@ def test_an_error_is_one_line_with_exit_code_2(arguments, message):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "validation"),
+    [
+        (1e7, ["4 x 101k tokens", "1.3 % of the FLOPs, outside of steps"]),  # a hundredth of the tokens
+        (1e9, ["4 x 1M tokens", "0.13 % of the FLOPs, outside of steps"]),  # at most a million
+        (1e10, ["4 x 1M tokens", "0.013 % of the FLOPs, outside of steps"]),
+    ],
+)
+def test_a_plan_counts_its_evaluations(tokens, validation):
+    rows = build_rows(make_test_plan("A100-80", size="51m", tokens=tokens))
+    assert next(row for row in rows if row[0] == "validation")[1:] == validation

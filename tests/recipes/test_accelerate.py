@@ -19,13 +19,20 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, patch_environment
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils.launch import (
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
+)
 from recipe_commands import ENVIRONMENT, command, inside, metrics_of, refused, succeeded
 from support import ROOT
 
 from rorchat.errors import UsageError
 from rorchat.stories import ACCELERATE_FOLDER
+from rorchat.training import gpu
 from rorchat.training.distributed import check_sharding, gather_model
+from rorchat.training.gpu import find_wanted_gpu
+from rorchat.training.launcher import TORCHRUN_ID
 
 FILES = sorted(ACCELERATE_FOLDER.glob("*.yaml"))
 # File -> (distributed type, processes, machines)
@@ -39,6 +46,7 @@ EXPECTED = {
     "one_gpu": ("NO", 1, 1),
     "one_process": ("NO", 1, 1),
 }
+ON_CPU = ("--use_cpu", "true")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a GPU")
 
 
@@ -187,7 +195,8 @@ def test_two_machines_equal_one_process(tokenizer_folder, one_process, tmp_path)
         port = free.getsockname()[1]
     flags = ("--num_processes", 2, "--main_process_port", port, "--machine_rank")
     nodes = [
-        launch("multi_node", *tiny_run(tokenizer_folder, tmp_path / "run"), flags=(*flags, rank)) for rank in (0, 1)
+        launch("multi_node", *tiny_run(tokenizer_folder, tmp_path / "run", *ON_CPU), flags=(*flags, rank))
+        for rank in (0, 1)
     ]
     for node in nodes:
         succeeded(wait(node))
@@ -197,9 +206,37 @@ def test_two_machines_equal_one_process(tokenizer_folder, one_process, tmp_path)
 @pytest.mark.slow
 @needs_no_gpu
 @pytest.mark.parametrize(("name", "flags"), [("one_gpu", ()), ("ddp", ("--num_processes", 2))])
-def test_configurations_for_gpus_run_on_cpus_without_a_gpu(name, flags, tokenizer_folder, one_process, tmp_path):
-    succeeded(wait(launch(name, *tiny_run(tokenizer_folder, tmp_path / "run"), flags=flags)))
+def test_configurations_for_gpus_run_on_cpus_if_asked_to(name, flags, tokenizer_folder, one_process, tmp_path):
+    succeeded(wait(launch(name, *tiny_run(tokenizer_folder, tmp_path / "run", *ON_CPU), flags=flags)))
     check_equal(read_results(tmp_path / "run"), one_process)
+
+
+@pytest.mark.slow
+@needs_no_gpu
+@pytest.mark.parametrize(("name", "flags"), [("one_gpu", ()), ("ddp", ("--num_processes", 2))])
+def test_configurations_for_gpus_are_refused_without_a_gpu(name, flags, tokenizer_folder, tmp_path):
+    done = wait(launch(name, *tiny_run(tokenizer_folder, tmp_path / "run"), flags=flags))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode != 0 and len(errors) == 1 and "--use_cpu true" in errors[0], done.stderr[-2000:]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "wants_gpu"),
+    [("one_gpu", True), ("ddp", True), ("multi_node", True), ("fsdp", True), ("cpu", False), ("one_process", False)],
+)
+def test_only_configurations_for_gpus_ask_for_one(name, wants_gpu, tmp_path, monkeypatch):
+    """What the processes of each configuration see, on a machine without a GPU."""
+    monkeypatch.setattr(gpu, "NVIDIA_DRIVER", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # without nvidia-smi
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    arguments = launcher_arguments(name, "--main_process_port", "0", "--main_process_ip", "127.0.0.1")
+    if arguments.num_processes == 1:
+        _, environment = prepare_simple_launcher_cmd_env(arguments)
+    else:
+        environment = prepare_multi_gpu_env(arguments) | {TORCHRUN_ID: "none"}
+    with patch_environment(**environment):
+        assert bool(find_wanted_gpu()) == wants_gpu
 
 
 class TestSharding:

@@ -3,11 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 from support import json_lines
 
 from rorchat.errors import DataError
 from rorchat.rows import RejectedRow
-from rorchat.training.data import load_split, row_lengths
+from rorchat.training.data import Split, limit_split, load_split, row_lengths
 from rorchat.validation_split import is_validation_text, text_digest
 
 SHARE = 0.3
@@ -78,3 +79,26 @@ def test_a_split_that_would_be_empty_has_the_rows_of_one_prompt(pairs, share, al
     assert f"validation_share {share:g} would hold out" in str(stats).splitlines()[-1]
     line = 2 * int(chosen.split()[1].rstrip("?")) + 1
     assert str(stats).endswith(f"pairs.jsonl:{line}; {pairs.partition('=')[2]}:{line + 1}")
+
+
+def number_rows(rows: int, first: int = 0) -> Dataset:
+    """Rows of two columns with ten tokens together."""
+    return Dataset.from_list([{"a": [number] * 4, "b": [0] * 6} for number in range(first, first + rows)])
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "reply_tokens", "kept"), [(0, 0, (30, 6)), (360, 0, (30, 6)), (180, 0, (15, 3)), (180, 5, (10, 2))]
+)
+def test_validation_rows_are_limited_evenly_in_every_source(max_tokens, reply_tokens, kept):
+    validation = {"one": number_rows(30), "two": number_rows(6, first=100)}
+    split, share = limit_split(Split(number_rows(3), validation, [], [30, 6]), ("a", "b"), max_tokens, reply_tokens)
+    assert tuple(len(rows) for rows in split.validation.values()) == kept and share == pytest.approx(kept[0] / 30)
+    gap = 30 // kept[0]
+    assert [row["a"][0] for row in split.validation["one"]] == [*range(0, 30, gap)]
+    assert [row["a"][0] for row in split.validation["two"]] == [*range(100, 106, gap)]
+    assert split.validation_rows == [30, 6] and len(split.train) == 3  # what is held out does not change
+
+
+def test_validation_rows_without_names_of_sources_are_limited_too():
+    split, share = limit_split(Split(number_rows(3), number_rows(40), [], [40]), ("a",), 40)
+    assert share == 0.25 and [row["a"][0] for row in split.validation] == [*range(0, 40, 4)]

@@ -28,7 +28,7 @@ MAY_BE_ZERO = {
     "learning_rate", "matrix_learning_rate", "weight_decay", "max_grad_norm", "cooldown_share", "warmup_steps",
     "sample_steps", "price_per_hour", "eval_delay", "dataloader_num_workers", "seed", "data_seed", "local_rank",
     "lora_rank", "replay_share", "chosen_drop", "label_smoothing", "ld_alpha", "f_alpha_divergence_coef", "top_k",
-    "min_p", "entropy_coef", "readiness_questions", "train_tokens",
+    "min_p", "entropy_coef", "readiness_questions", "train_tokens", "max_eval_tokens",
 }  # fmt: skip
 ANY_NUMBER = {"local_rank", "f_alpha_divergence_coef", "max_steps"}  # that is finite; max_steps -1 is the default
 

@@ -1,12 +1,14 @@
 """Fused loss, optimizers, order of rows, settings of pretraining."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from training_support import build_pretrain_trainer
 
 from rorchat.errors import UsageError
 from rorchat.mixture.collators import collate_padded
@@ -14,9 +16,11 @@ from rorchat.model import build_model
 from rorchat.training.arguments import parse
 from rorchat.training.kernels.lm_head_loss import head_loss, patch_gelu, patch_lm_head_loss
 from rorchat.training.optim import build_optimizer
-from rorchat.training.pretrain import PretrainArguments
+from rorchat.training.pretrain import PretrainArguments, build_mixture, describe_mixture, prepare_token_stores
+from rorchat.training.run_folder import RunFolder
 from rorchat.training.sampler import count_steps, training_order
 from rorchat.training.sft import SFTArguments
+from rorchat.training.train_and_save import train
 
 
 @pytest.fixture
@@ -255,3 +259,31 @@ def test_the_logged_loss_of_a_row_is_the_mean_over_its_predicted_tokens(tokenize
     trainer.train()
     logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert logged == pytest.approx(expected, abs=2e-4)  # a factor 63/64 is 0.09
+
+
+@pytest.mark.parametrize("max_eval_tokens", [0, 200, 10**6])
+def test_evaluations_read_at_most_so_many_tokens_and_the_start_says_so(max_eval_tokens, tokenizer, tmp_path, capsys):
+    flags = ["--sources", "tinytown=120", "persona=60", "--size", "2x2x32", "--block_size", "32", "--bf16", "false"]
+    flags += ["--per_device_train_batch_size", "2", "--global_batch_tokens", "128", "--max_steps", "1"]
+    flags += ["--validation_share", "0.2", "--save_strategy", "no", "--sample_prompts", "--eval_steps", "1"]
+    flags += ["--max_eval_tokens", str(max_eval_tokens), "--output_dir", str(tmp_path / "run")]
+    arguments = parse(PretrainArguments, flags)
+    run = RunFolder(arguments, "pretrain", {})
+    stores = prepare_token_stores(arguments, tokenizer)
+    details = describe_mixture(build_mixture(arguments, stores).plan, stores, [], arguments.max_eval_tokens)
+    trainer = build_pretrain_trainer(
+        build_model("2x2x32", tokenizer, 32), arguments, tokenizer, context=run.context(details), stores=stores
+    )
+    metrics = train(run, trainer)
+    held_out = sum(store.tokens("validation") for store in stores)
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["evaluated_share"]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("validation: ")]
+    assert held_out > 2000 and {"eval_tinytown_loss", "eval_persona_loss"} < metrics.keys()
+    if max_eval_tokens == 200:
+        assert metrics["eval_tokens"] <= 200 and recorded == 200 / held_out
+        assert told == [
+            f"validation: every evaluation reads {recorded:.2%} of the validation split, 200 tokens, evenly spaced and "
+            "the same each time; --max_eval_tokens 0 reads all of it"
+        ]
+    else:
+        assert (metrics["eval_tokens"], recorded, told) == (held_out - len(stores), 1, [])

@@ -9,6 +9,7 @@ from rorchat.errors import MismatchError
 from rorchat.training.arguments import parse
 from rorchat.training.checkpointing.checkpoint import Checkpoint
 from rorchat.training.checkpointing.resume_plan import ResumePlan
+from rorchat.training.oom_recovery import MICRO_BATCH_FILE
 from rorchat.training.run_folder import RunFolder
 from rorchat.training.sft import SFTArguments
 
@@ -68,3 +69,25 @@ def test_a_smoke_test_replaces_nothing_else(tmp_path, change):
     with pytest.raises(MismatchError, match="Give a new --output_dir, or delete the folder"):
         open_run(tmp_path / "run", "--smoke", "--learning_rate", "1e-3")
     assert sorted(path.name for path in folder.iterdir()) == files
+
+
+@pytest.mark.parametrize("stops", [1, 3])
+def test_the_micro_batch_that_fits_is_kept_until_there_is_a_checkpoint(stops, tmp_path):
+    """Otherwise every second start without a checkpoint would run out of memory again."""
+    for _ in range(stops):
+        with open_run(tmp_path / "run") as run:
+            run.begin()
+            if not (tmp_path / "run" / MICRO_BATCH_FILE).exists():
+                (tmp_path / "run" / MICRO_BATCH_FILE).write_text('{"rows": 2}')
+    with open_run(tmp_path / "run") as run:
+        run.begin()
+    assert (tmp_path / "run" / MICRO_BATCH_FILE).read_text() == '{"rows": 2}'
+
+
+@pytest.mark.parametrize("change", [["--max_length", "64"], ["--learning_rate", "1e-3"], ["--num_train_epochs", "2"]])
+def test_the_micro_batch_of_other_settings_is_dropped(change, tmp_path):
+    with open_run(tmp_path / "run") as run:
+        run.begin()
+    (tmp_path / "run" / MICRO_BATCH_FILE).write_text('{"rows": 2}')
+    with open_run(tmp_path / "run", *change):
+        assert not (tmp_path / "run" / MICRO_BATCH_FILE).exists()  # before a trainer reads it

@@ -31,7 +31,7 @@ FREE_SETTINGS = {
     "save_strategy", "save_total_limit", "run_name", "use_cpu", "sample_steps", "price_per_hour", "ddp_timeout",
     "mirror", "new_phase", "weights_only", "eval_steps", "eval_strategy", "eval_on_start", "eval_delay",
     "sample_prompts", "base_text", "disable_tqdm", "log_level", "log_level_replica", "logging_first_step",
-    "dataloader_prefetch_factor", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "max_eval_tokens", "dataloader_prefetch_factor", "dataloader_pin_memory", "dataloader_persistent_workers",
     # compared in another form: the sha256 of what they refer to, and the name of the precision
     "tokenizer", "model", "persona", "token_store", "replay", "bf16", "fp16",
 }  # fmt: skip
@@ -104,7 +104,7 @@ def collect_run_metadata(arguments: StageArguments, stage: str, inputs: dict[str
         "python": platform.python_version(),
         "processes": PartialState().num_processes,
         "device": "cuda" if arguments.on_gpu else "cpu",
-        "precision": "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32",
+        "precision": arguments.precision,
         "settings": _non_default_settings(arguments),
     }
 

@@ -24,6 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rorchat.adapter import iterate_blocks
 
+#: Names of the kernels that `scaled_dot_product_attention` chooses from, by torch's numbers (SDPBackend).
+SDPA_KERNELS = {0: "math", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
 CAUSAL_ATTENTION, PACKED_ATTENTION = "causal_sdpa", "packed_sdpa"  # Transformers builds no mask for these names
 
 PrefixGroup = tuple[int, ...]  # (tokens of the prefix, tokens of each continuation...)
@@ -53,15 +55,32 @@ def packed_attention_forward(
     batch, heads, length, width = query.shape
     # (B, H, T, D) -> (N, H, D), N = B x T
     query, key, value = (x.transpose(1, 2).reshape(batch * length, heads, width) for x in (query, key, value))
-    if _has_varlen_kernel(query) and not dropout:
+    if has_varlen_kernel(query.device, query.dtype) and not dropout:
         output = attend_by_varlen_kernel(query, key, value, prefix_groups, scaling)
     else:
         output = attend_by_sequence(query, key, value, prefix_groups, dropout, scaling)
     return output.view(batch, length, heads, width), None
 
 
-def _has_varlen_kernel(query: Tensor) -> bool:
-    return query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether packed rows are computed by the variable-length kernel."""
+    return device.type == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def describe_attention(device: torch.device, dtype: torch.dtype, row_layout: str) -> str:
+    """The attention kernel of a stage, in words.
+
+    Args:
+        row_layout: "full" rows, "packed" rows, or rows that are "padded" on the left and need a mask.
+    """
+    if row_layout == "packed" and has_varlen_kernel(device, dtype):
+        return "flash attention of variable length"
+    if device.type not in ("cpu", "cuda"):
+        return "SDPA"
+    query = torch.zeros(1, 1, 16, 64, device=device, dtype=dtype)  # (B, H, T, D)
+    mask = torch.ones(1, 1, 16, 16, device=device, dtype=torch.bool) if row_layout == "padded" else None
+    choice = torch._fused_sdp_choice(query, query, query, mask, is_causal=mask is None)
+    return f"SDPA ({SDPA_KERNELS.get(choice, 'unknown kernel')}{', by sequence' if row_layout == 'packed' else ''})"
 
 
 def attend_by_sequence(
