@@ -82,10 +82,10 @@ def start(kind: str, tmp_path: Path) -> tuple[subprocess.Popen, Path]:
 
 def read_when(state: Path, word: str) -> str:
     deadline = time.monotonic() + 20
-    while not (state.is_file() and state.read_text().startswith(word)):
-        assert time.monotonic() < deadline, state.read_text() if state.is_file() else "no child"
+    while not (state.is_file() and state.read_text(encoding="utf-8").startswith(word)):
+        assert time.monotonic() < deadline, state.read_text(encoding="utf-8") if state.is_file() else "no child"
         time.sleep(0.01)
-    return state.read_text()
+    return state.read_text(encoding="utf-8")
 
 
 @linux_only
