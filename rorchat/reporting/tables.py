@@ -213,10 +213,10 @@ def format_samples(runs: list[Path]) -> str:
         texts = _read_samples(run)
         if not texts:
             continue
-        header, shown = ["prompt", "before", "after"], (0, -1)
+        rows = [[prompt, samples[0], samples[-1]] for prompt, samples in texts.items()]
+        header = ["prompt", "before", "after"]
         if all(len(samples) == 1 for samples in texts.values()):
-            header, shown = ["prompt", f"after {_first_step(run):,} steps"], (0,)
-        rows = [[prompt, *(samples[position] for position in shown)] for prompt, samples in texts.items()]
+            rows, header = [row[:2] for row in rows], ["prompt", f"after {_first_step(run):,} steps"]
         parts.append(f"### {run.name}\n\n" + format_table(header, rows))
     return "\n\n".join(parts) or "No samples were generated."
 
