@@ -10,7 +10,7 @@ import pytest
 from support import as_jsonl, chat_row, write
 
 from rorchat.errors import DataError, UsageError
-from rorchat.inspection import guess_row_format, resolve_spec
+from rorchat.inspection.guess import guess_files, guess_row_format, resolve_spec
 from rorchat.sources.registry import find_source, list_sources, load_rows
 
 HUMAN, GPT = {"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi!"}
@@ -205,3 +205,129 @@ def test_a_file_named_as_the_prefix_of_a_source_does_not_hide_it(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "chat", "Hello")
     assert resolve_spec("chat:tinytown=5") == ("chat:tinytown=5", False)
+
+
+# -- messages are no documents, and the likeliest source is quoted --------------------------------------------------
+
+MESSAGES = [
+    {"text": "What is red?", "role": "prompter", "message_id": "a"},
+    {"text": "A colour.", "parent_id": "a", "message_id": "b"},
+    {"text": "What is red?", "replies": [{"text": "A colour."}]},
+    {"content": "Hello", "role": "user"},
+    {"text": "Hello", "speaker": "Assistant"},
+    {"text": "Hello", "reply_to": None, "user": "Ann"},
+    {"Text": "Hello", "Parent_ID": 7},
+]
+
+
+@pytest.mark.parametrize("row", MESSAGES, ids=[" ".join(row) for row in MESSAGES])
+def test_messages_of_a_tree_are_not_taken_for_documents(row, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write(Path(), "rows.jsonl", [row] * 5)
+    try:
+        assert guess_row_format(path) != "text"
+    except DataError as error:
+        assert "known format" in str(error)
+    assert resolve_spec("rows.jsonl", "text") == ("text=rows.jsonl", False)
+
+
+DOCUMENTS = [
+    {"text": "It was.", "author": "Ann"},
+    {"text": "It was.", "role": "Engineer"},
+    {"text": "It was.", "replies": 12},
+    {"text": "It was.", "speaker": "Hamlet"},
+]
+
+
+@pytest.mark.parametrize("row", DOCUMENTS, ids=[" ".join(row) for row in DOCUMENTS])
+def test_other_columns_beside_a_text_do_not_matter(row, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert guess_row_format(write(Path(), "rows.jsonl", [row] * 5)) == "text"
+
+
+def test_the_messages_of_openassistant_are_a_source_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    messages = find_source("oasst").raw[1]
+    assert guess_row_format(write(Path(), "rows.jsonl", messages * 5)) == "oasst"
+
+
+UNREADABLE = [
+    ({"messages": "Hello", "id": 5}, "messages (wrong type: messages are of type str, expected a list)"),
+    ({"prompt": 5, "completion": "A colour."}, "prompt_completion (wrong type: 'prompt' is of type int"),
+    ({"prompt": "What?", "chosen": 5, "rejected": "No."}, "preference (wrong type: 'chosen' is of type int"),
+    ({"instruction": "Say it.", "input": "", "output": ["A"]}, "alpaca (wrong type: 'output' is of type list"),
+    ({"text": 5, "meta": {}}, "text (wrong type: 'text' is of type int, expected a string)"),
+]
+
+
+@pytest.mark.parametrize(("row", "quoted"), UNREADABLE, ids=[quoted.split()[0] for _, quoted in UNREADABLE])
+def test_the_likeliest_source_is_quoted(row, quoted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as failure:
+        guess_row_format(write(Path(), "rows.jsonl", [row] * 5))
+    assert f"No row of rows.jsonl has a known format; the likeliest is {quoted}" in str(failure.value)
+
+
+def test_a_dataset_that_reads_little_of_a_folder_is_not_guessed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(Path(), "mine/mbpp.jsonl", find_source("mbpp").raw)
+    write(Path(), "mine/chats.jsonl", [chat_row(f"Hello {n}") for n in range(200)])
+    assert guess_row_format(Path("mine")) == "messages"
+
+
+# -- folders of several formats -------------------------------------------------------------------------------------
+
+MIXED = {
+    "alpaca.json": json.dumps(ALPACA),
+    "chats/a.jsonl": as_jsonl([chat_row(f"Hello {n}") for n in range(5)]),
+    "chats/b.jsonl": as_jsonl([chat_row(f"Good morning {n}") for n in range(5)]),
+    "letter.txt": "Dear reader,\n\nit was.\n",
+    "pairs.jsonl": as_jsonl(PAIRS),
+    "dialogues_text.txt": "Hello . __eou__ Hi ! __eou__\n" * 3,
+    "numbers.jsonl": as_jsonl([{"a": 1}] * 4),
+}
+
+
+def write_mixed(folder: Path, *names: str) -> Path:
+    for name in names or MIXED:
+        write(folder, name, MIXED[name])
+    return folder
+
+
+def test_each_file_of_a_mixed_folder_is_guessed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "mine/cover.png", b"\x89PNG")
+    guesses = guess_files(write_mixed(Path("mine")))
+    assert {str(file.relative_to("mine")): name for file, name in guesses.items()} == {
+        "alpaca.json": "alpaca", "chats/a.jsonl": "messages", "chats/b.jsonl": "messages", "letter.txt": "text",
+        "pairs.jsonl": "preference", "dialogues_text.txt": "dailydialog", "numbers.jsonl": "",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("chats/a.jsonl", "chats/b.jsonl"), ("letter.txt",), ("chats/a.jsonl", "numbers.jsonl")],
+)
+def test_a_folder_of_one_format_is_one_source(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = write_mixed(Path("mine"), *names)
+    assert guess_files(folder) == {folder: guess_row_format(folder)}
+
+
+@pytest.mark.parametrize("path", ["cornell_movie_dialogs", "books", "openbookqa", "dailydialog", "wikitext2"])
+def test_a_folder_that_is_mostly_one_dataset_is_one_source(path, shared_data):
+    folder = shared_data / path
+    assert guess_files(folder) == {folder: guess_row_format(folder)}
+
+
+def test_the_error_about_a_folder_is_that_of_its_guess(tmp_path):
+    with pytest.raises(DataError, match="Name the format before the path"):
+        guess_files(write_mixed(tmp_path, "numbers.jsonl"))
+
+
+def test_a_folder_of_many_datasets_is_not_one_of_them(shared_data, tmp_path):
+    for path in ("books", "tinyshakespeare", "chat", "python_code"):
+        (tmp_path / path).symlink_to(shared_data / path)
+    (tmp_path / "notes.txt").write_text("It was.")
+    names = set(guess_files(tmp_path).values())
+    assert {"books", "tiny_shakespeare", "messages", "code_search_net", "text"} < names

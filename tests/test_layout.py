@@ -104,7 +104,8 @@ def calls_without_encoding(path: Path) -> Iterator[str]:
             continue
         name = ast.unparse(node.func)
         is_binary = any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in node.args)
-        opens_text = name.endswith(".open") and name != "os.open" and not is_binary
+        is_binary |= name == "os.open" or name.endswith("zip_file.open")  # files of an archive are read as bytes
+        opens_text = name.endswith(".open") and not is_binary
         if opens_text or name.endswith((".read_text", ".write_text")):
             yield f"{path.relative_to(PACKAGE.parent)}:{node.lineno} {name}"
 

@@ -18,6 +18,7 @@ TESTED_IN = {
     "cli/*.py": "cli/test_cli.py",
     "evaluation/base_text.py": "training/test_base_loss.py",
     "evaluation/evaluate_metrics/*.py": "evaluation/test_evaluate_metrics.py",
+    "inspection/guess.py": "test_inspection_formats.py",
     "inference/terminal.py": "recipes/test_recipes.py",
     "mixture/phases.py": "mixture/test_plan.py",
     "mixture/plot.py": "mixture/test_plan.py",

@@ -3,16 +3,17 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rorchat.cli.app import App
-from rorchat.errors import DataError, UsageError
+from rorchat.errors import DataError, RorchatError, UsageError
 
 if TYPE_CHECKING:
-    from rorchat.inspection import ShownToken
+    from rorchat.inspection import Checks, ShownToken
     from rorchat.tokens.store import TokenStore
 
 app = App("List, check, show and tokenize datasets.")
@@ -95,45 +96,84 @@ def check(
     min_latin: MinLatin = 0.0,
 ) -> None:
     """Read every row. Count kept and rejected rows, with the reasons and the first places."""
-    from rorchat.inspection import FORMAT_REASONS, check_source, resolve_spec
+    from rorchat.inspection import Checks
+    from rorchat.inspection.guess import guess_files, resolve_spec
     from rorchat.reading.filters import Filters
-    from rorchat.sources.registry import columns_advice
+    from rorchat.reading.listing import is_folder
     from rorchat.tokenizer import load_tokenizer
+    from rorchat.tokens.decontamination import EvaluationText
 
     if (tokenizer is None) != (max_length is None):
         raise UsageError("--tokenizer and --max_length go together: tokens are counted with a tokenizer.")
     if max_length is not None and max_length < 1:
         raise UsageError(f"--max_length is {max_length}: give a positive number.")
-    spec, guessed = resolve_spec(source, row_format, columns)
+    folder = Path(source).expanduser()
+    formats = guess_files(folder) if not row_format and not columns and is_folder(folder) else {}
+    if formats:
+        spec, guessed = f"{formats.get(folder, 'text')}={source}", True
+    else:
+        spec, guessed = resolve_spec(source, row_format, columns)
     if rejects:
         _require_separate(spec, rejects)
     filters = Filters(min_characters, max_characters, max_repetition, min_letters, min_latin)
-    file = rejects.open("w", encoding="utf-8") if rejects else None
-    try:
-        result = check_source(
-            spec,
-            filters=filters,
-            evaluation=against,
-            tokenizer=load_tokenizer(tokenizer) if tokenizer else None,
-            max_length=max_length,
-            rejects=file,
-        )
-    finally:
-        if file:
-            file.close()
-    name = result.spec.partition("=")[0]
-    if guessed:
-        print(f"read as {name!r}; use --as to read it as another format")
-    if result.evaluation:
-        print(result.evaluation.describe())
-    print(result.stats)
-    other_format = sum(count for reason, count in result.stats.rejects.items() if reason in FORMAT_REASONS)
-    if guessed and other_format > result.stats.rows_in / 10:
-        print(f"{other_format:,} rows have a different format than {name!r}: check the files one by one")
+    with rejects.open("w", encoding="utf-8") if rejects else nullcontext() as file:
+        evaluation = EvaluationText.read(against) if against else None
+        checks = Checks(filters, evaluation, load_tokenizer(tokenizer) if tokenizer else None, max_length, file)
+        problem = _check_files(folder, formats, checks) if len(formats) > 1 else _check_spec(spec, checks, guessed)
     if rejects:
         print(f"rejects  {rejects}")
-    if not result.stats.kept:
-        raise DataError(f"No row of {result.spec} can be used. {columns_advice(result.stats)}".strip())
+    if problem:
+        raise DataError(problem)
+
+
+def _check_spec(spec: str, checks: "Checks", guessed: bool) -> str:
+    """Checks a source and prints the counts. Returns what is wrong if no row can be used."""
+    from rorchat.inspection import check_spec
+    from rorchat.inspection.guess import FORMAT_REASONS
+    from rorchat.sources.registry import columns_advice
+
+    stats, name = check_spec(spec, checks), spec.partition("=")[0]
+    if guessed:
+        print(f"read as {name!r}; use --as to read it as another format")
+    if checks.evaluation:
+        print(checks.evaluation.describe())
+    print(stats)
+    other_format = sum(count for reason, count in stats.rejects.items() if reason in FORMAT_REASONS)
+    if guessed and other_format > stats.rows_in / 10:
+        print(f"{other_format:,} rows have a different format than {name!r}: check the files one by one")
+    return "" if stats.kept else f"No row of {spec} can be used. {columns_advice(stats)}".strip()
+
+
+def _check_files(folder: Path, formats: dict[Path, str], checks: "Checks") -> str:
+    """Checks each file of a folder by itself and prints a table. Returns what is wrong if no row can be used."""
+    from rorchat.cli.tables import print_table
+    from rorchat.inspection import check_spec
+    from rorchat.sources.base import RowStats
+    from rorchat.sources.registry import note_unread
+
+    lines, rows_in, kept = [], 0, 0
+    for file, name in formats.items():
+        shown = str(file.relative_to(folder))
+        if not name:
+            lines.append([shown, "-", "-", "-", "no row has a known format"])
+            continue
+        try:
+            stats = check_spec(f"{name}={file}", checks)
+        except RorchatError as error:
+            lines.append([shown, name, "-", "-", str(error)])
+            continue
+        rows_in, kept = rows_in + stats.rows_in, kept + stats.kept
+        rejected = ", ".join(f"{count:,} {reason}" for reason, count in stats.most_frequent_rejects())
+        lines.append([shown, name, f"{stats.rows_in:,}", f"{stats.kept:,}", rejected or "none"])
+    print(f"{folder}: its files have several formats, and each is read as its own; --as reads all of them as one\n")
+    print_table(["file", "read as", "rows", "kept", "rejected"], lines)
+    print(f"\n{len(formats):,} files: {kept:,} of {rows_in:,} rows kept")
+    if checks.evaluation:
+        print(checks.evaluation.describe())
+    everything = f"text={folder}"  # which reads any file that another source reads
+    if unread := RowStats(everything, reading=note_unread(everything)).describe_unread():
+        print(unread)
+    return "" if kept else f"No row of {folder} can be used."
 
 
 def _require_separate(spec: str, rejects: Path) -> None:
@@ -157,12 +197,17 @@ def show(
     columns: Columns = None,
 ) -> None:
     """Show a row as tokens. Tokens in the loss are green on a terminal, and in brackets elsewhere."""
-    from rorchat.inspection import resolve_spec, show_row
+    from rorchat.inspection import show_row
+    from rorchat.inspection.guess import resolve_spec
+    from rorchat.sources.base import RowStats
+    from rorchat.sources.registry import note_unread
     from rorchat.tokenizer import load_tokenizer
 
     if row < 0:
         raise UsageError(f"--row is {row}: rows are counted from 0.")
     spec, _ = resolve_spec(source, row_format, columns)
+    if unread := RowStats(spec, reading=note_unread(spec)).describe_unread():
+        print(unread, file=sys.stderr)
     place, sequences = show_row(spec, row, load_tokenizer(tokenizer))
     in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for title, tokens in sequences.items():

@@ -24,7 +24,7 @@ def count_rows_per_epoch(stores: Sequence[TokenStore], block_size: int) -> dict[
         if not rows_per_epoch[store.name]:
             raise DataError(
                 f"{store.folder} has {store.tokens('train'):,} training tokens, less than one row of "
-                f"{block_size}: give more text or a smaller block_size."
+                f"{block_size}: give more text or a smaller block_size.{store.manifest.describe_rejects()}"
             )
     return rows_per_epoch
 

@@ -8,8 +8,9 @@ from statistics import quantiles
 from tqdm.auto import tqdm
 
 from rorchat.errors import DataError, UsageError
-from rorchat.inspection import resolve_spec
+from rorchat.inspection.guess import resolve_spec
 from rorchat.persona import Persona
+from rorchat.reading.zip_files import file_exists
 from rorchat.rows import row_text
 from rorchat.sources.base import RowStats
 from rorchat.sources.location import format_columns
@@ -159,7 +160,7 @@ def _survey_source(
 def _with_absolute_path(spec: str) -> str:
     """The project's commands run in its own folder, where a relative path would mean another place."""
     location = locate(spec)
-    if location.path is None or not location.path.exists():
+    if location.path is None or not file_exists(location.path):
         return spec
     where = f"{location.path.resolve()}{format_columns(location.columns)}"
     if "$" in where:

@@ -19,6 +19,7 @@ from rorchat.reading.parlai import begins_dialogue, read_parlai
 from rorchat.reading.slices import FileSlice, Row
 from rorchat.reading.text import read_lines
 from rorchat.reading.whatsapp import match_start, read_whatsapp
+from rorchat.reading.zip_files import file_size
 from rorchat.rows import RejectedRow
 
 
@@ -81,7 +82,7 @@ def _read_text(file_slice: FileSlice) -> Iterator[Row]:
 def _read_json(file_slice: FileSlice, rows: Iterator[Row]) -> Iterator[Row]:
     """The conversations of the values of a JSON file. Only a value that is the whole file may hold a list of them."""
     first = list(islice(rows, 2))
-    is_whole = len(first) == 1 and not file_slice.start and file_slice.stop in (None, file_slice.path.stat().st_size)
+    is_whole = len(first) == 1 and not file_slice.start and file_slice.stop in (None, file_size(file_slice.path))
     while first:
         yield from _expand(*first.pop(0), is_whole=is_whole)  # pop: keep no reference to a yielded row
     yield from chain.from_iterable(_expand(place, row, is_whole=False) for place, row in rows)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -60,7 +61,12 @@ def read_csv(file_slice: FileSlice) -> Iterator[Row]:
     """
     path = file_slice.path
     csv.field_size_limit(LONGEST_LINE)
-    with open_bytes(path) as raw:
+    try:
+        file = open_bytes(path)
+    except zipfile.BadZipFile as error:  # already the header of the file in the archive is damaged
+        yield str(path), reject_damaged_archive(path, error)
+        return
+    with file as raw:
         lines = _Lines(io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=""))
         try:
             yield from _read_rows(path, lines, "\t" if content_suffix(path) == ".tsv" else ",")

@@ -1,46 +1,56 @@
-"""Opens compressed files and decodes their text."""
+"""Opens files, compressed or not, and decodes their text."""
 
-import gzip
-import io
+import lzma
 import re
+import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
+from rorchat.reading.compression import COMPRESSIONS, describe_unsupported, open_compressed
+from rorchat.reading.zip_files import find_archive, open_file
 from rorchat.rows import RejectedRow
 
 LONGEST_LINE = 2**27  # bytes; a longer line is rejected, which bounds the memory that one line can take
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-DECOMPRESSION_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error, OSError)  # OSError: a damaged zstd stream in pyarrow
+# OSError: a damaged gzip or bzip2 stream, and a damaged zstd stream in pyarrow
+DECOMPRESSION_ERRORS = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError)
 # Characters that `errors="surrogateescape"` substitutes for invalid bytes. Valid UTF-8 never decodes to them.
 BAD_BYTE = re.compile("[\udc80-\udcff]")
 
 
+def compression_suffix(path: Path) -> str:
+    """The lower-case suffix of the compression of a file; empty if it has none."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in COMPRESSIONS else ""
+
+
 def content_suffix(path: Path) -> str:
     """The lower-case suffix of a file name without the suffix of the compression: ".json" for "a.json.gz"."""
-    return (Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix).lower()
+    return (Path(path.stem).suffix if compression_suffix(path) else path.suffix).lower()
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """Opens a file for reading and decompresses it if its name ends in .gz or .zst."""
-    if path.suffix == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    if path.suffix == ".zst":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
+    """Opens a file for reading and decompresses it, if its name says that it is compressed, or it is in an archive."""
+    suffix = compression_suffix(path)
+    if not suffix:
+        return open_file(path)
+    return open_compressed(open_file(path) if find_archive(path) else str(path), suffix)
 
 
 def reject_damaged_archive(path: Path, error: Exception) -> RejectedRow:
     """The rejected row that stands for the unreadable rest of a compressed file.
 
     Raises:
-        error: the file is not compressed, so the disk failed.
+        error: the file is not compressed, or the disk failed.
     """
-    if path.suffix not in COMPRESSIONS:
+    name = COMPRESSIONS.get(compression_suffix(path), "")
+    if find_archive(path) and (not name or isinstance(error, zipfile.BadZipFile)):
+        name = "zip"
+    if not name or (isinstance(error, OSError) and error.errno):
         raise error
-    return RejectedRow(f"damaged {COMPRESSIONS[path.suffix]}", f"{error}; the rest of the file is lost")
+    if unsupported := describe_unsupported(error):
+        return RejectedRow(f"unsupported {name}", f"{unsupported}; the rest of the file is not read")
+    return RejectedRow(f"damaged {name}", f"{error}; the rest of the file is lost")
 
 
 def decode(

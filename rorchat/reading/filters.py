@@ -14,6 +14,8 @@ import numpy as np
 from rorchat.errors import UsageError
 from rorchat.rows import RejectedRow
 
+#: The reasons for which rows are rejected here; "over-long" is also that of other limits.
+FILTER_REASONS = {"too short", "over-long", "few letters", "other script", "repetition"}
 _ASCII = bytes(range(128))
 _ASCII_LETTERS = bytes(byte for byte in _ASCII if chr(byte).isalpha())
 _LETTERS_AND_WHITE_SPACE = _ASCII_LETTERS + b" \t\n\r\v\f"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rorchat.errors import DataError
+from rorchat.reading.arrow import read_arrow
 from rorchat.reading.csv_rows import read_csv
 from rorchat.reading.encodings import content_suffix
 from rorchat.reading.json_rows import read_json, read_json_lines
@@ -13,6 +14,7 @@ from rorchat.reading.parquet import read_parquet
 from rorchat.reading.plain_texts import read_plain_text
 from rorchat.reading.slices import FileSlice, Row
 from rorchat.reading.text import read_documents
+from rorchat.reading.zip_files import ARCHIVE, reject_archive
 
 READERS: dict[str, Callable[[FileSlice], Iterator[Row]]] = {
     ".txt": read_documents,
@@ -25,6 +27,8 @@ READERS: dict[str, Callable[[FileSlice], Iterator[Row]]] = {
     ".csv": read_csv,
     ".tsv": read_csv,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ARCHIVE: reject_archive,  # the files of an archive that is not damaged are read one by one
 }
 TEXT_SUFFIXES = {suffix for suffix, reader in READERS.items() if reader is read_documents}
 

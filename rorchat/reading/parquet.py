@@ -21,27 +21,33 @@ def read_parquet(file_slice: FileSlice) -> Iterator[Row]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        yield str(path), _reject_parquet(error)
+        yield str(path), reject_table("Parquet", error)
         return
     for group in range(file.metadata.num_row_groups)[file_slice.start : file_slice.stop]:
         number, end = first, first + file.metadata.row_group(group).num_rows
         try:
             for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group]):
-                for row in _convert_batch(batch):
+                for row in convert_batch(batch):
                     yield f"{path}, row {number}", row
                     number += 1
         except (pyarrow.ArrowException, OSError) as error:
-            yield f"{path}, row {number}", _reject_parquet(error, f"; rows {number} to {end - 1} are lost")
+            yield f"{path}, row {number}", reject_table("Parquet", error, f"; rows {number} to {end - 1} are lost")
         first = end
 
 
-def _reject_parquet(error: Exception, lost: str = "") -> RejectedRow:
+def reject_table(form: str, error: Exception, lost: str = "") -> RejectedRow:
+    """The rejected row that stands for rows of a damaged table.
+
+    Raises:
+        error: the disk failed.
+    """
     if isinstance(error, OSError) and error.errno:
-        raise error  # the disk failed
-    return RejectedRow("not Parquet", (str(error).splitlines() or [type(error).__name__])[0] + lost)
+        raise error
+    return RejectedRow(f"not {form}", (str(error).splitlines() or [type(error).__name__])[0] + lost)
 
 
-def _convert_batch(batch: "pyarrow.RecordBatch") -> list[Any]:
+def convert_batch(batch: "pyarrow.RecordBatch") -> list[Any]:
+    """The rows of a batch; those with a value that has no form in Python lack it, or are rejected."""
     import pyarrow
 
     try:

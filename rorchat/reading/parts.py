@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 from rorchat.reading.slices import FileSlice
 from rorchat.reading.text import DOCUMENT_SEPARATOR
+from rorchat.reading.zip_files import file_size, find_archive
 
 PARTS = 64  # target number of parts, if their size stays within the next two bounds
 SMALLEST_PART, LARGEST_PART = 4 * 2**20, 64 * 2**20  # bytes on disk, which may be compressed
@@ -21,7 +22,7 @@ def split_files(files: list[Path], *, divide: bool) -> list[tuple[FileSlice, ...
     Args:
         divide: whether a file may be sliced.
     """
-    target = min(max(sum(file.stat().st_size for file in files) // PARTS, SMALLEST_PART), LARGEST_PART)
+    target = min(max(sum(map(file_size, files)) // PARTS, SMALLEST_PART), LARGEST_PART)
     parts: list[tuple[FileSlice, ...]] = []
     group: list[FileSlice] = []
     group_bytes = 0
@@ -35,13 +36,13 @@ def split_files(files: list[Path], *, divide: bool) -> list[tuple[FileSlice, ...
 
 
 def _slice_file(file: Path, target: int, divide: bool) -> Iterator[FileSlice]:
-    size = file.stat().st_size
-    if divide and size > target:
-        if file.suffix == ".parquet":
+    size, suffix = file_size(file), file.suffix.lower()
+    if divide and size > target and not find_archive(file):
+        if suffix == ".parquet":
             return _slice_row_groups(file, target)
-        if file.suffix in (".jsonl", ".ndjson"):
+        if suffix in (".jsonl", ".ndjson"):
             return _slice_at_lines(file, target)
-        if file.suffix == ".txt":
+        if suffix == ".txt":
             return _slice_at_documents(file, target)
     return iter([FileSlice(file, bytes=size)])
 

@@ -15,6 +15,7 @@ from rorchat.reading.notes import ReadingNotes
 from rorchat.reading.slices import FileSlice, Row
 from rorchat.reading.text import DOCUMENT_SEPARATOR
 from rorchat.reading.text_encodings import TextEncoding, detect_encoding
+from rorchat.reading.zip_files import file_size
 from rorchat.rows import RejectedRow
 
 BLOCK_BYTES = 2**20  # bytes read at a time
@@ -28,7 +29,7 @@ def read_plain_text(file_slice: FileSlice, limits: Limits, notes: ReadingNotes) 
     path = file_slice.path
     encoding = detect_encoding(path)
     if isinstance(encoding, RejectedRow):
-        notes.unread[str(path)] = encoding.detail
+        notes.add_unread(path, encoding.detail, file_size(path))
         return
     if encoding.name != "UTF-8" and not file_slice.start:
         notes.decoded.setdefault(encoding.name, []).append(str(path))

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from rorchat.reading.compression import describe_unsupported
 from rorchat.reading.encodings import BAD_BYTE, DECOMPRESSION_ERRORS, open_bytes
+from rorchat.reading.zip_files import stat_file
 from rorchat.rows import RejectedRow
 
 NOT_TEXT = "not text"
@@ -39,10 +41,15 @@ _KNOWN_FORMATS = (
     (b"\xd0\xcf\x11\xe0", "an old Office document"),
     (b"{\\rtf", "an RTF document"),
     (b"\x1f\x8b", "a gzip archive without .gz in its name"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive without .zst in its name"),
+    (b"\xfd7zXZ\0", "an xz archive without .xz in its name"),
+    (b"BZh91AY&SY", "a bzip2 archive without .bz2 in its name"),
+    (b"ARROW1", "an Arrow file without .arrow in its name"),
     (b"PAR1", "a Parquet file"),
     (b"\x7fELF", "a program"),
     (b"SQLite format 3", "a database"),
 )
+_TAR_AT = 257  # position of the mark of a tar archive
 # C0 without tab, line feed, vertical tab, form feed, carriage return; and DEL
 _CONTROLS = bytes(set(range(32)) - {9, 10, 11, 12, 13} | {127})
 _ASCII = bytes(range(128))
@@ -85,7 +92,7 @@ class TextEncoding:
 
 def detect_encoding(path: Path) -> TextEncoding | RejectedRow:
     """The encoding of a file, compressed or not, or the reason why it is not text. Reads the whole file, in blocks."""
-    status = path.stat()
+    status = stat_file(path)
     return _detect(path, status.st_size, status.st_mtime_ns)
 
 
@@ -97,6 +104,8 @@ def _detect(path: Path, size: int, modified: int) -> TextEncoding | RejectedRow:
         for magic, what in _KNOWN_FORMATS:
             if start.startswith(magic):
                 return RejectedRow(NOT_TEXT, what)
+        if start[_TAR_AT:].startswith(b"ustar"):
+            return RejectedRow(NOT_TEXT, "a tar archive: unpack it")
         for mark, codec, name in _MARKS:
             if start.startswith(mark):
                 return _check_marked(path, TextEncoding(codec, name, len(mark)))
@@ -104,7 +113,9 @@ def _detect(path: Path, size: int, modified: int) -> TextEncoding | RejectedRow:
         if utf16 and _is_valid(path, utf16):
             return TextEncoding(utf16, "UTF-16")
         return _detect_without_mark(path, TextEncoding("utf-8", "UTF-8"))
-    except DECOMPRESSION_ERRORS:
+    except DECOMPRESSION_ERRORS as error:
+        if unsupported := describe_unsupported(error):
+            return RejectedRow("unsupported archive", unsupported)
         return TextEncoding("utf-8", "UTF-8", is_damaged=True)  # the reader will report the damage
 
 

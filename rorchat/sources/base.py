@@ -188,9 +188,20 @@ class RowStats:
             )
         folder = self.source.partition("=")[2]
         lines += [f"  {line}" for line in reading.describe_decoded(folder)]
-        if reading.unread:
-            lines.append(f"  {count_files(len(reading.unread))} not read: {reading.describe_unread(folder)}")
-        return lines
+        return lines + ([f"  {unread}"] if (unread := self.describe_unread()) else [])
+
+    def describe_unread(self) -> str:
+        """The files of the source that were not read, with their share of the bytes and the reasons; empty if none."""
+        reading, folder = self.reading, self.source.partition("=")[2]
+        if not reading.unread:
+            return ""
+        files = f"{count_files(len(reading.unread))} not read{reading.describe_share()}"
+        return to_printable(f"{files}: {reading.describe_unread(folder)}")
+
+    def describe_rejects(self) -> str:
+        """How many rows were rejected, by reason, with the first place of each; empty if none."""
+        reasons = self.most_frequent_rejects()
+        return "; ".join(f"{count:,} {reason}, first at {self.places[reason][0]}" for reason, count in reasons)
 
 
 def to_printable(text: str) -> str:

@@ -24,7 +24,7 @@ SENTENCES_PER_DOCUMENT = 100
 
 def read(path: Path) -> Iterator[tuple[str, object]]:
     """The lines of the original files, or the rows of other formats."""
-    if ".txt" in path.suffixes:
+    if ".txt" in Path(path.name.lower()).suffixes:
         return ((place, {"text": line} if isinstance(line, str) else line) for place, line in read_lines(path))
     return read_rows(path)
 

@@ -36,7 +36,7 @@ _MIN_WRAPPED_LENGTH = 50  # characters; lines of hard-wrapped prose have about 7
 
 def read(path: Path) -> Iterator[tuple[str, object]]:
     """The whole text of a .txt file, in UTF-8 or else ISO-8859-1, or the rows of another format."""
-    if ".txt" not in path.suffixes:
+    if ".txt" not in Path(path.name.lower()).suffixes:
         yield from read_rows(path)
         return
     text, encoding = read_text(path), "UTF-8"

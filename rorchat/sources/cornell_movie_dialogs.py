@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 from rorchat.errors import DataError
-from rorchat.reading.encodings import open_bytes, read_text
+from rorchat.reading.encodings import content_suffix, open_bytes, read_text
 from rorchat.reading.formats import read_rows
 from rorchat.rows import ConvertedRow, RejectedRow, alternate_turns, get_text
 from rorchat.sources.messages import UNANSWERED
@@ -34,7 +34,7 @@ _C1 = re.compile("[\x80-\x9f]")  # control characters: Windows-1252 characters t
 
 def read(path: Path) -> Iterator[tuple[str, object]]:
     """Yields one raw row per conversation with its lines. Formats other than .txt and .tsv are read as they are."""
-    if not re.search(r"\.(txt|tsv)(\.(gz|zst))?$", path.name):
+    if content_suffix(path) not in (".txt", ".tsv"):
         yield from read_rows(path)
         return
     is_complete = "conversations" in path.name

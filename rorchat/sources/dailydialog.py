@@ -5,12 +5,10 @@ people speak in turn; the second becomes the assistant.
 """
 
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from rorchat.reading.encodings import decode
+from rorchat.reading.encodings import content_suffix
 from rorchat.reading.formats import read_rows
 from rorchat.reading.text import read_lines
 from rorchat.rows import ConvertedRow, RejectedRow, alternate_turns
@@ -20,7 +18,10 @@ KIND = "conversation"
 LICENCE = "CC BY-NC-SA 4.0 (not for commercial use)"
 HUB = {"path": "roskoN/dailydialog", "split": "train", "revision": "refs/convert/parquet"}
 SIZE = "13,118 dialogues"
-FILES = ("dialogues_text.txt", "dialogues_train.txt", "train/dialogues_train.txt", "train.zip", "dialogues_*.txt")
+FILES = (
+    "dialogues_text.txt", "dialogues_train.txt", "train/dialogues_train.txt", "train.zip/**/dialogues_train.txt",
+    "**/dialogues_[tv]*.txt",
+)  # fmt: skip
 RAW = [
     "Hey John , how are you ? __eou__ I ’ m fine , thanks . __eou__ Good ! __eou__",
     {"utterances": ["Say , Jim , how about a beer ?", "Sure ."]},
@@ -28,27 +29,11 @@ RAW = [
 ]
 
 _END_OF_UTTERANCE = "__eou__"
-_DIALOGUE_FILE = re.compile(r"dialogues_(text|train|validation|test)\.txt$")
 
 
 def read(path: Path) -> Iterator[tuple[str, object]]:
-    """The lines of an original text file or of those in a zip archive, or the rows of another format."""
-    if path.suffix == ".zip":
-        yield from _read_archive(path)
-    elif path.name.removesuffix(".gz").endswith(".txt"):
-        yield from read_lines(path)
-    else:
-        yield from read_rows(path)
-
-
-def _read_archive(path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in filter(_DIALOGUE_FILE.search, archive.namelist()):
-                for number, raw in enumerate(archive.read(name).splitlines(), start=1):
-                    yield f"{path}/{name}:{number}", decode(raw)
-    except (zipfile.BadZipFile, zlib.error) as error:
-        yield str(path), RejectedRow("damaged zip", str(error))
+    """The lines of an original text file, or the rows of another format."""
+    yield from read_lines(path) if content_suffix(path) == ".txt" else read_rows(path)
 
 
 def convert(row: str | dict) -> dict | ConvertedRow:

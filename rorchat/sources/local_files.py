@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rorchat.reading.folders import find_files, is_hidden, refuse_other_than_text, refuse_unknown_suffix
+from rorchat.reading.folders import find_files, refuse_other_than_text, refuse_packing, refuse_unknown_suffix
 from rorchat.reading.formats import read_any_text
+from rorchat.reading.listing import Listing, list_files
+from rorchat.reading.notes import ReadingNotes
 from rorchat.reading.slices import FileSlice
+from rorchat.reading.zip_files import file_size
 from rorchat.sources.base import PlacedRow, RowStats, Source
 
 
@@ -21,25 +24,32 @@ def find_source_files(source: Source, path: Path) -> list[Path]:
 def _refusal(source: Source) -> Callable[[Path], str]:
     """The function that says why a source cannot read a file."""
     if source.read:
-        return lambda path: ""
+        return refuse_packing
     return refuse_other_than_text if source.long_texts else refuse_unknown_suffix
 
 
-def find_unread_files(source: Source, folder: Path) -> dict[str, str]:
-    """The files of a folder that the source does not read, such as matches of a later pattern in `FILES`.
+def find_beside_files(source: Source, listing: Listing) -> list[Path]:
+    """The files of a folder that a source reads together with its own."""
+    return [file for name in source.beside for file in listing.match(f"**/{name}")]
 
-    Returns:
-        path -> the reason.
+
+def note_unread_files(source: Source, folder: Path) -> ReadingNotes:
+    """Notes about the files of a folder that the source does not read, such as matches of a later pattern in `FILES`.
+
+    Raises:
+        DataError: the folder has no file that the source can read.
     """
-    known = {*find_source_files(source, folder), *(file for name in source.beside for file in folder.rglob(name))}
-    others = sorted(
-        file for file in folder.rglob("*") if file.is_file() and not is_hidden(file, folder) and file not in known
-    )
-    refuse = _refusal(source)
-    return {
-        str(file): ("empty" if not file.stat().st_size else refuse(file)) or f"not one of the files of {source.name}"
-        for file in others
-    }
+    listing, refuse, notes = list_files(folder), _refusal(source), ReadingNotes()
+    read = {*find_source_files(source, folder), *find_beside_files(source, listing)}
+    for path, why in listing.left_out.items():
+        notes.add_unread(path, why, 0 if path.is_symlink() or path.is_dir() else file_size(path))
+    for file in listing.files:
+        if file not in read:
+            size = file_size(file)
+            why = refuse(file) if size else "empty"
+            notes.add_unread(file, why or f"not one of the files of {source.name}", size)
+    notes.total_bytes = sum(notes.unread_bytes.values()) + sum(map(file_size, read))
+    return notes
 
 
 def read_slice(source: Source, file_slice: FileSlice, stats: RowStats) -> Iterator[PlacedRow]:
@@ -53,7 +63,8 @@ def read_slice(source: Source, file_slice: FileSlice, stats: RowStats) -> Iterat
     if first:
         stats.reading.files += not file_slice.start
     elif not file_slice.start and file_slice.stop is None:
-        stats.reading.unread.setdefault(str(path), "only white space" if path.stat().st_size else "empty")
+        size = file_size(path)
+        stats.reading.add_unread(path, "only white space" if size else "empty", size)
     while first:
         yield first.pop()  # pop: keep no reference to a yielded row
     yield from rows

@@ -20,6 +20,7 @@ from urllib.parse import unquote
 from rorchat.errors import UsageError, did_you_mean
 from rorchat.reading.encodings import COMPRESSIONS
 from rorchat.reading.formats import READERS
+from rorchat.reading.zip_files import file_exists
 from rorchat.sources.base import Source
 from rorchat.sources.columns import all_roles, check_roles, quote_column, takes_columns
 from rorchat.sources.hub_dataset import HubDataset
@@ -55,21 +56,21 @@ def parse_location(source: Source, where: str) -> Location:
     if not where:
         return Location()
     path = Path(where).expanduser()
-    if path.exists():
+    if file_exists(path):
         _tell_precedence(where)
         return Location(path)
     match = _WHERE.fullmatch(where)
     base, options, revision = match.group("base", "options", "revision") if match else (where, "", None)
     local, hub = Path(base).expanduser(), _match_hub_name(base)
     own = None if base else HubDataset.of_source(source)  # `alpaca=@COMMIT`
-    if not hub and not own and (not base or not local.exists()):
+    if not hub and not own and (not base or not file_exists(local)):
         return Location(path)
     values = _parse_options(source, options, where)
     columns = {role: column for role, column in values.items() if role not in HUB_OPTIONS}
     if columns:
         check_roles(source.name, columns)
     for_hub = bool(revision) or len(columns) < len(values)  # a local path has no revision or split
-    if base and local.exists() and not (hub and for_hub):
+    if base and file_exists(local) and not (hub and for_hub):
         if for_hub:
             raise UsageError(
                 f"{base} is a local path, which has no revision, split or streaming: omit them in {where!r}."
@@ -147,7 +148,7 @@ def format_columns(columns: Mapping[str, str]) -> str:
 def _insert_options(spec: str, options: str) -> str:
     """A spec with options before its revision. Nothing is added twice."""
     name, _, where = spec.partition("=")
-    if Path(where).expanduser().exists():
+    if file_exists(Path(where).expanduser()):
         return f"{name}={where}{options}"
     match = _WHERE.fullmatch(where)
     if match is None or options in match["options"]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rorchat.reading.encodings import read_text
+from rorchat.reading.encodings import content_suffix, read_text
 from rorchat.reading.formats import read_rows
 from rorchat.rows import ConvertedRow, RejectedRow, decode_byte_literal, exchange, get_text
 
@@ -33,7 +33,7 @@ def read(path: Path) -> Iterator[tuple[str, object]]:
 
     A question that is followed by another question, or by nothing, gets an empty answer.
     """
-    if not re.search(r"\.txt(\.(gz|zst))?$", path.name):
+    if content_suffix(path) != ".txt":
         yield from read_rows(path)
         return
     text = read_text(path)

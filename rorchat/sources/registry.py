@@ -15,9 +15,12 @@ from rorchat import sources
 from rorchat.errors import DataError, RorchatError, UsageError, did_you_mean
 from rorchat.persona import Persona, load_persona
 from rorchat.reading.folders import files_digest
+from rorchat.reading.listing import is_folder
 from rorchat.reading.long_texts import cut_apart
+from rorchat.reading.notes import ReadingNotes
 from rorchat.reading.parts import split_files
 from rorchat.reading.slices import FileSlice
+from rorchat.reading.zip_files import file_size
 from rorchat.rows import CHECKS, ConvertedRow, RejectedRow
 from rorchat.sources.base import REMEDIES, PlacedRow, RowStats, Source, to_printable
 from rorchat.sources.columns import (
@@ -38,7 +41,7 @@ from rorchat.sources.extra_columns import (
     refuse_unusable,
 )
 from rorchat.sources.hub_dataset import HubDataset, HubRows, open_rows, resolve
-from rorchat.sources.local_files import find_source_files, find_unread_files, read_slice
+from rorchat.sources.local_files import find_source_files, note_unread_files, read_slice
 from rorchat.sources.location import Location, format_spec, parse_location
 
 CHAT_PREFIX = "chat:"  # prefix of a source's name that selects its conversations
@@ -239,24 +242,25 @@ class SourceRows:
         return row
 
 
-def require_kept_rows(stats: RowStats) -> None:
-    """Raises a DataError unless at least one row was kept."""
+def require_kept_rows(stats: RowStats, advice: str = "") -> None:
+    """Raises a DataError, which names the reasons that took the rows, unless at least one row was kept.
+
+    Args:
+        advice: what to do if the most frequent reason is not about columns; empty to correct the rows.
+    """
     if not stats.rows_in:
         unread = stats.reading.describe_unread(stats.source.partition("=")[2])
         raise DataError(
             to_printable(f"{stats.source} is empty: it has no rows{f'. Not read: {unread}' if unread else ''}.")
         )
     if not stats.kept:
-        reasons = [
-            f"{count:,} {reason}, first at {stats.places[reason][0]}" for reason, count in stats.most_frequent_rejects()
-        ]
-        if advice := columns_advice(stats):
-            raise DataError(f"No row of {stats.source} can be used: {'; '.join(reasons)}. {advice}")
         remedies = "".join(f"{REMEDIES[reason]} " for reason in stats.rejects if reason in REMEDIES)
-        raise DataError(
-            f"No row of {stats.source} can be used: {'; '.join(reasons)}. {remedies}Correct them "
-            f"(`rorchat data check {stats.source} --rejects FILE` lists them all), or use another source."
+        correct = (
+            f"{remedies}Correct them (`rorchat data check {stats.source} --rejects FILE` lists them all), or use "
+            "another source."
         )
+        advice = columns_advice(stats) or advice or correct
+        raise DataError(to_printable(f"No row of {stats.source} can be used: {stats.describe_rejects()}. {advice}"))
 
 
 def columns_advice(stats: RowStats) -> str:
@@ -326,7 +330,7 @@ def load_rows(
     elif location.path:
         slices = part.slices if part else [FileSlice(file) for file in find_source_files(source, location.path)]
         raw = _gather_rows(source, (read_slice(source, file_slice, stats) for file_slice in slices))
-        stats.reading.unread = {} if part else unread_files(spec)
+        stats.reading = ReadingNotes() if part else note_unread(spec)
     else:
         hub = open_hub_rows(spec)
         raw = _gather_rows(source, [hub.read(*(part.rows if part and part.rows else ()))])
@@ -384,7 +388,7 @@ def source_parts(spec: str) -> list[SourcePart]:
     if path := local_path(spec):
         files = find_source_files(source, path)
         if source.gather and not source.restarts_per_file:
-            return [SourcePart(tuple(FileSlice(file, bytes=file.stat().st_size) for file in files))]
+            return [SourcePart(tuple(FileSlice(file, bytes=file_size(file)) for file in files))]
         return [SourcePart(slices) for slices in split_files(files, divide=not source.gather and not source.read)]
     hub = open_hub_rows(spec)
     if hub.is_streamed:
@@ -394,10 +398,14 @@ def source_parts(spec: str) -> list[SourcePart]:
     return [SourcePart(rows=(start, min(start + step, rows))) for start in range(0, rows, max(1, step))]
 
 
-def unread_files(spec: str) -> dict[str, str]:
-    """The files of a local folder that a source does not read -> the reasons; empty for other sources."""
+def note_unread(spec: str) -> ReadingNotes:
+    """Notes about the files of a local folder or zip archive that a source does not read; empty for other sources.
+
+    Raises:
+        DataError: the folder has no file that the source can read.
+    """
     source, folder = split_spec(spec)[0], local_path(spec)
-    return find_unread_files(source, folder) if folder is not None and folder.is_dir() else {}
+    return note_unread_files(source, folder) if folder is not None and is_folder(folder) else ReadingNotes()
 
 
 def source_digest(spec: str, persona: Persona | None = None) -> str:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from rorchat.reading.encodings import content_suffix
 from rorchat.reading.formats import read_rows
 from rorchat.reading.text import read_lines
 from rorchat.rows import get_text
@@ -39,7 +40,7 @@ _DETOKENIZE = (  # (pattern, replacement)
 
 def read(path: Path) -> Iterator[tuple[str, object]]:
     """The lines of an original file, including empty ones, or the rows of another format."""
-    if path.name.startswith("wiki.") or path.suffix in (".tokens", ".raw", ".txt"):
+    if path.name.startswith("wiki.") or content_suffix(path) in (".tokens", ".raw", ".txt"):
         lines = read_lines(path, keep_empty=True)
         return ((place, {"text": line} if isinstance(line, str) else line) for place, line in lines)
     return read_rows(path)

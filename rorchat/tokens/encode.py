@@ -278,6 +278,15 @@ def _chunks(texts: Sequence[str]) -> Iterator[str]:
         yield "".join(gathered)
 
 
+def word_lengths(text: str) -> Iterator[int]:
+    """The bytes of each word of a text, split by GPT-2's pattern: no word of SPLIT_PATTERN is longer."""
+    from tokenizers import Regex, pre_tokenizers
+
+    split = pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated")
+    for chunk in _chunks([text]):
+        yield from (len(word.encode()) for word, _ in split.pre_tokenize_str(chunk.removeprefix("\0")))
+
+
 def splitting_pattern(backend: dict) -> str | None:
     """The pattern by which a tokenizer splits texts into words; None if it is not supported here.
 

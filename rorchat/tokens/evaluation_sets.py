@@ -8,13 +8,14 @@ from pathlib import Path
 
 from rorchat.errors import DataError
 from rorchat.reading.encodings import LONGEST_LINE, content_suffix, read_text
-from rorchat.reading.folders import files_digest, find_files, is_hidden
+from rorchat.reading.folders import files_digest, find_files, refuse_unknown_suffix
 from rorchat.reading.formats import READERS, read_rows
+from rorchat.reading.listing import READ_ALREADY, is_folder, list_files
+from rorchat.reading.zip_files import file_exists
 from rorchat.rows import RejectedRow
 from rorchat.sources.registry import find_source, list_sources, load_rows, source_digest
 
 _TABLES = {".csv", ".tsv"}  # read without a header, because MMLU's files have none
-_READABLE = {*READERS, ".arrow"}
 # Files that accompany an evaluation set and contain no text of it
 _COMPANIONS = {"", ".lst", ".yaml", ".yml", ".png", ".jpg", ".pdf", ".html", ".sh", ".cff", ".bib"}
 
@@ -30,18 +31,19 @@ class EvaluationSet:
 
     @property
     def is_source(self) -> bool:
-        return self.given.partition("=")[0] in list_sources() and not Path(self.given).expanduser().exists()
+        return self.given.partition("=")[0] in list_sources() and not file_exists(Path(self.given).expanduser())
 
     def paths(self) -> tuple[list[Path], list[Path]]:
         """(files that are read, other files in the folder); both are empty for a source."""
         path = Path(self.given).expanduser()
         if self.is_source:
             return [], []
-        if not path.is_dir():
-            return ([path] if path.suffix == ".arrow" and path.is_file() else find_files(path, ("**/*",))), []
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not is_hidden(file, path))
-        readable = [file for file in files if content_suffix(file) in _READABLE]
-        return readable, [file for file in files if content_suffix(file) not in _READABLE]
+        if not is_folder(path):
+            return find_files(path, ("**/*",)), []
+        listing = list_files(path, every_split=True)
+        others = {file for file in listing.files if refuse_unknown_suffix(file)}
+        missing = {link for link, why in listing.left_out.items() if why != READ_ALREADY}
+        return [file for file in listing.files if file not in others], sorted(others | missing)
 
     def files(self) -> Iterator[tuple[str, Iterable[object]]]:
         """(name, rows) of every file, or of the source.
@@ -59,7 +61,7 @@ class EvaluationSet:
             more = f" ({len(unknown) - 1} other files cannot be read either)" if unknown[1:] else ""
             raise DataError(
                 f"The evaluation text of {unknown[0]} cannot be read{more}: name the readable files one by one, or "
-                f"convert it to one of {', '.join(sorted(_READABLE))}."
+                f"convert it to one of {', '.join(sorted(READERS))}."
             )
         for file in readable:
             yield "/".join(file.parts[-2:]), _read_rows(file)
@@ -89,7 +91,7 @@ class EvaluationSet:
         if self.is_source:
             return source_digest(self.given)
         path = Path(self.given).expanduser()
-        if not path.exists():
+        if not file_exists(path):
             return ""
         return files_digest(self.paths()[0], path if path.is_dir() else path.parent)
 
@@ -103,7 +105,7 @@ def _read_rows(file: Path) -> Iterator[object]:
     suffix = content_suffix(file)
     if suffix in _TABLES:
         return _read_table(file)
-    return _read_arrow(file) if suffix == ".arrow" else _require_readable(read_rows(file))
+    return _require_readable(read_rows(file))
 
 
 def _require_readable(rows: Iterable[tuple[str, object]]) -> Iterator[object]:
@@ -122,16 +124,3 @@ def _read_table(file: Path) -> Iterator[list[str]]:
         yield from csv.reader(io.StringIO(text, newline=""), delimiter="\t" if content_suffix(file) == ".tsv" else ",")
     except csv.Error as error:
         raise DataError(f"The evaluation text of {file} cannot be read: {error}.") from None
-
-
-def _read_arrow(file: Path) -> Iterator[dict]:
-    """The rows of a file from `datasets.Dataset.save_to_disk`."""
-    import pyarrow
-
-    try:
-        with pyarrow.memory_map(str(file)) as data, pyarrow.ipc.open_stream(data) as batches:
-            for batch in batches:
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, ValueError) as error:
-        message = " ".join(str(error).split())[:120]
-        raise DataError(f"The evaluation text of {file} cannot be read: {message}.") from None

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from rorchat.errors import DataError
+from rorchat.reading.filters import FILTER_REASONS
 from rorchat.rows import RejectedRow
 from rorchat.sources.base import RowStats
 from rorchat.sources.registry import require_kept_rows
@@ -43,7 +44,7 @@ def merge_shards(staging: Path, manifest: Manifest, n_parts: int, stats: RowStat
         with np.load(staging / f"part-{number:05d}.documents.npz") as table:
             tables.append({key: table[key] for key in table.files})
     _mark_duplicates(staging, tables, stats)
-    require_kept_rows(stats)
+    require_kept_rows(stats, _advise(manifest, stats))
     _fill_empty_split(staging, tables, manifest, stats)
     writer = StoreWriter(staging, manifest)
     for split in SPLITS:
@@ -55,6 +56,14 @@ def merge_shards(staging: Path, manifest: Manifest, n_parts: int, stats: RowStat
     manifest.decoded = {name: len(paths) for name, paths in sorted(stats.reading.decoded.items())}
     writer.close()
     return stats
+
+
+def _advise(manifest: Manifest, stats: RowStats) -> str:
+    """What to do if most rows were rejected by a filter; otherwise empty."""
+    thresholds = [f"{name} {value:g}" for name, value in manifest.filters.items()]
+    if not thresholds or not {reason for reason, _ in stats.most_frequent_rejects()[:1]} & FILTER_REASONS:
+        return ""
+    return f"Loosen the filters ({', '.join(thresholds)}), or use another source."
 
 
 def _mark_duplicates(staging: Path, tables: list[Table], stats: RowStats) -> None:
@@ -93,7 +102,7 @@ def _fill_empty_split(staging: Path, tables: list[Table], manifest: Manifest, st
     if order is None:
         raise OneDocumentError(
             f"{manifest.source} has one {manifest.kind}, which cannot be divided between training and validation: "
-            "give more."
+            f"give more.{f' Rejected were {stats.describe_rejects()}.' if stats.rejects else ''}"
         )
     places = []
     for number, (column, table) in enumerate(zip(orders, tables, strict=True)):

@@ -25,11 +25,11 @@ from rorchat.sources.registry import (
     hub_record,
     is_pin_of,
     local_path,
+    note_unread,
     pin_spec,
     source_digest,
     source_licence,
     source_parts,
-    unread_files,
 )
 from rorchat.tokenizer import chat_template_sha256, tokenizer_sha256
 from rorchat.tokens.decontamination import EvaluationText
@@ -101,7 +101,9 @@ def prepare(
         evaluation=evaluation_digests(evaluation or []),
         long_texts=source.long_texts.target if source.long_texts else 0,
     )
-    if not folder.exists():
+    if folder.exists():
+        _print_unread(spec)
+    else:
         _require_outside_source(spec, folder)
         with folder_lock(folder):
             if not folder.exists():  # another process may have created it while this one waited for the lock
@@ -153,7 +155,7 @@ def _tokenize_and_merge(job: ShardTokenizer, expected: Manifest, parts: list[Sou
     def run() -> RowStats:
         tokenize_parts(job, parts, workers)
         stats = RowStats(expected.source, expected.licence, limits=limits, hub=hub_record(expected.source))
-        stats.reading.unread = unread_files(job.spec)
+        stats.reading = note_unread(job.spec)
         return merge_shards(job.folder, expected, len(parts), stats)
 
     try:
@@ -176,6 +178,16 @@ def _resume_or_clear(staging: Path, expected: Manifest) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         path.write_text(content, encoding="utf-8")
+
+
+def _print_unread(spec: str) -> None:
+    """Names the files that a source does not read; if they are gone, a complete store is still valid."""
+    try:
+        unread = RowStats(spec, reading=note_unread(spec)).describe_unread()
+    except DataError:
+        return
+    if unread and os.environ.get("RANK", "0") == "0":
+        print(f"{spec}: {unread}", file=sys.stderr)  # noqa: T201
 
 
 def _has_manifest(staging: Path) -> bool:

@@ -112,6 +112,12 @@ class Manifest:
         """The sum of `tokens`, `documents` or `utf8_bytes` over the shards of a split."""
         return sum(getattr(shard, key) for shard in self.shards if shard.split == split)
 
+    def describe_rejects(self) -> str:
+        """A sentence about the rows that were rejected, after a space; empty if none were."""
+        reasons = sorted(self.rejects.items(), key=lambda item: -item[1])
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
+        return f" Of {self.rows_in:,} rows, {self.kept:,} were kept: {listed}." if listed else ""
+
     def content_sha256(self) -> str:
         """A digest of the content of the arrays, independent of the location of the store."""
         lines = [" ".join(filter(None, (s.split, s.sha256, s.untrained_sha256))) + "\n" for s in self.shards]

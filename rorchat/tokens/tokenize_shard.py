@@ -10,7 +10,7 @@ part-00012.json                                    identity and counts of the pa
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +21,21 @@ from rorchat.files import fsync_file, to_json, write_atomically
 from rorchat.persona import Persona
 from rorchat.reading.filters import Filters
 from rorchat.reading.long_texts import divide
-from rorchat.rows import RejectedRow, row_text
-from rorchat.sources.base import RowStats
+from rorchat.rows import row_text
 from rorchat.sources.registry import SourcePart, SourceRows, load_rows
 from rorchat.tokens.decontamination import EvaluationText
-from rorchat.tokens.encode import Encoder, WordTooLongError
+from rorchat.tokens.encode import Encoder
+from rorchat.tokens.kept_rows import KeptRow, RowFilter
 from rorchat.tokens.store import SPLITS
 from rorchat.tokens.store_writer import ArrayWriter
-from rorchat.validation_split import exact_digest, is_validation_digest, text_digest
+from rorchat.validation_split import is_validation_digest
+
+Span = tuple[int, int]  # start and end in the ids of a document
 
 BATCH_CHARACTERS = 2**22
 PART_VERSION = 2  # of the files of a part: those of an earlier version are not resumed
 # An empty part must write tables of the same dtypes as any other
 _TABLE_DTYPES = {"split": bool, "tokens": np.int64, "bytes": np.int64, "digest": np.uint64, "untrained": np.int64}
-
-
-@dataclass(frozen=True)
-class _Document:
-    place: str
-    row: dict
-    text: str
-    digest: bytes
-    untrained: tuple[tuple[int, int], ...] = ()  # start and end, in its ids, of every message that is not learned
 
 
 @dataclass
@@ -71,13 +64,15 @@ class ShardTokenizer:
         """
         name = f"part-{number:05d}"
         rows = load_rows(self.spec, self.kind, seed=self.seed, persona=self.persona, part=part)
+        row_filter = RowFilter(self.kind, self.filters, self.evaluation)
         writers = {split: ArrayWriter(self.folder / f"{name}.{split}.npy", self.encoder.dtype) for split in SPLITS}
         table: dict[str, list] = {key: [np.empty(0, dtype)] for key, dtype in _TABLE_DTYPES.items()}
         n_documents = 0
         # Places contain file names, which need not be valid UTF-8
         with open(self.folder / f"{name}.places.txt", "w", encoding="utf-8", errors="surrogateescape") as places:
             for batch in _batches(_divide(rows) if self.divides else _with_places(rows)):
-                documents, ids, lengths = self._encode(self._filter(batch, rows.stats), rows.stats)
+                documents = [kept for place, row in batch if (kept := row_filter.check(place, row, rows))]
+                ids, lengths, untrained = self._encode(documents)
                 is_validation = np.array(
                     [is_validation_digest(d.digest, self.validation_share) for d in documents], dtype=bool
                 )
@@ -85,13 +80,13 @@ class ShardTokenizer:
                     if chosen.any():
                         writer.write(ids if chosen.all() else ids[np.repeat(chosen, lengths)])
                 sizes = [_utf8_bytes(document.text) for document in documents]
-                spans = [(number, *span) for number, d in enumerate(documents, n_documents) for span in d.untrained]
+                spans = [(number, *span) for number, all_of in enumerate(untrained, n_documents) for span in all_of]
                 table["untrained"].append(np.array(spans, dtype=np.int64).ravel())
                 n_documents += len(documents)
                 table["split"].append(is_validation)
                 table["tokens"].append(lengths)
                 table["bytes"].append(np.array(sizes, dtype=np.int64))
-                digests = b"".join(exact_digest(document.row, document.digest) for document in documents)
+                digests = b"".join(document.exact_digest for document in documents)
                 table["digest"].append(np.frombuffer(digests, dtype=np.uint64))
                 places.writelines(document.place.replace("\n", " ") + "\n" for document in documents)
                 progress(len(documents), sum(sizes), len(ids))
@@ -108,47 +103,22 @@ class ShardTokenizer:
         """What identifies a part that has been tokenized."""
         return {"part": part.record(), "divides": self.divides}
 
-    def _filter(self, batch: list[tuple[str, dict]], stats: RowStats) -> list[_Document]:
-        """The rows that pass the filters and have no text in common with the evaluation sets."""
-        documents = []
-        for place, row in batch:
-            text = row_text(row)
-            try:
-                self.filters.check(text)
-                if self.evaluation is not None:
-                    self.evaluation.check(text)
-            except RejectedRow as rejected:
-                stats.withdraw(place, rejected)
-                continue
-            documents.append(_Document(place, row, text, text_digest(text)))
-        return documents
-
-    def _encode(self, documents: list[_Document], stats: RowStats) -> tuple[list[_Document], np.ndarray, np.ndarray]:
-        """(documents that can be encoded, all their ids, the number of ids of each)."""
+    def _encode(self, documents: list[KeptRow]) -> tuple[np.ndarray, np.ndarray, list[list[Span]]]:
+        """(all ids, the number of ids of each document, the spans of its ids that are not learned)."""
         if self.kind == "conversation":
             return self._encode_conversations(documents)
-        try:
-            return documents, *self.encoder.encode([document.text for document in documents])
-        except WordTooLongError:  # find the documents that cause it
-            encoded, kept = [], []
-            for document in documents:
-                try:
-                    encoded.append(self.encoder.encode([document.text])[0])
-                    kept.append(document)
-                except WordTooLongError as error:
-                    stats.withdraw(document.place, RejectedRow("over-long", str(error)))
-            return kept, *_concatenate(encoded, self.encoder.dtype)
+        return *self.encoder.encode([document.text for document in documents]), [[] for _ in documents]
 
-    def _encode_conversations(self, documents: list[_Document]) -> tuple[list[_Document], np.ndarray, np.ndarray]:
+    def _encode_conversations(self, documents: list[KeptRow]) -> tuple[np.ndarray, np.ndarray, list[list[Span]]]:
         """Conversations in the chat format, with control tokens, each after an `<|endoftext|>`."""
         conversations = [document.row["messages"] for document in documents]
         encoded = encode_conversations(self.tokenizer, conversations, encode=self.encoder.encode_texts)
-        rows, marked = [], []
-        for document, conversation in zip(documents, encoded, strict=True):
+        rows, untrained = [], []
+        for conversation in encoded:
             assert conversation is not None, "without `max_length`, every conversation fits"
             rows.append([self.encoder.end_of_text, *conversation.input_ids])
-            marked.append(replace(document, untrained=tuple((a + 1, b + 1) for a, b in conversation.untrained)))
-        return marked, *_concatenate(rows, self.encoder.dtype)
+            untrained.append([(start + 1, stop + 1) for start, stop in conversation.untrained])
+        return *_concatenate(rows, self.encoder.dtype), untrained
 
 
 def _utf8_bytes(text: str) -> int:

@@ -14,7 +14,7 @@ from rorchat.mixture.mixture_file import name_sources
 from rorchat.persona import load_persona
 from rorchat.rows import RejectedRow
 from rorchat.sources.base import RowStats
-from rorchat.sources.registry import load_rows
+from rorchat.sources.registry import load_rows, require_kept_rows
 from rorchat.validation_split import (
     choose_for_empty_split,
     describe_moved,
@@ -93,6 +93,7 @@ def load_split(arguments, kind: str, encode: Encode) -> Split:
                 digest = text_digest(text)
                 is_validation = is_validation_digest(digest, arguments.validation_share)
                 rows.append(_Row(encoded, row["place"], hash_order(digest), is_validation, len(row_stats)))
+        require_kept_rows(source.stats, _advise(source.stats))
         row_stats.append(source.stats)
     moved = _move_rows(rows, kind, arguments, row_stats)
     in_validation = [row.is_validation != (row.order == moved) for row in rows]
@@ -123,6 +124,13 @@ def limit_split(split: Split, columns: Sequence[str], max_tokens: int, reply_tok
     return (split._replace(validation=limited) if share < 1 else split), share
 
 
+def _advise(stats: RowStats) -> str:
+    """What to do if most rows do not fit into the context window; otherwise empty."""
+    if [reason for reason, _ in stats.most_frequent_rejects()[:1]] != ["over-long"]:
+        return ""
+    return "Give a larger max_length, if the model has the positions, or shorter rows."
+
+
 def divide_by_source(validation: Dataset, specs: list[str], counts: list[int]) -> dict[str, Dataset]:
     """The validation rows of each source, by its name. Sources without validation rows are left out."""
     ends = accumulate(counts)
@@ -145,6 +153,7 @@ def _move_rows(rows: list[_Row], kind: str, arguments, row_stats: list[RowStats]
             f"{len(rows) - in_validation} {kind}s to train on and {in_validation} to validate on, with "
             f"validation_share {arguments.validation_share} of {', '.join(arguments.sources)}: both are needed, and "
             f"rows with the same {SPLIT_BY[kind]} stay together. Give more data."
+            + "".join(f" Of {s.source} were rejected: {s.describe_rejects()}." for s in row_stats if s.rejects)
         )
     for number, stats in enumerate(row_stats):
         places = [row.place for row in rows if row.order == moved and row.source == number]

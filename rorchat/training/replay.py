@@ -4,6 +4,8 @@ A few per cent of the tokens prevent most of the loss (Ibrahim et al. 2024, arXi
 The seed determines which documents are replayed; documents of the validation split never are.
 """
 
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,7 +83,10 @@ def _read_store(folder: Path, tokenizer, seed: int) -> Iterator[list[int]]:
 def _read_source(spec: str, tokenizer, seed: int, validation_share: float) -> Iterator[list[int]]:
     """Training documents of a source, in order."""
     texts: list[str] = []
-    for row in load_rows(spec, "document", seed=seed):
+    rows = load_rows(spec, "document", seed=seed)
+    if (unread := rows.stats.describe_unread()) and os.environ.get("RANK", "0") == "0":
+        print(f"replay of {spec}: {unread}", file=sys.stderr)  # noqa: T201
+    for row in rows:
         if is_validation_text(row["text"], validation_share):
             continue
         texts.append(row["text"])

@@ -203,10 +203,39 @@ def test_check_names_files_not_read_and_counts_rows_of_another_format(tmp_path):
     (tmp_path / "train-1.jsonl").write_text(json.dumps({"text": "It was."}) + "\n")
     (tmp_path / "other.txt").write_text("Left alone.")
     output = succeeded("check", f"prose={tmp_path}")
-    assert "1 of 1 rows kept" in output and "1 file not read: other.txt (not one of the files of prose)" in output
+    assert (
+        "1 of 1 rows kept" in output
+        and "1 file not read (35% of the bytes): other.txt (not one of the files of prose)" in output
+    )
     rows = [{"text": f"It was {n}."} for n in range(40)] + [{"else": n} for n in range(10)]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "10 rows have a different format than 'text'" in succeeded("check", tmp_path / "mixed.jsonl")
+
+
+def test_check_makes_a_table_of_a_folder_of_several_formats(saved, tmp_path):
+    folder = tmp_path / "mine"
+    write(folder, "chats/a.jsonl", [chat_row(f"Hello {n}") for n in range(5)] + [chat_row("a", "")])
+    write(folder, "letter.txt", "Dear reader, it was.")
+    write(folder, "pairs.jsonl", [{"prompt": "What is red?", "chosen": "A colour.", "rejected": "No."}] * 3)
+    write(folder, "numbers.jsonl", [{"a": 1}])
+    write(folder, "cover.png", b"\x89PNG" * 99)
+    output = succeeded("check", folder, "--rejects", tmp_path / "rejects.jsonl")
+    rows = {cells[0]: cells[1:] for cells in map(cells_of, output.splitlines()) if len(cells) == 5}
+    assert {name: rows[name] for name in sorted(rows) if "." in name} == {
+        "chats/a.jsonl": ["messages", "6", "5", "1 empty reply"],
+        "letter.txt": ["text", "1", "1", "none"],
+        "numbers.jsonl": ["-", "-", "-", "no row has a known format"],
+        "pairs.jsonl": ["preference", "3", "1", "2 duplicate"],
+    }
+    assert "4 files: 7 of 10 rows kept" in output
+    assert re.search(r"^1 file not read \(\d\d% of the bytes\): cover.png \(unknown suffix .png", output, re.MULTILINE)
+    rejects = [json.loads(line)["reason"] for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert rejects == ["empty reply", "duplicate", "duplicate"]
+    assert "choose another file" in refused(2, "check", folder, "--rejects", folder / "rejects.jsonl")
+    output = succeeded("check", folder, "--tokenizer", saved, "--max_length", 20, "--min_characters", 12)
+    assert "letter.txt" in output and "too short" in output and "over-long" in output
+    assert f"text={folder}: 1 of 11 rows kept" in succeeded("check", folder, "--as", "text")  # as one source
+    assert "No row of" in refused(65, "check", folder, "--min_characters", 10_000)
 
 
 # -- show ------------------------------------------------------------------------------------------------------------
@@ -258,6 +287,13 @@ def test_neighbouring_tokens_have_different_shades_and_control_tokens_are_bold()
     tokens = [ShownToken("a", True, False), ShownToken("b", True, False), ShownToken("<|im_end|>", True, True)]
     colours = re.findall("\033\\[30;48;5;(\\d+)m(\033\\[1m)?(a|b|<\\|im_end\\|>)\033\\[0m", format_in_colour(tokens))
     assert colours == [("114", "", "a"), ("157", "", "b"), ("114", "\033[1m", "<|im_end|>")]
+
+
+def test_show_names_files_that_are_not_read(saved, tmp_path):
+    write(tmp_path, "a.txt", "It was.")
+    write(tmp_path, "b.png", b"\x89PNG")
+    done = command("data", "show", f"text={tmp_path}", "--tokenizer", saved)
+    assert done.returncode == 0 and done.stderr.startswith("1 file not read (36% of the bytes): b.png (unknown suffix")
 
 
 def test_show_prints_documents_and_both_sides_of_a_preference(saved, tmp_path):

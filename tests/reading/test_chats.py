@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support import chat_row, read_source, write
 
-from rorchat.inspection import guess_row_format
+from rorchat.inspection.guess import guess_row_format
 from rorchat.reading import whatsapp
 from rorchat.reading.chats import read_chats
 from rorchat.reading.slices import FileSlice

@@ -4,6 +4,7 @@ import copy
 import gzip
 import io
 import json
+import lzma
 import random
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from support import CONVERTING
 
 from rorchat.chatml import END_OF_TEXT
 from rorchat.errors import DataError, RorchatError
-from rorchat.inspection import check_source, guess_row_format
+from rorchat.inspection import check_source
+from rorchat.inspection.guess import guess_row_format
 from rorchat.rows import CHECKS
 from rorchat.sources.registry import find_source, load_rows
 
@@ -31,7 +33,7 @@ GATHERING = [name for name in CONVERTING if find_source(name).gather]  # their r
 REPLACEMENTS = [
     None, 0, -1, 7, 1e308, float("nan"), 10**400, True, False,
     "", " \n\t", "\0", "a\x07b\x9fc", "\x1b[31mred", "\ud83d", "a\udfff", "b'a literal'", 'b"' + "\\xff" * 9 + '"',
-    "﻿mark", "x" * 100_000, "<|endoftext|>", "robot", "\r\n", "é" * 3,
+    "﻿mark", "x" * 60_000, "<|endoftext|>", "robot", "\r\n", "é" * 3,
     [], [None], [[]], [{}], ["a", 5], [{"role": "robot", "content": "a"}], [{"from": "gpt"}],
     {}, {"a": 1}, {"": None}, {"role": "user"}, {"text": "a"}, {"content": {"parts": ["a"]}},
 ]  # fmt: skip
@@ -301,9 +303,27 @@ def peak(*words: object) -> int:
     return int(taken)
 
 
+def write_texts(path: Path, texts: list[str]) -> None:
+    form = path.name.partition(".")[2]
+    if form == "arrow":
+        batches = pyarrow.Table.from_pylist([{"text": text} for text in texts]).to_batches()
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, batches[0].schema) as stream:
+            stream.write_batch(batches[0])
+    elif form == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            archive.writestr("texts.txt", END_OF_TEXT.join(texts))
+    else:
+        with lzma.open(path, "wt", preset=0) if form.endswith(".xz") else path.open("w", encoding="utf-8") as file:
+            for text in texts:
+                file.write(text + END_OF_TEXT if form == "txt" else json.dumps({"text": text}) + "\n")
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "command"), [("txt", "check"), ("jsonl", "prepare")])
+@pytest.mark.parametrize(
+    ("form", "command"),
+    [("txt", "check"), ("jsonl", "prepare"), ("jsonl.xz", "check"), ("arrow", "check"), ("zip", "check")],
+)
 def test_a_line_takes_less_than_three_times_its_size(form, command, saved, tmp_path):
     taken = {}
     for size in (1, LARGE):
@@ -312,15 +332,13 @@ def test_a_line_takes_less_than_three_times_its_size(form, command, saved, tmp_p
             *(f"A story of {number} small words." for number in range(99)),
         ]
         path = tmp_path / f"{size}.{form}"
-        with path.open("w") as file:
-            for text in texts:
-                file.write(text + END_OF_TEXT if form == "txt" else json.dumps({"text": text}) + "\n")
+        write_texts(path, texts)
         texts.clear()
         options = ["--tokenizer", saved, "--out", tmp_path / f"{size}", "--workers", 1]
         options += ["--validation_share", 0.2]
         taken[size] = peak(command, f"text={path}", *(options if command == "prepare" else []))
     smallest, largest = taken.values()
-    if form == "txt":  # read and cut in pieces
+    if form in ("txt", "zip"):  # read and cut in pieces
         assert largest - smallest < 0.5 * LARGE
     else:
         assert LARGE < largest - smallest < 3 * LARGE

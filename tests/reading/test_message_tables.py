@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from support import chat_row, read_source, write
 
-from rorchat.inspection import guess_row_format
+from rorchat.inspection.guess import guess_row_format
 from rorchat.reading import parts
 from rorchat.reading.message_tables import gather_trees
 from rorchat.sources.registry import load_rows, source_parts

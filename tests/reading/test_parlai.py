@@ -3,7 +3,7 @@
 import pytest
 from support import chat_row, read_source, write
 
-from rorchat.inspection import guess_row_format
+from rorchat.inspection.guess import guess_row_format
 from rorchat.reading.parlai import begins_dialogue
 
 PERSONA_CHAT = """\

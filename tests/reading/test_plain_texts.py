@@ -9,7 +9,7 @@ from support import SENTENCES, read_source, write
 
 from rorchat.reading import plain_texts
 from rorchat.reading.long_texts import Limits, cut
-from rorchat.sources.registry import load_rows, unread_files
+from rorchat.sources.registry import load_rows, note_unread
 
 TEXT = "\n\n".join(f"{number}. " + " ".join(SENTENCES[:20]) for number in range(60)) + "\n"
 
@@ -110,10 +110,9 @@ def test_files_without_text_are_named_with_the_reason(tmp_path):
     }  # fmt: skip
     assert len(rows) + len(unread) == len(contents) - 1 == loaded.stats.reading.files + len(unread)
     line = str(loaded.stats).splitlines()[-1]
-    assert line.startswith(
-        "  9 files not read: b.txt (empty), c.txt (only white space), d.txt (a PNG picture), e.png ("
-    )
-    assert set(unread_files(loaded.spec)) < set(loaded.stats.reading.unread)
+    assert re.match(r"  9 files not read \(\d\d% of the bytes\): ", line)  # the largest first
+    assert line.endswith(", b.txt (empty), l.empty (empty)")
+    assert set(note_unread(loaded.spec).unread) < set(loaded.stats.reading.unread)
 
 
 def test_only_ten_unread_files_are_printed(tmp_path):
@@ -122,7 +121,7 @@ def test_only_ten_unread_files_are_printed(tmp_path):
         write(tmp_path, f"{number:02d}.png", b"\x89PNG")
     _, loaded = read_source(f"text={tmp_path}", "document")
     line = str(loaded.stats).splitlines()[-1]
-    assert line.startswith("  12 files not read: 00.png (") and line.endswith("), and 2 more")
+    assert line.startswith("  12 files not read (87% of the bytes): 00.png (") and line.endswith("), and 2 more")
 
 
 def test_a_damaged_archive_is_rejected_after_its_readable_text(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from support import as_jsonl, chat_row, read_source, write
 
 from rorchat.errors import DataError
-from rorchat.inspection import guess_row_format
+from rorchat.inspection.guess import guess_row_format
 from rorchat.reading.turns import PAIR_COLUMNS, TURN_COLUMNS, Turn, assign_roles, find_pair, find_turn_column
 from rorchat.rows import RejectedRow
 from rorchat.sources import messages

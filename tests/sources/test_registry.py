@@ -13,7 +13,7 @@ from support import CONVERTING, chat_row, convert_row, json_lines, read_source, 
 from rorchat.errors import DataError, RemoteError, UsageError
 from rorchat.persona import load_persona
 from rorchat.rows import CHECKS, ConvertedRow, RejectedRow
-from rorchat.sources.registry import find_source, iterate_texts, list_sources, load_rows, source_digest, unread_files
+from rorchat.sources.registry import find_source, iterate_texts, list_sources, load_rows, note_unread, source_digest
 
 GENERATING = [name for name in list_sources() if find_source(name).is_generated]
 
@@ -184,7 +184,7 @@ def test_hidden_files_are_ignored(tmp_path):
         write(tmp_path / name, "a.json", '{"text": "good"}')
     write(tmp_path, ".hidden.txt", "bad")
     rows, loaded = read_source(f"text={tmp_path}", "document")
-    assert (rows, loaded.stats.rows_in) == ([{"text": "good"}], 1) and unread_files(loaded.spec) == {}
+    assert (rows, loaded.stats.rows_in) == ([{"text": "good"}], 1) and note_unread(loaded.spec).unread == {}
 
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path):
@@ -198,7 +198,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
 def test_files_beside_those_of_a_source_are_read_too(tmp_path):
     for name in ("movie_conversations.txt", "movie_lines.txt", "README.txt"):
         write(tmp_path, name, "x")
-    assert unread_files(f"cornell_movie_dialogs={tmp_path}") == {
+    assert note_unread(f"cornell_movie_dialogs={tmp_path}").unread == {
         str(tmp_path / "README.txt"): "not one of the files of cornell_movie_dialogs"
     }
 

@@ -215,4 +215,4 @@ def test_the_recipe_names_files_that_are_not_read(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     at = lines.index(f"text={folder}: 1 of 1 rows kept")
     assert lines[at + 1] == "  1 file decoded as Windows-1252: a.txt"
-    assert lines[at + 2] == "  1 file not read: b.png (unknown suffix .png, not text: a PNG picture)"
+    assert lines[at + 2] == "  1 file not read (14% of the bytes): b.png (unknown suffix .png, not text: a PNG picture)"

@@ -249,7 +249,7 @@ def test_a_dataset_saved_to_disk_is_an_evaluation_set(tmp_path, shared_data):
     (file,) = (tmp_path / "saved").glob("*.arrow")
     assert EvaluationText.read([str(file)]).find(numbered(1, 13)).place.endswith(".arrow, row 0")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
-    with pytest.raises(DataError, match=r"\.arrow cannot be read"):
+    with pytest.raises(DataError, match=r"\.arrow, row 0 cannot be read: not Arrow"):
         EvaluationText.read([str(file)])
     text = EvaluationText.read([str(shared_data / "arc")])
     assert [len(begins) for name, begins in text.files if "ARC-Easy-validation/data-" in name] == [570]

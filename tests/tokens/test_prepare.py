@@ -15,6 +15,7 @@ from support import COPIES, DOCUMENTS, KEPT, SHARE, decode, hash_files, json_lin
 from rorchat.chatml import END_OF_TEXT, encode_conversation, encode_text
 from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.files import json_sha256
+from rorchat.mixture.stores import count_rows_per_epoch
 from rorchat.persona import load_persona
 from rorchat.reading import parts as split_parts
 from rorchat.reading.filters import Filters
@@ -377,3 +378,42 @@ def test_marks_are_part_of_the_content_of_a_store_and_are_verified(tokenizer, tm
 
 def strip_marks(messages: list[dict]) -> list[dict]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+
+
+@pytest.mark.parametrize(
+    ("filters", "reason", "thresholds"),
+    [
+        (Filters(min_characters=5000), "too short", "min_characters 5000"),
+        (Filters(max_characters=3), "over-long", "max_characters 3"),
+        (Filters(min_latin=0.1, min_letters=1.0), "few letters", "min_letters 1, min_latin 0.1"),
+    ],
+)
+def test_the_error_names_the_filter_that_took_all_rows(filters, reason, thresholds, tokenizer, tmp_path):
+    spec = write_documents(tmp_path, [f"1{text}1" for text in DOCUMENTS])
+    advice = rf"Loosen the filters \({thresholds}\), or use another source."
+    with pytest.raises(DataError, match=rf"No row of {spec} can be used: \d+ {reason}, first at .*:1 \(.*{advice}"):
+        prepare(spec, tokenizer, tmp_path / "store", validation_share=SHARE, filters=filters)
+    assert [path.name for path in tmp_path.iterdir()] == ["documents.jsonl"]
+
+
+def test_errors_about_too_few_rows_name_what_was_rejected(tokenizer, tmp_path):
+    spec, settings = write_documents(tmp_path, [*DOCUMENTS, "x" * 300]), {"validation_share": SHARE}
+    with pytest.raises(DataError, match=r"has one document.* give more. Rejected were \d+ too short, first at"):
+        prepare(spec, tokenizer, tmp_path / "store", filters=Filters(min_characters=200), **settings)
+    store = prepare(spec, tokenizer, tmp_path / "store", filters=Filters(min_characters=50), **settings)
+    with pytest.raises(
+        DataError, match=rf"one row of 9999: .* Of {len(DOCUMENTS) + 1} rows, 121 were kept: 3 duplicate, 3 too short"
+    ):
+        count_rows_per_epoch([store], 9999)
+
+
+def test_files_that_are_not_read_are_named_when_a_store_is_made_and_when_it_is_opened(tokenizer, tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write_documents(folder, DOCUMENTS)
+    (folder / "cover.png").write_bytes(b"\x89PNG")
+    for _ in range(2):
+        prepare(f"text={folder}", tokenizer, tmp_path / "store", validation_share=SHARE)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "not read" in line]
+        assert len(lines) == 1
+        assert "1 file not read (less than 1% of the bytes): cover.png (unknown suffix .png, not" in lines[0]

@@ -102,3 +102,35 @@ def test_validation_rows_are_limited_evenly_in_every_source(max_tokens, reply_to
 def test_validation_rows_without_names_of_sources_are_limited_too():
     split, share = limit_split(Split(number_rows(3), number_rows(40), [], [40]), ("a",), 40)
     assert share == 0.25 and [row["a"][0] for row in split.validation] == [*range(0, 40, 4)]
+
+
+ALWAYS = {
+    "over-long": "Give a larger max_length, if the model has the positions, or shorter rows.",
+    "empty reply": "Correct them",
+    "identical chosen and rejected": "Correct them",
+}
+
+
+@pytest.mark.parametrize("reason", ALWAYS)
+@pytest.mark.parametrize("rows_per_source", [None, 7])
+def test_the_error_names_the_reason_that_took_all_rows(reason, rows_per_source, pairs):
+    def encode(rows, row_stats):
+        return (RejectedRow(reason, "as tested") for _ in rows)
+
+    count = rows_per_source or 80
+    path = pairs.partition("=")[2]
+    expected = f"No row of {pairs} can be used: {count} {reason}, first at {path}:1 (as tested). {ALWAYS[reason]}"
+    for sources in ([pairs], [f"preference={path}", "persona=60"]):  # one unusable source of two is an error, too
+        with pytest.raises(DataError) as failure:
+            load_split(build_arguments(*sources, rows_per_source=rows_per_source), "preference", encode)
+        assert str(failure.value).startswith(expected) and "\n" not in str(failure.value)
+
+
+def test_the_error_of_an_empty_split_names_what_was_rejected(pairs):
+    def encode(rows, row_stats):
+        first, *others = encode_prompts(rows, row_stats)
+        return [first, *(RejectedRow("over-long") for _ in others)]
+
+    expected = rf"1 preferences to train on and 0 .* Give more data. Of {pairs} were rejected: 79 over-long, first at"
+    with pytest.raises(DataError, match=expected):
+        load_split(build_arguments(pairs, share=1e-9), "preference", encode)

@@ -94,3 +94,10 @@ def test_damaged_document_table_is_named(store, tokenizer):
     np.save(table, starts)
     with pytest.raises(DataError, match=r"train-00000.docs.npy is damaged: its sha256 differs"):
         replay_rows(str(store.folder), tokenizer, 9, 64, 0, SHARE)
+
+
+def test_files_that_are_not_read_are_named(tokenizer, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(" ".join(f"It was sentence number {number}." for number in range(99)))
+    (tmp_path / "b.png").write_bytes(b"\x89PNG")
+    replay_rows(f"text={tmp_path}", tokenizer, 100, 64, 0, 1e-9)
+    assert "1 file not read (less than 1% of the bytes): b.png (unknown suffix" in capsys.readouterr().err
