@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from recipe_commands import ENVIRONMENT, command, inside, launch, metrics_of, recipe, refused, succeeded
-from support import json_lines
+from support import SENTENCES, json_lines
 
 from rorchat.errors import exits_with_one_line
 
@@ -235,9 +235,9 @@ class TestBadInput:
         shutil.copytree(story / "sft" / "model", tmp_path / "mixed")
         from rorchat.tokenizer import train_tokenizer
 
-        train_tokenizer(["a few words"], 320).save_pretrained(tmp_path / "mixed")
+        train_tokenizer(SENTENCES, 512).save_pretrained(tmp_path / "mixed")
         flags = ["--model", tmp_path / "mixed", "--sources", "tinytown=20", "--output_dir", tmp_path / "out"]
-        refused(inside("sft", *flags), 78, "384 embedding rows", "320 tokens")
+        refused(inside("sft", *flags), 78, "384 embedding rows", "512 tokens")
         shutil.copytree(story / "sft" / "model", tmp_path / "other")
         gpt2_tokenizer.save_pretrained(tmp_path / "other")
         refused(inside("sft", "--model", tmp_path / "other", *flags[2:]), 78, "50,257 without added tokens", "384")
