@@ -196,10 +196,14 @@ def read_environment() -> None:
 
 
 def adopt_streams() -> None:
-    """Reads and writes in the encoding of the environment, and receives the Ctrl-C of a terminal."""
-    if encoding := os.environ.get("PYTHONIOENCODING"):
-        for stream in (sys.stdin, sys.stdout, sys.stderr):
-            stream.reconfigure(encoding=encoding)
+    """Reads and writes in the encoding of the environment, and receives the Ctrl-C of a terminal.
+
+    The streams are opened anew: those of the server remember whether its own files could be seeked.
+    """
+    encoding, _, errors = os.environ.get("PYTHONIOENCODING", "utf-8").partition(":")
+    sys.stdin = open(0, encoding=encoding, errors=errors or None, closefd=False)
+    sys.stdout = open(1, "w", encoding=encoding, errors=errors or None, closefd=False)
+    sys.stderr = open(2, "w", buffering=1, encoding=encoding, errors="backslashreplace", closefd=False)
     if os.isatty(0):
         with contextlib.suppress(OSError):  # it is the terminal of pytest
             os.setsid()
