@@ -25,7 +25,7 @@ from rorchat.project.schedule import choose_batch_tokens
 from rorchat.project.sizing import SHAPES
 from rorchat.project.timing import measure_seconds_per_token
 from rorchat.rows import row_text
-from rorchat.sources.registry import load_rows
+from rorchat.sources.registry import find_source, load_rows
 
 
 class Neighbours:
@@ -76,8 +76,14 @@ class Neighbours:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def documents(self) -> bytes:
-        texts = (row_text(row) for spec in self.settings["sources"] for row in load_rows(spec, "document"))
+        """The text that pretraining reads, conversations included."""
+        texts = (row_text(row) for spec in self.settings["sources"] for row in load_rows(spec, _find_kind(spec)))
         return "\n".join(texts).encode(errors="surrogatepass")
+
+
+def _find_kind(spec: str) -> str:
+    kinds = find_source(spec.partition("=")[0]).kinds
+    return "document" if "document" in kinds else kinds[0]
 
 
 def read_record(run: Path) -> dict:
