@@ -28,12 +28,20 @@ def write_mixture(folder: Path, text: str) -> Path:
     return path
 
 
+class NoRejects:
+    """The manifest of a store that has rejected no row."""
+
+    def describe_rejects(self) -> str:
+        return ""
+
+
 class CountingStore:
     """A store with the tokens `first`, `first` + 1, ..., so that a row shows where it was read."""
 
     def __init__(self, name: str, train: int, validation: int = 0, first: int = 0):
         self.name, self.folder, self.first = name, Path(name), first
         self._tokens = {"train": train, "validation": validation}
+        self.manifest = NoRejects()
 
     def tokens(self, split: str) -> int:
         return self._tokens[split]
