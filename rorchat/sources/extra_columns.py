@@ -25,7 +25,7 @@ SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "system_instructi
 INSTRUCTION = "instruction"  # a system message, unless it is the question
 TOOL_COLUMNS = ("tools", "functions")
 SECOND_SYSTEM = "a second system message left out"
-#: What a text must have to be long: a column with a long text in most rows that no turn has is told.
+#: A text with at least this many characters is long. A column that is not read is reported if most rows have a long one.
 LONG_CHARACTERS, LONG_WORDS = 40, 6
 _KNOWN = (
     *MARK_COLUMNS, *UNLEARNED_COLUMNS, *SYSTEM_COLUMNS, INSTRUCTION, *TOOL_COLUMNS, *MEDIA_KEYS, *HISTORY_COLUMNS,
