@@ -25,7 +25,7 @@ SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "system_instructi
 INSTRUCTION = "instruction"  # a system message, unless it is the question
 TOOL_COLUMNS = ("tools", "functions")
 SECOND_SYSTEM = "a second system message left out"
-#: A text with at least this many characters is long. A column that is not read is reported if most rows have a long one.
+#: A text of at least so many characters and words is long. An unread column is reported if most rows have a long text.
 LONG_CHARACTERS, LONG_WORDS = 40, 6
 _KNOWN = (
     *MARK_COLUMNS, *UNLEARNED_COLUMNS, *SYSTEM_COLUMNS, INSTRUCTION, *TOOL_COLUMNS, *MEDIA_KEYS, *HISTORY_COLUMNS,
