@@ -98,6 +98,7 @@ def check(
     """Read every row. Count kept and rejected rows, with the reasons and the first places."""
     from rorchat.inspection import Checks
     from rorchat.inspection.guess import guess_files, resolve_spec
+    from rorchat.project_folder import PLAN, is_project
     from rorchat.reading.filters import Filters
     from rorchat.reading.listing import is_folder
     from rorchat.tokenizer import load_tokenizer
@@ -108,6 +109,8 @@ def check(
     if max_length is not None and max_length < 1:
         raise UsageError(f"--max_length is {max_length}: give a positive number.")
     folder = Path(source).expanduser()
+    if is_project(folder):
+        raise UsageError(f"{source} is a project, not data: its sources are in {folder / PLAN}.")
     formats = guess_files(folder) if not row_format and not columns and is_folder(folder) else {}
     if formats:
         spec, guessed = f"{formats.get(folder, 'text')}={source}", True

@@ -15,6 +15,7 @@ from support import RORCHAT, TEXTS, chat_row, command, refused, succeeded, write
 import rorchat.cli
 from rorchat.chatml import encode_conversation
 from rorchat.cli.data import format_in_brackets, format_in_colour
+from rorchat.errors import UsageError
 from rorchat.inspection import ShownToken
 from rorchat.sources.base import LOSS_BY_KIND
 from rorchat.sources.registry import find_source, list_sources
@@ -186,6 +187,13 @@ def test_a_file_without_a_usable_row_is_counted_and_ends_with_65(tmp_path):
     path = write(tmp_path, "rows.jsonl", [chat_row("a", "")] * 3)
     assert refused(65, "check", path) == f"error: No row of messages={path} can be used."
     assert "3 rejected: empty reply" in command("data", "check", path).stdout
+
+
+def test_check_refuses_a_project_and_says_where_its_sources_are(tmp_path):
+    for name in ("run.sh", "plan.json"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError, match=f"is a project, not data: its sources are in {tmp_path / 'plan.json'}"):
+        rorchat.cli.data.check(str(tmp_path))
 
 
 def test_rejects_never_overwrite_the_checked_files(tmp_path):
