@@ -1,4 +1,4 @@
-"""Compares the plan of a finished project with its neighbours: half and double the size, and half the vocabulary.
+"""Compares the plan of a pretrained project with its neighbours: half and double the size, and half the vocabulary.
 
     python scripts/bench/neighbours.py PROJECT OUT
 
@@ -97,11 +97,11 @@ def main() -> None:
     parser.add_argument("--only_speeds", action="store_true", help="measure the speeds and end")
     arguments = parser.parse_args()
     neighbours = Neighbours(arguments.project, arguments.out)
-    own = read_record(neighbours.project / "runs" / "pretrain")
-    rows = [_row("plan", neighbours.shape, neighbours.vocabulary, own)]
     plan_speed, *speeds = neighbours.measure_speeds()
     if arguments.only_speeds:
         return
+    own = read_record(neighbours.project / "runs" / "pretrain")
+    rows = [_row("plan", neighbours.shape, neighbours.vocabulary, own)]
     for (shape, vocabulary), speed in zip(neighbours.list_neighbours(), speeds, strict=True):
         tokens = int(neighbours.settings["train_tokens"] * speed / plan_speed)
         rows.append(_row("", shape, vocabulary, neighbours.train(shape, vocabulary, tokens)))
