@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from faults.harness import ENVIRONMENT, FLAGS, ROOT, verified_steps, weights_sha
 from rorchat.errors import WITHIN_PROJECT, MismatchError
 from rorchat.files import folder_lock
 from rorchat.training.callbacks import signals
+from rorchat.training.callbacks.signals import SignalCallback
 from rorchat.training.checkpointing.checkpoint import STAGING
 
 
@@ -41,6 +43,21 @@ def test_a_second_ctrl_c_ends_the_step_in_a_notebook_and_not_the_process(tmp_pat
     callback.receive(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         callback.receive(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_signal_whose_exception_python_ignores_ends_the_run_all_the_same(trains, tmp_path):
+    began = False
+    with pytest.raises(SystemExit) as ended, signals.handle_signals():  # noqa: PT012
+        weakref.finalize(tmp := SignalCallback(tmp_path), signal.raise_signal, signal.SIGINT)
+        del tmp  # the handler raises in the finalizer
+        if trains:
+            SignalCallback(tmp_path).on_train_begin(None, None, None)
+            began = True
+    assert ended.value.code == 75 and not began and SignalCallback.active is None
+    with signals.handle_signals():
+        SignalCallback(tmp_path).on_train_begin(None, None, None)  # a later run of the same process
 
 
 @pytest.mark.parametrize("on_terminal", [True, False])

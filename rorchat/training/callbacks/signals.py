@@ -33,6 +33,7 @@ class SignalCallback(TrainerCallback):
     """Saves a checkpoint at the end of the step, and stops after it if a signal was received. All processes agree."""
 
     active: "SignalCallback | None" = None  # of the run that trains in this process, for the signal handlers
+    stop_asked = False  # whether a signal came outside of training
 
     def __init__(self, folder: Path):
         self.save_file = folder / SAVE_FILE
@@ -60,7 +61,18 @@ class SignalCallback(TrainerCallback):
             os._exit(128 + number)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        SignalCallback.stop_if_asked()
         SignalCallback.active = self
+
+    @classmethod
+    def stop_if_asked(cls) -> None:
+        """Ends the process if a signal came outside of training.
+
+        The handler has tried so before, but Python ignores an exception that is raised while it runs the callback of a
+        weak reference or a finalizer.
+        """
+        if cls.stop_asked:
+            raise SystemExit(Interrupted.exit_code)  # not an Exception, which a library might catch
 
     def on_step_end(self, args, state, control, **kwargs):
         save_requested = state.is_world_process_zero and self.save_file.exists()
@@ -117,8 +129,10 @@ def handle_signals() -> Iterator[None]:
             _discard_unread_output()
         if SignalCallback.active is None:
             _write_line(f"error: {_describe(number)} outside of training. Run the same command to resume.")
-            raise SystemExit(Interrupted.exit_code)  # not an Exception, which a library might catch
-        SignalCallback.active.receive(number)
+            SignalCallback.stop_asked = True
+            SignalCallback.stop_if_asked()
+        else:
+            SignalCallback.active.receive(number)
 
     parent, parent_signal = find_waiting_parent(), get_parent_signal()  # before a handler replaces an ignored SIGINT
     if warning := warn_about_deaf_parent(parent):
@@ -129,8 +143,9 @@ def handle_signals() -> Iterator[None]:
     try:
         follow(parent)
         yield
+        SignalCallback.stop_if_asked()
     finally:
-        SignalCallback.active = None
+        SignalCallback.active, SignalCallback.stop_asked = None, False
         set_parent_signal(parent_signal)
         for number, handler in previous.items():
             signal.signal(number, handler)
