@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from rorchat.errors import DivergedError, Interrupted, StoppedBySignal, StorageError, UsageError
 from rorchat.model import save_model
-from rorchat.training.checkpointing.trainer_mixin import find_storage_failure
+from rorchat.training.checkpointing.checkpoint import find_storage_failure
 from rorchat.training.distributed import gather_model, is_lost_peer, run_on_main_process
 from rorchat.training.oom_recovery import is_out_of_memory
 from rorchat.training.run_folder import RunFolder

@@ -18,10 +18,13 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from rorchat.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rorchat.errors import DataError
@@ -36,6 +39,9 @@ KEPT = 2  # minimum number of checkpoints to keep, because the newest one may ge
 NO_RENAME = {errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 #: Errors of file systems that cannot fsync a folder, such as many FUSE and network file systems.
 _NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+#: Parts of the messages of PyTorch's C++ writer when the disk is full (torch 2.13, inline_container.cc).
+_WRITER_FAILURES = ("unexpected pos", "PytorchStreamWriter failed", "inline_container")
 
 
 class DamagedCheckpoint(DataError):
@@ -222,3 +228,16 @@ def copy(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, target / name)
         fsync_file(target / name)
     _fsync_folder(target)
+
+
+def find_storage_failure(write: Callable[[], object]) -> Exception | None:
+    """Calls `write` and returns the exception if the disk failed. Other exceptions propagate."""
+    try:
+        write()
+    except (OSError, SafetensorError) as failure:
+        return failure
+    except RuntimeError as failure:
+        if any(text in str(failure) for text in _WRITER_FAILURES):
+            return failure
+        raise
+    return None

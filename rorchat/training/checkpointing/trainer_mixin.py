@@ -15,13 +15,12 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -39,7 +38,7 @@ from rorchat.training.arguments import StageArguments
 from rorchat.training.callbacks.divergence import DIVERGED_ROWS
 from rorchat.training.callbacks.metrics import MetricsCallback
 from rorchat.training.callbacks.signals import SignalCallback
-from rorchat.training.checkpointing.checkpoint import KEPT, MANIFEST, STAGING, Checkpoint
+from rorchat.training.checkpointing.checkpoint import KEPT, MANIFEST, STAGING, Checkpoint, find_storage_failure
 from rorchat.training.checkpointing.mirror import Mirror
 from rorchat.training.checkpointing.recovery import Checkpoints
 from rorchat.training.checkpointing.resume_plan import ResumePlan
@@ -50,21 +49,6 @@ from rorchat.training.lora import Adapter
 STATE_FILE = "run_state_{}.json"  # state that the Trainer does not save; one file per process
 MAX_FAILED_SAVES = 3  # consecutive
 MAX_SKIPPED_STEPS = 3  # consecutive; after that, the run rolls back to a checkpoint
-#: Parts of the messages of PyTorch's C++ writer when the disk is full (torch 2.13, inline_container.cc).
-_WRITER_FAILURES = ("unexpected pos", "PytorchStreamWriter failed", "inline_container")
-
-
-def find_storage_failure(write: Callable[[], object]) -> Exception | None:
-    """Calls `write` and returns the exception if the disk failed. Other exceptions propagate."""
-    try:
-        write()
-    except (OSError, SafetensorError) as failure:
-        return failure
-    except RuntimeError as failure:
-        if any(text in str(failure) for text in _WRITER_FAILURES):
-            return failure
-        raise
-    return None
 
 
 class CheckpointMixin(Trainer):
