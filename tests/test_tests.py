@@ -14,7 +14,6 @@ PACKAGE = Path(rorchat.__file__).parent
 TESTED_IN = {
     "__init__.py": "test_layout.py",
     "*/__init__.py": "test_layout.py",
-    "adapter.py": "training/test_lora.py",
     "cli/*.py": "cli/test_cli.py",
     "evaluation/base_text.py": "training/test_base_loss.py",
     "evaluation/evaluate_metrics/*.py": "evaluation/test_evaluate_metrics.py",
@@ -49,6 +48,7 @@ TESTED_IN = {
     "training/distributed.py": "recipes/test_accelerate.py",
     "training/help.py": "cli/test_launch.py",
     "training/kernels/sliced_head.py": "training/kernels/test_lm_head_loss.py",
+    "training/readiness.py": "training/test_grpo.py",
     "training/reference_logps.py": "training/test_dpo.py",
     "training/run_folder.py": "faults/test_refusals.py",
     "training/train_and_save.py": "faults/test_refusals.py",

@@ -2,24 +2,21 @@
 
 Group relative policy optimization (Shao et al. 2024, arXiv:2402.03300) samples a group of replies to each question. The
 advantage of a reply is its reward minus the mean reward of its group. If all replies of a group have the same reward,
-all advantages are 0 and the group has no gradient. The readiness check samples replies before the first step and stops
-the run if too few groups have a gradient.
+all advantages are 0 and the group has no gradient: see `rorchat.training.readiness`.
 """
 
 import copy
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import add_fused_lm_head
 
@@ -37,7 +34,16 @@ from rorchat.training.data import Split, load_split
 from rorchat.training.distributed import sharding_strategy
 from rorchat.training.kernels.attention import skip_padding_warning
 from rorchat.training.kernels.lm_head_loss import patch_gelu
-from rorchat.training.option_checks import NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Rule, check_rules, one_of
+from rorchat.training.option_checks import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_SHARE,
+    SHARE,
+    Effect,
+    check_rules,
+    one_of,
+)
+from rorchat.training.readiness import EQUAL_REWARDS, ReadinessCallback
 from rorchat.training.rewards import WEIGHTS, Scorer, as_replies, find_reward, is_right
 from rorchat.training.sampler import training_order
 from rorchat.training.sizes import check_batch, check_row_length, try_settings
@@ -45,9 +51,6 @@ from rorchat.training.smoke_test import shrink_grpo
 from rorchat.training.stage import ChatStageTrainer
 from rorchat.training.unsupported_options import GRPO
 
-MIN_SPREAD = 0.1  # minimum share of groups whose replies differ in reward, and of groups with right and wrong replies
-EQUAL_REWARDS = 1e-6  # rewards that differ by less count as equal
-TOO_EASY = 0.9  # share of right answers above which questions count as too easy rather than too hard
 #: Metrics of TRL 1.16 to keep. The others are logged elsewhere, or are constant because every reply is used once.
 LOGGED = ("reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "completions/mean_length", "stopped")
 #: Ranges, and the names that TRL 1.16 accepts. It checks them only in the first step.
@@ -56,7 +59,6 @@ RULES = {
     "loss_type": one_of("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
     "importance_sampling_level": one_of("token", "sequence"),
     "multi_objective_aggregation": one_of("sum_then_normalize", "normalize_then_sum"),
-    "max_completion_length": Rule(lambda value: value >= 2, "2 tokens or more"),
     "beta": NOT_NEGATIVE,
     "temperature": POSITIVE,
     "top_p": POSITIVE_SHARE,
@@ -75,13 +77,14 @@ class GRPOArguments(StageArguments, GRPOConfig):
     """Settings of `recipes/grpo.py`."""
 
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = GRPO
-    EFFECT_RULES: ClassVar[dict[str, tuple[str, Rule]]] = StageArguments.EFFECT_RULES | {
-        "scale_rewards": ("multi_objective_aggregation", one_of("sum_then_normalize")),
-        "epsilon_high": ("loss_type", one_of("cispo")),
+    EFFECTS: ClassVar[tuple[Effect, ...]] = (
+        *StageArguments.EFFECTS,
+        Effect("scale_rewards", "multi_objective_aggregation", one_of("sum_then_normalize")),
+        Effect("epsilon_high", "loss_type", one_of("cispo")),
         # only TRL's estimate of the KL divergence depends on the importance ratio, which is always 1
-        "importance_sampling_level": ("beta", POSITIVE),
-        "use_bias_correction_kl": ("beta", POSITIVE),
-    }
+        Effect("importance_sampling_level", "beta", POSITIVE),
+        Effect("use_bias_correction_kl", "beta", POSITIVE),
+    )
 
     row_layout: ClassVar[str] = "padded"
     eval_columns: ClassVar[tuple[str, ...]] = ("prompt",)
@@ -122,7 +125,7 @@ class GRPOArguments(StageArguments, GRPOConfig):
             self._check_model,
             self.check_stage,
             partial(check_batch, self, self.num_generations),
-            partial(check_row_length, "max_completion_length", self.max_completion_length, self.model),
+            partial(check_row_length, "max_completion_length", self.max_completion_length, self.model, 2),
             self._check_groups,
             self._check_rewards,
             partial(check_rules, self, RULES),
@@ -169,8 +172,8 @@ class GRPOArguments(StageArguments, GRPOConfig):
                 f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards "
                 f"({', '.join(self.rewards)}): give one for each reward."
             )
-        if not all(map(math.isfinite, self.reward_weights)):
-            raise UsageError(f"reward_weights is {self.reward_weights}: give numbers.")
+        if not all(map(math.isfinite, self.reward_weights)) or not any(self.reward_weights):
+            raise UsageError(f"reward_weights is {self.reward_weights}: give numbers, not all of them 0.")
 
     def eval_reply_tokens(self, n_positions: int) -> int:
         return reply_length(self, n_positions)
@@ -267,10 +270,8 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         )
         if reference:
             self._set_reference(reference, beta)
-        self.questions = train.shuffle(
-            seed=arguments.data_seed
-        )  # shuffled, because the readiness check uses the first ones
-        self.add_callback(ReadinessCallback(self))
+        # shuffled, because the readiness check uses the first ones
+        self.add_callback(ReadinessCallback(self, train.shuffle(seed=arguments.data_seed)))
 
     def tokens_after(self, step: int) -> int:
         """Returns the number of prompt and reply tokens up to a step."""
@@ -368,12 +369,12 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
 
     # Evaluation
 
-    def _score(self, rows: Sequence[dict], replies: Sequence[Reply]) -> torch.Tensor:
+    def score(self, rows: Sequence[dict], replies: Sequence[Reply]) -> torch.Tensor:
         """Returns the weighted sum of the rewards of each reply, (replies,)."""
         rewards = torch.tensor([scorer.score(rows, replies) for scorer in self.scorers])  # (rewards, replies)
         return self.reward_weights.to(rewards) @ rewards
 
-    def _sum_over_processes(self, *numbers: float) -> list[float]:
+    def sum_over_processes(self, *numbers: float) -> list[float]:
         """Sums each number over all processes."""
         tensor = torch.tensor([numbers], dtype=torch.float32, device=self.args.device)
         return self.accelerator.gather(tensor).sum(0).tolist()
@@ -396,8 +397,8 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
             temperature=0,
             batch_size=self.args.per_device_eval_batch_size,
         )
-        rewards = self._score(rows, replies) if rows else torch.zeros(0)
-        count, reward, right, stopped = self._sum_over_processes(
+        rewards = self.score(rows, replies) if rows else torch.zeros(0)
+        count, reward, right, stopped = self.sum_over_processes(
             len(rows),
             rewards.sum().item(),
             sum(is_right(reply.text, row) for row, reply in zip(rows, replies, strict=True)),
@@ -410,8 +411,6 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # Readiness
-
     def sample(self, rows: Sequence[dict]) -> list[Reply]:
         """Samples `num_generations` replies to each question as in training, in the order of the questions."""
         questions_per_batch = max(1, self.args.per_device_train_batch_size // self.num_generations)
@@ -422,91 +421,3 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
             texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
             replies += as_replies(texts, ids, set(self.eos_token_ids))
         return replies
-
-    def check_readiness(self) -> None:
-        """Sample replies to some questions and log the share of groups whose replies differ in reward.
-
-        Training is not affected: the random state is restored.
-
-        Raises:
-            UsageError: Rewards differ in too few groups, so most groups would have no gradient. Or, with the reward
-                `answer`, too few groups have both right and wrong answers, so the model would optimize the other
-                rewards instead of the answer.
-        """
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        rows = list(self.questions.take(min(self.args.readiness_questions, len(self.questions))))
-        rows = rows[rank::world] or rows[:1]
-        with self.metrics.pause(), torch.random.fork_rng([self.args.device] if self.args.on_gpu else []):
-            torch.manual_seed(self.args.seed + rank)
-            replies = self.sample(rows)
-        readiness = self._measure_readiness([row for row in rows for _ in range(self.num_generations)], replies)
-        if self.is_world_process_zero():
-            record = {"step": 0, "event": "readiness", "tokens": 0} | asdict(readiness)
-            append_json_line(self.metrics.path, record | self.metrics.elapsed())
-            print(readiness.describe(self.num_generations), file=sys.stderr)  # noqa: T201
-        readiness.check(needs_right_answers="answer" in self.args.rewards)
-
-    def _measure_readiness(self, rows: Sequence[dict], replies: Sequence[Reply]) -> "Readiness":
-        """Computes the readiness from samples.
-
-        Args:
-            rows: The question of each reply; the replies to one question are adjacent.
-            replies: As many replies.
-        """
-        is_right_reply = [is_right(reply.text, row) for row, reply in zip(rows, replies, strict=True)]
-        right = torch.tensor(is_right_reply).view(-1, self.num_generations)  # (questions, generations)
-        rewards = self._score(rows, replies).view(-1, self.num_generations)  # (questions, generations)
-        has_spread = rewards.amax(1) - rewards.amin(1) > EQUAL_REWARDS
-        is_mixed = right.any(1) & ~right.all(1)
-        columns = (has_spread, is_mixed, rewards.mean(1), right.float().mean(1))
-        questions, *sums = self._sum_over_processes(len(rewards), *(column.sum().item() for column in columns))
-        return Readiness(round(questions), *(total / questions for total in sums))
-
-
-@dataclass(frozen=True)
-class Readiness:
-    """Statistics of replies sampled before training. A group consists of all replies to one question."""
-
-    questions: int
-    spread: float  # share of groups whose replies differ in reward
-    mixed: float  # share of groups with right and wrong replies
-    reward: float
-    right: float
-
-    def describe(self, generations: int) -> str:
-        return (
-            f"readiness: {self.questions} questions, {generations} replies each: {self.right:.1%} right, mean reward "
-            f"{self.reward:.2f}; replies differ in reward in {self.spread:.0%} of the groups, {self.mixed:.0%} have "
-            "both right and wrong replies"
-        )
-
-    def check(self, needs_right_answers: bool) -> None:
-        """Raises UsageError if too few groups would have a useful gradient."""
-        if self.spread >= MIN_SPREAD and (self.mixed >= MIN_SPREAD or not needs_right_answers):
-            return
-        minimum = f"minimum {MIN_SPREAD:.0%}; {self.right:.1%} of the replies are right"
-        if self.spread < MIN_SPREAD:
-            problem = (
-                f"Replies differ in reward in only {self.spread:.0%} of {self.questions} groups ({minimum}): the model "
-                "would learn from those groups alone."
-            )
-        else:
-            problem = (
-                f"Only {self.mixed:.0%} of {self.questions} groups have both right and wrong replies ({minimum}): the "
-                "model would optimize the other rewards, such as the part earned by a wrong answer of the right kind."
-            )
-        advice = "easier questions, more num_generations, a higher temperature, or more fine-tuning (recipes/sft.py)"
-        if self.right >= TOO_EASY:
-            advice = "harder questions, because the model knows these, or a higher temperature"
-        raise UsageError(f"{problem} Give {advice}; or --readiness_questions 0 to train without this check.")
-
-
-class ReadinessCallback(TrainerCallback):
-    """Checks the readiness before the first step. A resumed run does not repeat the check."""
-
-    def __init__(self, trainer: ChatGRPOTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0 and args.readiness_questions:
-            self.trainer.check_readiness()

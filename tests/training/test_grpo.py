@@ -17,6 +17,7 @@ from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
 from rorchat.training.context import StageContext
 from rorchat.training.grpo import RULES, ChatGRPOTrainer, GRPOArguments, load_questions, reply_length
+from rorchat.training.readiness import ReadinessCallback
 
 ROOT = Path(__file__).resolve().parents[2]
 REWARDS = """
@@ -67,6 +68,11 @@ def trainer(chat, flags):
     return build_trainer(chat, flags)
 
 
+def check_readiness(trainer: ChatGRPOTrainer) -> None:
+    (callback,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, ReadinessCallback)]
+    callback.check()
+
+
 def run_recipe(flags) -> dict[str, float]:
     return exits_with_one_line(runpy.run_path(str(ROOT / "recipes" / "grpo.py"))["main"])(flags)
 
@@ -87,6 +93,25 @@ def test_padding_does_not_shift_positions(chat, trainer):
         unpadded = chat.model(torch.tensor([row])).logits[0, -3:-1].log_softmax(-1)
         expected = unpadded[[0, 1], row[-2:]]
         torch.testing.assert_close(logps[number], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_untied_head_is_scored_and_trained(chat, flags, tmp_path, capsys):
+    model = copy.deepcopy(chat.model)
+    model.config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.2)
+    trainer = build_trainer(ChatModel(model, chat.tokenizer), flags)
+    ids = torch.tensor([[5, 60, 61, 62, 63, 64]])
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 2)
+    expected = model(ids).logits[0, -3:-1].log_softmax(-1)[[0, 1], ids[0, -2:]]
+    torch.testing.assert_close(logps[0], expected, rtol=1e-4, atol=1e-5)
+    trainer.train()
+    save_model(trainer.model, chat.tokenizer, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for name in ("lm_head.weight", "transformer.wte.weight"):
+        before, after = model.state_dict()[name], loaded.state_dict()[name]
+        assert not torch.equal(before, after), name
+    torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits)
 
 
 def test_sampled_reply_ends_with_its_stop_token(chat, trainer, monkeypatch):
@@ -167,7 +192,7 @@ def test_settings_reach_the_loss_the_rewards_and_the_sampling(chat, flags, monke
 
 def test_settings_without_their_condition_are_refused(flags):
     for more, message in (
-        ("--epsilon_high 0.3", "epsilon_high has no effect with loss_type dapo: leave it out, or give one of cispo"),
+        ("--epsilon_high 0.3", "epsilon_high has no effect with loss_type dapo: leave it out, or give cispo"),
         ("--importance_sampling_level sequence", "importance_sampling_level has no effect with beta 0.0"),
         ("--use_bias_correction_kl false", "use_bias_correction_kl has no effect with beta 0.0"),
         ("--multi_objective_aggregation normalize_then_sum --scale_rewards group", "scale_rewards has no effect with"),
@@ -245,7 +270,7 @@ def test_readiness_uses_questions_of_every_source(chat, flags, tmp_path, monkeyp
         return [Reply("a", True, 1), Reply("", True, 1)] * (len(rows) * trainer.num_generations // 2)
 
     monkeypatch.setattr(trainer, "sample", sample)
-    trainer.check_readiness()
+    check_readiness(trainer)
     of_gsm8k = sum(row["topic"] == "number" for row in sampled)
     assert len({tuple(row["prompt"]) for row in sampled}) == 32 and 8 < of_gsm8k < 24
 
@@ -273,10 +298,10 @@ def test_groups_without_right_answers_are_refused(trainer, monkeypatch):
             return [Reply(text, True, 1) for pair in replies for text in pair * (trainer.num_generations // 2)]
 
         monkeypatch.setattr(trainer, "sample", sample)
-        trainer.check_readiness()
+        check_readiness(trainer)
 
-    monkeypatch.setattr("rorchat.training.grpo.is_right", lambda text, row: text == "two")
-    monkeypatch.setattr(trainer, "_score", lambda rows, replies: torch.tensor([float(len(r.text)) for r in replies]))
+    monkeypatch.setattr("rorchat.training.readiness.is_right", lambda text, row: text == "two")
+    monkeypatch.setattr(trainer, "score", lambda rows, replies: torch.tensor([float(len(r.text)) for r in replies]))
     with pytest.raises(UsageError, match=r"Only 6% of 32 groups have both .* 3.1% of .* are right\).* Give easier"):
         check(2)
     check(4)
@@ -301,6 +326,8 @@ def test_error_in_a_reward_names_the_reward_and_the_row(base, flags, tmp_path, c
         (["--rewards", "anwser"], "Did you mean 'answer'"),
         (["--rewards", "stop", "stop"], "give one or more different rewards"),
         (["--reward_weights", "1", "2"], "2 numbers for 1 rewards"),
+        (["--reward_weights", "0"], "give numbers, not all of them 0"),
+        (["--reward_weights", "nan"], "give numbers, not all of them 0"),
         (["--temperature", "0"], "temperature is 0"),
         (["--beta", "-1"], "beta is -1"),
         (["--max_completion_length", "1"], "max_completion_length is 1"),
