@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from rorchat.errors import MismatchError
+from rorchat.errors import MismatchError, StorageError
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -71,6 +71,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
     Raises:
         MismatchError: another process holds the lock; the message says which, and how to remove what is left of it.
+        StorageError: the drive has no locks.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
@@ -97,13 +98,19 @@ def _acquire(file: TextIO, folder: Path, path: Path) -> None:
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows
-        pass
+        return
     except BlockingIOError:
         file.seek(0)
         holder = file.read()
         advice = _explain_removal(holder, path)
         raise MismatchError(
             f"{folder} is in use by {holder or 'another process'}: wait for it, or choose another folder.{advice}"
+        ) from None
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be locked against a second process, because its drive has no file locks "
+            f"({str(error.strerror).lower()}). Choose a folder on another drive; --mirror copies a run's checkpoints "
+            "to this one."
         ) from None
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 INITIALIZER_RANGE = 0.02  # standard deviation of random weights, as in GPT-2
 WEIGHTS = "model.safetensors"
-MAX_PADDING_ROWS = 1024  # programs pad the vocabulary to a multiple of 64, 128 or, with tensor parallelism, up to 1,024
+#: Programs pad the vocabulary to a multiple of a power of two, from 64 to, with tensor parallelism, 1,024.
+PADDING_MULTIPLES = (64, 1024)
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _load_stock(name_or_path: str, tokenizer, seed: int) -> "GPT2LMHeadModel":
     model = _load_weights(name_or_path)
     rows, tokens = model.transformer.wte.num_embeddings, len(tokenizer)
     # vocab_size counts no added tokens: GPT-2's 50,257 match the 50,257 rows of its model
-    if not tokenizer.vocab_size <= rows <= tokens + MAX_PADDING_ROWS:
+    if not tokenizer.vocab_size <= rows < tokens + padding_multiple(rows):
         raise MismatchError(
             f"The model {name_or_path!r} has {rows:,} embedding rows, but the tokenizer has {tokens:,} tokens "
             f"({tokenizer.vocab_size:,} without added tokens). Give the tokenizer that the model was trained with."
@@ -184,6 +185,15 @@ def _load_stock(name_or_path: str, tokenizer, seed: int) -> "GPT2LMHeadModel":
     model.config.pad_token_id = tokenizer.convert_tokens_to_ids(PAD)
     _set_generation_config(model, tokenizer)
     return model
+
+
+def padding_multiple(rows: int) -> int:
+    """The largest multiple to which a vocabulary of so many rows may have been padded: it has fewer rows of padding.
+
+    A tokenizer with fewer tokens than that is not the model's. For 50,304 rows, which are 393 x 128, it is 128.
+    """
+    smallest, largest = PADDING_MULTIPLES
+    return max(smallest, min(largest, rows & -rows))
 
 
 def _load_weights(name_or_path: str) -> "GPT2LMHeadModel":

@@ -1,5 +1,6 @@
 """Atomic writes, hashes, strict JSON and the folder lock."""
 
+import errno
 import hashlib
 import json
 import math
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 from rorchat import files
-from rorchat.errors import MismatchError
+from rorchat.errors import MismatchError, StorageError
 from rorchat.files import as_number, file_sha256, folder_lock, json_sha256, to_json, write_atomically
 
 
@@ -68,6 +69,19 @@ def test_a_locked_folder_is_refused_to_other_processes(tmp_path):
         assert other.returncode != 0 and "is in use by process" in other.stderr
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert list(tmp_path.iterdir()) == []  # the lock file is removed
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_drive_without_locks_is_refused_with_what_to_do(number, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def fail(*_):
+        raise OSError(number, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    message = "run cannot be locked .* no file locks .no locks available.. Choose a folder on another drive; --mirror"
+    with pytest.raises(StorageError, match=message), folder_lock(tmp_path / "run"):
+        pass
 
 
 @pytest.mark.parametrize(

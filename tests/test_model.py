@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from rorchat.chatml import CONTROL_TOKENS
 from rorchat.errors import DataError, MismatchError, UsageError
-from rorchat.model import SIZES, build_model, check_fit, load_checkpoint, parse_shape, save_model
+from rorchat.model import SIZES, build_model, check_fit, load_checkpoint, padding_multiple, parse_shape, save_model
 
 
 @pytest.fixture(scope="session")
@@ -127,6 +127,24 @@ def test_rows_of_a_padded_vocabulary_are_dropped_and_told(tied, tokenizer, tmp_p
     with torch.no_grad():
         torch.testing.assert_close(padded(ids).logits, model(ids).logits[..., : len(tokenizer)], rtol=0, atol=1e-6)
     assert "of its 512 embedding rows, the last 128 are dropped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "multiple"),
+    [(50_304, 128), (51_200, 1024), (65_536, 1024), (50_260, 64), (50_257, 64), (1536, 512), (1088, 64)],
+)
+def test_the_padding_of_a_vocabulary_is_less_than_a_power_of_two_that_divides_it(rows, multiple):
+    assert padding_multiple(rows) == multiple
+
+
+@pytest.mark.parametrize("rows", [768, 384 + 64])
+def test_the_tokenizer_of_a_smaller_vocabulary_is_not_taken_for_that_of_a_padded_one(rows, tokenizer, tmp_path):
+    """It has 384 tokens: no vocabulary of so few is padded to so many rows."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=rows, n_positions=64, n_embd=32, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(MismatchError, match=f"has {rows} embedding rows, but the tokenizer has 384 tokens"):
+        load_checkpoint(str(tmp_path), tokenizer)
 
 
 def test_new_rows_of_an_untied_head_are_no_copies_of_those_of_the_embedding(gpt2_tokenizer, tmp_path):
