@@ -57,11 +57,14 @@ def launch_recipe(command: str, argv: Sequence[str]) -> None:
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Splits arguments into flags of the launcher (as `--flag=value`) and flags of the recipe.
 
+    Of a flag of the launcher that is given twice, the last value counts, which a message says.
+
     Raises:
-        UsageError: a flag of the launcher has no value, or a configuration file does not exist.
+        UsageError: a flag of the launcher has no value, or one too many, or a configuration file does not exist.
     """
     takes_value = _launcher_flags() | {"accelerate_config": True}
-    launcher, recipe = [], []
+    launcher: dict[str, str] = {}
+    recipe = []
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -74,10 +77,14 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             if not words:
                 raise UsageError(f"--{flag} needs a value.")
             value, sign = words.pop(0), "="
+        elif sign and not takes_value[flag]:
+            raise UsageError(f"--{flag} takes no value: leave out {word.partition('=')[2]!r}.")
         if flag in ("accelerate_config", "config_file"):
             flag, value = "config_file", str(find_accelerate_config(value))
-        launcher.append(f"--{flag}{sign}{value}")
-    return launcher, recipe
+        if launcher.get(flag, value) != value:
+            print(f"--{flag} is given twice: the last value counts, {value}", file=sys.stderr)
+        launcher[flag] = value
+    return [f"--{flag}={value}" if takes_value[flag] else f"--{flag}" for flag, value in launcher.items()], recipe
 
 
 def _launcher_flags() -> dict[str, bool]:

@@ -57,8 +57,11 @@ def plan(
     from rorchat.device import detect_device, find_device
     from rorchat.plan.budget import Request, make_plan
     from rorchat.plan.show import draw_isoflop_curves, to_yaml
+    from rorchat.training.gpu import warn_about_unusable_gpu
     from rorchat.training.next_step import describe_next, list_next_commands
 
+    if device is None:
+        warn_about_unusable_gpu()
     request = Request(
         device=find_device(device, devices) if device else detect_device(devices),
         money=money, hours=hours, flops=flops, tokens=tokens, size=size, gpus=gpus, dollars_per_hour=dollars_per_hour,

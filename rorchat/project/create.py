@@ -20,6 +20,7 @@ from rorchat.project.sizing import Size
 from rorchat.project.survey import SAMPLE_CHARACTERS, SourceSurvey, Survey, count_bytes, survey_sources, take_sample
 from rorchat.project.timing import measure_machine, measure_seconds_per_token
 from rorchat.project.vocabulary import Sample, Vocabulary, measure_bytes_per_token, try_vocabularies
+from rorchat.training.gpu import warn_about_unusable_gpu
 
 MIN_HOURS = 0.05  # below, the starts of the commands take most of the time
 BLOCK_SIZES = {True: (256, 512), False: (512, 1024)}  # {is_cpu: rows to choose from, in tokens}
@@ -120,6 +121,7 @@ def create_project(
     if not MIN_HOURS <= hours < float("inf"):
         raise UsageError(f"--hours is {hours:g}: give at least {MIN_HOURS} ({MIN_HOURS * 60:.0f} minutes).")
     require_new(folder)
+    warn_about_unusable_gpu()
     loaded_persona = load_persona(persona)
     base = base or (GPT2 if prefers_gpt2(detect_device(), hours) else RANDOM)
     survey = survey_sources(given, loaded_persona, from_scratch=base == RANDOM)

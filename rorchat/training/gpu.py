@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,17 +27,28 @@ OLD_BUILD = "pip install torch --index-url https://download.pytorch.org/whl/cu12
 
 def asks_for_cpu() -> bool:
     """Whether `accelerate launch --cpu` has started this process: then Transformers chooses the CPU."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    from accelerate.utils import parse_flag_from_env  # here, because `rorchat plan` does without it
+
+    return parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def require_no_gpu_wanted() -> None:
     """Raises UsageError if this process cannot use a GPU, although the machine has one or its launcher names one."""
-    wanted = find_wanted_gpu()
-    if wanted:
-        raise UsageError(
-            f"{wanted}, but PyTorch finds none that it can use: {explain_missing_gpu()}. Mend this ({PAGE}), or train "
-            "on the CPU with --use_cpu true."
-        )
+    if problem := describe_unusable_gpu():
+        raise UsageError(f"{problem}. Mend this ({PAGE}), or train on the CPU with --use_cpu true.")
+
+
+def describe_unusable_gpu() -> str:
+    """Which GPU is wanted, and why PyTorch cannot use it, in one line without a full stop; "" if none is wanted."""
+    wanted = "" if torch.cuda.is_available() else find_wanted_gpu()
+    return f"{wanted}, but PyTorch finds none that it can use: {explain_missing_gpu()}" if wanted else ""
+
+
+def warn_about_unusable_gpu() -> None:
+    """Says that a plan is for the CPU, although the machine has a GPU."""
+    if problem := describe_unusable_gpu():
+        message = f"warning: {problem}. This plan is for the CPU; to plan for the GPU, mend this first ({PAGE})"
+        print(message, file=sys.stderr)  # noqa: T201
 
 
 def find_wanted_gpu() -> str:

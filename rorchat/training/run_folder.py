@@ -304,8 +304,9 @@ class RunFolder:
             self.mirror.finish()
         self.held.close()
         assert self.plan.finished is not None, "only of a finished run"
-        message = f"{self.folder}: already finished with these settings; delete the folder to run it again"
-        print(message, file=sys.stderr)  # noqa: T201
+        if PartialState().is_main_process:
+            message = f"{self.folder}: already finished with these settings; delete the folder to run it again"
+            print(message, file=sys.stderr)  # noqa: T201
         self.print_next_step()
         return self.plan.finished["metrics"]
 

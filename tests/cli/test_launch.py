@@ -17,6 +17,7 @@ from support import ROOT, RORCHAT
 
 from rorchat.cli.launch import RECIPE_FLAGS, split_flags
 from rorchat.errors import UsageError
+from rorchat.model import build_model, save_model
 from rorchat.stories import ACCELERATE_FOLDER
 from rorchat.training.arguments import StageParser
 from rorchat.training.dpo import DPOArguments
@@ -52,6 +53,18 @@ def test_launcher_flags_are_taken_out_with_their_values():
     launcher, recipe = split_flags(arguments)
     assert launcher == ["--num_processes=2", "--mixed_precision=no", "--cpu"]
     assert recipe == ["--config", "my.yaml", "--learning_rate", "1e-3"]
+
+
+def test_of_a_launcher_flag_that_is_given_twice_the_last_value_counts_and_is_told(capsys):
+    """`rorchat pretrain --num_processes 1 "$@"`, as scripts do."""
+    flags = ["--num_processes", "1", "--cpu", "--num-processes=2", "--cpu", "--seed", "3"]
+    assert split_flags(flags) == (["--num_processes=2", "--cpu"], ["--seed", "3"])
+    assert capsys.readouterr().err == "--num_processes is given twice: the last value counts, 2\n"
+
+
+def test_a_launcher_flag_without_a_value_takes_none():
+    with pytest.raises(UsageError, match="--cpu takes no value: leave out 'false'"):
+        split_flags(["--cpu=false"])
 
 
 @pytest.mark.parametrize("flag", ["--accelerate_config", "--config_file"])
@@ -120,6 +133,20 @@ def test_a_signal_saves_once_and_exits_with_75(rorchat, launcher, tokenizer_fold
     assert errors.count("SIGTERM: ") == (2 if launcher else 1) and "Traceback" not in errors
     assert [line for line in errors.splitlines() if line.startswith("error:")][0].startswith("error: Stopped at step")
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+
+
+def test_a_signal_saves_a_checkpoint_of_fine_tuning(tokenizer, tmp_path):
+    save_model(build_model("1x2x32", tokenizer, 256), tokenizer, tmp_path / "base")
+    flags = ["--model", tmp_path / "base", "--sources", "tinytown=100", "--validation_share", 0.1, "--bf16", "false"]
+    flags += ["--per_device_train_batch_size", 2, "--logging_steps", 1, "--eval_strategy", "no", "--max_steps", 5000]
+    run = tmp_path / "run"
+    process = start_training(["rorchat", "sft", *flags, "--output_dir", run], run)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75 and "Traceback" not in errors, errors
+    (checkpoint,) = run.glob("checkpoint-*")
+    step = checkpoint.name.partition("-")[2]
+    assert f"error: Stopped at step {step}, which is saved: run the same command again to resume." in errors
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import patch_environment
+from support import command
 
 from rorchat.errors import UsageError
 from rorchat.training import gpu
@@ -119,6 +120,19 @@ def test_a_wanted_gpu_that_is_missing_is_refused_with_the_reason(cuda, init, rea
     assert message.startswith("This machine has a GPU (Tesla V100-SXM2-16GB), but PyTorch finds none that it can use: ")
     assert reason in message and message.endswith("or train on the CPU with --use_cpu true.") and "\n" not in message
     assert ("whl/cu126" in message) == (cuda is not None) and len(message) < 600
+
+
+@needs_no_gpu
+@pytest.mark.parametrize(("device", "is_told"), [([], True), (["--device", "T4"], False)])
+def test_a_plan_for_the_cpu_of_a_machine_with_a_gpu_says_so(device, is_told, machine):
+    flags = ["--tokens", 1e6, "--size", "demo", "--vocabulary", 1024, "--block_size", 256, "--yaml", *device]
+    assert command("plan", *flags).stderr == ""
+    install_driver(machine)
+    done = command("plan", *flags)
+    assert done.returncode == 0, done.stderr
+    (*_, line) = done.stderr.splitlines() or [""]
+    told = "warning: This machine has a GPU (Tesla V100-SXM2-16GB), but PyTorch finds none that it can use: "
+    assert line.startswith(told) == is_told and ("This plan is for the CPU" in line) == is_told
 
 
 @needs_no_gpu
