@@ -29,15 +29,16 @@ from rorchat.training.help import format_help
 from rorchat.training.option_checks import (
     COOLDOWN_SCHEDULE,
     DATA_RULES,
-    STAGE_EFFECT_RULES,
+    STAGE_EFFECTS,
     STAGE_RULES,
+    Effect,
     Gather,
-    Rule,
     check_effects,
+    check_length,
     check_rules,
     check_schedule,
     check_types,
-    check_warmup,
+    suggest,
 )
 from rorchat.training.runtime import DTYPES, best_precision, keep_freed_memory, use_all_cores
 from rorchat.training.unsupported_options import EVERY_STAGE
@@ -63,7 +64,7 @@ class DataArguments:
     #: Settings of a base class that `parse` refuses, and why.
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = {}
     #: Settings that `parse` refuses unless another one has a value with which they have an effect.
-    EFFECT_RULES: ClassVar[dict[str, tuple[str, Rule]]] = {}
+    EFFECTS: ClassVar[tuple[Effect, ...]] = ()
 
     sources: list[str] = field(
         default_factory=list,
@@ -122,7 +123,7 @@ class StageArguments(DataArguments, _TrainerArguments):
     row_layout: ClassVar[str] = "packed"  # see `rorchat.training.kernels.attention.describe_attention`
     eval_columns: ClassVar[tuple[str, ...]] = ()  # of a chat stage's rows, with the tokens that an evaluation reads
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = EVERY_STAGE
-    EFFECT_RULES: ClassVar[dict[str, tuple[str, Rule]]] = STAGE_EFFECT_RULES
+    EFFECTS: ClassVar[tuple[Effect, ...]] = STAGE_EFFECTS
 
     smoke: bool = field(
         default=False, metadata={"help": "Try the run: 3 steps with tiny batches, in OUTPUT_DIR-smoke."}
@@ -251,7 +252,7 @@ class StageArguments(DataArguments, _TrainerArguments):
         check_all(
             partial(check_rules, self, STAGE_RULES),
             partial(check_schedule, self.lr_scheduler_type, self.lr_scheduler_kwargs, self.learning_rate),
-            partial(check_warmup, self.warmup_steps, self.max_steps),
+            partial(check_length, self.max_steps, self.warmup_steps, self.lr_scheduler_kwargs),
             self._check_folders,
         )
 
@@ -363,29 +364,33 @@ def parse(
     _show_help(dataclass_type, parser, argv)
     options = {action.dest: action for action in parser._actions}
     argv, config, path = _split_config(argv)
-    check_types(config, path, options)
+    known = [*(options.keys() - dataclass_type.UNSUPPORTED_ARGS.keys()), "config"]
+    check_types(config, path, options, known)
     settings = {name: _plain(value) for name, value in (settings or {}).items()}
-    check_types(settings, "", options)
-    flags = [word[2:].split("=")[0].replace("-", "_") for word in argv if re.match(r"--[a-zA-Z]", word)]
-    for flag in flags:
+    check_types(settings, "", options, known)
+    words = [word[2:].split("=")[0].replace("-", "_") for word in argv if re.match(r"--[a-zA-Z]", word)]
+    for flag in words:
         if flag not in options and flag.removeprefix("no_") not in options:
-            raise UsageError(f"Unknown option --{flag}.{did_you_mean(flag, [*options, 'config'])} See --help.")
-    if config.get("sources") and "sources" not in (*flags, *settings):
+            raise UsageError(f"Unknown option --{flag}.{suggest(flag, known)} See --help.")
+    if config.get("sources") and "sources" not in (*words, *settings):
         config["sources"] = expand_variables(path, config["sources"])
     config |= settings
     names = {entry.name for entry in fields(dataclass_type)}
-    given = {name.removeprefix("no_") if name not in names else name for name in (*config, *flags)}
+    flags = {name.removeprefix("no_") if name not in names else name for name in words} | settings.keys()
+    given = config.keys() | flags
     unsupported = dataclass_type.UNSUPPORTED_ARGS
     if refused := sorted(given & unsupported.keys()):
         raise UsageError(" ".join(f"{name} cannot be set: {unsupported[name]}." for name in refused))
     parser.set_defaults_with_config(**config)
     try:
-        arguments, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+        arguments, rest = parser.parse_args_into_dataclasses(
+            args=argv, return_remaining_strings=True, look_for_args_file=False
+        )
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise UsageError(_name_setting(" ".join(str(error).split()), config, argv)) from None
     if rest:
         raise UsageError(f"Unexpected {' '.join(rest)!r}: give every setting as --NAME VALUE. See --help.")
-    check_effects(arguments, given, dataclass_type.EFFECT_RULES)
+    check_effects(arguments, given, dataclass_type.EFFECTS, flags)
     arguments.given = {name: _plain(getattr(arguments, name)) for name in sorted(given & names)}
     return arguments
 

@@ -36,14 +36,24 @@ from rorchat.rows import RejectedRow
 from rorchat.sources.base import RowStats
 from rorchat.training import reference_logps
 from rorchat.training.arguments import StageArguments
-from rorchat.training.checkpointing.trainer_mixin import find_storage_failure
+from rorchat.training.checkpointing.checkpoint import find_storage_failure
 from rorchat.training.context import StageContext
 from rorchat.training.data import Split, load_split, row_lengths
 from rorchat.training.distributed import any_rank, sharding_strategy
 from rorchat.training.kernels.dpo_logps import patch_dpo_logps, reply_masks
 from rorchat.training.kernels.lm_head_loss import patch_gelu
 from rorchat.training.lora import LoraArguments
-from rorchat.training.option_checks import FINITE, NOT_NEGATIVE, POSITIVE, SHARE, Rule, any_of, check_rules, one_of
+from rorchat.training.option_checks import (
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Effect,
+    Rule,
+    any_of,
+    check_rules,
+    one_of,
+)
 from rorchat.training.run_notes import warn_about_margin
 from rorchat.training.sampler import count_steps, training_order
 from rorchat.training.sizes import check_batch, check_row_length
@@ -61,6 +71,7 @@ LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+LOSSES_OF_PAIRS = tuple(kind for kind in LOSSES if kind != "sft")
 #: The default learning rate is LEARNING_RATE_AT_1M * (millions of parameters) ** -LEARNING_RATE_EXPONENT.
 LEARNING_RATE_AT_1M, LEARNING_RATE_EXPONENT = 1e-4, 0.5
 MIN_MARGIN_PAIRS = 50  # of a validation split whose mean margin says something
@@ -85,12 +96,14 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
     """Settings of `recipes/dpo.py`."""
 
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = DPO
-    EFFECT_RULES: ClassVar[dict[str, tuple[str, Rule]]] = StageArguments.EFFECT_RULES | {
-        "label_smoothing": ("loss_type", any_of(*SMOOTHED_LOSSES)),
-        "discopop_tau": ("loss_type", any_of("discopop")),
-        "f_divergence_type": ("loss_type", any_of(*DIFFERENCE_LOSSES)),
-        "f_alpha_divergence_coef": ("f_divergence_type", one_of("alpha_divergence")),
-    }
+    EFFECTS: ClassVar[tuple[Effect, ...]] = (
+        *StageArguments.EFFECTS,
+        Effect("label_smoothing", "loss_type", any_of(*SMOOTHED_LOSSES)),
+        *(Effect(name, "loss_type", any_of(*LOSSES_OF_PAIRS)) for name in ("beta", "ld_alpha")),
+        Effect("discopop_tau", "loss_type", any_of("discopop")),
+        Effect("f_divergence_type", "loss_type", any_of(*DIFFERENCE_LOSSES)),
+        Effect("f_alpha_divergence_coef", "f_divergence_type", one_of("alpha_divergence")),
+    )
 
     if TYPE_CHECKING:  # never None after the checks, unlike in TRL's settings
         loss_weights: list[float] = field(default_factory=list)

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from rorchat.errors import UsageError, did_you_mean, shorten_error
 from rorchat.files import to_json
 from rorchat.training.checkpointing.checkpoint import KEPT
 from rorchat.training.optim import OPTIMIZERS
+from rorchat.training.unsupported_options import OTHER_NAMES
 
 COOLDOWN_SCHEDULE, COSINE_SCHEDULE = "warmup_stable_decay", "cosine_with_min_lr"
 #: Those of Transformers, except the two that follow the validation loss: `eval_steps` would change the training.
@@ -34,6 +35,8 @@ STRING_SETTINGS = {
     "tokenizer", "size", "model", "token_store", "persona", "optimizer", "output_dir", "mixture", "mirror", "base_text",
     "replay",
 }  # fmt: skip
+TRIED_STEPS = 10  # of a schedule that is tried with its settings
+ROUNDING = 1e-6  # of a share of the learning rate
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -64,12 +67,34 @@ STEPS = Rule(
 
 
 def one_of(*names: str, words: str = "") -> Rule:
-    return Rule(lambda value: value in names, words or f"one of {', '.join(names)}", names)
+    return Rule(lambda value: value in names, words or _list_names(names), names)
 
 
 def any_of(*names: str) -> Rule:
     """For a list, one of whose elements must be among the names."""
-    return Rule(lambda values: not {*values}.isdisjoint(names), f"one of {', '.join(names)}")
+    return Rule(lambda values: not {*values}.isdisjoint(names), _list_names(names))
+
+
+def left_out(name: str) -> Rule:
+    """For a setting with which another one has no effect."""
+    return Rule(lambda value: not value, f"no {name}")
+
+
+def is_given(words: str) -> Rule:
+    """For a setting without which another one has no effect."""
+    return Rule(bool, words)
+
+
+def _list_names(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
+
+
+class Effect(NamedTuple):
+    """A setting that has an effect only with some values of another one."""
+
+    name: str
+    other: str
+    rule: Rule
 
 
 DATA_RULES = {"data_seed": SEED, "validation_share": Rule(lambda value: 0 < value < 1, "a number between 0 and 1")}
@@ -112,11 +137,15 @@ STAGE_RULES = {
     "ddp_bucket_cap_mb": POSITIVE,
     "ddp_timeout": POSITIVE,
 }
-#: Setting -> another setting, and the values of that one with which the first has an effect.
-STAGE_EFFECT_RULES = {
-    "warmup_steps": ("lr_scheduler_type", one_of(*(kind for kind in SCHEDULES if kind != "constant"))),
-    "lr_scheduler_kwargs": ("lr_scheduler_type", one_of(*(k for k in SCHEDULES if not k.startswith("constant")))),
-}
+STAGE_EFFECTS = (
+    Effect("matrix_learning_rate", "optimizer", one_of("muon")),
+    Effect("cooldown_share", "lr_scheduler_type", one_of(COOLDOWN_SCHEDULE)),
+    Effect("cooldown_share", "lr_scheduler_kwargs", left_out("lr_scheduler_kwargs")),
+    Effect("warmup_steps", "lr_scheduler_type", one_of(*(kind for kind in SCHEDULES if kind != "constant"))),
+    Effect("lr_scheduler_kwargs", "lr_scheduler_type", one_of(*(k for k in SCHEDULES if not k.startswith("constant")))),
+    *(Effect(f"{kind}_steps", f"{kind}_strategy", one_of("steps")) for kind in ("logging", "eval", "save")),
+    Effect("eval_delay", "eval_strategy", one_of("steps")),
+)
 
 
 class Gather(argparse.Action):
@@ -136,18 +165,26 @@ class Gather(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def check_types(values: Mapping[str, object], path: str, options: dict[str, argparse.Action]) -> None:
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What to give in place of an unknown setting, as a sentence; "" if no known one is similar."""
+    return f" Give {OTHER_NAMES[name]}." if name in OTHER_NAMES else did_you_mean(name, known)
+
+
+def check_types(
+    values: Mapping[str, object], path: str, options: dict[str, argparse.Action], known: Collection[str]
+) -> None:
     """Checks names and types. TrlParser accepts a list for an int, and YAML's unquoted `no` for a string.
 
     Args:
         path: the config file that has the values; "" if they were given in Python.
+        known: the names of the options that are not refused, to suggest one of them.
     """
     lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
     for key, value in values.items():
         line = next((n for n, text in enumerate(lines, 1) if re.match(rf"{re.escape(str(key))}\s*:", text)), 0)
         where, what = (f"{path}:{line}: ", "key") if path else ("", "setting")
         if key not in options or key == "help":
-            raise UsageError(f"{where}unknown {what} {key!r}.{did_you_mean(str(key), options)}")
+            raise UsageError(f"{where}unknown {what} {key!r}.{suggest(str(key), known)}")
         expected = _expected_type(options[key])
         if not _has_type(value, options[key], expected):
             hint = " (write yes and no in quotes)" if path and isinstance(value, bool) else ""
@@ -195,21 +232,34 @@ def check_rules(arguments: object, rules: Mapping[str, Rule]) -> None:
         raise UsageError(" ".join(wrong))
 
 
-def check_effects(arguments: object, given: Set[str], rules: Mapping[str, tuple[str, Rule]]) -> None:
-    """Raises UsageError with every given setting that has no effect because of the value of another one."""
-    idle = []
-    for name in sorted(given & rules.keys()):
-        other, rule = rules[name]
+def check_effects(arguments: object, given: Set[str], effects: Sequence[Effect], flags: Set[str] = frozenset()) -> None:
+    """Refuses given settings that have no effect because of the value of another one.
+
+    A setting of a config file is only reported if a flag has given the other one its value: the file remains as it is.
+
+    Args:
+        flags: those of the given settings that are not from a config file.
+
+    Raises:
+        UsageError: with every setting that is refused.
+    """
+    refused = []
+    for name, other, rule in effects:
         value = getattr(arguments, other)
-        if not rule.allows(value):
-            value = " ".join(value) if isinstance(value, list) else getattr(value, "value", value)  # enums
-            idle.append(f"{name} has no effect with {other} {value}: leave it out, or give {rule.words}.")
-    if idle:
-        raise UsageError(" ".join(idle))
+        if name not in given or rule.allows(value):
+            continue
+        value = " ".join(value) if isinstance(value, list) else getattr(value, "value", value)  # enums
+        problem = f"{name} has no effect with {other} {value}"
+        if name in flags or other not in flags:
+            refused.append(f"{problem}: leave it out, or give {rule.words}.")
+        elif os.environ.get("RANK", "0") == "0":
+            print(problem, file=sys.stderr)  # noqa: T201
+    if refused:
+        raise UsageError(" ".join(refused))
 
 
 def check_schedule(kind: str, kwargs: dict | str | None, learning_rate: float | None) -> None:
-    """Raises UsageError if a learning-rate schedule of Transformers refuses its settings, or lacks one.
+    """Raises UsageError if a schedule of Transformers refuses its settings, lacks one, or leaves the learning rate.
 
     The schedule is built for another optimizer and another length, which finds unknown names and wrong values alike.
 
@@ -220,29 +270,56 @@ def check_schedule(kind: str, kwargs: dict | str | None, learning_rate: float | 
     """
     if kind not in SCHEDULES or (not kwargs and kind in (COOLDOWN_SCHEDULE, COSINE_SCHEDULE)):
         return  # the settings of these two are derived from the length of the run
-    try:
-        kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs or {}
-    except ValueError:
-        kwargs = None
-    if not isinstance(kwargs, dict):
-        raise UsageError("lr_scheduler_kwargs is no JSON object: give one such as '{\"num_cycles\": 2}'.")
+    kwargs = read_kwargs(kwargs)
+    for name, value in kwargs.items():
+        if isinstance(value, float | int) and not NOT_NEGATIVE.allows(value):
+            raise UsageError(f"{name} in lr_scheduler_kwargs is {value}: give {NOT_NEGATIVE.words}.")
     rate = learning_rate if learning_rate is not None and NOT_NEGATIVE.allows(learning_rate) else 1.0
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    given = f" with lr_scheduler_kwargs {to_json(kwargs)}" if kwargs else " without lr_scheduler_kwargs"
     try:
-        get_scheduler(kind, optimizer, num_warmup_steps=0, num_training_steps=10, scheduler_specific_kwargs=kwargs)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        given = f" with lr_scheduler_kwargs {to_json(kwargs)}" if kwargs else " without lr_scheduler_kwargs"
+        schedule = get_scheduler(
+            kind, optimizer, num_warmup_steps=2, num_training_steps=TRIED_STEPS, scheduler_specific_kwargs=kwargs
+        )
+        shares = [schedule.lr_lambdas[0](step) for step in range(TRIED_STEPS + 1)]
+    except (TypeError, ValueError, ArithmeticError, KeyError) as error:
         raise UsageError(f"lr_scheduler_type {kind}{given}: {shorten_error(error)}") from None
+    wrong = next((share for share in shares if not 0 <= share <= 1 + ROUNDING), None)
+    if wrong is not None:
+        raise UsageError(
+            f"lr_scheduler_type {kind}{given}: the learning rate would be {wrong:.3g} times learning_rate. Give "
+            "settings with which it stays between 0 and learning_rate."
+        )
 
 
-def check_warmup(warmup_steps: float, steps: int) -> None:
-    """Raises UsageError if a run ends before its learning rate has been reached.
+def read_kwargs(kwargs: dict | str | None) -> dict:
+    """The value of `lr_scheduler_kwargs`, which is JSON on the command line; raises UsageError if it is no object."""
+    try:
+        value = json.loads(kwargs) if isinstance(kwargs, str) else kwargs or {}
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError("lr_scheduler_kwargs is no JSON object: give one such as '{\"num_cycles\": 2}'.")
+    return value
+
+
+def check_length(steps: int, warmup_steps: float, kwargs: dict | str | None) -> None:
+    """Raises UsageError if a run has fewer steps than its warm-up and decay.
 
     Args:
         steps: of the run; not positive if they are not known yet.
+        kwargs: `lr_scheduler_kwargs`, possibly as JSON. With more steps of decay than are left, the learning rate would
+            never be reached.
     """
     if 0 < steps < warmup_steps:
         raise UsageError(
             f"warmup_steps is {warmup_steps:g}, but the run has only {steps:,} steps: give fewer, or a share of them "
             "below 1."
+        )
+    warmup = math.ceil(warmup_steps * steps) if warmup_steps < 1 else warmup_steps
+    decay = read_kwargs(kwargs).get("num_decay_steps", 0)
+    if 0 < steps < warmup + decay:
+        raise UsageError(
+            f"num_decay_steps in lr_scheduler_kwargs is {decay}, but the run has only {steps - warmup:g} steps after "
+            "its warm-up: give fewer."
         )

@@ -23,7 +23,7 @@ from rorchat.tokens.store import TOKENS_FOLDER, TokenStore
 from rorchat.training.arguments import StageArguments
 from rorchat.training.context import StageContext
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
-from rorchat.training.option_checks import NOT_NEGATIVE, POSITIVE, check_rules, check_warmup
+from rorchat.training.option_checks import NOT_NEGATIVE, POSITIVE, Effect, check_length, check_rules, left_out
 from rorchat.training.runtime import can_compile, works_compiled
 from rorchat.training.sizes import PretrainingSizes, read_positions
 from rorchat.training.smoke_test import shrink_pretraining
@@ -40,6 +40,11 @@ class PretrainArguments(StageArguments, TrainingArguments):
     """Settings of `recipes/pretrain.py`."""
 
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = PRETRAIN
+    EFFECTS: ClassVar[tuple[Effect, ...]] = (
+        *StageArguments.EFFECTS,
+        Effect("tokenizer", "model", left_out("model")),  # which has its own
+        Effect("size", "model", left_out("model")),
+    )
 
     row_layout: ClassVar[str] = "full"
     tokenizer: str = field(default="gpt2", metadata={"help": "A folder or a Hub id."})
@@ -94,7 +99,7 @@ class PretrainArguments(StageArguments, TrainingArguments):
             self.compile = can_compile(self.on_gpu)
         self.compile = self.compile and works_compiled(self.on_gpu)
         self._derive_steps()
-        check_warmup(self.warmup_steps, self.max_steps)
+        check_length(self.max_steps, self.warmup_steps, self.lr_scheduler_kwargs)
         if self.smoke:
             shrink_pretraining(self)
 

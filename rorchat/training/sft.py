@@ -26,6 +26,7 @@ from rorchat.training.context import StageContext
 from rorchat.training.data import ROWS_PER_CALL, Split, divide_by_source, load_split, row_lengths
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.lora import LoraArguments
+from rorchat.training.option_checks import Effect, is_given
 from rorchat.training.replay import replay_rows
 from rorchat.training.sampler import count_steps
 from rorchat.training.sizes import check_batch, check_row_length
@@ -41,6 +42,10 @@ class SFTArguments(LoraArguments, StageArguments, SFTConfig):
     """Settings of `recipes/sft.py`."""
 
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = SFT
+    EFFECTS: ClassVar[tuple[Effect, ...]] = (
+        *StageArguments.EFFECTS,
+        Effect("replay_share", "replay", is_given("a token store or a source of documents")),
+    )
 
     model: str = field(
         default="gpt2", metadata={"help": "The model to fine-tune: folder of a run or model, or Hub id."}
@@ -81,8 +86,6 @@ class SFTArguments(LoraArguments, StageArguments, SFTConfig):
         self.resolve_defaults()
         super().__post_init__()
         self.check_devices()
-        if not self.replay_share:
-            self.replay = None
         if self.smoke:
             shrink_chat_stage(self)
 
@@ -91,7 +94,7 @@ class SFTArguments(LoraArguments, StageArguments, SFTConfig):
             raise UsageError(f"replay_share is {self.replay_share}: it must lie between 0 and 1.")
 
     def replay_source(self) -> str | None:
-        return self.replay
+        return self.replay if self.replay_share else None
 
     def pin_sources(self, pins: Mapping[str, str]) -> None:
         super().pin_sources(pins)
@@ -118,11 +121,12 @@ def load_conversations(arguments: SFTArguments, tokenizer, max_length: int) -> S
     if len(arguments.sources) > 1:
         by_source = divide_by_source(split.validation, arguments.sources, split.validation_rows)
         split = split._replace(validation=by_source)
-    if not arguments.replay:
+    replay = arguments.replay_source()
+    if not replay:
         return split
     share = arguments.replay_share
     tokens = round(int(row_lengths(split.train, "input_ids").sum()) * share / (1 - share))
-    rows = replay_rows(arguments.replay, tokenizer, tokens, max_length, arguments.data_seed, arguments.validation_share)
+    rows = replay_rows(replay, tokenizer, tokens, max_length, arguments.data_seed, arguments.validation_share)
     replayed = Dataset.from_list([_as_columns(**row) for row in rows])
     return split._replace(train=concatenate_datasets([split.train, replayed]))
 

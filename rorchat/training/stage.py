@@ -38,7 +38,7 @@ from rorchat.training.context import StageContext
 from rorchat.training.distributed import gather_model
 from rorchat.training.oom_recovery import OOMRecoveryMixin
 from rorchat.training.optim import build_optimizer
-from rorchat.training.option_checks import COOLDOWN_SCHEDULE, COSINE_SCHEDULE, check_warmup
+from rorchat.training.option_checks import COOLDOWN_SCHEDULE, COSINE_SCHEDULE, check_length
 from rorchat.training.run_notes import warn_about_kept_rows, warn_about_steps
 
 COSINE_FLOOR = 0.1  # final share of the learning rate, as in GPT-3 and nanoGPT
@@ -154,7 +154,8 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        check_warmup(self.args.warmup_steps, num_training_steps)  # known only now if it follows from num_train_epochs
+        # known only now if it follows from num_train_epochs
+        check_length(num_training_steps, self.args.warmup_steps, self.args.lr_scheduler_kwargs)
         if self.args.lr_scheduler_type == COOLDOWN_SCHEDULE and not self.args.lr_scheduler_kwargs:
             # limited to the steps after the warm-up; otherwise `get_wsd_schedule` would jump at the end of the warm-up
             after_warmup = num_training_steps - self.args.get_warmup_steps(num_training_steps)

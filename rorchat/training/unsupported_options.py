@@ -8,6 +8,23 @@ from collections.abc import Mapping
 
 from rorchat.training.optim import ADAMW_BETAS
 
+#: Settings of TRL's commands, of earlier versions of the libraries and of other stages -> what to give in their place.
+OTHER_NAMES = {
+    "model_name_or_path": "--model",
+    "dataset_name": "--sources",
+    "warmup_ratio": "--warmup_steps, with a share below 1",
+    "lr": "--learning_rate",
+    "epochs": "--num_train_epochs",
+    "num_epochs": "--num_train_epochs",
+    "batch_size": "--per_device_train_batch_size",
+    "no_cuda": "--use_cpu true",
+    "dtype": "--bf16 or --fp16",
+    "torch_dtype": "--bf16 or --fp16",
+    **dict.fromkeys(
+        ("lora_rank", "lora_r", "lora_alpha", "lora_target_modules", "use_peft"), "--lora_rank, to sft or dpo"
+    ),
+}
+
 
 def _by_name(groups: Mapping[str, str]) -> dict[str, str]:
     return {name: reason for reason, names in groups.items() for name in names.split()}
@@ -39,7 +56,7 @@ EVERY_STAGE = _by_name(
             "train_sampling_strategy length_column_name dataloader_in_order shuffle_dataset"
         ),
         "rows contain only what the model reads": "remove_unused_columns label_names",
-        "training batches are always full, and validation reads every row": "dataloader_drop_last",
+        "training batches are always full, and an evaluation reads all of its rows": "dataloader_drop_last",
         "workers are started once, as PyTorch does by default": (
             "dataloader_persistent_workers dataloader_multiprocessing_context"
         ),

@@ -110,12 +110,12 @@ def test_settings_of_python_precede_those_of_the_file_and_defaults_do_not(tiny, 
     (tmp_path / "my.yaml").write_text("{learning_rate: 1e-3, max_steps: 9, block_size: 128, optimizer: adamw_8bit}\n")
     del tiny["block_size"]
     # the default, given explicitly, and values that only Python has
-    tiny |= {"optimizer": "adamw", "sample_prompts": ("One day",), "matrix_learning_rate": np.float64(0.02)}
+    tiny |= {"optimizer": "adamw", "sample_prompts": ("One day",), "cooldown_share": np.float64(0.5)}
     result = rorchat.pretrain(config=tmp_path / "my.yaml", **tiny)
     assert result.metrics["steps"] == 2 and result.model_folder == Path("run/model")
     written = yaml.safe_load((result.run_folder / "config.yaml").read_text())
     assert (written["max_steps"], written["block_size"], written["learning_rate"]) == (2, 128, 1e-3)
-    assert (written["optimizer"], written["matrix_learning_rate"]) == ("adamw", 0.02)
+    assert (written["optimizer"], written["cooldown_share"]) == ("adamw", 0.5)
     assert (written["sample_prompts"], written["output_dir"]) == (["One day"], "run")
     assert set(written) == {*tiny, "learning_rate", "block_size"}  # nothing that was not given
 

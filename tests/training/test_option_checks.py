@@ -104,6 +104,15 @@ def test_one_wrong_value_is_refused_with_what_is_allowed(settings, message):
     assert re.search(message, refusal("sft", **settings))
 
 
+def test_a_decay_longer_than_the_run_is_refused():
+    kwargs = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 16}}
+    message = (
+        "num_decay_steps in lr_scheduler_kwargs is 16, but the run has only 15 steps after its warm-up: give fewer."
+    )
+    assert refusal("sft", max_steps=20, warmup_steps=0.25, **kwargs) == message
+    parse_stage("sft", max_steps=21, warmup_steps=5, **kwargs)
+
+
 def test_a_warmup_longer_than_the_run_is_refused_wherever_its_length_comes_from(tokenizer, tmp_path):
     message = "warmup_steps is 9, but the run has only 4 steps: give fewer, or a share of them below 1."
     assert refusal("pretrain", max_steps=-1, train_tokens=512, warmup_steps=9) == message
@@ -128,6 +137,18 @@ def test_a_warmup_longer_than_the_run_is_refused_wherever_its_length_comes_from(
         ("warmup_stable_decay", {"decay_type": "linear"}, "num_decay_steps"),
         ("cosine", {"num_cycles": "two"}, "could not convert string to float"),
         ("polynomial", {"lr_end": 1}, "must be smaller than initial lr"),
+        (
+            "cosine_with_min_lr",
+            {"min_lr_rate": 5},
+            r"would be [1-5].* times learning_rate. Give settings with which it stays",
+        ),
+        ("cosine_with_min_lr", {"min_lr": 1.0}, "times learning_rate"),
+        ("cosine_with_min_lr", {"min_lr_rate": math.nan}, "min_lr_rate in lr_scheduler_kwargs is nan: give 0"),
+        ("warmup_stable_decay", {"num_decay_steps": -4}, "num_decay_steps in .* is -4: give 0 or"),
+        ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.1, "warmup_lr_rate": 3}, "would be 3 times learning_rate"),
+        ("cosine", '{"num_cycles": NaN}', "num_cycles in lr_scheduler_kwargs is nan"),  # a rate of 0 in all steps
+        ("cosine", {"last_epoch": 3}, "'initial_lr' is not specified"),
+        ("inverse_sqrt", {"timescale": 0}, "division by zero"),
         ("cosine", "fast", "lr_scheduler_kwargs is no JSON object"),
         ("cosine", "{fast", "lr_scheduler_kwargs is no JSON object"),
         (
@@ -148,6 +169,44 @@ def test_a_constant_schedule_has_no_warmup():
     assert message.startswith(
         "warmup_steps has no effect with lr_scheduler_type constant: leave it out, or give one of"
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "message"),
+    [
+        ("sft", {"matrix_learning_rate": 1e-3}, "matrix_learning_rate has no effect .* adamw: .* give muon."),
+        ("sft", {"cooldown_share": 0.2, "lr_scheduler_type": "linear"}, "lr_scheduler_type linear: .* give warmup"),
+        ("sft", {"cooldown_share": 0.2, "lr_scheduler_kwargs": {"num_decay_steps": 3}}, "with lr_scheduler_kwargs"),
+        ("sft", {"replay_share": 0.2}, "replay_share has no effect with replay None: .* give a token store"),
+        ("dpo", {"eval_steps": 5}, "eval_steps has no effect with eval_strategy no: leave it out, or give steps."),
+        ("dpo", {"eval_delay": 5}, "eval_delay has no effect with eval_strategy no"),
+        ("sft", {"save_steps": 5, "save_strategy": "no"}, "save_steps has no effect with save_strategy no"),
+        ("sft", {"logging_steps": 5, "logging_strategy": "no"}, "logging_steps has no effect with logging_strategy no"),
+        ("pretrain", {"model": "runs/x", "tokenizer": "gpt2"}, "tokenizer has no effect .* runs/x: .* give no model."),
+        ("pretrain", {"model": "runs/x", "size": "demo"}, "size has no effect with model runs/x"),
+    ],
+)  # fmt: skip
+def test_a_setting_without_an_effect_is_refused(stage, settings, message):
+    assert re.search(message, refusal(stage, **settings))
+
+
+def test_a_setting_of_a_file_that_a_flag_has_made_idle_is_only_told(tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text("optimizer: muon\nmatrix_learning_rate: 1e-3\n")
+    assert parse_stage("sft", "--config", str(config), "--optimizer", "adamw").optimizer == "adamw"
+    assert capsys.readouterr().err == "matrix_learning_rate has no effect with optimizer adamw\n"
+    assert parse_stage("sft", "--config", str(config)).optimizer == "muon"
+    assert capsys.readouterr().err == ""
+    config.write_text("optimizer: adamw\n")
+    message = refusal("sft", "--config", str(config), "--matrix_learning_rate", "1e-3")
+    assert message.startswith("matrix_learning_rate has no effect with optimizer adamw")
+
+
+def test_a_file_beside_the_recipe_gives_no_flags(tmp_path, monkeypatch):
+    """HfArgumentParser would read it, unchecked."""
+    (tmp_path / "sft.args").write_text("--seed 7")
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "sft.py")])
+    assert parse_stage("sft").seed == 42
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -206,6 +265,11 @@ def test_the_last_value_of_another_repeated_flag_counts_and_is_told(capsys):
     ("argv", "message"),
     [
         (["--learning", "1"], "Unknown option --learning. Did you mean 'learning_rate'? See --help."),
+        (
+            ["--warmup_ratio", "0.1"],
+            "Unknown option --warmup_ratio. Give --warmup_steps, with a share below 1. See --help.",
+        ),
+        (["--packin", "x"], "Unknown option --packin. See --help."),  # not packing, which is refused
         (["--confg", "a.yaml"], "Unknown option --confg. Did you mean 'config'? See --help."),
         (
             ["stray", "--seed", "1", "-lr", "3"],

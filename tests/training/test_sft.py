@@ -110,4 +110,4 @@ def test_other_replayed_documents_make_another_run(tokenizer, documents, tmp_pat
 
 
 def test_zero_replay_share_means_no_replay():
-    assert parse(SFTArguments, [*FLAGS, "--replay", "tinytown=200", "--replay_share", "0"]).replay is None
+    assert parse(SFTArguments, [*FLAGS, "--replay", "tinytown=200", "--replay_share", "0"]).replay_source() is None
