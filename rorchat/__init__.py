@@ -60,6 +60,7 @@ STAGES = (
     "tokens",  # tokens: text -> shards in a token store
     "mixture",  # tokens: token stores -> mixed rows -> batches
     "inspection",  # tokens: problems of a dataset, and a row as the model gets it
+    "precision",  # model: which precision is fastest here
     "device",  # model: peak FLOPS, memory and price of a GPU or CPU
     "adapter",  # model: LoRA adapters in a folder: verify, load, merge
     "model",  # model: sizes, from scratch or from a checkpoint, FLOPs

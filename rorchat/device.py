@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 
 from rorchat.errors import UsageError, did_you_mean
+from rorchat.precision import PRECISIONS, choose_precision, measure_precisions
 from rorchat.yaml_file import read_yaml
 
 DEVICES_FILE = Path(__file__).with_name("devices.yaml")
-PRECISIONS = ("bf16", "fp16", "fp32")
 MATMUL_SHARE = 0.65  # share of the peak that the matrix products of a GPT-2 reach; see docs/planning.md
 CPU = "cpu"
 #: (rows, inner, columns) of the matrix products that are timed, from small to large: a device may be fastest at any of
@@ -57,11 +57,9 @@ class Device:
 
     @property
     def precision(self) -> str:
-        """The precision used for training: bf16 if the device computes it fast, else fp16 on a GPU, else fp32."""
+        """The precision used for training: bf16 if a GPU computes it fast, else fp16; that of this CPU is measured."""
         if self.is_cpu:
-            import torch
-
-            return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+            return choose_precision(measure_precisions(CPU))
         return next((name for name in PRECISIONS if name in self.peak_flops), "fp32")
 
 

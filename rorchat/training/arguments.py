@@ -23,7 +23,7 @@ from rorchat.mixture.mixture_file import expand_variables
 from rorchat.sources.columns import parse_columns
 from rorchat.sources.location import add_columns
 from rorchat.stories import find_beside, find_story_file
-from rorchat.training.distributed import check_sharding, use_gloo_on_cpu
+from rorchat.training.distributed import check_sharding, run_on_main_process, use_gloo_on_cpu
 from rorchat.training.gpu import asks_for_cpu, check_gpu, require_no_gpu_wanted
 from rorchat.training.help import format_help
 from rorchat.training.option_checks import (
@@ -40,7 +40,8 @@ from rorchat.training.option_checks import (
     check_types,
     suggest,
 )
-from rorchat.training.runtime import DTYPES, best_precision, keep_freed_memory, use_all_cores
+from rorchat.training.runtime import DTYPES, find_precision, keep_freed_memory, use_all_cores
+from rorchat.training.sizes import read_model_size
 from rorchat.training.unsupported_options import EVERY_STAGE
 from rorchat.validation_split import MAX_EVAL_TOKENS
 from rorchat.yaml_file import read_yaml
@@ -173,11 +174,13 @@ class StageArguments(DataArguments, _TrainerArguments):
     if TYPE_CHECKING:  # never None, unlike in Transformers' settings
         data_seed: int = 0
         output_dir: str = ""
+        model: str | None = None  # of every stage
 
     # settings of Transformers and TRL with other defaults
     lr_scheduler_type: str = COOLDOWN_SCHEDULE
     gradient_checkpointing: bool = False
     bf16: bool | None = None  # type: ignore[assignment]  # None until `resolve_defaults` chooses the precision
+    precision_reason: str = field(default="", init=False)  # why the precision was chosen; "" if it was given
     save_total_limit: int = 2
     report_to: str = "none"
     disable_tqdm: bool = True
@@ -206,6 +209,10 @@ class StageArguments(DataArguments, _TrainerArguments):
     def reply_tokens(self) -> int | None:
         """The length of a sample of a chat stage; None for the default of the engine."""
         return SMOKE_REPLY_TOKENS if self.smoke else None
+
+    def model_width(self) -> int | None:
+        """`n_embd` of the model to be trained; None if it is not known before the model is loaded."""
+        return read_model_size(self.model, "n_embd") if self.model else None
 
     def max_row_length(self) -> int | None:
         """Tokens of the longest row of a chat stage; None for all positions of the model."""
@@ -280,8 +287,7 @@ class StageArguments(DataArguments, _TrainerArguments):
         if not self.on_gpu and not self.use_cpu:
             require_no_gpu_wanted()
         if self.bf16 is None and not self.fp16:
-            precision = best_precision(self.on_gpu)
-            self.bf16, self.fp16 = precision["bf16"], precision["fp16"]
+            self._choose_precision()
         if self.fp16 and not self.on_gpu:
             raise UsageError("fp16 needs a GPU: on a CPU leave the precision out, or give --bf16 true.")
         if self.bf16 and not self.on_gpu:
@@ -298,6 +304,15 @@ class StageArguments(DataArguments, _TrainerArguments):
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False  # it would log the average of earlier losses in place of NaN
         self.include_num_input_tokens_seen = "no"  # the datasets count tokens
+
+    def _choose_precision(self) -> None:
+        """Sets the precision that is fastest here, which the main process measures for all."""
+        if not self.on_gpu:
+            use_gloo_on_cpu()
+        device = "cuda" if self.on_gpu else "cpu"
+        find = partial(find_precision, Path(self.output_dir), device, self.model_width())
+        precision, self.precision_reason = run_on_main_process(find)
+        self.bf16, self.fp16 = precision == "bf16", precision == "fp16"
 
 
 def parse_trackers(report_to: str | list[str] | None) -> list[str]:

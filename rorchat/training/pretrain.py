@@ -18,6 +18,7 @@ from rorchat.mixture.history import build_plan, data_summaries
 from rorchat.mixture.mixture_file import MixtureConfig, read_mixture
 from rorchat.mixture.plan import Plan
 from rorchat.mixture.stores import count_rows_per_epoch, prepare_stores
+from rorchat.model import parse_shape
 from rorchat.persona import load_persona
 from rorchat.tokens.store import TOKENS_FOLDER, TokenStore
 from rorchat.training.arguments import StageArguments
@@ -25,7 +26,7 @@ from rorchat.training.context import StageContext
 from rorchat.training.kernels.lm_head_loss import patch_gelu, patch_lm_head_loss
 from rorchat.training.option_checks import NOT_NEGATIVE, POSITIVE, Effect, check_length, check_rules, left_out
 from rorchat.training.runtime import can_compile, works_compiled
-from rorchat.training.sizes import PretrainingSizes, read_positions
+from rorchat.training.sizes import PretrainingSizes, read_model_size
 from rorchat.training.smoke_test import shrink_pretraining
 from rorchat.training.stage import StageTrainer
 from rorchat.training.unsupported_options import PRETRAIN
@@ -121,7 +122,7 @@ class PretrainArguments(StageArguments, TrainingArguments):
             self.max_steps,
             processes=int(os.environ.get("WORLD_SIZE", "1")),
             size=None if self.model else self.size,
-            n_positions=read_positions(self.model) if self.model else None,
+            n_positions=read_model_size(self.model, "n_positions") if self.model else None,
         ).check()
 
     def _derive_steps(self) -> None:
@@ -130,6 +131,9 @@ class PretrainArguments(StageArguments, TrainingArguments):
         self.gradient_accumulation_steps = self.global_batch_tokens // tokens_per_pass
         if self.max_steps <= 0:
             self.max_steps = self.train_tokens // self.global_batch_tokens
+
+    def model_width(self) -> int | None:
+        return super().model_width() if self.model else parse_shape(self.size).n_embd
 
     @property
     def is_compiled(self) -> bool:

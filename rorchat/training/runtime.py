@@ -1,30 +1,43 @@
 """Settings of the training process that depend on the machine: precision, threads, memory, compilation."""
 
+import contextlib
 import ctypes
 import importlib.util
+import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from rorchat.errors import shorten_error
+from rorchat.precision import DEFAULT_WIDTH, choose_precision, measure_precisions
 from rorchat.training.kernels.attention import describe_attention
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
-def best_precision(on_gpu: bool) -> dict[str, bool]:
-    """The values of the settings `bf16` and `fp16` that are fastest on the device.
+def find_precision(run: Path, device: str, width: int | None) -> tuple[str, str]:
+    """The precision of a run that leaves it open, and the reason in a few words.
 
-    On a GPU bf16 from compute capability 8.0, otherwise fp16 with a loss scale (a T4 only emulates bf16). On a CPU bf16
-    if it has matrix units for it (AMX), otherwise float32.
+    A run that resumes keeps its precision on a device of the same kind. Otherwise the fastest one is measured.
+
+    Args:
+        run: the folder of the run, which may not exist yet.
+        device: "cpu" or "cuda".
+        width: of the model; None if it is not known yet.
     """
-    if on_gpu:
-        modern = torch.cuda.get_device_capability()[0] >= 8
-        return {"bf16": modern, "fp16": not modern}
-    return {"bf16": torch.cpu._is_amx_tile_supported(), "fp16": False}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # reported when the folder is opened
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        if record["device"] == device and record["precision"] in DTYPES:
+            return record["precision"], "as before"
+    speeds = measure_precisions(device, width or DEFAULT_WIDTH)
+    figures = ", ".join(
+        f"{name} {speed / 1e9:,.3g}" for name, speed in sorted(speeds.items(), key=lambda item: -item[1])
+    )
+    return choose_precision(speeds), f"{figures} GFLOP/s{' on one core' if device == 'cpu' else ''}"
 
 
 def can_compile(on_gpu: bool) -> bool:
@@ -72,7 +85,8 @@ def describe_runtime(arguments) -> str:
     attention = describe_attention(device, DTYPES[arguments.precision], arguments.row_layout)
     kernels = "torch.compile" if arguments.is_compiled else "eager"
     processes = "1 process" if arguments.world_size == 1 else f"{arguments.world_size} processes"
-    return f"device: {name}, {arguments.precision}, {attention}, {kernels}, {processes}"
+    reason = f" ({arguments.precision_reason})" if arguments.precision_reason else ""
+    return f"device: {name}, {arguments.precision}{reason}, {attention}, {kernels}, {processes}"
 
 
 def use_all_cores() -> None:

@@ -15,11 +15,11 @@ from rorchat.model import parse_shape
 FITTING_STEPS = 100  # of a suggested run
 
 
-def read_positions(model: str) -> int | None:
-    """The context window of a model in a local folder; None if it is not known before the model is loaded."""
+def read_model_size(model: str, name: str) -> int | None:
+    """A size in config.json of a model in a local folder; None if it is not known before the model is loaded."""
     try:
         config = json.loads((Path(resolve_model_path(model)) / "config.json").read_text(encoding="utf-8"))
-        return int(config["n_positions"])
+        return int(config[name])
     except (DataError, OSError, ValueError, KeyError, TypeError):  # reported when the model is loaded
         return None
 
@@ -34,7 +34,7 @@ def check_row_length(name: str, tokens: int | None, model: str, smallest: int = 
         return
     if tokens < smallest:
         raise UsageError(f"{name} is {tokens}: give {smallest} or more, or omit it.")
-    positions = read_positions(model)
+    positions = read_model_size(model, "n_positions")
     if positions and tokens > positions:
         raise MismatchError(
             f"{name} is {tokens}, but the model has only {positions} positions. {try_settings({name: positions})}"

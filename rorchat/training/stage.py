@@ -27,6 +27,7 @@ from rorchat.files import as_number
 from rorchat.inference.engine import ChatModel, generate_replies
 from rorchat.mixture.collators import collate_padded
 from rorchat.model import Shape, flops_per_token
+from rorchat.precision import choose_precision, measure_precisions
 from rorchat.sources.base import RowStats
 from rorchat.tokenizer import token_bytes
 from rorchat.training.base_loss import create_base_loss_callback
@@ -118,11 +119,14 @@ class StageTrainer(OOMRecoveryMixin, CheckpointMixin):
 
     def _measure_utilization(self, row_tokens: int, repeat: bool = False) -> Utilization:
         """The FLOPs of a token and the peak of the devices; `repeat` measures a peak that is not known once more."""
-        precision, on_gpu = self.args.precision, self.args.device.type == "cuda"
+        device, on_gpu = self.args.device.type, self.args.device.type == "cuda"
+        width = self.model.config.n_embd
+        # a slower precision, if one was asked for, does not make the machine slower
+        precisions = {self.args.precision, choose_precision(measure_precisions(device, width))}
         with torch.random.fork_rng([self.args.device] if on_gpu else []):  # the measurement uses random numbers
-            peak, origin = get_peak_flops(precision, on_gpu)
+            peak, origin, precision = max((*get_peak_flops(name, on_gpu), name) for name in precisions)
             if repeat and origin == "measured":
-                peak = max(peak, measure_flops(precision, self.args.device.type))
+                peak = max(peak, measure_flops(precision, device))
         if on_gpu and origin == "measured":
             torch.cuda.reset_peak_memory_stats()  # exclude the memory of the measurement
         config = self.model.config

@@ -1,5 +1,6 @@
 """What a run trains on, in one line; torch.compile where it works. There is no GPU: it is simulated."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,10 @@ from rorchat.training.dpo import DPOArguments
 from rorchat.training.grpo import GRPOArguments
 from rorchat.training.pretrain import PretrainArguments
 from rorchat.training.run_folder import RunFolder
-from rorchat.training.runtime import describe_runtime, find_compile_problem, works_compiled
+from rorchat.training.runtime import describe_runtime, find_compile_problem, find_precision, works_compiled
 from rorchat.training.sft import SFTArguments
 
-FLAGS = ["--sources", "tinytown=9", "--max_steps", "3", "--bf16", "false", "--use_cpu", "true"]
+FLAGS = ["--sources", "tinytown=9", "--max_steps", "3", "--use_cpu", "true"]
 MODEL = ["--model", "gpt2"]
 
 
@@ -30,8 +31,31 @@ MODEL = ["--model", "gpt2"]
 def test_every_stage_says_what_it_trains_on(kind, flags, attention, tmp_path):
     arguments = parse(kind, [*FLAGS, *flags, "--output_dir", str(tmp_path)])
     threads = torch.get_num_threads()
-    expected = f"device: CPU with {threads} threads, fp32, {attention}, eager, 1 process"
-    assert describe_runtime(arguments) == expected.replace("1 threads", "1 thread")
+    figures = r"\((bf16|fp32) [\d.,]+, (bf16|fp32) [\d.,]+ GFLOP/s on one core\)"
+    expected = rf"device: CPU with {threads} threads?, (bf16|fp32) {figures}, {re.escape(attention)}, eager, 1 process"
+    assert re.fullmatch(expected, describe_runtime(arguments))
+    given = parse(kind, [*FLAGS, *flags, "--output_dir", str(tmp_path), "--bf16", "false"])
+    assert ", fp32, SDPA" in describe_runtime(given)
+
+
+@pytest.mark.parametrize(
+    ("record", "kept"),
+    [
+        ('{"device": "cpu", "precision": "bf16"}', "bf16"),
+        ('{"device": "cpu", "precision": "fp32"}', "fp32"),
+        ('{"device": "cuda", "precision": "bf16"}', None),
+        ('{"device": "cpu", "precision": "int8"}', None),
+        ('{"device": "cpu"}', None),
+        ("[]", None),
+        ("{", None),
+    ],
+)
+def test_a_resumed_run_keeps_its_precision_on_a_device_of_the_same_kind(record, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "measure_precisions", lambda device, width: {"bf16": float(width), "fp32": 64.0})
+    assert find_precision(tmp_path, "cpu", 128)[0] == "bf16" and find_precision(tmp_path, "cpu", 64)[0] == "fp32"
+    (tmp_path / "run.json").write_text(record, encoding="utf-8")
+    expected = (kept, "as before") if kept else ("fp32", "bf16 6.4e-08, fp32 6.4e-08 GFLOP/s on one core")
+    assert find_precision(tmp_path, "cpu", 64) == expected
 
 
 def test_a_start_prints_the_line_once(tmp_path, capsys):
@@ -60,9 +84,14 @@ def test_the_line_of_a_gpu_has_its_name_and_kernel(capability, precision, layout
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, device, dtype: zeros(*size))
     arguments = SimpleNamespace(
-        device=torch.device("cuda"), precision=precision, row_layout=layout, is_compiled=True, world_size=8
+        device=torch.device("cuda"),
+        precision=precision,
+        row_layout=layout,
+        is_compiled=True,
+        world_size=8,
+        precision_reason="as before",
     )
-    expected = f"device: NVIDIA A100-SXM4-80GB, {precision}, {attention}, torch.compile, 8 processes"
+    expected = f"device: NVIDIA A100-SXM4-80GB, {precision} (as before), {attention}, torch.compile, 8 processes"
     assert describe_runtime(arguments) == expected
 
 

@@ -12,7 +12,7 @@ from rorchat.training.dpo import DPOArguments
 from rorchat.training.grpo import GRPOArguments
 from rorchat.training.pretrain import PretrainArguments
 from rorchat.training.sft import SFTArguments
-from rorchat.training.sizes import read_positions
+from rorchat.training.sizes import read_model_size
 
 STAGES = {"sft": SFTArguments, "dpo": DPOArguments, "grpo": GRPOArguments, "pretrain": PretrainArguments}
 
@@ -90,9 +90,9 @@ def test_a_row_longer_than_the_context_window_alone_is_a_mismatch(model, tmp_pat
 
 
 def test_positions_are_read_from_model_and_run_folders(model, tmp_path):
-    assert read_positions(str(model)) == 128
+    assert read_model_size(str(model), "n_positions") == 128
     (tmp_path / "run").mkdir()
     model.rename(tmp_path / "run" / "model")
-    assert read_positions(str(tmp_path / "run")) == 128
+    assert read_model_size(str(tmp_path / "run"), "n_positions") == 128
     for unknown in ("gpt2", str(tmp_path), str(tmp_path / "nowhere"), ""):
-        assert read_positions(unknown) is None
+        assert read_model_size(unknown, "n_positions") is None
