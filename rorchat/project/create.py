@@ -210,12 +210,14 @@ def write_notes(scheduler: Scheduler, schedule: Schedule, vocabularies: list[Voc
     for source in survey.sources:
         if source.is_added and not source.is_about_persona:
             notes.append(f"Generated {source.option} are added ({source.spec}): {_why_added(source, survey)}.")
+    block_size = scheduler.machine.block_size
+    notes += warn_about_long_rows(survey, block_size, size.vocabulary.chat_bytes_per_token)
     if scheduler.base:
         return notes
     if survey.pretraining != survey.of("documents"):
         notes.append("Pretraining reads the conversations as well, because you gave no documents, which add knowledge.")
     tokens = scheduler.count_tokens("documents", size.vocabulary)
-    parameters = format_count(count_parameters(size.shape, size.vocabulary.size, scheduler.machine.block_size))
+    parameters = format_count(count_parameters(size.shape, size.vocabulary.size, block_size))
     if size.epochs > MANY_EPOCHS:
         notes.append(
             f"Little text: {format_count(tokens)} tokens, which this model of {parameters} parameters reads "
@@ -237,6 +239,24 @@ def write_notes(scheduler: Scheduler, schedule: Schedule, vocabularies: list[Voc
         )
     if size.epochs <= MANY_EPOCHS:
         notes.append(_with_more_text(scheduler, vocabularies, size))
+    return notes
+
+
+def warn_about_long_rows(survey: Survey, block_size: int, bytes_per_token: float) -> list[str]:
+    """One line for each source of chats whose 90th percentile does not fit into the window of the model."""
+    effects = {
+        "conversations": "their last turns are left out, or the whole conversation if its first reply does not fit",
+        "preferences": "the earlier turns of their prompts are dropped, and their replies cut",
+    }
+    notes = []
+    for option, effect in effects.items():
+        for source in survey.of(option):
+            median, ninety, _ = (length / bytes_per_token for length in source.lengths)
+            share = "half" if median > block_size else "a tenth" if ninety > block_size else ""
+            if share:
+                notes.append(
+                    f"More than {share} of the {option} of {source.spec} exceed {block_size} tokens: {effect}."
+                )
     return notes
 
 

@@ -33,7 +33,8 @@ class SourceSurvey:
     Attributes:
         spec: the source as recipes take it, with an absolute path.
         utf8_bytes: of the text of all kept rows.
-        lengths: characters of the median row, of the 90th and of the 99th percentile.
+        lengths: characters of the median row, of the 90th and of the 99th percentile; of a pair, those of its prompt
+            and longer reply.
         language: ISO 639-1 code of the most frequent language of the rows, or "" if they have no words.
         language_share: share of the rows that are in this language.
         sample: text of the first rows.
@@ -145,7 +146,7 @@ def _survey_source(
     sizes, size, sample, sampled = [], 0, [], 0
     for row in tqdm(rows, desc=f"read {spec_or_path}", unit=" rows", disable=None, leave=False):
         text = row_text(row)
-        sizes.append(len(text))
+        sizes.append(_sequence_length(row))
         size += len(text.encode(errors="surrogatepass"))
         if sampled < SAMPLE_CHARACTERS:
             sample.append(text[: SAMPLE_CHARACTERS - sampled])
@@ -155,6 +156,13 @@ def _survey_source(
     language, share = guess_language(sample)
     text = "\n".join(sample)
     return SourceSurvey(option, spec, guessed, rows.stats, size, _percentiles(sizes), language, share, text, is_added)
+
+
+def _sequence_length(row: dict) -> int:
+    """The characters that the model reads at once: of a pair, the prompt and the longer reply."""
+    if "chosen" not in row:
+        return len(row_text(row))
+    return max(len(row_text({"prompt": row["prompt"], "reply": row[side]})) for side in ("chosen", "rejected"))
 
 
 def _with_absolute_path(spec: str) -> str:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from project_support import make_machine, write_data
+from project_support import make_machine, make_survey, write_data
 from support import json_lines
 
 from rorchat.device import find_device
@@ -15,7 +15,7 @@ from rorchat.errors import DataError, MismatchError, UsageError
 from rorchat.model import build_model, flops_per_token, parse_shape, save_model
 from rorchat.plan.budget import make_plan
 from rorchat.project import create, timing
-from rorchat.project.create import create_project
+from rorchat.project.create import create_project, warn_about_long_rows
 from rorchat.project.sizing import SHAPES
 from rorchat.project.timing import choose_rows, measure_machine, measure_seconds_per_token, request_steps
 from rorchat.project.vocabulary import VOCABULARIES
@@ -163,3 +163,20 @@ def test_the_plan_says_how_data_are_read_and_its_settings_name_the_columns(known
         "  30 rows read as turns from 'dialogue' ('speaker' and 'text'); two speakers: the first is the user",
     ]
     assert f"messages={tmp_path / 'faq.csv'}:user=q:assistant=a" in (tmp_path / "bot" / "sft.yaml").read_text()
+
+
+@pytest.mark.parametrize(("long_pairs", "share"), [(30, "half"), (8, "a tenth"), (3, None)])
+def test_pairs_and_conversations_that_exceed_the_window_are_told(long_pairs, share, given, tmp_path):
+    pairs = [
+        {"prompt": "Tell me.", "chosen": "No.", "rejected": "word " * (80 if n < long_pairs else 1)} for n in range(50)
+    ]
+    (tmp_path / "pairs.jsonl").write_text(json_lines(*pairs), encoding="utf-8")
+    survey = make_survey({**given, "preferences": [f"preference={tmp_path / 'pairs.jsonl'}"]})
+    notes = warn_about_long_rows(survey, 70, 4.0)  # a window of 280 bytes; a long pair has 410
+    about_pairs = [note for note in notes if "preferences" in note]
+    assert about_pairs == [note for note in notes if "exceed 70 tokens" in note]  # the conversations fit
+    if share:
+        assert about_pairs[0].startswith(f"More than {share} of the preferences of preference=")
+    else:
+        assert not about_pairs
+    assert [note for note in warn_about_long_rows(survey, 40, 4.0) if "More than half of the conversations" in note]
