@@ -6,8 +6,10 @@ exits with 1 after a failure.
 """
 
 import argparse
+import contextlib
 import copy
 import importlib
+import io
 import logging
 import os
 import signal
@@ -124,21 +126,36 @@ def _run_here(name: str, argv: Sequence[str]) -> None:
 
 def _launch(name: str, launcher_flags: list[str], recipe_flags: list[str]) -> None:
     """Runs a recipe as `accelerate launch` does, and exits with the exit code of the first process that failed."""
-    from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.commands.launch import launch_command
 
     script = str(STORIES_FOLDER / f"{name}.py")
-    arguments = launch_command_parser().parse_args([*_add_defaults(launcher_flags), script, *recipe_flags])
+    arguments = _parse_launcher([*_add_defaults(launcher_flags), script, *recipe_flags])
     _silence_launchers()
     os.environ.setdefault(SHUTDOWN_SECONDS, SHUTDOWN_TIMEOUT)
     try:
         _replace_process_if_single(copy.copy(arguments))
         launch_command(arguments)
     # only the launcher raises these: the recipe runs in other processes
-    except (ValueError, ImportError, AssertionError) as error:
+    except (ValueError, ImportError, AssertionError, RuntimeError) as error:
         raise UsageError(f"accelerate launch: {' '.join(str(error).split())}") from None
     except Exception as error:
         sys.exit(_exit_code(error))
     sys.exit(0)
+
+
+def _parse_launcher(argv: list[str]) -> argparse.Namespace:
+    """The settings of `accelerate launch`; raises UsageError where its parser would print how it is used, and exit."""
+    from accelerate.commands.launch import launch_command_parser
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            arguments = launch_command_parser().parse_args(argv)
+    except SystemExit:
+        raise UsageError(f"accelerate launch: {printed.getvalue().strip().rpartition('error: ')[2]}.") from None
+    if arguments.num_processes is not None and arguments.num_processes < 1:  # Accelerate takes 0 for the default
+        raise UsageError(f"--num_processes is {arguments.num_processes}: give a positive number.")
+    return arguments
 
 
 def _silence_launchers() -> None:

@@ -87,6 +87,18 @@ def test_launcher_configurations_have_names(flag, tmp_path, monkeypatch):
         (["dpo", "--modl", "x"], 2, "Unknown option --modl. Did you mean 'model'"),
         (["sft", "--model", "./none", "--sources", "tinytown=10", "--output_dir", "x"], 65, "No model folder ./none"),
         (["sft", "--num_processes"], 2, "--num_processes needs a value"),
+        (["sft", "--num_processes", "0"], 2, "--num_processes is 0: give a positive number"),
+        (["sft", "--mixed_precision", "fp8"], 2, "accelerate launch: "),
+        (
+            ["sft", "--num_processes", "two"],
+            2,
+            "accelerate launch: argument --num_processes/--num-processes: invalid int",
+        ),
+        (
+            ["sft", "--mixed_precision", "foo"],
+            2,
+            "accelerate launch: argument --mixed_precision/--mixed-precision: invalid",
+        ),
     ],
 )
 def test_a_failure_is_one_line_with_the_exit_code_of_the_recipe(arguments, code, message, tmp_path, monkeypatch):
