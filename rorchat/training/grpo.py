@@ -45,8 +45,8 @@ from rorchat.training.option_checks import (
 )
 from rorchat.training.readiness import EQUAL_REWARDS, ReadinessCallback
 from rorchat.training.rewards import WEIGHTS, Scorer, as_replies, find_reward, is_right
-from rorchat.training.sampler import training_order
-from rorchat.training.sizes import check_batch, check_row_length, try_settings
+from rorchat.training.sampler import count_steps, training_order
+from rorchat.training.sizes import check_batch, read_model_size, try_settings
 from rorchat.training.smoke_test import shrink_grpo
 from rorchat.training.stage import ChatStageTrainer
 from rorchat.training.unsupported_options import GRPO
@@ -125,7 +125,7 @@ class GRPOArguments(StageArguments, GRPOConfig):
             self._check_model,
             self.check_stage,
             partial(check_batch, self, self.num_generations),
-            partial(check_row_length, "max_completion_length", self.max_completion_length, self.model, 2),
+            self._check_reply_length,
             self._check_groups,
             self._check_rewards,
             partial(check_rules, self, RULES),
@@ -144,6 +144,14 @@ class GRPOArguments(StageArguments, GRPOConfig):
     def _check_model(self) -> None:
         if not self.model:
             raise UsageError("No model: give the chat model to train, such as --model runs/gpt2-chat")
+
+    def _check_reply_length(self) -> None:
+        if self.max_completion_length is not None and self.max_completion_length < 2:
+            raise UsageError(
+                f"max_completion_length is {self.max_completion_length}: give 2 tokens or more, or omit it."
+            )
+        if positions := read_model_size(self.model, "n_positions"):
+            reply_length(self, positions)
 
     def _check_groups(self) -> None:
         if self.num_generations < 2:
@@ -215,7 +223,7 @@ def reply_length(arguments: GRPOArguments, n_positions: int) -> int:
     if longest >= n_positions:
         raise MismatchError(
             f"max_completion_length is {longest}, but the model has only {n_positions} positions for question and "
-            "reply: give a smaller value."
+            f"reply. {try_settings({'max_completion_length': n_positions // DEFAULT_REPLY_DIVISOR})}"
         )
     return longest
 
@@ -245,8 +253,7 @@ class ChatGRPOTrainer(ChatStageTrainer, GRPOTrainer):
         replies = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         self.questions_per_step = replies // arguments.num_generations
         self.rows_per_epoch, self.batch_multiple = len(train) * arguments.num_generations, arguments.num_generations
-        if arguments.max_steps <= 0:
-            arguments.max_steps = max(1, math.ceil(len(train) * arguments.num_train_epochs / self.questions_per_step))
+        arguments.max_steps = count_steps(arguments, self.rows_per_epoch)
         # equal lengths, because questions grouped by length would be of one kind in each step
         questions = arguments.max_steps * self.questions_per_step
         order = training_order([1] * len(train), questions, self.questions_per_step, arguments.data_seed)

@@ -5,15 +5,32 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rorchat.errors import UsageError
+
 BATCHES_PER_POOL = 50  # rows of similar length are grouped within pools of this many batches
+MAX_ROWS = 10_000_000  # of a run, whose order is in memory; it takes a minute to compute
 
 
 def count_steps(arguments, rows: int) -> int:
-    """Optimizer steps of a fine-tuning run: `max_steps`, or as many as `num_train_epochs` over all rows take."""
+    """Optimizer steps of a run of a chat stage: `max_steps`, or as many as `num_train_epochs` over all rows take.
+
+    Args:
+        rows: of an epoch, counted as in `per_device_train_batch_size`.
+
+    Raises:
+        UsageError: the run would read too many rows.
+    """
     rows_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    return max(1, math.ceil(rows * arguments.num_train_epochs / rows_per_step))
+    steps, setting = arguments.max_steps, "max_steps"
+    if steps <= 0:
+        steps, setting = max(1, math.ceil(rows * arguments.num_train_epochs / rows_per_step)), "num_train_epochs"
+    if steps * rows_per_step > MAX_ROWS:
+        raise UsageError(
+            f"{setting} is {getattr(arguments, setting):,}, so that the run would read {steps * rows_per_step:,} rows: "
+            f"a run of a chat stage has at most {MAX_ROWS:,} rows. Give fewer, {MAX_ROWS // rows_per_step:,} steps at "
+            "most."
+        )
+    return steps
 
 
 def training_order(lengths: Sequence[int], rows: int, batch_size: int, seed: int) -> np.ndarray:

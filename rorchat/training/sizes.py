@@ -24,16 +24,16 @@ def read_model_size(model: str, name: str) -> int | None:
         return None
 
 
-def check_row_length(name: str, tokens: int | None, model: str, smallest: int = 1) -> None:
-    """Raises an error if a setting of a chat stage is too small or exceeds the context window of the model.
+def check_row_length(name: str, tokens: int | None, model: str) -> None:
+    """Raises an error if a setting of a chat stage is not positive or exceeds the context window of the model.
 
     Raises:
         UsageError, MismatchError.
     """
     if tokens is None:
         return
-    if tokens < smallest:
-        raise UsageError(f"{name} is {tokens}: give {smallest} or more, or omit it.")
+    if tokens < 1:
+        raise UsageError(f"{name} is {tokens}: give a positive number, or omit it.")
     positions = read_model_size(model, "n_positions")
     if positions and tokens > positions:
         raise MismatchError(

@@ -183,6 +183,24 @@ def test_the_steps_of_an_epoch_cover_all_rows(rows, epochs, steps):
 BASE = ["--sources", "tinytown=10", "--output_dir", "x", "--block_size", "64", "--per_device_train_batch_size", "2"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"max_steps": 2_500_001, "num_train_epochs": 3.0},
+            "max_steps is 2,500,001, so that .* 10,000,004 rows: .* 2,500,000 ",
+        ),
+        ({"max_steps": -1, "num_train_epochs": 1e18}, r"num_train_epochs is 1e\+18, so that"),
+    ],
+)
+def test_more_rows_than_have_room_in_memory_are_refused(settings, message):
+    """The order of the rows of the whole run is computed at the start."""
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "world_size": 1}
+    with pytest.raises(UsageError, match=message):
+        count_steps(SimpleNamespace(**sizes, **settings), 10)
+    assert count_steps(SimpleNamespace(**sizes, max_steps=2_500_000), 10) == 2_500_000
+
+
 def test_gradient_accumulation_is_derived_from_the_global_batch():
     arguments = parse(PretrainArguments, [*BASE, "--global_batch_tokens", "512", "--train_tokens", "5120"])
     assert (arguments.gradient_accumulation_steps, arguments.max_steps) == (4, 10)

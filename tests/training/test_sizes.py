@@ -66,7 +66,7 @@ def test_problems_of_different_kinds_are_named_together(model, tmp_path):
             "max_length is 0", "beta is 0.0", "chosen_drop is -1", "No loss_type 'foo'")),
         ("grpo", "--max_completion_length 200 --per_device_train_batch_size 3 --temperature 0 --learning_rate -1", (
             "only 128 positions", "temperature is 0", "learning_rate is -1",
-            ". Try: --max_completion_length 128 --per_device_train_batch_size 8")),
+            ". Try: --max_completion_length 32 --per_device_train_batch_size 8")),
     ):  # fmt: skip
         with pytest.raises(UsageError) as refused:
             parse_stage(stage, tmp_path, "--model", model, *flags.split())
