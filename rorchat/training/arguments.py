@@ -1,7 +1,6 @@
 """The settings of every stage, and how they are parsed: defaults < YAML < command line."""
 
 import argparse
-import importlib.util
 import os
 import re
 import sys
@@ -14,11 +13,10 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SaveStrategy
 from trl import TrlParser
 
-from rorchat.errors import UsageError, check_all, did_you_mean
+from rorchat.errors import UsageError, check_all
 from rorchat.mixture.mixture_file import expand_variables
 from rorchat.sources.columns import parse_columns
 from rorchat.sources.location import add_columns
@@ -42,6 +40,7 @@ from rorchat.training.option_checks import (
 )
 from rorchat.training.runtime import DTYPES, find_precision, keep_freed_memory, use_all_cores
 from rorchat.training.sizes import read_model_size
+from rorchat.training.trackers import parse_trackers
 from rorchat.training.unsupported_options import EVERY_STAGE
 from rorchat.validation_split import MAX_EVAL_TOKENS
 from rorchat.yaml_file import read_yaml
@@ -54,8 +53,6 @@ else:
 Arguments = TypeVar("Arguments", bound="DataArguments")
 SMOKE_ROWS_PER_SOURCE = 64
 SMOKE_REPLY_TOKENS = 16  # a model that has not learned to stop would generate a quarter of the context window
-#: The tested trackers, each with its packages, one of which must be installed.
-TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 
 
 @dataclass
@@ -313,26 +310,6 @@ class StageArguments(DataArguments, _TrainerArguments):
         find = partial(find_precision, Path(self.output_dir), device, self.model_width())
         precision, self.precision_reason = run_on_main_process(find)
         self.bf16, self.fp16 = precision == "bf16", precision == "fp16"
-
-
-def parse_trackers(report_to: str | list[str] | None) -> list[str]:
-    """The experiment trackers, given as one name, names separated by commas, or a list; "none" for none.
-
-    Raises:
-        UsageError: Transformers does not know a tracker, or its package is not installed.
-    """
-    names = report_to.split(",") if isinstance(report_to, str) else report_to or []
-    names = [name.strip() for name in names if name.strip() != "none"]
-    for name in names:
-        if name not in (*INTEGRATION_TO_CALLBACK, "all"):
-            known = (*TRACKERS, *(known for known in INTEGRATION_TO_CALLBACK if known not in TRACKERS))
-            raise UsageError(
-                f"report_to: no tracker {name!r}.{did_you_mean(name, known)} Available: {', '.join(known)}."
-            )
-        packages = TRACKERS.get(name, ())
-        if packages and not any(importlib.util.find_spec(package) for package in packages):
-            raise UsageError(f"report_to {name} needs a package that is not installed: pip install {packages[0]}")
-    return names
 
 
 class StageParser(TrlParser):

@@ -28,7 +28,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from rorchat.adapter import is_adapter
 from rorchat.chatml import encode_preferences
 from rorchat.console import shows_bars
-from rorchat.errors import UsageError, check_all, did_you_mean
+from rorchat.errors import UsageError, check_all
 from rorchat.files import as_number
 from rorchat.jsonl import append_json_line
 from rorchat.model import Shape, count_parameters
@@ -40,20 +40,11 @@ from rorchat.training.checkpointing.checkpoint import find_storage_failure
 from rorchat.training.context import StageContext
 from rorchat.training.data import Split, load_split, row_lengths
 from rorchat.training.distributed import any_rank, sharding_strategy
+from rorchat.training.dpo_losses import LOSS_EFFECTS, RULES, check_losses
 from rorchat.training.kernels.dpo_logps import patch_dpo_logps, reply_masks
 from rorchat.training.kernels.lm_head_loss import patch_gelu
 from rorchat.training.lora import LoraArguments
-from rorchat.training.option_checks import (
-    FINITE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    Effect,
-    Rule,
-    any_of,
-    check_rules,
-    one_of,
-)
+from rorchat.training.option_checks import EVAL_EFFECTS, Effect, check_rules
 from rorchat.training.run_notes import warn_about_margin
 from rorchat.training.sampler import count_steps, training_order
 from rorchat.training.sizes import check_batch, check_row_length
@@ -66,29 +57,9 @@ PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 CHOSEN_FELL = "chosen fell"  # event in metrics.jsonl and stop reason in run.json
 PAIRS, TOKENS = "pairs", "chosen_tokens"  # weights for averaging the metrics that TRL records per micro-batch
-#: The values that TRL 1.16 supports. It rejects others only after loading the model, or in the first step.
-LOSSES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
-LOSSES_OF_PAIRS = tuple(kind for kind in LOSSES if kind != "sft")
 #: The default learning rate is LEARNING_RATE_AT_1M * (millions of parameters) ** -LEARNING_RATE_EXPONENT.
 LEARNING_RATE_AT_1M, LEARNING_RATE_EXPONENT = 1e-4, 0.5
 MIN_MARGIN_PAIRS = 50  # of a validation split whose mean margin says something
-#: Losses of the difference between chosen and rejected replies, which support every divergence.
-DIFFERENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
-#: Losses with a term for a wrong preference. The others ignore `label_smoothing`.
-SMOOTHED_LOSSES = ("exo_pair", "robust", "aot", "aot_unpaired")
-RULES = {
-    "chosen_drop": Rule(NOT_NEGATIVE.allows, "a number of nats per token, or 0 to disable it"),
-    "beta": POSITIVE,
-    "label_smoothing": Rule(lambda value: 0 <= value < 0.5, "a number from 0 to below 0.5"),
-    "ld_alpha": SHARE,
-    "f_divergence_type": one_of("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
-    "f_alpha_divergence_coef": FINITE,
-    "discopop_tau": POSITIVE,
-    "precompute_ref_batch_size": POSITIVE,
-}
 
 
 @dataclass
@@ -96,14 +67,7 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
     """Settings of `recipes/dpo.py`."""
 
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = DPO
-    EFFECTS: ClassVar[tuple[Effect, ...]] = (
-        *StageArguments.EFFECTS,
-        Effect("label_smoothing", "loss_type", any_of(*SMOOTHED_LOSSES)),
-        *(Effect(name, "loss_type", any_of(*LOSSES_OF_PAIRS)) for name in ("beta", "ld_alpha")),
-        Effect("discopop_tau", "loss_type", any_of("discopop")),
-        Effect("f_divergence_type", "loss_type", any_of(*DIFFERENCE_LOSSES)),
-        Effect("f_alpha_divergence_coef", "f_divergence_type", one_of("alpha_divergence")),
-    )
+    EFFECTS: ClassVar[tuple[Effect, ...]] = (*StageArguments.EFFECTS, *EVAL_EFFECTS, *LOSS_EFFECTS)
 
     if TYPE_CHECKING:  # never None after the checks, unlike in TRL's settings
         loss_weights: list[float] = field(default_factory=list)
@@ -145,7 +109,7 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
             partial(check_batch, self),
             partial(check_row_length, "max_length", self.max_length, self.model),
             self._check_limits,
-            self._check_loss,
+            partial(check_losses, self),
         )
         self.resolve_defaults()
         if sharding_strategy() == "FSDP" and is_adapter(self.model):
@@ -168,29 +132,6 @@ class DPOArguments(LoraArguments, StageArguments, DPOConfig):
             raise UsageError(
                 "chosen_drop is checked at every log line, but logging_strategy is no: use logging_strategy "
                 "steps, or give --chosen_drop 0."
-            )
-
-    def _check_loss(self) -> None:
-        kinds = self.loss_type
-        for kind in kinds:
-            if kind not in LOSSES:
-                raise UsageError(f"No loss_type {kind!r}.{did_you_mean(kind, LOSSES)} Available: {', '.join(LOSSES)}.")
-        self.loss_weights = self.loss_weights or [1.0] * len(kinds)
-        if len(self.loss_weights) != len(kinds):
-            raise UsageError(
-                f"loss_weights has {len(self.loss_weights)} numbers for {len(kinds)} losses ({', '.join(kinds)}): give "
-                "one number for each, or omit it for equal weights."
-            )
-        if not all(0 <= weight < math.inf for weight in self.loss_weights) or not any(self.loss_weights):
-            raise UsageError(f"loss_weights is {self.loss_weights}: give non-negative numbers, not all of them 0.")
-        if "exo_pair" in kinds and not self.label_smoothing:
-            raise UsageError(
-                "loss_type exo_pair needs the logarithm of label_smoothing: give a positive one, such as 1e-3."
-            )
-        others = [kind for kind in kinds if kind not in (*DIFFERENCE_LOSSES, "sft")]
-        if self.f_divergence_type != "reverse_kl" and others:
-            raise UsageError(
-                f"loss_type {others[0]} needs reverse_kl: leave out f_divergence_type {self.f_divergence_type}."
             )
 
 

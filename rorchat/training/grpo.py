@@ -35,6 +35,7 @@ from rorchat.training.distributed import sharding_strategy
 from rorchat.training.kernels.attention import skip_padding_warning
 from rorchat.training.kernels.lm_head_loss import patch_gelu
 from rorchat.training.option_checks import (
+    EVAL_EFFECTS,
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_SHARE,
@@ -79,6 +80,7 @@ class GRPOArguments(StageArguments, GRPOConfig):
     UNSUPPORTED_ARGS: ClassVar[dict[str, str]] = GRPO
     EFFECTS: ClassVar[tuple[Effect, ...]] = (
         *StageArguments.EFFECTS,
+        *EVAL_EFFECTS,
         Effect("scale_rewards", "multi_objective_aggregation", one_of("sum_then_normalize")),
         Effect("epsilon_high", "loss_type", one_of("cispo")),
         # only TRL's estimate of the KL divergence depends on the importance ratio, which is always 1

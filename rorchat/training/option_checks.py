@@ -143,9 +143,9 @@ STAGE_EFFECTS = (
     Effect("cooldown_share", "lr_scheduler_kwargs", left_out("lr_scheduler_kwargs")),
     Effect("warmup_steps", "lr_scheduler_type", one_of(*(kind for kind in SCHEDULES if kind != "constant"))),
     Effect("lr_scheduler_kwargs", "lr_scheduler_type", one_of(*(k for k in SCHEDULES if not k.startswith("constant")))),
-    *(Effect(f"{kind}_steps", f"{kind}_strategy", one_of("steps")) for kind in ("logging", "eval", "save")),
-    Effect("eval_delay", "eval_strategy", one_of("steps")),
 )
+#: Of the stages that evaluate at the end only, unless `eval_strategy` is given. Elsewhere, who gives "no" knows.
+EVAL_EFFECTS = tuple(Effect(name, "eval_strategy", one_of("steps")) for name in ("eval_steps", "eval_delay"))
 
 
 class Gather(argparse.Action):

@@ -15,15 +15,8 @@ from rorchat.errors import UsageError
 from rorchat.model import build_model, save_model
 from rorchat.training.arguments import parse
 from rorchat.training.context import StageContext
-from rorchat.training.dpo import (
-    CHOSEN_FELL,
-    DIFFERENCE_LOSSES,
-    LOSSES,
-    SMOOTHED_LOSSES,
-    ChatDPOTrainer,
-    DPOArguments,
-    collate_pairs,
-)
+from rorchat.training.dpo import CHOSEN_FELL, ChatDPOTrainer, DPOArguments, collate_pairs
+from rorchat.training.dpo_losses import DIFFERENCE_LOSSES, LOSSES, LOSSES_OF_PAIRS, SMOOTHED_LOSSES
 from rorchat.training.kernels.dpo_logps import patch_dpo_logps
 
 FLAGS = ["--model", "unused", "--sources", "tinytown=1", "--bf16", "false", "--logging_steps", "1"]
@@ -170,6 +163,8 @@ def test_settings_of_the_loss_act_with_the_losses_for_which_they_are_accepted(bu
                 dependent.add(kind)
         return dependent
 
+    # apo_down would too, if the rejected replies differed from the reference's
+    assert losses_that_depend_on(trainer, "beta", 0.3, 0.4) == {*LOSSES_OF_PAIRS} - {"apo_down"}
     assert losses_that_depend_on(trainer.args, "discopop_tau", 0.5, 0.05) == {"discopop"}
     assert losses_that_depend_on(trainer, "label_smoothing", 0.3, 0.01) == {*SMOOTHED_LOSSES}
     assert losses_that_depend_on(trainer, "f_divergence_type", "js_divergence", "reverse_kl") == {*DIFFERENCE_LOSSES}

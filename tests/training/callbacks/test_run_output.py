@@ -19,14 +19,15 @@ from rorchat.jsonl import read_json_lines
 from rorchat.model import build_model
 from rorchat.reporting.curves import draw_curves
 from rorchat.reporting.runs import drop_superseded_lines
-from rorchat.training import arguments as arguments_module
 from rorchat.training import stage as stage_module
-from rorchat.training.arguments import parse, parse_trackers
+from rorchat.training import trackers
+from rorchat.training.arguments import parse
 from rorchat.training.callbacks.metrics import Utilization
 from rorchat.training.context import StageContext
 from rorchat.training.pretrain import PretrainArguments, PretrainTrainer
 from rorchat.training.run_folder import RunFolder
 from rorchat.training.sft import ChatSFTTrainer, SFTArguments, load_conversations
+from rorchat.training.trackers import parse_trackers
 from rorchat.training.train_and_save import train
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -183,7 +184,7 @@ def test_trackio_works_through_the_callback_of_transformers(tokenizer, tmp_path,
     ],
 )
 def test_an_unavailable_tracker_is_refused_before_the_start(name, message, monkeypatch):
-    monkeypatch.setattr(arguments_module.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda package: None)
     with pytest.raises(UsageError, match=re.escape(message)) as caught:
         parse(PretrainArguments, [*BASE, "--output_dir", "x", "--report_to", name])
     assert "\n" not in str(caught.value)
@@ -191,7 +192,7 @@ def test_an_unavailable_tracker_is_refused_before_the_start(name, message, monke
 
 @pytest.mark.parametrize("name", ["tensorboard,wandb", ["tensorboard", "wandb"]])
 def test_trackers_are_given_with_commas_or_as_a_list(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(arguments_module.importlib.util, "find_spec", lambda package: package)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda package: package)
     assert parse_trackers(name) == ["tensorboard", "wandb"]
     assert parse_trackers("none") == parse_trackers(None) == []
     config = tmp_path / "c.yaml"
