@@ -140,7 +140,7 @@ def is_flag(flag: str) -> bool:
     """Whether a command of rorchat, a recipe or the launcher of Accelerate has this flag."""
     name = normalize(flag)
     known = command_flags(typer.main.get_command(app)).union(*(setting_names(command) for command in SETTINGS))
-    return name in known | SCRIPT_FLAGS or bool(split_flags([f"--{name}=cpu"])[0])
+    return name in known | SCRIPT_FLAGS or bool(split_flags([f"--{name}", "cpu"])[0])
 
 
 def test_readme_is_one_page():
