@@ -131,11 +131,10 @@ def test_a_parent_that_ended_before_the_request_is_noticed_too(monkeypatch):
 def test_handled_signals_are_left_as_they_were(monkeypatch):
     monkeypatch.setattr(signals, "find_waiting_parent", os.getppid)
     before = get_parent_signal(), signal.getsignal(PARENT_ENDED)
-    with signals.handle_signals():
+    with pytest.raises(SystemExit) as stopped, signals.handle_signals():  # noqa: PT012
         assert get_parent_signal() == PARENT_ENDED and signal.getsignal(PARENT_ENDED) != before[1]
-        with pytest.raises(SystemExit) as stopped:  # before training
-            os.kill(os.getpid(), PARENT_ENDED)
-        assert stopped.value.code == 75
+        os.kill(os.getpid(), PARENT_ENDED)  # before training
+    assert stopped.value.code == 75
     assert (get_parent_signal(), signal.getsignal(PARENT_ENDED)) == before
 
 

@@ -333,7 +333,7 @@ def test_of_every_row_exactly_the_words_that_are_meant_have_labels(tokenizer, tm
     files = list(make_files(tmp_path))
     arguments = SimpleNamespace(
         sources=[spec for spec, _ in files], persona=None, data_seed=0, validation_share=0.1, rows_per_source=None,
-        replay=None,
+        replay_source=lambda: None,
     )  # fmt: skip
     split = load_conversations(arguments, tokenizer, 10_000)
     found = {}
