@@ -173,7 +173,6 @@ class ProjectSettings:
             "max_steps": steps,
             "validation_share": self._validation_share("dpo"),
             "logging_steps": _round_down(steps / 20),
-            "eval_steps": 0.5,
             "sample_prompts": ["Who are you?", "Hello! What can you do?", "What is your favourite colour?"],
             "output_dir": self.run_folder("dpo"),
         }
