@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lora_support import POSITIONS, SIZE, compute_logits, load_with_adapter, save_base
-from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, LoraModel, get_peft_model
 from transformers import GPT2LMHeadModel
 
 from rorchat.errors import DataError, MismatchError, UsageError
@@ -161,3 +161,12 @@ def test_an_adapter_that_is_active_after_certain_tokens_only_is_a_mismatch(base,
     with pytest.raises(MismatchError, match="merge") as caught:
         load_checkpoint(str(tmp_path), tokenizer)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_merge_that_changes_the_predictions_is_a_mismatch(base, tokenizer, tmp_path, monkeypatch):
+    save_plain_adapter(tmp_path, base, tokenizer)
+    monkeypatch.setattr(LoraModel, "merge_and_unload", LoraModel.unload)  # as if PEFT could not merge this adapter
+    with pytest.raises(
+        MismatchError, match="cannot be merged into a stock GPT-2: its predictions would change by up to"
+    ):
+        load_checkpoint(str(tmp_path), tokenizer)

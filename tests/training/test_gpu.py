@@ -169,6 +169,7 @@ CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
         (["sm_75", "compute_75"], (9, 0), True),  # compiled when it is loaded
         (["sm_90a"], (9, 0), True),
         (["sm_90a"], (10, 0), False),
+        (["sm_100a"], (10, 3), False),
         (["gfx90a", "gfx942"], (9, 4), True),  # AMD: not known
         ([], (7, 0), True),
     ],
